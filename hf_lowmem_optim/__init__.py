@@ -1,0 +1,1 @@
+"""Memory-efficient optimizers as a Hugging Face Trainer plugin."""
