@@ -1,0 +1,41 @@
+"""Temporary buffers shared by all tensors of one ``step()``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["Workspace"]
+
+
+class Workspace:
+    """Hands out float32 buffers by name; a name's memory is reused by the next tensor that asks for it.
+
+    On the CPU a fresh buffer of some hundred kilobytes costs more in page faults than the arithmetic done in it
+    (``benchmarks/step_time.py``, with and without its malloc setting). A workspace lives for one step, so that
+    nothing is held between steps.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.device], Tensor] = {}
+
+    def take(self, name: str, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Return an uninitialized float32 tensor, valid until the same name is taken again.
+
+        Args:
+            name: Which buffer.
+            shape: Shape of the tensor.
+            device: Where it lies.
+
+        Returns:
+            A contiguous view of the buffer.
+        """
+        numel = math.prod(shape)
+        buffer = self._buffers.get((name, device))
+        if buffer is None or buffer.numel() < numel:
+            buffer = torch.empty(numel, dtype=torch.float32, device=device)
+            self._buffers[name, device] = buffer
+        return buffer[:numel].view(*shape)

@@ -1,0 +1,345 @@
+"""What all optimizers of this package share: the loop over tensors, allocation, the dense rule, checks and resume.
+
+A subclass names a state function, an update function and its own checks; everything else is written here once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from hf_lowmem_optim.compression.workspace import Workspace
+from hf_lowmem_optim.optimizers.adamw import adamw_state, adamw_update_
+from hf_lowmem_optim.optimizers.hyperparameters import (
+    check_betas,
+    check_eps,
+    check_lr,
+    check_weight_decay,
+    nearest,
+)
+from hf_lowmem_optim.optimizers.resume import exact_load
+from hf_lowmem_optim.state import TensorSpec
+
+__all__ = ["LowMemoryOptimizer", "PendingUpdate"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class PendingUpdate:
+    """One tensor that this step updates.
+
+    Attributes:
+        param: The parameter, detached.
+        grad: Its gradient; only read.
+        state: Its state: ``"step"`` (already counted) and the tensors.
+        group: The parameter group it is in.
+    """
+
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Any]
+    group: dict[str, Any]
+
+
+class LowMemoryOptimizer(Optimizer):
+    """Base class: see :class:`~hf_lowmem_optim.optimizers.ldadam.LDAdam` for a subclass.
+
+    State is allocated at a parameter's first gradient, so that building the optimizer costs nothing and sharding
+    wrappers may still replace the parameters. Each tensor counts its own updates in ``state[param]["step"]``.
+
+    Attributes:
+        name: The optimizer's name in the registry and in ``TrainingArguments(optim=...)``.
+        dense_key: The hyper-parameter whose ``None`` sends a group to the dense AdamW rule.
+        state_keys: The hyper-parameters on which the shape of the state depends; they must be equal on resume.
+        state_function: ``(shape, dtype, **hyper) -> dict[str, TensorSpec]``.
+        update_function: ``(param, grad, state, *, step, workspace, **hyper) -> None`` for one compressed matrix.
+    """
+
+    name: ClassVar[str]
+    dense_key: ClassVar[str]
+    state_keys: ClassVar[tuple[str, ...]]
+    state_function: ClassVar[Callable[..., dict[str, TensorSpec]]]
+    update_function: ClassVar[Callable[..., None]]
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        self.check_hyperparameters(defaults)
+        super().__init__(params, defaults)
+
+    # ---------------------------------------------------------------------------------------------- description
+
+    @classmethod
+    def default_hyperparameters(cls) -> dict[str, Any]:
+        """Every hyper-parameter of the optimizer with its default."""
+        parameters = list(inspect.signature(cls.__init__).parameters.values())[2:]
+        return {p.name: p.default for p in parameters}
+
+    @classmethod
+    def check_hyperparameters(cls, hyper: Mapping[str, Any]) -> None:
+        """Check values by themselves; what is missing counts as its default.
+
+        Args:
+            hyper: Hyper-parameters by name.
+
+        Raises:
+            TypeError: A name is unknown or a value has the wrong type.
+            ValueError: A value is out of range.
+        """
+        defaults = cls.default_hyperparameters()
+        for key in hyper:
+            if key not in defaults:
+                known = ", ".join(defaults)
+                raise TypeError(f"{cls.__name__} has no argument {key!r}{nearest(key, defaults)} (it has: {known})")
+        full = {**defaults, **hyper}
+        check_lr(full["lr"])
+        if "betas" in full:
+            check_betas(full["betas"])
+        if "eps" in full:
+            check_eps(full["eps"])
+        check_weight_decay(full["weight_decay"])
+        cls.check_own(full)
+
+    @classmethod
+    def check_own(cls, hyper: Mapping[str, Any]) -> None:
+        """Check the hyper-parameters that only this optimizer has."""
+        raise NotImplementedError
+
+    @classmethod
+    def compresses(cls, shape: Sequence[int], group: Mapping[str, Any]) -> bool:
+        """Whether a tensor of this shape takes the compressed rule in this group."""
+        raise NotImplementedError
+
+    @classmethod
+    def state_specs(cls, param: Tensor, group: Mapping[str, Any]) -> dict[str, TensorSpec]:
+        """Describe the state of a parameter in a group: what will be, or was, allocated for it.
+
+        Args:
+            param: The parameter; only its shape and dtype matter.
+            group: Its group, or any mapping with the hyper-parameters in :attr:`state_keys`.
+
+        Returns:
+            Specs by state key.
+        """
+        if not cls.compresses(param.shape, group):
+            return adamw_state(param.shape, param.dtype)
+        return cls.state_function(param.shape, param.dtype, **{key: group[key] for key in cls.state_keys})
+
+    # --------------------------------------------------------------------------------------------- construction
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, with its own values of any hyper-parameter.
+
+        Args:
+            param_group: ``"params"`` and overrides, as in torch.
+
+        Raises:
+            TypeError: A parameter is no float32, bfloat16 or float16 tensor, or an override has the wrong type.
+            ValueError: A parameter is not a leaf, or an override is out of range.
+        """
+        for key in param_group:
+            hint = nearest(key, self.defaults, cutoff=0.75) if key not in self.defaults else ""
+            if hint:
+                raise TypeError(f"a parameter group has the unknown key {key!r}{hint}")
+        self.check_hyperparameters({key: param_group.get(key, value) for key, value in self.defaults.items()})
+        # torch itself turns generators into lists; it must not find them used up.
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else params if isinstance(params, set) else list(params)
+        for item in params:
+            if isinstance(item, tuple):
+                _check_parameter(item[1], f"parameter {item[0]!r}", type(self).__name__)
+            elif isinstance(item, Tensor):
+                _check_parameter(item, "a parameter", type(self).__name__)
+        super().add_param_group({**param_group, "params": params})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+
+    # ------------------------------------------------------------------------------------------------------ step
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: Recomputes the loss and the gradients, as in torch.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            RuntimeError: A gradient is sparse or complex. Nothing has been updated then.
+            NotImplementedError: A compressed parameter is a sharded DTensor. Nothing has been updated then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        live = [(param, group) for group in self.param_groups for param in group["params"] if param.grad is not None]
+        for param, group in live:
+            self._check_gradient(param, group)
+        with _full_precision():
+            compressed: list[PendingUpdate] = []
+            dense: dict[int, list[PendingUpdate]] = {}
+            for param, group in live:
+                update = self._prepare(param, group)
+                if update is None:
+                    continue
+                if self.compresses(param.shape, group):
+                    compressed.append(update)
+                else:
+                    dense.setdefault(id(group), []).append(update)
+            for updates in dense.values():
+                _update_dense_(updates)
+            self._update_compressed_(compressed)
+        return loss
+
+    def _prepare(self, param: Tensor, group: dict[str, Any]) -> PendingUpdate | None:
+        """Allocate the state of a tensor at its first gradient and count the update; None if there is none to do.
+
+        Wrappers probe fresh optimizers with lr = 0 and zero gradients to learn their state's layout
+        (``torch.distributed.checkpoint``): that allocates, but is no update and leaves no trace in the run.
+        """
+        grad, state = param.grad, self.state[param]
+        assert grad is not None
+        if not state:
+            state["step"] = 0
+            for key, spec in self.state_specs(param, group).items():
+                state[key] = spec.allocate(param.device)
+        if state["step"] == 0 and group["lr"] == 0 and not grad.any():
+            return None
+        state["step"] += 1
+        return PendingUpdate(param.detach(), grad.detach(), state, group)
+
+    def _update_compressed_(self, updates: Sequence[PendingUpdate]) -> None:
+        """Apply the compressed rule to each matrix by itself; a method with global state overrides this."""
+        accepted = _update_arguments(type(self).update_function)
+        workspace = Workspace()
+        for update in updates:
+            hyper = {key: update.group[key] for key in accepted}
+            shape = (update.param.shape[0], -1)
+            matrix, grad = update.param.reshape(shape), update.grad.reshape(shape)
+            type(self).update_function(
+                matrix, grad, update.state, step=update.state["step"], workspace=workspace, **hyper
+            )
+            if matrix.untyped_storage().data_ptr() != update.param.untyped_storage().data_ptr():
+                # A layout that has no matrix view (channels last): the update went to a copy.
+                update.param.copy_(matrix.view_as(update.param))
+
+    def _check_gradient(self, param: Tensor, group: Mapping[str, Any]) -> None:
+        """Refuse what the rules cannot do, before anything is touched."""
+        grad, rule = param.grad, type(self).__name__
+        assert grad is not None
+        if grad.layout != torch.strided:
+            raise RuntimeError(
+                f"{_describe(param, group)} has a sparse gradient, which {rule} does not support; "
+                "build its module with sparse=False"
+            )
+        if grad.is_complex() or param.dtype not in _DTYPES:
+            raise RuntimeError(
+                f"{_describe(param, group)} is {param.dtype} with a gradient of {grad.dtype}; "
+                f"{rule} supports float32, bfloat16 and float16"
+            )
+        if hasattr(param, "placements") and self.compresses(param.shape, group):
+            raise NotImplementedError(
+                f"{_describe(param, group)} is sharded (DTensor), which {rule} cannot compress; "
+                f"give its group {self.dense_key}=None for the dense rule, or train without FSDP or tensor parallelism"
+            )
+
+    # ---------------------------------------------------------------------------------------------------- resume
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict; tensors keep the dtypes in which they were saved.
+
+        As in torch, the hyper-parameters of the groups are those that were saved.
+
+        Args:
+            state_dict: What :meth:`state_dict` gave, also after ``torch.load(weights_only=True)``.
+
+        Raises:
+            ValueError: It was written by another optimizer, for other parameters, or with another value of a
+                hyper-parameter on which the shape of the state depends. Nothing has been changed then.
+        """
+        with exact_load(self):
+            super().load_state_dict(state_dict)
+
+
+def _update_dense_(updates: Sequence[PendingUpdate]) -> None:
+    """Apply AdamW to tensors of one group."""
+    group = updates[0].group
+    adamw_update_(
+        [u.param for u in updates],
+        [u.grad for u in updates],
+        [u.state for u in updates],
+        steps=[u.state["step"] for u in updates],
+        **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")},
+    )
+
+
+def _update_arguments(function: Callable[..., None]) -> list[str]:
+    """Names of the hyper-parameters that an update function takes."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("step", "workspace")]
+
+
+def _check_parameter(param: Any, who: str, rule: str) -> None:
+    """Refuse at construction what could not be updated later; frozen parameters may be anything."""
+    if not isinstance(param, Tensor) or not param.requires_grad:
+        return
+    if param.dtype not in _DTYPES:
+        raise TypeError(f"{who} has dtype {param.dtype}; {rule} supports float32, bfloat16 and float16")
+    if not param.is_leaf:
+        raise ValueError(
+            f"{who} of shape {tuple(param.shape)} is not a leaf: it is the result of an operation, so that an update "
+            "of it would be lost; pass the tensors that it was computed from, such as model.parameters()"
+        )
+
+
+def _describe(param: Tensor, group: Mapping[str, Any]) -> str:
+    """Name a parameter in an error: its own name if the group has names, else its place and shape."""
+    index = next(i for i, p in enumerate(group["params"]) if p is param)
+    names = group.get("param_names")
+    return f"parameter {names[index]!r}" if names else f"parameter {index} (shape {tuple(param.shape)})"
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Compute float32 products in float32, whatever TF32, bfloat16 or autocast setting training runs with."""
+    with ExitStack() as stack:
+        for device_type in ("cuda", "cpu"):
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn):
+            stack.enter_context(_ieee_products(backend))
+        yield
+
+
+@contextmanager
+def _ieee_products(backend: Any) -> Iterator[None]:
+    """Set one backend's float32 products to full precision for a while."""
+    owner = getattr(backend, "matmul", backend)
+    name, full = ("fp32_precision", "ieee") if hasattr(owner, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(owner, name, None)
+    if before not in ("tf32", "bf16", True):
+        yield
+        return
+    setattr(owner, name, full)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)

@@ -1,0 +1,251 @@
+"""LDAdam (Robert et al., arXiv 2410.16103, ICLR 2025): Adam in a low-rank subspace that follows the gradient.
+
+Per matrix W (p × q, the smaller dimension first; a tall matrix is used transposed), rank r:
+
+1.  a ← g + ξ
+2.  t = 1: U ← r leading left singular vectors of a, R ← 0
+3.  t > 1: b = s·U₋m + (1 − ρ)·a with s = ρ / (1 − β1^(t−1));  V ← bᵀU₋;  Y ← bV;  U ← orthonormalize(Y);  R ← UᵀU₋
+4.  p̃ ← Uᵀa
+5.  m̃ ← R m
+6.  ξ ← a − U(p̃ + c·m̃) + c·U₋m with c = β1 / (1 − β1)
+7.  t > 1: v ← c2·|(R∘R)(v/c2 − (m/c1)²) + (m̃/c1)²| with c1 = 1 − β1^(t−1), c2 = 1 − β2^(t−1)
+8.  m ← β1·m̃ + (1 − β1)·p̃;  v ← β2·v + (1 − β2)·p̃²
+9.  W ← W·(1 − lr·weight_decay) − lr·U[m̂ / (√v̂ + eps)]
+
+| letter | state key    | shape  | dtype            | bytes per parameter      |
+|--------|--------------|--------|------------------|--------------------------|
+| U      | `basis`      | (p, r) | `state_dtype`    | 4·r/q                    |
+| m      | `exp_avg`    | (r, q) | `state_dtype`    | 4·r/p                    |
+| v      | `exp_avg_sq` | (r, q) | `state_dtype`    | 4·r/p                    |
+| ξ      | `error`      | W      | `error_feedback` | 4 (fp32), 2 (bf16), none |
+
+Six products of p·q·r multiplications a step. Besides a itself, nothing of the size of W is allocated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from hf_lowmem_optim.compression.error_feedback import ERROR_FEEDBACK, accumulate, error_state, retain_
+from hf_lowmem_optim.compression.lowrank import leading_left_singular_vectors, orthonormalize
+from hf_lowmem_optim.compression.workspace import Workspace
+from hf_lowmem_optim.optimizers.adamw import adamw_state
+from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
+from hf_lowmem_optim.optimizers.hyperparameters import check_choice, check_positive_int, check_unit_interval
+from hf_lowmem_optim.state import TensorSpec
+
+__all__ = ["LDAdam", "ldadam_compresses", "ldadam_state", "ldadam_update_"]
+
+_STATE_DTYPES = ("fp32", "param")
+
+
+def ldadam_compresses(shape: Sequence[int], *, rank: int | None) -> bool:
+    """Whether a tensor of this shape takes the low-rank rule rather than dense AdamW.
+
+    Args:
+        shape: Shape of the parameter; three and more dimensions count as the matrix (out, rest).
+        rank: Rank of the projection, None for dense.
+
+    Returns:
+        True for matrices both of whose dimensions exceed ``rank``.
+    """
+    return rank is not None and len(shape) >= 2 and min(shape[0], math.prod(shape[1:])) > rank
+
+
+def ldadam_state(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    rank: int | None = 16,
+    state_dtype: str = "fp32",
+    error_feedback: str = "param",
+    **_other: Any,
+) -> dict[str, TensorSpec]:
+    """State of one parameter; the only place where its size is written.
+
+    Args:
+        shape: Shape of the parameter.
+        dtype: Dtype of the parameter.
+        rank: As in :class:`LDAdam`.
+        state_dtype: As in :class:`LDAdam`.
+        error_feedback: As in :class:`LDAdam`.
+        **_other: Hyper-parameters that do not change the state.
+
+    Returns:
+        Specs by state key: the table at the head of this file, or dense AdamW's.
+    """
+    if rank is None or not ldadam_compresses(shape, rank=rank):
+        return adamw_state(shape, dtype)
+    small, large = sorted((shape[0], math.prod(shape[1:])))
+    stored = dtype if state_dtype == "param" else torch.float32
+    return {
+        "basis": TensorSpec((small, rank), stored, "basis"),
+        "exp_avg": TensorSpec((rank, large), stored, "first_moment"),
+        "exp_avg_sq": TensorSpec((rank, large), stored, "second_moment"),
+        **error_state((shape[0], math.prod(shape[1:])), dtype, error_feedback),
+    }
+
+
+def ldadam_update_(
+    param: Tensor,
+    grad: Tensor,
+    state: Mapping[str, Tensor],
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    rho: float,
+    workspace: Workspace | None = None,
+) -> None:
+    """One step of LDAdam on one matrix, in place.
+
+    Args:
+        param: W, shape (out, in), any layout; float32, bfloat16 or float16.
+        grad: g, same shape; only read.
+        state: As :func:`ldadam_state` describes it; written.
+        step: t, 1 for the first update of this tensor.
+        lr: Learning rate.
+        betas: β1 and β2.
+        eps: Added to √v̂.
+        weight_decay: Decoupled weight decay.
+        rho: ρ, the share of the old momentum in the matrix whose subspace is tracked.
+        workspace: Temporary buffers shared with other matrices of the same step.
+    """
+    beta1, beta2 = betas
+    space = Workspace() if workspace is None else workspace
+    # line 1: a ← g + ξ
+    residual = accumulate(grad, state, space)
+    tall = param.shape[0] > param.shape[1]
+    a, W = (residual.T, param.T) if tall else (residual, param)
+    m, v, U_old = (state[key].to(torch.float32) for key in ("exp_avg", "exp_avg_sq", "basis"))
+    p = space.take("projected", m.shape, m.device)  # [r, q]
+
+    if step == 1:
+        # line 2, and lines 4, 5 and 6 with R = 0
+        U = leading_left_singular_vectors(a, m.shape[0])
+        torch.mm(U.T, a, out=p)
+        if "error" in state:
+            a.addmm_(U, p, alpha=-1)
+        m, v = p * (1 - beta1), (p * p).mul_(1 - beta2)
+    else:
+        # line 3: subspace of b = s·U₋m + (1 − ρ)·a by one power iteration; b is never formed
+        s = rho / (1 - beta1 ** (step - 1))
+        Vt = torch.addmm(m, U_old.T, a, beta=s, alpha=1 - rho, out=p)  # [r, q]
+        U = orthonormalize(torch.addmm(U_old @ (m @ Vt.T), a, Vt.T, beta=s, alpha=1 - rho))  # [p, r]
+        R = U.T @ U_old
+        # lines 4 and 5; p̃ takes the place of V
+        torch.mm(U.T, a, out=p)
+        m_moved = torch.mm(R, m, out=space.take("moved", m.shape, m.device))
+        # line 6
+        if "error" in state:
+            c = beta1 / (1 - beta1)
+            a.addmm_(U, torch.add(p, m_moved, alpha=c, out=space.take("kept", m.shape, m.device)), alpha=-1)
+            a.addmm_(U_old, m, alpha=c)
+        # lines 7 and 8, with k = c2/c1²; the factors c2 and β2 go inside the absolute value
+        k = (1 - beta2 ** (step - 1)) / (1 - beta1 ** (step - 1)) ** 2
+        v = torch.mm(R * R * beta2, v.addcmul_(m, m, value=-k), out=space.take("kept", m.shape, m.device))
+        v.addcmul_(m_moved, m_moved, value=beta2 * k).abs_().addcmul_(p, p, value=1 - beta2)
+        m = m_moved.mul_(beta1).add_(p, alpha=1 - beta1)
+
+    retain_(state, residual)
+    for key, value in (("basis", U), ("exp_avg", m), ("exp_avg_sq", v)):
+        state[key].copy_(value)
+    # line 9: m̂/(√v̂ + eps) is m/(√v + eps·√(1 − β2ᵗ)) up to a factor that joins the step size
+    root = math.sqrt(1 - beta2**step)
+    direction = torch.div(m, torch.sqrt(v, out=p).add_(eps * root), out=p)
+    # a is free now, unless it is the gradient or the error
+    free = residual is not grad and not ("error" in state and residual.data_ptr() == state["error"].data_ptr())
+    wide = W if W.dtype == torch.float32 else a if free else space.take("accumulated", W.shape, W.device)
+    if wide is not W:
+        wide.copy_(W)
+    wide.addmm_(U, direction, beta=1 - lr * weight_decay, alpha=-lr * root / (1 - beta1**step))
+    if wide is not W:
+        # rounded once to the dtype of W
+        W.copy_(wide)
+
+
+class LDAdam(LowMemoryOptimizer):
+    """LDAdam: Adam with low-rank states, error feedback and a subspace tracked at every step.
+
+    Matrices whose two dimensions exceed ``rank`` are compressed, convolution kernels as (out, rest); everything
+    else, and every group with ``rank=None``, takes AdamW, bit-equal to torch's. A non-finite gradient propagates
+    into state and parameters, as in AdamW.
+
+    Args:
+        params: Parameters, named parameters or parameter groups, as in torch. A group may set any argument below.
+        lr: Learning rate.
+        betas: Decay rates of the first and the second moment, each in [0, 1). The defaults are the paper's.
+        eps: Added to the root of the second moment, > 0.
+        weight_decay: Decoupled weight decay.
+        rank: Rank r of the projection, or None for dense AdamW.
+        rho: ρ in [0, 1): share of the old momentum in the matrix whose subspace is tracked.
+        state_dtype: Storage of moments and basis: ``"fp32"``, or ``"param"`` for the parameter's dtype (half the
+            bytes for bf16 models, and a visible loss in the second moment).
+        error_feedback: Storage of the error: ``"param"`` (the parameter's dtype), ``"fp32"``, ``"bf16"`` or
+            ``"none"`` (no error feedback).
+
+    Raises:
+        TypeError: An argument has the wrong type, or a parameter an unsupported dtype.
+        ValueError: An argument is out of range.
+
+    Example:
+        >>> optimizer = LDAdam(model.parameters(), lr=1e-3, rank=16)
+        >>> loss.backward()
+        >>> optimizer.step()
+
+    Source: arXiv 2410.16103, algorithm 1.
+    """
+
+    name: ClassVar[str] = "ldadam"
+    dense_key: ClassVar[str] = "rank"
+    state_keys: ClassVar[tuple[str, ...]] = ("rank", "state_dtype", "error_feedback")
+    state_function = staticmethod(ldadam_state)
+    update_function = staticmethod(ldadam_update_)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.908, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        rank: int | None = 16,
+        rho: float = 0.908,
+        state_dtype: Literal["fp32", "param"] = "fp32",
+        error_feedback: Literal["param", "fp32", "bf16", "none"] = "param",
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "rank": rank,
+                "rho": rho,
+                "state_dtype": state_dtype,
+                "error_feedback": error_feedback,
+            },
+        )
+
+    @classmethod
+    def compresses(cls, shape: Sequence[int], group: Mapping[str, Any]) -> bool:
+        """Whether a tensor of this shape takes the low-rank rule in this group."""
+        return ldadam_compresses(shape, rank=group["rank"])
+
+    @classmethod
+    def check_own(cls, hyper: Mapping[str, Any]) -> None:
+        """Check ``rank``, ``rho``, ``state_dtype`` and ``error_feedback``."""
+        check_positive_int("rank", hyper["rank"], or_none="dense AdamW")
+        check_unit_interval("rho", hyper["rho"])
+        check_choice("state_dtype", hyper["state_dtype"], _STATE_DTYPES)
+        check_choice("error_feedback", hyper["error_feedback"], ERROR_FEEDBACK)

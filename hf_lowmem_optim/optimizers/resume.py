@@ -1,0 +1,101 @@
+"""Loading a state dict exactly.
+
+torch casts every loaded state tensor to the dtype of its parameter (int16 indices, codes and float32 moments of
+bfloat16 parameters included). Here the state passes through torch's own ``load_state_dict`` in wrappers that it does
+not look into, and is checked against what the optimizer would allocate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+if TYPE_CHECKING:
+    from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
+
+__all__ = ["exact_load"]
+
+
+class _AsSaved:
+    """Carries one parameter's saved state past torch's casts."""
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        self.state = state
+
+
+@contextmanager
+def exact_load(optimizer: LowMemoryOptimizer) -> Iterator[None]:
+    """Within this context ``Optimizer.load_state_dict`` checks the state and keeps it as it was saved.
+
+    Our hooks run after the user's pre-hooks and before the user's post-hooks, so that those see what torch documents.
+    """
+
+    def wrap(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        _check_groups(optimizer, state_dict["param_groups"])
+        _check_state(optimizer, state_dict)
+        return {**state_dict, "state": {key: _AsSaved(value) for key, value in state_dict["state"].items()}}
+
+    def unwrap(_: Optimizer) -> None:
+        for param, saved in list(optimizer.state.items()):
+            optimizer.state[param] = {
+                key: value.to(param.device) if isinstance(value, Tensor) else value
+                for key, value in saved.state.items()
+            }
+
+    before = optimizer.register_load_state_dict_pre_hook(wrap)
+    after = optimizer.register_load_state_dict_post_hook(unwrap, prepend=True)
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
+
+
+def _check_groups(optimizer: LowMemoryOptimizer, saved_groups: list[dict[str, Any]]) -> None:
+    """Refuse the groups of another optimizer, of another model, or of a differently shaped state."""
+    who = type(optimizer).__name__
+    for saved in saved_groups:
+        missing = [key for key in optimizer.state_keys if key not in saved]
+        if missing:
+            raise ValueError(
+                f"{who} cannot load this state: its groups have no {missing[0]!r} (they have "
+                f"{', '.join(sorted(set(saved) - {'params', 'param_names'}))}), so another optimizer wrote it. Resume "
+                f"with that optimizer, or start {who} from the weights alone, without the old optimizer state"
+            )
+    sizes, saved_sizes = ([len(g["params"]) for g in groups] for groups in (optimizer.param_groups, saved_groups))
+    if sizes != saved_sizes:
+        raise ValueError(
+            f"{who} cannot load this state: it was saved with groups of {saved_sizes} parameters, this optimizer has "
+            f"{sizes}. Build it with the same model, trainable parameters and target modules"
+        )
+    for index, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
+        for key in optimizer.state_keys:
+            if group[key] != saved[key]:
+                raise ValueError(
+                    f"{who} cannot load this state: parameter group {index} was saved with {key}={saved[key]!r}, this "
+                    f"optimizer has {key}={group[key]!r}. Build it with {key}={saved[key]!r} to resume"
+                )
+
+
+def _check_state(optimizer: LowMemoryOptimizer, state_dict: dict[str, Any]) -> None:
+    """Compare every saved tensor with what this optimizer would allocate for the same parameter."""
+    for group, saved_group in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        names = group.get("param_names") or saved_group["params"]
+        for param, name, saved_id in zip(group["params"], names, saved_group["params"], strict=True):
+            saved = state_dict["state"].get(saved_id)
+            if not saved:
+                continue
+            specs = optimizer.state_specs(param, group)
+            expected = {key: (spec.shape, spec.dtype) for key, spec in specs.items()}
+            found = {key: (tuple(v.shape), v.dtype) for key, v in saved.items() if isinstance(v, Tensor)}
+            if found != expected or not isinstance(saved.get("step"), int):
+                key = next((k for k in {**expected, **found} if found.get(k) != expected.get(k)), "step")
+                raise ValueError(
+                    f"{type(optimizer).__name__} cannot load the state of parameter {name!r} (shape "
+                    f"{tuple(param.shape)}): {key!r} was saved as {found.get(key, saved.get(key))}, this optimizer "
+                    f"expects {expected.get(key, 'an int')}. It belongs to another optimizer, model or dtype"
+                )

@@ -1,0 +1,66 @@
+"""The one table of optimizers: what the strings, the factory, the planner and the command line read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
+from hf_lowmem_optim.optimizers.hyperparameters import nearest
+from hf_lowmem_optim.optimizers.ldadam import LDAdam, ldadam_state
+from hf_lowmem_optim.state import TensorSpec
+
+__all__ = ["OPTIMIZERS", "OptimizerEntry", "get_entry"]
+
+
+@dataclass(frozen=True)
+class OptimizerEntry:
+    """One optimizer.
+
+    Attributes:
+        name: The string for ``TrainingArguments(optim=...)``.
+        optimizer_class: The class.
+        state_function: ``(shape, dtype, **hyper) -> dict[str, TensorSpec]``.
+        paper: Where the method is published.
+        summary: What it does, in a line.
+    """
+
+    name: str
+    optimizer_class: type[LowMemoryOptimizer]
+    state_function: Callable[..., dict[str, TensorSpec]]
+    paper: str
+    summary: str
+
+
+OPTIMIZERS: dict[str, OptimizerEntry] = {
+    entry.name: entry
+    for entry in (
+        OptimizerEntry(
+            "ldadam",
+            LDAdam,
+            ldadam_state,
+            "arXiv 2410.16103 (ICLR 2025)",
+            "Adam in a low-rank subspace that follows the gradient, with error feedback",
+        ),
+    )
+}
+
+
+def get_entry(name: str) -> OptimizerEntry:
+    """Look an optimizer up by its string.
+
+    Args:
+        name: For example ``"ldadam"``.
+
+    Returns:
+        Its entry.
+
+    Raises:
+        ValueError: There is none of that name; the message has the nearest one and the list.
+    """
+    if name not in OPTIMIZERS:
+        known = ", ".join(OPTIMIZERS)
+        raise ValueError(
+            f"optim={name!r} is not an optimizer of this package{nearest(str(name), OPTIMIZERS)} ({known})"
+        )
+    return OPTIMIZERS[name]

@@ -1,0 +1,105 @@
+"""One case per registered optimizer: hyper-parameters with which the tiny tensors of the tests are compressed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_lowmem_optim.optimizers import LowMemoryOptimizer
+from hf_lowmem_optim.registry import OPTIMIZERS
+
+#: Shapes that every test runs on: wide, tall, square, a convolution kernel, a vector, a scalar.
+SHAPES: dict[str, tuple[int, ...]] = {
+    "wide": (12, 40),
+    "tall": (40, 12),
+    "square": (16, 16),
+    "conv": (8, 3, 3, 3),
+    "vector": (10,),
+    "scalar": (),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """An optimizer and the settings that suit :data:`SHAPES`."""
+
+    name: str
+    hyper: dict[str, Any] = field(default_factory=dict)
+    #: Another value of a hyper-parameter that shapes the state.
+    other: dict[str, Any] = field(default_factory=dict)
+    #: Wrong values of the optimizer's own hyper-parameters.
+    wrong: tuple[tuple[str, Any], ...] = ()
+
+    #: Whether one tensor's update depends on the other tensors.
+    coupled: bool = False
+
+    @property
+    def dense_key(self) -> str:
+        return OPTIMIZERS[self.name].optimizer_class.dense_key
+
+    def build(self, params: Any, **override: Any) -> LowMemoryOptimizer:
+        return OPTIMIZERS[self.name].optimizer_class(params, **{**self.hyper, **override})
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case(
+            "ldadam",
+            {"rank": 4, "weight_decay": 0.1, "lr": 1e-2},
+            {"rank": 5},
+            (
+                ("rank", 0),
+                ("rank", -1),
+                ("rank", "x"),
+                ("rank", True),
+                ("rank", 2.0),
+                ("rho", 1.0),
+                ("rho", -0.1),
+                ("state_dtype", "fp8"),
+                ("error_feedback", "fp23"),
+            ),
+        ),
+    )
+}
+
+
+def make_params(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return {k: nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for k, s in SHAPES.items()}
+
+
+def gradients(num_steps: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Iterator[dict[str, Tensor]]:
+    """Gradients with a few strong directions that turn slowly, and noise."""
+    generator = torch.Generator().manual_seed(seed)
+    base = {k: torch.randn(s, generator=generator) for k, s in SHAPES.items()}
+    for _ in range(num_steps):
+        for key, shape in SHAPES.items():
+            base[key] = 0.9 * base[key] + 0.4 * torch.randn(shape, generator=generator)
+        yield {k: (0.1 * v).to(dtype) for k, v in base.items()}
+
+
+def run(optimizer: LowMemoryOptimizer, params: dict[str, nn.Parameter], steps: Iterator[dict[str, Tensor]]) -> None:
+    for grads in steps:
+        for key, param in params.items():
+            param.grad = grads[key].clone()
+        optimizer.step()
+
+
+def assert_same_state(left: LowMemoryOptimizer, right: LowMemoryOptimizer) -> None:
+    """Every entry of the state equal: types, dtypes, bits."""
+    first, second = left.state_dict()["state"], right.state_dict()["state"]
+    assert first.keys() == second.keys() and len(first) > 0
+    for index, saved in first.items():
+        assert saved.keys() == second[index].keys()
+        for key, value in saved.items():
+            other = second[index][key]
+            if isinstance(value, Tensor):
+                assert value.dtype == other.dtype, (index, key)
+                torch.testing.assert_close(value, other, rtol=0, atol=0, equal_nan=True)
+            else:
+                assert value == other, (index, key)

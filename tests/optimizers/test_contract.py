@@ -1,0 +1,331 @@
+"""What every registered optimizer must do; one suite for all of them."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+from hf_lowmem_optim.registry import OPTIMIZERS
+from tests.optimizers.cases import CASES, SHAPES, Case, assert_same_state, gradients, make_params, run
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def test_every_registered_optimizer_has_a_case() -> None:
+    assert set(CASES) == set(OPTIMIZERS)
+
+
+@pytest.fixture(params=list(CASES))
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_state_is_what_the_specs_say_and_appears_at_the_first_gradient(case: Case, dtype: torch.dtype) -> None:
+    params = make_params(dtype)
+    optimizer = case.build(params.values())
+    assert not optimizer.state
+    del params["vector"]
+    run(optimizer, params, gradients(3, dtype))
+    group = optimizer.param_groups[0]
+    assert any(optimizer.compresses(p.shape, group) for p in params.values())
+    for param in group["params"]:
+        if param.grad is None:
+            assert param not in optimizer.state
+            continue
+        state = dict(optimizer.state[param])
+        assert state.pop("step") == 3 and type(optimizer.state[param]["step"]) is int
+        specs = optimizer.state_specs(param, group)
+        assert {k: (tuple(v.shape), v.dtype, v.nbytes) for k, v in state.items()} == {
+            k: (s.shape, s.dtype, s.nbytes) for k, s in specs.items()
+        }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_resume_is_bit_for_bit(case: Case, dtype: torch.dtype) -> None:
+    straight = make_params(dtype)
+    optimizer = case.build(straight.values())
+    steps = list(gradients(13, dtype))
+    run(optimizer, straight, iter(steps[:6]))
+    file = io.BytesIO()
+    torch.save({"model": {k: v.data for k, v in straight.items()}, "optimizer": optimizer.state_dict()}, file)
+    run(optimizer, straight, iter(steps[6:]))
+
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed = {k: nn.Parameter(v) for k, v in saved["model"].items()}
+    second = case.build(resumed.values())
+    second.load_state_dict(saved["optimizer"])
+    run(second, resumed, iter(steps[6:]))
+    for key in SHAPES:
+        assert torch.equal(straight[key], resumed[key]), key
+    assert_same_state(optimizer, second)
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_copies_go_on_alike(case: Case, copier) -> None:  # type: ignore[no-untyped-def]
+    params = make_params()
+    optimizer = case.build(params.values())
+    run(optimizer, params, gradients(4))
+    twin_optimizer = copier(optimizer)
+    twins = dict(zip(params, twin_optimizer.param_groups[0]["params"], strict=True))
+    for each, tensors in ((optimizer, params), (twin_optimizer, twins)):
+        run(each, tensors, gradients(4, seed=5))
+    assert all(torch.equal(params[k], twins[k]) for k in params)
+    assert_same_state(optimizer, twin_optimizer)
+
+
+def test_layout_does_not_matter_and_the_gradient_is_left_alone(case: Case) -> None:
+    plain, odd = make_params(), make_params()
+    for key in ("wide", "tall"):
+        odd[key] = nn.Parameter(odd[key].detach().t().contiguous().t())
+    odd["conv"] = nn.Parameter(odd["conv"].detach().to(memory_format=torch.channels_last))
+    odd["vector"] = nn.Parameter(odd["vector"].detach().repeat_interleave(2)[::2])
+    first, second = case.build(plain.values()), case.build(odd.values())
+    run(first, plain, gradients(5))
+    for grads in gradients(5):
+        for key, param in odd.items():
+            # neither the parameter's layout nor contiguous, where the shape allows it
+            grad = grads[key].clone()
+            param.grad = grad.repeat_interleave(2, dim=-1)[..., ::2] if grad.ndim else grad
+        before = {k: (p.grad, p.grad.data_ptr(), p.grad.clone()) for k, p in odd.items()}
+        second.step()
+        for key, param in odd.items():
+            assert param.grad is before[key][0] and param.grad.data_ptr() == before[key][1]
+            assert torch.equal(param.grad, before[key][2])
+    for key in SHAPES:
+        torch.testing.assert_close(plain[key], odd[key], rtol=1e-5, atol=1e-6)
+
+
+def test_dense_groups_are_torch_adamw_to_the_bit(case: Case) -> None:
+    hyper = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.05}
+    for dtype in DTYPES:
+        ours, theirs = make_params(dtype), make_params(dtype)
+        optimizer = case.build([{"params": list(ours.values()), case.dense_key: None, **hyper}])
+        torch_adamw = torch.optim.AdamW(theirs.values(), fused=True, **hyper)
+        for each, tensors in ((optimizer, ours), (torch_adamw, theirs)):
+            run(each, tensors, gradients(6, dtype))  # type: ignore[arg-type]
+        for key in SHAPES:
+            assert torch.equal(ours[key], theirs[key]), (key, dtype)
+            for name in ("exp_avg", "exp_avg_sq"):
+                assert torch.equal(optimizer.state[ours[key]][name], torch_adamw.state[theirs[key]][name])
+
+
+def test_tensors_count_their_own_updates(case: Case) -> None:
+    params = make_params()
+    optimizer = case.build(params.values())
+    alone = make_params()
+    reference = case.build([alone["wide"]])
+    for index, grads in enumerate(gradients(6)):
+        for key, param in params.items():
+            param.grad = None if key == "wide" and index < 3 else grads[key].clone()
+        optimizer.step()
+        if index >= 3:
+            alone["wide"].grad = grads["wide"].clone()
+            reference.step()
+    assert [optimizer.state[p]["step"] for p in params.values()] == [3] + [6] * (len(SHAPES) - 1)
+    if not case.coupled:
+        assert torch.equal(params["wide"], alone["wide"])
+
+
+def test_zero_gradients_move_nothing(case: Case) -> None:
+    params = make_params()
+    optimizer = case.build(params.values(), weight_decay=0.0)
+    before = {k: p.detach().clone() for k, p in params.items()}
+    zeros = [{k: torch.zeros(s) for k, s in SHAPES.items()}] * 3
+    run(optimizer, params, iter(zeros))
+    assert all(torch.equal(params[k], before[k]) for k in params)
+    run(optimizer, params, gradients(3))
+    run(optimizer, params, iter(zeros))
+    assert all(torch.isfinite(p).all() for p in params.values())
+    assert all(torch.isfinite(v).all() for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v))
+
+
+def test_a_step_with_lr_zero_only_gathers_statistics(case: Case) -> None:
+    params = make_params()
+    optimizer = case.build(params.values(), lr=0.0)
+    before = {k: p.detach().clone() for k, p in params.items()}
+    run(optimizer, params, gradients(2))
+    assert all(torch.equal(params[k], before[k]) for k in params)
+    assert all(state["step"] == 2 for state in optimizer.state.values())
+
+
+def test_probing_a_fresh_optimizer_leaves_no_trace(case: Case) -> None:
+    """torch.distributed.checkpoint steps a fresh optimizer with zero gradients and lr = 0."""
+    model, twin = (nn.ParameterDict(make_params()) for _ in range(2))
+    optimizer, untouched = case.build(model.parameters()), case.build(twin.parameters())
+    found = get_optimizer_state_dict(model, optimizer)
+    assert set(found["state"]) == set(SHAPES)
+    for each, tensors in ((optimizer, model), (untouched, twin)):
+        run(each, dict(tensors.items()), gradients(4))
+    assert all(torch.equal(model[k], twin[k]) for k in SHAPES)
+    assert_same_state(optimizer, untouched)
+
+
+def test_not_finite_gradients_show_in_the_parameter(case: Case) -> None:
+    for bad in (float("nan"), float("inf")):
+        for first in (0, 3):
+            params = make_params()
+            optimizer = case.build(params.values())
+            run(optimizer, params, gradients(first))
+            grads = next(gradients(1))
+            for grad in grads.values():
+                grad.view(-1)[0] = bad
+            run(optimizer, params, iter([grads]))
+            assert all(not torch.isfinite(p).all() for p in params.values())
+
+
+def test_the_global_random_state_and_precision_settings_do_not_matter(case: Case) -> None:
+    results = []
+    for precision in ("highest", "medium"):
+        torch.manual_seed(3)
+        before = torch.get_rng_state()
+        params = make_params()
+        optimizer = case.build(params.values())
+        torch.set_float32_matmul_precision(precision)
+        try:
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "medium"):
+                run(optimizer, params, gradients(3))
+            assert torch.get_float32_matmul_precision() == precision
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        assert torch.equal(torch.get_rng_state(), before)
+        results.append(params)
+    assert all(torch.equal(results[0][k], results[1][k]) for k in SHAPES)
+
+
+def test_closure(case: Case) -> None:
+    weight = nn.Parameter(torch.randn(12, 40))
+    optimizer = case.build([weight])
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = weight.square().sum()
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(5)]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_sparse_and_complex_gradients_are_refused_before_anything_moves(case: Case) -> None:
+    embedding = nn.Embedding(50, 20, sparse=True)
+    other = nn.Parameter(torch.randn(12, 40))
+    optimizer = case.build([("other", other), ("embedding.weight", embedding.weight)])
+    (embedding(torch.tensor([1, 2])).sum() + other.square().sum()).backward()
+    before = other.detach().clone()
+    with pytest.raises(RuntimeError, match=r"'embedding.weight' has a sparse gradient.*sparse=False"):
+        optimizer.step()
+    assert torch.equal(other, before) and not optimizer.state
+    with pytest.raises(TypeError, match="complex64"):
+        case.build([nn.Parameter(torch.zeros(4, 4, dtype=torch.complex64))])
+    with pytest.raises(TypeError, match="float64"):
+        case.build([nn.Parameter(torch.zeros(4, 4, dtype=torch.float64))])
+
+
+def test_only_leaves_are_accepted(case: Case) -> None:
+    weight = nn.Parameter(torch.randn(12, 40))
+    with pytest.raises(ValueError, match="not a leaf"):
+        case.build([weight * 2])
+
+
+def test_groups_override_every_hyperparameter(case: Case) -> None:
+    defaults = OPTIMIZERS[case.name].optimizer_class.default_hyperparameters()
+    weight = nn.Parameter(torch.randn(12, 40))
+    optimizer = case.build([{"params": [weight], "lr": 0.5}])
+    second = nn.Parameter(torch.randn(12, 40))
+    optimizer.add_param_group({"params": [second], **defaults})
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert {k: optimizer.param_groups[1][k] for k in defaults} == defaults
+    with pytest.raises(TypeError, match=r"weight_decya.*weight_decay"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))], "weight_decya": 0.1})
+    with pytest.raises(ValueError, match="lr=-1"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))], "lr": -1.0})
+    assert len(optimizer.param_groups) == 2
+
+
+COMMON_WRONG = (
+    ("lr", -1e-3),
+    ("lr", "fast"),
+    ("lr", float("nan")),
+    ("betas", (0.9, 1.0)),
+    ("betas", (-0.1, 0.9)),
+    ("betas", 0.9),
+    ("betas", (0.9,)),
+    ("eps", 0.0),
+    ("weight_decay", -0.1),
+)
+
+
+def test_wrong_values_name_the_argument(case: Case) -> None:
+    known = OPTIMIZERS[case.name].optimizer_class.default_hyperparameters()
+    wrong = [(n, v) for n, v in COMMON_WRONG + case.wrong if n in known]
+    assert len(wrong) > 5
+    for name, value in wrong:
+        with pytest.raises((TypeError, ValueError), match=name):
+            case.build([nn.Parameter(torch.zeros(20, 20))], **{name: value})
+        with pytest.raises((TypeError, ValueError), match=name):
+            case.build([{"params": [nn.Parameter(torch.zeros(20, 20))], name: value}])
+
+
+def test_state_of_something_else_is_refused_and_changes_nothing(case: Case) -> None:
+    params = make_params()
+    optimizer = case.build(params.values())
+    run(optimizer, params, gradients(2))
+    (key, value), *_ = case.other.items()
+    other = case.build(make_params().values(), **case.other)
+    with pytest.raises(ValueError, match=f"{key}={optimizer.param_groups[0][key]!r}.*{key}={value!r}"):
+        other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0][key] == value and not other.state
+
+    theirs = make_params()
+    adamw = torch.optim.AdamW(theirs.values())
+    run(adamw, theirs, gradients(2))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="another optimizer wrote it"):
+        optimizer.load_state_dict(adamw.state_dict())
+
+    fewer = case.build(list(make_params().values())[:-1])
+    with pytest.raises(ValueError, match=r"groups of \[6\] parameters, this optimizer has \[5\]"):
+        fewer.load_state_dict(optimizer.state_dict())
+
+    transposed = make_params()
+    transposed["wide"], transposed["square"] = transposed["square"], transposed["wide"]
+    swapped = case.build(transposed.values())
+    with pytest.raises(ValueError, match="cannot load the state of parameter"):
+        swapped.load_state_dict(optimizer.state_dict())
+
+
+def test_load_hooks_of_the_user_see_plain_state(case: Case) -> None:
+    params = make_params()
+    optimizer = case.build(params.values())
+    run(optimizer, params, gradients(2))
+    seen: list[bool] = []
+    fresh = case.build(params.values())
+    fresh.register_load_state_dict_pre_hook(lambda o, s: seen.append(isinstance(s["state"][0], dict)))
+    fresh.register_load_state_dict_post_hook(lambda o: seen.append("step" in o.state[params["wide"]]))
+    fresh.load_state_dict(optimizer.state_dict())
+    assert seen == [True, True]
+    assert_same_state(optimizer, fresh)
+
+
+def test_a_dropped_optimizer_frees_the_parameters(case: Case) -> None:
+    import weakref
+
+    params = make_params()
+    optimizer = case.build(params.values())
+    run(optimizer, params, gradients(2))
+    gc.collect()
+    gc.disable()
+    try:
+        alive = weakref.ref(params["wide"])
+        del optimizer, params
+        assert alive() is None
+    finally:
+        gc.enable()

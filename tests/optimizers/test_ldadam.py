@@ -1,0 +1,236 @@
+"""LDAdam against its paper: a float64 transcription, the conservation law, and exact limits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from hf_lowmem_optim.compression.lowrank import leading_left_singular_vectors, orthonormalize
+from hf_lowmem_optim.optimizers.ldadam import LDAdam, ldadam_state, ldadam_update_
+from tests.reference.ldadam import ReferenceLDAdam
+
+
+def drifting_gradients(shape: tuple[int, int], num_steps: int, seed: int) -> Iterator[np.ndarray]:
+    """Decaying spectrum whose factors drift, and noise: float32 values."""
+    rng = np.random.default_rng(seed)
+    rank = min(shape)
+    left, right = rng.normal(size=(shape[0], rank)), rng.normal(size=(rank, shape[1]))
+    for _ in range(num_steps):
+        left = 0.9 * left + 0.3 * rng.normal(size=left.shape)
+        yield (0.01 * (left * 0.7 ** np.arange(rank)) @ right + 0.001 * rng.normal(size=shape)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Parity:
+    shape: tuple[int, int]
+    error_feedback: str = "fp32"
+    weight_decay: float = 0.0
+    rank: int = 4
+    betas: tuple[float, float] = (0.908, 0.99)
+    rho: float = 0.908
+
+
+PARITY = [
+    Parity((24, 40)),
+    Parity((40, 24)),
+    Parity((32, 32)),
+    Parity((24, 40), error_feedback="none"),
+    Parity((40, 24), error_feedback="none", weight_decay=0.1),
+    Parity((32, 32), weight_decay=0.1, rank=1),
+    Parity((30, 200), weight_decay=0.1, rank=10),
+    Parity((24, 40), betas=(0.0, 0.95), rho=0.0),
+    Parity((24, 40), betas=(0.95, 0.9), rho=0.5),
+]
+
+
+@pytest.mark.parametrize("case", PARITY, ids=str)
+def test_parity_with_the_float64_transcription(case: Parity) -> None:
+    start = np.random.default_rng(0).normal(size=case.shape).astype(np.float32)
+    hyper = {"rank": case.rank, "betas": case.betas, "rho": case.rho, "weight_decay": case.weight_decay}
+    weight = nn.Parameter(torch.tensor(start))
+    optimizer = LDAdam([weight], error_feedback=case.error_feedback, **hyper)
+    reference = ReferenceLDAdam(start, error_feedback=case.error_feedback != "none", **hyper)
+    for step, gradient in enumerate(drifting_gradients(case.shape, 30, seed=1)):
+        lr = 1e-2 * (1 - step / 40)
+        optimizer.param_groups[0]["lr"] = lr
+        weight.grad = torch.tensor(gradient)
+        optimizer.step()
+        reference.step(gradient, lr)
+    # relative to the way travelled, a harder measure than relative to the parameters
+    error = np.linalg.norm(weight.detach().double().numpy() - reference.W)
+    assert error <= 1e-5 * np.linalg.norm(reference.W - start), error / np.linalg.norm(reference.W - start)
+
+
+@given(
+    rows=st.integers(2, 40),
+    columns=st.integers(2, 40),
+    rank=st.integers(1, 12),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    num_steps=st.integers(1, 6),
+    gradient_rank=st.integers(0, 3) | st.none(),
+    beta1=st.sampled_from([0.0, 0.5, 0.908]),
+    seed=st.integers(0, 2**20),
+)
+def test_conservation_and_orthonormality(
+    rows: int,
+    columns: int,
+    rank: int,
+    dtype: torch.dtype,
+    num_steps: int,
+    gradient_rank: int | None,
+    beta1: float,
+    seed: int,
+) -> None:
+    """U m + (1 − β1)·ξ = β1·U₋m₋ + (1 − β1)·(g + ξ₋) at every step, also for rank-deficient gradients."""
+    rank = min(rank, rows, columns)
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator).to(dtype)
+    specs = ldadam_state((rows + rank, columns + rank), dtype, rank=rank, error_feedback="fp32")
+    small, large = sorted((rows, columns))
+    shapes = {"basis": (small, rank), "exp_avg": (rank, large), "exp_avg_sq": (rank, large), "error": (rows, columns)}
+    state = {key: torch.zeros(shapes[key], dtype=spec.dtype) for key, spec in specs.items()}
+    for step in range(1, num_steps + 1):
+        gradient = torch.randn(rows, columns, generator=generator)
+        if gradient_rank is not None:
+            left = torch.randn(rows, gradient_rank, generator=generator)
+            gradient = left @ torch.randn(gradient_rank, columns, generator=generator)
+        gradient = gradient.to(dtype)
+        momentum_before, error_before = _lifted(state, rows > columns), state["error"].double()
+        ldadam_update_(
+            weight,
+            gradient,
+            state,
+            step=step,
+            lr=1e-3,
+            betas=(beta1, 0.99),
+            eps=1e-8,
+            weight_decay=0.0,
+            rho=0.908,
+        )
+        right = beta1 * momentum_before + (1 - beta1) * (gradient.double() + error_before)
+        left_side = _lifted(state, rows > columns) + (1 - beta1) * state["error"].double()
+        scale = 1 + right.abs().max()
+        assert (left_side - right).abs().max() <= 5e-6 * scale
+        basis = state["basis"].double()
+        assert torch.linalg.matrix_norm(basis.T @ basis - torch.eye(rank), 2) <= 1e-5
+        assert (state["exp_avg_sq"] >= 0).all()
+        assert torch.isfinite(weight).all()
+
+
+def _lifted(state: dict[str, torch.Tensor], tall: bool) -> torch.Tensor:
+    product = state["basis"].double() @ state["exp_avg"].double()
+    return product.T if tall else product
+
+
+def test_full_rank_keeps_no_error_and_adams_momentum() -> None:
+    """With r = p the subspace is everything: ξ = 0 and U m is Adam's first moment."""
+    shape = (8, 20)
+    state = {
+        "basis": torch.zeros(8, 8),
+        "exp_avg": torch.zeros(8, 20),
+        "exp_avg_sq": torch.zeros(8, 20),
+        "error": torch.zeros(shape),
+    }
+    weight, momentum = torch.zeros(shape), torch.zeros(shape, dtype=torch.float64)
+    for step, gradient in enumerate(drifting_gradients(shape, 15, seed=2), start=1):
+        grad = torch.tensor(gradient)
+        ldadam_update_(weight, grad, state, step=step, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, rho=0.9)
+        momentum = 0.9 * momentum + 0.1 * grad.double()
+        # c = β1/(1 − β1) = 9 multiplies the rounding of the momentum
+        assert state["error"].abs().max() <= 9e-7 * 9 * grad.abs().max()
+        torch.testing.assert_close(_lifted(state, False), momentum, rtol=1e-4, atol=1e-7)
+    # the first step is Adam in the basis U: every coordinate of the update is ±lr there
+    first = torch.zeros(shape)
+    fresh = {key: torch.zeros_like(value) for key, value in state.items()}
+    ldadam_update_(first, grad, fresh, step=1, lr=0.1, betas=(0.9, 0.99), eps=1e-12, weight_decay=0.0, rho=0.9)
+    torch.testing.assert_close((fresh["basis"].T @ first).abs(), torch.full((8, 20), 0.1), rtol=1e-4, atol=1e-5)
+
+
+def test_rank_at_least_the_smaller_dimension_is_dense() -> None:
+    hyper = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+    ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 160).view(8, 20)) for _ in range(2))
+    optimizer, adamw = LDAdam([ours], rank=8, **hyper), torch.optim.AdamW([theirs], fused=True, **hyper)
+    for gradient in drifting_gradients((8, 20), 5, seed=0):
+        for weight, each in ((ours, optimizer), (theirs, adamw)):
+            weight.grad = torch.tensor(gradient)
+            each.step()
+    assert torch.equal(ours, theirs)
+    assert set(optimizer.state[ours]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize("error_feedback", ["param", "fp32", "bf16", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_storage_of_error_and_states(error_feedback: str, dtype: torch.dtype) -> None:
+    weight = nn.Parameter(torch.zeros(16, 24, dtype=dtype))
+    optimizer = LDAdam([weight], rank=4, error_feedback=error_feedback, state_dtype="param")
+    for gradient in drifting_gradients((16, 24), 3, seed=0):
+        weight.grad = torch.tensor(gradient).to(dtype)
+        optimizer.step()
+    expected = {"param": dtype, "fp32": torch.float32, "bf16": torch.bfloat16, "none": None}[error_feedback]
+    state = optimizer.state[weight]
+    assert (state["error"].dtype if "error" in state else None) == expected
+    assert {state[key].dtype for key in ("basis", "exp_avg", "exp_avg_sq")} == {dtype}
+
+
+def test_convolution_kernels_are_matrices() -> None:
+    kernel = nn.Parameter(torch.randn(16, 3, 2, 4))
+    matrix = nn.Parameter(kernel.detach().reshape(16, 24).clone())
+    for weight in (kernel, matrix):
+        optimizer = LDAdam([weight], rank=4)
+        for gradient in drifting_gradients((16, 24), 4, seed=3):
+            weight.grad = torch.tensor(gradient).view(weight.shape)
+            optimizer.step()
+    assert torch.equal(kernel.view(16, 24), matrix)
+
+
+@pytest.mark.parametrize("matrix", ["zero", "rank one", "ill-conditioned", "huge", "tiny"])
+def test_orthonormalize(matrix: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    full = torch.randn(200, 30, generator=generator)
+    given_matrix = {
+        "zero": torch.zeros(200, 30),
+        "rank one": full[:, :1] @ torch.randn(1, 30, generator=generator),
+        "ill-conditioned": full * 10.0 ** -torch.arange(30),
+        "huge": full * 1e18,
+        "tiny": full * 1e-30,
+    }[matrix]
+    basis = orthonormalize(given_matrix)
+    assert torch.linalg.matrix_norm(basis.double().T @ basis.double() - torch.eye(30), 2) <= 1e-5
+    lost = given_matrix - basis @ (basis.T @ given_matrix)
+    assert lost.abs().max() <= 1e-5 * given_matrix.abs().max()
+
+
+@pytest.mark.parametrize("shape", [(30, 50), (200, 300)], ids=["exact", "randomized"])
+def test_leading_singular_vectors_catch_what_the_best_would(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(shape, generator=generator) @ torch.diag(0.98 ** torch.arange(shape[1]))
+    basis = leading_left_singular_vectors(matrix, 10)
+    assert torch.linalg.matrix_norm(basis.T @ basis - torch.eye(10), 2) <= 1e-5
+    best = torch.linalg.svdvals(matrix)[:10].square().sum()
+    caught = (basis.T @ matrix).square().sum(1)
+    assert caught.sum() >= 0.98 * best
+    assert torch.all(caught[:-1] >= caught[1:] * 0.999)
+
+
+def test_error_feedback_recovers_what_the_projection_cuts_off() -> None:
+    """A constant gradient of rank 8 under rank 2: with feedback every direction is followed, without it two are."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(30, 8, generator=generator), torch.randn(8, 40, generator=generator)
+    gradient = left @ right
+    moved = {}
+    for error_feedback in ("fp32", "none"):
+        weight = nn.Parameter(torch.zeros(30, 40))
+        optimizer = LDAdam([weight], lr=1e-2, rank=2, error_feedback=error_feedback)
+        for _ in range(60):
+            weight.grad = gradient.clone()
+            optimizer.step()
+        spectrum = torch.linalg.svdvals(weight.detach())
+        moved[error_feedback] = int((spectrum > 0.05 * spectrum[0]).sum())
+    assert moved["none"] <= 3 < 6 <= moved["fp32"]
