@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 from fractions import Fraction
 
-__all__ = ["MAX_BLOCK_SIZE", "kept_per_block", "num_kept"]
+from torch import Tensor
+
+__all__ = ["MAX_BLOCK_SIZE", "Selection", "kept_per_block", "num_kept"]
 
 MAX_BLOCK_SIZE = 32768  # int16 indices hold 0 … 32767
 
@@ -46,3 +49,26 @@ def check_block_size(block_size: int) -> None:
     """Raise ValueError if int16 indices cannot address a block of this size."""
     if not 1 <= block_size <= MAX_BLOCK_SIZE:
         raise ValueError(f"block_size must be in [1, {MAX_BLOCK_SIZE}] (indices are int16), got {block_size!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Where a selection is written, and how it is made: the checked arguments of one call, for the backends.
+
+    Attributes:
+        indices: int16 [kept], one row of the window.
+        values: bfloat16 or float32 [kept].
+        block_size: Entries of a full block.
+        k: Entries kept of a full block.
+        k_last: Entries kept of the last block, which may be shorter.
+        error_scale: Factor of the error that is added to the gradient.
+        seed: Seed of the stochastic rounding of a quantized error; None rounds to nearest.
+    """
+
+    indices: Tensor
+    values: Tensor
+    block_size: int
+    k: int
+    k_last: int
+    error_scale: float
+    seed: int | None
