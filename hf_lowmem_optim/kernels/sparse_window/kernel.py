@@ -27,7 +27,7 @@ SORTED_MAX_BLOCK_SIZE = 4096  # 12 bits of index
 SORTED_MAX_WINDOW = 15  # 4 bits of row; row 15 marks padding
 SORTED_MAX_SLOTS = 2048  # keys that one program sorts
 SCRATCH_BYTES = 1 << 25
-TILE = 1024
+SPARSE_TILE = 1024
 DOTS_PROGRAMS = 256
 _NUM_WARPS = 4
 
@@ -250,9 +250,14 @@ def _combine_kernel(
         tl.debug_barrier()
 
 
-def _tile(length: int) -> int:
-    """Lanes for a loop over ``length`` neighbouring entries."""
-    return int(min(TILE, max(128, triton.next_power_of_2(length))))
+def _sparse_tile(kept: int) -> int:
+    """Lanes for a loop over ``kept`` entries of a row."""
+    return int(min(SPARSE_TILE, max(128, triton.next_power_of_2(kept))))
+
+
+def _dense_tile(param: Tensor, window: SparseWindow, num_warps: int) -> int:
+    """Lanes for a loop over a block of the parameter: at least 16 bytes a thread, warps having up to 64 threads."""
+    return int(min(16 * 64 * num_warps // param.itemsize, max(128, triton.next_power_of_2(window.block_size))))
 
 
 def sorted_slots(window: SparseWindow) -> int | None:
@@ -288,6 +293,7 @@ def window_update_triton_(
 def _launch_sorted(
     param: Tensor, window: SparseWindow, weights: Tensor, slots: int, lr: float, eps: float, weight_decay: float
 ) -> None:
+    num_warps = max(4, slots // 256)
     _sorted_update_kernel[(window.num_blocks,)](
         param,
         window.indices,
@@ -302,9 +308,9 @@ def _launch_sorted(
         KEPT_PER_BLOCK=window.kept_per_block,
         BLOCK_SIZE=window.block_size,
         SLOTS=slots,
-        TILE=_tile(window.block_size),
+        TILE=_dense_tile(param, window, num_warps),
         HAS_DECAY=weight_decay != 0,
-        num_warps=max(4, slots // 256),
+        num_warps=num_warps,
         enable_fp_fusion=False,
     )
 
@@ -313,6 +319,8 @@ def _launch_scratch(
     param: Tensor, window: SparseWindow, weights: Tensor, lr: float, eps: float, weight_decay: float
 ) -> None:
     programs = max(1, min(window.num_blocks, SCRATCH_BYTES // (8 * window.block_size)))
+    has_decay = weight_decay != 0
+    tile = _dense_tile(param, window, _NUM_WARPS) if has_decay else _sparse_tile(window.kept_per_block)
     scratch = torch.empty(programs, 2, window.block_size, dtype=torch.float32, device=param.device)
     _scratch_update_kernel[(programs,)](
         param,
@@ -329,8 +337,8 @@ def _launch_scratch(
         window.window,
         window.kept_per_block,
         BLOCK_SIZE=window.block_size,
-        TILE=_tile(window.block_size if weight_decay != 0 else window.kept_per_block),
-        HAS_DECAY=weight_decay != 0,
+        TILE=tile,
+        HAS_DECAY=has_decay,
         num_warps=_NUM_WARPS,
         enable_fp_fusion=False,
     )
@@ -338,7 +346,7 @@ def _launch_scratch(
 
 def window_dots_triton(window: SparseWindow, dense: Tensor) -> Tensor:
     """See :func:`hf_lowmem_optim.kernels.sparse_window.window_dots`."""
-    tile = _tile(window.kept)
+    tile = _sparse_tile(window.kept)
     programs = min(triton.cdiv(window.kept, tile), DOTS_PROGRAMS)
     partial = torch.empty(window.window, programs, dtype=torch.float64, device=dense.device)
     with _on_device(dense):
@@ -352,6 +360,7 @@ def window_dots_triton(window: SparseWindow, dense: Tensor) -> Tensor:
             KEPT_PER_BLOCK=window.kept_per_block,
             TILE=tile,
             num_warps=_NUM_WARPS,
+            enable_fp_fusion=False,
         )
     return partial.sum(dim=1)
 
@@ -368,7 +377,7 @@ def window_combine_triton_(out: Tensor, window: SparseWindow, weights: Tensor) -
             window.window,
             window.kept_per_block,
             BLOCK_SIZE=window.block_size,
-            TILE=_tile(window.kept_per_block),
+            TILE=_sparse_tile(window.kept_per_block),
             num_warps=_NUM_WARPS,
             enable_fp_fusion=False,
         )
