@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["leading_left_singular_vectors", "orthonormalize"]
+__all__ = ["leading_left_singular_vectors", "orthonormalize", "seeded_sketch"]
 
 _OVERSAMPLING = 8
 _POWER_ITERATIONS = 2
@@ -26,6 +26,12 @@ def orthonormalize(matrix: Tensor) -> Tensor:
     """
     basis: Tensor = torch.linalg.qr(matrix)[0]
     return basis
+
+
+def seeded_sketch(rows: int, columns: int, device: torch.device) -> Tensor:
+    """Return a fixed Gaussian matrix, float32 (rows, columns), drawn on the CPU whatever the device."""
+    generator = torch.Generator().manual_seed(_SEED)
+    return torch.randn(rows, columns, generator=generator).to(device)
 
 
 def leading_left_singular_vectors(matrix: Tensor, rank: int) -> Tensor:
@@ -49,8 +55,7 @@ def leading_left_singular_vectors(matrix: Tensor, rank: int) -> Tensor:
     if 2 * width >= matrix.shape[0]:
         left: Tensor = torch.linalg.svd(matrix, full_matrices=False)[0]
         return left[:, :rank].contiguous()
-    generator = torch.Generator().manual_seed(_SEED)
-    sketch = torch.randn(matrix.shape[1], width, generator=generator, dtype=matrix.dtype).to(matrix.device)
+    sketch = seeded_sketch(matrix.shape[1], width, matrix.device)
     basis = orthonormalize(matrix @ sketch)
     for _ in range(_POWER_ITERATIONS):
         basis = orthonormalize(matrix @ (matrix.T @ basis))

@@ -38,4 +38,4 @@ class Workspace:
         if buffer is None or buffer.numel() < numel:
             buffer = torch.empty(numel, dtype=torch.float32, device=device)
             self._buffers[name, device] = buffer
-        return buffer[:numel].view(*shape)
+        return buffer[:numel].view(tuple(shape))

@@ -24,7 +24,7 @@ from hf_lowmem_optim.optimizers.hyperparameters import (
     check_weight_decay,
     nearest,
 )
-from hf_lowmem_optim.optimizers.resume import exact_load
+from hf_lowmem_optim.optimizers.resume import exact_load, pack_shared
 from hf_lowmem_optim.state import TensorSpec
 
 __all__ = ["LowMemoryOptimizer", "PendingUpdate"]
@@ -130,6 +130,18 @@ class LowMemoryOptimizer(Optimizer):
         if not cls.compresses(param.shape, group):
             return adamw_state(param.shape, param.dtype)
         return cls.state_function(param.shape, param.dtype, **{key: group[key] for key in cls.state_keys})
+
+    @classmethod
+    def shared_specs(cls, groups: Sequence[Mapping[str, Any]]) -> dict[str, TensorSpec]:
+        """Describe the state that belongs to all parameters together, ``optimizer.state["shared"]``.
+
+        Args:
+            groups: The parameter groups, with ``"params"``.
+
+        Returns:
+            Specs by state key; empty for methods that treat each tensor by itself.
+        """
+        return {}
 
     # --------------------------------------------------------------------------------------------- construction
 
@@ -262,6 +274,10 @@ class LowMemoryOptimizer(Optimizer):
             )
 
     # ---------------------------------------------------------------------------------------------------- resume
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as torch does; what belongs to all parameters is in ``["param_groups"][0]["shared"]``."""
+        return pack_shared(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict; tensors keep the dtypes in which they were saved.

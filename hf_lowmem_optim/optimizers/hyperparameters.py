@@ -11,7 +11,9 @@ __all__ = [
     "check_betas",
     "check_choice",
     "check_eps",
+    "check_fraction",
     "check_lr",
+    "check_positive",
     "check_positive_int",
     "check_unit_interval",
     "check_weight_decay",
@@ -49,6 +51,21 @@ def check_eps(value: Any) -> None:
     """Epsilon: a finite float > 0, so that a zero gradient never divides zero by zero."""
     if _check_real("eps", value, "a float > 0") <= 0:
         raise ValueError(f"eps={value!r} is not positive; it must be a float > 0, for example 1e-8")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """A finite float > 0."""
+    if _check_real(name, value, "a float > 0") <= 0:
+        raise ValueError(f"{name}={value!r} is not positive; it must be a float > 0")
+
+
+def check_fraction(name: str, value: Any, *, or_none: str | None = None) -> None:
+    """A float in (0, 1], or None where ``or_none`` says what that means."""
+    expected = "a float in (0, 1]" + (f", or None ({or_none})" if or_none is not None else "")
+    if value is None and or_none is not None:
+        return
+    if not 0.0 < _check_real(name, value, expected) <= 1.0:
+        raise ValueError(f"{name}={value!r} is out of range; it must be {expected}")
 
 
 def check_unit_interval(name: str, value: Any) -> None:

@@ -3,21 +3,29 @@
 torch casts every loaded state tensor to the dtype of its parameter (int16 indices, codes and float32 moments of
 bfloat16 parameters included). Here the state passes through torch's own ``load_state_dict`` in wrappers that it does
 not look into, and is checked against what the optimizer would allocate.
+
+What belongs to all parameters together (a Gram matrix) lies in ``optimizer.state["shared"]`` and travels in the first
+parameter group of a state dict: ``torch.distributed.checkpoint`` rejects keys of the state that are no parameters, and
+drops keys that it does not know beside ``"state"`` and ``"param_groups"``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 if TYPE_CHECKING:
     from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
 
-__all__ = ["exact_load"]
+__all__ = ["SHARED", "exact_load", "pack_shared", "shared_device"]
+
+#: Key of what belongs to all parameters together, in ``optimizer.state`` and in the packed parameter group.
+SHARED = "shared"
 
 
 class _AsSaved:
@@ -25,6 +33,32 @@ class _AsSaved:
 
     def __init__(self, state: Mapping[str, Any]) -> None:
         self.state = state
+
+
+def pack_shared(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Move the shared entry of a state dict from its state to its first parameter group.
+
+    Args:
+        state_dict: As ``torch.optim.Optimizer.state_dict`` gave it; not changed.
+
+    Returns:
+        The packed state dict; the same one if there is no shared entry.
+    """
+    if SHARED not in state_dict["state"]:
+        return state_dict
+    state = {key: value for key, value in state_dict["state"].items() if key != SHARED}
+    first, *rest = state_dict["param_groups"]
+    return {**state_dict, "state": state, "param_groups": [{**first, SHARED: state_dict["state"][SHARED]}, *rest]}
+
+
+def _unpack_shared(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Undo :func:`pack_shared`."""
+    groups = state_dict["param_groups"]
+    if not groups or SHARED not in groups[0]:
+        return state_dict
+    first = {key: value for key, value in groups[0].items() if key != SHARED}
+    state = {**state_dict["state"], SHARED: groups[0][SHARED]}
+    return {**state_dict, "state": state, "param_groups": [first, *groups[1:]]}
 
 
 @contextmanager
@@ -36,14 +70,16 @@ def exact_load(optimizer: LowMemoryOptimizer) -> Iterator[None]:
 
     def wrap(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         _check_groups(optimizer, state_dict["param_groups"])
+        state_dict = _unpack_shared(state_dict)
         _check_state(optimizer, state_dict)
+        _check_shared(optimizer, state_dict)
         return {**state_dict, "state": {key: _AsSaved(value) for key, value in state_dict["state"].items()}}
 
     def unwrap(_: Optimizer) -> None:
         for param, saved in list(optimizer.state.items()):
+            device = param.device if isinstance(param, Tensor) else shared_device(optimizer.param_groups)
             optimizer.state[param] = {
-                key: value.to(param.device) if isinstance(value, Tensor) else value
-                for key, value in saved.state.items()
+                key: value.to(device) if isinstance(value, Tensor) else value for key, value in saved.state.items()
             }
 
     before = optimizer.register_load_state_dict_pre_hook(wrap)
@@ -53,6 +89,12 @@ def exact_load(optimizer: LowMemoryOptimizer) -> Iterator[None]:
     finally:
         before.remove()
         after.remove()
+
+
+def shared_device(groups: Sequence[Mapping[str, Any]]) -> torch.device:
+    """Where the shared state lies: with the first parameter."""
+    first: Tensor = next(param for group in groups for param in group["params"])
+    return first.device
 
 
 def _check_groups(optimizer: LowMemoryOptimizer, saved_groups: list[dict[str, Any]]) -> None:
@@ -99,3 +141,27 @@ def _check_state(optimizer: LowMemoryOptimizer, state_dict: dict[str, Any]) -> N
                     f"{tuple(param.shape)}): {key!r} was saved as {found.get(key, saved.get(key))}, this optimizer "
                     f"expects {expected.get(key, 'an int')}. It belongs to another optimizer, model or dtype"
                 )
+
+
+def _check_shared(optimizer: LowMemoryOptimizer, state_dict: Mapping[str, Any]) -> None:
+    """Compare what was saved for all parameters together with what this optimizer would allocate."""
+    specs = optimizer.shared_specs(optimizer.param_groups)
+    saved = state_dict["state"].get(SHARED)
+    if saved is None:
+        # So it is before the first update of a compressed tensor.
+        updated = {key for key, entry in state_dict["state"].items() if entry.get("step")}
+        if not specs or not any(
+            saved_id in updated and optimizer.compresses(param.shape, group)
+            for group, saved_group in zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
+            for param, saved_id in zip(group["params"], saved_group["params"], strict=True)
+        ):
+            return
+        saved = {}
+    expected = {key: (spec.shape, spec.dtype) for key, spec in specs.items()}
+    found = {key: (tuple(v.shape), v.dtype) for key, v in saved.items() if isinstance(v, Tensor)}
+    if found != expected or not isinstance(saved.get("step"), int):
+        raise ValueError(
+            f"{type(optimizer).__name__} cannot load this state: param_groups[0][{SHARED!r}], which belongs to all "
+            f"parameters together, has {found or 'nothing'}, this optimizer expects {expected} and the int 'step'. "
+            "Save and load the whole of optimizer.state_dict()"
+        )
