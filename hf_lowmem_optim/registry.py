@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
 from hf_lowmem_optim.optimizers.hyperparameters import nearest
 from hf_lowmem_optim.optimizers.ldadam import LDAdam, ldadam_state
+from hf_lowmem_optim.optimizers.lowrank_mfac import LowRankMFAC, lowrank_mfac_state
+from hf_lowmem_optim.optimizers.sparse_ggt import SparseGGT, sparse_ggt_state
+from hf_lowmem_optim.optimizers.sparse_mfac import SparseMFAC, sparse_mfac_state
 from hf_lowmem_optim.state import TensorSpec
 
 __all__ = ["OPTIMIZERS", "OptimizerEntry", "get_entry"]
@@ -41,6 +44,27 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
             ldadam_state,
             "arXiv 2410.16103 (ICLR 2025)",
             "Adam in a low-rank subspace that follows the gradient, with error feedback",
+        ),
+        OptimizerEntry(
+            "sparse_mfac",
+            SparseMFAC,
+            sparse_mfac_state,
+            "arXiv 2306.06098 (ICML 2024)",
+            "inverse Fisher matrix (M-FAC) of a window of sparse gradients, with error feedback",
+        ),
+        OptimizerEntry(
+            "lowrank_mfac",
+            LowRankMFAC,
+            lowrank_mfac_state,
+            "arXiv 2306.06098 (ICML 2024)",
+            "inverse Fisher matrix (M-FAC) of a window of low-rank gradients, with error feedback",
+        ),
+        OptimizerEntry(
+            "sparse_ggt",
+            SparseGGT,
+            sparse_ggt_state,
+            "arXiv 2306.06098 (ICML 2024)",
+            "full-matrix AdaGrad (GGT) over a window of sparse gradients, with error feedback",
         ),
     )
 }

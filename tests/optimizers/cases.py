@@ -41,9 +41,38 @@ class Case:
     def dense_key(self) -> str:
         return OPTIMIZERS[self.name].optimizer_class.dense_key
 
+    @property
+    def shared_keys(self) -> tuple[str, ...]:
+        """Hyper-parameters on which all compressed groups must agree."""
+        return getattr(OPTIMIZERS[self.name].optimizer_class, "shared_keys", ())
+
     def build(self, params: Any, **override: Any) -> LowMemoryOptimizer:
         return OPTIMIZERS[self.name].optimizer_class(params, **{**self.hyper, **override})
 
+
+#: A window that wraps within the tests' steps.
+PRECONDITIONED = {"window": 4, "damping": 1e-3, "momentum": 0.5, "weight_decay": 0.1, "lr": 1e-2}
+WRONG_PRECONDITIONED = (
+    ("window", 0),
+    ("window", 2.5),
+    ("damping", 0.0),
+    ("damping", -1e-5),
+    ("damping", "small"),
+    ("momentum", 1.0),
+    ("momentum", -0.1),
+    ("error_feedback", "param"),
+    ("scope", "layer"),
+)
+WRONG_SPARSE = (
+    ("density", 0.0),
+    ("density", 1.5),
+    ("density", "x"),
+    ("density", True),
+    ("block_size", 0),
+    ("block_size", 40000),
+    ("block_size", 100),
+    ("value_dtype", "fp16"),
+)
 
 CASES = {
     case.name: case
@@ -63,6 +92,27 @@ CASES = {
                 ("state_dtype", "fp8"),
                 ("error_feedback", "fp23"),
             ),
+        ),
+        Case(
+            "sparse_mfac",
+            {**PRECONDITIONED, "density": 0.1, "block_size": 64},
+            {"density": 0.2},
+            (*WRONG_PRECONDITIONED, *WRONG_SPARSE),
+            coupled=True,
+        ),
+        Case(
+            "lowrank_mfac",
+            {**PRECONDITIONED, "rank": 3},
+            {"rank": 2},
+            (*WRONG_PRECONDITIONED, ("rank", 0), ("rank", "x"), ("rank", True), ("rank", 2.0)),
+            coupled=True,
+        ),
+        Case(
+            "sparse_ggt",
+            {**PRECONDITIONED, "density": 0.1, "block_size": 64},
+            {"window": 5},
+            (*WRONG_PRECONDITIONED, *WRONG_SPARSE),
+            coupled=True,
         ),
     )
 }
@@ -92,8 +142,10 @@ def run(optimizer: LowMemoryOptimizer, params: dict[str, nn.Parameter], steps: I
 
 def assert_same_state(left: LowMemoryOptimizer, right: LowMemoryOptimizer) -> None:
     """Every entry of the state equal: types, dtypes, bits."""
-    first, second = left.state_dict()["state"], right.state_dict()["state"]
-    assert first.keys() == second.keys() and len(first) > 0
+    packed = [each.state_dict() for each in (left, right)]
+    # what belongs to all parameters together travels in the first group
+    first, second = ({**p["state"], "shared": p["param_groups"][0].get("shared", {})} for p in packed)
+    assert first.keys() == second.keys() and len(first) > 1
     for index, saved in first.items():
         assert saved.keys() == second[index].keys()
         for key, value in saved.items():

@@ -1,0 +1,226 @@
+"""Error-feedback-compressed preconditioners (EFCP, arXiv 2306.06098): what M-FAC and GGT, sparse or low-rank, share.
+
+Over all compressed tensors of the optimizer as one vector (``scope="model"``) or over each by itself (``"tensor"``),
+with the window's rows as the m × D matrix G:
+
+1. acc ← ξ + g
+2. c ← C(acc);  ξ ← acc − c
+3. row (t − 1) mod m of G ← c
+4. row and column (t − 1) mod m of GGᵀ ← G c
+5. u ← P⁻¹c = Gᵀw, with the weights w from GGᵀ alone (``preconditioners/``)
+6. vel ← μ·vel + u                                            if μ > 0
+7. W ← W·(1 − lr·weight_decay) − lr·(vel or u)
+
+Lines 1 to 3 are each optimizer's own. Lines 4 and 5 see the tensors only through inner products, which add up.
+
+| letter | state key             | shape  | dtype | bytes per parameter            |
+|--------|-----------------------|--------|-------|--------------------------------|
+| GGᵀ    | `gram`                | (m, m) | fp64  | 8·m² in all, or for each tensor |
+| vel    | `velocity`            | W      | fp32  | 4 if μ > 0                     |
+| t      | `step`                |        | int   |                                |
+
+With ``scope="model"`` GGᵀ and t are in ``optimizer.state["shared"]``; a tensor that has no gradient in a step counts as
+zero in that row and is not moved. With ``scope="tensor"`` they are in the tensor's own state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from hf_lowmem_optim.compression.window import Window
+from hf_lowmem_optim.compression.workspace import Workspace
+from hf_lowmem_optim.optimizers.adamw import adamw_state
+from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer, PendingUpdate
+from hf_lowmem_optim.optimizers.hyperparameters import (
+    check_choice,
+    check_positive,
+    check_positive_int,
+    check_unit_interval,
+)
+from hf_lowmem_optim.optimizers.resume import SHARED, shared_device
+from hf_lowmem_optim.state import TensorSpec
+
+__all__ = ["SCOPES", "PreconditionedOptimizer", "gram_spec", "preconditioner_state"]
+
+SCOPES = ("model", "tensor")
+
+
+def gram_spec(window: int) -> TensorSpec:
+    """Describe the Gram matrix of a window of ``window`` rows."""
+    return TensorSpec((window, window), torch.float64, "gram")
+
+
+def preconditioner_state(shape: Sequence[int], *, window: int, momentum: float, scope: str) -> dict[str, TensorSpec]:
+    """Describe the part of a compressed tensor's state that does not depend on the compression.
+
+    Args:
+        shape: Shape of the parameter.
+        window: Rows of the window.
+        momentum: Heavy-ball momentum; 0 needs no state.
+        scope: One of :data:`SCOPES`.
+
+    Returns:
+        Specs by state key.
+    """
+    specs = {}
+    if momentum > 0:
+        specs["velocity"] = TensorSpec(tuple(shape), torch.float32, "velocity")
+    if scope == "tensor":
+        specs["gram"] = gram_spec(window)
+    return specs
+
+
+class PreconditionedOptimizer(LowMemoryOptimizer):
+    """Base of the preconditioned optimizers: see the head of this file.
+
+    Attributes:
+        compress_function: ``(grad, state, *, row, step, group, workspace) -> None``: lines 1 to 3 for one tensor.
+        window_function: ``(state, shape, group) -> Window``: the tensor's window on the tensors of its state.
+        weights_function: ``(gram, newest, *, damping) -> w``: line 5.
+        shared_keys: Hyper-parameters on which all compressed groups must agree.
+    """
+
+    compress_function: ClassVar[Callable[..., None]]
+    window_function: ClassVar[Callable[..., Window]]
+    weights_function: ClassVar[Callable[..., Tensor]]
+    shared_keys: ClassVar[tuple[str, ...]] = ("window", "damping", "scope")
+
+    # ---------------------------------------------------------------------------------------------- description
+
+    @classmethod
+    def check_own(cls, hyper: Mapping[str, Any]) -> None:
+        """Check what all preconditioned optimizers have."""
+        check_positive_int("window", hyper["window"])
+        check_positive("damping", hyper["damping"])
+        check_unit_interval("momentum", hyper["momentum"])
+        check_choice("scope", hyper["scope"], SCOPES)
+
+    @classmethod
+    def compresses(cls, shape: Sequence[int], group: Mapping[str, Any]) -> bool:
+        """Whether a tensor of this shape is in the preconditioner: every tensor of a group that did not opt out."""
+        return group[cls.dense_key] is not None and 0 not in shape
+
+    @classmethod
+    def state_specs(cls, param: Tensor, group: Mapping[str, Any]) -> dict[str, TensorSpec]:
+        """Describe the state of a parameter in a group; ``momentum`` may change in a run, the velocity follows it."""
+        if not cls.compresses(param.shape, group):
+            return adamw_state(param.shape, param.dtype)
+        return cls.state_function(param.shape, param.dtype, **{k: group[k] for k in (*cls.state_keys, "momentum")})
+
+    @classmethod
+    def shared_specs(cls, groups: Sequence[Mapping[str, Any]]) -> dict[str, TensorSpec]:
+        """Describe the Gram matrix of all parameters together; none if every tensor has its own."""
+        for group in groups:
+            if group["scope"] == "model" and any(cls.compresses(param.shape, group) for param in group["params"]):
+                return {"gram": gram_spec(group["window"])}
+        return {}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; it must agree with the others on :attr:`shared_keys`, unless it takes the dense rule.
+
+        Args:
+            param_group: ``"params"`` and overrides, as in torch.
+
+        Raises:
+            TypeError: A parameter is no float32, bfloat16 or float16 tensor, or an override has the wrong type.
+            ValueError: A parameter is not a leaf, an override is out of range, or the group differs from another one
+                in what they must share.
+        """
+        added = {**self.defaults, **param_group}
+        self.check_hyperparameters({key: added[key] for key in self.defaults})
+        self._check_agreement([*self.param_groups, added])
+        super().add_param_group(param_group)
+
+    @classmethod
+    def _check_agreement(cls, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse groups that cannot be in one preconditioner."""
+        members = [group for group in groups if group[cls.dense_key] is not None]
+        for group in members[1:]:
+            for key in cls.shared_keys if members[0]["scope"] == "model" else ("scope",):
+                if group[key] != members[0][key]:
+                    raise ValueError(
+                        f"{key}={group[key]!r} of a parameter group differs from {key}={members[0][key]!r} of another; "
+                        f"all groups share one preconditioner. Give them the same {key}, opt the group out with "
+                        f'{cls.dense_key}=None, or build {cls.__name__} with scope="tensor"'
+                    )
+
+    # ------------------------------------------------------------------------------------------------------ step
+
+    def _update_compressed_(self, updates: Sequence[PendingUpdate]) -> None:
+        """Apply lines 1 to 7 to the tensors of this step: all in one system, or each in its own."""
+        if not updates:
+            return
+        self._check_agreement([update.group for update in updates])
+        group, workspace = updates[0].group, Workspace()
+        if group["scope"] == "tensor":
+            for update in updates:
+                self._solve_system_([update], update.state["gram"], update.state["step"], workspace)
+            return
+        # torch, too, keeps what belongs to no parameter under a string
+        shared = cast("dict[Any, dict[str, Any]]", self.state)[SHARED]
+        if not shared:
+            gram = gram_spec(group["window"]).allocate(shared_device(self.param_groups))
+            shared.update(step=0, gram=gram)
+        shared["step"] += 1
+        self._clear_absent_(updates, (shared["step"] - 1) % group["window"])
+        self._solve_system_(updates, shared["gram"], shared["step"], workspace)
+
+    def _clear_absent_(self, updates: Sequence[PendingUpdate], row: int) -> None:
+        """Set the row to zero in the windows of tensors that have no gradient in this step."""
+        present = {id(update.state) for update in updates}
+        for group in self.param_groups:
+            for param in group["params"]:
+                # `get`, because looking must not create entries
+                state = self.state.get(param)
+                if state and id(state) not in present and self.compresses(param.shape, group):
+                    self._window(state, param, group).clear_(row)
+
+    def _solve_system_(self, updates: Sequence[PendingUpdate], gram: Tensor, step: int, workspace: Workspace) -> None:
+        """Do step number ``step`` of the system of these tensors."""
+        window, damping = updates[0].group["window"], updates[0].group["damping"]
+        row = (step - 1) % window
+        dots = torch.zeros(window, dtype=gram.dtype, device=gram.device)
+        windows = [self._window(update.state, update.param, update.group) for update in updates]
+        for update, rows in zip(updates, windows, strict=True):
+            # lines 1 to 3: the tensor's part of row (t − 1) mod m of G ← c
+            type(self).compress_function(
+                update.grad, update.state, row=row, step=update.state["step"], group=update.group, workspace=workspace
+            )
+            # line 4: G c is a sum over tensors
+            dots += rows.gram_row(row, workspace).to(gram.device)
+        gram[row] = dots
+        gram[:, row] = dots
+        # line 5: the weights in u ← Gᵀw
+        weights = type(self).weights_function(gram, row, damping=damping).to(torch.float32)
+        for update, rows in zip(updates, windows, strict=True):
+            direction = workspace.take("direction", (update.param.numel(),), update.param.device).zero_()
+            rows.combine_(direction, weights.to(update.param.device))
+            _descend_(update, direction.view(update.param.shape), workspace)
+
+    def _window(self, state: Mapping[str, Tensor], param: Tensor, group: Mapping[str, Any]) -> Window:
+        return type(self).window_function(state, param.shape, group)
+
+
+def _descend_(update: PendingUpdate, direction: Tensor, workspace: Workspace) -> None:
+    """Apply lines 6 and 7 to one tensor; ``direction`` is u, float32."""
+    param, group = update.param, update.group
+    # line 6: vel ← μ·vel + u
+    if group["momentum"] > 0:
+        if "velocity" not in update.state:
+            update.state["velocity"] = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
+        direction = update.state["velocity"].mul_(group["momentum"]).add_(direction)
+    else:
+        update.state.pop("velocity", None)
+    # line 7: computed in float32, rounded once
+    wide = param
+    if param.dtype != torch.float32:
+        wide = workspace.take("parameter", param.shape, param.device).copy_(param)
+    if group["weight_decay"] != 0:
+        wide.mul_(1 - group["lr"] * group["weight_decay"])
+    wide.add_(direction, alpha=-group["lr"])
+    if wide is not param:
+        param.copy_(wide)

@@ -1,0 +1,226 @@
+"""SparseMFAC: M-FAC with a window of sparse gradients (Modoranu et al., arXiv 2306.06098, ICML 2024).
+
+Per tensor of n entries in blocks of ``block_size``, window m; ``preconditioned.py`` has the rest of the algorithm:
+
+1. acc ← ξ + g
+2. c ← the ⌈density·block⌉ entries of largest |acc| per block, rounded to ``value_dtype``;  ξ ← acc − c
+3. row (t − 1) mod m of the window ← c
+5. u ← F⁻¹c with F = λI + (1/m)·Σ gᵢgᵢᵀ over the rows gᵢ of the window, over all tensors
+
+| letter | state key | shape     | dtype            | bytes per parameter                          |
+|--------|-----------|-----------|------------------|----------------------------------------------|
+| c      | `indices` | (m, kept) | int16            | 2·m·density                                  |
+| c      | `values`  | (m, kept) | `value_dtype`    | 2·m·density (bf16), 4·m·density (fp32)       |
+| ξ      | `error`…  | (n,)      | `error_feedback` | 4 (fp32), 2 (bf16), 1.06 (8bit), 0.56 (4bit) |
+
+What rounding cuts off the values is part of ξ. Every tensor is compressed, also small ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from hf_lowmem_optim.compression.error_feedback import QUANTIZED_ERROR, error_state, quantized_error
+from hf_lowmem_optim.compression.topk import MAX_BLOCK_SIZE, kept_per_block, window_specs
+from hf_lowmem_optim.compression.window import SparseRows
+from hf_lowmem_optim.compression.workspace import Workspace
+from hf_lowmem_optim.kernels.block_topk import block_topk_
+from hf_lowmem_optim.kernels.sparse_window import SparseWindow
+from hf_lowmem_optim.optimizers.adamw import adamw_state
+from hf_lowmem_optim.optimizers.hyperparameters import check_choice, check_fraction, check_positive_int
+from hf_lowmem_optim.optimizers.preconditioned import PreconditionedOptimizer, preconditioner_state
+from hf_lowmem_optim.preconditioners.mfac import mfac_weights
+from hf_lowmem_optim.state import TensorSpec
+
+__all__ = ["SparseMFAC", "sparse_compress_", "sparse_mfac_state"]
+
+_ERROR_FEEDBACK = ("fp32", "bf16", "8bit", "4bit")
+_VALUE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def sparse_mfac_state(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    window: int = 32,
+    density: float | None = 0.01,
+    momentum: float = 0.0,
+    block_size: int = 4096,
+    value_dtype: str = "bf16",
+    error_feedback: str = "8bit",
+    scope: str = "model",
+    **_other: Any,
+) -> dict[str, TensorSpec]:
+    """State of one parameter; with ``preconditioner_state`` the only place where its size is written.
+
+    Args:
+        shape: Shape of the parameter.
+        dtype: Dtype of the parameter.
+        window: As in :class:`SparseMFAC`.
+        density: As in :class:`SparseMFAC`.
+        momentum: As in :class:`SparseMFAC`.
+        block_size: As in :class:`SparseMFAC`.
+        value_dtype: As in :class:`SparseMFAC`.
+        error_feedback: As in :class:`SparseMFAC`.
+        scope: As in :class:`SparseMFAC`.
+        **_other: Hyper-parameters that do not change the state.
+
+    Returns:
+        Specs by state key: the table at the head of this file, or dense AdamW's.
+    """
+    if density is None or 0 in shape:
+        return adamw_state(shape, dtype)
+    numel = math.prod(shape)
+    stored = _VALUE_DTYPES[value_dtype]
+    return {
+        **window_specs(numel, window=window, density=density, block_size=block_size, value_dtype=stored),
+        **error_state((numel,), dtype, error_feedback),
+        **preconditioner_state(shape, window=window, momentum=momentum, scope=scope),
+    }
+
+
+def sparse_compress_(
+    grad: Tensor,
+    state: Mapping[str, Tensor],
+    *,
+    row: int,
+    step: int,
+    group: Mapping[str, Any],
+    workspace: Workspace,
+) -> None:
+    """Put the largest entries of ξ + g into a row of the window and the rest into ξ: lines 1 to 3, in one pass.
+
+    Args:
+        grad: g, any floating dtype, shape and layout; only read.
+        state: As :func:`sparse_mfac_state` describes it; written.
+        row: Row of the window to write.
+        step: Which update of this tensor this is; does not matter here.
+        group: Hyper-parameters.
+        workspace: Temporary buffers.
+    """
+    flat = grad.reshape(-1)
+    storage = group["error_feedback"]
+    error = quantized_error(state, flat.numel(), storage) if storage in QUANTIZED_ERROR else state["error"]
+    block_topk_(
+        state["indices"][row],
+        state["values"][row],
+        flat if flat.is_contiguous() else flat.contiguous(),
+        error,
+        block_size=group["block_size"],
+        density=group["density"],
+    )
+
+
+def _rows(state: Mapping[str, Tensor], shape: Sequence[int], group: Mapping[str, Any]) -> SparseRows:
+    """The window of one tensor."""
+    numel, block_size = math.prod(shape), group["block_size"]
+    kept = kept_per_block(block_size, group["density"])
+    return SparseRows(SparseWindow(state["indices"], state["values"], numel, block_size, kept))
+
+
+class SparseMFAC(PreconditionedOptimizer):
+    """SparseMFAC: the gradient, preconditioned by the inverse Fisher matrix of a window of sparse gradients.
+
+    One Fisher matrix spans all parameters, small tensors included. A group with ``density=None`` takes AdamW,
+    bit-equal to torch's. A tensor without a gradient in a step counts as zero in that step's row and is not moved. A
+    non-finite gradient makes every parameter of the Fisher matrix non-finite, as the formula has it.
+
+    Args:
+        params: Parameters, named parameters or parameter groups, as in torch. A group may set any argument below, but
+            ``window``, ``damping`` and ``scope`` must be the same in all groups that share a Fisher matrix.
+        lr: Learning rate. The first step is about m·c/‖c‖² for small damping: larger for smaller gradients.
+        window: m, the number of gradients in the Fisher matrix, and its divisor also while there are fewer.
+        density: Fraction of the entries of each block that a gradient keeps, or None for dense AdamW.
+        damping: λ > 0 in F = λI + (1/m)·Σ gᵢgᵢᵀ. The larger, the closer to gradient descent at the rate lr/λ.
+        momentum: μ in [0, 1) of the heavy ball vel ← μ·vel + u; if it is not 0, four bytes per parameter.
+        weight_decay: Decoupled weight decay.
+        block_size: Entries of the blocks in which Top-K selects, at most 32768; a multiple of 64 for a quantized error.
+        value_dtype: Storage of the kept values: ``"bf16"`` or ``"fp32"``.
+        error_feedback: Storage of the error: ``"fp32"``, ``"bf16"``, ``"8bit"`` or ``"4bit"``.
+        scope: ``"model"`` for one Fisher matrix over all parameters, ``"tensor"`` for one per tensor: the coupling
+            between tensors is lost and each tensor has its own step size, but nothing is shared.
+        betas: Decay rates of AdamW, for groups with ``density=None``.
+        eps: Epsilon of AdamW, for groups with ``density=None``.
+
+    Raises:
+        TypeError: An argument has the wrong type, or a parameter an unsupported dtype.
+        ValueError: An argument is out of range, or groups differ in what they must share.
+
+    Example:
+        >>> optimizer = SparseMFAC(model.parameters(), lr=1e-3, window=32, density=0.01)
+        >>> loss.backward()
+        >>> optimizer.step()
+
+    Source: arXiv 2306.06098, algorithm 1 with Top-K as compressor; arXiv 2107.03356 for the preconditioner.
+    """
+
+    name: ClassVar[str] = "sparse_mfac"
+    dense_key: ClassVar[str] = "density"
+    state_keys: ClassVar[tuple[str, ...]] = (
+        "density",
+        "window",
+        "block_size",
+        "value_dtype",
+        "error_feedback",
+        "scope",
+    )
+    state_function = staticmethod(sparse_mfac_state)
+    compress_function = staticmethod(sparse_compress_)
+    window_function = staticmethod(_rows)
+    weights_function = staticmethod(mfac_weights)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        window: int = 32,
+        density: float | None = 0.01,
+        damping: float = 1e-5,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        block_size: int = 4096,
+        *,
+        value_dtype: Literal["bf16", "fp32"] = "bf16",
+        error_feedback: Literal["fp32", "bf16", "8bit", "4bit"] = "8bit",
+        scope: Literal["model", "tensor"] = "model",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "window": window,
+                "density": density,
+                "damping": damping,
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+                "block_size": block_size,
+                "value_dtype": value_dtype,
+                "error_feedback": error_feedback,
+                "scope": scope,
+                "betas": betas,
+                "eps": eps,
+            },
+        )
+
+    @classmethod
+    def check_own(cls, hyper: Mapping[str, Any]) -> None:
+        """Check the sparse storage and what all preconditioned optimizers have."""
+        super().check_own(hyper)
+        check_fraction("density", hyper["density"], or_none="dense AdamW")
+        check_positive_int("block_size", hyper["block_size"], maximum=MAX_BLOCK_SIZE)
+        check_choice("value_dtype", hyper["value_dtype"], tuple(_VALUE_DTYPES))
+        check_choice("error_feedback", hyper["error_feedback"], _ERROR_FEEDBACK)
+        quantized = QUANTIZED_ERROR.get(hyper["error_feedback"])
+        if quantized is not None and hyper["block_size"] % quantized.block_size:
+            raise ValueError(
+                f"block_size={hyper['block_size']!r} must be a multiple of {quantized.block_size} for "
+                f'error_feedback={hyper["error_feedback"]!r}, or take error_feedback="bf16"'
+            )
