@@ -1,0 +1,398 @@
+"""SparseMFAC, LowRankMFAC and SparseGGT against their definitions: dense float64 matrices, solved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from hf_lowmem_optim.compression.lowrank import seeded_sketch
+from hf_lowmem_optim.compression.workspace import Workspace
+from hf_lowmem_optim.optimizers import LowMemoryOptimizer, LowRankMFAC, SparseGGT, SparseMFAC
+from hf_lowmem_optim.optimizers.sparse_mfac import sparse_compress_, sparse_mfac_state
+from tests.reference.ggt import ReferenceGGT
+from tests.reference.mfac import ReferenceMFAC, keep_everything, power_sgd, top_k
+
+SHAPES: dict[str, tuple[int, ...]] = {"wide": (6, 20), "tall": (16, 5), "conv": (4, 2, 3), "vector": (9,), "scalar": ()}
+EXACT_SPARSE = {"density": 1.0, "block_size": 64, "value_dtype": "fp32", "error_feedback": "fp32"}
+DAMPINGS = [1e-8, 1e-5, 1e-2, 1.0]
+
+
+def start() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {k: rng.normal(size=s).astype(np.float32) for k, s in SHAPES.items()}
+
+
+def drifting_gradients(
+    num_steps: int, *, scale: float = 0.1, rank: int | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """Gradients that resemble each other, as in training; matrices of the given rank."""
+    rng = np.random.default_rng(1)
+    base = {k: rng.normal(size=s) for k, s in SHAPES.items()}
+    for _ in range(num_steps):
+        for key, shape in SHAPES.items():
+            base[key] = 0.8 * base[key] + 0.6 * rng.normal(size=shape)
+        gradients = dict(base)
+        if rank is not None:
+            for key in ("wide", "tall"):
+                p, q = SHAPES[key]
+                gradients[key] = rng.normal(size=(p, rank)) @ rng.normal(size=(rank, q))
+        yield {k: (scale * np.asarray(g)).astype(np.float32) for k, g in gradients.items()}
+
+
+def as_parameters(values: Mapping[str, np.ndarray]) -> dict[str, nn.Parameter]:
+    return {k: nn.Parameter(torch.tensor(v)) for k, v in values.items()}
+
+
+def feed(optimizer: LowMemoryOptimizer, params: Mapping[str, nn.Parameter], gradients: Mapping[str, Any]) -> None:
+    for key, param in params.items():
+        param.grad = torch.tensor(gradients[key]).to(param.dtype) if key in gradients else None
+    optimizer.step()
+
+
+def deviation(params: Mapping[str, nn.Parameter], reference: ReferenceMFAC) -> float:
+    """Relative to the way travelled, a harder measure than relative to the parameters."""
+    began = start()
+    pairs = [(params[k].detach().double().numpy(), reference.W[k], began[k]) for k in params]
+    apart = sum(np.sum((ours - theirs) ** 2) for ours, theirs, _ in pairs)
+    return float(np.sqrt(apart / sum(np.sum((theirs - origin) ** 2) for _, theirs, origin in pairs)))
+
+
+# ------------------------------------------------------------------------------------------- against the definition
+
+
+@dataclass(frozen=True)
+class Parity:
+    optimizer: type[LowMemoryOptimizer]
+    hyper: dict[str, Any] = field(default_factory=dict)
+    damping: float = 1e-3
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    window: int = 6
+    gradient_rank: int | None = None
+    scale: float = 0.1
+    #: Large enough for the way travelled to be far above the rounding of the parameters.
+    lr: float = 1e-2
+
+    def compressor(self) -> Any:
+        if self.optimizer is LowRankMFAC:
+            rank = self.hyper["rank"]
+            columns = {"wide": 20, "tall": 5, "conv": 6}
+            factored = {k: q for k, q in columns.items() if rank * (SHAPES[k][0] + q) < SHAPES[k][0] * q}
+            cpu = torch.device("cpu")
+            return power_sgd({k: seeded_sketch(q, rank, cpu).double().numpy() for k, q in factored.items()})
+        if self.hyper["density"] == 1.0:
+            return keep_everything
+        bf16 = self.hyper["value_dtype"] == "bf16"
+        return top_k(density=self.hyper["density"], block_size=self.hyper["block_size"], bf16=bf16)
+
+
+def sparse(density: float, value_dtype: str) -> dict[str, Any]:
+    return {"density": density, "block_size": 64, "value_dtype": value_dtype, "error_feedback": "fp32"}
+
+
+EXACT_LIMITS = [
+    *(Parity(cls, EXACT_SPARSE, damping=d) for cls in (SparseMFAC, SparseGGT) for d in DAMPINGS),
+    *(Parity(cls, EXACT_SPARSE, momentum=0.9, weight_decay=0.1) for cls in (SparseMFAC, SparseGGT)),
+    *(Parity(cls, EXACT_SPARSE, window=40) for cls in (SparseMFAC, SparseGGT)),
+    *(Parity(cls, EXACT_SPARSE, window=1) for cls in (SparseMFAC, SparseGGT)),
+    *(Parity(cls, EXACT_SPARSE, scale=1e-4) for cls in (SparseMFAC, SparseGGT)),
+    *(Parity(cls, EXACT_SPARSE, scale=1e3, lr=10.0) for cls in (SparseMFAC, SparseGGT)),
+    *(Parity(LowRankMFAC, {"rank": 3, "error_feedback": "fp32"}, gradient_rank=2, damping=d) for d in DAMPINGS),
+    # the factors would be larger than the matrices, which are kept as they are
+    Parity(LowRankMFAC, {"rank": 5, "error_feedback": "8bit"}, momentum=0.5, weight_decay=0.1),
+]
+COMPRESSED = [
+    *(Parity(cls, sparse(d, v)) for cls in (SparseMFAC, SparseGGT) for d in (0.05, 0.3) for v in ("bf16", "fp32")),
+    Parity(SparseMFAC, sparse(0.1, "bf16"), momentum=0.9, weight_decay=0.1, damping=1e-5),
+    Parity(LowRankMFAC, {"rank": 1, "error_feedback": "fp32"}),
+    Parity(LowRankMFAC, {"rank": 3, "error_feedback": "fp32"}, momentum=0.9, weight_decay=0.1, damping=1e-5),
+]
+
+
+def run_parity(case: Parity, num_steps: int = 25, absent: Mapping[int, set[str]] | None = None) -> float:
+    rules = {"damping": case.damping, "momentum": case.momentum, "weight_decay": case.weight_decay}
+    params = as_parameters(start())
+    optimizer = case.optimizer(params.values(), window=case.window, **rules, **case.hyper)
+    reference_class = ReferenceGGT if case.optimizer is SparseGGT else ReferenceMFAC
+    reference = reference_class(start(), window=case.window, compress=case.compressor(), **rules)
+    for step, gradients in enumerate(drifting_gradients(num_steps, scale=case.scale, rank=case.gradient_rank)):
+        lr = case.lr * (1 - step / 40)
+        optimizer.param_groups[0]["lr"] = lr
+        present = {k: g for k, g in gradients.items() if k not in (absent or {}).get(step, set())}
+        feed(optimizer, params, present)
+        reference.step(present, lr)
+    return deviation(params, reference)
+
+
+@pytest.mark.parametrize("case", EXACT_LIMITS, ids=str)
+def test_exact_limits_are_the_dense_definition(case: Parity) -> None:
+    error = run_parity(case)
+    assert error <= 1e-4, error
+
+
+@pytest.mark.parametrize("case", COMPRESSED, ids=str)
+def test_compressed_variants_follow_the_float64_transcription(case: Parity) -> None:
+    error = run_parity(case)
+    assert error <= 1e-4, error
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Parity(SparseMFAC, EXACT_SPARSE),
+        Parity(SparseGGT, EXACT_SPARSE),
+        Parity(SparseMFAC, sparse(0.1, "bf16"), momentum=0.9),
+        Parity(LowRankMFAC, {"rank": 3, "error_feedback": "fp32"}),
+    ],
+    ids=str,
+)
+def test_a_tensor_without_a_gradient_counts_as_zero_and_stays(case: Parity) -> None:
+    """Also one that first appears when the window has wrapped, and one that is away for a whole window."""
+    late: dict[int, set[str]] = {step: {"tall"} for step in range(8)}
+    away = {step: {"wide", "vector"} for step in range(10, 17)}
+    error = run_parity(case, absent={**late, **away, 20: {"conv"}})
+    assert error <= 1e-4, error
+
+
+def test_the_first_step_is_the_formula() -> None:
+    """u = c/(λ + ‖c‖²/m): about m·c/‖c‖² for small λ."""
+    params = as_parameters(start())
+    optimizer = SparseMFAC(params.values(), lr=1.0, window=32, damping=1e-5, **EXACT_SPARSE)
+    (gradients,) = drifting_gradients(1)
+    feed(optimizer, params, gradients)
+    square = sum(np.sum(g.astype(np.float64) ** 2) for g in gradients.values())
+    for key, began in start().items():
+        moved = began - params[key].detach().numpy()
+        np.testing.assert_allclose(moved, gradients[key] / (1e-5 + square / 32), rtol=1e-4, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------- conservation
+
+
+@given(
+    numel=st.integers(1, 300),
+    density=st.sampled_from([0.01, 0.1, 0.37, 1.0]),
+    block_size=st.sampled_from([1, 7, 64, 256]),
+    value_dtype=st.sampled_from(["bf16", "fp32"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    num_steps=st.integers(1, 5),
+    scale=st.sampled_from([1e-6, 1.0, 1e4]),
+    seed=st.integers(0, 2**20),
+)
+def test_what_is_kept_and_what_is_left_make_up_the_whole_exactly(
+    numel: int,
+    density: float,
+    block_size: int,
+    value_dtype: str,
+    dtype: torch.dtype,
+    num_steps: int,
+    scale: float,
+    seed: int,
+) -> None:
+    """C(acc) + ξ_new == acc, to the bit: the rounding of the values belongs to ξ."""
+    generator = torch.Generator().manual_seed(seed)
+    group = {"density": density, "block_size": block_size, "error_feedback": "fp32"}
+    specs = sparse_mfac_state((numel,), dtype, window=3, value_dtype=value_dtype, **group)
+    state = {key: spec.allocate("cpu") for key, spec in specs.items()}
+    for step in range(1, num_steps + 1):
+        grad = (scale * torch.randn(numel, generator=generator)).to(dtype)
+        acc = state["error"] + grad.float()
+        row = (step - 1) % 3
+        sparse_compress_(grad, state, row=row, step=step, group=group, workspace=Workspace())
+        c = torch.zeros(numel, dtype=torch.float64)
+        kept_full = -(-round(density * block_size * 100) // 100)
+        starts = torch.arange(state["indices"].shape[1]) // kept_full * block_size
+        c[starts + state["indices"][row]] = state["values"][row].double()
+        assert torch.equal(c + state["error"].double(), acc.double())
+
+
+@pytest.mark.parametrize("error_feedback", ["fp32", "bf16", "8bit", "4bit"])
+@pytest.mark.parametrize("cls", [SparseMFAC, LowRankMFAC])
+def test_every_storage_of_the_error_keeps_most_of_it(cls: type[LowMemoryOptimizer], error_feedback: str) -> None:
+    """One step: the update is that of the first c, and what is fed back in the second step brings the rest."""
+    hyper = {"rank": 1} if cls is LowRankMFAC else {"density": 0.05, "block_size": 64}
+    weight = nn.Parameter(torch.zeros(32, 64))
+    optimizer = cls([weight], lr=1.0, window=4, damping=1e6, error_feedback=error_feedback, **hyper)
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(32, 64, generator=generator)
+    # with a huge damping the method is gradient descent with error feedback at the rate 1/λ
+    for _ in range(400):
+        weight.grad = gradient.clone()
+        optimizer.step()
+    average = -weight.detach() * 1e6 / 400
+    allowed = {"fp32": 0.12, "bf16": 0.13, "8bit": 0.2, "4bit": 0.6}[error_feedback]
+    assert torch.linalg.norm(average - gradient) <= allowed * torch.linalg.norm(gradient)
+
+
+# ----------------------------------------------------------------------------------------------------- invariances
+
+
+@pytest.mark.parametrize("cls", [SparseMFAC, SparseGGT])
+def test_the_split_into_tensors_and_groups_does_not_matter(cls: type[LowMemoryOptimizer]) -> None:
+    whole = {"all": nn.Parameter(torch.linspace(-1, 1, 120))}
+    pieces = {str(i): nn.Parameter(p.clone()) for i, p in enumerate(whole["all"].detach().split([50, 7, 63]))}
+    pieces["2"] = nn.Parameter(pieces["2"].detach().view(7, 9))
+    hyper = {"window": 5, "damping": 1e-4, **EXACT_SPARSE}
+    first = cls(whole.values(), **hyper)
+    groups = [{"params": [pieces["2"], pieces["0"]]}, {"params": [pieces["1"]], "block_size": 128}]
+    second = cls(groups, **hyper)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        gradient = 0.1 * torch.randn(120, generator=generator)
+        whole["all"].grad = gradient
+        for param, part in zip(pieces.values(), gradient.split([50, 7, 63]), strict=True):
+            param.grad = part.view(param.shape).clone()
+        first.step()
+        second.step()
+    again = torch.cat([pieces[k].detach().reshape(-1) for k in "012"])
+    way = torch.linalg.norm(whole["all"].detach() - torch.linspace(-1, 1, 120))
+    assert torch.linalg.norm(again - whole["all"].detach()) <= 1e-5 * way
+
+
+@pytest.mark.parametrize("cls", [SparseMFAC, LowRankMFAC, SparseGGT])
+def test_the_order_of_the_rows_does_not_matter(cls: type[LowMemoryOptimizer]) -> None:
+    """Rows permuted between two steps, but for the one that is overwritten and the one before it."""
+    runs = []
+    for permute in (False, True):
+        params = as_parameters(start())
+        optimizer = cls(params.values(), window=6, damping=1e-4)
+        steps = list(drifting_gradients(10))
+        for gradients in steps[:9]:
+            feed(optimizer, params, gradients)
+        if permute:
+            order = [5, 0, 2, 3, 1, 4]  # 9 steps done: row 2 was written last, row 3 comes next
+            for state in optimizer.state.values():
+                for key in {"indices", "values", "left", "right", "rows"} & set(state):
+                    state[key].copy_(state[key][order].clone())
+            gram = optimizer.state["shared"]["gram"]  # type: ignore[index]
+            gram.copy_(gram[order][:, order].clone())
+        before = {k: p.detach().clone() for k, p in params.items()}
+        feed(optimizer, params, steps[9])
+        runs.append({k: before[k] - p.detach() for k, p in params.items()})
+    for key in SHAPES:
+        torch.testing.assert_close(runs[0][key], runs[1][key], rtol=1e-3, atol=1e-6)
+
+
+def test_scope_tensor_is_one_optimizer_per_tensor() -> None:
+    together, alone = as_parameters(start()), as_parameters(start())
+    hyper = {"window": 4, "damping": 1e-3, "density": 0.3}
+    optimizer = SparseMFAC(together.values(), scope="tensor", **hyper)
+    singles = {k: SparseMFAC([p], **hyper) for k, p in alone.items()}
+    for gradients in drifting_gradients(9):
+        feed(optimizer, together, gradients)
+        for key, single in singles.items():
+            feed(single, {key: alone[key]}, gradients)
+    assert "shared" not in optimizer.state
+    assert all(torch.equal(together[k], alone[k]) for k in SHAPES)
+
+
+# -------------------------------------------------------------------------------------------------------- groups
+
+
+def test_groups_must_agree_on_what_they_share() -> None:
+    for key, value in (("window", 8), ("damping", 1e-3), ("scope", "tensor")):
+        one, other = ({"params": [nn.Parameter(torch.zeros(8, 8))]} for _ in range(2))
+        with pytest.raises(ValueError, match=rf"{key}=.*density=None.*scope=\"tensor\""):
+            SparseMFAC([one, {**other, key: value}])
+        # the dense rule shares nothing
+        SparseMFAC([one, {**other, key: value, "density": None}])
+        SparseMFAC([{**one, "density": None}, {**other, key: value}])
+    for key, value in (("window", 8), ("damping", 1e-3)):
+        groups = [
+            {"params": [nn.Parameter(torch.zeros(8, 8))]},
+            {"params": [nn.Parameter(torch.zeros(8, 8))], key: value},
+        ]
+        optimizer = SparseMFAC(groups, scope="tensor")
+        for group in optimizer.param_groups:
+            group["params"][0].grad = torch.ones(8, 8)
+        optimizer.step()
+    # changed by hand in the course of a run
+    optimizer = SparseMFAC([{"params": [nn.Parameter(torch.zeros(8, 8))]} for _ in range(2)])
+    optimizer.param_groups[1]["damping"] = 1.0
+    for group in optimizer.param_groups:
+        group["params"][0].grad = torch.ones(8, 8)
+    with pytest.raises(ValueError, match=r"damping=1\.0.*differs"):
+        optimizer.step()
+
+
+def test_groups_have_their_own_rates() -> None:
+    frozen, moving = nn.Parameter(torch.ones(8, 8)), nn.Parameter(torch.ones(8, 8))
+    groups = [
+        {"params": [frozen], "lr": 0.0, "density": 0.5},
+        {"params": [moving], "momentum": 0.9, "weight_decay": 0.1},
+    ]
+    optimizer = SparseMFAC(groups, window=4)
+    for _ in range(3):
+        frozen.grad = moving.grad = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+        optimizer.step()
+    assert torch.equal(frozen, torch.ones(8, 8)) and not torch.equal(moving, torch.ones(8, 8))
+    assert "velocity" in optimizer.state[moving] and "velocity" not in optimizer.state[frozen]
+
+
+def test_the_velocity_follows_the_momentum() -> None:
+    """Momentum may be scheduled; a run that turns it on or off can be saved and resumed."""
+    params = as_parameters(start())
+    optimizer = SparseMFAC(params.values(), window=4, density=0.3)
+    for step, gradients in enumerate(drifting_gradients(9)):
+        optimizer.param_groups[0]["momentum"] = 0.9 if 3 <= step < 6 else 0.0
+        feed(optimizer, params, gradients)
+        has = all("velocity" in optimizer.state[p] for p in params.values())
+        assert has is (3 <= step < 6)
+        for param in params.values():
+            specs = optimizer.state_specs(param, optimizer.param_groups[0])
+            assert set(specs) == set(optimizer.state[param]) - {"step"}
+
+
+# ---------------------------------------------------------------------------------------------------- ill-posed
+
+
+@pytest.mark.parametrize("cls", [SparseMFAC, LowRankMFAC, SparseGGT])
+@pytest.mark.parametrize("damping", DAMPINGS)
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 1e6, 1e18])
+def test_repeated_and_zero_gradients(cls: type[LowMemoryOptimizer], damping: float, scale: float) -> None:
+    """A constant gradient, then zeros, then its negative, through a window that wraps: finite throughout."""
+    params = as_parameters(start())
+    hyper = {} if cls is LowRankMFAC else {"density": 0.3}
+    optimizer = cls(params.values(), window=5, damping=damping, error_feedback="fp32", **hyper)
+    (gradients,) = drifting_gradients(1, scale=scale)
+    for sign in [1.0] * 7 + [0.0] * 7 + [-1.0] * 3 + [0.0, 1.0]:
+        feed(optimizer, params, {k: sign * g for k, g in gradients.items()})
+        assert all(torch.isfinite(p).all() for p in params.values())
+    tensors = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
+    assert all(torch.isfinite(v).all() for v in tensors)
+
+
+@pytest.mark.parametrize("damping", DAMPINGS)
+def test_a_constant_gradient_is_divided_by_its_weight_in_the_window(damping: float) -> None:
+    """k copies: F = λI + (k/m)·ggᵀ, so u = g/(λ + k‖g‖²/m), also where cancelling weights could hide it."""
+    weight = nn.Parameter(torch.zeros(300, dtype=torch.float32))
+    optimizer = SparseMFAC([weight], lr=1.0, window=8, damping=damping, **EXACT_SPARSE)
+    gradient = torch.randn(300, generator=torch.Generator().manual_seed(0))
+    square = float(gradient.double().square().sum())
+    for step in range(1, 13):
+        weight.data.zero_()
+        weight.grad = gradient.clone()
+        optimizer.step()
+        expected = -gradient.double() / (damping + min(step, 8) / 8 * square)
+        assert torch.linalg.norm(weight.detach().double() - expected) <= 1e-3 * torch.linalg.norm(expected)
+
+
+def test_not_finite_gradients_reach_every_tensor_and_nothing_raises() -> None:
+    """One Fisher matrix: what is not finite in one tensor is in all of them, as the formula has it."""
+    for cls in (SparseMFAC, LowRankMFAC, SparseGGT):
+        for bad in (float("nan"), float("inf"), -float("inf")):
+            params = as_parameters(start())
+            optimizer = cls(params.values(), window=4)
+            steps = list(drifting_gradients(6))
+            steps[2]["vector"][3] = bad
+            for gradients in steps:
+                feed(optimizer, params, gradients)
+            assert all(not torch.isfinite(p).all() for p in params.values())
