@@ -41,14 +41,14 @@ CASES = [
     Case(numel=4096 + 4096, block_size=4096, kept_per_block=41, kept_in_last_block=41, window=10, step=33),
     Case(1, 4096, 41, 1, window=10, step=1),
     Case(37, 16, 16, 5, window=3, step=11, weight_decay=0.1, eps=0.0),  # density 1
-    Case(48, 16, 16, 16, window=8, step=9),  # no padding among the sorted keys
+    Case(96, 32, 16, 16, window=8, step=9),  # no padding among the sorted keys
     Case(1030, 256, 13, 1, window=15, step=40, param=torch.bfloat16, weight_decay=0.1),
     Case(777, 100, 7, 6, window=4, step=2, param=torch.float16, weight_decay=0.1),
     # what the sorted layout cannot hold: float32 values, many rows, large blocks, more slots than one program sorts
     Case(1030, 256, 13, 1, window=15, step=40, values=torch.float32),
     Case(777, 100, 7, 6, window=20, step=57, weight_decay=0.1),
-    Case(32768 + 900, 32768, 300, 9, window=3, step=5, param=torch.bfloat16),
-    Case(900, 512, 400, 300, window=8, step=8, param=torch.float16, values=torch.float32, weight_decay=0.1),
+    Case(32768 + 900, 32768, 300, 9, window=3, step=2, param=torch.bfloat16),
+    Case(900, 512, 400, 300, window=8, step=6, param=torch.float16, values=torch.float32, weight_decay=0.1),
 ]
 
 
