@@ -13,7 +13,13 @@ from torch import Tensor
 
 from hf_lowmem_optim.kernels.backend import ENVIRONMENT_VARIABLE
 from hf_lowmem_optim.kernels.block_quant import QuantFormat, Quantized, dequantize_
-from hf_lowmem_optim.kernels.block_topk import block_topk_, kept_per_block, num_kept
+from hf_lowmem_optim.kernels.block_topk import (
+    MAX_BLOCK_SIZE,
+    TRITON_MAX_BLOCK_SIZE,
+    block_topk_,
+    kept_per_block,
+    num_kept,
+)
 from tests.kernels.test_block_quant import AWKWARD, BF16, DEVICE, FAST, FP16, FP32, assert_same_bits, awkward
 from tests.reference import block_topk as paper
 
@@ -77,12 +83,14 @@ def scatter(indices: Tensor, values: Tensor, numel: int, case: Case) -> Tensor:
 
 
 @pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("name", [*AWKWARD, "all tied", "tied magnitudes", "ties of the last bit"])
+@pytest.mark.parametrize("name", [*AWKWARD, "all tied", "tied magnitudes", "ties of the last bit", "nan payloads"])
 def test_backends_agree_bit_for_bit(name, backend, monkeypatch):
     device = DEVICE if backend == "triton" else "cpu"
     more = {
         "all tied": torch.full((300,), -0.25),
         "tied magnitudes": torch.tensor([1.0, -1.0, 0.5, -0.5, 0.0] * 50),
+        # every NaN is tied with every other one, whatever its bits
+        "nan payloads": (torch.arange(120, dtype=torch.int32) * 1001 + 0x7FC00000).view(FP32),
         "ties of the last bit": awkward("last bit").repeat(2) * torch.tensor([1.0, -1.0]).repeat(128),
     }
     first = more[name] if name in more else awkward(name)
@@ -104,7 +112,8 @@ def test_backends_agree_bit_for_bit(name, backend, monkeypatch):
 def test_largest_block_and_default_block(backend, monkeypatch):
     device = DEVICE if backend == "triton" else "cpu"
     grad = torch.randn(40_000, generator=torch.Generator().manual_seed(3)).round(decimals=1)  # many ties
-    for case in (Case(32768, 0.01, QuantFormat()), Case(32768, 1.0, FP32), Case(4096, 0.01, QuantFormat())):
+    largest = TRITON_MAX_BLOCK_SIZE if backend == "triton" else MAX_BLOCK_SIZE
+    for case in (Case(largest, 0.01, QuantFormat()), Case(largest, 1.0, FP32), Case(4096, 0.01, QuantFormat())):
         results = []
         for which, on in (("reference", "cpu"), (backend, device)):
             monkeypatch.setenv(ENVIRONMENT_VARIABLE, which)
@@ -226,3 +235,12 @@ def test_wrong_arguments_say_what_is_wrong():
         call(error=Case(64, 0.05, QuantFormat(4, 48)).new_error(128))
     with pytest.raises(ValueError, match="error has 100 entries"):
         call(error=Case(64, 0.05, QuantFormat()).new_error(100))
+
+
+def test_block_too_large_for_triton_is_refused(monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # so that nothing else speaks against tensors on the CPU
+    grad = torch.zeros(16384, device=DEVICE)
+    indices, values = torch.zeros(2, dtype=torch.int16, device=DEVICE), torch.zeros(2, device=DEVICE)
+    with pytest.raises((ValueError, ImportError), match=r"does not fit on a GPU|needs the package triton"):
+        block_topk_(indices, values, grad, None, block_size=16384, density=1e-4)
