@@ -21,11 +21,11 @@ from pathlib import Path
 
 import torch
 import transformers
+from hf_lowmem_optim.memory.measure import measure_state
 from shapes import MODELS
 from torch import nn
 
 from hf_lowmem_optim import OptimizerFactory
-from hf_lowmem_optim.memory.measure import measure_state
 
 
 @dataclass

@@ -15,8 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hf_lowmem_optim.compression.workspace import Workspace
-from hf_lowmem_optim.kernels.sparse_window import SparseWindow, window_combine_, window_dots
+from hf_lowmem_optim.kernels.sparse_window import SparseWindow, window_combine_, window_gram_row
 
 __all__ = ["DenseRows", "LowRankRows", "SparseRows", "Window"]
 
@@ -27,7 +26,7 @@ _CHUNK_ENTRIES = 1 << 22
 class Window(Protocol):
     """What the preconditioned optimizers need of a tensor's window."""
 
-    def gram_row(self, row: int, workspace: Workspace) -> Tensor:
+    def gram_row(self, row: int) -> Tensor:
         """Return ⟨gᵢ, g_row⟩ for every row i, float64 [m]."""
 
     def combine_(self, out: Tensor, weights: Tensor) -> None:
@@ -47,7 +46,7 @@ class DenseRows:
 
     rows: Tensor
 
-    def gram_row(self, row: int, workspace: Workspace) -> Tensor:
+    def gram_row(self, row: int) -> Tensor:
         """See :class:`Window`."""
         newest = self.rows[row].double()
         return torch.cat([part.double() @ newest for part in _parts(self.rows)])
@@ -73,7 +72,7 @@ class LowRankRows:
     left: Tensor
     right: Tensor
 
-    def gram_row(self, row: int, workspace: Workspace) -> Tensor:
+    def gram_row(self, row: int) -> Tensor:
         """See :class:`Window`: ⟨P₁Q₁ᵀ, P₂Q₂ᵀ⟩ = Σ (P₁ᵀP₂)∘(Q₁ᵀQ₂)."""
         overlaps = []
         for factors in (self.left, self.right):
@@ -102,14 +101,9 @@ class SparseRows:
 
     entries: SparseWindow
 
-    def gram_row(self, row: int, workspace: Workspace) -> Tensor:
-        """See :class:`Window`: the row is scattered into a dense buffer, from which all rows gather."""
-        indices = self.entries.indices
-        newest = workspace.take("newest", (self.entries.numel,), indices.device).zero_()
-        one = torch.zeros(indices.shape[0], device=indices.device)
-        one[row] = 1
-        window_combine_(newest, self.entries, one)
-        return window_dots(self.entries, newest)
+    def gram_row(self, row: int) -> Tensor:
+        """See :class:`Window`."""
+        return window_gram_row(self.entries, row)
 
     def combine_(self, out: Tensor, weights: Tensor) -> None:
         """See :class:`Window`."""

@@ -31,8 +31,9 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from hf_lowmem_optim.compression.window import Window
+from hf_lowmem_optim.compression.window import SparseRows, Window
 from hf_lowmem_optim.compression.workspace import Workspace
+from hf_lowmem_optim.kernels.sparse_window import window_descend_
 from hf_lowmem_optim.optimizers.adamw import adamw_state
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer, PendingUpdate
 from hf_lowmem_optim.optimizers.hyperparameters import (
@@ -191,23 +192,30 @@ class PreconditionedOptimizer(LowMemoryOptimizer):
                 update.grad, update.state, row=row, step=update.state["step"], group=update.group, workspace=workspace
             )
             # line 4: G c is a sum over tensors
-            dots += rows.gram_row(row, workspace).to(gram.device)
+            dots += rows.gram_row(row).to(gram.device)
         gram[row] = dots
         gram[:, row] = dots
         # line 5: the weights in u ← Gᵀw
         weights = type(self).weights_function(gram, row, damping=damping).to(torch.float32)
         for update, rows in zip(updates, windows, strict=True):
-            direction = workspace.take("direction", (update.param.numel(),), update.param.device).zero_()
-            rows.combine_(direction, weights.to(update.param.device))
-            _descend_(update, direction.view(update.param.shape), workspace)
+            _descend_(update, rows, weights.to(update.param.device), workspace)
 
     def _window(self, state: Mapping[str, Tensor], param: Tensor, group: Mapping[str, Any]) -> Window:
         return type(self).window_function(state, param.shape, group)
 
 
-def _descend_(update: PendingUpdate, direction: Tensor, workspace: Workspace) -> None:
-    """Apply lines 6 and 7 to one tensor; ``direction`` is u, float32."""
+def _descend_(update: PendingUpdate, rows: Window, weights: Tensor, workspace: Workspace) -> None:
+    """Apply lines 5 to 7 to one tensor, given the weights of its rows."""
     param, group = update.param, update.group
+    if isinstance(rows, SparseRows) and group["momentum"] == 0 and param.is_contiguous():
+        # u touches few entries, and nothing else has to be read or written
+        update.state.pop("velocity", None)
+        window_descend_(param, rows.entries, weights, lr=group["lr"], weight_decay=group["weight_decay"])
+        return
+    # line 5: u ← Gᵀw
+    direction = workspace.take("direction", (param.numel(),), param.device).zero_()
+    rows.combine_(direction, weights)
+    direction = direction.view(param.shape)
     # line 6: vel ← μ·vel + u
     if group["momentum"] > 0:
         if "velocity" not in update.state:

@@ -9,7 +9,6 @@ from torch import Tensor
 from hf_lowmem_optim.compression import window as window_module
 from hf_lowmem_optim.compression.topk import kept_per_block, window_specs
 from hf_lowmem_optim.compression.window import DenseRows, LowRankRows, SparseRows, Window
-from hf_lowmem_optim.compression.workspace import Workspace
 from hf_lowmem_optim.kernels.block_topk import block_topk_
 from hf_lowmem_optim.kernels.sparse_window import SparseWindow
 
@@ -47,7 +46,7 @@ def test_a_window_is_its_matrix(build, monkeypatch: pytest.MonkeyPatch) -> None:
     for chunk_entries in (1 << 22, 1):
         monkeypatch.setattr(window_module, "_CHUNK_ENTRIES", chunk_entries)
         for row in range(NUM_ROWS):
-            found = window.gram_row(row, Workspace())
+            found = window.gram_row(row)
             assert found.dtype == torch.float64
             torch.testing.assert_close(found, G @ G[row], rtol=1e-12, atol=1e-12)
     weights, out = torch.randn(NUM_ROWS), torch.randn(ROWS * COLUMNS)
@@ -56,8 +55,8 @@ def test_a_window_is_its_matrix(build, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
     window.clear_(2)
     G[2] = 0
-    torch.testing.assert_close(window.gram_row(3, Workspace()), G @ G[3], rtol=1e-12, atol=1e-12)
-    assert not window.gram_row(2, Workspace()).any()
+    torch.testing.assert_close(window.gram_row(3), G @ G[3], rtol=1e-12, atol=1e-12)
+    assert not window.gram_row(2).any()
 
 
 def test_a_cleared_lowrank_row_hands_the_right_factor_on() -> None:

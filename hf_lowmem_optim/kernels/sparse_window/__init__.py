@@ -1,16 +1,19 @@
 """Sums over a window of sparse rows: MicroAdam's statistics and update, and the two products that M-FAC needs.
 
-A :class:`SparseWindow` holds the last ``window`` block-Top-K compressed gradients of one tensor. Three operations read
+A :class:`SparseWindow` holds the last ``window`` block-Top-K compressed gradients of one tensor. These operations read
 it, none of them changes it:
 
 - :func:`window_update_` — Adam's statistics from the window, and the step at the entries that it touches;
 - :func:`window_dots` — G·x, the inner product of every row with a dense vector;
-- :func:`window_combine_` — out ← out + Gᵀ·w.
+- :func:`window_combine_` — out ← out + Gᵀ·w;
+- :func:`window_gram_row` — G·g for a row g of G;
+- :func:`window_descend_` — W ← W·(1 − lr·wd) − lr·Gᵀ·w.
 
 ``reference.py`` is the specification. Rows are added in float32 in the order of their storage, so that the backends
-``reference``, ``triton`` and ``cpu`` agree bit for bit in :func:`window_update_` and :func:`window_combine_`; where a
-device's division or square root is not correctly rounded, the update (not the parameter) may differ in its last place.
-:func:`window_dots` adds in float64, in an order that depends on the backend.
+``reference``, ``triton`` and ``cpu`` agree bit for bit in :func:`window_update_`, :func:`window_combine_` and
+:func:`window_descend_`; where a device's division or square root is not correctly rounded, the update (not the
+parameter) may differ in its last place. :func:`window_dots` and :func:`window_gram_row` add in float64, in an order
+that depends on the backend.
 
 NaN and infinity propagate as in AdamW: an infinite value gives z1/√z2 = Inf/Inf = NaN, and a NaN value gives NaN, at
 the entry that it touches and nowhere else.
@@ -25,7 +28,15 @@ from hf_lowmem_optim.kernels.backend import choose_backend
 
 from .layout import MAX_BLOCK_SIZE, SparseWindow
 
-__all__ = ["MAX_BLOCK_SIZE", "SparseWindow", "window_combine_", "window_dots", "window_update_"]
+__all__ = [
+    "MAX_BLOCK_SIZE",
+    "SparseWindow",
+    "window_combine_",
+    "window_descend_",
+    "window_dots",
+    "window_gram_row",
+    "window_update_",
+]
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -137,6 +148,68 @@ def window_combine_(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
     else:
         from .reference import window_combine_reference_ as combine_
     combine_(flat, window, weights)
+
+
+def window_gram_row(window: SparseWindow, row: int) -> Tensor:
+    """Return the inner products of all rows with one of them: a row of the Gram matrix GGᵀ.
+
+    Rows that were not written yet must hold zeros as values.
+
+    Args:
+        window: The compressed gradients, as rows of G.
+        row: Which row.
+
+    Returns:
+        float64 ``[window]``.
+
+    Raises:
+        IndexError: There is no such row.
+        ImportError: If the requested backend is not installed.
+    """
+    if not 0 <= row < window.window:
+        raise IndexError(f"row {row} is not one of the window's {window.window}")
+    backend = choose_backend("window_gram_row", window.indices.device)
+    if backend == "triton":
+        from .kernel import window_gram_row_triton as gram_row
+    elif backend == "cpu":
+        from .cpu import window_gram_row_cpu as gram_row
+    else:
+        from .reference import window_gram_row_reference as gram_row
+    return gram_row(window, row)
+
+
+def window_descend_(
+    param: Tensor, window: SparseWindow, weights: Tensor, *, lr: float, weight_decay: float = 0.0
+) -> None:
+    """Descend along a linear combination of the window's rows: W ← W·(1 − lr·weight_decay) − lr·(Gᵀ·weights).
+
+    Gᵀ·weights and the new entries are computed in float32; each entry is rounded once to the dtype of ``param``.
+
+    Args:
+        param: float32, bfloat16 or float16, contiguous, ``window.numel`` entries in any shape; changed in place.
+        window: The compressed gradients, as rows of G.
+        weights: float32 ``[window]`` on the device of ``param``. A row of weight zero is skipped.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay.
+
+    Raises:
+        TypeError: For a dtype that is not listed above.
+        ValueError: For shapes or devices that contradict each other, or a tensor that is not contiguous.
+        ImportError: If the requested backend is not installed.
+    """
+    if param.dtype not in PARAM_DTYPES:
+        raise TypeError(f"param must be float32, bfloat16 or float16, got {param.dtype}")
+    _check_dense("param", param, window)
+    _check_weights(weights, (window.window,), window)
+    flat = param.detach().view(-1)
+    backend = choose_backend("window_descend_", param.device)
+    if backend == "triton":
+        from .kernel import window_descend_triton_ as descend_
+    elif backend == "cpu":
+        from .cpu import window_descend_cpu_ as descend_
+    else:
+        from .reference import window_descend_reference_ as descend_
+    descend_(flat, window, weights, lr=float(lr), weight_decay=float(weight_decay))
 
 
 def _check_dense(name: str, dense: Tensor, window: SparseWindow) -> None:

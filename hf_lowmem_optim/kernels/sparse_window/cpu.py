@@ -19,7 +19,13 @@ from hf_lowmem_optim.kernels.cpu_floats import narrow, num_pieces, widen
 
 from .layout import SparseWindow
 
-__all__ = ["window_combine_cpu_", "window_dots_cpu", "window_update_cpu_"]
+__all__ = [
+    "window_combine_cpu_",
+    "window_descend_cpu_",
+    "window_dots_cpu",
+    "window_gram_row_cpu",
+    "window_update_cpu_",
+]
 
 _KIND = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _UNSIGNED = {4: torch.uint32, 2: torch.uint16}
@@ -117,6 +123,64 @@ def _combine(out, indices, values, value_kind, weights, block_size, kept_per_blo
                     out[start + indices[row, column]] += weight * _read(values[row, column], value_kind)
 
 
+@njit(cache=True, parallel=True, nogil=True, error_model="numpy")
+def _gram_row(numel, indices, values, value_kind, newest, block_size, kept_per_block, partial):
+    window, kept = indices.shape
+    pieces = partial.shape[0]
+    num_blocks = (numel + block_size - 1) // block_size
+    for piece in prange(pieces):
+        scratch = np.zeros(block_size, np.float32)
+        for block in range(piece * num_blocks // pieces, (piece + 1) * num_blocks // pieces):
+            first, last = block * kept_per_block, min((block + 1) * kept_per_block, kept)
+            for column in range(first, last):
+                scratch[indices[newest, column]] = _read(values[newest, column], value_kind)
+            for row in range(window):
+                total = 0.0
+                for column in range(first, last):
+                    total += np.float64(scratch[indices[row, column]]) * np.float64(
+                        _read(values[row, column], value_kind)
+                    )
+                partial[piece, row] += total
+            for column in range(first, last):
+                scratch[indices[newest, column]] = np.float32(0.0)
+
+
+@njit(cache=True, parallel=True, nogil=True, error_model="numpy")
+def _descend(param, kind, indices, values, value_kind, weights, block_size, kept_per_block, scalars, pieces):
+    window, kept = indices.shape
+    num_blocks = (param.size + block_size - 1) // block_size
+    lr, decay = scalars[0], scalars[1]
+    for piece in prange(pieces):
+        direction = np.zeros(block_size, np.float32)
+        is_touched = np.zeros(block_size, np.bool_)
+        touched = np.empty(block_size + 1, np.int32)
+        for block in range(piece * num_blocks // pieces, (piece + 1) * num_blocks // pieces):
+            first, last = block * kept_per_block, min((block + 1) * kept_per_block, kept)
+            start, stop = block * block_size, min((block + 1) * block_size, param.size)
+            count = 0
+            for row in range(window):
+                weight = weights[row]
+                if weight == 0:
+                    continue
+                for column in range(first, last):
+                    i = np.int64(indices[row, column])
+                    touched[count] = i
+                    count += 0 if is_touched[i] else 1
+                    is_touched[i] = True
+                    direction[i] += weight * _read(values[row, column], value_kind)
+            if decay != np.float32(1.0):
+                for i in range(stop - start):
+                    new = _read(param[start + i], kind) * decay - lr * direction[i]
+                    param[start + i] = _write(new, kind)
+            else:
+                for j in range(count):
+                    i = touched[j]
+                    param[start + i] = _write(_read(param[start + i], kind) - lr * direction[i], kind)
+            for j in range(count):
+                direction[touched[j]] = np.float32(0.0)
+                is_touched[touched[j]] = False
+
+
 def _bits(tensor: Tensor) -> tuple[Any, int]:
     """The tensor's own memory as unsigned integers of its width, and its kind."""
     return tensor.view(_UNSIGNED[tensor.itemsize]).numpy(), _KIND[tensor.dtype]
@@ -168,5 +232,37 @@ def window_combine_cpu_(out: Tensor, window: SparseWindow, weights: Tensor) -> N
         weights.numpy(),
         window.block_size,
         window.kept_per_block,
+        num_pieces(window.num_blocks),
+    )
+
+
+def window_gram_row_cpu(window: SparseWindow, row: int) -> Tensor:
+    """See :func:`hf_lowmem_optim.kernels.sparse_window.window_gram_row`."""
+    partial = np.zeros((num_pieces(window.num_blocks), window.window))
+    _gram_row(
+        window.numel,
+        window.indices.numpy(),
+        *_bits(window.values),
+        row,
+        window.block_size,
+        window.kept_per_block,
+        partial,
+    )
+    return torch.from_numpy(partial.sum(axis=0))
+
+
+def window_descend_cpu_(
+    param: Tensor, window: SparseWindow, weights: Tensor, *, lr: float, weight_decay: float
+) -> None:
+    """See :func:`hf_lowmem_optim.kernels.sparse_window.window_descend_`."""
+    decay = 1 - lr * weight_decay if weight_decay != 0 else 1.0
+    _descend(
+        *_bits(param),
+        window.indices.numpy(),
+        *_bits(window.values),
+        weights.numpy(),
+        window.block_size,
+        window.kept_per_block,
+        np.array([lr, decay], dtype=np.float32),
         num_pieces(window.num_blocks),
     )

@@ -21,7 +21,13 @@ from torch import Tensor
 
 from .layout import SparseWindow
 
-__all__ = ["window_combine_triton_", "window_dots_triton", "window_update_triton_"]
+__all__ = [
+    "window_combine_triton_",
+    "window_descend_triton_",
+    "window_dots_triton",
+    "window_gram_row_triton",
+    "window_update_triton_",
+]
 
 SORTED_MAX_BLOCK_SIZE = 4096  # 12 bits of index
 SORTED_MAX_WINDOW = 15  # 4 bits of row; row 15 marks padding
@@ -381,6 +387,28 @@ def window_combine_triton_(out: Tensor, window: SparseWindow, weights: Tensor) -
             num_warps=_NUM_WARPS,
             enable_fp_fusion=False,
         )
+
+
+def window_gram_row_triton(window: SparseWindow, row: int) -> Tensor:
+    """See :func:`hf_lowmem_optim.kernels.sparse_window.window_gram_row`: the row is scattered, then gathered from."""
+    device = window.indices.device
+    dense = torch.zeros(window.numel, dtype=torch.float32, device=device)
+    weights = torch.zeros(window.window, dtype=torch.float32, device=device)
+    weights[row] = 1
+    window_combine_triton_(dense, window, weights)
+    return window_dots_triton(window, dense)
+
+
+def window_descend_triton_(
+    param: Tensor, window: SparseWindow, weights: Tensor, *, lr: float, weight_decay: float
+) -> None:
+    """See :func:`hf_lowmem_optim.kernels.sparse_window.window_descend_`: the direction is a dense vector on the way."""
+    direction = torch.zeros(window.numel, dtype=torch.float32, device=param.device)
+    window_combine_triton_(direction, window, weights)
+    decayed = param.float()
+    if weight_decay != 0:
+        decayed = decayed * (1 - lr * weight_decay)
+    param.copy_(decayed - direction.mul_(lr))
 
 
 def _on_device(tensor: Tensor) -> torch.cuda.device:

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from .layout import SparseWindow
 
-__all__ = ["window_combine_reference_", "window_dots_reference", "window_update_reference_"]
+__all__ = [
+    "window_combine_reference_",
+    "window_descend_reference_",
+    "window_dots_reference",
+    "window_gram_row_reference",
+    "window_update_reference_",
+]
 
 CHUNK_ENTRIES = 1 << 18
 """Entries of the tensor that are worked on at a time."""
@@ -105,3 +111,32 @@ def window_combine_reference_(out: Tensor, window: SparseWindow, weights: Tensor
         for row, weight in rows:
             value = window.values[row, chunk.columns].float()
             piece.scatter_add_(0, chunk.positions(window.indices, row), weight * value)
+
+
+def window_gram_row_reference(window: SparseWindow, row: int) -> Tensor:
+    """See :func:`hf_lowmem_optim.kernels.sparse_window.window_gram_row`."""
+    dots = torch.zeros(window.window, dtype=torch.float64, device=window.indices.device)
+    for chunk in _chunks(window):
+        piece = torch.zeros(chunk.numel, dtype=torch.float64, device=dots.device)
+        piece[chunk.positions(window.indices, row)] = window.values[row, chunk.columns].double()
+        for other in range(window.window):
+            value = window.values[other, chunk.columns].double()
+            dots[other] += torch.dot(piece[chunk.positions(window.indices, other)], value)
+    return dots
+
+
+def window_descend_reference_(
+    param: Tensor, window: SparseWindow, weights: Tensor, *, lr: float, weight_decay: float
+) -> None:
+    """See :func:`hf_lowmem_optim.kernels.sparse_window.window_descend_`."""
+    rows = [(row, weight) for row, weight in enumerate(weights.tolist()) if weight != 0]
+    for chunk in _chunks(window):
+        direction = torch.zeros(chunk.numel, device=param.device)
+        for row, weight in rows:
+            value = window.values[row, chunk.columns].float()
+            direction.scatter_add_(0, chunk.positions(window.indices, row), weight * value)
+        piece = param[chunk.entries]
+        decayed = piece.float()
+        if weight_decay != 0:
+            decayed = decayed * (1 - lr * weight_decay)
+        piece.copy_(decayed - direction.mul_(lr))
