@@ -1,0 +1,209 @@
+"""Block quantization with numba. The functions without a leading underscore are shared with ``block_topk``.
+
+Bit for bit the reference: no ``fastmath``, so nothing is contracted or reassociated. Minimum and maximum are taken on
+integers of the floats' order, which vectorizes without ``fastmath`` and lets a NaN win instead of vanish.
+
+numba's cache does not see that a function called from another file has changed: after an edit here, delete the
+``__pycache__`` of ``block_topk`` (an installation writes all files anew; the tests use a cache per state of sources).
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
+from __future__ import annotations
+
+import numba
+import numpy as np
+from torch import Tensor
+
+from hf_lowmem_optim.kernels.cpu_floats import float_views, load_floats, narrow, num_pieces, store_floats, widen
+
+from .layout import Quantized, rounding_keys
+
+__all__ = ["dequantize_cpu_", "quantize_cpu_"]
+
+_INT32_MAX, _INT32_MIN = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+
+
+@numba.njit(cache=True)
+def _float_order(x):
+    """float32 → int32 of the same order; NaN beyond the infinities."""
+    bits = np.float32(x).view(np.int32)
+    return np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & _INT32_MAX))
+
+
+@numba.njit(cache=True)
+def _float_from_order(key):
+    return np.int32(key ^ np.int32(np.int32(key >> np.int32(31)) & _INT32_MAX)).view(np.float32)
+
+
+@numba.njit(cache=True)
+def _round_to_bfloat16(x, up):
+    """Round to a bfloat16 value that is not less (up) or not greater than x; junk for NaN."""
+    bits = np.float32(x).view(np.uint32)
+    negative = (bits >> np.uint32(31)) != np.uint32(0)
+    if negative != up:
+        bits = np.uint32(bits + np.uint32(0xFFFF))
+    return np.uint32(bits & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+@numba.njit(cache=True)
+def block_range(x, start, count, bf16_stats):
+    """Return lo and hi of ``x[start : start + count]`` as stored: rounded outwards, NaN if not finite, no −0."""
+    low, high = _INT32_MAX, _INT32_MIN
+    for i in range(start, start + count):
+        key = _float_order(x[i])
+        low = min(low, key)
+        high = max(high, key)
+    lo, hi = _float_from_order(low), _float_from_order(high)
+    finite = hi - lo < np.float32(np.inf)
+    if bf16_stats and finite:
+        lo, hi = _round_to_bfloat16(lo, False), _round_to_bfloat16(hi, True)
+        finite = hi - lo < np.float32(np.inf)
+    if not finite:
+        return np.float32(np.nan), np.float32(np.nan)
+    return lo + np.float32(0.0), hi + np.float32(0.0)
+
+
+@numba.njit(cache=True)
+def _mix32(x):
+    """lowbias32 on uint32."""
+    x = np.uint32(np.uint32(x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D))
+    x = np.uint32(np.uint32(x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B))
+    return np.uint32(x ^ (x >> np.uint32(16)))
+
+
+@numba.njit(cache=True)
+def _uniform16(index, key0, key1):
+    """Uniform multiples of 2^-16 in [0, 1) from the entry's index and the two keys."""
+    bits = _mix32(np.uint32(np.uint32(index & 0xFFFFFFFF) ^ np.uint32(key0)))
+    bits = _mix32(np.uint32(bits + np.uint32(index >> 32) + np.uint32(key1)))
+    return np.float32(np.int32(bits >> np.uint32(16))) * np.float32(2.0**-16)
+
+
+@numba.njit(cache=True)
+def encode(x, start, count, lo, hi, bits, random, entry, codes, scratch):
+    """Write the packed codes of ``x[start : start + count]``, a block that begins at ``entry`` of the buffer.
+
+    ``random`` is (stochastic, key0, key1); ``scratch`` uint8 of at least count + 1 entries.
+    """
+    levels = np.float32((1 << bits) - 1)
+    unit = (hi - lo) / levels
+    stochastic, key0, key1 = random
+    if not unit > np.float32(0.0):
+        for i in range(count):
+            scratch[i] = 0
+    elif stochastic:
+        for i in range(count):
+            t = (x[start + i] - lo) / unit + _uniform16(entry + i, key0, key1)
+            scratch[i] = np.uint8(np.int32(min(t, levels)))
+    else:
+        for i in range(count):
+            t = (x[start + i] - lo) / unit + np.float32(0.5)
+            scratch[i] = np.uint8(np.int32(min(t, levels)))  # t ≥ 0: the conversion is a floor
+    if bits == 8:
+        for i in range(count):
+            codes[entry + i] = scratch[i]
+    else:
+        scratch[count] = 0  # the low nibble of an odd end
+        first = entry // 2
+        for i in range((count + 1) // 2):
+            codes[first + i] = np.uint8((scratch[2 * i] << 4) | scratch[2 * i + 1])
+
+
+@numba.njit(cache=True)
+def decode(codes, entry, count, lo, hi, bits, out, start):
+    """``out[start : start + count] = code · u + lo`` for the block that begins at ``entry`` of the buffer."""
+    unit = (hi - lo) / np.float32((1 << bits) - 1)
+    if bits == 8:
+        for i in range(count):
+            out[start + i] = np.float32(np.int32(codes[entry + i])) * unit + lo
+    else:
+        first = entry // 2
+        for i in range(count // 2):
+            byte = np.int32(codes[first + i])
+            out[start + 2 * i] = np.float32(np.int32(byte >> 4)) * unit + lo
+            out[start + 2 * i + 1] = np.float32(np.int32(byte & 15)) * unit + lo
+        if count % 2:
+            out[start + count - 1] = np.float32(np.int32(codes[first + count // 2] >> 4)) * unit + lo
+
+
+@numba.njit(cache=True)
+def load_stat(stat32, stat16, block):
+    """One statistic, whichever of the two arrays holds it."""
+    return widen(stat16[block], 1) if stat32.size == 0 else stat32[block]
+
+
+@numba.njit(cache=True)
+def store_stat(value, stat32, stat16, block):
+    """Store one statistic; a bfloat16 one was rounded before."""
+    if stat32.size == 0:
+        stat16[block] = narrow(value, 1)
+    else:
+        stat32[block] = value
+
+
+@numba.njit(cache=True, parallel=True, nogil=True, error_model="numpy")
+def _quantize_blocks(x32, x16, kind, codes, lo32, lo16, hi32, hi16, count, block_size, bits, random, pieces):
+    blocks = (count + block_size - 1) // block_size
+    for piece in numba.prange(pieces):
+        x = np.empty(block_size, np.float32)
+        scratch = np.empty(block_size + 1, np.uint8)
+        for block in range(piece * blocks // pieces, (piece + 1) * blocks // pieces):
+            start = block * block_size
+            length = min(block_size, count - start)
+            load_floats(x32, x16, kind, start, length, x)
+            lo, hi = block_range(x, 0, length, lo32.size == 0)
+            encode(x, 0, length, lo, hi, bits, random, start, codes, scratch)
+            store_stat(lo, lo32, lo16, block)
+            store_stat(hi, hi32, hi16, block)
+
+
+@numba.njit(cache=True, parallel=True, nogil=True, error_model="numpy")
+def _dequantize_blocks(out32, out16, kind, codes, lo32, lo16, hi32, hi16, count, block_size, bits, scale, add, pieces):
+    blocks = (count + block_size - 1) // block_size
+    for piece in numba.prange(pieces):
+        x = np.empty(block_size, np.float32)
+        old = np.empty(block_size, np.float32)
+        for block in range(piece * blocks // pieces, (piece + 1) * blocks // pieces):
+            start = block * block_size
+            length = min(block_size, count - start)
+            lo, hi = load_stat(lo32, lo16, block), load_stat(hi32, hi16, block)
+            decode(codes, start, length, lo, hi, bits, x, 0)
+            for i in range(length):
+                x[i] = scale * x[i]
+            if add:
+                load_floats(out32, out16, kind, start, length, old)
+                for i in range(length):
+                    x[i] = old[i] + x[i]
+            store_floats(x, length, out32, out16, kind, start)
+
+
+def random_argument(seed: int | None) -> tuple[bool, int, int]:
+    """Return (stochastic, key0, key1) as :func:`encode` takes it."""
+    if seed is None:
+        return False, 0, 0
+    key0, key1 = rounding_keys(seed)
+    return True, key0 & 0xFFFFFFFF, key1 & 0xFFFFFFFF
+
+
+def quantize_cpu_(out: Quantized, source: Tensor, *, seed: int | None) -> None:
+    """Numba version of :func:`~hf_lowmem_optim.kernels.block_quant.quantize_`; ``source`` is flat."""
+    fmt = out.format
+    lo32, lo16, _ = float_views(out.lo)
+    hi32, hi16, _ = float_views(out.hi)
+    stats = (lo32, lo16, hi32, hi16)
+    pieces = num_pieces(len(out.lo))
+    codes = out.codes.numpy()
+    _quantize_blocks(
+        *float_views(source), codes, *stats, out.numel, fmt.block_size, fmt.bits, random_argument(seed), pieces
+    )
+
+
+def dequantize_cpu_(out: Tensor, quantized: Quantized, *, scale: float, add: bool) -> None:
+    """Numba version of ``dequantize_`` and, with ``add``, of ``dequantize_add_``; ``out`` is flat."""
+    fmt = quantized.format
+    lo32, lo16, _ = float_views(quantized.lo)
+    hi32, hi16, _ = float_views(quantized.hi)
+    stats = (lo32, lo16, hi32, hi16)
+    pieces = num_pieces(len(quantized.lo))
+    codes, factor = quantized.codes.numpy(), np.float32(scale)
+    _dequantize_blocks(*float_views(out), codes, *stats, quantized.numel, fmt.block_size, fmt.bits, factor, add, pieces)

@@ -1,0 +1,163 @@
+"""Error-feedback Top-K in Triton: one program per block, everything between load and store in registers.
+
+The threshold is found by bisection on the bits of |a|, which order as the numbers do: two bits a round, 16 reductions.
+One prefix sum of "above" and "at the threshold" (in the two halves of an integer) gives each selected entry its place.
+
+As in ``block_quant``, launches pass ``enable_fp_fusion=False`` (s·(code·u + lo) + g must round at every operation), and
+are not autotuned (the kernel works in place).
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_lowmem_optim.kernels.block_quant.kernel import block_range, decode, encode, load_codes, store_codes
+from hf_lowmem_optim.kernels.block_quant.layout import Quantized, rounding_keys
+
+from .layout import Selection
+
+__all__ = ["block_topk_triton_", "launch_options"]
+
+_ENTRIES_PER_WARP = 512  # 16 per thread of a warp of 32
+
+
+@triton.jit
+def kth_largest(magnitude, k):
+    """The k-th largest of int32 [TILE] (entries below 0 never count): the largest t with count(magnitude ≥ t) ≥ k."""
+    t = 0
+    for level in range(16):
+        shift = 30 - 2 * level
+        digit = (magnitude >> shift) - (t >> shift)  # with the bits found so far equal: 0 … 3
+        one = (digit >= 1).to(tl.int64)
+        two = (digit >= 2).to(tl.int64)
+        three = (digit >= 3).to(tl.int64)
+        counts = tl.sum(one | (two << 20) | (three << 40), 0)  # three counts in one reduction
+        add = ((counts & 0xFFFFF) >= k).to(tl.int32)
+        add += (((counts >> 20) & 0xFFFFF) >= k).to(tl.int32)
+        add += ((counts >> 40) >= k).to(tl.int32)
+        t += add << shift
+    return t
+
+
+@triton.jit(do_not_specialize=["k", "k_last", "key0", "key1"])
+def _block_topk_kernel(
+    grad_ptr,
+    error_ptr,  # codes of a quantized error, or the dense error, or None
+    lo_ptr,
+    hi_ptr,
+    indices_ptr,
+    values_ptr,
+    n,
+    k,
+    k_last,
+    error_scale,
+    key0,
+    key1,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,  # BLOCK rounded up to a power of two
+    QUANT_BLOCK: tl.constexpr,
+    ERROR: tl.constexpr,  # "none", "dense", "quantized"
+    BITS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64)
+    base = block * BLOCK
+    end = tl.minimum(base + BLOCK, n)
+    index = base + tl.arange(0, TILE)  # [TILE]
+    valid = index < end
+    ROWS: tl.constexpr = TILE // QUANT_BLOCK
+    LEVELS: tl.constexpr = (1 << BITS) - 1
+    row = block * (BLOCK // QUANT_BLOCK) + tl.arange(0, ROWS)  # quantization blocks, [ROWS]
+    live = row * QUANT_BLOCK < end
+
+    # a ← g + s·Q⁻¹(e)
+    a = tl.load(grad_ptr + index, mask=valid, other=0.0).to(tl.float32)
+    if ERROR == "dense":
+        a = a + error_scale * tl.load(error_ptr + index, mask=valid, other=0.0).to(tl.float32)
+    if ERROR == "quantized":
+        lo = tl.load(lo_ptr + row, mask=live, other=0.0).to(tl.float32)
+        hi = tl.load(hi_ptr + row, mask=live, other=0.0).to(tl.float32)
+        codes = load_codes(error_ptr, row, end, QUANT_BLOCK, QUANT_BLOCK, BITS)
+        a = a + error_scale * tl.reshape(decode(codes, lo, hi, LEVELS), (TILE,))
+
+    # I ← the k entries of largest |a|: all above the k-th largest, then the lowest indices among those equal to it
+    magnitude = tl.minimum(a.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0x7F800001)  # every NaN just above infinity
+    magnitude = tl.where(valid, magnitude, -1)
+    num_kept = tl.where(end == n, k_last, k)
+    threshold = kth_largest(magnitude, num_kept)
+    above = (magnitude > threshold).to(tl.int32)
+    equal = (magnitude == threshold).to(tl.int32)
+    room = num_kept - tl.sum(above, 0)
+    # equal counts up to 2^15, so the upper half needs its sign bit: read it as unsigned
+    ranks = tl.cumsum(above | (equal << 16), 0).to(tl.uint32, bitcast=True)
+    equal_rank = (ranks >> 16).to(tl.int32)
+    selected = (above > 0) | ((equal > 0) & (equal_rank <= room))
+    place = block * k + (ranks & 0xFFFF).to(tl.int32) + tl.minimum(equal_rank, room) - 1
+
+    # V ← a[I] as stored
+    value = a.to(values_ptr.dtype.element_ty)
+    tl.store(indices_ptr + place, tl.arange(0, TILE).to(tl.int16), mask=selected)
+    tl.store(values_ptr + place, value, mask=selected)
+
+    # e ← Q(a with a[I] ← a[I] − V)
+    if ERROR != "none":
+        wide = value.to(tl.float32)
+        finite = (wide.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
+        rest = tl.where(selected, tl.where(finite, a - wide, 0.0), a)
+        if ERROR == "dense":
+            tl.store(error_ptr + index, rest.to(error_ptr.dtype.element_ty), mask=valid)
+        else:
+            rest = tl.reshape(rest, (ROWS, QUANT_BLOCK))
+            entry = row[:, None] * QUANT_BLOCK + tl.arange(0, QUANT_BLOCK)[None, :]
+            inside = entry < end
+            BF16_STATS: tl.constexpr = lo_ptr.dtype.element_ty == tl.bfloat16
+            lo, hi = block_range(rest, inside, BF16_STATS)
+            codes = encode(rest, inside, lo, hi, entry, key0, key1, LEVELS, STOCHASTIC)
+            store_codes(error_ptr, codes, row, end, ROWS, QUANT_BLOCK, QUANT_BLOCK, BITS)
+            tl.store(lo_ptr + row, lo.to(lo_ptr.dtype.element_ty), mask=live)
+            tl.store(hi_ptr + row, hi.to(hi_ptr.dtype.element_ty), mask=live)
+
+
+def launch_options(block_size: int) -> dict[str, int | bool]:
+    """Return the launch parameters for blocks of this size, fixed by registers per thread, not tuned per device."""
+    tile = triton.next_power_of_2(block_size)
+    most = 16 if torch.version.hip else 32  # a program has at most 1024 threads; AMD's warps have 64
+    return {"num_warps": max(1, min(most, tile // _ENTRIES_PER_WARP)), "enable_fp_fusion": False}
+
+
+def block_topk_triton_(out: Selection, grad: Tensor, error: Quantized | Tensor | None) -> None:
+    """Triton version of :func:`~hf_lowmem_optim.kernels.block_topk.block_topk_`; the tensors are flat."""
+    key0, key1 = rounding_keys(out.seed) if out.seed is not None else (0, 0)
+    tile = max(2, triton.next_power_of_2(out.block_size))
+    if isinstance(error, Quantized):
+        kind, buffer, lo, hi = "quantized", error.codes, error.lo, error.hi
+        quant_block, bits = error.format.block_size, error.format.bits
+    else:
+        kind, buffer, lo, hi = "none" if error is None else "dense", error, None, None  # type: ignore[assignment]
+        quant_block, bits = tile, 8
+    with torch.cuda.device(grad.device if grad.is_cuda else -1):
+        _block_topk_kernel[(triton.cdiv(grad.numel(), out.block_size),)](
+            grad,
+            buffer,
+            lo,
+            hi,
+            out.indices,
+            out.values,
+            grad.numel(),
+            out.k,
+            out.k_last,
+            out.error_scale,
+            key0,
+            key1,
+            BLOCK=out.block_size,
+            TILE=tile,
+            QUANT_BLOCK=quant_block,
+            ERROR=kind,
+            BITS=bits,
+            STOCHASTIC=out.seed is not None,
+            **launch_options(out.block_size),
+        )

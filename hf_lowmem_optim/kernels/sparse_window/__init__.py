@@ -1,0 +1,156 @@
+"""Sums over a window of sparse rows: MicroAdam's statistics and update, and the two products that M-FAC needs.
+
+A :class:`SparseWindow` holds the last ``window`` block-Top-K compressed gradients of one tensor. Three operations read
+it, none of them changes it:
+
+- :func:`window_update_` — Adam's statistics from the window, and the step at the entries that it touches;
+- :func:`window_dots` — G·x, the inner product of every row with a dense vector;
+- :func:`window_combine_` — out ← out + Gᵀ·w.
+
+``reference.py`` is the specification. Rows are added in float32 in the order of their storage, so that the backends
+``reference``, ``triton`` and ``cpu`` agree bit for bit in :func:`window_update_` and :func:`window_combine_`; where a
+device's division or square root is not correctly rounded, the update (not the parameter) may differ in its last place.
+:func:`window_dots` adds in float64, in an order that depends on the backend.
+
+NaN and infinity propagate as in AdamW: an infinite value gives z1/√z2 = Inf/Inf = NaN, and a NaN value gives NaN, at
+the entry that it touches and nowhere else.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backend import choose_backend
+from .layout import MAX_BLOCK_SIZE, SparseWindow
+
+__all__ = ["MAX_BLOCK_SIZE", "SparseWindow", "window_combine_", "window_dots", "window_update_"]
+
+PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def window_update_(
+    param: Tensor,
+    window: SparseWindow,
+    weights: Tensor,
+    *,
+    lr: float,
+    eps: float,
+    weight_decay: float = 0.0,
+) -> None:
+    """Take MicroAdam's step from the statistics of a window (arXiv 2405.15593, algorithm 1; ALGORITHMS.md section 2).
+
+    With V the window's rows scattered to the size of the tensor::
+
+        z1 ← Σ_rows weights[0, row]·V_row
+        z2 ← Σ_rows weights[1, row]·(V_row·V_row)
+        W  ← W·(1 − lr·weight_decay) − lr·(z1/(√z2 + eps))      the second term at touched entries only
+
+    An entry is touched if it occurs in a row that counts; a row counts if one of its two weights is not zero. Without
+    weight decay the untouched entries are left as they are, bit for bit. Everything is computed in float32 and each
+    new entry is rounded once to the dtype of ``param``.
+
+    Args:
+        param: float32, bfloat16 or float16, contiguous, ``window.numel`` entries in any shape; changed in place.
+        window: The compressed gradients.
+        weights: float32 ``[2, window]``, not negative, on the device of ``param``: for the first and the second
+            moment, the weight of each row with the bias correction in it. Zero for a row that was not written yet.
+        lr: Learning rate.
+        eps: Added to the root of z2.
+        weight_decay: Decoupled weight decay.
+
+    Raises:
+        TypeError: For a dtype that is not listed above.
+        ValueError: For shapes or devices that contradict each other, or a tensor that is not contiguous.
+        ImportError: If the requested backend is not installed.
+    """
+    if param.dtype not in PARAM_DTYPES:
+        raise TypeError(f"param must be float32, bfloat16 or float16, got {param.dtype}")
+    _check_dense("param", param, window)
+    _check_weights(weights, (2, window.window), window)
+    flat = param.detach().view(-1)
+    backend = choose_backend("window_update_", param.device)
+    if backend == "triton":
+        from .kernel import window_update_triton_ as update_
+    elif backend == "cpu":
+        from .cpu import window_update_cpu_ as update_
+    else:
+        from .reference import window_update_reference_ as update_
+    update_(flat, window, weights, lr=float(lr), eps=float(eps), weight_decay=float(weight_decay))
+
+
+def window_dots(window: SparseWindow, dense: Tensor) -> Tensor:
+    """Return the inner products G·x of the window's rows with a dense vector (M-FAC, arXiv 2107.03356).
+
+    Rows that were not written yet must hold zeros as values.
+
+    Args:
+        window: The compressed gradients, as rows of G.
+        dense: float32, contiguous, ``window.numel`` entries in any shape.
+
+    Returns:
+        float64 ``[window]``.
+
+    Raises:
+        TypeError: If ``dense`` is not float32.
+        ValueError: For shapes or devices that contradict each other, or a tensor that is not contiguous.
+        ImportError: If the requested backend is not installed.
+    """
+    if dense.dtype != torch.float32:
+        raise TypeError(f"dense must be float32, got {dense.dtype}")
+    _check_dense("dense", dense, window)
+    flat = dense.detach().view(-1)
+    backend = choose_backend("window_dots", dense.device)
+    if backend == "triton":
+        from .kernel import window_dots_triton as dots
+    elif backend == "cpu":
+        from .cpu import window_dots_cpu as dots
+    else:
+        from .reference import window_dots_reference as dots
+    return dots(window, flat)
+
+
+def window_combine_(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
+    """Add a linear combination of the window's rows: out ← out + Gᵀ·weights (M-FAC, arXiv 2107.03356).
+
+    Args:
+        out: float32, contiguous, ``window.numel`` entries in any shape; changed in place.
+        window: The compressed gradients, as rows of G.
+        weights: float32 ``[window]`` on the device of ``out``. A row of weight zero is skipped.
+
+    Raises:
+        TypeError: If ``out`` is not float32.
+        ValueError: For shapes or devices that contradict each other, or a tensor that is not contiguous.
+        ImportError: If the requested backend is not installed.
+    """
+    if out.dtype != torch.float32:
+        raise TypeError(f"out must be float32, got {out.dtype}")
+    _check_dense("out", out, window)
+    _check_weights(weights, (window.window,), window)
+    flat = out.detach().view(-1)
+    backend = choose_backend("window_combine_", out.device)
+    if backend == "triton":
+        from .kernel import window_combine_triton_ as combine_
+    elif backend == "cpu":
+        from .cpu import window_combine_cpu_ as combine_
+    else:
+        from .reference import window_combine_reference_ as combine_
+    combine_(flat, window, weights)
+
+
+def _check_dense(name: str, dense: Tensor, window: SparseWindow) -> None:
+    if dense.numel() != window.numel:
+        raise ValueError(f"{name} has {dense.numel()} entries, the window is of {window.numel}")
+    if not dense.is_contiguous():
+        raise ValueError(f"{name} must be contiguous")
+    if dense.device != window.indices.device:
+        raise ValueError(f"{name} is on {dense.device}, the window on {window.indices.device}")
+
+
+def _check_weights(weights: Tensor, shape: tuple[int, ...], window: SparseWindow) -> None:
+    if weights.dtype != torch.float32:
+        raise TypeError(f"weights must be float32, got {weights.dtype}")
+    if tuple(weights.shape) != shape or not weights.is_contiguous():
+        raise ValueError(f"weights must be contiguous and of shape {[*shape]}, got {[*weights.shape]}")
+    if weights.device != window.indices.device:
+        raise ValueError(f"weights are on {weights.device}, the window on {window.indices.device}")

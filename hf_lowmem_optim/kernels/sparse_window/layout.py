@@ -1,0 +1,93 @@
+"""How the last compressed gradients of one tensor lie in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["MAX_BLOCK_SIZE", "SparseWindow"]
+
+MAX_BLOCK_SIZE = 32768
+"""Indices are relative to their block and stored as int16."""
+
+VALUE_DTYPES = (torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class SparseWindow:
+    """The last compressed gradients of one tensor of ``numel`` entries, one per row.
+
+    The tensor is cut into blocks of ``block_size`` entries, the last one shorter. Block ``b`` owns the columns from
+    ``b * kept_per_block`` on; the last block owns what is left, at most ``kept_per_block``. Within a row the indices of
+    a block ascend strictly. A row that was not written yet may hold anything that is in range (zeros, for example):
+    the operations skip a row whose weights are all zero.
+
+    Attributes:
+        indices: int16 ``[window, kept]``, contiguous; positions relative to the start of the block.
+        values: bfloat16 or float32 ``[window, kept]``, contiguous.
+        numel: Number of entries of the tensor.
+        block_size: Entries per block, 1 to 32768.
+        kept_per_block: Kept entries of a full block, 1 to ``block_size``.
+
+    Raises:
+        TypeError: For a dtype that is not listed above.
+        ValueError: For shapes that contradict each other, or tensors that are not contiguous or not on one device.
+    """
+
+    indices: Tensor
+    values: Tensor
+    numel: int
+    block_size: int
+    kept_per_block: int
+
+    def __post_init__(self) -> None:
+        """Check everything that can be checked without reading the tensors."""
+        indices, values = self.indices, self.values
+        if indices.dtype != torch.int16:
+            raise TypeError(f"indices must be int16, got {indices.dtype}")
+        if values.dtype not in VALUE_DTYPES:
+            raise TypeError(f"values must be bfloat16 or float32, got {values.dtype}")
+        if indices.ndim != 2 or indices.shape != values.shape:
+            raise ValueError(
+                f"indices and values must both be [window, kept], got {[*indices.shape]} and {[*values.shape]}"
+            )
+        if not (indices.is_contiguous() and values.is_contiguous()):
+            raise ValueError("indices and values must be contiguous")
+        if indices.device != values.device:
+            raise ValueError(f"indices are on {indices.device}, values on {values.device}")
+        if not 1 <= self.block_size <= MAX_BLOCK_SIZE:
+            raise ValueError(f"block_size must be between 1 and {MAX_BLOCK_SIZE}, got {self.block_size}")
+        if not 1 <= self.kept_per_block <= self.block_size:
+            raise ValueError(f"kept_per_block must be between 1 and block_size, got {self.kept_per_block}")
+        if not 1 <= self.kept_in_last_block <= min(self.kept_per_block, self.last_block_size):
+            raise ValueError(
+                f"{self.numel} entries in blocks of {self.block_size} with {self.kept_per_block} kept per block "
+                f"cannot give rows of {self.kept} entries"
+            )
+
+    @property
+    def window(self) -> int:
+        """Number of rows."""
+        return self.indices.shape[0]
+
+    @property
+    def kept(self) -> int:
+        """Number of entries of a row."""
+        return self.indices.shape[1]
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks, the short one included."""
+        return -(-self.numel // self.block_size)
+
+    @property
+    def last_block_size(self) -> int:
+        """Number of entries of the last block."""
+        return self.numel - (self.num_blocks - 1) * self.block_size
+
+    @property
+    def kept_in_last_block(self) -> int:
+        """Number of kept entries of the last block."""
+        return self.kept - (self.num_blocks - 1) * self.kept_per_block

@@ -1,0 +1,243 @@
+"""Compile every Triton launch for GPUs that are not there, and read what the compilers say about it.
+
+Run as ``python -m tests.kernels.ahead_of_time [target …]`` in a process without TRITON_INTERPRET (the interpreter
+replaces the kernels when triton is imported). Prints one JSON list: per launch and target the registers, spills, shared
+memory and widest global load. No GPU and no driver are needed: triton brings ptxas and LLVM's AMD backend along.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["TARGETS", "Compiled", "Target"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU: how triton names it, and what one of its multiprocessors (compute units) holds.
+
+    Sources: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD's guide to the CDNA3
+    instruction set.
+    """
+
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared_per_program: int  # bytes that one program may use
+    shared_per_processor: int
+    shared_reserved: int  # bytes taken per program by the driver
+    warps_per_processor: int
+    registers_per_processor: int  # 32-bit registers of all threads together
+    register_granule: int  # registers per thread are rounded up to it
+
+
+TARGETS = {
+    "sm80": Target("cuda", 80, 32, 163 << 10, 164 << 10, 1 << 10, 64, 65536, 8),
+    "sm90": Target("cuda", 90, 32, 227 << 10, 228 << 10, 1 << 10, 64, 65536, 8),
+    "sm100": Target("cuda", 100, 32, 227 << 10, 228 << 10, 1 << 10, 64, 65536, 8),
+    "gfx942": Target("hip", "gfx942", 64, 64 << 10, 64 << 10, 0, 32, 4 * 512 * 64, 8),
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one launch became on one target.
+
+    Attributes:
+        launch: Name of the launch.
+        target: Name of the target.
+        error: Message of the failed compilation; empty if it passed, and the other fields are meaningless otherwise.
+        num_warps: Warps per program.
+        registers: Vector registers per thread.
+        spill_bytes: Bytes of local (scratch) memory per thread, which a spill would use.
+        shared_bytes: Shared memory per program.
+        widest_load: Bytes that one thread loads at once from global memory, at most.
+        required_load: The same as the launch table demands, at least.
+        occupancy: Share of the multiprocessor's warps that registers, shared memory and program size allow.
+    """
+
+    launch: str
+    target: str
+    error: str = ""
+    num_warps: int = 0
+    registers: int = 0
+    spill_bytes: int = 0
+    shared_bytes: int = 0
+    widest_load: int = 0
+    required_load: int = 0
+    occupancy: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    kernel: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def _record(launch: Any, target: Target) -> _Recorded:
+    """Run the call of a launch with the launching itself replaced."""
+    import torch
+    from triton.runtime.jit import JITFunction
+
+    seen: list[_Recorded] = []
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        seen.append(_Recorded(self, args, kwargs))
+
+    real_run, real_hip = JITFunction.run, torch.version.hip
+    JITFunction.run, torch.version.hip = run, "ahead of time" if target.backend == "hip" else None
+    try:
+        launch.prepare()[0]()
+    finally:
+        JITFunction.run, torch.version.hip = real_run, real_hip
+    (recorded,) = seen
+    return recorded
+
+
+def _type_of(value: Any) -> str:
+    """Triton's name for the type of a launch argument."""
+    if hasattr(value, "data_ptr"):
+        name = str(value.dtype).removeprefix("torch.")
+        for long, short in {"bfloat16": "bf16", "float": "fp", "uint": "u", "int": "i"}.items():
+            name = name.replace(long, short)
+        return f"*{name}"
+    if isinstance(value, bool):
+        return "u1"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    return "fp32"
+
+
+def _compile(recorded: _Recorded, target: Target) -> Any:
+    """Specialize as triton's launcher would (constants, ones, multiples of 16), then compile."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, options = recorded.kernel, dict(recorded.kwargs)
+    values = dict(zip(kernel.arg_names, recorded.args, strict=False))
+    values |= {name: options.pop(name) for name in list(options) if name in kernel.arg_names}
+    signature, constants, attributes = {}, {}, {}
+    for param in kernel.params:
+        value = values[param.name]
+        specialize = not param.do_not_specialize
+        if param.is_constexpr or value is None or (specialize and value is not True and _is_int(value) and value == 1):
+            signature[param.name], constants[param.name] = "constexpr", value
+            continue
+        signature[param.name] = _type_of(value)
+        address = value.data_ptr() if hasattr(value, "data_ptr") else value
+        if specialize and _is_int(address) and address % 16 == 0:
+            attributes[(kernel.arg_names.index(param.name),)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp_size), options=options)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _registers_and_spills(compiled: Any, target: Target) -> tuple[int, int]:
+    if target.backend == "hip":
+        listing = compiled.asm["amdgcn"]
+
+        def field(name: str) -> int:
+            found = re.search(rf"\.{name}:\s*(\d+)", listing)
+            return int(found[1]) if found else 0
+
+        # vgpr_count is the total of ordinary and accumulation registers, which share one file
+        spilled = field("vgpr_spill_count") + field("sgpr_spill_count")
+        return field("vgpr_count"), max(field("private_segment_fixed_size"), 4 * spilled)
+    import triton
+
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(cuobjdump), "--dump-resource-usage", file.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", listing)
+    assert found, listing
+    return int(found[1]), int(found[2]) + int(found[3])
+
+
+def _widest_load(compiled: Any, target: Target) -> int:
+    if target.backend == "hip":
+        widths = {
+            "ubyte": 1,
+            "sbyte": 1,
+            "ushort": 2,
+            "sshort": 2,
+            "dword": 4,
+            "dwordx2": 8,
+            "dwordx3": 12,
+            "dwordx4": 16,
+        }
+        loads = re.findall(r"(?:global|buffer|flat)_load_(\w+?)(?:_d16\w*)?\s", compiled.asm["amdgcn"])
+        return max((widths.get(load, 0) for load in loads), default=0)
+    loads = re.findall(r"ld\.global[.\w:]*?(?:\.v(\d))?\.[bfsu](\d+)\b", compiled.asm["ptx"])
+    return max((int(count or 1) * int(bits) // 8 for count, bits in loads), default=0)
+
+
+def occupancy(target: Target, num_warps: int, registers: int, shared_bytes: int) -> float:
+    """Share of a multiprocessor's warps that can be resident, at most."""
+    granule = target.register_granule
+    per_thread = max(granule, -(-registers // granule) * granule)
+    by_registers = target.registers_per_processor // (per_thread * target.warp_size) // num_warps
+    by_shared = target.shared_per_processor // max(1, shared_bytes + target.shared_reserved)
+    by_warps = target.warps_per_processor // num_warps
+    return min(by_registers, by_shared, by_warps) * num_warps / target.warps_per_processor
+
+
+def compile_launch(name: str, target_name: str) -> Compiled:
+    """Compile one launch for one target; a failure becomes the ``error`` of the result."""
+    from tests.kernels.launches import LAUNCHES, force_triton
+
+    force_triton()
+    target = TARGETS[target_name]
+    launch = next(launch for launch in LAUNCHES if launch.name == name)
+    recorded = _record(launch, target)
+    try:
+        compiled = _compile(recorded, target)
+    except Exception as error:  # whatever the compiler raises is the result
+        return Compiled(name, target_name, error=f"{type(error).__name__}: {error}"[-400:])
+    registers, spill_bytes = _registers_and_spills(compiled, target)
+    num_warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    return Compiled(
+        launch=name,
+        target=target_name,
+        num_warps=num_warps,
+        registers=registers,
+        spill_bytes=spill_bytes,
+        shared_bytes=shared,
+        widest_load=_widest_load(compiled, target),
+        required_load=launch.widest_load,
+        occupancy=occupancy(target, num_warps, registers, shared),
+    )
+
+
+def main(names: list[str]) -> None:
+    """Compile every launch for the targets ``names`` (all if empty), in two processes."""
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        raise SystemExit("TRITON_INTERPRET=1 replaces the kernels by interpreted ones: unset it")
+    from tests.kernels.launches import LAUNCHES
+
+    jobs = [(launch.name, target) for launch in LAUNCHES for target in (names or TARGETS)]
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        with ProcessPoolExecutor(2) as pool:
+            results = list(pool.map(compile_launch, *zip(*jobs, strict=True)))
+    print(json.dumps([asdict(result) for result in results]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

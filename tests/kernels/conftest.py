@@ -1,0 +1,32 @@
+"""Kernel tests: Triton's interpreter, repaired, unless the run says that the kernels are to be compiled for a GPU.
+
+``TRITON_INTERPRET=0 pytest -m gpu tests/kernels`` runs the same cases on the device. Tests that compile kernels ahead
+of time do it in a subprocess without the variable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of triton
+
+# numba's cache does not notice a change in a jit function that another file calls: a cache per state of the sources
+_sources = sorted((Path(__file__).parents[2] / "hf_lowmem_optim" / "kernels").rglob("*.py"))
+_digest = hashlib.sha256(b"".join(path.read_bytes() for path in _sources)).hexdigest()[:16]
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"hf-lowmem-optim-numba-{_digest}"))
+
+if os.environ["TRITON_INTERPRET"] == "1":
+    from tests.kernels import interpreter
+
+    interpreter.enable()
+
+
+@pytest.fixture(autouse=True)
+def _no_backend_override(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable set by whoever runs the tests must not decide which code they exercise."""
+    monkeypatch.delenv("HF_LOWMEM_OPTIM_BACKEND", raising=False)
