@@ -1,23 +1,35 @@
 """Where the compression error ξ is kept between two steps, and in which precision.
 
 ``accumulate`` gives a = g + ξ in float32, ``retain_`` stores what is left of it. A float32 buffer is used in place:
-it *becomes* a, so that nothing of the gradient's size is allocated.
+it *becomes* a, so that nothing of the gradient's size is allocated. A quantized error is dequantized into the
+workspace of the step, and not kept so between steps.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from hf_lowmem_optim.compression.quantization import (
+    QuantFormat,
+    Quantized,
+    dequantize_,
+    quantize_,
+    quantized_specs,
+    quantized_state,
+)
 from hf_lowmem_optim.compression.workspace import Workspace
 from hf_lowmem_optim.state import TensorSpec
 
-__all__ = ["ERROR_FEEDBACK", "accumulate", "error_state", "retain_"]
+__all__ = ["ERROR_FEEDBACK", "accumulate", "error_state", "keeps_error", "retain_"]
 
 #: The storages of the error that an optimizer may offer as ``error_feedback=``.
-ERROR_FEEDBACK = ("param", "fp32", "bf16", "none")
+ERROR_FEEDBACK = ("param", "fp32", "bf16", "8bit", "4bit", "none")
+
+_FORMATS = {"8bit": QuantFormat(bits=8), "4bit": QuantFormat(bits=4)}
 
 
 def error_state(shape: Sequence[int], dtype: torch.dtype, storage: str) -> dict[str, TensorSpec]:
@@ -33,8 +45,15 @@ def error_state(shape: Sequence[int], dtype: torch.dtype, storage: str) -> dict[
     """
     if storage == "none":
         return {}
+    if storage in _FORMATS:
+        return quantized_specs(math.prod(shape), _FORMATS[storage])
     stored = {"param": dtype, "fp32": torch.float32, "bf16": torch.bfloat16}[storage]
     return {"error": TensorSpec(tuple(shape), stored, "error")}
+
+
+def keeps_error(state: Mapping[str, Tensor]) -> bool:
+    """Whether the state has a place for the error."""
+    return "error" in state or "error_codes" in state
 
 
 def accumulate(grad: Tensor, state: Mapping[str, Tensor], workspace: Workspace) -> Tensor:
@@ -50,22 +69,35 @@ def accumulate(grad: Tensor, state: Mapping[str, Tensor], workspace: Workspace) 
         ``grad`` itself, which the caller must not write to.
     """
     error = state.get("error")
-    if error is None:
-        if grad.dtype == torch.float32:
-            return grad
-        return workspace.take("accumulated", grad.shape, grad.device).copy_(grad)
-    if error.dtype == torch.float32:
+    if error is not None and error.dtype == torch.float32:
         return error.add_(grad)
-    return workspace.take("accumulated", grad.shape, grad.device).copy_(error).add_(grad)
+    if not keeps_error(state) and grad.dtype == torch.float32:
+        return grad
+    accumulated = workspace.take("accumulated", grad.shape, grad.device)
+    if error is not None:
+        return accumulated.copy_(error).add_(grad)
+    if "error_codes" in state:
+        dequantize_(accumulated, _quantized(state, grad.numel()))
+        return accumulated.add_(grad)
+    return accumulated.copy_(grad)
 
 
-def retain_(state: Mapping[str, Tensor], residual: Tensor) -> None:
-    """Store ξ ← residual, rounded to the dtype of the buffer.
+def retain_(state: Mapping[str, Tensor], residual: Tensor, *, seed: int | None = None) -> None:
+    """Store ξ ← residual in the precision of the buffer.
 
     Args:
         state: State of the tensor, with or without an error.
         residual: What the compression cut off, float32, shape of the parameter.
+        seed: For a quantized error: an integer rounds stochastically with that seed, None to nearest.
     """
     error = state.get("error")
     if error is not None and error.data_ptr() != residual.data_ptr():
         error.copy_(residual)
+    elif "error_codes" in state:
+        quantize_(_quantized(state, residual.numel()), residual, seed=seed)
+
+
+def _quantized(state: Mapping[str, Tensor], numel: int) -> Quantized:
+    """The quantized error; a code a byte is 8 bit (a compressed matrix has more than one entry)."""
+    storage = "8bit" if state["error_codes"].numel() == numel else "4bit"
+    return quantized_state(state, numel, _FORMATS[storage])

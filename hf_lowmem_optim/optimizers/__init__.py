@@ -2,5 +2,14 @@
 
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
 from hf_lowmem_optim.optimizers.ldadam import LDAdam, ldadam_state, ldadam_update_
+from hf_lowmem_optim.optimizers.microadam import MicroAdam, microadam_state, microadam_update_
 
-__all__ = ["LDAdam", "LowMemoryOptimizer", "ldadam_state", "ldadam_update_"]
+__all__ = [
+    "LDAdam",
+    "LowMemoryOptimizer",
+    "MicroAdam",
+    "ldadam_state",
+    "ldadam_update_",
+    "microadam_state",
+    "microadam_update_",
+]

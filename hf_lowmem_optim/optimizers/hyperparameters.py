@@ -9,8 +9,10 @@ from typing import Any
 
 __all__ = [
     "check_betas",
+    "check_bool",
     "check_choice",
     "check_eps",
+    "check_fraction",
     "check_lr",
     "check_positive_int",
     "check_unit_interval",
@@ -57,6 +59,21 @@ def check_unit_interval(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r} is outside [0, 1)")
 
 
+def check_fraction(name: str, value: Any, *, or_none: str) -> None:
+    """A float in (0, 1], or None, which means ``or_none``."""
+    if value is None:
+        return
+    expected = f"a float in (0, 1], or None ({or_none})"
+    if not 0.0 < _check_real(name, value, expected) <= 1.0:
+        raise ValueError(f"{name}={value!r} is out of range; it must be {expected}")
+
+
+def check_bool(name: str, value: Any) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it must be True or False")
+
+
 def check_betas(value: Any) -> None:
     """Decay rates of the moments: two floats in [0, 1)."""
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
@@ -85,8 +102,8 @@ def check_positive_int(name: str, value: Any, *, or_none: str | None = None, max
         raise ValueError(f"{name}={value!r} is out of range; it must be {expected}")
 
 
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """One of a few strings."""
-    if value not in choices:
-        hint = nearest(value, choices) if isinstance(value, str) else ""
+def check_choice(name: str, value: Any, choices: Sequence[str] | Sequence[int]) -> None:
+    """One of a few strings or ints."""
+    if isinstance(value, bool) or value not in choices:
+        hint = nearest(value, map(str, choices)) if isinstance(value, str) else ""
         raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}{hint}")
