@@ -21,7 +21,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backend import choose_backend
+from hf_lowmem_optim.kernels.backend import choose_backend
+
 from .layout import MAX_BLOCK_SIZE, SparseWindow
 
 __all__ = ["MAX_BLOCK_SIZE", "SparseWindow", "window_combine_", "window_dots", "window_update_"]
