@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .layout import SparseWindow
+from hf_lowmem_optim.kernels.sparse_window.layout import SparseWindow
 
 __all__ = ["window_combine_reference_", "window_dots_reference", "window_update_reference_"]
 
