@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hf_lowmem_optim.memory.measure import StateReport, measure_state
     from hf_lowmem_optim.memory.plan import plan_optimizer, plan_state
     from hf_lowmem_optim.optimizers.ldadam import LDAdam
+    from hf_lowmem_optim.optimizers.microadam import MicroAdam
     from hf_lowmem_optim.registry import OPTIMIZERS, OptimizerEntry, get_entry
     from hf_lowmem_optim.trainer.callbacks import OptimizerStateMemoryCallback
     from hf_lowmem_optim.trainer.factory import OptimizerFactory
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "OPTIMIZERS",
     "LDAdam",
+    "MicroAdam",
     "OptimizerEntry",
     "OptimizerFactory",
     "OptimizerStateMemoryCallback",
@@ -38,6 +40,7 @@ __all__ = [
 _HOME = {
     "OPTIMIZERS": "registry",
     "LDAdam": "optimizers.ldadam",
+    "MicroAdam": "optimizers.microadam",
     "OptimizerEntry": "registry",
     "OptimizerFactory": "trainer.factory",
     "OptimizerStateMemoryCallback": "trainer.callbacks",
