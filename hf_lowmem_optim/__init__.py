@@ -1,1 +1,83 @@
-"""Memory-efficient optimizers as a Hugging Face Trainer plugin."""
+"""Memory-efficient optimizers as a Hugging Face Trainer plugin.
+
+Importing this package makes ``TrainingArguments(optim="ldadam")`` (and every other name of
+``hf_lowmem_optim.OPTIMIZERS``) valid. It imports neither transformers nor torch by itself: the names below are loaded
+when they are first used, and the optim strings are added when transformers is imported, before or after this package.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_lowmem_optim.memory.measure import StateReport, measure_state
+    from hf_lowmem_optim.memory.plan import plan_optimizer, plan_state
+    from hf_lowmem_optim.optimizers.ldadam import LDAdam
+    from hf_lowmem_optim.optimizers.lowrank_mfac import LowRankMFAC
+    from hf_lowmem_optim.optimizers.microadam import MicroAdam
+    from hf_lowmem_optim.optimizers.sparse_ggt import SparseGGT
+    from hf_lowmem_optim.optimizers.sparse_mfac import SparseMFAC
+    from hf_lowmem_optim.registry import OPTIMIZERS, OptimizerEntry, get_entry
+    from hf_lowmem_optim.trainer.callbacks import OptimizerStateMemoryCallback
+    from hf_lowmem_optim.trainer.factory import OptimizerFactory
+    from hf_lowmem_optim.trainer.strings import register_optimizer_strings
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "OPTIMIZERS",
+    "LDAdam",
+    "LowRankMFAC",
+    "MicroAdam",
+    "OptimizerEntry",
+    "OptimizerFactory",
+    "OptimizerStateMemoryCallback",
+    "SparseGGT",
+    "SparseMFAC",
+    "StateReport",
+    "get_entry",
+    "measure_state",
+    "plan_optimizer",
+    "plan_state",
+    "register_optimizer_strings",
+]
+
+_HOME = {
+    "OPTIMIZERS": "registry",
+    "LDAdam": "optimizers.ldadam",
+    "LowRankMFAC": "optimizers.lowrank_mfac",
+    "MicroAdam": "optimizers.microadam",
+    "SparseGGT": "optimizers.sparse_ggt",
+    "SparseMFAC": "optimizers.sparse_mfac",
+    "OptimizerEntry": "registry",
+    "OptimizerFactory": "trainer.factory",
+    "OptimizerStateMemoryCallback": "trainer.callbacks",
+    "StateReport": "memory.measure",
+    "get_entry": "registry",
+    "measure_state": "memory.measure",
+    "plan_optimizer": "memory.plan",
+    "plan_state": "memory.plan",
+    "register_optimizer_strings": "trainer.strings",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from its module the first time it is asked for."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, also those that are not loaded yet."""
+    return sorted([*globals(), *_HOME])
+
+
+# Last, because registration imports submodules of this package when transformers is already there.
+from hf_lowmem_optim.trainer import import_hook  # noqa: E402
+
+import_hook.install()
+del import_hook

@@ -9,6 +9,7 @@ from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
 from hf_lowmem_optim.optimizers.hyperparameters import nearest
 from hf_lowmem_optim.optimizers.ldadam import LDAdam, ldadam_state
 from hf_lowmem_optim.optimizers.lowrank_mfac import LowRankMFAC, lowrank_mfac_state
+from hf_lowmem_optim.optimizers.microadam import MicroAdam, microadam_state
 from hf_lowmem_optim.optimizers.sparse_ggt import SparseGGT, sparse_ggt_state
 from hf_lowmem_optim.optimizers.sparse_mfac import SparseMFAC, sparse_mfac_state
 from hf_lowmem_optim.state import TensorSpec
@@ -44,6 +45,13 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
             ldadam_state,
             "arXiv 2410.16103 (ICLR 2025)",
             "Adam in a low-rank subspace that follows the gradient, with error feedback",
+        ),
+        OptimizerEntry(
+            "microadam",
+            MicroAdam,
+            microadam_state,
+            "arXiv 2405.15593 (NeurIPS 2024)",
+            "Adam over a window of Top-K gradients, the rest fed back from a 4-bit error",
         ),
         OptimizerEntry(
             "sparse_mfac",

@@ -1,7 +1,8 @@
 """Where the compression error ξ is kept between two steps, and in which precision.
 
 ``accumulate`` gives a = g + ξ in float32, ``retain_`` stores what is left of it. A float32 buffer is used in place:
-it *becomes* a, so that nothing of the gradient's size is allocated.
+it *becomes* a, so that nothing of the gradient's size is allocated. A quantized error is dequantized into the
+workspace of the step, and not kept so between steps.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from hf_lowmem_optim.compression.quantization import (
     QuantFormat,
     Quantized,
-    dequantize_add_,
+    dequantize_,
     quantize_,
     quantized_specs,
     quantized_state,
@@ -23,13 +24,24 @@ from hf_lowmem_optim.compression.quantization import (
 from hf_lowmem_optim.compression.workspace import Workspace
 from hf_lowmem_optim.state import TensorSpec
 
-__all__ = ["ERROR_FEEDBACK", "QUANTIZED_ERROR", "accumulate", "error_state", "quantized_error", "retain_"]
+__all__ = [
+    "ERROR_FEEDBACK",
+    "QUANTIZATION_BLOCK_SIZE",
+    "accumulate",
+    "error_state",
+    "keeps_error",
+    "quantized_error",
+    "retain_",
+]
 
-#: The dense storages of the error that an optimizer may offer as ``error_feedback=``.
-ERROR_FEEDBACK = ("param", "fp32", "bf16", "none")
+#: The storages of the error that an optimizer may offer as ``error_feedback=``.
+ERROR_FEEDBACK = ("param", "fp32", "bf16", "8bit", "4bit", "none")
 
-#: The block-quantized ones: blocks of 64 entries with two bfloat16 statistics.
-QUANTIZED_ERROR = {"8bit": QuantFormat(bits=8), "4bit": QuantFormat(bits=4)}
+_SLICE_ENTRIES = 1 << 16
+#: Entries that share the two statistics of a quantized error.
+QUANTIZATION_BLOCK_SIZE = 64
+
+_FORMATS = {"8bit": QuantFormat(8, QUANTIZATION_BLOCK_SIZE), "4bit": QuantFormat(4, QUANTIZATION_BLOCK_SIZE)}
 
 
 def error_state(shape: Sequence[int], dtype: torch.dtype, storage: str) -> dict[str, TensorSpec]:
@@ -38,62 +50,76 @@ def error_state(shape: Sequence[int], dtype: torch.dtype, storage: str) -> dict[
     Args:
         shape: Shape of the parameter.
         dtype: Dtype of the parameter.
-        storage: One of :data:`ERROR_FEEDBACK` or :data:`QUANTIZED_ERROR`.
+        storage: One of :data:`ERROR_FEEDBACK`.
 
     Returns:
         Specs by state key; empty for ``"none"``.
     """
     if storage == "none":
         return {}
-    if storage in QUANTIZED_ERROR:
-        return quantized_specs(math.prod(shape), QUANTIZED_ERROR[storage])
+    if storage in _FORMATS:
+        return quantized_specs(math.prod(shape), _FORMATS[storage])
     stored = {"param": dtype, "fp32": torch.float32, "bf16": torch.bfloat16}[storage]
     return {"error": TensorSpec(tuple(shape), stored, "error")}
 
 
-def quantized_error(state: Mapping[str, Tensor], numel: int, storage: str) -> Quantized:
-    """Return the quantized error of a tensor of ``numel`` entries, on the tensors of its state."""
-    return quantized_state(state, numel, QUANTIZED_ERROR[storage])
+def keeps_error(state: Mapping[str, Tensor]) -> bool:
+    """Whether the state has a place for the error."""
+    return "error" in state or "error_codes" in state
 
 
-def accumulate(grad: Tensor, state: Mapping[str, Tensor], workspace: Workspace, storage: str = "param") -> Tensor:
+def accumulate(grad: Tensor, state: Mapping[str, Tensor], workspace: Workspace) -> Tensor:
     """Return a = g + ξ in float32.
 
     Args:
         grad: Gradient, any floating dtype and layout. It is not written to.
         state: State of the tensor; its error is overwritten if it is kept in float32, until :func:`retain_`.
         workspace: Gives the buffer where a new tensor is needed.
-        storage: How the error is stored; only whether and how it is quantized matters.
 
     Returns:
         The error's own float32 buffer; a buffer of the workspace; or, without an error and with a float32 gradient,
         ``grad`` itself, which the caller must not write to.
     """
-    if storage in QUANTIZED_ERROR:
-        accumulated = workspace.take("accumulated", grad.shape, grad.device).copy_(grad)
-        dequantize_add_(accumulated, quantized_error(state, grad.numel(), storage))
-        return accumulated
     error = state.get("error")
-    if error is None:
-        if grad.dtype == torch.float32:
-            return grad
-        return workspace.take("accumulated", grad.shape, grad.device).copy_(grad)
-    if error.dtype == torch.float32:
-        return error.add_(grad)
-    return workspace.take("accumulated", grad.shape, grad.device).copy_(error).add_(grad)
+    if error is not None and error.dtype == torch.float32:
+        return _add_(error, grad)
+    if not keeps_error(state) and grad.dtype == torch.float32:
+        return grad
+    accumulated = workspace.take("accumulated", grad.shape, grad.device)
+    if error is not None:
+        return _add_(accumulated.copy_(error), grad)
+    if "error_codes" in state:
+        dequantize_(accumulated, quantized_error(state, grad.numel()))
+        return _add_(accumulated, grad)
+    return accumulated.copy_(grad)
 
 
-def retain_(state: Mapping[str, Tensor], residual: Tensor, storage: str = "param") -> None:
-    """Store ξ ← residual, rounded or quantized as the buffer is.
+def retain_(state: Mapping[str, Tensor], residual: Tensor, *, seed: int | None = None) -> None:
+    """Store ξ ← residual in the precision of the buffer.
 
     Args:
         state: State of the tensor, with or without an error.
         residual: What the compression cut off, float32, shape of the parameter.
-        storage: As in :func:`accumulate`.
+        seed: For a quantized error: an integer rounds stochastically with that seed, None to nearest.
     """
-    if storage in QUANTIZED_ERROR:
-        quantize_(quantized_error(state, residual.numel(), storage), residual)
-        return
     error = state.get("error")
     if error is not None and error.data_ptr() != residual.data_ptr():
         error.copy_(residual)
+    elif "error_codes" in state:
+        quantize_(quantized_error(state, residual.numel()), residual, seed=seed)
+
+
+def _add_(out: Tensor, other: Tensor) -> Tensor:
+    """``out.add_(other)`` for a float32 ``out``, in slices where torch would first convert all of ``other``."""
+    if other.dtype == torch.float32 or other.device.type != "cpu":
+        return out.add_(other)
+    rows = max(1, _SLICE_ENTRIES // max(1, other[0].numel()))
+    for start in range(0, len(out), rows):
+        out[start : start + rows].add_(other[start : start + rows])
+    return out
+
+
+def quantized_error(state: Mapping[str, Tensor], numel: int) -> Quantized:
+    """Return the quantized error of a tensor of ``numel`` entries; a code a byte is 8 bit (so is a single entry)."""
+    storage = "8bit" if state["error_codes"].numel() == numel else "4bit"
+    return quantized_state(state, numel, _FORMATS[storage])

@@ -60,7 +60,7 @@ class LowMemoryOptimizer(Optimizer):
         dense_key: The hyper-parameter whose ``None`` sends a group to the dense AdamW rule.
         state_keys: The hyper-parameters on which the shape of the state depends; they must be equal on resume.
         state_function: ``(shape, dtype, **hyper) -> dict[str, TensorSpec]``.
-        update_function: ``(param, grad, state, *, step, workspace, **hyper) -> None`` for one compressed matrix.
+        update_function: ``(param, grad, state, *, step, workspace, **hyper) -> None`` for one compressed tensor.
     """
 
     name: ClassVar[str]
@@ -115,6 +115,11 @@ class LowMemoryOptimizer(Optimizer):
     def compresses(cls, shape: Sequence[int], group: Mapping[str, Any]) -> bool:
         """Whether a tensor of this shape takes the compressed rule in this group."""
         raise NotImplementedError
+
+    @classmethod
+    def view_for_update(cls, tensor: Tensor) -> Tensor:
+        """The form in which the update function takes parameter and gradient; a copy where there is no such view."""
+        return tensor.reshape(tensor.shape[0], -1)
 
     @classmethod
     def state_specs(cls, param: Tensor, group: Mapping[str, Any]) -> dict[str, TensorSpec]:
@@ -244,14 +249,13 @@ class LowMemoryOptimizer(Optimizer):
         workspace = Workspace()
         for update in updates:
             hyper = {key: update.group[key] for key in accepted}
-            shape = (update.param.shape[0], -1)
-            matrix, grad = update.param.reshape(shape), update.grad.reshape(shape)
+            view, grad = self.view_for_update(update.param), self.view_for_update(update.grad)
             type(self).update_function(
-                matrix, grad, update.state, step=update.state["step"], workspace=workspace, **hyper
+                view, grad, update.state, step=update.state["step"], workspace=workspace, **hyper
             )
-            if matrix.untyped_storage().data_ptr() != update.param.untyped_storage().data_ptr():
-                # A layout that has no matrix view (channels last): the update went to a copy.
-                update.param.copy_(matrix.view_as(update.param))
+            if view.untyped_storage().data_ptr() != update.param.untyped_storage().data_ptr():
+                # A layout without such a view (a transposed or channels-last tensor): the update went to a copy.
+                update.param.copy_(view.view_as(update.param))
 
     def _check_gradient(self, param: Tensor, group: Mapping[str, Any]) -> None:
         """Refuse what the rules cannot do, before anything is touched."""

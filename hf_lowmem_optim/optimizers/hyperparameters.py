@@ -9,6 +9,7 @@ from typing import Any
 
 __all__ = [
     "check_betas",
+    "check_bool",
     "check_choice",
     "check_eps",
     "check_fraction",
@@ -59,19 +60,25 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r} is not positive; it must be a float > 0")
 
 
-def check_fraction(name: str, value: Any, *, or_none: str | None = None) -> None:
-    """A float in (0, 1], or None where ``or_none`` says what that means."""
-    expected = "a float in (0, 1]" + (f", or None ({or_none})" if or_none is not None else "")
-    if value is None and or_none is not None:
-        return
-    if not 0.0 < _check_real(name, value, expected) <= 1.0:
-        raise ValueError(f"{name}={value!r} is out of range; it must be {expected}")
-
-
 def check_unit_interval(name: str, value: Any) -> None:
     """A float in [0, 1)."""
     if not 0.0 <= _check_real(name, value, "a float in [0, 1)") < 1.0:
         raise ValueError(f"{name}={value!r} is outside [0, 1)")
+
+
+def check_fraction(name: str, value: Any, *, or_none: str) -> None:
+    """A float in (0, 1], or None, which means ``or_none``."""
+    if value is None:
+        return
+    expected = f"a float in (0, 1], or None ({or_none})"
+    if not 0.0 < _check_real(name, value, expected) <= 1.0:
+        raise ValueError(f"{name}={value!r} is out of range; it must be {expected}")
+
+
+def check_bool(name: str, value: Any) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it must be True or False")
 
 
 def check_betas(value: Any) -> None:
@@ -102,8 +109,8 @@ def check_positive_int(name: str, value: Any, *, or_none: str | None = None, max
         raise ValueError(f"{name}={value!r} is out of range; it must be {expected}")
 
 
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """One of a few strings."""
-    if value not in choices:
-        hint = nearest(value, choices) if isinstance(value, str) else ""
+def check_choice(name: str, value: Any, choices: Sequence[str] | Sequence[int]) -> None:
+    """One of a few strings or ints."""
+    if isinstance(value, bool) or value not in choices:
+        hint = nearest(value, map(str, choices)) if isinstance(value, str) else ""
         raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}{hint}")

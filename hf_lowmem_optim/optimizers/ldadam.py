@@ -17,7 +17,7 @@ Per matrix W (p × q, the smaller dimension first; a tall matrix is used transpo
 | U      | `basis`      | (p, r) | `state_dtype`    | 4·r/q                    |
 | m      | `exp_avg`    | (r, q) | `state_dtype`    | 4·r/p                    |
 | v      | `exp_avg_sq` | (r, q) | `state_dtype`    | 4·r/p                    |
-| ξ      | `error`      | W      | `error_feedback` | 4 (fp32), 2 (bf16), none |
+| ξ      | `error…`     | W      | `error_feedback` | 4, 2, 1.06, 0.56 or 0    |
 
 Six products of p·q·r multiplications a step. Besides a itself, nothing of the size of W is allocated.
 """
@@ -32,12 +32,18 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from hf_lowmem_optim.compression.error_feedback import ERROR_FEEDBACK, accumulate, error_state, retain_
+from hf_lowmem_optim.compression.error_feedback import (
+    ERROR_FEEDBACK,
+    accumulate,
+    error_state,
+    keeps_error,
+    retain_,
+)
 from hf_lowmem_optim.compression.lowrank import leading_left_singular_vectors, orthonormalize
 from hf_lowmem_optim.compression.workspace import Workspace
 from hf_lowmem_optim.optimizers.adamw import adamw_state
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
-from hf_lowmem_optim.optimizers.hyperparameters import check_choice, check_positive_int, check_unit_interval
+from hf_lowmem_optim.optimizers.hyperparameters import check_bool, check_choice, check_positive_int, check_unit_interval
 from hf_lowmem_optim.state import TensorSpec
 
 __all__ = ["LDAdam", "ldadam_compresses", "ldadam_state", "ldadam_update_"]
@@ -103,6 +109,7 @@ def ldadam_update_(
     eps: float,
     weight_decay: float,
     rho: float,
+    stochastic_rounding: bool = False,
     workspace: Workspace | None = None,
 ) -> None:
     """One step of LDAdam on one matrix, in place.
@@ -117,6 +124,7 @@ def ldadam_update_(
         eps: Added to √v̂.
         weight_decay: Decoupled weight decay.
         rho: ρ, the share of the old momentum in the matrix whose subspace is tracked.
+        stochastic_rounding: Round a quantized error stochastically, seeded by the step, instead of to nearest.
         workspace: Temporary buffers shared with other matrices of the same step.
     """
     beta1, beta2 = betas
@@ -132,7 +140,7 @@ def ldadam_update_(
         # line 2, and lines 4, 5 and 6 with R = 0
         U = leading_left_singular_vectors(a, m.shape[0])
         torch.mm(U.T, a, out=p)
-        if "error" in state:
+        if keeps_error(state):
             a.addmm_(U, p, alpha=-1)
         m, v = p * (1 - beta1), (p * p).mul_(1 - beta2)
     else:
@@ -145,7 +153,7 @@ def ldadam_update_(
         torch.mm(U.T, a, out=p)
         m_moved = torch.mm(R, m, out=space.take("moved", m.shape, m.device))
         # line 6
-        if "error" in state:
+        if keeps_error(state):
             c = beta1 / (1 - beta1)
             a.addmm_(U, torch.add(p, m_moved, alpha=c, out=space.take("kept", m.shape, m.device)), alpha=-1)
             a.addmm_(U_old, m, alpha=c)
@@ -155,7 +163,7 @@ def ldadam_update_(
         v.addcmul_(m_moved, m_moved, value=beta2 * k).abs_().addcmul_(p, p, value=1 - beta2)
         m = m_moved.mul_(beta1).add_(p, alpha=1 - beta1)
 
-    retain_(state, residual)
+    retain_(state, residual, seed=step if stochastic_rounding else None)
     for key, value in (("basis", U), ("exp_avg", m), ("exp_avg_sq", v)):
         state[key].copy_(value)
     # line 9: m̂/(√v̂ + eps) is m/(√v + eps·√(1 − β2ᵗ)) up to a factor that joins the step size
@@ -189,8 +197,10 @@ class LDAdam(LowMemoryOptimizer):
         rho: ρ in [0, 1): share of the old momentum in the matrix whose subspace is tracked.
         state_dtype: Storage of moments and basis: ``"fp32"``, or ``"param"`` for the parameter's dtype (half the
             bytes for bf16 models, and a visible loss in the second moment).
-        error_feedback: Storage of the error: ``"param"`` (the parameter's dtype), ``"fp32"``, ``"bf16"`` or
-            ``"none"`` (no error feedback).
+        error_feedback: Storage of the error: ``"param"`` (the parameter's dtype), ``"fp32"``, ``"bf16"``, ``"8bit"`` or
+            ``"4bit"`` (block-quantized, 1.06 and 0.56 bytes an entry), or ``"none"`` (no error feedback).
+        stochastic_rounding: Round a quantized error stochastically (unbiased), seeded by the step, instead of to
+            nearest.
 
     Raises:
         TypeError: An argument has the wrong type, or a parameter an unsupported dtype.
@@ -221,7 +231,8 @@ class LDAdam(LowMemoryOptimizer):
         rank: int | None = 16,
         rho: float = 0.908,
         state_dtype: Literal["fp32", "param"] = "fp32",
-        error_feedback: Literal["param", "fp32", "bf16", "none"] = "param",
+        error_feedback: Literal["param", "fp32", "bf16", "8bit", "4bit", "none"] = "param",
+        stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -234,6 +245,7 @@ class LDAdam(LowMemoryOptimizer):
                 "rho": rho,
                 "state_dtype": state_dtype,
                 "error_feedback": error_feedback,
+                "stochastic_rounding": stochastic_rounding,
             },
         )
 
@@ -249,3 +261,9 @@ class LDAdam(LowMemoryOptimizer):
         check_unit_interval("rho", hyper["rho"])
         check_choice("state_dtype", hyper["state_dtype"], _STATE_DTYPES)
         check_choice("error_feedback", hyper["error_feedback"], ERROR_FEEDBACK)
+        check_bool("stochastic_rounding", hyper["stochastic_rounding"])
+        if hyper["stochastic_rounding"] and hyper["error_feedback"] not in ("8bit", "4bit"):
+            raise ValueError(
+                f"stochastic_rounding=True needs a quantized error, error_feedback='8bit' or '4bit', not "
+                f"{hyper['error_feedback']!r}"
+            )

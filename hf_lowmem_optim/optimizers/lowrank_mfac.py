@@ -33,14 +33,12 @@ from hf_lowmem_optim.compression.lowrank import orthonormalize, seeded_sketch
 from hf_lowmem_optim.compression.window import DenseRows, LowRankRows
 from hf_lowmem_optim.compression.workspace import Workspace
 from hf_lowmem_optim.optimizers.adamw import adamw_state
-from hf_lowmem_optim.optimizers.hyperparameters import check_choice, check_positive_int
+from hf_lowmem_optim.optimizers.hyperparameters import check_positive_int
 from hf_lowmem_optim.optimizers.preconditioned import PreconditionedOptimizer, preconditioner_state
 from hf_lowmem_optim.preconditioners.mfac import mfac_weights
 from hf_lowmem_optim.state import TensorSpec
 
 __all__ = ["LowRankMFAC", "lowrank_mfac_compress_", "lowrank_mfac_state"]
-
-_ERROR_FEEDBACK = ("fp32", "bf16", "8bit", "4bit")
 
 
 def _matrix(shape: Sequence[int]) -> tuple[int, int]:
@@ -118,13 +116,12 @@ def lowrank_mfac_compress_(
         return
     left, right = state["left"], state["right"]
     # line 1: acc ← ξ + g
-    storage = group["error_feedback"]
-    acc = accumulate(grad.reshape(grad.shape[0], -1), state, workspace, storage)
+    acc = accumulate(grad.reshape(grad.shape[0], -1), state, workspace)
     # line 2: P ← orthonormalize(acc·Q₋);  Q ← accᵀP;  ξ ← acc − P·Qᵀ
     start = right[row - 1] if step > 1 else seeded_sketch(right.shape[2], right.shape[1], right.device).T
     P = orthonormalize(acc @ start.T)  # [p, r]
     Qt = P.T @ acc  # [r, q]
-    retain_(state, acc.addmm_(P, Qt, alpha=-1), storage)
+    retain_(state, acc.addmm_(P, Qt, alpha=-1))
     # line 3
     left[row] = P.T
     right[row] = Qt
@@ -210,7 +207,6 @@ class LowRankMFAC(PreconditionedOptimizer):
 
     @classmethod
     def check_own(cls, hyper: Mapping[str, Any]) -> None:
-        """Check ``rank``, ``error_feedback`` and what all preconditioned optimizers have."""
+        """Check ``rank`` and what all preconditioned optimizers have."""
         super().check_own(hyper)
         check_positive_int("rank", hyper["rank"], or_none="dense AdamW")
-        check_choice("error_feedback", hyper["error_feedback"], _ERROR_FEEDBACK)

@@ -48,6 +48,7 @@ from hf_lowmem_optim.state import TensorSpec
 __all__ = ["SCOPES", "PreconditionedOptimizer", "gram_spec", "preconditioner_state"]
 
 SCOPES = ("model", "tensor")
+_ERROR_FEEDBACK = ("fp32", "bf16", "8bit", "4bit")
 
 
 def gram_spec(window: int) -> TensorSpec:
@@ -99,6 +100,7 @@ class PreconditionedOptimizer(LowMemoryOptimizer):
         check_positive("damping", hyper["damping"])
         check_unit_interval("momentum", hyper["momentum"])
         check_choice("scope", hyper["scope"], SCOPES)
+        check_choice("error_feedback", hyper["error_feedback"], _ERROR_FEEDBACK)
 
     @classmethod
     def compresses(cls, shape: Sequence[int], group: Mapping[str, Any]) -> bool:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from hf_lowmem_optim.compression.error_feedback import QUANTIZED_ERROR, error_state, quantized_error
+from hf_lowmem_optim.compression.error_feedback import QUANTIZATION_BLOCK_SIZE, error_state, quantized_error
 from hf_lowmem_optim.compression.topk import MAX_BLOCK_SIZE, kept_per_block, window_specs
 from hf_lowmem_optim.compression.window import SparseRows
 from hf_lowmem_optim.compression.workspace import Workspace
@@ -40,7 +40,6 @@ from hf_lowmem_optim.state import TensorSpec
 
 __all__ = ["SparseMFAC", "sparse_compress_", "sparse_mfac_state"]
 
-_ERROR_FEEDBACK = ("fp32", "bf16", "8bit", "4bit")
 _VALUE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -105,8 +104,7 @@ def sparse_compress_(
         workspace: Temporary buffers.
     """
     flat = grad.reshape(-1)
-    storage = group["error_feedback"]
-    error = quantized_error(state, flat.numel(), storage) if storage in QUANTIZED_ERROR else state["error"]
+    error = state["error"] if "error" in state else quantized_error(state, flat.numel())
     block_topk_(
         state["indices"][row],
         state["values"][row],
@@ -217,10 +215,8 @@ class SparseMFAC(PreconditionedOptimizer):
         check_fraction("density", hyper["density"], or_none="dense AdamW")
         check_positive_int("block_size", hyper["block_size"], maximum=MAX_BLOCK_SIZE)
         check_choice("value_dtype", hyper["value_dtype"], tuple(_VALUE_DTYPES))
-        check_choice("error_feedback", hyper["error_feedback"], _ERROR_FEEDBACK)
-        quantized = QUANTIZED_ERROR.get(hyper["error_feedback"])
-        if quantized is not None and hyper["block_size"] % quantized.block_size:
+        if hyper["error_feedback"] in ("8bit", "4bit") and hyper["block_size"] % QUANTIZATION_BLOCK_SIZE:
             raise ValueError(
-                f"block_size={hyper['block_size']!r} must be a multiple of {quantized.block_size} for "
+                f"block_size={hyper['block_size']!r} must be a multiple of {QUANTIZATION_BLOCK_SIZE} for "
                 f'error_feedback={hyper["error_feedback"]!r}, or take error_feedback="bf16"'
             )

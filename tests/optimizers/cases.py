@@ -114,6 +114,34 @@ CASES = {
             (*WRONG_PRECONDITIONED, *WRONG_SPARSE),
             coupled=True,
         ),
+        Case(
+            "microadam",
+            {
+                "density": 0.2,
+                "window": 3,
+                "block_size": 32,
+                "quant_block_size": 8,
+                "min_compress_size": 100,
+                "weight_decay": 0.1,
+                "lr": 1e-2,
+            },
+            {"window": 4},
+            (
+                ("window", 0),
+                ("density", 0.0),
+                ("density", 1.5),
+                ("density", "dense"),
+                ("block_size", 40000),
+                ("block_size", 100),
+                ("quant_block_size", 7),
+                ("bits", 5),
+                ("bits", "4"),
+                ("bias_correction", "none"),
+                ("alpha", 1.0),
+                ("min_compress_size", 0),
+                ("stochastic_rounding", 1),
+            ),
+        ),
     )
 }
 

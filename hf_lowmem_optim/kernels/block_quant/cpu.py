@@ -14,9 +14,8 @@ import numba
 import numpy as np
 from torch import Tensor
 
+from hf_lowmem_optim.kernels.block_quant.layout import Quantized, rounding_keys
 from hf_lowmem_optim.kernels.cpu_floats import float_views, load_floats, narrow, num_pieces, store_floats, widen
-
-from .layout import Quantized, rounding_keys
 
 __all__ = ["dequantize_cpu_", "quantize_cpu_"]
 

@@ -27,9 +27,8 @@ from torch import Tensor
 from hf_lowmem_optim.kernels.backend import Backend, choose_backend
 from hf_lowmem_optim.kernels.block_quant.checks import check_dense
 from hf_lowmem_optim.kernels.block_quant.layout import Quantized
-
-from .layout import MAX_BLOCK_SIZE, Selection, kept_per_block, num_kept
-from .reference import block_topk_reference_
+from hf_lowmem_optim.kernels.block_topk.layout import MAX_BLOCK_SIZE, Selection, kept_per_block, num_kept
+from hf_lowmem_optim.kernels.block_topk.reference import block_topk_reference_
 
 __all__ = ["MAX_BLOCK_SIZE", "TRITON_MAX_BLOCK_SIZE", "block_topk_", "kept_per_block", "num_kept"]
 
@@ -80,11 +79,11 @@ def block_topk_(
     k, k_last = kept_per_block(block_size, density), kept_per_block(rest, density)
     out = Selection(indices, values, block_size, k, k_last, float(error_scale), seed)
     if backend == "triton":
-        from .kernel import block_topk_triton_
+        from hf_lowmem_optim.kernels.block_topk.kernel import block_topk_triton_
 
         block_topk_triton_(out, flat, error)
     elif backend == "cpu":
-        from .cpu import block_topk_cpu_
+        from hf_lowmem_optim.kernels.block_topk.cpu import block_topk_cpu_
 
         block_topk_cpu_(out, flat, error)
     else:

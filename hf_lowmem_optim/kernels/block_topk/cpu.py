@@ -21,9 +21,8 @@ from hf_lowmem_optim.kernels.block_quant.cpu import (
     store_stat,
 )
 from hf_lowmem_optim.kernels.block_quant.layout import Quantized
+from hf_lowmem_optim.kernels.block_topk.layout import Selection
 from hf_lowmem_optim.kernels.cpu_floats import float_views, load_floats, narrow, num_pieces, store_floats, widen
-
-from .layout import Selection
 
 __all__ = ["block_topk_cpu_"]
 

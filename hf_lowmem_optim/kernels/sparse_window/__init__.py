@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 
 from hf_lowmem_optim.kernels.backend import choose_backend
-
-from .layout import MAX_BLOCK_SIZE, SparseWindow
+from hf_lowmem_optim.kernels.sparse_window.layout import MAX_BLOCK_SIZE, SparseWindow
 
 __all__ = [
     "MAX_BLOCK_SIZE",
@@ -83,11 +82,11 @@ def window_update_(
     flat = param.detach().view(-1)
     backend = choose_backend("window_update_", param.device)
     if backend == "triton":
-        from .kernel import window_update_triton_ as update_
+        from hf_lowmem_optim.kernels.sparse_window.kernel import window_update_triton_ as update_
     elif backend == "cpu":
-        from .cpu import window_update_cpu_ as update_
+        from hf_lowmem_optim.kernels.sparse_window.cpu import window_update_cpu_ as update_
     else:
-        from .reference import window_update_reference_ as update_
+        from hf_lowmem_optim.kernels.sparse_window.reference import window_update_reference_ as update_
     update_(flat, window, weights, lr=float(lr), eps=float(eps), weight_decay=float(weight_decay))
 
 
@@ -114,11 +113,11 @@ def window_dots(window: SparseWindow, dense: Tensor) -> Tensor:
     flat = dense.detach().view(-1)
     backend = choose_backend("window_dots", dense.device)
     if backend == "triton":
-        from .kernel import window_dots_triton as dots
+        from hf_lowmem_optim.kernels.sparse_window.kernel import window_dots_triton as dots
     elif backend == "cpu":
-        from .cpu import window_dots_cpu as dots
+        from hf_lowmem_optim.kernels.sparse_window.cpu import window_dots_cpu as dots
     else:
-        from .reference import window_dots_reference as dots
+        from hf_lowmem_optim.kernels.sparse_window.reference import window_dots_reference as dots
     return dots(window, flat)
 
 
@@ -142,11 +141,11 @@ def window_combine_(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
     flat = out.detach().view(-1)
     backend = choose_backend("window_combine_", out.device)
     if backend == "triton":
-        from .kernel import window_combine_triton_ as combine_
+        from hf_lowmem_optim.kernels.sparse_window.kernel import window_combine_triton_ as combine_
     elif backend == "cpu":
-        from .cpu import window_combine_cpu_ as combine_
+        from hf_lowmem_optim.kernels.sparse_window.cpu import window_combine_cpu_ as combine_
     else:
-        from .reference import window_combine_reference_ as combine_
+        from hf_lowmem_optim.kernels.sparse_window.reference import window_combine_reference_ as combine_
     combine_(flat, window, weights)
 
 
@@ -170,11 +169,11 @@ def window_gram_row(window: SparseWindow, row: int) -> Tensor:
         raise IndexError(f"row {row} is not one of the window's {window.window}")
     backend = choose_backend("window_gram_row", window.indices.device)
     if backend == "triton":
-        from .kernel import window_gram_row_triton as gram_row
+        from hf_lowmem_optim.kernels.sparse_window.kernel import window_gram_row_triton as gram_row
     elif backend == "cpu":
-        from .cpu import window_gram_row_cpu as gram_row
+        from hf_lowmem_optim.kernels.sparse_window.cpu import window_gram_row_cpu as gram_row
     else:
-        from .reference import window_gram_row_reference as gram_row
+        from hf_lowmem_optim.kernels.sparse_window.reference import window_gram_row_reference as gram_row
     return gram_row(window, row)
 
 
@@ -204,11 +203,11 @@ def window_descend_(
     flat = param.detach().view(-1)
     backend = choose_backend("window_descend_", param.device)
     if backend == "triton":
-        from .kernel import window_descend_triton_ as descend_
+        from hf_lowmem_optim.kernels.sparse_window.kernel import window_descend_triton_ as descend_
     elif backend == "cpu":
-        from .cpu import window_descend_cpu_ as descend_
+        from hf_lowmem_optim.kernels.sparse_window.cpu import window_descend_cpu_ as descend_
     else:
-        from .reference import window_descend_reference_ as descend_
+        from hf_lowmem_optim.kernels.sparse_window.reference import window_descend_reference_ as descend_
     descend_(flat, window, weights, lr=float(lr), weight_decay=float(weight_decay))
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .layout import SparseWindow
+from hf_lowmem_optim.kernels.sparse_window.layout import SparseWindow
 
 __all__ = [
     "window_combine_reference_",
@@ -22,7 +22,7 @@ __all__ = [
     "window_update_reference_",
 ]
 
-CHUNK_ENTRIES = 1 << 18
+CHUNK_ENTRIES = 3 << 15
 """Entries of the tensor that are worked on at a time."""
 
 UNTOUCHED_BITS = -(2**31)

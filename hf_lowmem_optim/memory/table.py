@@ -1,0 +1,80 @@
+"""The table of optimizers with what their state costs: printed by ``hf-lowmem-optim list`` and kept in the README."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from hf_lowmem_optim.memory.plan import plan_state
+from hf_lowmem_optim.registry import OPTIMIZERS, OptimizerEntry
+
+__all__ = ["llama_2_7b_tensors", "optimizer_table"]
+
+_HIDDEN, _INTERMEDIATE, _LAYERS, _VOCABULARY = 4096, 11008, 32, 32000
+
+
+def llama_2_7b_tensors() -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Shapes of Llama-2-7B: what the factory compresses by default, and what takes the dense rule.
+
+    Returns:
+        Two dicts of shapes by name: the linear layers; embedding, head and norms.
+    """
+    linear = dict(_llama_2_7b_linear())
+    norms = [f"{layer}.{norm}" for layer in range(_LAYERS) for norm in ("input", "post_attention")]
+    dense: dict[str, tuple[int, ...]] = {"embed": (_VOCABULARY, _HIDDEN), "head": (_VOCABULARY, _HIDDEN)}
+    dense.update(dict.fromkeys([*norms, "final"], (_HIDDEN,)))
+    return linear, dense
+
+
+def _llama_2_7b_linear() -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The seven linear weights of every layer."""
+    for layer in range(_LAYERS):
+        for name in ("q", "k", "v", "o"):
+            yield f"{layer}.{name}", (_HIDDEN, _HIDDEN)
+        for name in ("gate", "up"):
+            yield f"{layer}.{name}", (_INTERMEDIATE, _HIDDEN)
+        yield f"{layer}.down", (_HIDDEN, _INTERMEDIATE)
+
+
+def bytes_per_parameter(entry: OptimizerEntry, dtype: torch.dtype) -> float:
+    """Bytes of state per parameter of the whole Llama-2-7B at the optimizer's defaults.
+
+    Args:
+        entry: The optimizer.
+        dtype: Dtype of the parameters.
+
+    Returns:
+        Planned bytes divided by the number of parameters, embeddings, head and norms included.
+    """
+    linear, dense = llama_2_7b_tensors()
+    plans = (
+        plan_state(entry.name, {name: (shape, dtype) for name, shape in linear.items()}),
+        plan_state(
+            entry.name,
+            {name: (shape, dtype) for name, shape in dense.items()},
+            **{entry.optimizer_class.dense_key: None},
+        ),
+    )
+    return sum(plan.total_bytes for plan in plans) / sum(plan.num_parameters for plan in plans)
+
+
+def optimizer_table() -> str:
+    """Return the table in Markdown, one row per registered optimizer and one for AdamW."""
+    lines = [
+        "| `optim=` | class | B/param, fp32 | B/param, bf16 | what it does | paper |",
+        "|---|---|---|---|---|---|",
+        "| (`adamw_torch`) | `torch.optim.AdamW` | 8.00 | 4.00 | two full moments in the parameter's dtype | |",
+    ]
+    for entry in OPTIMIZERS.values():
+        cells = [f"{bytes_per_parameter(entry, dtype):.2f}" for dtype in (torch.float32, torch.bfloat16)]
+        lines.append(
+            f"| `{entry.name}` | `{entry.optimizer_class.__name__}` | {cells[0]} | {cells[1]} | {entry.summary} "
+            f"| {entry.paper} |"
+        )
+    lines.append("")
+    lines.append(
+        "Bytes of optimizer state per parameter, for all parameters of Llama-2-7B at the default settings: linear "
+        "layers compressed; embedding, head and norms dense."
+    )
+    return "\n".join(lines)

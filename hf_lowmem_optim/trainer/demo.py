@@ -1,0 +1,162 @@
+"""The main job on real text: pre-train a small byte-level Llama with the Trainer, ours beside AdamW.
+
+The text is the documentation of Python's own language topics, which every CPython carries; the vocabulary is the 256
+bytes. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from torch.utils.data import TensorDataset
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+
+from hf_lowmem_optim.memory.measure import measure_state
+from hf_lowmem_optim.registry import OPTIMIZERS
+from hf_lowmem_optim.trainer.callbacks import OptimizerStateMemoryCallback
+from hf_lowmem_optim.trainer.strings import register_optimizer_strings
+
+__all__ = ["DEMO_LEARNING_RATES", "DemoResult", "demo_model", "documentation", "run_demo"]
+
+#: The better of three learning rates for each, by ``hf-lowmem-optim demo --learning-rate ...`` (README).
+DEMO_LEARNING_RATES = {"adamw_torch": 1e-3, "ldadam": 3e-3}
+_SEQUENCE_LENGTH = 128
+_HELD_OUT_SHARE = 0.1
+_FINAL_STEPS = 50
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What one run of the demo gave.
+
+    Attributes:
+        optim: String of the optimizer.
+        learning_rate: Peak of the cosine schedule.
+        training_loss: Mean over the last 50 steps, nats per byte.
+        held_out_loss: On the last tenth of the text, nats per byte.
+        seconds: Wall time of ``train()``.
+        state_bytes: Bytes of optimizer state.
+        num_parameters: Parameters of the model.
+    """
+
+    optim: str
+    learning_rate: float
+    training_loss: float
+    held_out_loss: float
+    seconds: float
+    state_bytes: int
+    num_parameters: int
+
+
+def run_demo(
+    optims: Sequence[str],
+    learning_rates: Sequence[float] | None = None,
+    *,
+    num_steps: int = 300,
+    seed: int = 0,
+    optim_args: str | None = None,
+) -> list[DemoResult]:
+    """Train the same model on the same batches with each optimizer at each learning rate.
+
+    Args:
+        optims: Any strings that ``TrainingArguments(optim=...)`` takes.
+        learning_rates: The rates to try; by default one for each, :data:`DEMO_LEARNING_RATES`.
+        num_steps: Steps of 8 × 128 bytes; rounded up to a multiple of 50.
+        seed: Of initialization and data order.
+        optim_args: Passed to the optimizers of this package.
+
+    Returns:
+        The results, in the order of the runs.
+    """
+    register_optimizer_strings()
+    num_steps = -(-num_steps // _FINAL_STEPS) * _FINAL_STEPS
+    return [
+        _train(optim, rate, num_steps, seed, optim_args)
+        for optim in optims
+        for rate in learning_rates or (DEMO_LEARNING_RATES.get(optim, 1e-3),)
+    ]
+
+
+def _train(optim: str, learning_rate: float, num_steps: int, seed: int, optim_args: str | None) -> DemoResult:
+    """One run."""
+    set_seed(seed)
+    model = demo_model()
+    training_set, held_out_set = documentation()
+    with tempfile.TemporaryDirectory() as directory:
+        args = TrainingArguments(
+            output_dir=directory,
+            optim=optim,
+            optim_args=optim_args if optim in OPTIMIZERS else None,
+            learning_rate=learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=num_steps // 20,
+            max_steps=num_steps,
+            per_device_train_batch_size=8,
+            per_device_eval_batch_size=32,
+            logging_steps=_FINAL_STEPS,
+            save_strategy="no",
+            report_to="none",
+            seed=seed,
+            dataloader_pin_memory=False,
+        )
+        trainer = Trainer(
+            model,
+            args,
+            train_dataset=training_set,
+            eval_dataset=held_out_set,
+            data_collator=_collate,
+            callbacks=[OptimizerStateMemoryCallback()],
+        )
+        start = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - start
+        held_out_loss = trainer.evaluate()["eval_loss"]
+    final_loss = next(entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry)
+    assert trainer.optimizer is not None
+    return DemoResult(
+        optim,
+        learning_rate,
+        final_loss,
+        held_out_loss,
+        seconds,
+        measure_state(trainer.optimizer).total_bytes,
+        sum(p.numel() for p in model.parameters()),
+    )
+
+
+def demo_model() -> LlamaForCausalLM:
+    """Return the demo's model with fresh weights: a byte-level Llama of 3.3 M parameters."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=256,
+            hidden_size=256,
+            intermediate_size=688,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=_SEQUENCE_LENGTH,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+
+
+def documentation(sequence_length: int = _SEQUENCE_LENGTH) -> tuple[TensorDataset, TensorDataset]:
+    """Return the documentation of Python's language topics as sequences of bytes: training and held-out."""
+    text = "\n\n".join(topics[name] for name in sorted(topics)).encode()
+    tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+    sequences = tokens[: len(tokens) // sequence_length * sequence_length].view(-1, sequence_length)
+    num_training = int(len(sequences) * (1 - _HELD_OUT_SHARE))
+    return TensorDataset(sequences[:num_training]), TensorDataset(sequences[num_training:])
+
+
+def _collate(rows: Sequence[tuple[torch.Tensor]]) -> dict[str, Any]:
+    """Causal language modelling: the model itself shifts the labels."""
+    batch = torch.stack([row[0] for row in rows])
+    return {"input_ids": batch, "labels": batch}

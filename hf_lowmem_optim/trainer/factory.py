@@ -1,0 +1,158 @@
+"""``OptimizerFactory``: from a model to an optimizer whose parameter groups are right for it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
+from hf_lowmem_optim.registry import get_entry
+from hf_lowmem_optim.trainer.optim_args import hyperparameters_from_training_args
+from hf_lowmem_optim.trainer.param_groups import (
+    COMPRESSED,
+    Placement,
+    TargetModules,
+    build_param_groups,
+    place_parameters,
+)
+from hf_lowmem_optim.trainer.summary import describe_placements
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+__all__ = ["OptimizerFactory"]
+
+logger = logging.getLogger(__name__)
+
+
+class OptimizerFactory:
+    """Makes an optimizer of this package for a model.
+
+    Linear and convolution weights are compressed; embeddings, the output head, norms and biases take the dense rule;
+    biases and norms do not decay; frozen parameters stay out. What went where is logged.
+
+    Args:
+        name: String of the optimizer, for example ``"ldadam"``.
+        target_modules: What is compressed instead: a list of module names or parts of them, a regex, or
+            ``"all-linear"``, as in ``TrainingArguments.optim_target_modules``.
+        **hyper: Hyper-parameters of the optimizer. Those left out have its own defaults, the learning rate too.
+
+    Raises:
+        TypeError: A hyper-parameter is unknown or has the wrong type.
+        ValueError: The name is unknown or a hyper-parameter is out of range.
+
+    Example:
+        >>> factory = OptimizerFactory("ldadam", lr=1e-3, rank=32)
+        >>> optimizer = factory(model)  # in a plain loop
+        >>> trainer = Trainer(model, args, optimizer_cls_and_kwargs=(factory, {}))
+    """
+
+    def __init__(self, name: str, /, target_modules: TargetModules = None, **hyper: Any) -> None:
+        self.name = name
+        self.target_modules = target_modules
+        self.hyper = hyper
+        self.optimizer_class.check_hyperparameters(hyper)
+
+    @classmethod
+    def from_training_args(cls, args: TrainingArguments) -> OptimizerFactory:
+        """Make a factory from training arguments, as ``TrainingArguments(optim="ldadam")`` does.
+
+        Args:
+            args: Read are ``optim``, ``learning_rate``, ``weight_decay``, ``adam_beta1``, ``adam_beta2``,
+                ``adam_epsilon``, ``optim_args`` and ``optim_target_modules``; for betas and epsilon a value equal to
+                the field's default means the optimizer's own default.
+
+        Returns:
+            The factory.
+
+        Raises:
+            TypeError: A value has the wrong type.
+            ValueError: ``optim`` is no optimizer of this package, or a value is wrong.
+        """
+        entry = get_entry(str(getattr(args.optim, "value", args.optim)))
+        hyper = hyperparameters_from_training_args(args, entry.optimizer_class)
+        return cls(entry.name, args.optim_target_modules, **hyper)
+
+    @property
+    def optimizer_class(self) -> type[LowMemoryOptimizer]:
+        """Class of the optimizers it makes."""
+        return get_entry(self.name).optimizer_class
+
+    @overload
+    def __call__(self, /) -> OptimizerFactory: ...
+
+    @overload
+    def __call__(self, model: nn.Module, /, **overrides: Any) -> LowMemoryOptimizer: ...
+
+    def __call__(self, model: nn.Module | None = None, /, **overrides: Any) -> LowMemoryOptimizer | OptimizerFactory:
+        """Make the optimizer for ``model``.
+
+        Args:
+            model: The model, after freezing and adding adapters. Without one the factory returns itself: the Trainer
+                calls ``factory()(model, **kwargs)``.
+            **overrides: Hyper-parameters that replace the factory's for this optimizer.
+
+        Returns:
+            A new optimizer; the factory can be called again.
+
+        Raises:
+            TypeError: ``model`` is not a module, or an override is unknown or has the wrong type.
+            ValueError: The model has nothing to train or to compress, a target matches nothing, or an override is out
+                of range.
+        """
+        if model is None:
+            if overrides:
+                raise TypeError(f"{self!r} was called with {', '.join(overrides)} but without a model")
+            return self
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"OptimizerFactory makes its own parameter groups and needs the model, not {type(model).__name__}; "
+                f"for groups of your own call hf_lowmem_optim.{self.optimizer_class.__name__}(groups, ...)"
+            )
+        given = {**self.hyper, **overrides}
+        optimizer_class = self.optimizer_class
+        optimizer_class.check_hyperparameters(given)
+        hyper = {**optimizer_class.default_hyperparameters(), **given}
+        placements = place_parameters(
+            model, self.target_modules, lambda shape: optimizer_class.compresses(shape, hyper)
+        )
+        groups = build_param_groups(placements, optimizer_class.dense_key, hyper["weight_decay"])
+        optimizer = optimizer_class(groups, **hyper)
+        if _is_main_process():
+            _report(optimizer, placements)
+        return optimizer
+
+    def __repr__(self) -> str:
+        settings = {"target_modules": self.target_modules} if self.target_modules is not None else {}
+        arguments = [repr(self.name), *(f"{key}={value!r}" for key, value in {**settings, **self.hyper}.items())]
+        return f"OptimizerFactory({', '.join(arguments)})"
+
+
+def _report(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) -> None:
+    """Log what went where, and warn where compression was asked for and none came of it."""
+    key = optimizer.dense_key
+    setting = optimizer.defaults[key]
+    if setting is not None and not any(placement.rule == COMPRESSED for placement in placements):
+        logger.warning(
+            "%s compresses nothing here: every target is too small for %s=%s, so all %d tensors take the dense AdamW "
+            "rule. Lower %s if that is not what you want.",
+            type(optimizer).__name__,
+            key,
+            setting,
+            len(placements),
+            key,
+        )
+    # At warning level, which Python and transformers show by default; not where transformers is told to be silent.
+    if transformers_logging.get_verbosity() <= logging.WARNING:
+        logger.warning("%s", describe_placements(optimizer, placements))
+
+
+def _is_main_process() -> bool:
+    """Whether this process is the one that reports; asked without setting up any distributed state."""
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0

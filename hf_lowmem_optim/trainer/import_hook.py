@@ -1,0 +1,85 @@
+"""Registers the optim strings whenever transformers is imported, without importing it.
+
+``import hf_lowmem_optim`` must make ``optim="ldadam"`` valid, yet a plain PyTorch user must not pay for (or need)
+transformers. So: modules that are already imported are handled at once, the others right after Python has executed
+them. This module imports only the standard library.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+__all__ = ["UnsupportedTransformersError", "install"]
+
+MEMBERS_MODULE = "transformers.training_args"
+HANDLERS_MODULE = "transformers.trainer_optimizer"
+
+
+class UnsupportedTransformersError(ImportError):
+    """The installed transformers does not have what the optim strings are attached to."""
+
+
+def _after_import(module: ModuleType) -> None:
+    """Add our optim strings to ``module``, one of the two watched modules."""
+    # Imported here: it pulls in torch and the optimizers, which this file must not do before transformers itself has.
+    from hf_lowmem_optim.trainer import strings
+
+    try:
+        if module.__name__ == MEMBERS_MODULE:
+            strings.add_members(module)
+        else:
+            strings.add_handlers(module)
+    except UnsupportedTransformersError as error:
+        # A warning and not an error: whoever uses the optimizers in a plain loop must still be able to import
+        # transformers. `register_optimizer_strings()` raises.
+        warnings.warn(str(error), RuntimeWarning, stacklevel=2)
+
+
+class _PostImportFinder(MetaPathFinder):
+    """Lets the other finders find the two watched modules, then adds a call at the end of their execution."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Return the spec of a watched module, or None for every other module."""
+        if fullname not in (MEMBERS_MODULE, HANDLERS_MODULE):
+            return None
+        for finder in sys.meta_path:
+            if isinstance(finder, _PostImportFinder):
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                _call_after_execution(spec)
+                return spec
+        return None
+
+
+def _call_after_execution(spec: ModuleSpec) -> None:
+    """Make ``spec``'s own loader, which is made anew for every import, call us after it executed the module."""
+    loader = spec.loader
+    if loader is None or not hasattr(loader, "exec_module"):
+        return
+    execute = loader.exec_module
+
+    def exec_module(module: ModuleType) -> None:
+        execute(module)
+        _after_import(module)
+
+    # An attribute of this one loader object: its class, and with it `get_source`, resources and isinstance, stay.
+    loader.exec_module = exec_module  # type: ignore[method-assign]
+
+
+def install() -> None:
+    """Register now in what is already imported, and later in what is not. Calling it again changes nothing."""
+    if not any(isinstance(finder, _PostImportFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _PostImportFinder())
+    for name in (MEMBERS_MODULE, HANDLERS_MODULE):
+        module = sys.modules.get(name)
+        # A module that is still being executed (someone imports us from inside transformers) has not got its names yet.
+        if module is not None and not getattr(module.__spec__, "_initializing", False):
+            _after_import(module)

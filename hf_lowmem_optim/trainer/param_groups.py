@@ -1,0 +1,253 @@
+"""Which parameters of a model are compressed, and which take the dense rule and why.
+
+A parameter may be owned by several modules (tied weights). It enters one group, once, and if any owner is an embedding
+or the output head it is dense, unless ``optim_target_modules`` selects it explicitly.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.trainer import Trainer
+from transformers.trainer_utils import check_target_module_exists
+
+from hf_lowmem_optim.optimizers.hyperparameters import nearest
+
+__all__ = ["Placement", "build_param_groups", "place_parameters"]
+
+TargetModules = str | Sequence[str] | None
+"""What TrainingArguments.optim_target_modules may be."""
+
+COMPRESSED = "compressed"
+TOO_SMALL = "too small for this compression"
+EMBEDDING = "embedding"
+HEAD = "output head"
+VECTOR = "norm, bias or other vector"
+NOT_TARGET = "not a target module"
+
+_MATRIX_MODULES = (
+    nn.Linear,
+    Conv1D,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+_EMBEDDING_MODULES = (nn.Embedding, nn.EmbeddingBag)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one trainable parameter goes.
+
+    Attributes:
+        name: Its first name in the model.
+        parameter: The parameter.
+        rule: ``"compressed"``, or why it takes the dense rule: ``"embedding"``, ``"output head"``, ...
+        decays: Whether weight decay applies to it.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    rule: str
+    decays: bool
+
+    @property
+    def targeted(self) -> bool:
+        """Whether it goes to a group with compression (where the optimizer may find it too small)."""
+        return self.rule in (COMPRESSED, TOO_SMALL)
+
+
+def place_parameters(
+    model: nn.Module, target_modules: TargetModules, compresses: Callable[[Sequence[int]], bool]
+) -> list[Placement]:
+    """Decide for every trainable parameter of ``model``, each listed once, in the model's order.
+
+    Args:
+        model: Any module; transformers models may be wrapped (PEFT, DDP) or be parts of it.
+        target_modules: ``TrainingArguments.optim_target_modules``: a list of names (of which a part suffices, or a
+            regex), a regex for the whole name, ``"all-linear"``, or None for every linear and convolution weight
+            except embeddings and the output head.
+        compresses: Whether the optimizer would compress a targeted tensor of a shape.
+
+    Returns:
+        One placement per parameter.
+
+    Raises:
+        TypeError: ``target_modules`` is neither a list of strings, a string nor None.
+        ValueError: The model has no trainable parameter, or no matrix to compress, or a target matches nothing.
+    """
+    # Named with their first name and without duplicates, as the Trainer lists them.
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ValueError(
+            f"{type(model).__name__} has no trainable parameter: every requires_grad is False. "
+            "Unfreeze some, or add an adapter, before the optimizer is made."
+        )
+    targets = _default_targets(model) if target_modules is None else _selected_targets(model, target_modules)
+    if not any(id(parameter) in targets for _, parameter in trainable):
+        raise ValueError(
+            f"{type(model).__name__} has no trainable matrix to compress: besides embeddings and the output head, no "
+            "linear or convolution layer has a trainable weight. Unfreeze one, name the modules to compress in "
+            "optim_target_modules, or use a dense optimizer such as optim='adamw_torch'."
+        )
+    reasons = _dense_reasons(model)
+    # The Trainer's own rule: a method that does not use its instance, in every version from 5.2 on.
+    decaying = set(Trainer.get_decay_parameter_names(cast(Any, None), model))
+    placements = []
+    for name, parameter in trainable:
+        if id(parameter) in targets:
+            rule = COMPRESSED if compresses(tuple(parameter.shape)) else TOO_SMALL
+        else:
+            rule = VECTOR if parameter.ndim < 2 else reasons.get(id(parameter), NOT_TARGET)
+        placements.append(Placement(name, parameter, rule, name in decaying))
+    return placements
+
+
+def build_param_groups(
+    placements: Iterable[Placement], dense_key: str, weight_decay: float | None
+) -> list[dict[str, Any]]:
+    """Turn placements into the optimizer's parameter groups: targeted or dense, with weight decay or without.
+
+    Args:
+        placements: What :func:`place_parameters` returned.
+        dense_key: The hyper-parameter whose value None sends a group to the dense rule.
+        weight_decay: Weight decay of the parameters that decay, None if the optimizer has none.
+
+    Returns:
+        At most four groups of named parameters; empty ones are left out.
+    """
+    placements = list(placements)
+    groups = []
+    for targeted, decays in itertools.product((True, False), (True, False)):
+        chosen = [p for p in placements if p.targeted == targeted and p.decays == decays]
+        if not chosen:
+            continue
+        group: dict[str, Any] = {"params": [(p.name, p.parameter) for p in chosen]}
+        if weight_decay is not None:
+            group["weight_decay"] = weight_decay if decays else 0.0
+        if not targeted:
+            group[dense_key] = None
+        groups.append(group)
+    return groups
+
+
+def _default_targets(model: nn.Module) -> set[int]:
+    """Ids of the weights compressed by default."""
+    excluded = _dense_reasons(model)
+    return {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, _MATRIX_MODULES) and module.weight.requires_grad and id(module.weight) not in excluded
+    }
+
+
+def _selected_targets(model: nn.Module, target_modules: str | Sequence[str]) -> set[int]:
+    """Ids of the parameters which ``optim_target_modules`` selects; every entry must select something."""
+    entries = [target_modules] if isinstance(target_modules, str) else target_modules
+    if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, str) for entry in entries):
+        raise TypeError(
+            f"optim_target_modules={target_modules!r} must be a list of module names, a regex or 'all-linear'"
+        )
+    if isinstance(target_modules, str) and target_modules.replace("_", "-") == "all-linear":
+        linear = (module for module in model.modules() if isinstance(module, _MATRIX_MODULES))
+        return {id(module.weight) for module in linear if module.weight.requires_grad}
+    if not entries or not all(entries):
+        raise ValueError(
+            f"optim_target_modules={target_modules!r} is empty or has an empty entry; name at least one module, or "
+            "leave it unset to compress every linear layer except the output head"
+        )
+    selected: set[int] = set()
+    for entry in entries:
+        # transformers' rule: a lone string is a regex for the whole name, an entry of a list may be a part of it.
+        selected |= _select(model, entry if isinstance(target_modules, str) else [entry], target_modules)
+    return selected
+
+
+def _select(model: nn.Module, pattern: str | list[str], target_modules: Any) -> set[int]:
+    """Ids of the trainable parameters with two or more dimensions in the modules matching one entry."""
+    entry = pattern if isinstance(pattern, str) else pattern[0]
+    try:
+        matching = {name: m for name, m in model.named_modules() if name and check_target_module_exists(pattern, name)}
+    except re.error as error:
+        raise ValueError(f"optim_target_modules={target_modules!r}: {entry!r} is not a valid regex: {error}") from error
+    selected = {
+        id(parameter) for module in matching.values() for parameter in _matrices(module) if parameter.requires_grad
+    }
+    if selected:
+        return selected
+    if matching:
+        raise ValueError(
+            f"optim_target_modules={target_modules!r}: {entry!r} matches {len(matching)} modules, for example "
+            f"{next(iter(matching))!r}, but none of them holds a trainable parameter of two or more dimensions itself; "
+            f"name the layers that do, such as {_examples(model)}"
+        )
+    leaves = {name.rpartition(".")[2] for name, module in model.named_modules() if list(_matrices(module))}
+    raise ValueError(
+        f"optim_target_modules={target_modules!r}: {entry!r} matches no module of {type(model).__name__}; a "
+        f"regex must match the whole name of a module, such as {_examples(model)}{nearest(entry, leaves)}"
+    )
+
+
+def _matrices(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of two or more dimensions that ``module`` holds itself."""
+    return (parameter for parameter in module.parameters(recurse=False) if parameter.ndim >= 2)
+
+
+def _examples(model: nn.Module, count: int = 4) -> str:
+    """Some names of modules with a trainable matrix, each kind once."""
+    by_kind: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if any(parameter.requires_grad for parameter in _matrices(module)):
+            by_kind.setdefault(name.rpartition(".")[2], name)
+    return ", ".join(repr(name) for name in list(by_kind.values())[:count]) or "no modules with a trainable matrix"
+
+
+def _dense_reasons(model: nn.Module) -> Mapping[int, str]:
+    """Ids of all parameters that belong to an embedding or an output head, and which of the two.
+
+    Both count through every owner: a head tied to the embedding is found as either.
+    """
+    reasons: dict[int, str] = {}
+    for head in _heads(model):
+        reasons.update((id(parameter), HEAD) for parameter in head.parameters())
+    for module in model.modules():
+        if isinstance(module, _EMBEDDING_MODULES):
+            reasons.update((id(parameter), EMBEDDING) for parameter in module.parameters())
+    return reasons
+
+
+def _heads(model: nn.Module) -> Iterator[nn.Module]:
+    """Output heads of every transformers model inside ``model``, so that wrappers (PEFT, DDP) make no difference.
+
+    The output embeddings; and in a model made of a base model and a head (classification, question answering, ...)
+    everything outside the base model.
+    """
+    for module in model.modules():
+        if not isinstance(module, PreTrainedModel):
+            continue
+        output = cast(Any, module).get_output_embeddings()
+        if isinstance(output, nn.Module):
+            yield output
+        body = module.base_model
+        if body is not module:
+            inside = set(body.modules())
+            yield from (child for child in _outside(module, inside))
+
+
+def _outside(module: nn.Module, inside: set[nn.Module]) -> Iterator[nn.Module]:
+    """The largest submodules of ``module`` that share no module with ``inside``."""
+    for child in module.children():
+        if inside.isdisjoint(child.modules()):
+            yield child
+        elif child not in inside:
+            yield from _outside(child, inside)

@@ -1,0 +1,198 @@
+"""Makes every name of the registry a valid ``optim`` string of transformers.
+
+``TrainingArguments`` and ``set_optimizer`` call ``OptimizerNames(value)``, an Enum, and command lines list its members,
+so each name becomes a real member of that Enum; and the Trainer looks the member up in a table of handlers, so each
+gets a handler there. Both are additions, and a value which transformers has or gains itself stays transformers' own.
+Besides, two error messages of transformers get a hint; what it accepts and rejects stays as it is.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import logging
+import pickle
+import sys
+from types import ModuleType
+from typing import Any
+
+from hf_lowmem_optim.registry import OPTIMIZERS
+from hf_lowmem_optim.trainer.import_hook import HANDLERS_MODULE, MEMBERS_MODULE, UnsupportedTransformersError
+
+__all__ = ["UnsupportedTransformersError", "add_handlers", "add_members", "register_optimizer_strings"]
+
+logger = logging.getLogger(__name__)
+
+OLDEST_TRANSFORMERS = "5.2.0"
+_MARK = "_registered_by_hf_lowmem_optim"
+
+
+def register_optimizer_strings() -> None:
+    """Register all optim strings now; ``import hf_lowmem_optim`` does it by itself, so this is rarely needed.
+
+    Calling it again changes nothing.
+
+    Raises:
+        UnsupportedTransformersError: The installed transformers lacks what the strings are attached to.
+    """
+    add_members(importlib.import_module(MEMBERS_MODULE))
+    add_handlers(importlib.import_module(HANDLERS_MODULE))
+
+
+def add_members(training_args: ModuleType) -> None:
+    """Add a member per registered optimizer to ``OptimizerNames`` of the module ``transformers.training_args``.
+
+    Args:
+        training_args: The imported module.
+
+    Raises:
+        UnsupportedTransformersError: There is no such Enum, or it did not take the member.
+    """
+    names = getattr(training_args, "OptimizerNames", None)
+    if names is None or not issubclass(names, str):
+        raise _unsupported(f"{MEMBERS_MODULE}.OptimizerNames is not an Enum of strings")
+    for name in OPTIMIZERS:
+        existing = names._value2member_map_.get(name)
+        if existing is None:
+            _check_member(names, _insert_member(names, name))
+        elif not hasattr(existing, _MARK):
+            logger.warning(
+                "transformers has an optimizer named optim=%r of its own, which stays in use. For the one of "
+                "hf_lowmem_optim pass Trainer(..., optimizer_cls_and_kwargs=(OptimizerFactory(%r), {})).",
+                name,
+                name,
+            )
+    _name_near_misses(names)
+
+
+def add_handlers(trainer_optimizer: ModuleType) -> None:
+    """Add a handler per registered optimizer to the table in the module ``transformers.trainer_optimizer``.
+
+    Args:
+        trainer_optimizer: The imported module.
+
+    Raises:
+        UnsupportedTransformersError: There is no such table.
+    """
+    handlers = getattr(trainer_optimizer, "_OPTIMIZER_HANDLERS", None)
+    if not isinstance(handlers, dict):
+        raise _unsupported(f"{HANDLERS_MODULE} has no table of optimizer handlers")
+    # trainer_optimizer imports training_args, so the members are there.
+    names = importlib.import_module(MEMBERS_MODULE).OptimizerNames
+    for name in OPTIMIZERS:
+        if hasattr(names(name), _MARK):
+            handlers.setdefault(names(name), _make_factory)
+    _explain_malformed_arguments(trainer_optimizer)
+
+
+def _make_factory(context: Any) -> tuple[Any, dict[str, Any]]:
+    """The handler: transformers' ``OptimizerContext`` in, a factory and its (no) keyword arguments out."""
+    from hf_lowmem_optim.trainer.factory import OptimizerFactory
+
+    return OptimizerFactory.from_training_args(context.args), {}
+
+
+def _insert_member(names: Any, name: str) -> Any:
+    """Create the member ``name`` of the string Enum ``names`` the way the Enum's own metaclass would."""
+    member_name = name.upper()
+    if member_name in names._member_map_:
+        raise _unsupported(f"OptimizerNames.{member_name} exists already with another value")
+    member = str.__new__(names, name)
+    member._name_ = member_name
+    member._value_ = name
+    member._sort_order_ = len(names._member_names_)
+    member.__objclass__ = names
+    setattr(member, _MARK, True)
+    # On the instance, where pickle and copy look it up: `training_args.bin` then loads in a process that has not
+    # imported this package, because unpickling the member does.
+    member.__reduce_ex__ = lambda protocol: (_restore_member, (name,))
+    # Before the maps know it: afterwards the metaclass takes it for the reassignment of a member and refuses.
+    setattr(names, member_name, member)
+    names._member_names_.append(member_name)
+    names._member_map_[member_name] = member
+    names._value2member_map_[name] = member
+    if hasattr(names, "_hashable_values_"):  # Python 3.13
+        names._hashable_values_.append(name)
+    return member
+
+
+def _restore_member(name: str) -> Any:
+    """Return the member ``name``; what a pickled member calls when it is loaded."""
+    names = importlib.import_module(MEMBERS_MODULE).OptimizerNames
+    return names(name)
+
+
+def _check_member(names: Any, member: Any) -> None:
+    """Assert everything that transformers does with a member."""
+    works = (
+        names(member.value) is member
+        and names[member.name] is member
+        and getattr(names, member.name) is member
+        and member in list(names)
+        and member == member.value
+        and hash(member) == hash(member.value)
+        and pickle.loads(pickle.dumps(member)) is member
+    )
+    if not works:
+        raise _unsupported(f"OptimizerNames did not take the new member {member.value!r}")
+
+
+def _name_near_misses(names: Any) -> None:
+    """Add "did you mean" to the error for an unknown value which resembles one of ours.
+
+    Nothing else changes: transformers' own ``_missing_`` runs first and decides, and what it raises without a
+    resemblance passes as it is. Command lines check against the list of members before they get here.
+    """
+    complain = names._missing_
+    if hasattr(complain, _MARK):
+        return
+
+    def _missing_(cls: Any, value: object) -> Any:
+        try:
+            return complain(value)
+        except ValueError as error:
+            close = difflib.get_close_matches(str(value), OPTIMIZERS, n=1)
+            if not close:
+                raise
+            raise ValueError(f"optim={str(value)!r}: did you mean {close[0]!r}? ({error})") from None
+
+    setattr(_missing_, _MARK, True)
+    names._missing_ = classmethod(_missing_)
+
+
+def _explain_malformed_arguments(trainer_optimizer: ModuleType) -> None:
+    """Say what is wrong with ``optim_args="rank"``, which transformers itself parses before any handler runs.
+
+    Nothing else changes: its parser decides, and only the text of its "not enough values to unpack" is replaced.
+    """
+    parse = getattr(trainer_optimizer, "_parse_optim_args", None)
+    if parse is None or hasattr(parse, _MARK):
+        return
+
+    @functools.wraps(parse)
+    def explained(text: str | None) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            wrong = next((entry for entry in str(text).split(",") if entry.count("=") != 1), text)
+            raise ValueError(
+                f"optim_args={text!r}: {wrong!r} is not of the form key=value, such as rank=8 ({error})"
+            ) from None
+
+    setattr(explained, _MARK, True)
+    # transformers.trainer holds the function under the same name, if it is imported already.
+    for module in (trainer_optimizer, sys.modules.get("transformers.trainer")):
+        if module is not None and vars(module).get("_parse_optim_args") is parse:
+            vars(module)["_parse_optim_args"] = explained
+
+
+def _unsupported(reason: str) -> UnsupportedTransformersError:
+    """Describe what is wrong with the installed transformers and what to do."""
+    import transformers
+
+    return UnsupportedTransformersError(
+        f"hf_lowmem_optim cannot add its optim strings ({', '.join(OPTIMIZERS)}) to transformers "
+        f"{transformers.__version__}: {reason}. Supported: transformers >= {OLDEST_TRANSFORMERS}. With another version "
+        f"pass Trainer(..., optimizer_cls_and_kwargs=(OptimizerFactory({next(iter(OPTIMIZERS))!r}), {{}})) instead."
+    )

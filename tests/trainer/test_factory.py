@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+from typing import Any
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments
+
+from hf_lowmem_optim import OPTIMIZERS, OptimizerFactory, plan_optimizer
+from tests.trainer.tiny_models import tiny_llama, token_rows
+
+
+def arguments(folder: Any, **settings: Any) -> TrainingArguments:
+    defaults = {"max_steps": 2, "use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
+    return TrainingArguments(str(folder), **{**defaults, **settings})
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_factory_serves_a_plain_loop_and_the_trainer_again_and_again(name: str, tmp_path: Any) -> None:
+    factory = OptimizerFactory(name, lr=1e-3, weight_decay=0.1)
+    model = tiny_llama()
+    first, second = factory(model), factory(model)
+    assert first is not second
+    assert type(first) is OPTIMIZERS[name].optimizer_class
+    assert [g["param_names"] for g in first.param_groups] == [g["param_names"] for g in second.param_groups]
+
+    chosen = (factory, {"lr": 5e-4})
+    for _ in range(2):
+        trainer = Trainer(model, arguments(tmp_path), train_dataset=token_rows(8), optimizer_cls_and_kwargs=chosen)
+        trainer.train()
+        # Warm-up and decay start from the factory's rate, not from TrainingArguments.learning_rate.
+        assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {5e-4}
+    assert chosen == (factory, {"lr": 5e-4})
+
+
+def test_overrides_serve_one_optimizer_only() -> None:
+    factory = OptimizerFactory("ldadam", rank=8)
+    model = tiny_llama()
+    assert {g["rank"] for g in factory(model, rank=4).param_groups} == {4, None}
+    assert {g["rank"] for g in factory(model).param_groups} == {8, None}
+    with pytest.raises(TypeError, match="rnak"):
+        factory(model, rnak=4)
+    with pytest.raises(TypeError, match="without a model"):
+        factory(rank=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "hyper", "error", "message"),
+    [
+        ("ldamm", {}, ValueError, "did you mean 'ldadam'"),
+        ("ldadam", {"rnak": 4}, TypeError, "did you mean 'rank'"),
+        ("ldadam", {"rank": 0}, ValueError, "rank=0"),
+        ("ldadam", {"rank": "x"}, TypeError, "rank='x'"),
+        ("ldadam", {"betas": (0.9, 1.0)}, ValueError, "betas"),
+    ],
+)
+def test_construction_refuses_what_cannot_work(
+    name: str, hyper: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        OptimizerFactory(name, **hyper)
+
+
+def test_parameters_instead_of_a_model_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"needs the model, not list.*LDAdam\(groups"):
+        OptimizerFactory("ldadam")(list(tiny_llama().parameters()))  # type: ignore[call-overload]
+
+
+def test_factory_copies_pickles_and_prints() -> None:
+    factory = OptimizerFactory("ldadam", target_modules=["mlp"], rank=4)
+    assert repr(factory) == "OptimizerFactory('ldadam', target_modules=['mlp'], rank=4)"
+    for twin in (copy.deepcopy(factory), pickle.loads(pickle.dumps(factory))):
+        assert repr(twin) == repr(factory)
+        assert len(twin(tiny_llama()).param_groups) == len(factory(tiny_llama()).param_groups)
+
+
+def test_summary_says_what_went_where_once(caplog: pytest.LogCaptureFixture) -> None:
+    optimizer = OptimizerFactory("ldadam", rank=8)(tiny_llama())
+    assert len(caplog.records) == 1
+    text = caplog.text
+    parameters = sum(p.numel() for p in tiny_llama().parameters())
+    assert f"LDAdam for {parameters:,} trainable parameters" in text
+    assert "compressed (rank=8, " in text
+    assert "dense: embedding" in text
+    assert "dense: output head" in text
+    assert "dense: norm, bias or other vector" in text
+    assert f"{plan_optimizer(optimizer).total_bytes / 1024:.0f} KiB" in text
+
+
+def test_summary_is_silent_where_transformers_is_told_to_be(caplog: pytest.LogCaptureFixture) -> None:
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        OptimizerFactory("ldadam", rank=8)(tiny_llama())
+    finally:
+        transformers_logging.set_verbosity(before)
+    assert not caplog.records
+
+
+def test_adapters_below_the_rank_train_densely_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"]))
+    with caplog.at_level(logging.WARNING):
+        optimizer = OptimizerFactory("ldadam", rank=16)(model)
+    assert "compresses nothing here: every target is too small for rank=16" in caplog.text
+    assert plan_optimizer(optimizer).component_bytes.keys() == {"dense"}
+
+
+def test_dense_on_request_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    OptimizerFactory("ldadam", rank=None)(tiny_llama())
+    assert "compresses nothing" not in caplog.text
+    assert "dense: rank=None" in caplog.text

@@ -1,0 +1,91 @@
+"""Transformers models built from configurations, small enough to train in a test."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+VOCAB = 48
+
+
+def tiny_llama(*, tied: bool = False, seed: int = 0, classifier: bool = False) -> nn.Module:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+    )
+    return LlamaForSequenceClassification(config) if classifier else LlamaForCausalLM(config)
+
+
+def tiny_gpt2(*, tied: bool = True) -> nn.Module:
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=2, n_positions=16, tie_word_embeddings=tied)
+    )
+
+
+def tiny_bert_classifier() -> nn.Module:
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+        )
+    )
+
+
+def tiny_t5() -> nn.Module:
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=VOCAB,
+            d_model=32,
+            d_ff=64,
+            d_kv=16,
+            num_layers=1,
+            num_decoder_layers=1,
+            num_heads=2,
+        )
+    )
+
+
+def tiny_vit() -> nn.Module:
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=8,
+            num_labels=3,
+        )
+    )
+
+
+def token_rows(count: int, length: int = 12, seed: int = 1) -> list[dict[str, torch.Tensor]]:
+    """Rows for a causal language model: counting sequences, which can be learned."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(1, VOCAB - length, (count,), generator=generator)
+    rows = [torch.arange(start, start + length) for start in starts.tolist()]
+    return [{"input_ids": row, "labels": row} for row in rows]
