@@ -23,6 +23,8 @@ from tests.trainer.tiny_models import tiny_llama, token_rows
 STEPS, STOP = 20, 10
 # Smaller than the defaults, which the tiny models would not all reach.
 ARGUMENTS = {"rank": "rank=8", "density": "density=0.05"}
+#: A step of GGT is at most as long as the rate, over all parameters together.
+LEARNING_RATES = {"sparse_ggt": 1e-1}
 ADAPTER_ARGUMENTS = {"rank": "rank=4", "density": "density=0.2"}
 
 
@@ -70,7 +72,7 @@ def train(name: str, case: Case, folder: Path, *, stop: bool = False, resume: bo
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
         "max_grad_norm": 0.5,
-        "learning_rate": 1e-2,
+        "learning_rate": LEARNING_RATES.get(name, 1e-2),
         "lr_scheduler_type": "cosine",
         "warmup_steps": 3,
         "weight_decay": 0.1,
