@@ -7,6 +7,8 @@ then compiled once, not once per dtype (a compilation takes seconds).
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["float_views", "load_floats", "narrow", "num_pieces", "store_floats", "widen"]
+__all__ = ["float_views", "load_floats", "narrow", "num_pieces", "store_floats", "widen", "with_torch_threads"]
 
 _EMPTY32, _EMPTY16 = np.empty(0, np.float32), np.empty(0, np.uint16)
 _KIND = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -34,6 +36,25 @@ def float_views(tensor: Tensor | None) -> tuple[Any, Any, int]:
 def num_pieces(num_blocks: int) -> int:
     """Pieces to cut a loop over blocks into: one per thread that torch may use."""
     return max(1, min(num_blocks, torch.get_num_threads()))
+
+
+def with_torch_threads(function: Callable[..., None]) -> Callable[..., None]:
+    """Run a parallel compiled function on as many threads as torch may use.
+
+    Numba would start one per core all the same, and a thread that has to wait for a core which others keep busy makes
+    the whole call wait. The caller's own setting of numba is a limit too, and comes back afterwards.
+    """
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> None:
+        before = numba.get_num_threads()
+        numba.set_num_threads(min(torch.get_num_threads(), before))
+        try:
+            function(*arguments)
+        finally:
+            numba.set_num_threads(before)
+
+    return call
 
 
 @numba.njit(inline="always")

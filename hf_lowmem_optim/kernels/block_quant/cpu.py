@@ -15,7 +15,15 @@ import numpy as np
 from torch import Tensor
 
 from hf_lowmem_optim.kernels.block_quant.layout import Quantized, rounding_keys
-from hf_lowmem_optim.kernels.cpu_floats import float_views, load_floats, narrow, num_pieces, store_floats, widen
+from hf_lowmem_optim.kernels.cpu_floats import (
+    float_views,
+    load_floats,
+    narrow,
+    num_pieces,
+    store_floats,
+    widen,
+    with_torch_threads,
+)
 
 __all__ = ["dequantize_cpu_", "quantize_cpu_"]
 
@@ -174,6 +182,7 @@ def store_stat(value, stat32, stat16, block):
         stat32[block] = value
 
 
+@with_torch_threads
 @numba.njit(cache=True, parallel=True, nogil=True, error_model="numpy")
 def _quantize_blocks(x32, x16, kind, codes, lo32, lo16, hi32, hi16, count, block_size, bits, random, pieces):
     blocks = (count + block_size - 1) // block_size
@@ -189,6 +198,7 @@ def _quantize_blocks(x32, x16, kind, codes, lo32, lo16, hi32, hi16, count, block
             store_stat(hi, hi32, hi16, block)
 
 
+@with_torch_threads
 @numba.njit(cache=True, parallel=True, nogil=True, error_model="numpy")
 def _dequantize_blocks(out32, out16, kind, codes, lo32, lo16, hi32, hi16, count, block_size, bits, scale, add, pieces):
     blocks = (count + block_size - 1) // block_size

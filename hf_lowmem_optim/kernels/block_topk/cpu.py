@@ -22,7 +22,15 @@ from hf_lowmem_optim.kernels.block_quant.cpu import (
 )
 from hf_lowmem_optim.kernels.block_quant.layout import Quantized
 from hf_lowmem_optim.kernels.block_topk.layout import Selection
-from hf_lowmem_optim.kernels.cpu_floats import float_views, load_floats, narrow, num_pieces, store_floats, widen
+from hf_lowmem_optim.kernels.cpu_floats import (
+    float_views,
+    load_floats,
+    narrow,
+    num_pieces,
+    store_floats,
+    widen,
+    with_torch_threads,
+)
 
 __all__ = ["block_topk_cpu_"]
 
@@ -109,6 +117,7 @@ def _take(a, chosen, k, first, indices, values32, values16):
         a[i] = x - wide if np.isfinite(wide) else np.float32(0.0)
 
 
+@with_torch_threads
 @numba.njit(cache=True, parallel=True, nogil=True, error_model="numpy")
 def _topk_blocks(
     grad32,
