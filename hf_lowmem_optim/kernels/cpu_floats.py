@@ -42,17 +42,20 @@ def with_torch_threads(function: Callable[..., None]) -> Callable[..., None]:
     """Run a parallel compiled function on as many threads as torch may use.
 
     Numba would start one per core all the same, and a thread that has to wait for a core which others keep busy makes
-    the whole call wait. The caller's own setting of numba is a limit too, and comes back afterwards.
+    the whole call wait. The caller's own setting of numba is a limit too, and comes back afterwards; so does torch's,
+    which numba's OpenMP layer overwrites when both share one OpenMP library.
     """
 
     @functools.wraps(function)
     def call(*arguments: Any) -> None:
-        before = numba.get_num_threads()
-        numba.set_num_threads(min(torch.get_num_threads(), before))
+        before, threads = numba.get_num_threads(), torch.get_num_threads()
+        numba.set_num_threads(min(threads, before))
         try:
             function(*arguments)
         finally:
             numba.set_num_threads(before)
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
 
     return call
 

@@ -70,7 +70,7 @@ def ldadam_state(
     *,
     rank: int | None = 16,
     state_dtype: str = "fp32",
-    error_feedback: str = "param",
+    error_feedback: str = "4bit",
     **_other: Any,
 ) -> dict[str, TensorSpec]:
     """State of one parameter; the only place where its size is written.
@@ -197,8 +197,9 @@ class LDAdam(LowMemoryOptimizer):
         rho: ρ in [0, 1): share of the old momentum in the matrix whose subspace is tracked.
         state_dtype: Storage of moments and basis: ``"fp32"``, or ``"param"`` for the parameter's dtype (half the
             bytes for bf16 models, and a visible loss in the second moment).
-        error_feedback: Storage of the error: ``"param"`` (the parameter's dtype), ``"fp32"``, ``"bf16"``, ``"8bit"`` or
-            ``"4bit"`` (block-quantized, 1.06 and 0.56 bytes an entry), or ``"none"`` (no error feedback).
+        error_feedback: Storage of the error: ``"4bit"`` or ``"8bit"`` (block-quantized, 0.56 and 1.06 bytes an entry),
+            ``"bf16"``, ``"fp32"``, ``"param"`` (the parameter's dtype), or ``"none"`` (no error feedback). The default
+            is the smallest that loses nothing against ``"fp32"`` (README, "What the error may cost").
         stochastic_rounding: Round a quantized error stochastically (unbiased), seeded by the step, instead of to
             nearest.
 
@@ -231,7 +232,7 @@ class LDAdam(LowMemoryOptimizer):
         rank: int | None = 16,
         rho: float = 0.908,
         state_dtype: Literal["fp32", "param"] = "fp32",
-        error_feedback: Literal["param", "fp32", "bf16", "8bit", "4bit", "none"] = "param",
+        error_feedback: Literal["param", "fp32", "bf16", "8bit", "4bit", "none"] = "4bit",
         stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -71,3 +72,19 @@ def test_importing_the_kernels_imports_neither_triton_nor_numba():
         "assert not {'triton', 'numba'} & set(sys.modules), 'imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_numba_leaves_torchs_number_of_threads_alone():
+    pytest.importorskip("numba")
+    code = """
+import torch
+from hf_lowmem_optim.optimizers import MicroAdam
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    weight = torch.nn.Parameter(torch.ones(300, 300))
+    weight.grad = torch.ones(300, 300)
+    MicroAdam([weight]).step()
+    assert torch.get_num_threads() == threads, torch.get_num_threads()
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_LOWMEM_OPTIM_BACKEND": "cpu"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

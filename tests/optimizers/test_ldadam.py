@@ -206,8 +206,8 @@ def test_quantized_error_conserves_to_a_quantization_step(
 
 
 def test_stochastic_rounding_needs_a_quantized_error() -> None:
-    with pytest.raises(ValueError, match=r"stochastic_rounding=True needs .*'8bit' or '4bit', not 'param'"):
-        LDAdam([nn.Parameter(torch.zeros(30, 50))], stochastic_rounding=True)
+    with pytest.raises(ValueError, match=r"stochastic_rounding=True needs .*'8bit' or '4bit', not 'bf16'"):
+        LDAdam([nn.Parameter(torch.zeros(30, 50))], error_feedback="bf16", stochastic_rounding=True)
 
 
 def test_convolution_kernels_are_matrices() -> None:

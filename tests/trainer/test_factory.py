@@ -87,7 +87,7 @@ def test_summary_says_what_went_where_once(caplog: pytest.LogCaptureFixture) -> 
     assert "dense: embedding" in text
     assert "dense: output head" in text
     assert "dense: norm, bias or other vector" in text
-    assert f"{plan_optimizer(optimizer).total_bytes / 1024:.0f} KiB" in text
+    assert f"state: {format_bytes(plan_optimizer(optimizer).total_bytes)} (" in text
 
 
 def test_summary_is_silent_where_transformers_is_told_to_be(caplog: pytest.LogCaptureFixture) -> None:
