@@ -11,12 +11,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_lowmem_optim.memory.footprint import MemoryPlan
     from hf_lowmem_optim.memory.measure import StateReport, measure_state
     from hf_lowmem_optim.memory.plan import plan_optimizer, plan_state
     from hf_lowmem_optim.optimizers.ldadam import LDAdam
     from hf_lowmem_optim.registry import OPTIMIZERS, OptimizerEntry, get_entry
     from hf_lowmem_optim.trainer.callbacks import OptimizerStateMemoryCallback
     from hf_lowmem_optim.trainer.factory import OptimizerFactory
+    from hf_lowmem_optim.trainer.model_source import ModelOptions
+    from hf_lowmem_optim.trainer.plan_model import plan_memory
     from hf_lowmem_optim.trainer.strings import register_optimizer_strings
 
 __version__ = "0.1.0"
@@ -24,12 +27,15 @@ __version__ = "0.1.0"
 __all__ = [
     "OPTIMIZERS",
     "LDAdam",
+    "MemoryPlan",
+    "ModelOptions",
     "OptimizerEntry",
     "OptimizerFactory",
     "OptimizerStateMemoryCallback",
     "StateReport",
     "get_entry",
     "measure_state",
+    "plan_memory",
     "plan_optimizer",
     "plan_state",
     "register_optimizer_strings",
@@ -38,12 +44,15 @@ __all__ = [
 _HOME = {
     "OPTIMIZERS": "registry",
     "LDAdam": "optimizers.ldadam",
+    "MemoryPlan": "memory.footprint",
+    "ModelOptions": "trainer.model_source",
     "OptimizerEntry": "registry",
     "OptimizerFactory": "trainer.factory",
     "OptimizerStateMemoryCallback": "trainer.callbacks",
     "StateReport": "memory.measure",
     "get_entry": "registry",
     "measure_state": "memory.measure",
+    "plan_memory": "trainer.plan_model",
     "plan_optimizer": "memory.plan",
     "plan_state": "memory.plan",
     "register_optimizer_strings": "trainer.strings",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["leading_left_singular_vectors", "orthonormalize"]
+__all__ = ["leading_left_singular_vectors", "orthonormalize", "svd_entries"]
 
 _OVERSAMPLING = 8
 _POWER_ITERATIONS = 2
@@ -43,10 +43,11 @@ def leading_left_singular_vectors(matrix: Tensor, rank: int) -> Tensor:
         float32, shape (p, rank), orthonormal columns. Columns of the identity if ``matrix`` is not finite, so that
         the values themselves carry the fault on, as they do in AdamW.
     """
-    if not torch.isfinite(matrix).all():
+    # Both are NaN or infinite if an entry is; unlike isfinite of all entries, this takes no memory.
+    if not torch.isfinite(torch.stack(torch.aminmax(matrix))).all():
         return torch.eye(matrix.shape[0], rank, dtype=matrix.dtype, device=matrix.device)
     width = rank + _OVERSAMPLING
-    if 2 * width >= matrix.shape[0]:
+    if _is_small(matrix.shape[0], width):
         left: Tensor = torch.linalg.svd(matrix, full_matrices=False)[0]
         return left[:, :rank].contiguous()
     generator = torch.Generator().manual_seed(_SEED)
@@ -58,3 +59,26 @@ def leading_left_singular_vectors(matrix: Tensor, rank: int) -> Tensor:
     rotation: Tensor = torch.linalg.eigh(projected @ projected.T)[1]
     # eigh sorts in ascending order
     return basis @ rotation.flip(1)[:, :rank]
+
+
+def svd_entries(p: int, q: int, rank: int) -> int:
+    """Return how many float32 entries :func:`leading_left_singular_vectors` allocates at most, result included.
+
+    Args:
+        p: The smaller dimension of the matrix.
+        q: The larger one.
+        rank: Number of vectors.
+
+    Returns:
+        The factors of the exact decomposition; or the sketch, its product and three bases of ``rank`` + 8 columns. What
+        LAPACK or cuSOLVER takes as workspace is not in it.
+    """
+    width = rank + _OVERSAMPLING
+    if _is_small(p, width):
+        return p * p + p + p * q + p * rank
+    return width * (2 * q + 3 * p + width)
+
+
+def _is_small(p: int, width: int) -> bool:
+    """Whether the exact decomposition is as cheap as the randomized one."""
+    return 2 * width >= p
