@@ -29,13 +29,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers import logging as transformers_logging
 
 from hf_lowmem_optim import OptimizerFactory, measure_state
+from hf_lowmem_optim.registry import get_entry
 from hf_lowmem_optim.trainer.demo import demo_model, documentation
 from hf_lowmem_optim.trainer.optim_args import parse_optim_args
-from hf_lowmem_optim.registry import get_entry
 
 FINAL_STEPS = 50
 
@@ -73,10 +73,7 @@ def pretrain_task() -> Task:
         order = order.repeat(math.ceil(num_steps * 8 / len(order)))[: num_steps * 8].view(num_steps, 8)
         return [{"input_ids": training[i], "labels": training[i]} for i in order]
 
-    def build() -> LlamaForCausalLM:
-        return demo_model()
-
-    return Task(build, batches, [{"input_ids": b, "labels": b} for b in held_out.split(32)])
+    return Task(demo_model, batches, [{"input_ids": b, "labels": b} for b in held_out.split(32)])
 
 
 def finetune_task() -> Task:

@@ -1,6 +1,7 @@
 """Time of ``optimizer.step()``, every optimizer interleaved with torch's AdamW in one process.
 
     python benchmarks/step_time.py --model minilm --rank 16 128 --csv step_time.csv
+    HF_LOWMEM_OPTIM_BACKEND=reference python benchmarks/step_time.py    # without numba
 
 Prints, per optimizer, the median milliseconds of a step, the spread, the ratio to AdamW foreach (median of the
 ratios round by round), the first step (which computes the SVD) and the bytes of optimizer state per parameter.
@@ -25,6 +26,7 @@ from shapes import MODELS
 from torch import nn
 
 from hf_lowmem_optim import OptimizerFactory
+from hf_lowmem_optim.kernels.backend import choose_backend
 from hf_lowmem_optim.memory.measure import measure_state
 
 
@@ -84,6 +86,7 @@ def contenders(model: str, ranks: list[int], dtype: torch.dtype, device: str) ->
         Contender("torch AdamW foreach", new_model(), lambda m: adamw(m.parameters(), lr=1e-4, foreach=True)),
         Contender("torch AdamW fused", new_model(), lambda m: adamw(m.parameters(), lr=1e-4, fused=True)),
         *(ours("ldadam", rank=rank) for rank in ranks),
+        ours("microadam"),
     ]
 
 
@@ -128,6 +131,7 @@ def main() -> None:
     malloc = {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")} or "default"
     print(
         f"{platform.machine()}, {torch.get_num_threads()} threads, device {args.device}, "
+        f"kernels {choose_backend('step', torch.device(args.device))}, "
         f"load {os.getloadavg()[0]:.1f}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}, malloc {malloc}, seed 0"
     )

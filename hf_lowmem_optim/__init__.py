@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hf_lowmem_optim.memory.measure import StateReport, measure_state
     from hf_lowmem_optim.memory.plan import plan_optimizer, plan_state
     from hf_lowmem_optim.optimizers.ldadam import LDAdam
+    from hf_lowmem_optim.optimizers.microadam import MicroAdam
     from hf_lowmem_optim.registry import OPTIMIZERS, OptimizerEntry, get_entry
     from hf_lowmem_optim.trainer.callbacks import OptimizerStateMemoryCallback
     from hf_lowmem_optim.trainer.factory import OptimizerFactory
@@ -28,6 +29,7 @@ __all__ = [
     "OPTIMIZERS",
     "LDAdam",
     "MemoryPlan",
+    "MicroAdam",
     "ModelOptions",
     "OptimizerEntry",
     "OptimizerFactory",
@@ -46,6 +48,7 @@ _HOME = {
     "LDAdam": "optimizers.ldadam",
     "MemoryPlan": "memory.footprint",
     "ModelOptions": "trainer.model_source",
+    "MicroAdam": "optimizers.microadam",
     "OptimizerEntry": "registry",
     "OptimizerFactory": "trainer.factory",
     "OptimizerStateMemoryCallback": "trainer.callbacks",

@@ -29,6 +29,7 @@ __all__ = ["ERROR_FEEDBACK", "accumulate", "error_state", "keeps_error", "retain
 #: The storages of the error that an optimizer may offer as ``error_feedback=``.
 ERROR_FEEDBACK = ("param", "fp32", "bf16", "8bit", "4bit", "none")
 
+_SLICE_ENTRIES = 1 << 16
 _FORMATS = {"8bit": QuantFormat(bits=8), "4bit": QuantFormat(bits=4)}
 
 
@@ -70,15 +71,15 @@ def accumulate(grad: Tensor, state: Mapping[str, Tensor], workspace: Workspace) 
     """
     error = state.get("error")
     if error is not None and error.dtype == torch.float32:
-        return error.add_(grad)
+        return _add_(error, grad)
     if not keeps_error(state) and grad.dtype == torch.float32:
         return grad
     accumulated = workspace.take("accumulated", grad.shape, grad.device)
     if error is not None:
-        return accumulated.copy_(error).add_(grad)
+        return _add_(accumulated.copy_(error), grad)
     if "error_codes" in state:
         dequantize_(accumulated, _quantized(state, grad.numel()))
-        return accumulated.add_(grad)
+        return _add_(accumulated, grad)
     return accumulated.copy_(grad)
 
 
@@ -95,6 +96,16 @@ def retain_(state: Mapping[str, Tensor], residual: Tensor, *, seed: int | None =
         error.copy_(residual)
     elif "error_codes" in state:
         quantize_(_quantized(state, residual.numel()), residual, seed=seed)
+
+
+def _add_(out: Tensor, other: Tensor) -> Tensor:
+    """``out.add_(other)`` for a float32 ``out``, in slices where torch would first convert all of ``other``."""
+    if other.dtype == torch.float32 or other.device.type != "cpu":
+        return out.add_(other)
+    rows = max(1, _SLICE_ENTRIES // max(1, other[0].numel()))
+    for piece, addend in zip(out.split(rows), other.split(rows), strict=True):
+        piece.add_(addend)
+    return out
 
 
 def _quantized(state: Mapping[str, Tensor], numel: int) -> Quantized:

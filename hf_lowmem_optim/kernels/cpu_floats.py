@@ -36,7 +36,7 @@ def num_pieces(num_blocks: int) -> int:
     return max(1, min(num_blocks, torch.get_num_threads()))
 
 
-@numba.njit(cache=True)
+@numba.njit(inline="always")
 def widen(bits, kind):
     """Bits of a bfloat16 (kind 1) or float16 (kind 2) number → float32; exact."""
     bits = np.uint32(bits)
@@ -51,7 +51,7 @@ def widen(bits, kind):
     return np.uint32(sign | magnitude.view(np.uint32)).view(np.float32)
 
 
-@numba.njit(cache=True)
+@numba.njit(inline="always")
 def narrow(x, kind):
     """float32 → bits of the nearest bfloat16 (kind 1) or float16 (kind 2), ties to even."""
     bits = np.float32(x).view(np.uint32)
@@ -73,29 +73,34 @@ def narrow(x, kind):
     return np.uint16(sign | np.uint32(rebiased >> np.uint32(13)))
 
 
-@numba.njit(cache=True)
+@numba.njit(inline="always")
 def load_floats(x32, x16, kind, start, count, out):
-    """``out[:count] = x[start : start + count]`` as float32."""
+    """Write ``x[start : start + count]`` to ``out[:count]``, as float32."""
+    # unsigned: an index that could be negative for all that the compiler knows would not be vectorized
+    start = np.uint64(start)
+    for_all = range(np.uint64(count))
     if kind == 0:
-        for i in range(count):
+        for i in for_all:
             out[i] = x32[start + i]
     elif kind == 1:
-        for i in range(count):
+        for i in for_all:
             out[i] = widen(x16[start + i], 1)
     else:
-        for i in range(count):
+        for i in for_all:
             out[i] = widen(x16[start + i], 2)
 
 
-@numba.njit(cache=True)
+@numba.njit(inline="always")
 def store_floats(x, count, out32, out16, kind, start):
-    """``out[start : start + count] = x[:count]``, rounded to the kind of ``out``."""
+    """Write ``x[:count]`` to ``out[start : start + count]``, rounded to the kind of ``out``."""
+    start = np.uint64(start)
+    for_all = range(np.uint64(count))
     if kind == 0:
-        for i in range(count):
+        for i in for_all:
             out32[start + i] = x[i]
     elif kind == 1:
-        for i in range(count):
+        for i in for_all:
             out16[start + i] = narrow(x[i], 1)
     else:
-        for i in range(count):
+        for i in for_all:
             out16[start + i] = narrow(x[i], 2)

@@ -165,14 +165,20 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
 
 def _stored(tensor: Tensor, local: bool) -> Iterator[tuple[torch.dtype, int]]:
     """Dtype and bytes of what a tensor really stores: itself, or what a wrapper (quantized, DTensor) holds."""
-    if not is_traceable_wrapper_subclass(tensor):
-        yield tensor.dtype, tensor.numel() * tensor.element_size()
-        return
-    sharded = hasattr(tensor, "placements")
-    inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
-    if sharded and not local and not any(is_traceable_wrapper_subclass(part) for part in inner):
-        # A DTensor knows the shape of the whole: no need to ask the other processes.
+    # A DTensor knows the shape of the whole: no need to ask the other processes.
+    inner = _wrapped(tensor)
+    whole = hasattr(tensor, "placements") and not local and not any(_wrapped(part) for part in inner)
+    if whole or not inner:
         yield tensor.dtype, tensor.numel() * tensor.element_size()
         return
     for part in inner:
         yield from _stored(part, local)
+
+
+def _wrapped(tensor: Any) -> list[Tensor]:
+    """The tensors inside a wrapper subclass, none for a plain tensor."""
+    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]] if _is_wrapper(tensor) else []
+
+
+def _is_wrapper(tensor: Any) -> bool:
+    return bool(is_traceable_wrapper_subclass(tensor))

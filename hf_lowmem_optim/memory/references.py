@@ -1,7 +1,7 @@
 """What other optimizers keep, as formulas: to compare with in a plan. The tests hold each against the class itself.
 
 They are described as the Trainer sets them up: every trainable parameter, with the settings that
-``TrainingArguments(optim=...)`` gives them. All of them keep some bytes of Python numbers beside, which are not counted.
+``TrainingArguments(optim=...)`` gives them.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def _nothing(_: Iterable[ParameterFacts]) -> int:
 
 
 def _foreach(parameters: Iterable[ParameterFacts]) -> int:
-    """torch's foreach AdamW takes the root of all second moments at once."""
+    """Torch's foreach AdamW takes the root of all second moments at once."""
     return sum(parameter.numel * parameter.dtype.itemsize for parameter in parameters)
 
 

@@ -60,8 +60,8 @@ class LowMemoryOptimizer(Optimizer):
         dense_key: The hyper-parameter whose ``None`` sends a group to the dense AdamW rule.
         state_keys: The hyper-parameters on which the shape of the state depends; they must be equal on resume.
         state_function: ``(shape, dtype, **hyper) -> dict[str, TensorSpec]``.
-        temporaries_function: ``(shape, dtype, *, first, **hyper) -> StepTemporaries`` for one compressed tensor, or None
-            if what the update allocates is not described.
+        temporaries_function: ``(shape, dtype, *, first, **hyper) -> StepTemporaries`` for one compressed tensor; None
+            where what the update allocates is not described.
         supports_sharding: Whether compressed parameters may be sharded DTensors.
         update_function: ``(param, grad, state, *, step, workspace, **hyper) -> None`` for one compressed tensor.
     """

@@ -131,7 +131,7 @@ def ldadam_temporaries(
     if first:
         own = max(svd_entries(p, q, rank), rank * (p + 2 * q))
     else:
-        shared.update({name: rank * q for name in ("moved", "kept")})
+        shared.update(dict.fromkeys(("moved", "kept"), rank * q))
         own = rank * (4 * p + rank)
     return StepTemporaries({name: 4 * entries for name, entries in shared.items()}, 4 * (copies + own))
 

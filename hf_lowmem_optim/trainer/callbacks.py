@@ -103,7 +103,7 @@ class OptimizerStateMemoryCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Print the table and write the report."""
-        if optimizer is None or not state.is_world_process_zero:
+        if optimizer is None or args.output_dir is None or not state.is_world_process_zero:
             return
         measured = measure_state(optimizer)
         if not measured.total_bytes:

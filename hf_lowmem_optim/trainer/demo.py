@@ -22,7 +22,7 @@ from hf_lowmem_optim.registry import OPTIMIZERS
 from hf_lowmem_optim.trainer.callbacks import OptimizerStateMemoryCallback
 from hf_lowmem_optim.trainer.strings import register_optimizer_strings
 
-__all__ = ["DEMO_LEARNING_RATES", "DemoResult", "run_demo"]
+__all__ = ["DEMO_LEARNING_RATES", "DemoResult", "demo_model", "documentation", "run_demo"]
 
 #: The better of three learning rates for each, by ``hf-lowmem-optim demo --learning-rate ...`` (README).
 DEMO_LEARNING_RATES = {"adamw_torch": 1e-3, "ldadam": 3e-3}
@@ -86,19 +86,7 @@ def run_demo(
 def _train(optim: str, learning_rate: float, num_steps: int, seed: int, optim_args: str | None) -> DemoResult:
     """One run."""
     set_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=256,
-            hidden_size=256,
-            intermediate_size=688,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            max_position_embeddings=_SEQUENCE_LENGTH,
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    )
+    model = demo_model()
     training_set, held_out_set = documentation()
     with tempfile.TemporaryDirectory() as directory:
         args = TrainingArguments(
@@ -139,6 +127,23 @@ def _train(optim: str, learning_rate: float, num_steps: int, seed: int, optim_ar
         seconds,
         measure_state(trainer.optimizer).total_bytes,
         sum(p.numel() for p in model.parameters()),
+    )
+
+
+def demo_model() -> LlamaForCausalLM:
+    """Return the demo's model with fresh weights: a byte-level Llama of 3.3 M parameters."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=256,
+            hidden_size=256,
+            intermediate_size=688,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=_SEQUENCE_LENGTH,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
     )
 
 

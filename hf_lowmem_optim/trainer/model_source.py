@@ -6,13 +6,14 @@ A source is a preset, a directory with a ``config.json``, such a file, a transfo
 from __future__ import annotations
 
 import json
+import logging
 import re
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -241,14 +242,15 @@ def _default_dtype(dtype: torch.dtype) -> Any:
 @contextmanager
 def _quiet() -> Any:
     """Keep transformers' hints about running a model away from a plan, which runs none."""
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+    log = logging.getLogger("transformers")
+    level = log.level
+    log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        transformers.logging.set_verbosity(level)
+        log.setLevel(level)
 
 
 def _freeze(model: nn.Module, entries: Sequence[str]) -> int:
@@ -277,7 +279,7 @@ def _freeze(model: nn.Module, entries: Sequence[str]) -> int:
 
 def _quantizable(model: nn.Module) -> list[int]:
     """Ids of the weights that transformers would load in 4 bits: linear layers except the output head."""
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    head = cast(Any, model).get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     modules = [m for m in model.modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     return [id(m.weight) for m in modules if id(m.weight) not in embeddings]

@@ -21,7 +21,7 @@ from hf_lowmem_optim.memory.weights import Processes, plan_weights
 from hf_lowmem_optim.optimizers.hyperparameters import nearest
 from hf_lowmem_optim.registry import OPTIMIZERS, get_entry
 from hf_lowmem_optim.trainer.factory import OptimizerFactory
-from hf_lowmem_optim.trainer.model_source import ModelOptions, OpenedModel, Source, open_model
+from hf_lowmem_optim.trainer.model_source import ModelOptions, Source, open_model
 from hf_lowmem_optim.trainer.optim_args import hyperparameters_from_text
 from hf_lowmem_optim.trainer.param_groups import (
     COMPRESSED,

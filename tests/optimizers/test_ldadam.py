@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hf_lowmem_optim.compression.lowrank import leading_left_singular_vectors, orthonormalize
+from hf_lowmem_optim.compression.quantization import QuantFormat, dequantize_, quantized_state
 from hf_lowmem_optim.optimizers.ldadam import LDAdam, ldadam_state, ldadam_update_
 from tests.reference.ldadam import ReferenceLDAdam
 
@@ -177,6 +178,36 @@ def test_storage_of_error_and_states(error_feedback: str, dtype: torch.dtype) ->
     state = optimizer.state[weight]
     assert (state["error"].dtype if "error" in state else None) == expected
     assert {state[key].dtype for key in ("basis", "exp_avg", "exp_avg_sq")} == {dtype}
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stochastic_rounding", [False, True])
+def test_quantized_error_conserves_to_a_quantization_step(
+    bits: int, dtype: torch.dtype, stochastic_rounding: bool
+) -> None:
+    """U m + (1 − β1)·ξ = β1·U₋m₋ + (1 − β1)·(g + ξ₋) up to half (or a whole) step of ξ's quantizer."""
+    weight = nn.Parameter(torch.zeros(30, 50, dtype=dtype))
+    optimizer = LDAdam([weight], rank=4, error_feedback=f"{bits}bit", stochastic_rounding=stochastic_rounding)
+    momentum, error = torch.zeros(30, 50, dtype=torch.float64), torch.zeros(30, 50, dtype=torch.float64)
+    for gradient in drifting_gradients((30, 50), 8, seed=4):
+        weight.grad = torch.tensor(gradient).to(dtype)
+        optimizer.step()
+        state = optimizer.state[weight]
+        assert state["error_codes"].numel() == 30 * 50 * bits // 8
+        expected = 0.908 * momentum + 0.092 * (weight.grad.double() + error)
+        stored = torch.empty(30, 50)
+        dequantize_(stored, quantized_state(state, 1500, QuantFormat(bits)))
+        momentum, error = _lifted(state, False), stored.double()
+        step_size = (state["error_hi"].double() - state["error_lo"].double()) / (2**bits - 1)
+        bound = step_size.repeat_interleave(64)[:1500].view(30, 50) * (1.0 if stochastic_rounding else 0.5)
+        excess = (momentum + 0.092 * error - expected).abs() / 0.092 - bound
+        assert excess.max() <= 1e-5 * weight.grad.abs().max()
+
+
+def test_stochastic_rounding_needs_a_quantized_error() -> None:
+    with pytest.raises(ValueError, match=r"stochastic_rounding=True needs .*'8bit' or '4bit', not 'param'"):
+        LDAdam([nn.Parameter(torch.zeros(30, 50))], stochastic_rounding=True)
 
 
 def test_convolution_kernels_are_matrices() -> None:

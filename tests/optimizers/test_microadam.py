@@ -117,7 +117,7 @@ def test_kept_and_error_make_up_the_accumulated_gradient(backend: str) -> None:
 
 
 def test_a_trajectory_on_the_quantizers_grid_is_exact() -> None:
-    """Every error of a block lies on lo + u·{0…15} with lo = −8, hi = 7: nothing is lost, so twice the work is the same.
+    """An error whose entries are lo + u·{0…15}, lo = −8, hi = 7, comes back from four bits as it was, step after step.
 
     The gradient is a large entry per block, which is kept, and small ones on the grid in the first step only.
     """

@@ -99,7 +99,7 @@ def enum_module(*values: str) -> types.ModuleType:
 
 
 def test_a_value_of_transformers_itself_stays(caplog: pytest.LogCaptureFixture) -> None:
-    module = enum_module("sgd", "ldadam")
+    module = enum_module("sgd", *OPTIMIZERS)
     theirs = module.OptimizerNames("ldadam")
     strings.add_members(module)
     assert module.OptimizerNames("ldadam") is theirs

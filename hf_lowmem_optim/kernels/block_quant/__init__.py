@@ -27,10 +27,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from hf_lowmem_optim.kernels.backend import Backend, choose_backend
-
-from .checks import check_dense
-from .layout import QuantFormat, Quantized
-from .reference import dequantize_add_reference_, dequantize_reference_, quantize_reference_
+from hf_lowmem_optim.kernels.block_quant.checks import check_dense
+from hf_lowmem_optim.kernels.block_quant.layout import QuantFormat, Quantized
+from hf_lowmem_optim.kernels.block_quant.reference import (
+    dequantize_add_reference_,
+    dequantize_reference_,
+    quantize_reference_,
+)
 
 __all__ = ["QuantFormat", "Quantized", "dequantize_", "dequantize_add_", "quantize_"]
 
@@ -51,11 +54,11 @@ def quantize_(out: Quantized, source: Tensor, *, seed: int | None = None) -> Non
     if flat.numel() == 0:
         return
     if backend == "triton":
-        from .kernel import quantize_triton_
+        from hf_lowmem_optim.kernels.block_quant.kernel import quantize_triton_
 
         quantize_triton_(out, flat, seed=seed)
     elif backend == "cpu":
-        from .cpu import quantize_cpu_
+        from hf_lowmem_optim.kernels.block_quant.cpu import quantize_cpu_
 
         quantize_cpu_(out, flat, seed=seed)
     else:
@@ -90,11 +93,11 @@ def _dequantize(out: Tensor, quantized: Quantized, scale: float, *, add: bool) -
     if flat.numel() == 0:
         return
     if backend == "triton":
-        from .kernel import dequantize_triton_
+        from hf_lowmem_optim.kernels.block_quant.kernel import dequantize_triton_
 
         dequantize_triton_(flat, quantized, scale=scale, add=add)
     elif backend == "cpu":
-        from .cpu import dequantize_cpu_
+        from hf_lowmem_optim.kernels.block_quant.cpu import dequantize_cpu_
 
         dequantize_cpu_(flat, quantized, scale=scale, add=add)
     elif add:

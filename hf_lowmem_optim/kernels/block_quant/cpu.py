@@ -14,28 +14,35 @@ import numba
 import numpy as np
 from torch import Tensor
 
+from hf_lowmem_optim.kernels.block_quant.layout import Quantized, rounding_keys
 from hf_lowmem_optim.kernels.cpu_floats import float_views, load_floats, narrow, num_pieces, store_floats, widen
-
-from .layout import Quantized, rounding_keys
 
 __all__ = ["dequantize_cpu_", "quantize_cpu_"]
 
 _INT32_MAX, _INT32_MIN = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
 
 
-@numba.njit(cache=True)
+# An index that could be negative for all that the compiler knows is tested for it, which forbids vectorizing: unsigned.
+_index = np.uint64
+_ONE, _TWO = np.uint64(1), np.uint64(2)
+
+_jit = numba.njit(cache=True, error_model="numpy")  # "python" would test every division for zero
+_inlined = numba.njit(inline="always", error_model="numpy")
+
+
+@_inlined
 def _float_order(x):
     """float32 → int32 of the same order; NaN beyond the infinities."""
     bits = np.float32(x).view(np.int32)
     return np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & _INT32_MAX))
 
 
-@numba.njit(cache=True)
+@_jit
 def _float_from_order(key):
     return np.int32(key ^ np.int32(np.int32(key >> np.int32(31)) & _INT32_MAX)).view(np.float32)
 
 
-@numba.njit(cache=True)
+@_jit
 def _round_to_bfloat16(x, up):
     """Round to a bfloat16 value that is not less (up) or not greater than x; junk for NaN."""
     bits = np.float32(x).view(np.uint32)
@@ -45,11 +52,11 @@ def _round_to_bfloat16(x, up):
     return np.uint32(bits & np.uint32(0xFFFF0000)).view(np.float32)
 
 
-@numba.njit(cache=True)
-def block_range(x, start, count, bf16_stats):
-    """Return lo and hi of ``x[start : start + count]`` as stored: rounded outwards, NaN if not finite, no −0."""
+@_jit
+def block_range(x, count, bf16_stats):
+    """Return lo and hi of ``x[:count]`` as stored: rounded outwards, NaN if not finite, no −0."""
     low, high = _INT32_MAX, _INT32_MIN
-    for i in range(start, start + count):
+    for i in range(_index(count)):
         key = _float_order(x[i])
         low = min(low, key)
         high = max(high, key)
@@ -63,7 +70,7 @@ def block_range(x, start, count, bf16_stats):
     return lo + np.float32(0.0), hi + np.float32(0.0)
 
 
-@numba.njit(cache=True)
+@_inlined
 def _mix32(x):
     """lowbias32 on uint32."""
     x = np.uint32(np.uint32(x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D))
@@ -71,7 +78,7 @@ def _mix32(x):
     return np.uint32(x ^ (x >> np.uint32(16)))
 
 
-@numba.njit(cache=True)
+@_inlined
 def _uniform16(index, key0, key1):
     """Uniform multiples of 2^-16 in [0, 1) from the entry's index and the two keys."""
     bits = _mix32(np.uint32(np.uint32(index & 0xFFFFFFFF) ^ np.uint32(key0)))
@@ -79,60 +86,86 @@ def _uniform16(index, key0, key1):
     return np.float32(np.int32(bits >> np.uint32(16))) * np.float32(2.0**-16)
 
 
-@numba.njit(cache=True)
-def encode(x, start, count, lo, hi, bits, random, entry, codes, scratch):
-    """Write the packed codes of ``x[start : start + count]``, a block that begins at ``entry`` of the buffer.
+@_inlined
+def _code(x, lo, unit, levels, random, entry):
+    """The code of x as int32, at most ``levels``; x ≥ lo, so that the conversion is a floor."""
+    shift = _uniform16(entry, random[1], random[2]) if random[0] else np.float32(0.5)
+    return min(np.int32((x - lo) / unit + shift), levels)
 
-    ``random`` is (stochastic, key0, key1); ``scratch`` uint8 of at least count + 1 entries.
+
+@_inlined
+def _encode_pairs(x, pairs, lo, unit, random, codes, entry):
+    """Write the bytes of 2·pairs 4-bit codes."""
+    levels, first = np.int32(15), entry >> _ONE
+    for i in range(pairs):
+        at = _TWO * i
+        even = _code(x[at], lo, unit, levels, random, entry + at)
+        odd = _code(x[at + _ONE], lo, unit, levels, random, entry + at + _ONE)
+        codes[first + i] = np.uint8(np.int32(even << 4) | odd)
+
+
+@_inlined
+def encode(x, count, lo, hi, bits, random, codes, entry):
+    """Write the packed codes of ``x[:count]``, a block that begins at ``entry`` of the buffer.
+
+    ``random`` is (stochastic, key0, key1).
     """
-    levels = np.float32((1 << bits) - 1)
-    unit = (hi - lo) / levels
-    stochastic, key0, key1 = random
+    levels = np.int32((1 << bits) - 1)
+    unit = (hi - lo) / np.float32(levels)
+    entry = _index(entry)
+    first = entry if bits == 8 else entry >> _ONE
     if not unit > np.float32(0.0):
-        for i in range(count):
-            scratch[i] = 0
-    elif stochastic:
-        for i in range(count):
-            t = (x[start + i] - lo) / unit + _uniform16(entry + i, key0, key1)
-            scratch[i] = np.uint8(np.int32(min(t, levels)))
+        for i in range(_index((count * bits + 7) // 8)):
+            codes[first + i] = 0
+    elif bits == 8:
+        for i in range(_index(count)):
+            codes[first + i] = np.uint8(_code(x[i], lo, unit, levels, random, entry + i))
     else:
-        for i in range(count):
-            t = (x[start + i] - lo) / unit + np.float32(0.5)
-            scratch[i] = np.uint8(np.int32(min(t, levels)))  # t ≥ 0: the conversion is a floor
-    if bits == 8:
-        for i in range(count):
-            codes[entry + i] = scratch[i]
-    else:
-        scratch[count] = 0  # the low nibble of an odd end
-        first = entry // 2
-        for i in range((count + 1) // 2):
-            codes[first + i] = np.uint8((scratch[2 * i] << 4) | scratch[2 * i + 1])
-
-
-@numba.njit(cache=True)
-def decode(codes, entry, count, lo, hi, bits, out, start):
-    """``out[start : start + count] = code · u + lo`` for the block that begins at ``entry`` of the buffer."""
-    unit = (hi - lo) / np.float32((1 << bits) - 1)
-    if bits == 8:
-        for i in range(count):
-            out[start + i] = np.float32(np.int32(codes[entry + i])) * unit + lo
-    else:
-        first = entry // 2
-        for i in range(count // 2):
-            byte = np.int32(codes[first + i])
-            out[start + 2 * i] = np.float32(np.int32(byte >> 4)) * unit + lo
-            out[start + 2 * i + 1] = np.float32(np.int32(byte & 15)) * unit + lo
+        if count == 64:  # a loop of constant length is vectorized whole; of this length, otherwise, hardly
+            _encode_pairs(x, _index(32), lo, unit, random, codes, entry)
+        else:
+            _encode_pairs(x, _index(count // 2), lo, unit, random, codes, entry)
         if count % 2:
-            out[start + count - 1] = np.float32(np.int32(codes[first + count // 2] >> 4)) * unit + lo
+            at = _index(count - 1)
+            code = _code(x[at], lo, unit, levels, random, entry + at)
+            codes[first + _index(count // 2)] = np.uint8(code << 4)
 
 
-@numba.njit(cache=True)
+@_inlined
+def _decode_pairs(codes, first, pairs, lo, unit, x):
+    """Write the 2·pairs entries of as many 4-bit codes."""
+    for i in range(pairs):
+        byte = np.int32(codes[first + i])
+        x[_TWO * i] = np.float32(np.int32(byte >> 4)) * unit + lo
+        x[_TWO * i + _ONE] = np.float32(np.int32(byte & 15)) * unit + lo
+
+
+@_inlined
+def decode(codes, entry, lo, hi, bits, x, count):
+    """Write code · u + lo to ``x[:count]``, for the block that begins at ``entry`` of the buffer."""
+    unit = (hi - lo) / np.float32((1 << bits) - 1)
+    entry = _index(entry)
+    first = entry if bits == 8 else entry >> _ONE
+    if bits == 8:
+        for i in range(_index(count)):
+            x[i] = np.float32(np.int32(codes[first + i])) * unit + lo
+    else:
+        if count == 64:  # as in encode
+            _decode_pairs(codes, first, _index(32), lo, unit, x)
+        else:
+            _decode_pairs(codes, first, _index(count // 2), lo, unit, x)
+        if count % 2:
+            byte = np.int32(codes[first + _index(count // 2)])
+            x[_index(count - 1)] = np.float32(np.int32(byte >> 4)) * unit + lo
+
+
+@_jit
 def load_stat(stat32, stat16, block):
     """One statistic, whichever of the two arrays holds it."""
     return widen(stat16[block], 1) if stat32.size == 0 else stat32[block]
 
 
-@numba.njit(cache=True)
+@_jit
 def store_stat(value, stat32, stat16, block):
     """Store one statistic; a bfloat16 one was rounded before."""
     if stat32.size == 0:
@@ -146,13 +179,12 @@ def _quantize_blocks(x32, x16, kind, codes, lo32, lo16, hi32, hi16, count, block
     blocks = (count + block_size - 1) // block_size
     for piece in numba.prange(pieces):
         x = np.empty(block_size, np.float32)
-        scratch = np.empty(block_size + 1, np.uint8)
         for block in range(piece * blocks // pieces, (piece + 1) * blocks // pieces):
             start = block * block_size
             length = min(block_size, count - start)
             load_floats(x32, x16, kind, start, length, x)
-            lo, hi = block_range(x, 0, length, lo32.size == 0)
-            encode(x, 0, length, lo, hi, bits, random, start, codes, scratch)
+            lo, hi = block_range(x, length, lo32.size == 0)
+            encode(x, length, lo, hi, bits, random, codes, start)
             store_stat(lo, lo32, lo16, block)
             store_stat(hi, hi32, hi16, block)
 
@@ -167,7 +199,7 @@ def _dequantize_blocks(out32, out16, kind, codes, lo32, lo16, hi32, hi16, count,
             start = block * block_size
             length = min(block_size, count - start)
             lo, hi = load_stat(lo32, lo16, block), load_stat(hi32, hi16, block)
-            decode(codes, start, length, lo, hi, bits, x, 0)
+            decode(codes, start, lo, hi, bits, x, length)
             for i in range(length):
                 x[i] = scale * x[i]
             if add:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import Quantized, rounding_keys
+from hf_lowmem_optim.kernels.block_quant.layout import Quantized, rounding_keys
 
 __all__ = ["dequantize_triton_", "quantize_triton_"]
 

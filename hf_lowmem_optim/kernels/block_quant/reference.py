@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .layout import QuantFormat, Quantized, rounding_keys
+from hf_lowmem_optim.kernels.block_quant.layout import QuantFormat, Quantized, rounding_keys
 
 __all__ = [
     "dequantize_add_reference_",

@@ -27,11 +27,13 @@ from torch import Tensor
 from hf_lowmem_optim.kernels.backend import Backend, choose_backend
 from hf_lowmem_optim.kernels.block_quant.checks import check_dense
 from hf_lowmem_optim.kernels.block_quant.layout import Quantized
+from hf_lowmem_optim.kernels.block_topk.layout import MAX_BLOCK_SIZE, Selection, kept_per_block, num_kept
+from hf_lowmem_optim.kernels.block_topk.reference import block_topk_reference_
 
-from .layout import MAX_BLOCK_SIZE, Selection, kept_per_block, num_kept
-from .reference import block_topk_reference_
+__all__ = ["MAX_BLOCK_SIZE", "TRITON_MAX_BLOCK_SIZE", "block_topk_", "kept_per_block", "num_kept"]
 
-__all__ = ["MAX_BLOCK_SIZE", "block_topk_", "kept_per_block", "num_kept"]
+TRITON_MAX_BLOCK_SIZE = 8192
+"""The kernel takes 8 bytes of shared memory per entry, and some GPUs have 64 KiB; larger blocks go to the reference."""
 
 
 def block_topk_(
@@ -70,18 +72,18 @@ def block_topk_(
     indices = check_dense(indices, "indices", numel=kept, device=grad.device, dtypes=(torch.int16,))
     values = check_dense(values, "values", numel=kept, device=grad.device, dtypes=(torch.bfloat16, torch.float32))
     error = _checked_error(error, flat, block_size)
-    backend = choose_backend("block_topk_", grad.device, unsupported=_unsupported(error))
+    backend = choose_backend("block_topk_", grad.device, unsupported=_unsupported(error, block_size))
     if numel == 0:
         return
     rest = numel % block_size or block_size
     k, k_last = kept_per_block(block_size, density), kept_per_block(rest, density)
     out = Selection(indices, values, block_size, k, k_last, float(error_scale), seed)
     if backend == "triton":
-        from .kernel import block_topk_triton_
+        from hf_lowmem_optim.kernels.block_topk.kernel import block_topk_triton_
 
         block_topk_triton_(out, flat, error)
     elif backend == "cpu":
-        from .cpu import block_topk_cpu_
+        from hf_lowmem_optim.kernels.block_topk.cpu import block_topk_cpu_
 
         block_topk_cpu_(out, flat, error)
     else:
@@ -107,7 +109,9 @@ def _checked_error(error: Quantized | Tensor | None, grad: Tensor, block_size: i
     return error
 
 
-def _unsupported(error: Quantized | Tensor | None) -> dict[Backend, str]:
+def _unsupported(error: Quantized | Tensor | None, block_size: int) -> dict[Backend, str]:
+    if block_size > TRITON_MAX_BLOCK_SIZE:
+        return {"triton": f"a block of {block_size} entries does not fit on a GPU (at most {TRITON_MAX_BLOCK_SIZE})"}
     if isinstance(error, Quantized) and error.format.block_size & (error.format.block_size - 1):
         return {"triton": f"quantization block size {error.format.block_size} is not a power of two"}
     return {}

@@ -21,18 +21,20 @@ from hf_lowmem_optim.kernels.block_quant.cpu import (
     store_stat,
 )
 from hf_lowmem_optim.kernels.block_quant.layout import Quantized
+from hf_lowmem_optim.kernels.block_topk.layout import Selection
 from hf_lowmem_optim.kernels.cpu_floats import float_views, load_floats, narrow, num_pieces, store_floats, widen
-
-from .layout import Selection
 
 __all__ = ["block_topk_cpu_"]
 
+_jit = numba.njit(cache=True, error_model="numpy")
+
+_index = np.uint64  # as in block_quant: a signed index would not be vectorized
 _CHUNK = 16
 _EMPTY_CODES = np.empty(0, np.uint8)
 _NONE, _DENSE, _QUANTIZED = 0, 1, 2
 
 
-@numba.njit(cache=True)
+@_jit
 def _kth_largest(magnitude, count, k):
     """The k-th largest of ``magnitude[:count]`` (int32, not negative): the largest t with count(≥ t) ≥ k."""
     t = np.int32(0)
@@ -40,13 +42,13 @@ def _kth_largest(magnitude, count, k):
         candidate = np.int32(t | np.int32(1 << bit))
         reached = np.int32(0)
         for i in range(count):
-            reached += np.int32(magnitude[i] >= candidate)
+            reached = np.int32(reached + np.int32(magnitude[i] >= candidate))
         if reached >= k:
             t = candidate
     return t
 
 
-@numba.njit(cache=True)
+@_jit
 def _magnitudes(a, count, magnitude, chunk_max):
     """Bits of |a|, every NaN just above infinity, padded with 0 to whole chunks; and each chunk's maximum."""
     for i in range(count):
@@ -63,7 +65,7 @@ def _magnitudes(a, count, magnitude, chunk_max):
     return chunks
 
 
-@numba.njit(cache=True)
+@_jit
 def _select(magnitude, count, chunk_max, chunks, k, candidate, reach):
     """Write the ascending indices of the k largest magnitudes to ``candidate[:k]``, ties to the lowest index."""
     few = 2 * k <= chunks
@@ -90,7 +92,7 @@ def _select(magnitude, count, chunk_max, chunks, k, candidate, reach):
             room -= 1
 
 
-@numba.njit(cache=True)
+@_jit
 def _take(a, chosen, k, first, indices, values32, values16):
     """Store the chosen entries as index and value, and leave in ``a`` what rounding cut off the value."""
     for j in range(k):
@@ -137,12 +139,12 @@ def _topk_blocks(
     blocks = (numel + block_size - 1) // block_size
     for piece in numba.prange(pieces):
         a = np.empty(block_size, np.float32)
-        e = np.empty(block_size, np.float32)
+        e = np.empty(block_size if error == _DENSE else 1, np.float32)
+        part = np.empty(quant_block, np.float32)
         magnitude = np.empty(block_size + _CHUNK, np.int32)
         chunk_max = np.empty(block_size // _CHUNK + 1, np.int32)
         candidate = np.empty(block_size + 1, np.int32)
         reach = np.empty(block_size + 1, np.int32)
-        scratch = np.empty(block_size + 1, np.uint8)
         for block in range(piece * blocks // pieces, (piece + 1) * blocks // pieces):
             start = block * block_size
             count = min(block_size, numel - start)
@@ -150,14 +152,16 @@ def _topk_blocks(
             load_floats(grad32, grad16, grad_kind, start, count, a)
             if error == _DENSE:
                 load_floats(dense32, dense16, dense_kind, start, count, e)
+                for i in range(count):
+                    a[i] += error_scale * e[i]
             elif error == _QUANTIZED:
                 for at in range(0, count, quant_block):
                     q = (start + at) // quant_block
                     lo, hi = load_stat(lo32, lo16, q), load_stat(hi32, hi16, q)
-                    decode(codes, start + at, min(quant_block, count - at), lo, hi, bits, e, at)
-            if error != _NONE:
-                for i in range(count):
-                    a[i] = a[i] + error_scale * e[i]
+                    length = min(quant_block, count - at)
+                    decode(codes, start + at, lo, hi, bits, part, length)
+                    for i in range(_index(length)):
+                        a[_index(at) + i] += error_scale * part[i]
             chunks = _magnitudes(a, count, magnitude, chunk_max)
             _select(magnitude, count, chunk_max, chunks, k, candidate, reach)
             _take(a, candidate, k, block * k_full, indices, values32, values16)
@@ -167,8 +171,10 @@ def _topk_blocks(
                 for at in range(0, count, quant_block):
                     q = (start + at) // quant_block
                     length = min(quant_block, count - at)
-                    lo, hi = block_range(a, at, length, lo32.size == 0)
-                    encode(a, at, length, lo, hi, bits, random, start + at, codes, scratch)
+                    for i in range(_index(length)):
+                        part[i] = a[_index(at) + i]
+                    lo, hi = block_range(part, length, lo32.size == 0)
+                    encode(part, length, lo, hi, bits, random, codes, start + at)
                     store_stat(lo, lo32, lo16, q)
                     store_stat(hi, hi32, hi16, q)
 

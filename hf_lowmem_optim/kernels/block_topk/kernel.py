@@ -17,8 +17,7 @@ from torch import Tensor
 
 from hf_lowmem_optim.kernels.block_quant.kernel import block_range, decode, encode, load_codes, store_codes
 from hf_lowmem_optim.kernels.block_quant.layout import Quantized, rounding_keys
-
-from .layout import Selection
+from hf_lowmem_optim.kernels.block_topk.layout import Selection
 
 __all__ = ["block_topk_triton_", "launch_options"]
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from hf_lowmem_optim.kernels.block_quant.layout import Quantized
 from hf_lowmem_optim.kernels.block_quant.reference import dequantize_slice, quantize_slice_, slices
-
-from .layout import Selection
+from hf_lowmem_optim.kernels.block_topk.layout import Selection
 
 __all__ = ["block_topk_reference_"]
 

@@ -21,8 +21,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backend import choose_backend
-from .layout import MAX_BLOCK_SIZE, SparseWindow
+from hf_lowmem_optim.kernels.backend import choose_backend
+from hf_lowmem_optim.kernels.sparse_window.layout import MAX_BLOCK_SIZE, SparseWindow
 
 __all__ = ["MAX_BLOCK_SIZE", "SparseWindow", "window_combine_", "window_dots", "window_update_"]
 
@@ -71,11 +71,11 @@ def window_update_(
     flat = param.detach().view(-1)
     backend = choose_backend("window_update_", param.device)
     if backend == "triton":
-        from .kernel import window_update_triton_ as update_
+        from hf_lowmem_optim.kernels.sparse_window.kernel import window_update_triton_ as update_
     elif backend == "cpu":
-        from .cpu import window_update_cpu_ as update_
+        from hf_lowmem_optim.kernels.sparse_window.cpu import window_update_cpu_ as update_
     else:
-        from .reference import window_update_reference_ as update_
+        from hf_lowmem_optim.kernels.sparse_window.reference import window_update_reference_ as update_
     update_(flat, window, weights, lr=float(lr), eps=float(eps), weight_decay=float(weight_decay))
 
 
@@ -102,11 +102,11 @@ def window_dots(window: SparseWindow, dense: Tensor) -> Tensor:
     flat = dense.detach().view(-1)
     backend = choose_backend("window_dots", dense.device)
     if backend == "triton":
-        from .kernel import window_dots_triton as dots
+        from hf_lowmem_optim.kernels.sparse_window.kernel import window_dots_triton as dots
     elif backend == "cpu":
-        from .cpu import window_dots_cpu as dots
+        from hf_lowmem_optim.kernels.sparse_window.cpu import window_dots_cpu as dots
     else:
-        from .reference import window_dots_reference as dots
+        from hf_lowmem_optim.kernels.sparse_window.reference import window_dots_reference as dots
     return dots(window, flat)
 
 
@@ -130,11 +130,11 @@ def window_combine_(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
     flat = out.detach().view(-1)
     backend = choose_backend("window_combine_", out.device)
     if backend == "triton":
-        from .kernel import window_combine_triton_ as combine_
+        from hf_lowmem_optim.kernels.sparse_window.kernel import window_combine_triton_ as combine_
     elif backend == "cpu":
-        from .cpu import window_combine_cpu_ as combine_
+        from hf_lowmem_optim.kernels.sparse_window.cpu import window_combine_cpu_ as combine_
     else:
-        from .reference import window_combine_reference_ as combine_
+        from hf_lowmem_optim.kernels.sparse_window.reference import window_combine_reference_ as combine_
     combine_(flat, window, weights)
 
 

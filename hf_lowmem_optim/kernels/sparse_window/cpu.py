@@ -16,8 +16,7 @@ from numba import njit, prange
 from torch import Tensor
 
 from hf_lowmem_optim.kernels.cpu_floats import narrow, num_pieces, widen
-
-from .layout import SparseWindow
+from hf_lowmem_optim.kernels.sparse_window.layout import SparseWindow
 
 __all__ = ["window_combine_cpu_", "window_dots_cpu", "window_update_cpu_"]
 

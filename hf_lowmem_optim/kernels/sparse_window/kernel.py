@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import SparseWindow
+from hf_lowmem_optim.kernels.sparse_window.layout import SparseWindow
 
 __all__ = ["window_combine_triton_", "window_dots_triton", "window_update_triton_"]
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .layout import SparseWindow
+from hf_lowmem_optim.kernels.sparse_window.layout import SparseWindow
 
 __all__ = ["window_combine_reference_", "window_dots_reference", "window_update_reference_"]
 
-CHUNK_ENTRIES = 1 << 19
+CHUNK_ENTRIES = 3 << 15
 """Entries of the tensor that are worked on at a time."""
 
 UNTOUCHED_BITS = -(2**31)
@@ -74,14 +74,16 @@ def window_update_reference_(
             z1.scatter_add_(0, positions, w1 * value)
             z2.scatter_add_(0, positions, w2 * (value * value))
 
-        untouched = z2.view(torch.int32) == UNTOUCHED_BITS
+        z2.masked_fill_(z2.view(torch.int32) == UNTOUCHED_BITS, 1)  # z1 is 0 there: no step, whatever eps is
         root = z2.double().sqrt_().float()  # torch's float32 square root on the CPU is not correctly rounded
         update = z1.div_(root.add_(eps)).mul_(lr)
         piece = param[chunk.entries]
-        decayed = piece.float()
+        stepped = piece if piece.dtype == torch.float32 else piece.float()
         if weight_decay != 0:
-            decayed = decayed * (1 - lr * weight_decay)
-        piece.copy_(torch.where(untouched, decayed, decayed - update))
+            stepped.mul_(1 - lr * weight_decay)
+        stepped.sub_(update)
+        if stepped is not piece:
+            piece.copy_(stepped)
 
 
 def window_dots_reference(window: SparseWindow, dense: Tensor) -> Tensor:

@@ -1,0 +1,238 @@
+"""Block quantization: the backends against each other bit for bit, and all of them against what it promises."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hf_lowmem_optim.kernels.backend import ENVIRONMENT_VARIABLE
+from hf_lowmem_optim.kernels.block_quant import QuantFormat, Quantized, dequantize_, dequantize_add_, quantize_
+from tests.reference import block_quant as paper
+
+INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
+DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")]
+FAST = [pytest.param("triton", marks=[] if INTERPRETED else ON_GPU), pytest.param("cpu")]
+# the interpreter computes in numpy, which warns of what the cases are made for
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+
+BF16, FP32, FP16 = torch.bfloat16, torch.float32, torch.float16
+FORMATS = [
+    QuantFormat(),
+    QuantFormat(4, 64, FP32),
+    QuantFormat(8, 16),
+    QuantFormat(4, 6, FP32),
+    QuantFormat(8, 7, FP32),
+]
+TINY = 2.0**-149
+
+
+def poisoned(numel: int, fmt: QuantFormat, device: str = "cpu") -> Quantized:
+    """A buffer full of garbage: whatever a call leaves unwritten shows."""
+    stats = [torch.full((fmt.num_blocks(numel),), torch.nan, dtype=fmt.stat_dtype, device=device) for _ in range(2)]
+    codes = torch.full((fmt.num_code_bytes(numel),), 0xA5, dtype=torch.uint8, device=device)
+    return Quantized(codes, *stats, numel, fmt)
+
+
+def round_trip(x: Tensor, fmt: QuantFormat, seed: int | None = None) -> tuple[Quantized, Tensor]:
+    quantized, out = poisoned(x.numel(), fmt), torch.full((x.numel(),), torch.nan)
+    quantize_(quantized, x, seed=seed)
+    dequantize_(out, quantized)
+    return quantized, out
+
+
+def awkward(name: str) -> Tensor:
+    g = torch.Generator().manual_seed(7)
+    noise = torch.randn(300, generator=g)
+    return {
+        "one": torch.tensor([-3.3]),
+        "odd": noise[:65],
+        "ragged": noise[:299],
+        "sparse, with signed zeros": noise * (torch.rand(300, generator=g) > 0.6) * -1.0,
+        "constant": torch.full((130,), 1.0 / 3.0),
+        "zeros": torch.cat([torch.zeros(70), torch.full((70,), -0.0)]),
+        "half-way": torch.cat([torch.tensor([0.0, 15.0]), torch.arange(0, 126).float() / 2 % 15]),
+        "last bit": (torch.full((128,), 1.0).view(torch.int32) + torch.arange(128, dtype=torch.int32) % 3).view(FP32),
+        "bfloat16 boundary": torch.tensor([1.0, 1.00390625, 1.0078125, -1.0000001, 0.99999994, 2.9e-39] * 20),
+        "subnormal": torch.arange(-60, 70).float() * TINY,
+        "tiny range": torch.tensor([0.0, TINY, 2 * TINY, 7 * TINY] * 16),
+        "huge": noise / noise.abs().max() * 1.6e38,
+        "overflowing range": torch.cat([torch.tensor([3e38, -3e38]), noise[:100]]),
+        "beyond bfloat16": torch.cat([torch.tensor([3.4e38, 3.39e38]), noise[:100]]),
+        "nan": torch.cat([noise[:3], torch.tensor([torch.nan]), noise[:200]]),
+        "negative nan": torch.cat([noise[:70], torch.tensor([torch.nan]).neg(), noise[:9]]),
+        "inf": torch.cat([torch.tensor([torch.inf]), noise[:150], torch.tensor([-torch.inf])]),
+    }[name]
+
+
+AWKWARD = [
+    "one", "odd", "ragged", "sparse, with signed zeros", "constant", "zeros", "half-way", "last bit",
+    "bfloat16 boundary", "subnormal", "tiny range", "huge", "overflowing range", "beyond bfloat16", "nan",
+    "negative nan", "inf",
+]  # fmt: skip
+
+
+def assert_same_bits(got: Tensor, expected: Tensor, what: str) -> None:
+    """Equal bits; NaN equals NaN whatever its payload."""
+    got, expected = got.cpu(), expected.cpu()
+    if got.is_floating_point():
+        assert torch.equal(got.isnan(), expected.isnan()), what
+        integer = torch.int32 if got.dtype == FP32 else torch.int16
+        got, expected = (t.nan_to_num(0.0, torch.inf, -torch.inf).view(integer) for t in (got, expected))
+    assert torch.equal(got, expected), what
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("name", AWKWARD)
+def test_backends_agree_bit_for_bit(name, backend, monkeypatch):
+    device = DEVICE if backend == "triton" else "cpu"
+    for number, fmt in enumerate(FORMATS):
+        dtype = (FP32, BF16, FP16)[number % 3] if "half" in name or name in ("odd", "ragged") else FP32
+        seed = (None, 11)[number % 2]
+        results = []
+        for which, on in (("reference", "cpu"), (backend, device)):
+            monkeypatch.setenv(ENVIRONMENT_VARIABLE, which)
+            x = awkward(name).to(on, dtype)
+            quantized = poisoned(x.numel(), fmt, on)
+            quantize_(quantized, x, seed=seed)
+            plain = torch.full_like(x, torch.nan)
+            dequantize_(plain, quantized, scale=-0.7)
+            added = x.clone()
+            dequantize_add_(added, quantized, scale=0.3)
+            results.append((quantized.codes, quantized.lo, quantized.hi, plain, added))
+        for what, got, expected in zip(("codes", "lo", "hi", "set", "added"), results[1], results[0], strict=True):
+            assert_same_bits(got, expected, f"{what} of {fmt} from {dtype}, seed {seed}")
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+def test_every_dtype(backend, dtype, monkeypatch):
+    x = torch.cat([awkward("ragged"), awkward("subnormal"), torch.tensor([65504.0, 7e4, 6e-8, -3e-8])]).to(dtype)
+    test_case = {}
+    for which in ("reference", backend):
+        monkeypatch.setenv(ENVIRONMENT_VARIABLE, which)
+        on = DEVICE if which == "triton" else "cpu"
+        quantized = poisoned(x.numel(), QuantFormat(8, 64), on)
+        quantize_(quantized, x.to(on), seed=3)
+        out = torch.full((x.numel(),), 0.1, dtype=dtype, device=on)
+        dequantize_add_(out, quantized, scale=1 / 3)
+        test_case[which] = (quantized.codes, out)
+    assert_same_bits(test_case[backend][0], test_case["reference"][0], "codes")
+    assert_same_bits(test_case[backend][1], test_case["reference"][1], "out")
+
+
+ranges = st.tuples(st.integers(1, 200), st.floats(-30, 30), st.floats(-20, 20), st.integers(0, 2**31))
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(ranges, st.sampled_from(FORMATS))
+def test_error_is_at_most_half_a_step(spec, fmt):
+    numel, log_scale, offset, seed = spec
+    noise = torch.randn(numel, generator=torch.Generator().manual_seed(seed))
+    x = (noise + offset) * 2.0**log_scale
+    quantized, out = round_trip(x, fmt)
+    lo, hi = (t.double().repeat_interleave(fmt.block_size)[:numel] for t in (quantized.lo, quantized.hi))
+    assert torch.all(lo <= x) and torch.all(x <= hi)
+    u = (hi - lo) / fmt.levels
+    rounding = 2.0**-23 * torch.maximum(lo.abs(), hi.abs())
+    assert torch.all((x.double() - out.double()).abs() <= u / 2 + rounding)
+    # the stored range is the least that contains the block: no wider than one unit of bfloat16 on either side
+    least, greatest = x.min().item(), x.max().item()
+    assert quantized.lo.min() >= least - abs(least) / 128 and quantized.hi.max() <= greatest + abs(greatest) / 128
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(1, 300), st.sampled_from(FORMATS), st.integers(0, 2**31))
+def test_agrees_with_the_transcription(numel, fmt, seed):
+    x = torch.randn(numel, generator=torch.Generator().manual_seed(seed))
+    quantized, out = round_trip(x, fmt)
+    codes, lo, hi = paper.quantize(x.numpy(), fmt.bits, fmt.block_size, fmt.stat_dtype == BF16)
+    np.testing.assert_array_equal(quantized.lo.double().numpy(), lo)
+    np.testing.assert_array_equal(quantized.hi.double().numpy(), hi)
+    np.testing.assert_allclose(
+        out.double().numpy(), paper.dequantize(codes, lo, hi, fmt.bits, fmt.block_size), atol=5e-7
+    )
+    np.testing.assert_array_equal(quantized.codes.numpy(), paper.pack(codes, fmt.bits))
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.binary(min_size=8, max_size=60), st.sampled_from([4, 8]), st.sampled_from([None, 5]))
+def test_data_on_the_grid_comes_back_exactly_and_so_do_the_bytes(data, bits, seed):
+    fmt = QuantFormat(bits, 8, FP32)
+    codes = torch.tensor(list(data), dtype=torch.uint8)
+    numel = codes.numel() * 8 // bits
+    lo = torch.full((fmt.num_blocks(numel),), -2.0)
+    grid = Quantized(codes, lo, lo + fmt.levels / 4, numel, fmt)  # u = 1/4
+    x = torch.full((numel,), torch.nan)
+    dequantize_(x, grid)
+    if bits == 4:  # even index in the high nibble, odd in the low
+        assert torch.equal(x[0::2], (codes >> 4) / 4 - 2) and torch.equal(x[1::2], (codes & 15) / 4 - 2)
+    # with both ends of the range in each block, the block's own range is the grid's
+    rows = [torch.cat([r, torch.tensor([-2.0, -2 + fmt.levels / 4])]) for r in x.split(6)]
+    x = torch.cat(rows)
+    _, out = round_trip(x, fmt, seed)
+    assert torch.equal(out, x)
+
+
+def test_stochastic_rounding_is_unbiased_and_a_function_of_the_seed():
+    x = torch.linspace(-1.0, 2.0, 64)
+    fmt = QuantFormat(4, 64, FP32)
+    u = 3.0 / 15
+    outs = torch.stack([round_trip(x, fmt, seed)[1] for seed in range(1000)])
+    assert torch.all((outs - x).abs() <= u * (1 + 1e-5))
+    fraction = ((x + 1) / u) % 1
+    sigma = u * (fraction * (1 - fraction) / len(outs)).sqrt()
+    assert torch.all((outs.mean(0) - x).abs() <= 4.5 * sigma + u * 2**-15)
+    assert torch.equal(round_trip(x, fmt, 9)[0].codes, round_trip(x, fmt, 9)[0].codes)
+    # neighbouring entries and neighbouring seeds are uncorrelated
+    centred = (outs - x)[:, 1:-1] / u
+    assert abs((centred[:, 1:] * centred[:, :-1]).mean()) < 0.01 and abs((centred[1:] * centred[:-1]).mean()) < 0.01
+
+
+def test_zero_and_constant_blocks():
+    for fmt in FORMATS:
+        _, out = round_trip(awkward("zeros"), fmt)
+        assert_same_bits(out, torch.zeros_like(out), "zeros come back as +0")
+    quantized, out = round_trip(awkward("constant"), QuantFormat(4, 64, FP32))
+    assert torch.equal(out, awkward("constant")) and not quantized.codes.any()
+
+
+def test_a_block_that_is_not_finite_comes_back_as_nan_and_leaves_the_others():
+    x = torch.ones(320)
+    x[3], x[70], x[190], x[200], x[201] = torch.nan, torch.inf, -torch.inf, 3e38, -3e38
+    quantized, out = round_trip(x, QuantFormat())
+    assert out[:256].isnan().all() and torch.equal(out[256:], x[256:])
+    assert not quantized.codes[:128].any() and quantized.lo[:4].isnan().all() and quantized.hi[:4].isnan().all()
+    assert torch.allclose(round_trip(awkward("huge"), QuantFormat())[1], awkward("huge"), atol=1.2e37)
+
+
+def test_source_is_left_and_empty_is_allowed():
+    x = awkward("ragged")
+    before = x.clone()
+    round_trip(x, QuantFormat())
+    assert torch.equal(x, before)
+    round_trip(torch.empty(0), QuantFormat())
+
+
+def test_wrong_arguments_say_what_is_wrong():
+    good = poisoned(100, QuantFormat())
+    with pytest.raises(ValueError, match="bits must be 4 or 8, got 3"):
+        QuantFormat(3)
+    with pytest.raises(ValueError, match="must be even for 4-bit"):
+        QuantFormat(4, 7)
+    with pytest.raises(ValueError, match="stat_dtype must be"):
+        QuantFormat(4, 64, FP16)
+    with pytest.raises(ValueError, match="source must have 100 entries, got 99"):
+        quantize_(good, torch.zeros(99))
+    with pytest.raises(ValueError, match=r"source must be one of .*got torch.float64"):
+        quantize_(good, torch.zeros(100, dtype=torch.float64))
+    with pytest.raises(ValueError, match="out must be contiguous"):
+        dequantize_(torch.zeros(100, 2)[:, 0], good)
+    with pytest.raises(ValueError, match=r"lo of 100 entries .* of shape \(2,\); got torch.float32"):
+        quantize_(Quantized(good.codes, good.lo.float(), good.hi, 100, good.format), torch.zeros(100))

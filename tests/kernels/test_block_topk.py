@@ -1,0 +1,246 @@
+"""Error-feedback Top-K: the backends against each other bit for bit, and all of them against what it promises."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hf_lowmem_optim.kernels.backend import ENVIRONMENT_VARIABLE
+from hf_lowmem_optim.kernels.block_quant import QuantFormat, Quantized, dequantize_
+from hf_lowmem_optim.kernels.block_topk import (
+    MAX_BLOCK_SIZE,
+    TRITON_MAX_BLOCK_SIZE,
+    block_topk_,
+    kept_per_block,
+    num_kept,
+)
+from tests.kernels.test_block_quant import AWKWARD, BF16, DEVICE, FAST, FP16, FP32, assert_same_bits, awkward
+from tests.reference import block_topk as paper
+
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+
+Error = Quantized | Tensor | None
+
+
+@dataclass(frozen=True)
+class Case:
+    """How the selection is made and where the error is kept."""
+
+    block_size: int
+    density: float
+    error: QuantFormat | torch.dtype | None
+    values: torch.dtype = BF16
+    error_scale: float = 1.0
+    seed: int | None = None
+
+    def new_error(self, numel: int, device: str = "cpu") -> Error:
+        """An error of zero."""
+        if self.error is None:
+            return None
+        if isinstance(self.error, torch.dtype):
+            return torch.zeros(numel, dtype=self.error, device=device)
+        blocks, bytes_ = self.error.num_blocks(numel), self.error.num_code_bytes(numel)
+        lo, hi = (torch.zeros(blocks, dtype=self.error.stat_dtype, device=device) for _ in range(2))
+        return Quantized(torch.zeros(bytes_, dtype=torch.uint8, device=device), lo, hi, numel, self.error)
+
+    def select(self, grad: Tensor, error: Error) -> tuple[Tensor, Tensor]:
+        """One call, on poisoned outputs."""
+        kept = num_kept(grad.numel(), self.block_size, self.density)
+        indices = torch.full((kept,), -7, dtype=torch.int16, device=grad.device)
+        values = torch.full((kept,), torch.nan, dtype=self.values, device=grad.device)
+        options = {"error_scale": self.error_scale, "seed": self.seed}
+        block_topk_(indices, values, grad, error, block_size=self.block_size, density=self.density, **options)
+        return indices, values
+
+
+CASES = [
+    Case(64, 0.05, QuantFormat()),
+    Case(128, 0.3, QuantFormat(8, 16, FP32), FP32, error_scale=0.75, seed=5),
+    Case(192, 0.02, QuantFormat(4, 64, FP32)),
+    Case(96, 1.0, QuantFormat(4, 32), seed=1),
+    Case(256, 0.1, FP32),
+    Case(100, 0.01, BF16, FP32, error_scale=0.5),
+    Case(48, 0.2, None),
+]
+
+
+def position(indices: Tensor, case: Case) -> Tensor:
+    """Indices relative to the whole tensor."""
+    k = kept_per_block(case.block_size, case.density)
+    return indices.long() + torch.arange(len(indices), device=indices.device) // k * case.block_size
+
+
+def scatter(indices: Tensor, values: Tensor, numel: int, case: Case) -> Tensor:
+    out = torch.zeros(numel, dtype=torch.float64)
+    out[position(indices, case)] = values.double()
+    return out
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("name", [*AWKWARD, "all tied", "tied magnitudes", "ties of the last bit", "nan payloads"])
+def test_backends_agree_bit_for_bit(name, backend, monkeypatch):
+    device = DEVICE if backend == "triton" else "cpu"
+    more = {
+        "all tied": torch.full((300,), -0.25),
+        "tied magnitudes": torch.tensor([1.0, -1.0, 0.5, -0.5, 0.0] * 50),
+        # every NaN is tied with every other one, whatever its bits
+        "nan payloads": (torch.arange(120, dtype=torch.int32) * 1001 + 0x7FC00000).view(FP32),
+        "ties of the last bit": awkward("last bit").repeat(2) * torch.tensor([1.0, -1.0]).repeat(128),
+    }
+    first = more[name] if name in more else awkward(name)
+    grads = [first, first.flip(0) * 0.125]
+    for number, case in enumerate(CASES):
+        dtype = (FP32, BF16, FP16)[number % 3] if name in ("odd", "ragged", "tied magnitudes") else FP32
+        results = []
+        for which, on in (("reference", "cpu"), (backend, device)):
+            monkeypatch.setenv(ENVIRONMENT_VARIABLE, which)
+            error = case.new_error(len(first), on)
+            result = [t for g in grads for t in case.select(g.to(on, dtype), error)]
+            tensors = (error.codes, error.lo, error.hi) if isinstance(error, Quantized) else (error,)
+            results.append(result + [t for t in tensors if t is not None])
+        for i, (got, expected) in enumerate(zip(results[1], results[0], strict=True)):
+            assert_same_bits(got, expected, f"tensor {i} of {case} from {dtype}")
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_largest_block_and_default_block(backend, monkeypatch):
+    device = DEVICE if backend == "triton" else "cpu"
+    grad = torch.randn(40_000, generator=torch.Generator().manual_seed(3)).round(decimals=1)  # many ties
+    largest = TRITON_MAX_BLOCK_SIZE if backend == "triton" else MAX_BLOCK_SIZE
+    for case in (Case(largest, 0.01, QuantFormat()), Case(largest, 1.0, FP32), Case(4096, 0.01, QuantFormat())):
+        results = []
+        for which, on in (("reference", "cpu"), (backend, device)):
+            monkeypatch.setenv(ENVIRONMENT_VARIABLE, which)
+            results.append(case.select(grad.to(on), case.new_error(len(grad), on)))
+        for got, expected in zip(results[1], results[0], strict=True):
+            assert_same_bits(got, expected, f"{case}")
+
+
+grids = st.tuples(st.integers(1, 400), st.sampled_from([1, 7, 64, 100]), st.floats(0.01, 1.0), st.integers(0, 2**31))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(grids)
+def test_agrees_with_the_transcription_and_loses_nothing(spec):
+    """Small integers: many ties, and exact in every dtype. A dense error keeps all that was not selected."""
+    numel, block_size, density, seed = spec
+    case = Case(block_size, density, FP32)
+    generator = torch.Generator().manual_seed(seed)
+    error, expected_error = case.new_error(numel), np.zeros(numel)
+    for _ in range(4):
+        grad = torch.randint(-6, 7, (numel,), generator=generator).float()
+        before = grad.clone()
+        indices, values = case.select(grad, error)
+        expected = paper.step(expected_error + grad.double().numpy(), block_size, density)
+        expected_error = expected[2]
+        for got, want in zip((indices, values, error), expected, strict=True):
+            np.testing.assert_array_equal(got.double().numpy(), want)
+        assert torch.equal(grad, before), "the gradient is left intact"
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(grids, st.sampled_from([BF16, FP32]), st.sampled_from([BF16, FP32, FP16]))
+def test_kept_and_rest_are_the_input_and_the_rest_contracts(spec, value_dtype, grad_dtype):
+    numel, block_size, density, seed = spec
+    case = Case(block_size, density, FP32, value_dtype)
+    generator = torch.Generator().manual_seed(seed)
+    error = torch.randn(numel, generator=generator)
+    grad = torch.randn(numel, generator=generator).to(grad_dtype)
+    a = grad.float() + error
+    indices, values = case.select(grad, error)
+    # the values' rounding residual is in the error: the sum is exact
+    assert torch.equal(scatter(indices, values, numel, case) + error.double(), a.double())
+    rest = a.double().clone()
+    rest[position(indices, case)] = 0.0
+    for block, left in zip(a.double().split(block_size), rest.split(block_size), strict=True):
+        k = kept_per_block(len(block), density)
+        assert left.square().sum() <= (1 - k / len(block)) * block.square().sum() * (1 + 1e-12)
+        assert int((left != 0).sum()) <= len(block) - k
+
+
+def test_a_quantized_error_is_within_half_a_step_of_the_rest():
+    case = Case(128, 0.05, QuantFormat(4, 64))
+    grad = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    error = case.new_error(1000)
+    for _ in range(5):
+        old, new = torch.empty(1000), torch.full((1000,), torch.nan)
+        dequantize_(old, error)
+        indices, values = case.select(grad, error)
+        dequantize_(new, error)
+        u = ((error.hi.double() - error.lo.double()) / 15).repeat_interleave(64)[:1000]
+        lost = (grad + old).double() - scatter(indices, values, 1000, case) - new.double()
+        assert torch.all(lost.abs() <= u / 2 + 1e-6)
+
+
+def test_alpha_takes_its_part_of_the_error():
+    """error_scale = 1 − alpha: what the caller added to the update is not fed back again."""
+    case = Case(64, 0.1, FP32, FP32, error_scale=0.25)
+    error = torch.randn(200)
+    grad, before = torch.randn(200), error.clone()
+    indices, values = case.select(grad, error)
+    assert torch.equal(scatter(indices, values, 200, case) + error.double(), (grad + 0.25 * before).double())
+
+
+def test_what_is_not_finite_is_selected_first_and_does_not_stay_in_the_error():
+    for error_format in (QuantFormat(), FP32):
+        case = Case(64, 0.05, error_format)  # 4 of 64
+        grad = torch.ones(128)
+        grad[3], grad[9], grad[50], grad[100] = torch.nan, torch.inf, -torch.inf, 3.4e38  # the last: Inf as bfloat16
+        error = case.new_error(128)
+        indices, values = case.select(grad, error)
+        assert indices[:4].tolist() == [0, 3, 9, 50] and indices[4:].tolist() == [0, 1, 2, 36]
+        assert values[1].isnan() and values[2] == torch.inf and values[3] == -torch.inf and values[7] == torch.inf
+        kept = torch.full((128,), torch.nan)
+        if isinstance(error, Quantized):
+            dequantize_(kept, error)
+        else:
+            kept = error
+        assert kept.isfinite().all()
+    # more than can be selected: the others stay visible in the error
+    error = Case(64, 0.05, FP32).new_error(64)
+    Case(64, 0.05, FP32).select(torch.full((64,), torch.nan), error)
+    assert torch.equal(error.isnan(), torch.arange(64) >= 4)
+
+
+def test_counts():
+    assert kept_per_block(4096, 0.01) == 41 and kept_per_block(100, 0.07) == 7 and kept_per_block(1, 0.001) == 1
+    assert num_kept(10_000, 4096, 0.01) == 41 + 41 + 19 and num_kept(0, 64, 0.1) == 0 and num_kept(64, 64, 1.0) == 64
+
+
+def test_wrong_arguments_say_what_is_wrong():
+    grad, error = torch.zeros(128), torch.zeros(128)
+    indices, values = torch.zeros(8, dtype=torch.int16), torch.zeros(8)
+
+    def call(indices=indices, values=values, grad=grad, error=error, block_size=64, density=0.05):
+        block_topk_(indices, values, grad, error, block_size=block_size, density=density)
+
+    call()
+    with pytest.raises(ValueError, match=r"block_size must be in \[1, 32768\]"):
+        call(block_size=65536)
+    with pytest.raises(ValueError, match=r"density must be in \(0, 1\]"):
+        call(density=0.0)
+    with pytest.raises(ValueError, match="indices must have 16 entries, got 8"):
+        call(density=0.12)
+    with pytest.raises(ValueError, match=r"indices must be one of torch\.int16; got torch\.int32"):
+        call(indices=indices.int())
+    with pytest.raises(ValueError, match="grad must be contiguous"):
+        call(grad=torch.zeros(64, 4)[:, :2])
+    with pytest.raises(ValueError, match="multiple of the error's quantization block size"):
+        call(error=Case(64, 0.05, QuantFormat(4, 48)).new_error(128))
+    with pytest.raises(ValueError, match="error has 100 entries"):
+        call(error=Case(64, 0.05, QuantFormat()).new_error(100))
+
+
+def test_block_too_large_for_triton_is_refused(monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # so that nothing else speaks against tensors on the CPU
+    grad = torch.zeros(16384, device=DEVICE)
+    indices, values = torch.zeros(2, dtype=torch.int16, device=DEVICE), torch.zeros(2, device=DEVICE)
+    with pytest.raises((ValueError, ImportError), match=r"does not fit on a GPU|needs the package triton"):
+        block_topk_(indices, values, grad, None, block_size=16384, density=1e-4)
