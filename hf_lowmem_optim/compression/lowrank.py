@@ -43,8 +43,8 @@ def leading_left_singular_vectors(matrix: Tensor, rank: int) -> Tensor:
         float32, shape (p, rank), orthonormal columns. Columns of the identity if ``matrix`` is not finite, so that
         the values themselves carry the fault on, as they do in AdamW.
     """
-    # Both are NaN or infinite if an entry is; unlike isfinite of all entries, this takes no memory.
-    if not torch.isfinite(torch.stack(torch.aminmax(matrix))).all():
+    # One of them is NaN or infinite if an entry is; unlike isfinite of all entries, this takes no memory.
+    if not torch.isfinite(torch.stack((matrix.amin(), matrix.amax()))).all():
         return torch.eye(matrix.shape[0], rank, dtype=matrix.dtype, device=matrix.device)
     width = rank + _OVERSAMPLING
     if _is_small(matrix.shape[0], width):
@@ -70,12 +70,12 @@ def svd_entries(p: int, q: int, rank: int) -> int:
         rank: Number of vectors.
 
     Returns:
-        The factors of the exact decomposition; or the sketch, its product and three bases of ``rank`` + 8 columns. What
-        LAPACK or cuSOLVER takes as workspace is not in it.
+        The sketch, its product and three bases of ``rank`` + 8 columns; or, for the exact decomposition, its factors, a
+        copy of the matrix, LAPACK's workspace of some p × p and the result.
     """
     width = rank + _OVERSAMPLING
     if _is_small(p, width):
-        return p * p + p + p * q + p * rank
+        return 2 * p * q + 5 * p * p + p * rank
     return width * (2 * q + 3 * p + width)
 
 

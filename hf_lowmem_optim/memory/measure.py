@@ -177,7 +177,11 @@ def _stored(tensor: Tensor, local: bool) -> Iterator[tuple[torch.dtype, int]]:
 
 def _wrapped(tensor: Any) -> list[Tensor]:
     """The tensors inside a wrapper subclass, none for a plain tensor."""
-    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]] if _is_wrapper(tensor) else []
+    if not _is_wrapper(tensor):
+        return []
+    inner = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+    # A DTensor names its mesh as well.
+    return [part for part in inner if isinstance(part, Tensor)]
 
 
 def _is_wrapper(tensor: Any) -> bool:

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -185,7 +186,7 @@ def _config_from_dict(content: Any, where: str) -> PreTrainedConfig:
         )
     try:
         return CONFIG_MAPPING[kind].from_dict(dict(content))
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError, StrictDataclassError) as error:
         raise ValueError(f"{where!r} is no valid configuration of {kind!r}: {error}") from error
 
 
