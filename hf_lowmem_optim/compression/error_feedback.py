@@ -103,8 +103,8 @@ def _add_(out: Tensor, other: Tensor) -> Tensor:
     if other.dtype == torch.float32 or other.device.type != "cpu":
         return out.add_(other)
     rows = max(1, _SLICE_ENTRIES // max(1, other[0].numel()))
-    for piece, addend in zip(out.split(rows), other.split(rows), strict=True):
-        piece.add_(addend)
+    for start in range(0, len(out), rows):
+        out[start : start + rows].add_(other[start : start + rows])
     return out
 
 

@@ -7,6 +7,7 @@ import gc
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -249,6 +250,19 @@ def test_groups_override_every_hyperparameter(case: Case) -> None:
     with pytest.raises(ValueError, match="lr=-1"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))], "lr": -1.0})
     assert len(optimizer.param_groups) == 2
+
+
+def test_numpy_numbers_are_saved_as_plain_ones(case: Case) -> None:
+    params = make_params()
+    settings = {key: np.float64(value) for key, value in case.hyper.items() if isinstance(value, float)}
+    settings["betas"] = [np.float32(0.5), 0.75]
+    optimizer = case.build(params.values(), **settings)
+    run(optimizer, params, gradients(2))
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    group = torch.load(file, weights_only=True)["param_groups"][0]
+    assert group["betas"] == (0.5, 0.75) and {key: group[key] for key in case.hyper} == case.hyper
 
 
 COMMON_WRONG = (
