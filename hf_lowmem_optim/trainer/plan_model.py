@@ -129,7 +129,7 @@ class _Request:
         plan = MemoryPlan(opened.source, opened.description, self.processes, weights, tuple(rows), budget)
         if budget is None:
             return plan
-        return replace(plan, suggestions=tuple(_setting_suggestions(plan, searches, budget)))
+        return replace(plan, suggestions=tuple(_setting_suggestions(plan, searches, self.optim_args)))
 
     def plan_within(self, budget: int) -> MemoryPlan:
         """Plan, and find what to change where the budget is not met.
@@ -251,16 +251,18 @@ def _reference_groups(model: nn.Module, target_modules: TargetModules) -> list[l
     return [group for group in facts.values() if group]
 
 
-def _setting_suggestions(plan: MemoryPlan, searches: dict[str, BudgetSearch], budget: int) -> Iterator[Suggestion]:
+def _setting_suggestions(
+    plan: MemoryPlan, searches: dict[str, BudgetSearch], optim_args: str | None
+) -> Iterator[Suggestion]:
     """For each of our optimizers that does not fit: the least change of its settings that does, else the smallest."""
     for row in plan.optimizers:
         if row.name not in searches or plan.fits(row):
             continue
         found = [
-            Suggestion(_as_arguments(row.name, changes), plan.weights.total_bytes + size, False)
+            Suggestion(_as_arguments(row.name, changes, optim_args), plan.weights.total_bytes + size, False)
             for changes, size in searches[row.name].smaller()
         ]
-        found = [replace(s, fits=s.total_bytes <= budget) for s in found]
+        found = [replace(s, fits=s.total_bytes <= (plan.budget_bytes or 0)) for s in found]
         fitting = [s for s in found if s.fits]
         if fitting:
             yield fitting[0]
@@ -268,6 +270,8 @@ def _setting_suggestions(plan: MemoryPlan, searches: dict[str, BudgetSearch], bu
             yield min(found, key=lambda s: s.total_bytes)
 
 
-def _as_arguments(name: str, changes: dict[str, Any]) -> str:
-    """A change of settings as it is written on the command line."""
-    return f"--optim {name} --optim-args {','.join(f'{key}={value}' for key, value in changes.items())}"
+def _as_arguments(name: str, changes: dict[str, Any], optim_args: str | None) -> str:
+    """A change of settings, beside those that were given, as it is written on the command line."""
+    given = dict(entry.split("=") for entry in (optim_args or "").replace(" ", "").split(",") if entry)
+    settings = {**given, **changes}
+    return f"--optim {name} --optim-args {','.join(f'{key}={value}' for key, value in settings.items())}"

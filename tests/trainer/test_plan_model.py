@@ -238,6 +238,8 @@ def test_a_budget_finds_what_fits_and_what_to_change() -> None:
     chosen = suggestion.change.split()[-1]
     again = plan_memory("llama-2-7b", "ldadam", optim_args=chosen)
     assert again.total_bytes(again["ldadam"]) == suggestion.total_bytes
+    (kept,) = plan_memory("llama-2-7b", "ldadam", optim_args="rank=32, rho=0.5", budget="36GiB").suggestions
+    assert "--optim-args rank=32,rho=0.5,error_feedback=" in kept.change
 
 
 def test_a_budget_that_nothing_fits_says_the_least_and_what_would_help() -> None:
