@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_lowmem_optim.memory.footprint import MemoryPlan
     from hf_lowmem_optim.memory.measure import StateReport, measure_state
     from hf_lowmem_optim.memory.plan import plan_optimizer, plan_state
     from hf_lowmem_optim.optimizers.ldadam import LDAdam
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from hf_lowmem_optim.registry import OPTIMIZERS, OptimizerEntry, get_entry
     from hf_lowmem_optim.trainer.callbacks import OptimizerStateMemoryCallback
     from hf_lowmem_optim.trainer.factory import OptimizerFactory
+    from hf_lowmem_optim.trainer.model_source import ModelOptions
+    from hf_lowmem_optim.trainer.plan_model import plan_memory
     from hf_lowmem_optim.trainer.strings import register_optimizer_strings
 
 __version__ = "0.1.0"
@@ -29,7 +32,9 @@ __all__ = [
     "OPTIMIZERS",
     "LDAdam",
     "LowRankMFAC",
+    "MemoryPlan",
     "MicroAdam",
+    "ModelOptions",
     "OptimizerEntry",
     "OptimizerFactory",
     "OptimizerStateMemoryCallback",
@@ -38,6 +43,7 @@ __all__ = [
     "StateReport",
     "get_entry",
     "measure_state",
+    "plan_memory",
     "plan_optimizer",
     "plan_state",
     "register_optimizer_strings",
@@ -47,6 +53,8 @@ _HOME = {
     "OPTIMIZERS": "registry",
     "LDAdam": "optimizers.ldadam",
     "LowRankMFAC": "optimizers.lowrank_mfac",
+    "MemoryPlan": "memory.footprint",
+    "ModelOptions": "trainer.model_source",
     "MicroAdam": "optimizers.microadam",
     "SparseGGT": "optimizers.sparse_ggt",
     "SparseMFAC": "optimizers.sparse_mfac",
@@ -56,6 +64,7 @@ _HOME = {
     "StateReport": "memory.measure",
     "get_entry": "registry",
     "measure_state": "memory.measure",
+    "plan_memory": "trainer.plan_model",
     "plan_optimizer": "memory.plan",
     "plan_state": "memory.plan",
     "register_optimizer_strings": "trainer.strings",

@@ -1,10 +1,12 @@
-"""The command line: ``hf-lowmem-optim list | demo`` (also ``python -m hf_lowmem_optim``)."""
+"""The command line: ``hf-lowmem-optim list | plan | report | demo`` (also ``python -m hf_lowmem_optim``)."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from hf_lowmem_optim import __version__
 
@@ -27,6 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     listing = commands.add_parser("list", help="the optimizers, with bytes of state per parameter")
     listing.set_defaults(run=_list)
 
+    _add_plan(commands.add_parser("plan", help="the memory of a training run, before anything is loaded"))
+
+    report = commands.add_parser("report", help="what OptimizerStateMemoryCallback measured in a run")
+    report.add_argument("directory", metavar="DIR", help="the run's output_dir")
+    report.add_argument("--plot", metavar="OUT.png", help="draw memory by component and the run's curves")
+    report.set_defaults(run=_report)
+
     demo = commands.add_parser("demo", help="train a small language model on real text, ours beside AdamW")
     demo.add_argument("--optim", nargs="+", default=["adamw_torch", "ldadam"], metavar="NAME")
     demo.add_argument(
@@ -40,17 +49,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         args.run(args)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OSError, ImportError) as error:
         print(f"hf-lowmem-optim {args.command}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _add_plan(plan: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``plan``."""
+    plan.add_argument("model", help="a preset such as llama-2-7b, a model directory, or a config.json")
+    plan.add_argument("--optim", nargs="+", metavar="NAME", help="optimizers or references to plan for; default: all")
+    plan.add_argument("--optim-args", metavar="A=1,B=2", help="hyper-parameters for the optimizers of --optim")
+    plan.add_argument(
+        "--target-modules", nargs="+", metavar="NAME", help="what is compressed: names, one regex, or all-linear"
+    )
+    plan.add_argument("--dtype", metavar="bf16", help="fp32, bf16 or fp16; default: the configuration's")
+    plan.add_argument("--lora", metavar="r=16,target=all-linear", help="train adapters on a frozen model")
+    plan.add_argument("--freeze", nargs="+", default=[], metavar="NAME", help="parts of the model that are not trained")
+    plan.add_argument("--quantize", metavar="4bit", help="the frozen linear layers in 4 bits; needs --lora")
+    plan.add_argument("--gpus", type=_positive, default=1, metavar="N")
+    plan.add_argument("--sharding", default="ddp", metavar="ddp|fsdp", help="how several GPUs share the work")
+    plan.add_argument("--budget", metavar="24GiB", help="memory of one GPU: what fits, and what to change")
+    output = plan.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print JSON")
+    output.add_argument("--csv", action="store_true", help="print CSV")
+    plan.add_argument("--plot", metavar="OUT.png", help="draw stacked bars")
+    plan.set_defaults(run=_plan)
 
 
 def _positive(text: str) -> int:
     """An int ≥ 1 for argparse."""
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number of steps")
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
     return value
 
 
@@ -59,6 +90,44 @@ def _list(_: argparse.Namespace) -> None:
     from hf_lowmem_optim.memory.table import optimizer_table
 
     print(optimizer_table())
+
+
+def _plan(args: argparse.Namespace) -> None:
+    """Plan, and print it in the form asked for."""
+    from hf_lowmem_optim.memory.plan_table import plan_csv, plan_text
+    from hf_lowmem_optim.memory.plots import plot_plan
+    from hf_lowmem_optim.trainer.model_source import ModelOptions
+    from hf_lowmem_optim.trainer.plan_model import plan_memory
+
+    targets = args.target_modules
+    plan = plan_memory(
+        args.model,
+        args.optim,
+        optim_args=args.optim_args,
+        # a single value may be a regex of the whole name, as in optim_target_modules
+        target_modules=targets[0] if targets and len(targets) == 1 else targets,
+        options=ModelOptions(args.dtype, args.lora, tuple(args.freeze), args.quantize),
+        gpus=args.gpus,
+        sharding=args.sharding,
+        budget=args.budget,
+    )
+    if args.json:
+        print(json.dumps(plan.to_dict(), indent=2))
+    else:
+        print(plan_csv(plan).rstrip("\n") if args.csv else plan_text(plan))
+    if args.plot:
+        plot_plan(plan, args.plot)
+
+
+def _report(args: argparse.Namespace) -> None:
+    """Print the report of a run, and draw it."""
+    from hf_lowmem_optim.memory.plots import plot_report
+    from hf_lowmem_optim.memory.report import load_report, report_text
+
+    report = load_report(Path(args.directory))
+    print(report_text(report))
+    if args.plot:
+        plot_report(report, args.plot)
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -7,11 +7,12 @@ the planner sums it and the report groups it, so that predicted and measured byt
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
-__all__ = ["TensorSpec"]
+__all__ = ["StepTemporaries", "TensorSpec"]
 
 
 @dataclass(frozen=True)
@@ -36,3 +37,23 @@ class TensorSpec:
     def allocate(self, device: torch.device | str) -> torch.Tensor:
         """Return a zero tensor of this description on ``device``."""
         return torch.zeros(self.shape, dtype=self.dtype, device=device)
+
+    def shard(self, num_shards: int) -> TensorSpec:
+        """Return the largest part when the tensor is split along its first dimension, as FSDP2 splits parameters."""
+        if not self.shape:
+            return self
+        return TensorSpec((-(-self.shape[0] // num_shards), *self.shape[1:]), self.dtype, self.component)
+
+
+@dataclass(frozen=True)
+class StepTemporaries:
+    """What the update of one tensor allocates besides its state and frees by the end of ``step()``.
+
+    Attributes:
+        shared: Bytes by name of the buffers that all tensors of a step take turns in (``compression/workspace.py``):
+            over all tensors each counts with its largest size.
+        own: Bytes that are freed before the next tensor's turn: over all tensors the largest counts.
+    """
+
+    shared: Mapping[str, int] = field(default_factory=dict)
+    own: int = 0

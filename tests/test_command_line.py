@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hf_lowmem_optim.__main__ import main
+from hf_lowmem_optim.memory.report import REPORT_SCHEMA
 from hf_lowmem_optim.memory.table import llama_2_7b_tensors, optimizer_table
 from hf_lowmem_optim.registry import OPTIMIZERS
 
@@ -53,3 +59,95 @@ def test_wrong_commands(argv: list[str], capsys: pytest.CaptureFixture[str]) -> 
         main(argv)
     assert stopped.value.code == 2
     assert capsys.readouterr().err
+
+
+def plan_arguments(*more: str) -> list[str]:
+    return ["plan", "bert-base", *more]
+
+
+def test_plan_prints_a_table_json_or_csv(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(plan_arguments()) == 0
+    table = capsys.readouterr().out
+    assert max(map(len, table.splitlines())) <= 120
+    assert main(plan_arguments("--json")) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert main(plan_arguments("--csv")) == 0
+    lines = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    names = [row["name"] for row in content["optimizers"]]
+    assert names[: len(OPTIMIZERS)] == list(OPTIMIZERS)
+    assert [line["name"] for line in lines] == names
+    for row, line in zip(content["optimizers"], lines, strict=True):
+        assert row["name"] in table
+        assert line["state_bytes"] == str(row["state_bytes"])
+        temporaries = row["temporary_bytes"] or 0
+        held = sum(content["weight_bytes"].values()) + sum(content["gradient_bytes"].values())
+        assert row["total_bytes"] == held + row["state_bytes"] + temporaries == int(line["total_bytes"])
+
+
+def test_plan_takes_all_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--optim ldadam --optim-args rank=4 --dtype bf16 --lora r=8,target=query+value --freeze embeddings"
+    options += " --quantize 4bit --gpus 2 --sharding ddp --budget 2GiB --target-modules lora_A lora_B"
+    assert main(plan_arguments(*options.split())) == 0
+    printed = capsys.readouterr().out
+    for expected in ("LoRA r=8 on query+value", "per GPU of 2 with DDP", "DDP buckets", "rank=4", "≤ 2 GiB", "yes"):
+        assert expected in printed
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["plan", "lama-2-7b"], "did you mean 'llama-2-7b'"),
+        (["plan", "/nowhere"], "neither a file, nor a directory"),
+        (plan_arguments("--budget", "1MiB"), "nothing fits. The least"),
+        (plan_arguments("--budget", "lots"), "budget='lots'"),
+        (plan_arguments("--lora", "target=qurey"), "did you mean 'query'"),
+        (plan_arguments("--optim", "ldamm"), "did you mean 'ldadam'"),
+        (plan_arguments("--optim", "ldadam", "--optim-args", "rnak=2"), "did you mean 'rank'"),
+        (plan_arguments("--sharding", "zero"), "sharding='zero'"),
+        (plan_arguments("--plot", "/nowhere/at/all.png"), "/nowhere/at/all.png"),
+        (["report", "/nowhere"], "OptimizerStateMemoryCallback"),
+    ],
+)
+def test_wrong_plans_and_reports(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_reports_are_read_strictly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "optimizer_state_report.json"
+    for content, message in (("{", "not valid JSON"), ('{"schema": "other/1"}', "schema 'other/1'")):
+        file.write_text(content)
+        assert main(["report", str(tmp_path)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_pictures_are_drawn_at_a_laptops_width(tmp_path: Path) -> None:
+    image = pytest.importorskip("matplotlib.image")
+    out = tmp_path / "plan.png"
+    assert main(plan_arguments("--budget", "2GiB", "--plot", str(out))) == 0
+    state = {"total_bytes": 12, "component_bytes": {"basis": 4, "error": 8}, "group_bytes": [12], "dtype_bytes": {}}
+    report: dict[str, Any] = {
+        "schema": REPORT_SCHEMA,
+        "optimizer": "LDAdam",
+        "settings": {"rank": 4},
+        "num_parameters": 3,
+        "adamw_fp32_bytes": 24,
+        "predicted": None,
+        "measured": state,
+        "this_process_bytes": 6,
+        "groups": [{"num_parameters": 3, "description": "dense"}],
+        "step_memory": {"device": "cuda:0", "peak_bytes": 100, "process_rss_bytes": None},
+        "log_history": [{"step": 1, "loss": 2.0, "learning_rate": 1e-3}, {"step": 2, "eval_loss": 1.0}],
+    }
+    (tmp_path / "optimizer_state_report.json").write_text(json.dumps(report))
+    other = tmp_path / "report.png"
+    assert main(["report", str(tmp_path), "--plot", str(other)]) == 0
+    for path in (out, other):
+        height, width = image.imread(path).shape[:2]
+        assert 1100 <= width <= 1300 and 400 <= height <= 900
+
+
+def test_a_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(plan_arguments("--plot", "out.png")) == 2
+    assert "pip install 'hf-lowmem-optim[plot]'" in capsys.readouterr().err

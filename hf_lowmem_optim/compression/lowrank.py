@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["leading_left_singular_vectors", "orthonormalize", "seeded_sketch"]
+__all__ = ["leading_left_singular_vectors", "orthonormalize", "seeded_sketch", "svd_entries"]
 
 _OVERSAMPLING = 8
 _POWER_ITERATIONS = 2
@@ -49,10 +49,11 @@ def leading_left_singular_vectors(matrix: Tensor, rank: int) -> Tensor:
         float32, shape (p, rank), orthonormal columns. Columns of the identity if ``matrix`` is not finite, so that
         the values themselves carry the fault on, as they do in AdamW.
     """
-    if not torch.isfinite(matrix).all():
+    # One of them is NaN or infinite if an entry is; unlike isfinite of all entries, this takes no memory.
+    if not torch.isfinite(torch.stack((matrix.amin(), matrix.amax()))).all():
         return torch.eye(matrix.shape[0], rank, dtype=matrix.dtype, device=matrix.device)
     width = rank + _OVERSAMPLING
-    if 2 * width >= matrix.shape[0]:
+    if _is_small(matrix.shape[0], width):
         left: Tensor = torch.linalg.svd(matrix, full_matrices=False)[0]
         return left[:, :rank].contiguous()
     sketch = seeded_sketch(matrix.shape[1], width, matrix.device)
@@ -63,3 +64,26 @@ def leading_left_singular_vectors(matrix: Tensor, rank: int) -> Tensor:
     rotation: Tensor = torch.linalg.eigh(projected @ projected.T)[1]
     # eigh sorts in ascending order
     return basis @ rotation.flip(1)[:, :rank]
+
+
+def svd_entries(p: int, q: int, rank: int) -> int:
+    """Return how many float32 entries :func:`leading_left_singular_vectors` allocates at most, result included.
+
+    Args:
+        p: The smaller dimension of the matrix.
+        q: The larger one.
+        rank: Number of vectors.
+
+    Returns:
+        The sketch, its product and three bases of ``rank`` + 8 columns; or, for the exact decomposition, its factors, a
+        copy of the matrix, LAPACK's workspace of some p × p and the result.
+    """
+    width = rank + _OVERSAMPLING
+    if _is_small(p, width):
+        return 2 * p * q + 5 * p * p + p * rank
+    return width * (2 * q + 3 * p + width)
+
+
+def _is_small(p: int, width: int) -> bool:
+    """Whether the exact decomposition is as cheap as the randomized one."""
+    return 2 * width >= p

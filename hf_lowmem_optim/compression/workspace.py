@@ -36,6 +36,9 @@ class Workspace:
         numel = math.prod(shape)
         buffer = self._buffers.get((name, device))
         if buffer is None or buffer.numel() < numel:
+            # The smaller one goes first, so that the two are never there together.
+            buffer = None
+            self._buffers.pop((name, device), None)
             buffer = torch.empty(numel, dtype=torch.float32, device=device)
             self._buffers[name, device] = buffer
         return buffer[:numel].view(tuple(shape))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
 
-__all__ = ["StateReport", "measure_state", "unwrap_optimizer"]
+__all__ = ["StateReport", "StateTally", "measure_state", "unwrap_optimizer"]
 
 ADAMW_FP32_BYTES_PER_PARAMETER = 8
 """Two float32 moments."""
@@ -25,13 +27,16 @@ class StateReport:
     Attributes:
         component_bytes: Bytes by component: ``"first_moment"``, ``"error"``, ``"dense"``, ... for the optimizers of
             this package, the keys of the state (``"exp_avg"``, ...) for others.
-        group_bytes: Bytes by parameter group, in the optimizer's order.
+        group_bytes: Bytes by parameter group, in the optimizer's order; state that belongs to all parameters together
+            is in none of them.
         num_parameters: Entries of all parameters of the optimizer.
+        dtype_bytes: Bytes by storage dtype: ``"float32"``, ``"bfloat16"``, ``"uint8"``, ...
     """
 
     component_bytes: Mapping[str, int]
     group_bytes: tuple[int, ...]
     num_parameters: int
+    dtype_bytes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
@@ -44,38 +49,77 @@ class StateReport:
         return ADAMW_FP32_BYTES_PER_PARAMETER * self.num_parameters
 
 
-def measure_state(optimizer: Optimizer) -> StateReport:
+class StateTally:
+    """Adds up bytes by component, group and dtype; planning and measuring both count with it."""
+
+    def __init__(self) -> None:
+        self._components: Counter[str] = Counter()
+        self._dtypes: Counter[str] = Counter()
+        self._groups: list[int] = []
+        self._in_group = False
+
+    def start_group(self) -> None:
+        """Count what follows under the next parameter group."""
+        self._groups.append(0)
+        self._in_group = True
+
+    def end_groups(self) -> None:
+        """Count what follows under no group."""
+        self._in_group = False
+
+    def add(self, component: str, dtype: torch.dtype, nbytes: int) -> None:
+        """Count some bytes; none are no entry."""
+        if not nbytes:
+            return
+        self._components[component] += nbytes
+        self._dtypes[str(dtype).removeprefix("torch.")] += nbytes
+        if self._in_group:
+            self._groups[-1] += nbytes
+
+    def report(self, num_parameters: int) -> StateReport:
+        """Return what was counted."""
+        return StateReport(dict(self._components), tuple(self._groups), num_parameters, dict(self._dtypes))
+
+
+def measure_state(optimizer: Optimizer, *, local: bool = False) -> StateReport:
     """Count the bytes of all tensors in an optimizer's state, as they are now.
 
     State is allocated at a parameter's first gradient, so before the first step the report is empty. A tensor counts
-    with the bytes of its own entries (not of a storage it may be a view of); Python numbers count nothing.
+    with the bytes of its own entries (not of a storage it may be a view of), and once, however many parameters share
+    it; a quantized tensor with the bytes of its codes and statistics; Python numbers count nothing.
 
     Args:
         optimizer: Any torch optimizer, or accelerate's wrapper around one.
+        local: Count this process's part of sharded tensors (DTensors) instead of all parts together.
 
     Returns:
         The report.
     """
     optimizer = unwrap_optimizer(optimizer)
-    components: Counter[str] = Counter()
-    group_bytes = []
+    tally, seen = StateTally(), set[int]()
+
+    def count(state: Mapping[str, Any], names: Mapping[str, str]) -> None:
+        """Count one parameter's state; a key without a component counts under its own name."""
+        for key, value in state.items():
+            for tensor in _tensors(value, seen):
+                for dtype, nbytes in _stored(tensor, local):
+                    tally.add(names.get(key, str(key)), dtype, nbytes)
+
     in_groups = set()
     for group in optimizer.param_groups:
-        of_group: Counter[str] = Counter()
+        tally.start_group()
         for parameter in group["params"]:
             in_groups.add(parameter)
             # `get`, because torch's state is a defaultdict: looking must not create entries.
             state = optimizer.state.get(parameter)
             if state:
-                of_group.update(_bytes_by_component(state, _component_names(optimizer, parameter, group)))
-        components.update(of_group)
-        group_bytes.append(of_group.total())
+                count(state, _component_names(optimizer, parameter, group))
     # What an optimizer keeps for all its parameters together belongs to no group.
+    tally.end_groups()
     for key, state in optimizer.state.items():
         if key not in in_groups:
-            components.update(_bytes_by_component(state if isinstance(state, Mapping) else {str(key): state}, {}))
-    num_parameters = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
-    return StateReport(dict(components), tuple(group_bytes), num_parameters)
+            count(state if isinstance(state, Mapping) else {str(key): state}, {})
+    return tally.report(sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"]))
 
 
 def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
@@ -99,21 +143,12 @@ def _component_names(optimizer: Optimizer, parameter: Tensor, group: Mapping[str
     return {key: spec.component for key, spec in optimizer.state_specs(parameter, group).items()}
 
 
-def _bytes_by_component(state: Mapping[str, Any], names: Mapping[str, str]) -> Counter[str]:
-    """Bytes of one parameter's state; a key without a component counts under its own name."""
-    counted: Counter[str] = Counter()
-    for key, value in state.items():
-        nbytes = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(value))
-        if nbytes:
-            counted[names.get(key, str(key))] += nbytes
-    return counted
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
     """The tensors in a state value, each once, also inside containers and objects that some optimizers keep there."""
-    pending, seen = [value], set()
+    pending = [value]
     while pending:
         item = pending.pop()
+        # The state keeps every item alive, so that an id stands for one item only.
         if id(item) in seen:
             continue
         seen.add(id(item))
@@ -125,4 +160,29 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             pending.extend(item)
         elif hasattr(item, "__dict__") and not callable(item):
             # GaLore's projector, for example.
-            pending.append(vars(item))
+            pending.extend(vars(item).values())
+
+
+def _stored(tensor: Tensor, local: bool) -> Iterator[tuple[torch.dtype, int]]:
+    """Dtype and bytes of what a tensor really stores: itself, or what a wrapper (quantized, DTensor) holds."""
+    # A DTensor knows the shape of the whole: no need to ask the other processes.
+    inner = _wrapped(tensor)
+    whole = hasattr(tensor, "placements") and not local and not any(_wrapped(part) for part in inner)
+    if whole or not inner:
+        yield tensor.dtype, tensor.numel() * tensor.element_size()
+        return
+    for part in inner:
+        yield from _stored(part, local)
+
+
+def _wrapped(tensor: Any) -> list[Tensor]:
+    """The tensors inside a wrapper subclass, none for a plain tensor."""
+    if not _is_wrapper(tensor):
+        return []
+    inner = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+    # A DTensor names its mesh as well.
+    return [part for part in inner if isinstance(part, Tensor)]
+
+
+def _is_wrapper(tensor: Any) -> bool:
+    return bool(is_traceable_wrapper_subclass(tensor))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from hf_lowmem_optim.memory.measure import StateReport, unwrap_optimizer
+from hf_lowmem_optim.memory.measure import StateReport, StateTally, unwrap_optimizer
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
 from hf_lowmem_optim.registry import get_entry
 
-__all__ = ["plan_optimizer", "plan_state"]
+__all__ = ["compressed_bytes_per_parameter", "plan_groups", "plan_optimizer", "plan_state", "plan_temporaries"]
+
+Groups = Sequence[Mapping[str, Any]]
+"""Parameter groups with every hyper-parameter, as ``optimizer.param_groups`` has them."""
 
 
 def plan_optimizer(optimizer: torch.optim.Optimizer) -> StateReport:
@@ -33,7 +35,7 @@ def plan_optimizer(optimizer: torch.optim.Optimizer) -> StateReport:
             f"plan_optimizer cannot predict the state of {type(inner).__name__}; it knows the optimizers of "
             "hf_lowmem_optim. Use measure_state after the first step"
         )
-    return _plan(type(inner), inner.param_groups)
+    return plan_groups(type(inner), inner.param_groups)
 
 
 def plan_state(
@@ -59,22 +61,65 @@ def plan_state(
     optimizer_class.check_hyperparameters(hyper)
     # On the meta device a tensor is a description: nothing is allocated for a model of any size.
     params = [torch.empty(tuple(shape), dtype=dtype, device="meta") for shape, dtype in tensors.values()]
-    return _plan(optimizer_class, [{**optimizer_class.default_hyperparameters(), **hyper, "params": params}])
+    return plan_groups(optimizer_class, [{**optimizer_class.default_hyperparameters(), **hyper, "params": params}])
 
 
-def _plan(optimizer_class: type[LowMemoryOptimizer], groups: Sequence[Mapping[str, Any]]) -> StateReport:
-    """Sum the specs of all parameters in the groups."""
-    components: Counter[str] = Counter()
-    group_bytes = []
+def plan_groups(optimizer_class: type[LowMemoryOptimizer], groups: Groups, *, num_shards: int = 1) -> StateReport:
+    """Sum the specs of all parameters in the groups.
+
+    Args:
+        optimizer_class: The optimizer.
+        groups: Its parameter groups.
+        num_shards: Over how many processes each tensor of a parameter's state is split; the report is then for the
+            process with the largest parts. What belongs to all parameters together is on every process.
+
+    Returns:
+        The report.
+    """
+    tally = StateTally()
     for group in groups:
-        of_group: Counter[str] = Counter()
+        tally.start_group()
         for param in group["params"]:
             for spec in optimizer_class.state_specs(param, group).values():
-                of_group[spec.component] += spec.nbytes
-        components.update(of_group)
-        group_bytes.append(of_group.total())
-    # What belongs to all parameters together belongs to no group.
+                tally.add(spec.component, spec.dtype, spec.shard(num_shards).nbytes)
+    tally.end_groups()
     for spec in optimizer_class.shared_specs(groups).values():
-        components[spec.component] += spec.nbytes
-    num_parameters = sum(param.numel() for group in groups for param in group["params"])
-    return StateReport({key: count for key, count in components.items() if count}, tuple(group_bytes), num_parameters)
+        tally.add(spec.component, spec.dtype, spec.nbytes)
+    return tally.report(sum(param.numel() for group in groups for param in group["params"]))
+
+
+def plan_temporaries(optimizer_class: type[LowMemoryOptimizer], groups: Groups) -> int | None:
+    """Predict how many bytes one ``step()`` allocates at most besides the state, in the first step or a later one.
+
+    Args:
+        optimizer_class: The optimizer.
+        groups: Its parameter groups.
+
+    Returns:
+        Bytes, or None if the optimizer does not describe what it allocates.
+    """
+    peaks = []
+    for first in (True, False):
+        shared: dict[str, int] = {}
+        own = 0
+        for group in groups:
+            for param in group["params"]:
+                described = optimizer_class.step_temporaries(param, group, first=first)
+                if described is None:
+                    return None
+                own = max(own, described.own)
+                for name, nbytes in described.shared.items():
+                    shared[name] = max(shared.get(name, 0), nbytes)
+        peaks.append(sum(shared.values()) + own)
+    return max(peaks)
+
+
+def compressed_bytes_per_parameter(optimizer_class: type[LowMemoryOptimizer], groups: Groups) -> float | None:
+    """Return the bytes of state per entry of the parameters that take the compressed rule; None if none does."""
+    nbytes = entries = 0
+    for group in groups:
+        for param in group["params"]:
+            if optimizer_class.compresses(param.shape, group):
+                entries += param.numel()
+                nbytes += sum(spec.nbytes for spec in optimizer_class.state_specs(param, group).values())
+    return nbytes / entries if entries else None

@@ -26,7 +26,7 @@ from hf_lowmem_optim.optimizers.hyperparameters import (
     nearest,
 )
 from hf_lowmem_optim.optimizers.resume import exact_load, pack_shared
-from hf_lowmem_optim.state import TensorSpec
+from hf_lowmem_optim.state import StepTemporaries, TensorSpec
 
 __all__ = ["LowMemoryOptimizer", "PendingUpdate"]
 
@@ -61,6 +61,9 @@ class LowMemoryOptimizer(Optimizer):
         dense_key: The hyper-parameter whose ``None`` sends a group to the dense AdamW rule.
         state_keys: The hyper-parameters on which the shape of the state depends; they must be equal on resume.
         state_function: ``(shape, dtype, **hyper) -> dict[str, TensorSpec]``.
+        temporaries_function: ``(shape, dtype, *, first, **hyper) -> StepTemporaries`` for one compressed tensor; None
+            where what the update allocates is not described.
+        supports_sharding: Whether compressed parameters may be sharded DTensors.
         update_function: ``(param, grad, state, *, step, workspace, **hyper) -> None`` for one compressed tensor.
     """
 
@@ -68,6 +71,8 @@ class LowMemoryOptimizer(Optimizer):
     dense_key: ClassVar[str]
     state_keys: ClassVar[tuple[str, ...]]
     state_function: ClassVar[Callable[..., dict[str, TensorSpec]]]
+    temporaries_function: ClassVar[Callable[..., StepTemporaries] | None] = None
+    supports_sharding: ClassVar[bool] = False
     update_function: ClassVar[Callable[..., None]]
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
@@ -149,6 +154,27 @@ class LowMemoryOptimizer(Optimizer):
             Specs by state key; empty for methods that treat each tensor by itself.
         """
         return {}
+
+    @classmethod
+    def step_temporaries(cls, param: Tensor, group: Mapping[str, Any], *, first: bool) -> StepTemporaries | None:
+        """Describe what ``step()`` allocates besides state while it updates a parameter.
+
+        Args:
+            param: The parameter; only its shape and dtype matter.
+            group: Its group, or any mapping with the hyper-parameters in :attr:`state_keys`.
+            first: Whether it is the parameter's first update.
+
+        Returns:
+            The description: nothing for the dense rule, whose fused kernel works in place; None if the optimizer does
+            not describe it.
+        """
+        if not cls.compresses(param.shape, group):
+            return StepTemporaries()
+        if cls.temporaries_function is None:
+            return None
+        return cls.temporaries_function(
+            param.shape, param.dtype, first=first, **{key: group[key] for key in cls.state_keys}
+        )
 
     # --------------------------------------------------------------------------------------------- construction
 
@@ -274,7 +300,7 @@ class LowMemoryOptimizer(Optimizer):
                 f"{_describe(param, group)} is {param.dtype} with a gradient of {grad.dtype}; "
                 f"{rule} supports float32, bfloat16 and float16"
             )
-        if hasattr(param, "placements") and self.compresses(param.shape, group):
+        if hasattr(param, "placements") and not self.supports_sharding and self.compresses(param.shape, group):
             raise NotImplementedError(
                 f"{_describe(param, group)} is sharded (DTensor), which {rule} cannot compress; "
                 f"give its group {self.dense_key}=None for the dense rule, or train without FSDP or tensor parallelism"

@@ -39,14 +39,14 @@ from hf_lowmem_optim.compression.error_feedback import (
     keeps_error,
     retain_,
 )
-from hf_lowmem_optim.compression.lowrank import leading_left_singular_vectors, orthonormalize
+from hf_lowmem_optim.compression.lowrank import leading_left_singular_vectors, orthonormalize, svd_entries
 from hf_lowmem_optim.compression.workspace import Workspace
 from hf_lowmem_optim.optimizers.adamw import adamw_state
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
 from hf_lowmem_optim.optimizers.hyperparameters import check_bool, check_choice, check_positive_int, check_unit_interval
-from hf_lowmem_optim.state import TensorSpec
+from hf_lowmem_optim.state import StepTemporaries, TensorSpec
 
-__all__ = ["LDAdam", "ldadam_compresses", "ldadam_state", "ldadam_update_"]
+__all__ = ["LDAdam", "ldadam_compresses", "ldadam_state", "ldadam_temporaries", "ldadam_update_"]
 
 _STATE_DTYPES = ("fp32", "param")
 
@@ -96,6 +96,44 @@ def ldadam_state(
         "exp_avg_sq": TensorSpec((rank, large), stored, "second_moment"),
         **error_state((shape[0], math.prod(shape[1:])), dtype, error_feedback),
     }
+
+
+def ldadam_temporaries(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    first: bool,
+    rank: int,
+    state_dtype: str,
+    error_feedback: str,
+) -> StepTemporaries:
+    """What :func:`ldadam_update_` allocates for one matrix, float32 throughout.
+
+    Args:
+        shape: Shape of the parameter.
+        dtype: Dtype of the parameter.
+        first: Whether it is the first update, which has the SVD instead of the power iteration.
+        rank: As in :class:`LDAdam`.
+        state_dtype: As in :class:`LDAdam`.
+        error_feedback: As in :class:`LDAdam`.
+
+    Returns:
+        Shared: a and the wide copy of W, which take turns in one buffer, and p̃, m̃ and v. Own: the wide copies of U, m
+        and v; then the four (p, r) matrices of line 3 and R, or in the first update the factors of the SVD.
+    """
+    p, q = sorted((shape[0], math.prod(shape[1:])))
+    wide_error = error_feedback == "fp32" or (error_feedback == "param" and dtype == torch.float32)
+    in_place = dtype == torch.float32 and (wide_error or error_feedback == "none")
+    shared = {"projected": rank * q}
+    if not in_place:
+        shared["accumulated"] = p * q
+    copies = 0 if state_dtype == "fp32" or dtype == torch.float32 else rank * (p + 2 * q)
+    if first:
+        own = max(svd_entries(p, q, rank), rank * (p + 2 * q))
+    else:
+        shared.update(dict.fromkeys(("moved", "kept"), rank * q))
+        own = rank * (4 * p + rank)
+    return StepTemporaries({name: 4 * entries for name, entries in shared.items()}, 4 * (copies + own))
 
 
 def ldadam_update_(
@@ -219,6 +257,7 @@ class LDAdam(LowMemoryOptimizer):
     dense_key: ClassVar[str] = "rank"
     state_keys: ClassVar[tuple[str, ...]] = ("rank", "state_dtype", "error_feedback")
     state_function = staticmethod(ldadam_state)
+    temporaries_function = staticmethod(ldadam_temporaries)
     update_function = staticmethod(ldadam_update_)
 
     def __init__(

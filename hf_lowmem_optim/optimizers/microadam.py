@@ -50,9 +50,9 @@ from hf_lowmem_optim.optimizers.hyperparameters import (
     check_positive_int,
     check_unit_interval,
 )
-from hf_lowmem_optim.state import TensorSpec
+from hf_lowmem_optim.state import StepTemporaries, TensorSpec
 
-__all__ = ["MicroAdam", "microadam_compresses", "microadam_state", "microadam_update_"]
+__all__ = ["MicroAdam", "microadam_compresses", "microadam_state", "microadam_temporaries", "microadam_update_"]
 
 
 def microadam_compresses(shape: Sequence[int], *, density: float | None, min_compress_size: int) -> bool:
@@ -104,6 +104,24 @@ def microadam_state(
         **window_specs(numel, window=window, density=density, block_size=block_size),
         **quantized_specs(numel, QuantFormat(bits, quant_block_size)),
     }
+
+
+def microadam_temporaries(shape: Sequence[int], dtype: torch.dtype, *, window: int, **_other: Any) -> StepTemporaries:
+    """What :func:`microadam_update_` allocates for one tensor: the kernels work in place.
+
+    The Triton kernel takes at most 32 MiB of scratch, for windows too wide to sort, and the torch reference, where
+    neither Triton nor numba serve, some slices of 2^19 entries; both are the same for every tensor and not counted.
+
+    Args:
+        shape: Shape of the parameter.
+        dtype: Dtype of the parameter.
+        window: As in :class:`MicroAdam`.
+        **_other: Hyper-parameters that do not matter here.
+
+    Returns:
+        The float32 weights of the window's rows in both moments.
+    """
+    return StepTemporaries({"weights": 4 * 2 * window})
 
 
 @functools.lru_cache(maxsize=16)
@@ -235,6 +253,7 @@ class MicroAdam(LowMemoryOptimizer):
         "min_compress_size",
     )
     state_function = staticmethod(microadam_state)
+    temporaries_function = staticmethod(microadam_temporaries)
     update_function = staticmethod(microadam_update_)
 
     def __init__(

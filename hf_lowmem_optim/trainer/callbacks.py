@@ -1,9 +1,11 @@
-"""A callback that logs how many bytes the optimizer's state takes."""
+"""A callback that accounts for every byte of the optimizer's state, in the logs and in a report of the run."""
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -11,7 +13,12 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from hf_lowmem_optim.memory.measure import StateReport, measure_state
+from hf_lowmem_optim.memory.measure import StateReport, measure_state, unwrap_optimizer
+from hf_lowmem_optim.memory.plan import plan_optimizer
+from hf_lowmem_optim.memory.report import REPORT_NAME, build_report, report_text
+from hf_lowmem_optim.memory.step_memory import StepMemory, StepMemoryMeter
+from hf_lowmem_optim.memory.units import format_bytes
+from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
 
 __all__ = ["OptimizerStateMemoryCallback"]
 
@@ -19,19 +26,34 @@ logger = logging.getLogger(__name__)
 
 
 class OptimizerStateMemoryCallback(TrainerCallback):
-    """Logs the measured bytes of optimizer state with every training log.
+    """Logs the measured bytes of optimizer state with every training log, and reports on the run at its end.
 
-    Keys: ``optimizer_state/total_bytes``, ``optimizer_state/<component>_bytes`` (``first_moment``, ``second_moment``,
-    ``basis``, ``error``, ``dense``, ...), ``optimizer_state/group_<i>_bytes`` and, for comparison,
-    ``optimizer_state/adamw_fp32_bytes``. They are in ``log_history``, in what is printed and in what every
+    Keys of the logs: ``optimizer_state/total_bytes``, ``optimizer_state/<component>_bytes`` (``first_moment``,
+    ``second_moment``, ``basis``, ``error``, ``dense``, ...), ``optimizer_state/group_<i>_bytes``; for comparison
+    ``optimizer_state/adamw_fp32_bytes`` and, for the optimizers of this package, ``optimizer_state/predicted_bytes``;
+    and ``optimizer_state/step_peak_bytes`` where the device told the peak of a step, or
+    ``optimizer_state/process_rss_bytes`` on the CPU. They are in ``log_history``, in what is printed and in what every
     ``report_to`` service gets. It works with any torch optimizer; components are then the keys of its state.
 
-    Only training logs have them (those with a loss), on the main process, from the first step on. Under sharding
-    they are this process's bytes.
+    After the first step it warns if what is measured is not what was predicted. At the end of training it prints a
+    table and writes ``optimizer_state_report.json`` to the output directory (``hf-lowmem-optim report DIR`` reads it).
+
+    Only training logs have the keys (those with a loss), on the main process, from the first step on. Tensors that
+    FSDP2 shards (DTensors) count with all their parts.
+
+    Args:
+        reset_peak: Reset the device's process-wide peak counter before every step, so that the peak of each step is
+            known, and not only of steps that go beyond everything before them. Other readers of the counter are then
+            misled.
 
     Example:
         >>> Trainer(model, args, train_dataset=data, callbacks=[OptimizerStateMemoryCallback()])
     """
+
+    def __init__(self, *, reset_peak: bool = False) -> None:
+        self._meter = StepMemoryMeter(reset_peak=reset_peak)
+        self._step_memory: StepMemory | None = None
+        self._compared = False
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move to the front of the callbacks."""
@@ -42,6 +64,55 @@ class OptimizerStateMemoryCallback(TrainerCallback):
     ) -> None:
         """Move to the front if this callback was added after the Trainer was made, or another took its place."""
         self._move_to_front()
+        self._step_memory, self._compared = None, False
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Note the device's memory before the step."""
+        if optimizer is not None and state.is_world_process_zero:
+            self._meter.start(optimizer)
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Note it after the step; the first time compare what was predicted with what is there."""
+        if optimizer is None or not state.is_world_process_zero:
+            return
+        self._step_memory = self._meter.stop(optimizer).largest(self._step_memory)
+        if not self._compared and (measured := measure_state(optimizer)).total_bytes:
+            self._compared = True
+            _compare(optimizer, measured)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Print the table and write the report."""
+        if optimizer is None or args.output_dir is None or not state.is_world_process_zero:
+            return
+        measured = measure_state(optimizer)
+        if not measured.total_bytes:
+            return
+        report = build_report(optimizer, measured, _predicted(optimizer), self._step_memory, state.log_history)
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        print(report_text(report))
 
     def on_log(
         self,
@@ -60,7 +131,7 @@ class OptimizerStateMemoryCallback(TrainerCallback):
         report = measure_state(optimizer)
         if not report.total_bytes:
             return
-        entries = _log_entries(report)
+        entries = _log_entries(report, _predicted(optimizer), self._step_memory)
         logs.update(entries)
         # The Trainer copied its logs into the history before it called the callbacks.
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
@@ -89,8 +160,47 @@ class OptimizerStateMemoryCallback(TrainerCallback):
         )
 
 
-def _log_entries(report: StateReport) -> dict[str, int]:
+def _predicted(optimizer: Optimizer) -> StateReport | None:
+    """What is planned for the optimizer, None if it is not of this package."""
+    return plan_optimizer(optimizer) if isinstance(unwrap_optimizer(optimizer), LowMemoryOptimizer) else None
+
+
+def _compare(optimizer: Optimizer, measured: StateReport) -> None:
+    """Warn where the state is not what was predicted, with the reason if it is a known one."""
+    predicted = _predicted(optimizer)
+    if predicted is None or measured == predicted:
+        return
+    inner = unwrap_optimizer(optimizer)
+    parameters = [p for group in inner.param_groups for p in group["params"]]
+    absent = sum(not inner.state.get(p) for p in parameters)
+    reason = (
+        f"{absent} of {len(parameters)} parameters have had no gradient yet"
+        if absent
+        else "please report this with the optimizer's settings"
+    )
+    differences = ", ".join(
+        f"{name} {measured.component_bytes.get(name, 0) - predicted.component_bytes.get(name, 0):+,} B"
+        for name in sorted({*measured.component_bytes, *predicted.component_bytes})
+        if measured.component_bytes.get(name, 0) != predicted.component_bytes.get(name, 0)
+    )
+    logger.warning(
+        "the state of %s takes %s, not the predicted %s (%s): %s",
+        type(inner).__name__,
+        format_bytes(measured.total_bytes),
+        format_bytes(predicted.total_bytes),
+        differences,
+        reason,
+    )
+
+
+def _log_entries(report: StateReport, predicted: StateReport | None, memory: StepMemory | None) -> dict[str, int]:
     """The log's keys and values."""
     entries = {"total": report.total_bytes, **report.component_bytes, "adamw_fp32": report.adamw_fp32_bytes}
     entries.update((f"group_{index}", count) for index, count in enumerate(report.group_bytes))
-    return {f"optimizer_state/{name}_bytes": count for name, count in entries.items()}
+    if predicted is not None:
+        entries["predicted"] = predicted.total_bytes
+    if memory is not None:
+        told = {"step_peak": memory.peak_bytes, "process_rss": memory.process_rss_bytes}
+        entries.update((name, count) for name, count in told.items() if count is not None)
+    # Components may be two words ("error codes"); the keys of logs have none.
+    return {f"optimizer_state/{name.replace(' ', '_')}_bytes": count for name, count in entries.items()}

@@ -114,6 +114,26 @@ class OptimizerFactory:
                 f"OptimizerFactory makes its own parameter groups and needs the model, not {type(model).__name__}; "
                 f"for groups of your own call hf_lowmem_optim.{self.optimizer_class.__name__}(groups, ...)"
             )
+        optimizer, placements = self.build(model, **overrides)
+        if _is_main_process():
+            _report(optimizer, placements)
+        return optimizer
+
+    def build(self, model: nn.Module, /, **overrides: Any) -> tuple[LowMemoryOptimizer, list[Placement]]:
+        """Make the optimizer for ``model`` without a word in the log; the planner takes the same way.
+
+        Args:
+            model: The model, on any device: on the meta device this plans a model that does not exist.
+            **overrides: Hyper-parameters that replace the factory's for this optimizer.
+
+        Returns:
+            The optimizer, and where each parameter went.
+
+        Raises:
+            TypeError: An override is unknown or has the wrong type.
+            ValueError: The model has nothing to train or to compress, a target matches nothing, or an override is out
+                of range.
+        """
         given = {**self.hyper, **overrides}
         optimizer_class = self.optimizer_class
         optimizer_class.check_hyperparameters(given)
@@ -122,10 +142,7 @@ class OptimizerFactory:
             model, self.target_modules, lambda shape: optimizer_class.compresses(shape, hyper)
         )
         groups = build_param_groups(placements, optimizer_class.dense_key, hyper["weight_decay"])
-        optimizer = optimizer_class(groups, **hyper)
-        if _is_main_process():
-            _report(optimizer, placements)
-        return optimizer
+        return optimizer_class(groups, **hyper), placements
 
     def __repr__(self) -> str:
         settings = {"target_modules": self.target_modules} if self.target_modules is not None else {}

@@ -25,7 +25,7 @@ from hf_lowmem_optim.optimizers.hyperparameters import nearest
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-__all__ = ["hyperparameters_from_training_args", "parse_optim_args"]
+__all__ = ["hyperparameters_from_text", "hyperparameters_from_training_args", "parse_optim_args"]
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,27 @@ def hyperparameters_from_training_args(
         if owner not in defaults and value is not None:
             logger.warning("%s has no %s: %s=%r has no effect", optimizer_class.__name__, owner, field, value)
     return {"lr": args.learning_rate, "weight_decay": args.weight_decay, **hyper}
+
+
+def hyperparameters_from_text(text: str | None, optimizer_class: type[LowMemoryOptimizer]) -> dict[str, Any]:
+    """Collect the hyper-parameters that ``optim_args`` alone sets, for use without training arguments.
+
+    Args:
+        text: As in :func:`parse_optim_args`.
+        optimizer_class: The optimizer.
+
+    Returns:
+        Keyword arguments for the optimizer; what is not set is left out.
+
+    Raises:
+        ValueError: As :func:`parse_optim_args`.
+    """
+    hyper = parse_optim_args(text, optimizer_class)
+    explicit = [hyper.pop(key, None) for key in _BETAS]
+    if any(beta is not None for beta in explicit):
+        own = optimizer_class.default_hyperparameters()["betas"]
+        hyper["betas"] = tuple(default if beta is None else beta for beta, default in zip(explicit, own, strict=True))
+    return hyper
 
 
 def parse_optim_args(text: str | None, optimizer_class: type[LowMemoryOptimizer]) -> dict[str, Any]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hf_lowmem_optim.memory.plan import plan_optimizer
+from hf_lowmem_optim.memory.units import format_bytes
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
 from hf_lowmem_optim.trainer.param_groups import COMPRESSED, TOO_SMALL, Placement
 
-__all__ = ["describe_placements", "format_bytes"]
+__all__ = ["describe_placements"]
 
 
 def describe_placements(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) -> str:
@@ -45,13 +46,3 @@ def describe_placements(optimizer: LowMemoryOptimizer, placements: Sequence[Plac
             f"  state: {total} ({parts}); AdamW in fp32: {adamw}",
         ]
     )
-
-
-def format_bytes(count: int) -> str:
-    """Write a number of bytes with three digits and a binary unit."""
-    size, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if size < 1024:
-            break
-        size, unit = size / 1024, larger
-    return f"{count} B" if unit == "B" else f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"

@@ -89,3 +89,33 @@ def test_only_our_optimizers_can_be_planned() -> None:
         plan_state("ldamm", {})
     with pytest.raises(TypeError, match="did you mean 'rank'"):
         plan_state("ldadam", {}, rnak=3)
+
+
+def test_a_shared_tensor_counts_once() -> None:
+    given = parameters(torch.float32)
+    optimizer = torch.optim.SGD(given, lr=0.1)
+    table = torch.zeros(256)
+    for parameter in given:
+        optimizer.state[parameter]["table"] = table
+    assert measure_state(optimizer).component_bytes == {"table": 1024}
+
+
+def test_sharded_state_counts_with_all_its_parts() -> None:
+    """Two processes of which this is one: a stand-in for the other answers every collective."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        weight = nn.Parameter(distribute_tensor(torch.zeros(9, 4), mesh, [Shard(0)]))
+        optimizer = torch.optim.AdamW([weight], foreach=False)
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        assert measure_state(optimizer).component_bytes == {"exp_avg": 144, "exp_avg_sq": 144, "step": 4}
+        # the first of two parts of nine rows has five
+        assert measure_state(optimizer, local=True).component_bytes == {"exp_avg": 80, "exp_avg_sq": 80, "step": 4}
+        assert measure_state(optimizer).num_parameters == 36
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
 
 from hf_lowmem_optim import OPTIMIZERS, OptimizerStateMemoryCallback, measure_state, plan_optimizer
+from hf_lowmem_optim.memory import step_memory
+from hf_lowmem_optim.memory.report import load_report, report_text
+from tests.memory.layout import layout
 from tests.trainer.tiny_models import tiny_llama, token_rows
 
 PREFIX = "optimizer_state/"
@@ -41,7 +47,10 @@ def make_trainer(folder: Path, callbacks: list[Any], **settings: Any) -> Trainer
 
 
 def added(logs: dict[str, Any]) -> dict[str, int]:
-    return {key: value for key, value in logs.items() if key.startswith(PREFIX)}
+    found = {key: value for key, value in logs.items() if key.startswith(PREFIX)}
+    # differs from step to step
+    assert not found or found.pop(f"{PREFIX}process_rss_bytes") > 2**20
+    return found
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -62,7 +71,11 @@ def test_bytes_reach_history_and_the_reporters_before_it(name: str, late: bool, 
     expected = {
         f"{PREFIX}total_bytes": measured.total_bytes,
         f"{PREFIX}adamw_fp32_bytes": 8 * measured.num_parameters,
-        **{f"{PREFIX}{component}_bytes": count for component, count in measured.component_bytes.items()},
+        f"{PREFIX}predicted_bytes": measured.total_bytes,
+        **{
+            f"{PREFIX}{component.replace(' ', '_')}_bytes": count
+            for component, count in measured.component_bytes.items()
+        },
         **{f"{PREFIX}group_{i}_bytes": count for i, count in enumerate(measured.group_bytes)},
     }
     assert len(measured.group_bytes) == len(trainer.optimizer.param_groups)
@@ -122,3 +135,102 @@ def test_outside_a_trainer_the_limit_is_said(tmp_path: Path, caplog: pytest.LogC
     trainer = make_trainer(tmp_path, [], optim="ldadam")
     OptimizerStateMemoryCallback().on_train_begin(trainer.args, trainer.state, trainer.control)
     assert "cannot move before the reporters" in caplog.text
+
+
+@pytest.mark.parametrize("optim", [*OPTIMIZERS, "adamw_torch", "adafactor", "adamw_bnb_8bit"])
+def test_the_report_has_what_was_predicted_and_measured(
+    optim: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "bnb" in optim:
+        pytest.importorskip("bitsandbytes")
+    trainer = make_trainer(tmp_path, [OptimizerStateMemoryCallback()], optim=optim)
+    trainer.train()
+    report = load_report(tmp_path)
+    assert report == load_report(tmp_path / "optimizer_state_report.json")
+    measured = measure_state(trainer.optimizer)
+    assert report["measured"]["total_bytes"] == report["this_process_bytes"] == measured.total_bytes
+    for key in ("component_bytes", "dtype_bytes"):
+        assert report["measured"][key] == getattr(measured, key)
+        assert sum(report["measured"][key].values()) == measured.total_bytes
+    assert report["measured"]["group_bytes"] == list(measured.group_bytes)
+    assert report["predicted"] == (report["measured"] if optim in OPTIMIZERS else None)
+    assert report["log_history"] == json.loads(json.dumps(trainer.state.log_history))
+    assert report["step_memory"]["process_rss_bytes"] > 2**20
+    table = report_text(report)
+    assert table in capsys.readouterr().out
+    assert all(component in table for component in measured.component_bytes)
+
+
+def test_the_layout_of_the_report(tmp_path: Path) -> None:
+    make_trainer(tmp_path, [OptimizerStateMemoryCallback()], optim="ldadam").train()
+    golden = json.loads((Path(__file__).parent.parent / "memory" / "report_layout.json").read_text())
+    assert layout(load_report(tmp_path)) == golden
+
+
+def test_a_state_that_is_not_as_predicted_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Meddler(TrainerCallback):
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+            parameter = optimizer.param_groups[0]["params"][0]
+            optimizer.state[parameter]["error"] = optimizer.state[parameter]["error"].double()
+
+    make_trainer(tmp_path, [OptimizerStateMemoryCallback()], optim="ldadam", optim_args="rank=4").train()
+    assert "not the predicted" not in caplog.text
+    trainer = make_trainer(tmp_path, [], optim="ldadam", optim_args="rank=4", max_steps=1)
+    callback = OptimizerStateMemoryCallback()
+    trainer.train()
+    Meddler().on_optimizer_step(None, None, None, optimizer=trainer.optimizer)
+    callback.on_optimizer_step(trainer.args, trainer.state, trainer.control, optimizer=trainer.optimizer)
+    assert "not the predicted" in caplog.text and "error +4,096 B" in caplog.text
+    caplog.clear()
+    callback.on_optimizer_step(trainer.args, trainer.state, trainer.control, optimizer=trainer.optimizer)
+    assert not caplog.text  # once
+
+
+def test_a_parameter_without_gradient_is_the_reason_given(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = make_trainer(tmp_path, [OptimizerStateMemoryCallback()], optim="ldadam", optim_args="rank=4")
+    trainer.model.unused = torch.nn.Linear(8, 8)
+    trainer.train()
+    assert "2 of 23 parameters have had no gradient yet" in caplog.text
+
+
+class FakeDevice:
+    """Counts like torch.cuda; a test sets what is allocated."""
+
+    def __init__(self) -> None:
+        self.peak, self.resets = 100, 0
+
+    def max_memory_allocated(self, device: Any) -> int:
+        return self.peak
+
+    def reset_peak_memory_stats(self, device: Any) -> None:
+        self.resets += 1
+        self.peak = 10
+
+
+@pytest.mark.parametrize("reset_peak", [False, True])
+def test_the_peak_of_a_step_is_told_only_where_it_is_known(reset_peak: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = FakeDevice()
+    monkeypatch.setattr(torch, "get_device_module", lambda _: device)
+    parameter = SimpleNamespace(device=torch.device("cuda", 0))
+    optimizer: Any = SimpleNamespace(param_groups=[{"params": [parameter]}])
+    meter = step_memory.StepMemoryMeter(reset_peak=reset_peak)
+    meter.start(optimizer)
+    quiet = meter.stop(optimizer)
+    assert quiet.peak_bytes == (10 if reset_peak else None)
+    meter.start(optimizer)
+    device.peak = 170
+    loud = meter.stop(optimizer)
+    assert loud.peak_bytes == 170 == quiet.largest(loud).peak_bytes == loud.largest(quiet).peak_bytes
+    assert device.resets == (2 if reset_peak else 0)
+
+
+def test_other_processes_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = make_trainer(tmp_path, [], optim="ldadam")
+    trainer.train()
+    capsys.readouterr()
+    trainer.state.is_world_process_zero = False
+    callback = OptimizerStateMemoryCallback()
+    for event in (callback.on_pre_optimizer_step, callback.on_optimizer_step, callback.on_train_end):
+        event(trainer.args, trainer.state, trainer.control, optimizer=trainer.optimizer)
+    assert not capsys.readouterr().out
+    assert not (tmp_path / "optimizer_state_report.json").exists()

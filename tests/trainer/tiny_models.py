@@ -12,6 +12,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    MambaConfig,
+    MambaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -80,6 +82,12 @@ def tiny_vit() -> nn.Module:
             patch_size=8,
             num_labels=3,
         )
+    )
+
+
+def tiny_mamba() -> nn.Module:
+    return MambaForCausalLM(
+        MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, state_size=4, tie_word_embeddings=True)
     )
 
 

@@ -1,0 +1,120 @@
+"""What fits into a budget: the largest rank or window, and which other settings are small enough."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from hf_lowmem_optim.memory.plan import Groups, plan_groups, plan_temporaries
+from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
+
+__all__ = ["MAX_WINDOW", "BudgetSearch"]
+
+MAX_WINDOW = 1024
+"""The widest window that is looked at: the widest that the papers use."""
+
+SIZE_KEYS = ("rank", "window")
+"""Hyper-parameters that scale the state, wherever an optimizer has them."""
+
+
+@dataclass(frozen=True)
+class BudgetSearch:
+    """A search among the settings of one optimizer for one model.
+
+    Attributes:
+        optimizer_class: The optimizer.
+        groups: Its parameter groups at the settings asked for; which parameters are targeted is taken from them.
+        num_shards: As in :func:`~hf_lowmem_optim.memory.plan.plan_groups`.
+    """
+
+    optimizer_class: type[LowMemoryOptimizer]
+    groups: Groups
+    num_shards: int = 1
+
+    def added_bytes(self, changes: Mapping[str, Any]) -> int:
+        """Return the bytes of state and temporaries with some hyper-parameters changed in all targeted groups."""
+        groups = [{**group, **changes} if self._is_targeted(group) else group for group in self.groups]
+        state = plan_groups(self.optimizer_class, groups, num_shards=self.num_shards)
+        return state.total_bytes + (plan_temporaries(self.optimizer_class, groups) or 0)
+
+    def largest(self, allowed_bytes: int) -> dict[str, int]:
+        """Return the largest value within ``allowed_bytes`` of each hyper-parameter that scales the state.
+
+        A rank is looked for below the smaller dimension of every matrix that is compressed now, so that all of them
+        stay compressed; a window up to :data:`MAX_WINDOW`. 0 says that not even 1 fits.
+        """
+        return {
+            key: _bisect(lambda value, key=key: self.added_bytes({key: value}) <= allowed_bytes, limit)  # type: ignore[misc]
+            for key, limit in self._limits()
+        }
+
+    def smaller(self) -> Iterator[tuple[dict[str, Any], int]]:
+        """Yield changes of the settings with the bytes they lead to.
+
+        First every other choice of a hyper-parameter of few choices (``error_feedback="none"``), then the least rank
+        and window, then all of that together.
+        """
+        now = self._settings()
+        best: dict[str, Any] = {}
+        for key, choices in self._choices():
+            sizes = {choice: self._size_if_valid({key: choice}) for choice in choices if choice != now[key]}
+            valid = {choice: size for choice, size in sizes.items() if size is not None}
+            yield from (({key: choice}, size) for choice, size in valid.items())
+            if valid and min(valid.values()) < self.added_bytes({}):
+                best[key] = min(valid, key=lambda choice: valid[choice])
+        for key, _ in self._limits():
+            yield {key: 1}, self.added_bytes({key: 1})
+            best[key] = 1
+        together = self._size_if_valid(best)
+        if len(best) > 1 and together is not None:
+            yield best, together
+
+    def _settings(self) -> Mapping[str, Any]:
+        """The hyper-parameters of the targeted groups, or of any group if there is none."""
+        return next((group for group in self.groups if self._is_targeted(group)), self.groups[0])
+
+    def _is_targeted(self, group: Mapping[str, Any]) -> bool:
+        return group[self.optimizer_class.dense_key] is not None
+
+    def _size_if_valid(self, changes: Mapping[str, Any]) -> int | None:
+        """Bytes with the changes, None where the optimizer refuses them together."""
+        keys = self.optimizer_class.default_hyperparameters()
+        settings = {key: value for key, value in self._settings().items() if key in keys}
+        try:
+            self.optimizer_class.check_hyperparameters({**settings, **changes})
+        except (TypeError, ValueError):
+            return None
+        return self.added_bytes(changes)
+
+    def _choices(self) -> Iterator[tuple[str, tuple[Any, ...]]]:
+        """Hyper-parameters of the state with a few choices, as their annotations say."""
+        kinds = get_type_hints(self.optimizer_class.__init__)
+        for key in self.optimizer_class.state_keys:
+            if get_origin(kinds[key]) is Literal:
+                yield key, get_args(kinds[key])
+
+    def _limits(self) -> Iterator[tuple[str, int]]:
+        """Hyper-parameters that scale the state, with the largest value to look at."""
+        targeted = [(p.shape, group) for group in self.groups if self._is_targeted(group) for p in group["params"]]
+        matrices = [(shape, group) for shape, group in targeted if len(shape) >= 2]
+        compressed = [shape for shape, group in matrices if self.optimizer_class.compresses(shape, group)]
+        shapes = compressed or [shape for shape, _ in matrices]
+        for key in SIZE_KEYS:
+            if key not in self.optimizer_class.state_keys or not targeted:
+                continue
+            limit = MAX_WINDOW
+            if key == "rank":
+                limit = min((min(shape[0], math.prod(shape[1:])) for shape in shapes), default=1) - 1
+            if limit >= 1:
+                yield key, limit
+
+
+def _bisect(fits: Callable[[int], bool], limit: int) -> int:
+    """Return the largest value in 1 … ``limit`` that fits, 0 if 1 does not; ``fits`` turns false once."""
+    low, high = 0, limit + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

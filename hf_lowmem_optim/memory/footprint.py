@@ -1,0 +1,161 @@
+"""``MemoryPlan``: what a training run takes with each optimizer, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_lowmem_optim.memory.measure import StateReport
+from hf_lowmem_optim.memory.weights import Processes, WeightReport
+
+__all__ = ["NOT_COUNTED", "PLAN_SCHEMA", "MemoryPlan", "OptimizerPlan", "Suggestion"]
+
+PLAN_SCHEMA = "hf-lowmem-optim/plan/1"
+
+NOT_COUNTED = "activations, inputs, layers that FSDP gathers, the device's context and allocator, library workspaces"
+
+
+@dataclass(frozen=True)
+class OptimizerPlan:
+    """What one optimizer adds, on one process.
+
+    Attributes:
+        name: ``"ldadam"``, or a reference's name.
+        registered: Whether it is one of this package.
+        summary: What it does, in a line.
+        settings: The hyper-parameters on which its state depends.
+        state: Its state, or None where it cannot be used.
+        temporary_bytes: What ``step()`` allocates at most beside the state, None where that is not described.
+        compressed_bytes_per_parameter: State per entry of the parameters that it compresses; None if there are none,
+            and for references.
+        problem: Why it cannot be used here, or None.
+        largest: With a budget: the largest value that fits of each hyper-parameter that scales the state (``"rank"``,
+            ``"window"``), the others as they are; 0 if none does.
+    """
+
+    name: str
+    registered: bool
+    summary: str
+    settings: Mapping[str, Any]
+    state: StateReport | None
+    temporary_bytes: int | None = None
+    compressed_bytes_per_parameter: float | None = None
+    problem: str | None = None
+    largest: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def bytes_per_parameter(self) -> float | None:
+        """Bytes of state on this process per trained parameter of the model."""
+        if self.state is None:
+            return None
+        return self.state.total_bytes / self.state.num_parameters
+
+    @property
+    def added_bytes(self) -> int | None:
+        """State and temporaries together, without the temporaries where they are not described."""
+        return None if self.state is None else self.state.total_bytes + (self.temporary_bytes or 0)
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A change after which a budget is met, or which comes nearest to it.
+
+    Attributes:
+        change: What to write: ``"--optim ldadam --optim-args error_feedback=none"``.
+        total_bytes: What a process then takes.
+        fits: Whether that is within the budget.
+    """
+
+    change: str
+    total_bytes: int
+    fits: bool
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a training run takes at ``optimizer.step()``, on one process.
+
+    Attributes:
+        source: What was planned: a preset, a path, the class of a live model.
+        description: Dtype, adapters, quantization, frozen parts in words.
+        processes: How the training is shared.
+        weights: Weights and gradients.
+        optimizers: One plan per optimizer.
+        budget_bytes: The budget, if there was one.
+        suggestions: What to change to meet the budget, the smallest change first.
+    """
+
+    source: str
+    description: str
+    processes: Processes
+    weights: WeightReport
+    optimizers: tuple[OptimizerPlan, ...]
+    budget_bytes: int | None = None
+    suggestions: tuple[Suggestion, ...] = ()
+
+    def total_bytes(self, optimizer: OptimizerPlan) -> int | None:
+        """Weights, gradients, state and temporaries with an optimizer; None where it cannot be used."""
+        added = optimizer.added_bytes
+        return None if added is None else self.weights.total_bytes + added
+
+    def fits(self, optimizer: OptimizerPlan) -> bool | None:
+        """Whether an optimizer stays within the budget; None without one."""
+        if self.budget_bytes is None:
+            return None
+        total = self.total_bytes(optimizer)
+        return optimizer.problem is None and total is not None and total <= self.budget_bytes
+
+    def __getitem__(self, name: str) -> OptimizerPlan:
+        """Return the plan of the optimizer of a name.
+
+        Raises:
+            KeyError: It was not planned.
+        """
+        for optimizer in self.optimizers:
+            if optimizer.name == name:
+                return optimizer
+        raise KeyError(f"{name!r} was not planned; there are {', '.join(o.name for o in self.optimizers)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values; the layout is fixed by ``"schema"``."""
+        weights = self.weights
+        return {
+            "schema": PLAN_SCHEMA,
+            "source": self.source,
+            "description": self.description,
+            "num_parameters": weights.num_parameters,
+            "num_trainable": weights.num_trainable,
+            "parameters_by_dtype": dict(weights.dtypes),
+            "gpus": self.processes.gpus,
+            "sharding": self.processes.sharding,
+            "weight_bytes": dict(weights.weight_bytes),
+            "gradient_bytes": dict(weights.gradient_bytes),
+            "budget_bytes": self.budget_bytes,
+            "not_counted": NOT_COUNTED,
+            "optimizers": [self._optimizer_dict(optimizer) for optimizer in self.optimizers],
+            "suggestions": [
+                {"change": s.change, "total_bytes": s.total_bytes, "fits": s.fits} for s in self.suggestions
+            ],
+        }
+
+    def _optimizer_dict(self, optimizer: OptimizerPlan) -> dict[str, Any]:
+        """One optimizer as JSON values."""
+        state = optimizer.state
+        return {
+            "name": optimizer.name,
+            "registered": optimizer.registered,
+            "summary": optimizer.summary,
+            "settings": dict(optimizer.settings),
+            "problem": optimizer.problem,
+            "state_bytes": None if state is None else state.total_bytes,
+            "component_bytes": {} if state is None else dict(state.component_bytes),
+            "group_bytes": [] if state is None else list(state.group_bytes),
+            "dtype_bytes": {} if state is None else dict(state.dtype_bytes),
+            "temporary_bytes": optimizer.temporary_bytes,
+            "total_bytes": self.total_bytes(optimizer),
+            "bytes_per_parameter": optimizer.bytes_per_parameter,
+            "compressed_bytes_per_parameter": optimizer.compressed_bytes_per_parameter,
+            "fits": self.fits(optimizer),
+            "largest_that_fits": dict(optimizer.largest),
+        }

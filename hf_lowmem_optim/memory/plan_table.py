@@ -1,0 +1,141 @@
+"""A plan as a table for the terminal, and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from hf_lowmem_optim.memory.footprint import NOT_COUNTED, MemoryPlan, OptimizerPlan
+from hf_lowmem_optim.memory.units import format_bytes
+
+__all__ = ["align", "plan_csv", "plan_text"]
+
+
+def align(rows: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
+    """Align rows of cells in columns.
+
+    Args:
+        rows: Cells; every row has the same number.
+        left: How many columns, from the first, are aligned left; the others are aligned right.
+
+    Returns:
+        One line per row, without trailing blanks.
+    """
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            f"{cell:<{width}}" if column < left else f"{cell:>{width}}"
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def plan_text(plan: MemoryPlan) -> str:
+    """Write a plan for people to read, also when it is piped: plain text, under 120 columns wide."""
+    weights, processes = plan.weights, plan.processes
+    share = f", per GPU of {processes.gpus} with {processes.sharding.upper()}" if processes.gpus > 1 else ""
+    lines = [
+        f"{plan.source}: {weights.num_parameters:,} parameters, {weights.num_trainable:,} of them trained; "
+        f"{plan.description}{share}",
+        *align(
+            [
+                ("  weights", format_bytes(sum(weights.weight_bytes.values())), _parts(weights.weight_bytes)),
+                ("  gradients", format_bytes(sum(weights.gradient_bytes.values())), _parts(weights.gradient_bytes)),
+            ],
+            left=3,
+        ),
+        "",
+        *_optimizer_lines(plan),
+        "",
+        "B/param: state per trained parameter, and per parameter that is compressed. Step: what step() allocates and",
+        "frees (–: not known). Total: weights, gradients, state, step.",
+        f"Not counted: {NOT_COUNTED}.",
+    ]
+    if plan.suggestions:
+        lines += ["", "What to change for the budget:"]
+        lines += align(
+            [
+                ("  fits" if s.fits else "  does not fit", format_bytes(s.total_bytes), s.change)
+                for s in plan.suggestions
+            ],
+            left=3,
+        )
+    return "\n".join(lines)
+
+
+def _optimizer_lines(plan: MemoryPlan) -> Iterator[str]:
+    """The table of optimizers, each of ours with its settings and components below it."""
+    header = ["optimizer", "state", "B/param", "compressed", "step", "total"]
+    if plan.budget_bytes is not None:
+        header += [f"≤ {format_bytes(plan.budget_bytes)}", "largest that fits"]
+    cells = [header, *(_cells(plan, row) for row in plan.optimizers)]
+    aligned = align(cells)
+    yield aligned[0]
+    for line, row in zip(aligned[1:], plan.optimizers, strict=True):
+        yield line
+        if row.settings:
+            yield "    " + ", ".join(f"{key}={value}" for key, value in row.settings.items())
+        if row.state is not None and row.registered:
+            yield f"    {_parts(row.state.component_bytes)}"
+        if row.problem is not None:
+            yield f"    cannot be used: {row.problem}"
+        elif row.registered and row.compressed_bytes_per_parameter is None:
+            yield "    compresses nothing at these settings: everything takes the dense rule"
+
+
+def _cells(plan: MemoryPlan, row: OptimizerPlan) -> list[str]:
+    """One optimizer's line."""
+    total = plan.total_bytes(row)
+    cells = [
+        row.name,
+        "–" if row.state is None else format_bytes(row.state.total_bytes),
+        _number(row.bytes_per_parameter),
+        _number(row.compressed_bytes_per_parameter),
+        "–" if row.temporary_bytes is None else format_bytes(row.temporary_bytes),
+        "–" if total is None else format_bytes(total),
+    ]
+    if plan.budget_bytes is not None:
+        largest = " ".join(f"{key}={value}" for key, value in row.largest.items() if value)
+        cells += ["yes" if plan.fits(row) else "no", largest or ("–" if not row.largest else "none")]
+    return cells
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.3g}"
+
+
+def _parts(counts: Mapping[str, int]) -> str:
+    """Names with bytes, the largest first."""
+    ordered = sorted(counts.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {format_bytes(count)}" for name, count in ordered)
+
+
+_CSV_COLUMNS = (
+    "name",
+    "registered",
+    "settings",
+    "weight_bytes",
+    "gradient_bytes",
+    "state_bytes",
+    "temporary_bytes",
+    "total_bytes",
+    "bytes_per_parameter",
+    "fits",
+    "problem",
+)
+
+
+def plan_csv(plan: MemoryPlan) -> str:
+    """Write one line per optimizer, bytes as plain numbers, what is not known left empty."""
+    content = plan.to_dict()
+    shared = {key: sum(content[key].values()) for key in ("weight_bytes", "gradient_bytes")}
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for row in content["optimizers"]:
+        settings = ",".join(f"{key}={value}" for key, value in row["settings"].items())
+        writer.writerow({**row, **shared, "settings": settings})
+    return text.getvalue()

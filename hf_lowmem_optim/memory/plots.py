@@ -1,0 +1,183 @@
+"""Pictures of plans and reports, sized for a laptop's screen: about 1200 pixels wide."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_lowmem_optim.memory.footprint import MemoryPlan, OptimizerPlan
+from hf_lowmem_optim.memory.units import format_bytes
+
+__all__ = ["plot_plan", "plot_report"]
+
+_DPI = 110
+_WIDTH = 11.0  # inches
+_COLORS = {
+    "weights": "#b8bcc4",
+    "gradients": "#8d93a0",
+    "dense": "#e0a030",
+    "error": "#b5493a",
+    "step temporaries": "#3f3f46",
+}
+_PALETTE = ("#2f6db5", "#5aa0dc", "#2a9d8f", "#86c06c", "#7a5195", "#c58bd0", "#d0743c", "#80a8a0")
+
+
+def _pyplot() -> Any:
+    """Matplotlib without a window system, loaded only where a picture is wanted."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("a plot needs matplotlib: pip install 'hf-lowmem-optim[plot]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def plot_plan(plan: MemoryPlan, path: str | Path) -> None:
+    """Draw a plan as one stacked bar per optimizer, the smallest on top.
+
+    Args:
+        plan: The plan.
+        path: Where the picture goes; the suffix chooses the format.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: No optimizer of the plan can be used.
+    """
+    pyplot = _pyplot()
+    rows = sorted((r for r in plan.optimizers if r.state is not None), key=lambda r: plan.total_bytes(r) or 0)
+    if not rows:
+        raise ValueError("there is nothing to plot: no optimizer of this plan can be used for the model")
+    stacks = {_label(row): _stack(plan, row) for row in rows}
+    figure, axes = pyplot.subplots(figsize=(_WIDTH, 2.0 + 0.45 * len(rows)), dpi=_DPI, layout="constrained")
+    _draw_stacks(axes, stacks)
+    if plan.budget_bytes is not None:
+        unit = _unit(stacks.values())[0]
+        axes.axvline(plan.budget_bytes / unit, color="black", linestyle="--", linewidth=1.2)
+        axes.annotate(
+            f"budget {format_bytes(plan.budget_bytes)}",
+            (plan.budget_bytes / unit, -0.5),
+            xytext=(4, 3),
+            textcoords="offset points",
+            fontsize=9,
+        )
+    per_gpu = f", per GPU of {plan.processes.gpus} ({plan.processes.sharding.upper()})" * (plan.processes.gpus > 1)
+    figure.suptitle(f"{plan.source} ({plan.description}){per_gpu}: memory at optimizer.step()", fontsize=12)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def plot_report(report: Mapping[str, Any], path: str | Path) -> None:
+    """Draw a run's report: state by component, predicted and measured, and the run's curves.
+
+    Args:
+        report: What ``optimizer_state_report.json`` holds.
+        path: Where the picture goes; the suffix chooses the format.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    pyplot = _pyplot()
+    predicted, measured = report["predicted"], report["measured"]
+    stacks = {"measured": dict(measured["component_bytes"])}
+    if predicted is not None:
+        stacks = {"predicted": dict(predicted["component_bytes"]), **stacks}
+    stacks["AdamW fp32"] = {"two float32 moments": report["adamw_fp32_bytes"]}
+    figure = pyplot.figure(figsize=(_WIDTH, 6.2), dpi=_DPI, layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.0, 1.35))
+    _draw_stacks(top.subplots(), stacks)
+    loss, rate = bottom.subplots(1, 2)
+    history = report["log_history"]
+    _draw_curve(loss, history, {"loss": "training", "eval_loss": "evaluation"}, "loss")
+    _draw_curve(rate, history, {"learning_rate": "learning rate"}, "learning rate")
+    figure.suptitle(f"{report['optimizer']}: {report['num_parameters']:,} trained parameters", fontsize=12)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def _label(row: OptimizerPlan) -> str:
+    """Name of a bar, with the setting that scales the state."""
+    sizes = [f"{key} {row.settings[key]}" for key in ("rank", "window") if row.settings.get(key) is not None]
+    return f"{row.name} ({', '.join(sizes)})" if sizes else row.name
+
+
+def _stack(plan: MemoryPlan, row: OptimizerPlan) -> dict[str, int]:
+    """The parts of one bar, from the axis outwards."""
+    weights = plan.weights
+    stack = {"weights": sum(weights.weight_bytes.values()), "gradients": sum(weights.gradient_bytes.values())}
+    components = {} if row.state is None else dict(row.state.component_bytes)
+    if not row.registered:
+        # The keys of other optimizers' states would fill the legend and say little.
+        components = {"state of other optimizers": sum(components.values())}
+    return {**stack, **components, "step temporaries": row.temporary_bytes or 0}
+
+
+def _unit(stacks: Iterable[Mapping[str, int]]) -> tuple[int, str]:
+    """Bytes and name of the unit in which the largest bar is easy to read."""
+    largest = max(sum(stack.values()) for stack in stacks)
+    for power, name in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if largest >= 2 * 1024**power:
+            return 1024**power, name
+    return 1, "B"
+
+
+def _draw_stacks(axes: Any, stacks: Mapping[str, Mapping[str, int]]) -> None:
+    """Draw horizontal stacked bars, the first on top, with totals at their ends and one legend."""
+    unit, unit_name = _unit(stacks.values())
+    parts = list(dict.fromkeys(part for stack in stacks.values() for part, count in stack.items() if count))
+    # what is freed again comes last, outside of what is kept
+    parts.sort(key=lambda part: part == "step temporaries")
+    others = iter(_PALETTE * (1 + len(parts) // len(_PALETTE)))
+    starts = dict.fromkeys(stacks, 0)
+    for part in parts:
+        counts = [stack.get(part, 0) for stack in stacks.values()]
+        color = _COLORS.get(part) or next(others)
+        left = [start / unit for start in starts.values()]
+        axes.barh(
+            list(stacks),
+            [count / unit for count in counts],
+            left=left,
+            color=color,
+            label=part,
+            height=0.68,
+            edgecolor="white",
+            linewidth=0.4,
+        )
+        starts = {bar: start + count for (bar, start), count in zip(starts.items(), counts, strict=True)}
+    for bar, total in starts.items():
+        axes.annotate(
+            format_bytes(total),
+            (total / unit, bar),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            # so that the budget's line does not cross it out
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(starts.values()) / unit * 1.1)
+    axes.set_xlabel(unit_name)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9, frameon=False)
+
+
+def _draw_curve(axes: Any, history: Sequence[Mapping[str, Any]], keys: Mapping[str, str], title: str) -> None:
+    """Draw logged values over the steps, a line per key that occurs."""
+    drawn = 0
+    for key, label in keys.items():
+        points = [(entry["step"], entry[key]) for entry in history if key in entry and "step" in entry]
+        if points:
+            drawn += 1
+            steps, values = zip(*points, strict=True)
+            axes.plot(steps, values, marker="o", markersize=3 if len(points) > 40 else 5, label=label)
+    axes.set_title(title, fontsize=11)
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if not drawn:
+        axes.text(0.5, 0.5, "nothing logged", ha="center", va="center", transform=axes.transAxes)
+    if drawn > 1:
+        axes.legend(fontsize=9, frameon=False)

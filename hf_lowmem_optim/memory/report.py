@@ -1,0 +1,152 @@
+"""The report of a run: what was predicted, what was measured, and how the run went. Written, read and printed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch.optim import Optimizer
+
+from hf_lowmem_optim.memory.measure import StateReport, measure_state, unwrap_optimizer
+from hf_lowmem_optim.memory.plan_table import align
+from hf_lowmem_optim.memory.step_memory import StepMemory
+from hf_lowmem_optim.memory.units import format_bytes
+from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
+
+__all__ = ["REPORT_NAME", "REPORT_SCHEMA", "build_report", "load_report", "report_text"]
+
+REPORT_NAME = "optimizer_state_report.json"
+REPORT_SCHEMA = "hf-lowmem-optim/report/1"
+
+
+def build_report(
+    optimizer: Optimizer,
+    measured: StateReport,
+    predicted: StateReport | None,
+    step_memory: StepMemory | None,
+    log_history: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Put a run's report together.
+
+    Args:
+        optimizer: The optimizer, stepped, wrapped or not.
+        measured: Its state, of all processes together.
+        predicted: What was planned for it, None for optimizers that nothing describes.
+        step_memory: The largest figures observed around the steps.
+        log_history: What the run logged.
+
+    Returns:
+        JSON values; the layout is fixed by ``"schema"``.
+    """
+    inner = unwrap_optimizer(optimizer)
+    settings = {key: inner.defaults[key] for key in inner.state_keys} if isinstance(inner, LowMemoryOptimizer) else {}
+    return {
+        "schema": REPORT_SCHEMA,
+        "optimizer": type(inner).__name__,
+        "settings": settings,
+        "num_parameters": measured.num_parameters,
+        "adamw_fp32_bytes": measured.adamw_fp32_bytes,
+        "predicted": None if predicted is None else _state_dict(predicted),
+        "measured": _state_dict(measured),
+        "this_process_bytes": measure_state(inner, local=True).total_bytes,
+        "groups": [_describe_group(inner, group) for group in inner.param_groups],
+        "step_memory": None if step_memory is None else asdict(step_memory),
+        "log_history": [dict(entry) for entry in log_history],
+    }
+
+
+def load_report(path: Path) -> dict[str, Any]:
+    """Read a report.
+
+    Args:
+        path: The run's output directory, or the file itself.
+
+    Returns:
+        What :func:`build_report` returned.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: The file is no report, or one of another version.
+    """
+    file = path / REPORT_NAME if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{str(file)!r} does not exist; train with callbacks=[OptimizerStateMemoryCallback()], which writes it to "
+            "output_dir at the end of training"
+        )
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(file)!r} is not valid JSON: {error}") from error
+    schema = report.get("schema") if isinstance(report, dict) else None
+    if schema != REPORT_SCHEMA:
+        raise ValueError(f"{str(file)!r} has schema {schema!r}; this version reads {REPORT_SCHEMA!r}")
+    loaded: dict[str, Any] = report
+    return loaded
+
+
+def report_text(report: Mapping[str, Any]) -> str:
+    """Write a report for people to read."""
+    measured, predicted = report["measured"], report["predicted"]
+    rows = [("component", "predicted", "measured")]
+    planned = {} if predicted is None else predicted["component_bytes"]
+    for component in dict.fromkeys([*planned, *measured["component_bytes"]]):
+        rows.append(
+            _row(component, planned.get(component, 0), measured["component_bytes"].get(component, 0), predicted)
+        )
+    rows.append(_row("all", sum(planned.values()), measured["total_bytes"], predicted))
+    lines = [f"Optimizer state of {report['optimizer']}: {report['num_parameters']:,} trained parameters"]
+    if report["settings"]:
+        lines.append("  " + ", ".join(f"{key}={value}" for key, value in report["settings"].items()))
+    lines += [f"  {line}" for line in align(rows)]
+    lines.append(f"  AdamW with float32 moments would take {format_bytes(report['adamw_fp32_bytes'])}")
+    by_dtype = ", ".join(f"{dtype} {format_bytes(count)}" for dtype, count in measured["dtype_bytes"].items())
+    lines.append(f"  by dtype: {by_dtype}")
+    groups = zip(report["groups"], measured["group_bytes"], strict=True)
+    lines += [
+        f"  group {number}: {format_bytes(count)} for {group['num_parameters']:,} parameters ({group['description']})"
+        for number, (group, count) in enumerate(groups)
+    ]
+    if report["this_process_bytes"] != measured["total_bytes"]:
+        lines.append(f"  sharded: {format_bytes(report['this_process_bytes'])} of it in the main process")
+    lines += _step_memory_lines(report["step_memory"])
+    return "\n".join(lines)
+
+
+def _row(name: str, planned: int, found: int, predicted: Any) -> tuple[str, str, str]:
+    """One line of the table; what differs is marked."""
+    if predicted is None:
+        return name, "–", format_bytes(found)
+    return name, format_bytes(planned), format_bytes(found) + ("" if planned == found else f" ({found - planned:+,} B)")
+
+
+def _step_memory_lines(memory: Mapping[str, Any] | None) -> list[str]:
+    """What the device told."""
+    if memory is None:
+        return []
+    if memory["process_rss_bytes"] is not None:
+        return [f"  resident memory of the process after a step: {format_bytes(memory['process_rss_bytes'])}"]
+    if memory["peak_bytes"] is None:
+        return [f"  {memory['device']}: no step went beyond what the process had taken before"]
+    return [f"  {memory['device']}: at most {format_bytes(memory['peak_bytes'])} allocated during step()"]
+
+
+def _state_dict(state: StateReport) -> dict[str, Any]:
+    """A state report as JSON values."""
+    return {
+        "total_bytes": state.total_bytes,
+        "component_bytes": dict(state.component_bytes),
+        "group_bytes": list(state.group_bytes),
+        "dtype_bytes": dict(state.dtype_bytes),
+    }
+
+
+def _describe_group(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group's size and what sets it apart."""
+    words = [f"weight_decay {group['weight_decay']:g}"] if "weight_decay" in group else []
+    if isinstance(optimizer, LowMemoryOptimizer):
+        words.insert(0, "dense" if group[optimizer.dense_key] is None else "compressed")
+    return {"num_parameters": sum(p.numel() for p in group["params"]), "description": ", ".join(words) or "no settings"}

@@ -1,0 +1,96 @@
+"""What the device says about memory while ``optimizer.step()`` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__ = ["StepMemory", "StepMemoryMeter"]
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Observations around one ``step()``, or the largest of several.
+
+    Attributes:
+        device: Where the parameters are: ``"cuda:0"``, ``"cpu"``.
+        peak_bytes: The most that tensors took on the device during a step. None where the device does not tell (the
+            CPU), and as long as no step went beyond what the process had taken before.
+        process_rss_bytes: On the CPU, resident memory of the process after the step; None on other devices.
+    """
+
+    device: str
+    peak_bytes: int | None = None
+    process_rss_bytes: int | None = None
+
+    def largest(self, other: StepMemory | None) -> StepMemory:
+        """Return the larger of each figure."""
+        if other is None:
+            return self
+        return StepMemory(
+            self.device,
+            _largest((self.peak_bytes, other.peak_bytes)),
+            _largest((self.process_rss_bytes, other.process_rss_bytes)),
+        )
+
+
+class StepMemoryMeter:
+    """Observes one step after the other.
+
+    The devices count the peak since the process started, or since somebody reset it. So a step's own peak is known only
+    if it is the highest so far, or if the counter is reset before it.
+
+    Args:
+        reset_peak: Reset the process-wide peak counter before each step. Whoever else reads it then sees the steps'
+            peaks only; so it is off by default.
+    """
+
+    def __init__(self, *, reset_peak: bool = False) -> None:
+        self.reset_peak = reset_peak
+        self._peak_before: int | None = None
+
+    def start(self, optimizer: Optimizer) -> None:
+        """Note what is known before a step."""
+        device = _device(optimizer)
+        counters = _counters(device)
+        self._peak_before = None
+        if counters is None:
+            return
+        if self.reset_peak:
+            counters.reset_peak_memory_stats(device)
+        self._peak_before = counters.max_memory_allocated(device)
+
+    def stop(self, optimizer: Optimizer) -> StepMemory:
+        """Return what is known after it."""
+        device = _device(optimizer)
+        counters, before = _counters(device), self._peak_before
+        if device.type == "cpu":
+            return StepMemory("cpu", process_rss_bytes=psutil.Process().memory_info().rss)
+        if counters is None or before is None:
+            return StepMemory(str(device))
+        peak = int(counters.max_memory_allocated(device))
+        return StepMemory(str(device), peak if peak > before or self.reset_peak else None)
+
+
+def _device(optimizer: Optimizer) -> torch.device:
+    """The device of the first parameter."""
+    parameters: Iterable[Tensor] = (p for group in optimizer.param_groups for p in group["params"])
+    return next((p.device for p in parameters), torch.device("cpu"))
+
+
+def _counters(device: torch.device) -> Any | None:
+    """The module of the device (``torch.cuda``, ...) if it counts peaks."""
+    if device.type in ("cpu", "meta"):
+        return None
+    module = torch.get_device_module(device)
+    return module if hasattr(module, "max_memory_allocated") and hasattr(module, "reset_peak_memory_stats") else None
+
+
+def _largest(values: Iterable[int | None]) -> int | None:
+    return max((value for value in values if value is not None), default=None)

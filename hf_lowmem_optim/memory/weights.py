@@ -1,0 +1,133 @@
+"""Bytes of a model's weights and gradients, for one of the processes that train it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Processes", "WeightReport", "nf4_bytes", "plan_weights"]
+
+SHARDINGS = ("ddp", "fsdp")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Among how many GPUs the training is shared, and how.
+
+    Attributes:
+        gpus: Number of processes, a GPU each.
+        sharding: ``"ddp"``: every process holds everything, and the buckets in which gradients are exchanged beside
+            them. ``"fsdp"``: weights, gradients and state are split along their first dimension (fully sharded).
+
+    Raises:
+        ValueError: ``gpus`` is less than 1 or ``sharding`` unknown.
+    """
+
+    gpus: int = 1
+    sharding: str = "ddp"
+
+    def __post_init__(self) -> None:
+        if self.gpus < 1:
+            raise ValueError(f"gpus={self.gpus} must be 1 or more")
+        if self.sharding not in SHARDINGS:
+            raise ValueError(f"sharding={self.sharding!r} is not one of {', '.join(map(repr, SHARDINGS))}")
+
+    @property
+    def num_shards(self) -> int:
+        """Into how many parts each tensor is split."""
+        return self.gpus if self.sharding == "fsdp" else 1
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """What a process holds besides optimizer state and activations.
+
+    Attributes:
+        weight_bytes: Bytes of weights by kind: ``"trainable"``, ``"frozen"``, ``"frozen 4-bit"``, ``"buffers"``.
+        gradient_bytes: Bytes of gradients by kind: ``"gradients"``, and ``"DDP buckets"`` under DDP.
+        num_parameters: Entries of all parameters of the model, on all processes.
+        num_trainable: Entries of those that are trained.
+        dtypes: Number of entries by dtype, quantized weights under ``"4-bit"``.
+    """
+
+    weight_bytes: Mapping[str, int]
+    gradient_bytes: Mapping[str, int]
+    num_parameters: int
+    num_trainable: int
+    dtypes: Mapping[str, int]
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights and gradients together."""
+        return sum(self.weight_bytes.values()) + sum(self.gradient_bytes.values())
+
+
+def plan_weights(model: nn.Module, processes: Processes, quantized: Set[int] = frozenset()) -> WeightReport:
+    """Count the bytes of a model's weights, buffers and gradients.
+
+    Args:
+        model: The model, on any device, the meta device too.
+        processes: How the training is shared.
+        quantized: Ids of the parameters that will be stored in 4 bits.
+
+    Returns:
+        The report, for the process with the largest parts.
+    """
+    weights: Counter[str] = Counter()
+    dtypes: Counter[str] = Counter()
+    gradient_bytes = entries = trainable = 0
+    for parameter in model.parameters():
+        numel, nbytes, dtype = _stored(parameter)
+        if id(parameter) in quantized:
+            nbytes, dtype = nf4_bytes(numel), "4-bit"
+        entries += numel
+        dtypes[dtype] += numel
+        part = _largest_part(parameter.shape, nbytes, processes.num_shards)
+        if parameter.requires_grad:
+            trainable += numel
+            weights["trainable"] += part
+            gradient_bytes += part
+        else:
+            weights["frozen 4-bit" if dtype == "4-bit" else "frozen"] += part
+    weights["buffers"] = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    gradients = {"gradients": gradient_bytes}
+    if processes.sharding == "ddp" and processes.gpus > 1:
+        gradients["DDP buckets"] = gradient_bytes
+    present = {kind: count for kind, count in weights.items() if count}
+    return WeightReport(present, gradients, entries, trainable, dict(dtypes))
+
+
+def nf4_bytes(numel: int) -> int:
+    """Bytes of a weight in bitsandbytes' 4-bit formats without double quantization.
+
+    Args:
+        numel: Entries of the weight.
+
+    Returns:
+        Half a byte per entry, a float32 maximum per 64 entries, and the table of 16 float32 values.
+    """
+    return -(-numel // 2) + 4 * -(-numel // 64) + 4 * 16
+
+
+def _stored(parameter: Tensor) -> tuple[int, int, str]:
+    """Entries, bytes and dtype of a parameter, also of one that bitsandbytes has quantized already."""
+    quant_state = getattr(parameter, "quant_state", None)
+    nbytes = parameter.numel() * parameter.element_size()
+    if quant_state is None:
+        return parameter.numel(), nbytes, str(parameter.dtype).removeprefix("torch.")
+    nested = getattr(quant_state, "state2", None)
+    statistics = [value for state in (quant_state, nested) if state is not None for value in vars(state).values()]
+    nbytes += sum(value.numel() * value.element_size() for value in statistics if isinstance(value, torch.Tensor))
+    return math.prod(quant_state.shape), nbytes, "4-bit"
+
+
+def _largest_part(shape: torch.Size, nbytes: int, num_shards: int) -> int:
+    """Bytes of the largest of the parts into which the first dimension is split."""
+    if num_shards == 1 or not shape:
+        return nbytes
+    return -(-shape[0] // num_shards) * -(-nbytes // shape[0]) if shape[0] else 0

@@ -1,0 +1,286 @@
+"""From the name of a model to a model on the meta device: its shapes and dtypes, and none of its weights.
+
+A source is a preset, a directory with a ``config.json``, such a file, a transformers configuration or a live model.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import warnings
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.pytorch_utils import Conv1D
+
+from hf_lowmem_optim.optimizers.hyperparameters import nearest
+from hf_lowmem_optim.trainer.adapters import LoraOptions, add_lora
+from hf_lowmem_optim.trainer.presets import PRESETS
+
+__all__ = ["ModelOptions", "OpenedModel", "open_model"]
+
+Source = str | Path | PreTrainedConfig | nn.Module
+
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a model that does not exist yet will be loaded and prepared.
+
+    Attributes:
+        dtype: ``"fp32"``, ``"bf16"`` or ``"fp16"``; None for what the configuration says, else float32.
+        lora: LoRA adapters on a frozen model: ``"r=16,target=all-linear"``, targets joined by ``+``.
+        freeze: Parameters that are not trained: parts of their names (whole words between dots) or regexes of the
+            whole name.
+        quantize: ``"4bit"``: the frozen linear layers in bitsandbytes' 4-bit format; needs ``lora``.
+
+    Raises:
+        ValueError: A value is none of these.
+    """
+
+    dtype: str | None = None
+    lora: str | None = None
+    freeze: Sequence[str] = ()
+    quantize: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}{nearest(self.dtype, DTYPES)}")
+        if isinstance(self.freeze, str):
+            raise TypeError(f"freeze={self.freeze!r} must be a list of names, for example [{self.freeze!r}]")
+        if self.quantize not in (None, "4bit"):
+            raise ValueError(f"quantize={self.quantize!r} is not supported; the choice is '4bit'")
+        if self.quantize and not self.lora:
+            raise ValueError("quantize='4bit' needs lora as well: weights in 4 bits cannot be trained")
+        if self.lora:
+            LoraOptions.parse(self.lora)
+
+    @property
+    def is_default(self) -> bool:
+        """Whether nothing was asked for."""
+        return self == ModelOptions()
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model to plan for.
+
+    Attributes:
+        model: On the meta device, unless it is a live one.
+        source: Its name.
+        description: Dtype and options in words.
+        quantized: Ids of the parameters that will be stored in 4 bits.
+    """
+
+    model: nn.Module
+    source: str
+    description: str
+    quantized: frozenset[int]
+
+
+def open_model(source: Source, options: ModelOptions) -> OpenedModel:
+    """Make the model that a source describes, without its weights.
+
+    Args:
+        source: A preset's name, a model directory, a ``config.json``, a configuration or a live model.
+        options: How it will be loaded and prepared; a live model is taken as it is.
+
+    Returns:
+        The model.
+
+    Raises:
+        FileNotFoundError: A path does not exist and the name is no preset either.
+        ImportError: LoRA was asked for and peft is not installed.
+        TypeError: The source is none of these.
+        ValueError: The configuration cannot be read or built, an option does not match the model, or options were given
+            for a live model.
+    """
+    if isinstance(source, nn.Module):
+        if not options.is_default:
+            raise ValueError(
+                f"{type(source).__name__} is a live model, whose dtypes, adapters and frozen parts are taken as they "
+                "are; prepare it first, or plan for its configuration: plan_memory(model.config, ...)"
+            )
+        return OpenedModel(source, type(source).__name__, "as it is", frozenset())
+    config, name = _read_config(source)
+    dtype = DTYPES[options.dtype] if options.dtype else _own_dtype(config)
+    model: nn.Module = _build(config, dtype, name)
+    words = [str(dtype).removeprefix("torch.")]
+    if options.freeze:
+        count = _freeze(model, options.freeze)
+        words.append(f"frozen: {', '.join(options.freeze)} ({count} tensors)")
+    quantized: frozenset[int] = frozenset()
+    if options.lora:
+        lora = LoraOptions.parse(options.lora)
+        if options.quantize:
+            quantized = frozenset(_quantizable(model))
+        model = add_lora(model, lora)
+        words.append(f"LoRA {lora}")
+    if quantized:
+        words.append(f"{len(quantized)} frozen linear layers in 4 bits")
+    return OpenedModel(model, name, ", ".join(words), quantized)
+
+
+def _read_config(source: Any) -> tuple[PreTrainedConfig, str]:
+    """The configuration that a source names, and what to call it."""
+    if isinstance(source, PreTrainedConfig):
+        return source, type(source).__name__
+    if not isinstance(source, (str, Path)):
+        raise TypeError(
+            f"a model to plan for is a preset, a path, a configuration or a module, not {type(source).__name__}"
+        )
+    if isinstance(source, str) and source in PRESETS:
+        return _config_from_dict(PRESETS[source], source), source
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            adapter = (
+                " It holds an adapter: plan for its base model with lora" * (path / "adapter_config.json").exists()
+            )
+            raise FileNotFoundError(f"{str(source)!r} is a directory without a config.json.{adapter}")
+        path = path / "config.json"
+    elif not path.is_file():
+        raise FileNotFoundError(
+            f"{str(source)!r} is neither a file, nor a directory, nor a preset{nearest(str(source).lower(), PRESETS)} "
+            f"(presets: {', '.join(PRESETS)})"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(path)!r} is not valid JSON: {error}") from error
+    return _config_from_dict(content, str(path)), str(source)
+
+
+def _config_from_dict(content: Any, where: str) -> PreTrainedConfig:
+    """Make a configuration of the class that its ``model_type`` names."""
+    if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
+        raise ValueError(f"{where!r} has no model_type, so it is no configuration of a transformers model")
+    kind = content["model_type"]
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{where!r} has model_type={kind!r}, which transformers {transformers.__version__} does not "
+            f"know{nearest(kind, CONFIG_MAPPING.keys())}. Build the model yourself and plan for it: plan_memory(model)"
+        )
+    if content.get("quantization_config"):
+        raise ValueError(
+            f"{where!r} describes weights that are quantized already; plan for the configuration of the original "
+            "model, with quantize='4bit' and lora"
+        )
+    try:
+        return CONFIG_MAPPING[kind].from_dict(dict(content))
+    except (TypeError, ValueError, AttributeError, KeyError, StrictDataclassError) as error:
+        raise ValueError(f"{where!r} is no valid configuration of {kind!r}: {error}") from error
+
+
+def _own_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """The dtype that the configuration names, which is what ``from_pretrained`` loads; float32 if it names none."""
+    dtype = getattr(config, "dtype", None)
+    found = DTYPES.get(dtype, torch.float32) if isinstance(dtype, str) else dtype
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def _build(config: PreTrainedConfig, dtype: torch.dtype, name: str) -> PreTrainedModel:
+    """Make the model on the meta device, in the class that the configuration names."""
+    model_class = _model_class(config, name)
+    try:
+        with torch.device("meta"), _default_dtype(dtype), _quiet():
+            model: PreTrainedModel = model_class(config)
+    except (TypeError, ValueError, AttributeError, KeyError, ZeroDivisionError, RuntimeError) as error:
+        raise ValueError(f"{name!r} cannot be built as {model_class.__name__}: {error}") from error
+    return model
+
+
+def _model_class(config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:
+    """The class in ``architectures``, else the one for training the bare model type."""
+    for architecture in getattr(config, "architectures", None) or ():
+        found = getattr(transformers, architecture, None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+        raise ValueError(
+            f"{name!r} names the architecture {architecture!r}, which transformers {transformers.__version__} does not "
+            "have. Build the model yourself and plan for it: plan_memory(model)"
+        )
+    from transformers.models.auto import modeling_auto
+
+    for mapping in ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "IMAGE_CLASSIFICATION"):
+        known = getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING")
+        if type(config) in known:
+            found = known[type(config)]
+            chosen: type[PreTrainedModel] = found[0] if isinstance(found, (list, tuple)) else found
+            return chosen
+    raise ValueError(f'{name!r} names no architecture; add for example "architectures": ["BertForMaskedLM"] to it')
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Any:
+    """Create modules in a dtype, as ``from_pretrained(dtype=...)`` does."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def _quiet() -> Any:
+    """Keep transformers' hints about running a model away from a plan, which runs none."""
+    log = logging.getLogger("transformers")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _freeze(model: nn.Module, entries: Sequence[str]) -> int:
+    """Freeze the parameters that the entries name; return how many tensors."""
+    named = dict(model.named_parameters())
+    frozen = set()
+    for entry in entries:
+        try:
+            whole = re.compile(entry)
+        except re.error as error:
+            raise ValueError(f"freeze={entry!r} is not a valid regex: {error}") from error
+        matching = {name for name in named if f".{entry}." in f".{name}." or whole.fullmatch(name)}
+        if not matching:
+            words = {word for name in named for word in name.split(".") if not word.isdigit()}
+            raise ValueError(
+                f"freeze={entry!r} matches no parameter of {type(model).__name__}{nearest(entry, words)} "
+                f"(names are like {next(iter(named))!r})"
+            )
+        frozen |= matching
+    for name in frozen:
+        named[name].requires_grad_(False)
+    if len(frozen) == len(named):
+        raise ValueError(f"freeze={list(entries)} leaves no parameter of {type(model).__name__} to train")
+    return len(frozen)
+
+
+def _quantizable(model: nn.Module) -> list[int]:
+    """Ids of the weights that transformers would load in 4 bits: linear layers except the output head."""
+    head = cast(Any, model).get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    modules = [m for m in model.modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    return [id(m.weight) for m in modules if id(m.weight) not in embeddings]

@@ -1,0 +1,81 @@
+"""Bytes read and written; the search for what fits, against trying every value."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_lowmem_optim import OPTIMIZERS
+from hf_lowmem_optim.memory.budget import MAX_WINDOW, BudgetSearch
+from hf_lowmem_optim.memory.plan import plan_groups
+from hf_lowmem_optim.memory.units import format_bytes, parse_bytes
+from hf_lowmem_optim.state import TensorSpec
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("24GiB", 24 * 2**30), ("80 GB", 80 * 10**9), ("1.5 mib", 3 * 2**19), ("7B", 7), (12, 12)],
+)
+def test_bytes_are_read(text: str | int, count: int) -> None:
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["24", "GiB", "-1GiB", "0GiB", "24 gigs", "", 0, True])
+def test_wrong_bytes(text: str | int) -> None:
+    with pytest.raises(ValueError, match=r"budget=.*24GiB"):
+        parse_bytes(text)
+
+
+@given(st.integers(0, 2**45))
+def test_written_bytes_are_read_back_to_three_digits(count: int) -> None:
+    assert count == 0 or abs(parse_bytes(format_bytes(count)) - count) <= 0.005 * count
+
+
+def test_shards_cover_the_tensor() -> None:
+    spec = TensorSpec((10, 3), torch.float32, "error")
+    assert spec.shard(4).shape == (3, 3)
+    assert spec.shard(1) == spec
+    assert TensorSpec((), torch.float32, "step").shard(8).nbytes == 4
+
+
+def search(name: str) -> BudgetSearch:
+    optimizer_class = OPTIMIZERS[name].optimizer_class
+    compressed = [torch.empty(shape, device="meta") for shape in ((96, 128), (128, 80), (8192,))]
+    dense = [torch.empty(50, 40, device="meta")]
+    defaults = optimizer_class.default_hyperparameters()
+    groups = [
+        {**defaults, "params": compressed},
+        {**defaults, "params": dense, optimizer_class.dense_key: None},
+    ]
+    return BudgetSearch(optimizer_class, groups)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_largest_rank_or_window_is_the_largest(name: str) -> None:
+    finder = search(name)
+    assert finder.added_bytes({}) >= plan_groups(finder.optimizer_class, finder.groups).total_bytes
+    unlimited = finder.largest(2**60)
+    assert unlimited, f"{name} has neither rank nor window"
+    for key, limit in unlimited.items():
+        assert limit == (79 if key == "rank" else MAX_WINDOW)
+        values = range(1, limit + 1, 7)
+        sizes = {value: finder.added_bytes({key: value}) for value in values}
+        for value in (1, 36, values[-1]):
+            found = finder.largest(sizes[value])[key]
+            assert found >= value
+            assert finder.added_bytes({key: found}) <= sizes[value]
+            assert found == limit or finder.added_bytes({key: found + 1}) > sizes[value]
+    assert set(finder.largest(0).values()) == {0}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_smaller_settings_are_sized_as_they_would_be_built(name: str) -> None:
+    finder = search(name)
+    changes = list(finder.smaller())
+    assert changes
+    assert min(size for _, size in changes) < finder.added_bytes({})
+    for change, size in changes:
+        assert finder.added_bytes(change) == size
+        finder.optimizer_class.check_hyperparameters(change)
