@@ -48,7 +48,8 @@ def with_torch_threads(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def call(*arguments: Any) -> None:
-        before, threads = numba.get_num_threads(), torch.get_num_threads()
+        threads = torch.get_num_threads()
+        before = numba.get_num_threads()  # starts numba's threads at the first call, which is what changes torch's
         numba.set_num_threads(min(threads, before))
         try:
             function(*arguments)

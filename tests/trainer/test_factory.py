@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from hf_lowmem_optim import OPTIMIZERS, OptimizerFactory, plan_optimizer
+from hf_lowmem_optim.memory.units import format_bytes
 from tests.trainer.tiny_models import tiny_llama, token_rows
 
 
