@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 
 from hf_lowmem_optim.memory.footprint import NOT_COUNTED, MemoryPlan, OptimizerPlan
@@ -77,13 +78,18 @@ def _optimizer_lines(plan: MemoryPlan) -> Iterator[str]:
     for line, row in zip(aligned[1:], plan.optimizers, strict=True):
         yield line
         if row.settings:
-            yield "    " + ", ".join(f"{key}={value}" for key, value in row.settings.items())
+            yield from _indented(", ".join(f"{key}={value}" for key, value in row.settings.items()))
         if row.state is not None and row.registered:
-            yield f"    {_parts(row.state.component_bytes)}"
+            yield from _indented(_parts(row.state.component_bytes))
         if row.problem is not None:
             yield f"    cannot be used: {row.problem}"
         elif row.registered and row.compressed_bytes_per_parameter is None:
             yield "    compresses nothing at these settings: everything takes the dense rule"
+
+
+def _indented(text: str) -> list[str]:
+    """Lines below an optimizer's own, no wider than a terminal of 120 columns."""
+    return textwrap.wrap(text, 116, initial_indent="    ", subsequent_indent="      ", break_on_hyphens=False)
 
 
 def _cells(plan: MemoryPlan, row: OptimizerPlan) -> list[str]:

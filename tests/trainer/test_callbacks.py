@@ -29,6 +29,9 @@ class Reporter(TrainerCallback):
         self.seen.append(dict(logs))
 
 
+EXACT = "error_feedback=param"
+
+
 def make_trainer(folder: Path, callbacks: list[Any], **settings: Any) -> Trainer:
     arguments: dict[str, Any] = {
         "max_steps": 4,
@@ -162,7 +165,7 @@ def test_the_report_has_what_was_predicted_and_measured(
 
 
 def test_the_layout_of_the_report(tmp_path: Path) -> None:
-    make_trainer(tmp_path, [OptimizerStateMemoryCallback()], optim="ldadam").train()
+    make_trainer(tmp_path, [OptimizerStateMemoryCallback()], optim="ldadam", optim_args=EXACT).train()
     golden = json.loads((Path(__file__).parent.parent / "memory" / "report_layout.json").read_text())
     assert layout(load_report(tmp_path)) == golden
 
@@ -173,9 +176,9 @@ def test_a_state_that_is_not_as_predicted_is_warned_of(tmp_path: Path, caplog: p
             parameter = optimizer.param_groups[0]["params"][0]
             optimizer.state[parameter]["error"] = optimizer.state[parameter]["error"].double()
 
-    make_trainer(tmp_path, [OptimizerStateMemoryCallback()], optim="ldadam", optim_args="rank=4").train()
+    make_trainer(tmp_path, [OptimizerStateMemoryCallback()], optim="ldadam", optim_args=f"rank=4,{EXACT}").train()
     assert "not the predicted" not in caplog.text
-    trainer = make_trainer(tmp_path, [], optim="ldadam", optim_args="rank=4", max_steps=1)
+    trainer = make_trainer(tmp_path, [], optim="ldadam", optim_args=f"rank=4,{EXACT}", max_steps=1)
     callback = OptimizerStateMemoryCallback()
     trainer.train()
     Meddler().on_optimizer_step(None, None, None, optimizer=trainer.optimizer)
@@ -187,7 +190,7 @@ def test_a_state_that_is_not_as_predicted_is_warned_of(tmp_path: Path, caplog: p
 
 
 def test_a_parameter_without_gradient_is_the_reason_given(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    trainer = make_trainer(tmp_path, [OptimizerStateMemoryCallback()], optim="ldadam", optim_args="rank=4")
+    trainer = make_trainer(tmp_path, [OptimizerStateMemoryCallback()], optim="ldadam", optim_args=f"rank=4,{EXACT}")
     trainer.model.unused = torch.nn.Linear(8, 8)
     trainer.train()
     assert "2 of 23 parameters have had no gradient yet" in caplog.text

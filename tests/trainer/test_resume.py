@@ -127,7 +127,7 @@ def trainer(folder: Path, optim: str, optim_args: str | None = None, **settings:
     ("first", "second", "message"),
     [
         (("ldadam", "rank=8"), ("ldadam", "rank=4"), "rank=8.*rank=4"),
-        (("ldadam", None), ("ldadam", "error_feedback=none"), "error_feedback='param'.*error_feedback='none'"),
+        (("ldadam", None), ("ldadam", "error_feedback=none"), "error_feedback='4bit'.*error_feedback='none'"),
         (("adamw_torch", None), ("ldadam", None), "another optimizer"),
     ],
     ids=["another rank", "another error feedback", "another optimizer"],
