@@ -24,8 +24,8 @@ from hf_lowmem_optim.trainer.strings import register_optimizer_strings
 
 __all__ = ["DEMO_LEARNING_RATES", "DemoResult", "demo_model", "documentation", "run_demo"]
 
-#: The better of three learning rates for each, by ``hf-lowmem-optim demo --learning-rate ...`` (README).
-DEMO_LEARNING_RATES = {"adamw_torch": 1e-3, "ldadam": 3e-3}
+#: The best learning rate of those tried for each, by ``hf-lowmem-optim demo --learning-rate ...`` (README).
+DEMO_LEARNING_RATES = {"adamw_torch": 5e-4, "ldadam": 4e-3}
 _SEQUENCE_LENGTH = 128
 _HELD_OUT_SHARE = 0.1
 _FINAL_STEPS = 50

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,14 +18,6 @@ DESCRIBED = [name for name, entry in OPTIMIZERS.items() if entry.optimizer_class
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "ldadam": [{}, {"rank": 64}, {"error_feedback": "4bit"}, {"error_feedback": "none"}, {"state_dtype": "param"}]
 }
-
-
-@pytest.fixture(autouse=True)
-def torch_keeps_its_threads() -> Iterator[None]:
-    """Numba's parallel kernels set the number of torch's threads, too, which makes the tests after this one slow."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
