@@ -70,7 +70,7 @@ class Contender:
             torch.cuda.synchronize()
 
 
-def contenders(model: str, ranks: list[int], dtype: torch.dtype, device: str) -> list[Contender]:
+def contenders(model: str, ranks: list[int], error_feedback: str, dtype: torch.dtype, device: str) -> list[Contender]:
     """AdamW foreach first, then fused, then ours."""
 
     def new_model() -> nn.Module:
@@ -85,7 +85,7 @@ def contenders(model: str, ranks: list[int], dtype: torch.dtype, device: str) ->
     return [
         Contender("torch AdamW foreach", new_model(), lambda m: adamw(m.parameters(), lr=1e-4, foreach=True)),
         Contender("torch AdamW fused", new_model(), lambda m: adamw(m.parameters(), lr=1e-4, fused=True)),
-        *(ours("ldadam", rank=rank) for rank in ranks),
+        *(ours("ldadam", rank=rank, error_feedback=error_feedback) for rank in ranks),
         ours("microadam"),
     ]
 
@@ -120,6 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--rank", nargs="+", type=int, default=[16, 128])
+    parser.add_argument("--error-feedback", default="4bit", help="of ldadam")
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cpu")
@@ -137,7 +138,7 @@ def main() -> None:
     )
     rows: list[Row] = []
     for model in args.model:
-        entries = contenders(model, args.rank, getattr(torch, args.dtype), args.device)
+        entries = contenders(model, args.rank, args.error_feedback, getattr(torch, args.dtype), args.device)
         rows += measure(model, entries, args.rounds, args.dtype)
     print("| model | optimizer | dtype | median ms | 10–90% ms | × foreach | first step ms | B/param |")
     print("|---|---|---|---|---|---|---|---|")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["float_views", "load_floats", "narrow", "num_pieces", "store_floats", "widen", "with_torch_threads"]
+__all__ = ["float_views", "load_floats", "narrow", "num_pieces", "store_floats", "widen", "with_threads"]
 
 _EMPTY32, _EMPTY16 = np.empty(0, np.float32), np.empty(0, np.uint16)
 _KIND = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -33,24 +33,25 @@ def float_views(tensor: Tensor | None) -> tuple[Any, Any, int]:
     return _EMPTY32, tensor.view(torch.uint16).numpy(), _KIND[tensor.dtype]
 
 
-def num_pieces(num_blocks: int) -> int:
-    """Pieces to cut a loop over blocks into: one per thread that torch may use."""
-    return max(1, min(num_blocks, torch.get_num_threads()))
+def num_pieces(num_blocks: int, least_blocks: int = 1) -> int:
+    """Pieces to cut a loop over blocks into: one per thread that torch may use, each of ``least_blocks`` at least."""
+    return max(1, min(num_blocks // least_blocks, torch.get_num_threads()))
 
 
-def with_torch_threads(function: Callable[..., None]) -> Callable[..., None]:
-    """Run a parallel compiled function on as many threads as torch may use.
+def with_threads(function: Callable[..., None]) -> Callable[..., None]:
+    """Run a parallel compiled function, whose last argument is the number of pieces or has a row for each.
 
-    Numba would start one per core all the same, and a thread that has to wait for a core which others keep busy makes
-    the whole call wait. The caller's own setting of numba is a limit too, and comes back afterwards; so does torch's,
-    which numba's OpenMP layer overwrites when both share one OpenMP library.
+    Numba would wake a thread per core all the same. Where others keep the cores busy the call then waits for them, and
+    afterwards its threads wait actively for more work, against torch's own. The caller's setting of numba is a limit
+    too, and comes back afterwards; so does torch's, which numba overwrites when both share one OpenMP library.
     """
 
     @functools.wraps(function)
     def call(*arguments: Any) -> None:
+        pieces = arguments[-1] if isinstance(arguments[-1], int) else len(arguments[-1])
         threads = torch.get_num_threads()
         before = numba.get_num_threads()  # starts numba's threads at the first call, which is what changes torch's
-        numba.set_num_threads(min(threads, before))
+        numba.set_num_threads(min(pieces, before))
         try:
             function(*arguments)
         finally:

@@ -22,12 +22,14 @@ from hf_lowmem_optim.kernels.cpu_floats import (
     num_pieces,
     store_floats,
     widen,
-    with_torch_threads,
+    with_threads,
 )
 
 __all__ = ["dequantize_cpu_", "quantize_cpu_"]
 
 _INT32_MAX, _INT32_MIN = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+# a second thread costs more than it gains below that (benchmarks/step_time.py)
+_LEAST_ENTRIES = 1 << 19
 
 
 # An index that could be negative for all that the compiler knows is tested for it, which forbids vectorizing: unsigned.
@@ -182,7 +184,7 @@ def store_stat(value, stat32, stat16, block):
         stat32[block] = value
 
 
-@with_torch_threads
+@with_threads
 @numba.njit(cache=True, parallel=True, nogil=True, error_model="numpy")
 def _quantize_blocks(x32, x16, kind, codes, lo32, lo16, hi32, hi16, count, block_size, bits, random, pieces):
     blocks = (count + block_size - 1) // block_size
@@ -198,7 +200,7 @@ def _quantize_blocks(x32, x16, kind, codes, lo32, lo16, hi32, hi16, count, block
             store_stat(hi, hi32, hi16, block)
 
 
-@with_torch_threads
+@with_threads
 @numba.njit(cache=True, parallel=True, nogil=True, error_model="numpy")
 def _dequantize_blocks(out32, out16, kind, codes, lo32, lo16, hi32, hi16, count, block_size, bits, scale, add, pieces):
     blocks = (count + block_size - 1) // block_size
@@ -233,7 +235,7 @@ def quantize_cpu_(out: Quantized, source: Tensor, *, seed: int | None) -> None:
     lo32, lo16, _ = float_views(out.lo)
     hi32, hi16, _ = float_views(out.hi)
     stats = (lo32, lo16, hi32, hi16)
-    pieces = num_pieces(len(out.lo))
+    pieces = num_pieces(len(out.lo), _LEAST_ENTRIES // fmt.block_size + 1)
     codes = out.codes.numpy()
     _quantize_blocks(
         *float_views(source), codes, *stats, out.numel, fmt.block_size, fmt.bits, random_argument(seed), pieces
@@ -246,6 +248,6 @@ def dequantize_cpu_(out: Tensor, quantized: Quantized, *, scale: float, add: boo
     lo32, lo16, _ = float_views(quantized.lo)
     hi32, hi16, _ = float_views(quantized.hi)
     stats = (lo32, lo16, hi32, hi16)
-    pieces = num_pieces(len(quantized.lo))
+    pieces = num_pieces(len(quantized.lo), _LEAST_ENTRIES // fmt.block_size + 1)
     codes, factor = quantized.codes.numpy(), np.float32(scale)
     _dequantize_blocks(*float_views(out), codes, *stats, quantized.numel, fmt.block_size, fmt.bits, factor, add, pieces)

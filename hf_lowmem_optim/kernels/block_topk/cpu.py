@@ -29,7 +29,7 @@ from hf_lowmem_optim.kernels.cpu_floats import (
     num_pieces,
     store_floats,
     widen,
-    with_torch_threads,
+    with_threads,
 )
 
 __all__ = ["block_topk_cpu_"]
@@ -117,7 +117,7 @@ def _take(a, chosen, k, first, indices, values32, values16):
         a[i] = x - wide if np.isfinite(wide) else np.float32(0.0)
 
 
-@with_torch_threads
+@with_threads
 @numba.njit(cache=True, parallel=True, nogil=True, error_model="numpy")
 def _topk_blocks(
     grad32,

@@ -15,7 +15,7 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from hf_lowmem_optim.kernels.cpu_floats import narrow, num_pieces, widen, with_torch_threads
+from hf_lowmem_optim.kernels.cpu_floats import narrow, num_pieces, widen, with_threads
 from hf_lowmem_optim.kernels.sparse_window.layout import SparseWindow
 
 __all__ = [
@@ -42,7 +42,7 @@ def _write(number, kind):
     return np.float32(number).view(np.uint32) if kind == 0 else np.uint32(narrow(number, kind))
 
 
-@with_torch_threads
+@with_threads
 @njit(cache=True, parallel=True, nogil=True, error_model="numpy")
 def _update_blocks(param, kind, indices, values, value_kind, weights, block_size, kept_per_block, scalars, pieces):
     window, kept = indices.shape
@@ -89,7 +89,7 @@ def _update_blocks(param, kind, indices, values, value_kind, weights, block_size
                 param[start + touched[j]] = _write(old[j] * decay - update[j], kind)
 
 
-@with_torch_threads
+@with_threads
 @njit(cache=True, parallel=True, nogil=True, error_model="numpy")
 def _dots(dense, indices, values, value_kind, block_size, kept_per_block, partial):
     window, kept = indices.shape
@@ -108,7 +108,7 @@ def _dots(dense, indices, values, value_kind, block_size, kept_per_block, partia
                 partial[piece, row] += total
 
 
-@with_torch_threads
+@with_threads
 @njit(cache=True, parallel=True, nogil=True, error_model="numpy")
 def _combine(out, indices, values, value_kind, weights, block_size, kept_per_block, pieces):
     window, kept = indices.shape
@@ -125,7 +125,7 @@ def _combine(out, indices, values, value_kind, weights, block_size, kept_per_blo
                     out[start + indices[row, column]] += weight * _read(values[row, column], value_kind)
 
 
-@with_torch_threads
+@with_threads
 @njit(cache=True, parallel=True, nogil=True, error_model="numpy")
 def _gram_row(numel, indices, values, value_kind, newest, block_size, kept_per_block, partial):
     window, kept = indices.shape
@@ -148,7 +148,7 @@ def _gram_row(numel, indices, values, value_kind, newest, block_size, kept_per_b
                 scratch[indices[newest, column]] = np.float32(0.0)
 
 
-@with_torch_threads
+@with_threads
 @njit(cache=True, parallel=True, nogil=True, error_model="numpy")
 def _descend(param, kind, indices, values, value_kind, weights, block_size, kept_per_block, scalars, pieces):
     window, kept = indices.shape
