@@ -25,7 +25,7 @@ import transformers
 from shapes import MODELS
 from torch import nn
 
-from hf_lowmem_optim import OptimizerFactory
+from hf_lowmem_optim import OPTIMIZERS, OptimizerFactory
 from hf_lowmem_optim.kernels.backend import choose_backend
 from hf_lowmem_optim.memory.measure import measure_state
 
@@ -79,14 +79,14 @@ def contenders(model: str, ranks: list[int], error_feedback: str, dtype: torch.d
 
     def ours(name: str, **hyper: object) -> Contender:
         factory = OptimizerFactory(name, lr=1e-4, **hyper)
-        return Contender(f"{name} " + " ".join(f"{k}={v}" for k, v in hyper.items()), new_model(), factory)
+        return Contender(" ".join([name, *(f"{k}={v}" for k, v in hyper.items())]), new_model(), factory)
 
     adamw = torch.optim.AdamW
     return [
         Contender("torch AdamW foreach", new_model(), lambda m: adamw(m.parameters(), lr=1e-4, foreach=True)),
         Contender("torch AdamW fused", new_model(), lambda m: adamw(m.parameters(), lr=1e-4, fused=True)),
         *(ours("ldadam", rank=rank, error_feedback=error_feedback) for rank in ranks),
-        ours("microadam"),
+        *(ours(name) for name in OPTIMIZERS if name != "ldadam"),
     ]
 
 
