@@ -1,4 +1,4 @@
-"""The command line: ``hf-lowmem-optim list | plan | report | demo`` (also ``python -m hf_lowmem_optim``)."""
+"""The command line: ``hf-lowmem-optim list | plan | run | report | demo`` (also ``python -m hf_lowmem_optim``)."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 2 for a wrong argument.
     """
+    given = sys.argv[1:] if argv is None else list(argv)
+    if given[:1] == ["run"]:
+        from hf_lowmem_optim.trainer.launcher import run_script
+
+        return run_script(given[1:])
     parser = argparse.ArgumentParser(prog="hf-lowmem-optim", description="Optimizers whose state fits.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -36,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.add_argument("--plot", metavar="OUT.png", help="draw memory by component and the run's curves")
     report.set_defaults(run=_report)
 
+    # Everything after it is the script's own, so it never gets to this parser.
+    commands.add_parser("run", help="a training script of yours, unmodified, with our optim strings", add_help=False)
+
     demo = commands.add_parser("demo", help="train a small language model on real text, ours beside AdamW")
     demo.add_argument("--optim", nargs="+", default=["adamw_torch", "ldadam"], metavar="NAME")
     demo.add_argument(
@@ -46,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
 
-    args = parser.parse_args(argv)
+    args = parser.parse_args(given)
     try:
         args.run(args)
     except (TypeError, ValueError, OSError, ImportError) as error:

@@ -53,7 +53,29 @@ class StepTemporaries:
         shared: Bytes by name of the buffers that all tensors of a step take turns in (``compression/workspace.py``):
             over all tensors each counts with its largest size.
         own: Bytes that are freed before the next tensor's turn: over all tensors the largest counts.
+        late: As ``shared``, for a method that goes over all tensors a second time: taken in that second pass.
+        late_own: As ``own``, in the second pass.
     """
 
     shared: Mapping[str, int] = field(default_factory=dict)
     own: int = 0
+    late: Mapping[str, int] = field(default_factory=dict)
+    late_own: int = 0
+
+    def largest(self, other: StepTemporaries) -> StepTemporaries:
+        """Return what both tensors need, the one after the other, in each pass."""
+        return StepTemporaries(
+            _largest_of_each(self.shared, other.shared),
+            max(self.own, other.own),
+            _largest_of_each(self.late, other.late),
+            max(self.late_own, other.late_own),
+        )
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes at the worst moment; the shared buffers of the first pass are still there in the second."""
+        return sum(self.shared.values()) + max(self.own, sum(self.late.values()) + self.late_own)
+
+
+def _largest_of_each(left: Mapping[str, int], right: Mapping[str, int]) -> dict[str, int]:
+    return {name: max(left.get(name, 0), right.get(name, 0)) for name in {**left, **right}}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_lowmem_optim.kernels.sparse_window import SparseWindow, window_combine_, window_gram_row
 
-__all__ = ["DenseRows", "LowRankRows", "SparseRows", "Window"]
+__all__ = ["DenseRows", "LowRankRows", "SparseRows", "Window", "widened_entries"]
 
 #: Entries that are widened to float64 at a time.
 _CHUNK_ENTRIES = 1 << 22
@@ -116,4 +116,21 @@ class SparseRows:
 
 def _parts(rows: Tensor) -> Iterator[Tensor]:
     """Cut [m, …] into pieces of a bounded number of entries."""
-    return iter(torch.split(rows, max(1, _CHUNK_ENTRIES // max(1, rows[0].numel()))))
+    return iter(torch.split(rows, _rows_at_a_time(rows[0].numel())))
+
+
+def widened_entries(window: int, row_entries: int) -> int:
+    """Return how many entries of a window of dense or low-rank rows are in float64 at a time.
+
+    Args:
+        window: Rows of the window.
+        row_entries: Entries of a row, or of one factor of a row.
+
+    Returns:
+        The entries of some whole rows.
+    """
+    return min(window, _rows_at_a_time(row_entries)) * row_entries
+
+
+def _rows_at_a_time(row_entries: int) -> int:
+    return max(1, _CHUNK_ENTRIES // max(1, row_entries))

@@ -10,6 +10,7 @@ import torch
 from hf_lowmem_optim.memory.measure import StateReport, StateTally, unwrap_optimizer
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
 from hf_lowmem_optim.registry import get_entry
+from hf_lowmem_optim.state import StepTemporaries
 
 __all__ = ["compressed_bytes_per_parameter", "plan_groups", "plan_optimizer", "plan_state", "plan_temporaries"]
 
@@ -100,17 +101,14 @@ def plan_temporaries(optimizer_class: type[LowMemoryOptimizer], groups: Groups) 
     """
     peaks = []
     for first in (True, False):
-        shared: dict[str, int] = {}
-        own = 0
+        together = StepTemporaries()
         for group in groups:
             for param in group["params"]:
                 described = optimizer_class.step_temporaries(param, group, first=first)
                 if described is None:
                     return None
-                own = max(own, described.own)
-                for name, nbytes in described.shared.items():
-                    shared[name] = max(shared.get(name, 0), nbytes)
-        peaks.append(sum(shared.values()) + own)
+                together = together.largest(described)
+        peaks.append(together.peak_bytes)
     return max(peaks)
 
 

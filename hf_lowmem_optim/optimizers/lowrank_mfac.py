@@ -30,15 +30,20 @@ from torch.optim.optimizer import ParamsT
 
 from hf_lowmem_optim.compression.error_feedback import accumulate, error_state, retain_
 from hf_lowmem_optim.compression.lowrank import orthonormalize, seeded_sketch
-from hf_lowmem_optim.compression.window import DenseRows, LowRankRows
+from hf_lowmem_optim.compression.window import DenseRows, LowRankRows, widened_entries
 from hf_lowmem_optim.compression.workspace import Workspace
 from hf_lowmem_optim.optimizers.adamw import adamw_state
 from hf_lowmem_optim.optimizers.hyperparameters import check_positive_int
-from hf_lowmem_optim.optimizers.preconditioned import PreconditionedOptimizer, preconditioner_state
+from hf_lowmem_optim.optimizers.preconditioned import (
+    PreconditionedOptimizer,
+    descent_temporaries,
+    preconditioner_state,
+    system_bytes,
+)
 from hf_lowmem_optim.preconditioners.mfac import mfac_weights
-from hf_lowmem_optim.state import TensorSpec
+from hf_lowmem_optim.state import StepTemporaries, TensorSpec
 
-__all__ = ["LowRankMFAC", "lowrank_mfac_compress_", "lowrank_mfac_state"]
+__all__ = ["LowRankMFAC", "lowrank_mfac_compress_", "lowrank_mfac_state", "lowrank_mfac_temporaries"]
 
 
 def _matrix(shape: Sequence[int]) -> tuple[int, int]:
@@ -90,6 +95,42 @@ def lowrank_mfac_state(
         **error_state((p, q), dtype, error_feedback),
         **rest,
     }
+
+
+def lowrank_mfac_temporaries(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    first: bool,
+    rank: int,
+    window: int,
+    error_feedback: str,
+    **_other: Any,
+) -> StepTemporaries:
+    """What a step allocates for one tensor.
+
+    Args:
+        shape: Shape of the parameter.
+        dtype: Dtype of the parameter.
+        first: Whether it is the first update, which draws the factor to start from.
+        rank: As in :class:`LowRankMFAC`.
+        window: As in :class:`LowRankMFAC`.
+        error_feedback: As in :class:`LowRankMFAC`.
+        **_other: Hyper-parameters that do not matter here.
+
+    Returns:
+        First pass: acc, unless the error's own buffer becomes it, and the largest of the factors of line 2, the part of
+        the window that is widened to float64 in line 4, and the system of line 5. Second pass: u, a float32 copy of a
+        narrower parameter, and the weighted factors.
+    """
+    late, system, numel = descent_temporaries(shape, dtype), system_bytes(window), math.prod(shape)
+    if not _has_factors(shape, rank):
+        return StepTemporaries(own=max(8 * (widened_entries(window, numel) + numel), system), late=late)
+    p, q = _matrix(shape)
+    shared = {} if error_feedback == "fp32" else {"accumulated": 4 * numel}
+    factors = 4 * rank * (3 * p + q + (q if first else 0))
+    widened = 8 * max(widened_entries(window, rank * size) + rank * size for size in (p, q))
+    return StepTemporaries(shared, max(factors, widened, system), late, 4 * window * rank * p)
 
 
 def lowrank_mfac_compress_(
@@ -170,6 +211,7 @@ class LowRankMFAC(PreconditionedOptimizer):
     dense_key: ClassVar[str] = "rank"
     state_keys: ClassVar[tuple[str, ...]] = ("rank", "window", "error_feedback", "scope")
     state_function = staticmethod(lowrank_mfac_state)
+    temporaries_function = staticmethod(lowrank_mfac_temporaries)
     compress_function = staticmethod(lowrank_mfac_compress_)
     window_function = staticmethod(_rows)
     weights_function = staticmethod(mfac_weights)

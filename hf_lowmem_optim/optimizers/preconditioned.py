@@ -25,6 +25,7 @@ zero in that row and is not moved. With ``scope="tensor"`` they are in the tenso
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
@@ -43,11 +44,20 @@ from hf_lowmem_optim.optimizers.hyperparameters import (
     check_unit_interval,
 )
 from hf_lowmem_optim.optimizers.resume import SHARED, shared_device
-from hf_lowmem_optim.state import TensorSpec
+from hf_lowmem_optim.state import StepTemporaries, TensorSpec
 
-__all__ = ["SCOPES", "PreconditionedOptimizer", "gram_spec", "preconditioner_state"]
+__all__ = [
+    "SCOPES",
+    "PreconditionedOptimizer",
+    "descent_temporaries",
+    "gram_spec",
+    "preconditioner_state",
+    "system_bytes",
+]
 
 SCOPES = ("model", "tensor")
+#: Matrices of the size of GGᵀ that solving a system takes: scaled copy, factor, their temporaries.
+_SYSTEM_MATRICES = 4
 _ERROR_FEEDBACK = ("fp32", "bf16", "8bit", "4bit")
 
 
@@ -74,6 +84,25 @@ def preconditioner_state(shape: Sequence[int], *, window: int, momentum: float, 
     if scope == "tensor":
         specs["gram"] = gram_spec(window)
     return specs
+
+
+def descent_temporaries(shape: Sequence[int], dtype: torch.dtype) -> dict[str, int]:
+    """Describe the buffers of lines 5 to 7, in bytes: u, and a float32 copy of a narrower parameter.
+
+    Args:
+        shape: Shape of the parameter.
+        dtype: Dtype of the parameter.
+
+    Returns:
+        Bytes by the buffer's name.
+    """
+    dense = 4 * math.prod(shape)
+    return {"direction": dense} if dtype == torch.float32 else {"direction": dense, "parameter": dense}
+
+
+def system_bytes(window: int) -> int:
+    """Bytes that solving the system of a window takes."""
+    return _SYSTEM_MATRICES * gram_spec(window).nbytes
 
 
 class PreconditionedOptimizer(LowMemoryOptimizer):
@@ -113,6 +142,14 @@ class PreconditionedOptimizer(LowMemoryOptimizer):
         if not cls.compresses(param.shape, group):
             return adamw_state(param.shape, param.dtype)
         return cls.state_function(param.shape, param.dtype, **{k: group[k] for k in (*cls.state_keys, "momentum")})
+
+    @classmethod
+    def step_temporaries(cls, param: Tensor, group: Mapping[str, Any], *, first: bool) -> StepTemporaries | None:
+        """Describe what ``step()`` allocates besides state; with ``momentum`` it is not what it is without."""
+        if not cls.compresses(param.shape, group) or cls.temporaries_function is None:
+            return super().step_temporaries(param, group, first=first)
+        hyper = {key: group[key] for key in (*cls.state_keys, "momentum")}
+        return cls.temporaries_function(param.shape, param.dtype, first=first, **hyper)
 
     @classmethod
     def shared_specs(cls, groups: Sequence[Mapping[str, Any]]) -> dict[str, TensorSpec]:

@@ -34,11 +34,16 @@ from hf_lowmem_optim.kernels.block_topk import block_topk_
 from hf_lowmem_optim.kernels.sparse_window import SparseWindow
 from hf_lowmem_optim.optimizers.adamw import adamw_state
 from hf_lowmem_optim.optimizers.hyperparameters import check_choice, check_fraction, check_positive_int
-from hf_lowmem_optim.optimizers.preconditioned import PreconditionedOptimizer, preconditioner_state
+from hf_lowmem_optim.optimizers.preconditioned import (
+    PreconditionedOptimizer,
+    descent_temporaries,
+    preconditioner_state,
+    system_bytes,
+)
 from hf_lowmem_optim.preconditioners.mfac import mfac_weights
-from hf_lowmem_optim.state import TensorSpec
+from hf_lowmem_optim.state import StepTemporaries, TensorSpec
 
-__all__ = ["SparseMFAC", "sparse_compress_", "sparse_mfac_state"]
+__all__ = ["SparseMFAC", "sparse_compress_", "sparse_mfac_state", "sparse_mfac_temporaries"]
 
 _VALUE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -82,6 +87,31 @@ def sparse_mfac_state(
         **error_state((numel,), dtype, error_feedback),
         **preconditioner_state(shape, window=window, momentum=momentum, scope=scope),
     }
+
+
+def sparse_mfac_temporaries(
+    shape: Sequence[int], dtype: torch.dtype, *, window: int, momentum: float, **_other: Any
+) -> StepTemporaries:
+    """What a step allocates for one tensor on a GPU, where the kernels for lines 4 to 7 go through a dense vector.
+
+    numba on the CPU needs no dense vector for line 4, nor for the rest without momentum: there it is an upper bound.
+
+    Args:
+        shape: Shape of the parameter.
+        dtype: Dtype of the parameter.
+        window: As in :class:`SparseMFAC`.
+        momentum: As in :class:`SparseMFAC`.
+        **_other: Hyper-parameters that do not matter here.
+
+    Returns:
+        First pass: the vector of line 4, or the system of line 5 if that is larger. Second pass: u and a float32 copy
+        of a narrower parameter, shared with momentum, the tensor's own without.
+    """
+    descent = descent_temporaries(shape, dtype)
+    own = max(4 * math.prod(shape), system_bytes(window))
+    if momentum > 0:
+        return StepTemporaries(own=own, late=descent)
+    return StepTemporaries(own=own, late_own=sum(descent.values()))
 
 
 def sparse_compress_(
@@ -169,6 +199,7 @@ class SparseMFAC(PreconditionedOptimizer):
         "scope",
     )
     state_function = staticmethod(sparse_mfac_state)
+    temporaries_function = staticmethod(sparse_mfac_temporaries)
     compress_function = staticmethod(sparse_compress_)
     window_function = staticmethod(_rows)
     weights_function = staticmethod(mfac_weights)

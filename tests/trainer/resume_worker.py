@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_lowmem_optim import OPTIMIZERS
+from hf_lowmem_optim import OPTIMIZERS, measure_state, plan_optimizer
 from tests.trainer.tiny_models import tiny_llama, token_rows
 
 STEPS, STOP = 20, 10
@@ -45,6 +45,8 @@ CASES = {
     "optim_args": Case(optim_args=ARGUMENTS),
     # The gradients of fresh adapters are small; they too shall be clipped.
     "lora": Case(adapters=True, settings={"max_grad_norm": 0.01}, optim_args=ADAPTER_ARGUMENTS),
+    "lora bf16": Case(torch.bfloat16, True, {"max_grad_norm": 0.01}, ADAPTER_ARGUMENTS),
+    "lora autocast": Case(adapters=True, settings={"max_grad_norm": 0.01, "bf16": True}, optim_args=ADAPTER_ARGUMENTS),
 }
 
 
@@ -99,6 +101,8 @@ def train(name: str, case: Case, folder: Path, *, stop: bool = False, resume: bo
             "losses": [entry["loss"] for entry in history if "loss" in entry],
             "grad_norms": [float(entry["grad_norm"]) for entry in history if "grad_norm" in entry],
             "clipped_at": args.max_grad_norm,
+            "planned": plan_optimizer(trainer.optimizer).component_bytes,
+            "measured": measure_state(trainer.optimizer).component_bytes,
             "launched": "ACCELERATE_MIXED_PRECISION" in os.environ,
         },
         folder / ("stopped.pt" if stop else "resumed.pt" if resume else "straight.pt"),

@@ -405,10 +405,13 @@ def window_descend_triton_(
     """See :func:`hf_lowmem_optim.kernels.sparse_window.window_descend_`: the direction is a dense vector on the way."""
     direction = torch.zeros(window.numel, dtype=torch.float32, device=param.device)
     window_combine_triton_(direction, window, weights)
-    decayed = param.float()
+    # each operation is rounded to float32, as in the reference; a float32 parameter is its own wide copy
+    wide = param.float()
     if weight_decay != 0:
-        decayed = decayed * (1 - lr * weight_decay)
-    param.copy_(decayed - direction.mul_(lr))
+        wide.mul_(1 - lr * weight_decay)
+    wide.sub_(direction.mul_(lr))
+    if wide is not param:
+        param.copy_(wide)
 
 
 def _on_device(tensor: Tensor) -> torch.cuda.device:

@@ -1,0 +1,94 @@
+"""What a run may meet besides gradients: skipped steps, two hundred of them, and its end. For every optimizer."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_lowmem_optim import OptimizerFactory
+from tests.optimizers.cases import CASES, Case, assert_same_state, gradients, make_params, run
+
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.name)
+
+
+@every_case
+def test_a_step_that_the_gradient_scaler_skips_leaves_no_trace(case: Case) -> None:
+    """fp16 training: the overflowing batch is as if it had not been there; scales are powers of two, so exact."""
+    steps = list(gradients(6))
+    ends = []
+    for overflow in (False, True):
+        params = make_params()
+        optimizer = case.build(list(params.values()))
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=10**6)
+        for number, grads in enumerate(steps):
+            if overflow and number == 3:
+                scaled_step(optimizer, scaler, params, {k: torch.full_like(g, torch.inf) for k, g in grads.items()})
+            scaled_step(optimizer, scaler, params, grads)
+        assert scaler.get_scale() == (2.0**9 if overflow else 2.0**10)
+        ends.append((params, optimizer))
+    (params, optimizer), (others, other) = ends
+    assert_same_state(optimizer, other)
+    for key, param in params.items():
+        assert torch.equal(param, others[key])
+        assert not torch.equal(param, make_params()[key])
+
+
+def scaled_step(
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    params: dict[str, nn.Parameter],
+    grads: dict[str, Tensor],
+) -> None:
+    """One step as with fp16=True: the loss, and so every gradient, is multiplied by the scale."""
+    scale = scaler.scale(torch.ones(()))
+    for key, param in params.items():
+        param.grad = grads[key] * scale
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def live_tensors() -> Counter[tuple[int, ...]]:
+    gc.collect()
+    return Counter(tuple(each.shape) for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter))
+
+
+@every_case
+def test_nothing_grows_over_two_hundred_steps(case: Case) -> None:
+    params = make_params()
+    optimizer = case.build(list(params.values()))
+    steps = list(gradients(20))
+    run(optimizer, params, iter(steps))
+    before = live_tensors()
+    for _ in range(9):
+        run(optimizer, params, iter(steps))
+    assert live_tensors() == before
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Only reference counts free anything."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@every_case
+def test_no_reference_cycle_keeps_the_model_alive(case: Case, no_collector: None) -> None:
+    model = nn.Sequential(nn.Linear(16, 40), nn.Linear(40, 16))
+    optimizer = OptimizerFactory(case.name, **case.hyper)(model)
+    model(torch.randn(2, 16)).square().sum().backward()
+    optimizer.step()
+    held = [weakref.ref(each) for each in (model, optimizer, *model.parameters())]
+    state = weakref.ref(next(v for v in optimizer.state[model[0].weight].values() if isinstance(v, Tensor)))
+    assert all(each() is not None for each in (*held, state))
+    del optimizer
+    assert state() is None
+    del model
+    assert [each() for each in held] == [None] * len(held)
