@@ -64,6 +64,7 @@ class LowMemoryOptimizer(Optimizer):
         temporaries_function: ``(shape, dtype, *, first, **hyper) -> StepTemporaries`` for one compressed tensor; None
             where what the update allocates is not described.
         supports_sharding: Whether compressed parameters may be sharded DTensors.
+        replaces_adamw: Whether it is Adam with less state, so that AdamW is as good where compression saves nothing.
         update_function: ``(param, grad, state, *, step, workspace, **hyper) -> None`` for one compressed tensor.
     """
 
@@ -73,6 +74,7 @@ class LowMemoryOptimizer(Optimizer):
     state_function: ClassVar[Callable[..., dict[str, TensorSpec]]]
     temporaries_function: ClassVar[Callable[..., StepTemporaries] | None] = None
     supports_sharding: ClassVar[bool] = False
+    replaces_adamw: ClassVar[bool] = True
     update_function: ClassVar[Callable[..., None]]
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:

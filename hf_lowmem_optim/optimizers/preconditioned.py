@@ -119,6 +119,7 @@ class PreconditionedOptimizer(LowMemoryOptimizer):
     window_function: ClassVar[Callable[..., Window]]
     weights_function: ClassVar[Callable[..., Tensor]]
     shared_keys: ClassVar[tuple[str, ...]] = ("window", "damping", "scope")
+    replaces_adamw: ClassVar[bool] = False
 
     # ---------------------------------------------------------------------------------------------- description
 

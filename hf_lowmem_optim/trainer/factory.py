@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -139,7 +139,10 @@ class OptimizerFactory:
         optimizer_class.check_hyperparameters(given)
         hyper = {**optimizer_class.default_hyperparameters(), **given}
         placements = place_parameters(
-            model, self.target_modules, lambda shape: optimizer_class.compresses(shape, hyper)
+            model,
+            self.target_modules,
+            lambda shape: optimizer_class.compresses(shape, hyper),
+            lambda parameter: _saves_state(optimizer_class, parameter, hyper),
         )
         groups = build_param_groups(placements, optimizer_class.dense_key, hyper["weight_decay"])
         return optimizer_class(groups, **hyper), placements
@@ -150,14 +153,25 @@ class OptimizerFactory:
         return f"OptimizerFactory({', '.join(arguments)})"
 
 
+def _saves_state(optimizer_class: type[LowMemoryOptimizer], parameter: nn.Parameter, hyper: Mapping[str, Any]) -> bool:
+    """Whether the compressed state is smaller than AdamW's; for adapters, with one small dimension, it may not be."""
+    if not optimizer_class.replaces_adamw:
+        return True
+    compressed, dense = (
+        sum(spec.nbytes for spec in optimizer_class.state_specs(parameter, settings).values())
+        for settings in (hyper, {**hyper, optimizer_class.dense_key: None})
+    )
+    return compressed < dense
+
+
 def _report(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) -> None:
     """Log what went where, and warn where compression was asked for and none came of it."""
     key = optimizer.dense_key
     setting = optimizer.defaults[key]
     if setting is not None and not any(placement.rule == COMPRESSED for placement in placements):
         logger.warning(
-            "%s compresses nothing here: every target is too small for %s=%s, so all %d tensors take the dense AdamW "
-            "rule. Lower %s if that is not what you want.",
+            "%s compresses nothing here: every target is too small for %s=%s, or its compressed state would be larger, "
+            "so all %d tensors take the dense AdamW rule. Lower %s if that is not what you want.",
             type(optimizer).__name__,
             key,
             setting,

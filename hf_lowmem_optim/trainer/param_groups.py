@@ -27,6 +27,7 @@ TargetModules = str | Sequence[str] | None
 
 COMPRESSED = "compressed"
 TOO_SMALL = "too small for this compression"
+NOT_WORTH = "compressed state would be larger"
 EMBEDDING = "embedding"
 HEAD = "output head"
 VECTOR = "norm, bias or other vector"
@@ -68,7 +69,10 @@ class Placement:
 
 
 def place_parameters(
-    model: nn.Module, target_modules: TargetModules, compresses: Callable[[Sequence[int]], bool]
+    model: nn.Module,
+    target_modules: TargetModules,
+    compresses: Callable[[Sequence[int]], bool],
+    saves: Callable[[nn.Parameter], bool] | None = None,
 ) -> list[Placement]:
     """Decide for every trainable parameter of ``model``, each listed once, in the model's order.
 
@@ -78,6 +82,7 @@ def place_parameters(
             regex), a regex for the whole name, ``"all-linear"``, or None for every linear and convolution weight
             except embeddings and the output head.
         compresses: Whether the optimizer would compress a targeted tensor of a shape.
+        saves: Whether compressing such a parameter is of use; by default it always is.
 
     Returns:
         One placement per parameter.
@@ -107,6 +112,8 @@ def place_parameters(
     for name, parameter in trainable:
         if id(parameter) in targets:
             rule = COMPRESSED if compresses(tuple(parameter.shape)) else TOO_SMALL
+            if rule == COMPRESSED and saves is not None and not saves(parameter):
+                rule = NOT_WORTH
         else:
             rule = VECTOR if parameter.ndim < 2 else reasons.get(id(parameter), NOT_TARGET)
         placements.append(Placement(name, parameter, rule, name in decaying))

@@ -6,7 +6,9 @@ import pickle
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from hf_lowmem_optim import OPTIMIZERS, OptimizerFactory, plan_optimizer
@@ -115,3 +117,36 @@ def test_dense_on_request_is_no_warning(caplog: pytest.LogCaptureFixture) -> Non
     OptimizerFactory("ldadam", rank=None)(tiny_llama())
     assert "compresses nothing" not in caplog.text
     assert "dense: rank=None" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "hyper", "dense"),
+    [
+        ("ldadam", {"rank": 6, "error_feedback": "4bit"}, set()),
+        # basis, moments and error of an 8 × 64 adapter: (6·(8 + 2·64) + 8·64)·4 bytes, where two moments take 2·8·64·4
+        ("ldadam", {"rank": 6, "error_feedback": "fp32"}, {"lora_A"}),
+        ("microadam", {"density": 0.25, "min_compress_size": 1}, {"lora_A", "body"}),
+        ("microadam", {"density": 0.05, "min_compress_size": 1}, set()),
+        # the method is the reason to take it, not the memory
+        ("sparse_mfac", {"window": 256, "density": 0.1}, set()),
+    ],
+)
+def test_what_compression_would_not_make_smaller_stays_dense(
+    name: str, hyper: dict[str, Any], dense: set[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.ModuleDict(
+        {"body": nn.Linear(256, 256, bias=False), "lora_A": nn.Linear(64, 8, bias=False), "norm": nn.LayerNorm(8)}
+    )
+    optimizer, placements = OptimizerFactory(name, **hyper).build(model)
+    larger = {p.name.removesuffix(".weight") for p in placements if p.rule == "compressed state would be larger"}
+    assert larger == dense
+    model["lora_A"](torch.ones(1, 64)).sum().backward()
+    model["body"](torch.ones(1, 256)).sum().backward()
+    optimizer.step()
+    for key in ("body", "lora_A"):
+        tensors = {k: v for k, v in optimizer.state[model[key].weight].items() if isinstance(v, torch.Tensor)}
+        assert (tensors.keys() == {"exp_avg", "exp_avg_sq"}) == (key in dense)
+        assert name == "sparse_mfac" or sum(v.nbytes for v in tensors.values()) <= 8 * model[key].weight.numel()
+    caplog.clear()
+    OptimizerFactory(name, **hyper)(model)
+    assert ("compressed state would be larger" in caplog.text) == bool(dense)

@@ -83,7 +83,7 @@ class DataArguments:
 
 def main():
     data, args = HfArgumentParser((DataArguments, TrainingArguments)).parse_args_into_dataclasses()
-    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1)
     rows = [{"input_ids": (r := torch.arange(i, i + 16) % 64), "labels": r} for i in range(data.num_rows)]
     trainer = Trainer(LlamaForCausalLM(config), args, train_dataset=rows)
     trainer.train()
@@ -98,18 +98,7 @@ if __name__ == "__main__":
 @pytest.mark.slow
 def test_an_unmodified_script_trains_with_our_optimizers(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(TRAINING)
-    settings = [
-        "--output_dir",
-        "out",
-        "--max_steps",
-        "2",
-        "--per_device_train_batch_size",
-        "2",
-        "--report_to",
-        "none",
-        "--use_cpu",
-        "true",
-    ]
+    settings = ["--output_dir", "out", "--max_steps", "2", "--report_to", "none", "--use_cpu", "true"]
     arguments = [*settings, "--optim", "ldadam", "--optim_args", "rank=4"]
     assert run([sys.executable, "train.py", *arguments], tmp_path).returncode == 2
     launched = run([*LAUNCHER, "train.py", *arguments], tmp_path)

@@ -58,7 +58,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "mamba, frozen": lambda: frozen_backbone(tiny_mamba()),
 }
 #: Settings with which even tiny tensors are compressed.
-SMALL: dict[str, dict[str, Any]] = {"ldadam": {"rank": 3}, "microadam": {"min_compress_size": 64}}
+SMALL: dict[str, dict[str, Any]] = {
+    "ldadam": {"rank": 3, "state_dtype": "param"},
+    "microadam": {"min_compress_size": 64},
+}
 
 
 def step_with_gradients(optimizer: torch.optim.Optimizer) -> None:
