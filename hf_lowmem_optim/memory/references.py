@@ -13,6 +13,14 @@ from dataclasses import dataclass, field
 import torch
 
 from hf_lowmem_optim.memory.measure import StateReport, StateTally
+from hf_lowmem_optim.memory.reference_steps import (
+    GALORE_RANK,
+    adafactor_step,
+    foreach_step,
+    galore_step,
+    in_place_step,
+    is_projected,
+)
 from hf_lowmem_optim.state import TensorSpec
 
 __all__ = ["REFERENCES", "ParameterFacts", "Reference", "plan_reference"]
@@ -52,8 +60,8 @@ class Reference:
         summary: What it keeps.
         state: State of one parameter.
         shared: State kept once if any parameter has a state key of that name.
-        temporaries: Bytes that ``step()`` allocates at most beside the state, where they are known: for its largest
-            tensor and for all tensors together.
+        temporaries: Bytes that ``step()`` allocates at most beside the state, on the device that the optimizer is
+            made for, given its parameters in order. None where that is up to a compiler (torchao).
     """
 
     name: str
@@ -136,19 +144,16 @@ def _adamw_4bit(parameter: ParameterFacts) -> Specs:
     return specs
 
 
-_GALORE_RANK = 128
-
-
 def _galore(parameter: ParameterFacts) -> Specs:
     """Projector and two projected moments at rank 128 in the gradient's dtype (galore_torch.GaLoreAdamW).
 
     The smaller dimension is projected. Everything that is no linear layer keeps two whole moments. For float32 models
     galore-torch keeps the projector as a view that holds the whole SVD factor; only the view is counted.
     """
-    if not parameter.matrix or len(parameter.shape) != 2:
+    if not is_projected(parameter):
         return _moments(parameter, parameter.dtype)
     p, q = parameter.shape
-    rank = min(_GALORE_RANK, p, q)
+    rank = min(GALORE_RANK, p, q)
     projector, projected = ((rank, q), (p, rank)) if p >= q else ((p, rank), (rank, q))
     moments = {key: TensorSpec(projected, parameter.dtype, key) for key in ("exp_avg", "exp_avg_sq")}
     return {"projector": TensorSpec(projector, parameter.dtype, "projector"), **moments}
@@ -165,39 +170,44 @@ def _adafactor(parameter: ParameterFacts) -> Specs:
     return {key: TensorSpec(of_key, torch.float32, key) for key, of_key in shapes.items()}
 
 
-def _nothing(_: Iterable[ParameterFacts]) -> int:
-    """A fused kernel works in place."""
-    return 0
-
-
-def _foreach(parameters: Iterable[ParameterFacts]) -> int:
-    """Torch's foreach AdamW takes the root of all second moments at once."""
-    return sum(parameter.numel * parameter.dtype.itemsize for parameter in parameters)
-
-
 _TABLES = {f"qmap{number}": TensorSpec((256,), torch.float32, f"qmap{number}") for number in ("1", "2")}
 
 REFERENCES: dict[str, Reference] = {
     reference.name: reference
     for reference in (
-        Reference("adamw_fp32", "adamw_torch_fused", "two float32 moments (fused)", _adamw_fp32, temporaries=_nothing),
+        Reference(
+            "adamw_fp32", "adamw_torch_fused", "two float32 moments (fused)", _adamw_fp32, temporaries=in_place_step
+        ),
         Reference(
             "adamw_torch_fused",
             "adamw_torch_fused",
             "two moments in the parameter's dtype (fused)",
             _adamw_torch,
-            temporaries=_nothing,
+            temporaries=in_place_step,
         ),
         Reference(
             "adamw_torch",
             "adamw_torch",
             "two moments in the parameter's dtype (foreach)",
             _adamw_torch,
-            temporaries=_foreach,
+            temporaries=foreach_step,
         ),
-        Reference("adamw_8bit", "adamw_bnb_8bit", "two moments in 8 bits; embeddings float32", _adamw_8bit, _TABLES),
+        Reference(
+            "adamw_8bit",
+            "adamw_bnb_8bit",
+            "two moments in 8 bits; embeddings float32",
+            _adamw_8bit,
+            _TABLES,
+            temporaries=in_place_step,
+        ),
         Reference("adamw_4bit", "adamw_torch_4bit", "two moments in 4 bits", _adamw_4bit),
-        Reference("galore_adamw", "galore_adamw", "moments projected to rank 128", _galore),
-        Reference("adafactor", "adafactor", "row and column means of the squared gradient", _adafactor),
+        Reference("galore_adamw", "galore_adamw", "moments projected to rank 128", _galore, temporaries=galore_step),
+        Reference(
+            "adafactor",
+            "adafactor",
+            "row and column means of the squared gradient",
+            _adafactor,
+            temporaries=adafactor_step,
+        ),
     )
 }

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hf_lowmem_optim import measure_state
+from hf_lowmem_optim.memory.reference_steps import galore_step
 from hf_lowmem_optim.memory.references import REFERENCES, ParameterFacts, plan_reference
 from tests.optimizers.test_temporaries import peak_bytes
 
@@ -91,12 +92,47 @@ def test_the_formula_is_what_the_class_keeps(name: str, dtype: torch.dtype, monk
     optimizer = BUILDERS[name](given)
     reference = REFERENCES[name]
     optimizer.step()
-    if reference.temporaries is not None:
-        planned = reference.temporaries(facts(dtype))
-        # the foreach path also allocates two scalars a tensor
-        assert planned <= peak_bytes(lambda: optimizer.step()) <= 1.01 * planned + 16 * len(given)
     planned_state = plan_reference(reference, [facts(dtype)])
     measured = measure_state(optimizer)
     assert measured.component_bytes == planned_state.component_bytes
     assert measured.dtype_bytes == planned_state.dtype_bytes
     assert measured.num_parameters == planned_state.num_parameters
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [name for name, reference in REFERENCES.items() if reference.temporaries])
+def test_a_step_allocates_what_the_formula_says(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = parameters(dtype)
+    optimizer = BUILDERS[name](given)
+    optimizer.step()
+    if name == "adamw_8bit":
+        # The CPU's update is plain torch. A GPU's kernel gets the tensors to write to; nothing beside it may allocate.
+        for update in ("optimizer_update_8bit_blockwise", "optimizer_update_32bit"):
+            monkeypatch.setattr(torch.ops.bitsandbytes, update, lambda *_: None)
+    ordered = in_order(optimizer, given, dtype)
+    planned = galore_step(ordered, refresh=False) if name == "galore_adamw" else REFERENCES[name].temporaries(ordered)
+    measured = peak_bytes(lambda: optimizer.step())
+    # Besides: two scalars a tensor, means over rows and columns. Some CPUs copy the operands of a bfloat16 product.
+    slack = 1.25 if (name, dtype) == ("galore_adamw", torch.bfloat16) else 1.03
+    assert planned <= measured <= slack * planned + 16 * len(given)
+
+
+def in_order(optimizer: torch.optim.Optimizer, given: list[nn.Parameter], dtype: torch.dtype) -> list[ParameterFacts]:
+    """The facts in the order of the optimizer's groups."""
+    of_parameter = dict(zip(map(id, given), facts(dtype), strict=True))
+    return [of_parameter[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_svd_of_galore_is_counted_where_it_takes_most(dtype: torch.dtype) -> None:
+    library = pytest.importorskip("galore_torch")
+    weight = nn.Parameter(torch.randn(600, 600).to(dtype))
+    weight.grad = torch.randn_like(weight)
+    settings = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+    optimizer = library.GaLoreAdamW([{"params": [weight], **settings}])
+    fact = ParameterFacts((600, 600), dtype, matrix=True)
+    planned = REFERENCES["galore_adamw"].temporaries([fact])
+    first, later = (peak_bytes(lambda: optimizer.step()) for _ in range(2))
+    assert later < planned < first
+    # LAPACK's workspace for singular vectors: 4 k² + 7 k entries and as many integers as 8 k (gesdd)
+    assert first <= planned + 4 * (4 * 600**2 + 7 * 600) + 4 * 8 * 600 + 2**17
