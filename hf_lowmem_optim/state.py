@@ -71,6 +71,15 @@ class StepTemporaries:
             max(self.late_own, other.late_own),
         )
 
+    def times(self, count: int, *, beside: int) -> StepTemporaries:
+        """Return what ``count`` equal tensors need that are updated together, with ``beside`` more bytes each."""
+        return StepTemporaries(
+            {name: count * nbytes for name, nbytes in self.shared.items()},
+            count * (self.own + beside),
+            {name: count * nbytes for name, nbytes in self.late.items()},
+            count * self.late_own,
+        )
+
     @property
     def peak_bytes(self) -> int:
         """Bytes at the worst moment; the shared buffers of the first pass are still there in the second."""

@@ -108,6 +108,8 @@ def plan_temporaries(optimizer_class: type[LowMemoryOptimizer], groups: Groups) 
                 if described is None:
                     return None
                 together = together.largest(described)
+        if not first:
+            together = together.largest(optimizer_class.batch_temporaries(groups))
         peaks.append(together.peak_bytes)
     return max(peaks)
 

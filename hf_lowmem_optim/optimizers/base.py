@@ -28,7 +28,7 @@ from hf_lowmem_optim.optimizers.hyperparameters import (
 from hf_lowmem_optim.optimizers.resume import exact_load, pack_shared
 from hf_lowmem_optim.state import StepTemporaries, TensorSpec
 
-__all__ = ["LowMemoryOptimizer", "PendingUpdate"]
+__all__ = ["LowMemoryOptimizer", "PendingUpdate", "update_arguments"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -178,6 +178,18 @@ class LowMemoryOptimizer(Optimizer):
             param.shape, param.dtype, first=first, **{key: group[key] for key in cls.state_keys}
         )
 
+    @classmethod
+    def batch_temporaries(cls, groups: Sequence[Mapping[str, Any]]) -> StepTemporaries:
+        """Describe what a step allocates for tensors that it updates together rather than one after the other.
+
+        Args:
+            groups: The parameter groups, with ``"params"``.
+
+        Returns:
+            The description; nothing where each tensor is updated by itself.
+        """
+        return StepTemporaries()
+
     # --------------------------------------------------------------------------------------------- construction
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -276,7 +288,7 @@ class LowMemoryOptimizer(Optimizer):
 
     def _update_compressed_(self, updates: Sequence[PendingUpdate]) -> None:
         """Apply the compressed rule to each matrix by itself; a method with global state overrides this."""
-        accepted = _update_arguments(type(self).update_function)
+        accepted = update_arguments(type(self).update_function)
         workspace = Workspace()
         for update in updates:
             hyper = {key: update.group[key] for key in accepted}
@@ -342,7 +354,7 @@ def _update_dense_(updates: Sequence[PendingUpdate]) -> None:
     )
 
 
-def _update_arguments(function: Callable[..., None]) -> list[str]:
+def update_arguments(function: Callable[..., None]) -> list[str]:
     """Names of the hyper-parameters that an update function takes."""
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("step", "workspace")]

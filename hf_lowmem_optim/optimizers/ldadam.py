@@ -25,7 +25,7 @@ Six products of p·q·r multiplications a step. Besides a itself, nothing of the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -34,15 +34,18 @@ from torch.optim.optimizer import ParamsT
 
 from hf_lowmem_optim.compression.error_feedback import (
     ERROR_FEEDBACK,
+    QUANTIZATION_BLOCK_SIZE,
     accumulate,
     error_state,
     keeps_error,
     retain_,
 )
 from hf_lowmem_optim.compression.lowrank import leading_left_singular_vectors, orthonormalize, svd_entries
+from hf_lowmem_optim.compression.products import addmm, mm
 from hf_lowmem_optim.compression.workspace import Workspace
 from hf_lowmem_optim.optimizers.adamw import adamw_state
-from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
+from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer, PendingUpdate, update_arguments
+from hf_lowmem_optim.optimizers.batches import MATRIX_ENTRIES, chunks_by_key, is_aligned, scatter_, stack
 from hf_lowmem_optim.optimizers.hyperparameters import check_bool, check_choice, check_positive_int, check_unit_interval
 from hf_lowmem_optim.state import StepTemporaries, TensorSpec
 
@@ -150,27 +153,28 @@ def ldadam_update_(
     stochastic_rounding: bool = False,
     workspace: Workspace | None = None,
 ) -> None:
-    """One step of LDAdam on one matrix, in place.
+    """One step of LDAdam on one matrix, in place; or on several of one shape, each by itself.
 
     Args:
-        param: W, shape (out, in), any layout; float32, bfloat16 or float16.
+        param: W, shape (out, in), any layout; float32, bfloat16 or float16. Several: (batch, out, in), t > 1.
         grad: g, same shape; only read.
-        state: As :func:`ldadam_state` describes it; written.
+        state: As :func:`ldadam_state` describes it; written. Several: each tensor stacked, (batch, ...).
         step: t, 1 for the first update of this tensor.
         lr: Learning rate.
         betas: β1 and β2.
         eps: Added to √v̂.
         weight_decay: Decoupled weight decay.
         rho: ρ, the share of the old momentum in the matrix whose subspace is tracked.
-        stochastic_rounding: Round a quantized error stochastically, seeded by the step, instead of to nearest.
+        stochastic_rounding: Round a quantized error stochastically, seeded by the step, instead of to nearest; not for
+            several, as the draws go by an entry's place in the buffer.
         workspace: Temporary buffers shared with other matrices of the same step.
     """
     beta1, beta2 = betas
     space = Workspace() if workspace is None else workspace
     # line 1: a ← g + ξ
     residual = accumulate(grad, state, space)
-    tall = param.shape[0] > param.shape[1]
-    a, W = (residual.T, param.T) if tall else (residual, param)
+    tall = param.shape[-2] > param.shape[-1]
+    a, W = (residual.mT, param.mT) if tall else (residual, param)
     m, v, U_old = (state[key].to(torch.float32) for key in ("exp_avg", "exp_avg_sq", "basis"))
     p = space.take("projected", m.shape, m.device)  # [r, q]
 
@@ -184,20 +188,21 @@ def ldadam_update_(
     else:
         # line 3: subspace of b = s·U₋m + (1 − ρ)·a by one power iteration; b is never formed
         s = rho / (1 - beta1 ** (step - 1))
-        Vt = torch.addmm(m, U_old.T, a, beta=s, alpha=1 - rho, out=p)  # [r, q]
-        U = orthonormalize(torch.addmm(U_old @ (m @ Vt.T), a, Vt.T, beta=s, alpha=1 - rho))  # [p, r]
-        R = U.T @ U_old
+        Vt = addmm(m, U_old.mT, a, beta=s, alpha=1 - rho, out=p)  # [r, q]
+        U = orthonormalize(addmm(mm(U_old, mm(m, Vt.mT)), a, Vt.mT, beta=s, alpha=1 - rho))  # [p, r]
+        R = mm(U.mT, U_old)
         # lines 4 and 5; p̃ takes the place of V
-        torch.mm(U.T, a, out=p)
-        m_moved = torch.mm(R, m, out=space.take("moved", m.shape, m.device))
+        mm(U.mT, a, out=p)
+        m_moved = mm(R, m, out=space.take("moved", m.shape, m.device))
         # line 6
         if keeps_error(state):
             c = beta1 / (1 - beta1)
-            a.addmm_(U, torch.add(p, m_moved, alpha=c, out=space.take("kept", m.shape, m.device)), alpha=-1)
-            a.addmm_(U_old, m, alpha=c)
+            kept = torch.add(p, m_moved, alpha=c, out=space.take("kept", m.shape, m.device))
+            addmm(a, U, kept, alpha=-1, out=a)
+            addmm(a, U_old, m, alpha=c, out=a)
         # lines 7 and 8, with k = c2/c1²; the factors c2 and β2 go inside the absolute value
         k = (1 - beta2 ** (step - 1)) / (1 - beta1 ** (step - 1)) ** 2
-        v = torch.mm(R * R * beta2, v.addcmul_(m, m, value=-k), out=space.take("kept", m.shape, m.device))
+        v = mm(R * R * beta2, v.addcmul_(m, m, value=-k), out=space.take("kept", m.shape, m.device))
         v.addcmul_(m_moved, m_moved, value=beta2 * k).abs_().addcmul_(p, p, value=1 - beta2)
         m = m_moved.mul_(beta1).add_(p, alpha=1 - beta1)
 
@@ -212,10 +217,45 @@ def ldadam_update_(
     wide = W if W.dtype == torch.float32 else a if free else space.take("accumulated", W.shape, W.device)
     if wide is not W:
         wide.copy_(W)
-    wide.addmm_(U, direction, beta=1 - lr * weight_decay, alpha=-lr * root / (1 - beta1**step))
+    addmm(wide, U, direction, beta=1 - lr * weight_decay, alpha=-lr * root / (1 - beta1**step), out=wide)
     if wide is not W:
         # rounded once to the dtype of W
         W.copy_(wide)
+
+
+def ldadam_update_batch_(updates: Sequence[PendingUpdate], *, workspace: Workspace) -> None:
+    """One step on matrices for which :func:`_batch_key` is equal.
+
+    Args:
+        updates: The matrices, of one group, shape and step.
+        workspace: As in :func:`ldadam_update_`.
+    """
+    one = updates[0]
+    shape = _matrix_shape(one.param)
+    params, grads = (stack(tensors, shape) for tensors in zip(*((u.param, u.grad) for u in updates), strict=True))
+    keys = [key for key in one.state if key != "step"]
+    state = {key: stack([u.state[key] for u in updates], one.state[key].shape) for key in keys}
+    # what is quantized is one flat buffer: no block reaches over two matrices
+    state = {key: tensor.flatten() if tensor.dim() == 2 else tensor for key, tensor in state.items()}
+    hyper = {key: one.group[key] for key in update_arguments(ldadam_update_)}
+    ldadam_update_(params, grads, state, step=one.state["step"], workspace=workspace, **hyper)
+    scatter_([u.param for u in updates], params)
+    for key in keys:
+        scatter_([u.state[key] for u in updates], state[key])
+
+
+def _batch_key(param: Tensor, group: Mapping[str, Any], step: int) -> Hashable:
+    """What matrices must have in common to be updated together, None for one that is updated alone."""
+    p, q = sorted(_matrix_shape(param))
+    r = group["rank"]
+    fits = p * q <= MATRIX_ENTRIES and p * q % QUANTIZATION_BLOCK_SIZE == 0 and is_aligned((p, r), (r, q), (r, r))
+    if step == 1 or not fits or group["stochastic_rounding"]:
+        return None
+    return id(group), _matrix_shape(param), param.dtype, param.device, step
+
+
+def _matrix_shape(param: Tensor) -> tuple[int, int]:
+    return param.shape[0], math.prod(param.shape[1:])
 
 
 class LDAdam(LowMemoryOptimizer):
@@ -288,6 +328,39 @@ class LDAdam(LowMemoryOptimizer):
                 "stochastic_rounding": stochastic_rounding,
             },
         )
+
+    def _update_compressed_(self, updates: Sequence[PendingUpdate]) -> None:
+        """Update large matrices by themselves, small ones of one shape together."""
+        chunks = chunks_by_key(
+            updates, lambda u: _batch_key(u.param, u.group, u.state["step"]), lambda u: u.param.numel()
+        )
+        super()._update_compressed_([chunk[0] for chunk in chunks if len(chunk) == 1])
+        workspace = Workspace()
+        for chunk in chunks:
+            if len(chunk) > 1:
+                ldadam_update_batch_(chunk, workspace=workspace)
+
+    @classmethod
+    def batch_temporaries(cls, groups: Sequence[Mapping[str, Any]]) -> StepTemporaries:
+        """Describe what a step allocates for the matrices that are updated together.
+
+        Args:
+            groups: The parameter groups, with ``"params"``.
+
+        Returns:
+            What the worst batch of a later step needs: its stacks and, for each matrix, what one alone needs.
+        """
+        together = StepTemporaries()
+        for group in groups:
+            matrices = [param for param in group["params"] if cls.compresses(param.shape, group)]
+            for chunk in chunks_by_key(matrices, lambda p, g=group: _batch_key(p, g, 2), Tensor.numel):  # type: ignore[misc]
+                if len(chunk) > 1:
+                    state = sum(spec.nbytes for spec in cls.state_specs(chunk[0], group).values())
+                    alone = cls.step_temporaries(chunk[0], group, first=False)
+                    assert alone is not None
+                    stacks = 2 * chunk[0].numel() * chunk[0].dtype.itemsize + state
+                    together = together.largest(alone.times(len(chunk), beside=stacks))
+        return together
 
     @classmethod
     def compresses(cls, shape: Sequence[int], group: Mapping[str, Any]) -> bool:

@@ -27,7 +27,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("name", "hyper"), [(name, h) for name in OPTIMIZERS for h in SETTINGS.get(name, [{}])])
 @pytest.mark.parametrize(
-    "shapes", [((256, 512), (1024, 256), (1024, 256)), ((1024, 2048),), ((40, 200), (30,))], ids=str
+    "shapes", [((256, 512), (1024, 256), (1024, 256)), ((1024, 2048),), ((40, 200), (30,)), ((160, 192),) * 7], ids=str
 )
 def test_the_description_bounds_what_is_allocated_closely(
     name: str, hyper: dict[str, Any], dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...]
