@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hf_lowmem_optim.memory.footprint import MemoryPlan
     from hf_lowmem_optim.memory.measure import StateReport, measure_state
     from hf_lowmem_optim.memory.plan import plan_optimizer, plan_state
+    from hf_lowmem_optim.optimizers.layerwise import LDAdamLayerwise, MicroAdamLayerwise
     from hf_lowmem_optim.optimizers.ldadam import LDAdam
     from hf_lowmem_optim.optimizers.lowrank_mfac import LowRankMFAC
     from hf_lowmem_optim.optimizers.microadam import MicroAdam
@@ -31,9 +32,11 @@ __version__ = "0.1.0"
 __all__ = [
     "OPTIMIZERS",
     "LDAdam",
+    "LDAdamLayerwise",
     "LowRankMFAC",
     "MemoryPlan",
     "MicroAdam",
+    "MicroAdamLayerwise",
     "ModelOptions",
     "OptimizerEntry",
     "OptimizerFactory",
@@ -52,10 +55,12 @@ __all__ = [
 _HOME = {
     "OPTIMIZERS": "registry",
     "LDAdam": "optimizers.ldadam",
+    "LDAdamLayerwise": "optimizers.layerwise",
     "LowRankMFAC": "optimizers.lowrank_mfac",
     "MemoryPlan": "memory.footprint",
     "ModelOptions": "trainer.model_source",
     "MicroAdam": "optimizers.microadam",
+    "MicroAdamLayerwise": "optimizers.layerwise",
     "SparseGGT": "optimizers.sparse_ggt",
     "SparseMFAC": "optimizers.sparse_mfac",
     "OptimizerEntry": "registry",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
 from hf_lowmem_optim.optimizers.hyperparameters import nearest
+from hf_lowmem_optim.optimizers.layerwise import LDAdamLayerwise, MicroAdamLayerwise
 from hf_lowmem_optim.optimizers.ldadam import LDAdam, ldadam_state
 from hf_lowmem_optim.optimizers.lowrank_mfac import LowRankMFAC, lowrank_mfac_state
 from hf_lowmem_optim.optimizers.microadam import MicroAdam, microadam_state
@@ -73,6 +74,20 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
             sparse_ggt_state,
             "arXiv 2306.06098 (ICML 2024)",
             "full-matrix AdaGrad (GGT) over a window of sparse gradients, with error feedback",
+        ),
+        OptimizerEntry(
+            "ldadam_layerwise",
+            LDAdamLayerwise,
+            ldadam_state,
+            "arXiv 2410.16103 (ICLR 2025)",
+            "ldadam, each parameter updated in the backward pass as soon as its gradient is there",
+        ),
+        OptimizerEntry(
+            "microadam_layerwise",
+            MicroAdamLayerwise,
+            microadam_state,
+            "arXiv 2405.15593 (NeurIPS 2024)",
+            "microadam, each parameter updated in the backward pass as soon as its gradient is there",
         ),
     )
 }

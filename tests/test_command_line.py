@@ -80,7 +80,7 @@ def test_plan_prints_a_table_json_or_csv(capsys: pytest.CaptureFixture[str]) -> 
         assert row["name"] in table
         assert line["state_bytes"] == str(row["state_bytes"])
         temporaries = row["temporary_bytes"] or 0
-        held = sum(content["weight_bytes"].values()) + sum(content["gradient_bytes"].values())
+        held = sum(content["weight_bytes"].values()) + sum(row["gradient_bytes"].values())
         assert row["total_bytes"] == held + row["state_bytes"] + temporaries == int(line["total_bytes"])
 
 
@@ -136,6 +136,7 @@ def test_pictures_are_drawn_at_a_laptops_width(tmp_path: Path) -> None:
         "measured": state,
         "this_process_bytes": 6,
         "groups": [{"num_parameters": 3, "description": "dense"}],
+        "gradients": None,
         "step_memory": {"device": "cuda:0", "peak_bytes": 100, "process_rss_bytes": None},
         "log_history": [{"step": 1, "loss": 2.0, "learning_rate": 1e-3}, {"step": 2, "eval_loss": 1.0}],
     }

@@ -14,6 +14,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 SHORT = {
     "train_language_model.py": (["--max_steps", "2", "--optim_args", "rank=4", "--sequence_length", "64"], "eval_loss"),
     "finetune_classifier.py": (["--max_steps", "2", "--rank", "4", "--sequence_length", "32"], "eval_accuracy"),
+    "layerwise_full_finetuning.py": (["--max_steps", "2"], "resident memory"),
     "plain_loop.py": ([], "AdamW: "),
 }
 

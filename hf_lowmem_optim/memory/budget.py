@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 from hf_lowmem_optim.memory.plan import Groups, plan_groups, plan_temporaries
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
@@ -90,7 +90,7 @@ class BudgetSearch:
 
     def _choices(self) -> Iterator[tuple[str, tuple[Any, ...]]]:
         """Hyper-parameters of the state with a few choices, as their annotations say."""
-        kinds = get_type_hints(self.optimizer_class.__init__)
+        kinds = self.optimizer_class.hyperparameter_types()
         for key in self.optimizer_class.state_keys:
             if get_origin(kinds[key]) is Literal:
                 yield key, get_args(kinds[key])

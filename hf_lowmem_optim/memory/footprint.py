@@ -32,6 +32,7 @@ class OptimizerPlan:
         problem: Why it cannot be used here, or None.
         largest: With a budget: the largest value that fits of each hyper-parameter that scales the state (``"rank"``,
             ``"window"``), the others as they are; 0 if none does.
+        gradient_bytes: The gradients that are there at once, by kind; None if that is all of them.
     """
 
     name: str
@@ -43,6 +44,7 @@ class OptimizerPlan:
     compressed_bytes_per_parameter: float | None = None
     problem: str | None = None
     largest: Mapping[str, int] = field(default_factory=dict)
+    gradient_bytes: Mapping[str, int] | None = None
 
     @property
     def bytes_per_parameter(self) -> float | None:
@@ -97,7 +99,15 @@ class MemoryPlan:
     def total_bytes(self, optimizer: OptimizerPlan) -> int | None:
         """Weights, gradients, state and temporaries with an optimizer; None where it cannot be used."""
         added = optimizer.added_bytes
-        return None if added is None else self.weights.total_bytes + added
+        return None if added is None else self.held_bytes(optimizer) + added
+
+    def gradient_bytes(self, optimizer: OptimizerPlan) -> Mapping[str, int]:
+        """The gradients that are there at once with an optimizer, by kind."""
+        return self.weights.gradient_bytes if optimizer.gradient_bytes is None else optimizer.gradient_bytes
+
+    def held_bytes(self, optimizer: OptimizerPlan) -> int:
+        """Weights and gradients with an optimizer."""
+        return sum(self.weights.weight_bytes.values()) + sum(self.gradient_bytes(optimizer).values())
 
     def fits(self, optimizer: OptimizerPlan) -> bool | None:
         """Whether an optimizer stays within the budget; None without one."""
@@ -152,6 +162,7 @@ class MemoryPlan:
             "component_bytes": {} if state is None else dict(state.component_bytes),
             "group_bytes": [] if state is None else list(state.group_bytes),
             "dtype_bytes": {} if state is None else dict(state.dtype_bytes),
+            "gradient_bytes": dict(self.gradient_bytes(optimizer)),
             "temporary_bytes": optimizer.temporary_bytes,
             "total_bytes": self.total_bytes(optimizer),
             "bytes_per_parameter": optimizer.bytes_per_parameter,

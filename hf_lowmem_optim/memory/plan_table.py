@@ -81,6 +81,9 @@ def _optimizer_lines(plan: MemoryPlan) -> Iterator[str]:
             yield from _indented(", ".join(f"{key}={value}" for key, value in row.settings.items()))
         if row.state is not None and row.registered:
             yield from _indented(_parts(row.state.component_bytes))
+        if row.gradient_bytes is not None:
+            at_once = format_bytes(sum(row.gradient_bytes.values()))
+            yield f"    gradients: {at_once} at once, one tensor after the other"
         if row.problem is not None:
             yield f"    cannot be used: {row.problem}"
         elif row.registered and row.compressed_bytes_per_parameter is None:
@@ -137,11 +140,13 @@ _CSV_COLUMNS = (
 def plan_csv(plan: MemoryPlan) -> str:
     """Write one line per optimizer, bytes as plain numbers, what is not known left empty."""
     content = plan.to_dict()
-    shared = {key: sum(content[key].values()) for key in ("weight_bytes", "gradient_bytes")}
+    weight_bytes = sum(content["weight_bytes"].values())
     text = io.StringIO()
     writer = csv.DictWriter(text, _CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in content["optimizers"]:
         settings = ",".join(f"{key}={value}" for key, value in row["settings"].items())
-        writer.writerow({**row, **shared, "settings": settings})
+        gradient_bytes = sum(row["gradient_bytes"].values())
+        changed = {"weight_bytes": weight_bytes, "gradient_bytes": gradient_bytes, "settings": settings}
+        writer.writerow({**row, **changed})
     return text.getvalue()

@@ -51,7 +51,7 @@ def plot_plan(plan: MemoryPlan, path: str | Path) -> None:
     if not rows:
         raise ValueError("there is nothing to plot: no optimizer of this plan can be used for the model")
     stacks = {_label(row): _stack(plan, row) for row in rows}
-    figure, axes = pyplot.subplots(figsize=(_WIDTH, 2.0 + 0.45 * len(rows)), dpi=_DPI, layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(_WIDTH, 2.0 + 0.4 * len(rows)), dpi=_DPI, layout="constrained")
     _draw_stacks(axes, stacks)
     if plan.budget_bytes is not None:
         unit = _unit(stacks.values())[0]
@@ -106,7 +106,7 @@ def _label(row: OptimizerPlan) -> str:
 def _stack(plan: MemoryPlan, row: OptimizerPlan) -> dict[str, int]:
     """The parts of one bar, from the axis outwards."""
     weights = plan.weights
-    stack = {"weights": sum(weights.weight_bytes.values()), "gradients": sum(weights.gradient_bytes.values())}
+    stack = {"weights": sum(weights.weight_bytes.values()), "gradients": sum(plan.gradient_bytes(row).values())}
     components = {} if row.state is None else dict(row.state.component_bytes)
     if not row.registered:
         # The keys of other optimizers' states would fill the legend and say little.

@@ -15,6 +15,7 @@ from hf_lowmem_optim.memory.plan_table import align
 from hf_lowmem_optim.memory.step_memory import StepMemory
 from hf_lowmem_optim.memory.units import format_bytes
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
+from hf_lowmem_optim.optimizers.layerwise import Layerwise
 
 __all__ = ["REPORT_NAME", "REPORT_SCHEMA", "build_report", "load_report", "report_text"]
 
@@ -53,6 +54,7 @@ def build_report(
         "measured": _state_dict(measured),
         "this_process_bytes": measure_state(inner, local=True).total_bytes,
         "groups": [_describe_group(inner, group) for group in inner.param_groups],
+        "gradients": _gradients(inner),
         "step_memory": None if step_memory is None else asdict(step_memory),
         "log_history": [dict(entry) for entry in log_history],
     }
@@ -112,8 +114,19 @@ def report_text(report: Mapping[str, Any]) -> str:
     ]
     if report["this_process_bytes"] != measured["total_bytes"]:
         lines.append(f"  sharded: {format_bytes(report['this_process_bytes'])} of it in the main process")
+    if report["gradients"] is not None:
+        peak, everything = (format_bytes(report["gradients"][key]) for key in ("peak_bytes", "all_bytes"))
+        lines.append(f"  gradients: at most {peak} at once, of {everything} in all (layer-wise)")
     lines += _step_memory_lines(report["step_memory"])
     return "\n".join(lines)
+
+
+def _gradients(optimizer: Optimizer) -> dict[str, int] | None:
+    """Gradients at once and in all, for an optimizer that uses each as it comes."""
+    if not isinstance(optimizer, Layerwise):
+        return None
+    everything = sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
+    return {"peak_bytes": optimizer.peak_gradient_bytes, "all_bytes": everything}
 
 
 def _row(name: str, planned: int, found: int, predicted: Any) -> tuple[str, str, str]:

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, get_type_hints, overload
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from hf_lowmem_optim.optimizers.hyperparameters import (
 from hf_lowmem_optim.optimizers.resume import exact_load, pack_shared
 from hf_lowmem_optim.state import StepTemporaries, TensorSpec
 
-__all__ = ["LowMemoryOptimizer", "PendingUpdate", "update_arguments"]
+__all__ = ["LowMemoryOptimizer", "PendingUpdate", "describe_parameter", "update_arguments"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -64,6 +64,7 @@ class LowMemoryOptimizer(Optimizer):
         temporaries_function: ``(shape, dtype, *, first, **hyper) -> StepTemporaries`` for one compressed tensor; None
             where what the update allocates is not described.
         supports_sharding: Whether compressed parameters may be sharded DTensors.
+        layerwise: Whether it updates during the backward pass.
         replaces_adamw: Whether it is Adam with less state, so that AdamW is as good where compression saves nothing.
         update_function: ``(param, grad, state, *, step, workspace, **hyper) -> None`` for one compressed tensor.
     """
@@ -74,6 +75,7 @@ class LowMemoryOptimizer(Optimizer):
     state_function: ClassVar[Callable[..., dict[str, TensorSpec]]]
     temporaries_function: ClassVar[Callable[..., StepTemporaries] | None] = None
     supports_sharding: ClassVar[bool] = False
+    layerwise: ClassVar[bool] = False
     replaces_adamw: ClassVar[bool] = True
     update_function: ClassVar[Callable[..., None]]
 
@@ -89,6 +91,12 @@ class LowMemoryOptimizer(Optimizer):
         """Every hyper-parameter of the optimizer with its default."""
         parameters = list(inspect.signature(cls.__init__).parameters.values())[2:]
         return {p.name: p.default for p in parameters}
+
+    @classmethod
+    def hyperparameter_types(cls) -> dict[str, Any]:
+        """The annotated type of every hyper-parameter."""
+        types = get_type_hints(cls.__init__)
+        return {key: types[key] for key in cls.default_hyperparameters()}
 
     @classmethod
     def check_hyperparameters(cls, hyper: Mapping[str, Any]) -> None:
@@ -250,6 +258,11 @@ class LowMemoryOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._update_all_()
+        return loss
+
+    def _update_all_(self) -> None:
+        """Update every parameter that has a gradient."""
         live = [(param, group) for group in self.param_groups for param in group["params"] if param.grad is not None]
         for param, group in live:
             self._check_gradient(param, group)
@@ -267,7 +280,6 @@ class LowMemoryOptimizer(Optimizer):
             for updates in dense.values():
                 _update_dense_(updates)
             self._update_compressed_(compressed)
-        return loss
 
     def _prepare(self, param: Tensor, group: dict[str, Any]) -> PendingUpdate | None:
         """Allocate the state of a tensor at its first gradient and count the update; None if there is none to do.
@@ -275,16 +287,32 @@ class LowMemoryOptimizer(Optimizer):
         Wrappers probe fresh optimizers with lr = 0 and zero gradients to learn their state's layout
         (``torch.distributed.checkpoint``): that allocates, but is no update and leaves no trace in the run.
         """
-        grad, state = param.grad, self.state[param]
+        grad, state = param.grad, self._state_of(param, group)
         assert grad is not None
-        if not state:
-            state["step"] = 0
-            for key, spec in self.state_specs(param, group).items():
-                state[key] = spec.allocate(param.device)
         if state["step"] == 0 and group["lr"] == 0 and not grad.any():
             return None
         state["step"] += 1
         return PendingUpdate(param.detach(), grad.detach(), state, group)
+
+    def _state_of(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The state of a tensor, allocated if there is none yet."""
+        state: dict[str, Any] = self.state[param]
+        if not state:
+            state["step"] = 0
+            for key, spec in self.state_specs(param, group).items():
+                state[key] = spec.allocate(param.device)
+        return state
+
+    def _update_one_(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Update one tensor by itself; its gradient has been checked."""
+        with _full_precision():
+            update = self._prepare(param, group)
+            if update is None:
+                return
+            if self.compresses(param.shape, group):
+                self._update_compressed_([update])
+            else:
+                _update_dense_([update])
 
     def _update_compressed_(self, updates: Sequence[PendingUpdate]) -> None:
         """Apply the compressed rule to each matrix by itself; a method with global state overrides this."""
@@ -306,17 +334,17 @@ class LowMemoryOptimizer(Optimizer):
         assert grad is not None
         if grad.layout != torch.strided:
             raise RuntimeError(
-                f"{_describe(param, group)} has a sparse gradient, which {rule} does not support; "
+                f"{describe_parameter(param, group)} has a sparse gradient, which {rule} does not support; "
                 "build its module with sparse=False"
             )
         if grad.is_complex() or param.dtype not in _DTYPES:
             raise RuntimeError(
-                f"{_describe(param, group)} is {param.dtype} with a gradient of {grad.dtype}; "
+                f"{describe_parameter(param, group)} is {param.dtype} with a gradient of {grad.dtype}; "
                 f"{rule} supports float32, bfloat16 and float16"
             )
         if hasattr(param, "placements") and not self.supports_sharding and self.compresses(param.shape, group):
             raise NotImplementedError(
-                f"{_describe(param, group)} is sharded (DTensor), which {rule} cannot compress; "
+                f"{describe_parameter(param, group)} is sharded (DTensor), which {rule} cannot compress; "
                 f"give its group {self.dense_key}=None for the dense rule, or train without FSDP or tensor parallelism"
             )
 
@@ -380,7 +408,7 @@ def _check_parameter(param: Any, who: str, rule: str) -> None:
         )
 
 
-def _describe(param: Tensor, group: Mapping[str, Any]) -> str:
+def describe_parameter(param: Tensor, group: Mapping[str, Any]) -> str:
     """Name a parameter in an error: its own name if the group has names, else its place and shape."""
     index = next(i for i, p in enumerate(group["params"]) if p is param)
     names = group.get("param_names")

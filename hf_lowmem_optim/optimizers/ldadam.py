@@ -49,7 +49,7 @@ from hf_lowmem_optim.optimizers.batches import MATRIX_ENTRIES, chunks_by_key, is
 from hf_lowmem_optim.optimizers.hyperparameters import check_bool, check_choice, check_positive_int, check_unit_interval
 from hf_lowmem_optim.state import StepTemporaries, TensorSpec
 
-__all__ = ["LDAdam", "ldadam_compresses", "ldadam_state", "ldadam_temporaries", "ldadam_update_"]
+__all__ = ["LDAdam", "ldadam_accumulate_", "ldadam_compresses", "ldadam_state", "ldadam_temporaries", "ldadam_update_"]
 
 _STATE_DTYPES = ("fp32", "param")
 
@@ -221,6 +221,21 @@ def ldadam_update_(
     if wide is not W:
         # rounded once to the dtype of W
         W.copy_(wide)
+
+
+def ldadam_accumulate_(
+    grad: Tensor, state: Mapping[str, Tensor], *, seed: int, stochastic_rounding: bool, workspace: Workspace
+) -> None:
+    """Add a gradient to the error, ξ ← ξ + g: the next update's a is then that of the sum of both gradients.
+
+    Args:
+        grad: g, shape (out, in); only read.
+        state: As :func:`ldadam_state` describes it, with an error; written.
+        seed: For stochastic rounding.
+        stochastic_rounding: As in :class:`LDAdam`.
+        workspace: As in :func:`ldadam_update_`.
+    """
+    retain_(state, accumulate(grad, state, workspace), seed=seed if stochastic_rounding else None)
 
 
 def ldadam_update_batch_(updates: Sequence[PendingUpdate], *, workspace: Workspace) -> None:

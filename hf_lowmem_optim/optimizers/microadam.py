@@ -34,6 +34,7 @@ from torch.optim.optimizer import ParamsT
 from hf_lowmem_optim.compression.quantization import (
     QuantFormat,
     dequantize_add_,
+    quantize_,
     quantized_specs,
     quantized_state,
 )
@@ -52,7 +53,14 @@ from hf_lowmem_optim.optimizers.hyperparameters import (
 )
 from hf_lowmem_optim.state import StepTemporaries, TensorSpec
 
-__all__ = ["MicroAdam", "microadam_compresses", "microadam_state", "microadam_temporaries", "microadam_update_"]
+__all__ = [
+    "MicroAdam",
+    "microadam_accumulate_",
+    "microadam_compresses",
+    "microadam_state",
+    "microadam_temporaries",
+    "microadam_update_",
+]
 
 
 def microadam_compresses(shape: Sequence[int], *, density: float | None, min_compress_size: int) -> bool:
@@ -200,6 +208,33 @@ def microadam_update_(
     sparse = SparseWindow(indices, values, param.numel(), block_size, kept_per_block(block_size, density))
     weights = _row_weights(step, indices.shape[0], tuple(betas), bias_correction, param.device)
     window_update_(param, sparse, weights, lr=lr, eps=eps, weight_decay=weight_decay)
+
+
+def microadam_accumulate_(
+    grad: Tensor,
+    state: Mapping[str, Tensor],
+    *,
+    seed: int,
+    quant_block_size: int,
+    bits: int,
+    stochastic_rounding: bool,
+    workspace: Workspace,
+) -> None:
+    """Add a gradient to the error, e ← Q(g + Q⁻¹(e)): the next update's a is then that of the sum of both gradients.
+
+    Args:
+        grad: g, contiguous and flat; only read.
+        state: As :func:`microadam_state` describes it; written.
+        seed: For stochastic rounding.
+        quant_block_size: As in :class:`MicroAdam`.
+        bits: As in :class:`MicroAdam`.
+        stochastic_rounding: As in :class:`MicroAdam`.
+        workspace: Gives the float32 buffer for the sum.
+    """
+    error = quantized_state(state, grad.numel(), QuantFormat(bits, quant_block_size))
+    wide = workspace.take("accumulated", grad.shape, grad.device).copy_(grad)
+    dequantize_add_(wide, error)
+    quantize_(error, wide, seed=seed if stochastic_rounding else None)
 
 
 class MicroAdam(LowMemoryOptimizer):

@@ -19,6 +19,7 @@ from hf_lowmem_optim.memory.report import REPORT_NAME, build_report, report_text
 from hf_lowmem_optim.memory.step_memory import StepMemory, StepMemoryMeter
 from hf_lowmem_optim.memory.units import format_bytes
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
+from hf_lowmem_optim.optimizers.layerwise import Layerwise
 
 __all__ = ["OptimizerStateMemoryCallback"]
 
@@ -31,6 +32,7 @@ class OptimizerStateMemoryCallback(TrainerCallback):
     Keys of the logs: ``optimizer_state/total_bytes``, ``optimizer_state/<component>_bytes`` (``first_moment``,
     ``second_moment``, ``basis``, ``error``, ``dense``, ...), ``optimizer_state/group_<i>_bytes``; for comparison
     ``optimizer_state/adamw_fp32_bytes`` and, for the optimizers of this package, ``optimizer_state/predicted_bytes``;
+    for layer-wise ones ``optimizer_state/gradient_peak_bytes``, the most that gradients took at once;
     and ``optimizer_state/step_peak_bytes`` where the device told the peak of a step, or
     ``optimizer_state/process_rss_bytes`` on the CPU. They are in ``log_history``, in what is printed and in what every
     ``report_to`` service gets. It works with any torch optimizer; components are then the keys of its state.
@@ -132,6 +134,9 @@ class OptimizerStateMemoryCallback(TrainerCallback):
         if not report.total_bytes:
             return
         entries = _log_entries(report, _predicted(optimizer), self._step_memory)
+        inner = unwrap_optimizer(optimizer)
+        if isinstance(inner, Layerwise):
+            entries["optimizer_state/gradient_peak_bytes"] = inner.peak_gradient_bytes
         logs.update(entries)
         # The Trainer copied its logs into the history before it called the callbacks.
         if state.log_history and state.log_history[-1].get("step") == state.global_step:

@@ -18,6 +18,8 @@ __all__ = ["UnsupportedTransformersError", "install"]
 
 MEMBERS_MODULE = "transformers.training_args"
 HANDLERS_MODULE = "transformers.trainer_optimizer"
+TRAINER_MODULE = "transformers.trainer"
+_WATCHED = (MEMBERS_MODULE, HANDLERS_MODULE, TRAINER_MODULE)
 
 
 class UnsupportedTransformersError(ImportError):
@@ -25,15 +27,17 @@ class UnsupportedTransformersError(ImportError):
 
 
 def _after_import(module: ModuleType) -> None:
-    """Add our optim strings to ``module``, one of the two watched modules."""
+    """Add what is ours to ``module``, one of the watched modules."""
     # Imported here: it pulls in torch and the optimizers, which this file must not do before transformers itself has.
     from hf_lowmem_optim.trainer import strings
 
     try:
         if module.__name__ == MEMBERS_MODULE:
             strings.add_members(module)
-        else:
+        elif module.__name__ == HANDLERS_MODULE:
             strings.add_handlers(module)
+        else:
+            strings.add_callback(module)
     except UnsupportedTransformersError as error:
         # A warning and not an error: whoever uses the optimizers in a plain loop must still be able to import
         # transformers. `register_optimizer_strings()` raises.
@@ -41,13 +45,13 @@ def _after_import(module: ModuleType) -> None:
 
 
 class _PostImportFinder(MetaPathFinder):
-    """Lets the other finders find the two watched modules, then adds a call at the end of their execution."""
+    """Lets the other finders find the watched modules, then adds a call at the end of their execution."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Return the spec of a watched module, or None for every other module."""
-        if fullname not in (MEMBERS_MODULE, HANDLERS_MODULE):
+        if fullname not in _WATCHED:
             return None
         for finder in sys.meta_path:
             if isinstance(finder, _PostImportFinder):
@@ -78,7 +82,7 @@ def install() -> None:
     """Register now in what is already imported, and later in what is not. Calling it again changes nothing."""
     if not any(isinstance(finder, _PostImportFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _PostImportFinder())
-    for name in (MEMBERS_MODULE, HANDLERS_MODULE):
+    for name in _WATCHED:
         module = sys.modules.get(name)
         # A module that is still being executed (someone imports us from inside transformers) has not got its names yet.
         if module is not None and not getattr(module.__spec__, "_initializing", False):

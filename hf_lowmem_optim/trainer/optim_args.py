@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import types
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
 from hf_lowmem_optim.optimizers.hyperparameters import nearest
@@ -103,8 +103,7 @@ def parse_optim_args(text: str | None, optimizer_class: type[LowMemoryOptimizer]
         ValueError: An entry is not ``key=value``, its key is unknown, doubled or belongs to a field of
             TrainingArguments, or its value has another type. The message names entry and remedy.
     """
-    kinds = get_type_hints(optimizer_class.__init__)
-    allowed = {key: kinds[key] for key in optimizer_class.default_hyperparameters()}
+    allowed = optimizer_class.hyperparameter_types()
     if "betas" in allowed:
         del allowed["betas"]
         allowed.update(dict.fromkeys(_BETAS, float))

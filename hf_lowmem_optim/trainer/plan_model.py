@@ -6,7 +6,7 @@ weights, and its state is summed from the specs that it would allocate from.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from hf_lowmem_optim.memory.footprint import MemoryPlan, OptimizerPlan, Suggesti
 from hf_lowmem_optim.memory.plan import compressed_bytes_per_parameter, plan_groups, plan_temporaries
 from hf_lowmem_optim.memory.references import REFERENCES, ParameterFacts, plan_reference
 from hf_lowmem_optim.memory.units import format_bytes, parse_bytes
-from hf_lowmem_optim.memory.weights import Processes, plan_weights
+from hf_lowmem_optim.memory.weights import Processes, WeightReport, plan_weights
 from hf_lowmem_optim.optimizers.hyperparameters import nearest
 from hf_lowmem_optim.registry import OPTIMIZERS, get_entry
 from hf_lowmem_optim.trainer.factory import OptimizerFactory
@@ -118,12 +118,12 @@ class _Request:
         """Plan every optimizer."""
         opened = open_model(self.source, self.options)
         weights = plan_weights(opened.model, self.processes, opened.quantized)
-        allowed = None if budget is None else budget - weights.total_bytes
+        left = None if budget is None else budget - sum(weights.weight_bytes.values())
         searches: dict[str, BudgetSearch] = {}
         rows = []
         for name in self.names:
             if name in OPTIMIZERS:
-                rows.append(self._registered(name, opened.model, allowed, searches))
+                rows.append(self._registered(name, opened.model, weights, left, searches))
             else:
                 rows.append(self._reference(name, opened.model))
         plan = MemoryPlan(opened.source, opened.description, self.processes, weights, tuple(rows), budget)
@@ -160,9 +160,9 @@ class _Request:
         raise ValueError(message)
 
     def _registered(
-        self, name: str, model: nn.Module, allowed: int | None, searches: dict[str, BudgetSearch]
+        self, name: str, model: nn.Module, weights: WeightReport, left: int | None, searches: dict[str, BudgetSearch]
     ) -> OptimizerPlan:
-        """Plan one of our optimizers, built as training builds it."""
+        """Plan one of our optimizers, built as training builds it; ``left`` is the budget less the weights."""
         entry, hyper = get_entry(name), hyperparameters_from_text(self.optim_args, get_entry(name).optimizer_class)
         row = OptimizerPlan(name, True, entry.summary, {}, None)
         try:
@@ -172,10 +172,14 @@ class _Request:
                 raise
             return replace(row, problem=str(error))
         groups, shards = optimizer.param_groups, self.processes.num_shards
+        gradient_bytes = _one_gradient(groups) if optimizer.layerwise else None
+        allowed = None if left is None else left - sum((gradient_bytes or weights.gradient_bytes).values())
         search = BudgetSearch(type(optimizer), groups, shards)
         problem = None
         if shards > 1 and not optimizer.supports_sharding and any(p.rule == COMPRESSED for p in placements):
             problem = "compressed tensors cannot be sharded yet: the first step under FSDP says so"
+        if self.processes.gpus > 1 and optimizer.layerwise:
+            problem = "layer-wise mode uses a gradient before the processes have averaged it: it trains in one process"
         if problem is None and allowed is not None:
             searches[name] = search
         return replace(
@@ -186,6 +190,7 @@ class _Request:
             compressed_bytes_per_parameter=compressed_bytes_per_parameter(type(optimizer), groups),
             problem=problem,
             largest={} if problem or allowed is None else search.largest(allowed),
+            gradient_bytes=gradient_bytes,
         )
 
     def _reference(self, name: str, model: nn.Module) -> OptimizerPlan:
@@ -230,6 +235,12 @@ class _Request:
                 yield Suggestion(f"{change} (with {best})", totals[best], totals[best] <= budget)
 
 
+def _one_gradient(groups: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """The gradients that are there at once in layer-wise mode: the largest one."""
+    sizes = (param.numel() * param.element_size() for group in groups for param in group["params"])
+    return {"largest gradient": max(sizes)}
+
+
 def _reference_groups(model: nn.Module, target_modules: TargetModules) -> list[list[ParameterFacts]]:
     """The parameters in the groups in which the Trainer's optimizers get them: decaying or not."""
     try:
@@ -259,7 +270,7 @@ def _setting_suggestions(
         if row.name not in searches or plan.fits(row):
             continue
         found = [
-            Suggestion(_as_arguments(row.name, changes, optim_args), plan.weights.total_bytes + size, False)
+            Suggestion(_as_arguments(row.name, changes, optim_args), plan.held_bytes(row) + size, False)
             for changes, size in searches[row.name].smaller()
         ]
         found = [replace(s, fits=s.total_bytes <= (plan.budget_bytes or 0)) for s in found]

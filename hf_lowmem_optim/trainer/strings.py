@@ -18,9 +18,14 @@ from types import ModuleType
 from typing import Any
 
 from hf_lowmem_optim.registry import OPTIMIZERS
-from hf_lowmem_optim.trainer.import_hook import HANDLERS_MODULE, MEMBERS_MODULE, UnsupportedTransformersError
+from hf_lowmem_optim.trainer.import_hook import (
+    HANDLERS_MODULE,
+    MEMBERS_MODULE,
+    TRAINER_MODULE,
+    UnsupportedTransformersError,
+)
 
-__all__ = ["UnsupportedTransformersError", "add_handlers", "add_members", "register_optimizer_strings"]
+__all__ = ["UnsupportedTransformersError", "add_callback", "add_handlers", "add_members", "register_optimizer_strings"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +43,7 @@ def register_optimizer_strings() -> None:
     """
     add_members(importlib.import_module(MEMBERS_MODULE))
     add_handlers(importlib.import_module(HANDLERS_MODULE))
+    add_callback(importlib.import_module(TRAINER_MODULE))
 
 
 def add_members(training_args: ModuleType) -> None:
@@ -84,6 +90,24 @@ def add_handlers(trainer_optimizer: ModuleType) -> None:
         if hasattr(names(name), _MARK):
             handlers.setdefault(names(name), _make_factory)
     _explain_malformed_arguments(trainer_optimizer)
+
+
+def add_callback(trainer: ModuleType) -> None:
+    """Add the callback of the layer-wise optimizers to the default ones in the module ``transformers.trainer``.
+
+    Args:
+        trainer: The imported module.
+
+    Raises:
+        UnsupportedTransformersError: There is no such list.
+    """
+    from hf_lowmem_optim.trainer.layerwise import LayerwiseCallback
+
+    defaults = getattr(trainer, "DEFAULT_CALLBACKS", None)
+    if not isinstance(defaults, list):
+        raise _unsupported(f"{TRAINER_MODULE}.DEFAULT_CALLBACKS is not a list of callbacks")
+    if LayerwiseCallback not in defaults:
+        defaults.append(LayerwiseCallback)
 
 
 def _make_factory(context: Any) -> tuple[Any, dict[str, Any]]:

@@ -113,7 +113,7 @@ def test_a_step_allocates_what_the_formula_says(name: str, dtype: torch.dtype, m
     planned = galore_step(ordered, refresh=False) if name == "galore_adamw" else REFERENCES[name].temporaries(ordered)
     measured = peak_bytes(lambda: optimizer.step())
     # Besides: two scalars a tensor, means over rows and columns. Some CPUs copy the operands of a bfloat16 product.
-    slack = 1.25 if (name, dtype) == ("galore_adamw", torch.bfloat16) else 1.03
+    slack = 1.5 if (name, dtype) == ("galore_adamw", torch.bfloat16) else 1.03
     assert planned <= measured <= slack * planned + 16 * len(given)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,10 @@ class Case:
 
     #: Whether one tensor's update depends on the other tensors.
     coupled: bool = False
+
+    @property
+    def layerwise(self) -> bool:
+        return OPTIMIZERS[self.name].optimizer_class.layerwise
 
     @property
     def dense_key(self) -> str:
@@ -144,6 +148,13 @@ CASES = {
         ),
     )
 }
+
+
+#: The layer-wise optimizers take what the normal ones take.
+for normal in ("ldadam", "microadam"):
+    name = f"{normal}_layerwise"
+    wrong = (*CASES[normal].wrong, ("clip_tensor_norm", 0.0), ("clip_tensor_norm", "1"), ("clip_tensor_norm", True))
+    CASES[name] = replace(CASES[normal], name=name, wrong=wrong)
 
 
 def make_params(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, nn.Parameter]:

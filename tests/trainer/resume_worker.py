@@ -85,6 +85,8 @@ def train(name: str, case: Case, folder: Path, *, stop: bool = False, resume: bo
         "disable_tqdm": True,
         **case.settings,
     }
+    if OPTIMIZERS[name].optimizer_class.layerwise:
+        settings["max_grad_norm"] = 0.0
     optim_args = case.optim_args.get(OPTIMIZERS[name].optimizer_class.dense_key)
     args = TrainingArguments(str(folder), optim=name, optim_args=optim_args, **settings)
     model = build_model(case)

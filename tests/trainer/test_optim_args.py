@@ -117,7 +117,7 @@ def test_which_value_wins(source: Source) -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_is_made_from_bare_arguments(name: str) -> None:
-    args = TrainingArguments("out", optim=name, learning_rate=3e-4, weight_decay=0.1, report_to=[])
+    args = TrainingArguments("out", optim=name, learning_rate=3e-4, weight_decay=0.1, max_grad_norm=0, report_to=[])
     factory = OptimizerFactory.from_training_args(args)
     assert factory.name == name
     defaults = factory.optimizer_class.default_hyperparameters()

@@ -43,7 +43,7 @@ class Extended(TrainingArguments):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_string_works_wherever_transformers_takes_one(name: str, tmp_path: Path) -> None:
-    args = TrainingArguments(str(tmp_path), optim=name, report_to=[])
+    args = TrainingArguments(str(tmp_path), optim=name, max_grad_norm=0, report_to=[])
     assert args.optim == name
     assert isinstance(args.optim, OptimizerNames)
     assert TrainingArguments(str(tmp_path), report_to=[]).set_optimizer(name=name, args="beta1=0.5").optim is args.optim

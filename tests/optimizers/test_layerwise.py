@@ -1,0 +1,327 @@
+"""Layer-wise mode: the normal mode's result to the bit, with one gradient at a time."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import logging
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from hf_lowmem_optim import OPTIMIZERS, LDAdam, get_entry
+from hf_lowmem_optim.optimizers.layerwise import Layerwise, LDAdamLayerwise
+from tests.optimizers.cases import CASES, Case, assert_same_state
+
+LAYERWISE = [case for case in CASES.values() if case.layerwise]
+every_case = pytest.mark.parametrize("case", LAYERWISE, ids=lambda case: case.name)
+both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+class Model(nn.Module):
+    """An embedding tied to the head, layers of two shapes, one of them used twice, a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(30, 16)
+        self.layers = nn.ModuleList([nn.Linear(16, 40), nn.Linear(40, 16), nn.Linear(16, 16)])
+        self.norm = nn.LayerNorm(16)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.embedding(tokens)
+        hidden = hidden + self.layers[1](functional.gelu(self.layers[0](hidden)))
+        for _ in range(2):
+            hidden = hidden + self.layers[2](hidden)
+        return functional.linear(self.norm(hidden), self.embedding.weight)
+
+
+def build(case: Case, dtype: torch.dtype = torch.float32, **override: Any) -> tuple[Model, Any]:
+    torch.manual_seed(0)
+    model = Model().to(dtype)
+    groups = [
+        {"params": list(model.layers.parameters()), "weight_decay": 0.1},
+        {"params": [model.embedding.weight, *model.norm.parameters()], case.dense_key: None, "lr": 3e-3},
+    ]
+    return model, case.build(groups, **override)
+
+
+def batch(step: int) -> Tensor:
+    return torch.randint(30, (4, 8), generator=torch.Generator().manual_seed(step))
+
+
+def loss_of(model: Model, tokens: Tensor) -> Tensor:
+    return functional.cross_entropy(model(tokens).flatten(0, 1).float(), tokens.roll(-1, 1).flatten())
+
+
+def train(model: Model, optimizer: Any, steps: range, schedule: bool = True) -> list[float]:
+    norms = []
+    for step in steps:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * (1 - step / 20) if schedule and "initial_lr" in group else group["lr"]
+        loss_of(model, batch(step)).backward()
+        norms.append([p.grad.norm() for p in model.parameters() if p.grad is not None])
+        optimizer.step()
+        optimizer.zero_grad()
+    return [torch.stack(each).norm().item() if each else float("nan") for each in norms]
+
+
+def normal(case: Case) -> Case:
+    return CASES[case.name.removesuffix("_layerwise")]
+
+
+@every_case
+@both_dtypes
+def test_it_is_the_normal_mode_to_the_bit(case: Case, dtype: torch.dtype) -> None:
+    model, optimizer = build(case, dtype)
+    other, reference = build(normal(case), dtype)
+    for each in (optimizer, reference):
+        for group in each.param_groups:
+            group["initial_lr"] = group["lr"]
+    norms = []
+    for step in range(8):
+        train(model, optimizer, range(step, step + 1))
+        assert all(p.grad is None for p in model.parameters())
+        assert optimizer.grad_norm is not None
+        norms.append(optimizer.grad_norm.item())
+    expected = train(other, reference, range(8))
+    assert norms == pytest.approx(expected, rel=1e-5 if dtype == torch.float32 else 1e-2)
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert_same_state(optimizer, reference)
+
+
+@every_case
+def test_a_checkpoint_of_either_mode_resumes_in_the_other(case: Case) -> None:
+    straight, optimizer = build(case)
+    train(straight, optimizer, range(6))
+    for begin, end in ((case, normal(case)), (normal(case), case), (case, case)):
+        model, first = build(begin)
+        train(model, first, range(3))
+        saved = io.BytesIO()
+        torch.save({"model": model.state_dict(), "optimizer": first.state_dict()}, saved)
+        saved.seek(0)
+        loaded = torch.load(saved, weights_only=True)
+        model, second = build(end)
+        model.load_state_dict(loaded["model"])
+        second.load_state_dict(loaded["optimizer"])
+        train(model, second, range(3, 6))
+        for mine, theirs in zip(model.parameters(), straight.parameters(), strict=True):
+            assert torch.equal(mine, theirs)
+
+
+@every_case
+def test_there_is_one_gradient_at_a_time(case: Case) -> None:
+    """Counted where torch would keep them: a hook on every parameter sees the others without a gradient."""
+    model, optimizer = build(case)
+    held: list[int] = []
+    for parameter in model.parameters():
+        parameter.register_hook(
+            lambda grad: held.append(sum(p.grad.nbytes for p in model.parameters() if p.grad is not None))
+        )
+    train(model, optimizer, range(2))
+    assert len(held) == 2 * len(list(model.parameters()))
+    assert max(held) == 0
+    assert optimizer.peak_gradient_bytes == max(p.nbytes for p in model.parameters())
+
+
+@every_case
+def test_accumulation_is_that_of_the_sum(case: Case) -> None:
+    """Exactly with an exact error; with a quantized one, a tensor moves as the sum's quantization lets it."""
+    exact = {"error_feedback": "fp32"} if case.name == "ldadam_layerwise" else {"density": 1.0, "bits": 8}
+    model, optimizer = build(case, **exact)
+    other, reference = build(normal(case), **exact)
+    for step in range(4):
+        for micro in range(3):
+            loss = loss_of(model, batch(10 * step + micro)) / 3
+            if micro < 2:
+                with optimizer.accumulating():
+                    loss.backward()
+            else:
+                assert all(p.grad is None for p in model.layers[0].parameters() if p.ndim > 1)
+                loss.backward()
+            (loss_of(other, batch(10 * step + micro)) / 3).backward()
+        for each in (optimizer, reference):
+            each.step()
+            each.zero_grad()
+    # MicroAdam keeps the parts in 8 bits until the last one comes
+    tolerance = 1e-5 if case.name == "ldadam_layerwise" else 0.05
+    for mine, theirs, start in zip(model.parameters(), other.parameters(), build(case)[0].parameters(), strict=True):
+        moved = (theirs - start).norm()
+        assert moved > 0
+        assert (mine - theirs).norm() <= tolerance * moved + 1e-7
+    counts = [state["step"] for state in optimizer.state.values()]
+    assert counts == [4] * len(counts)
+
+
+def test_what_only_an_early_micro_batch_reached_is_updated_too() -> None:
+    """With the error exact, as in the normal mode, where the gradient of that micro-batch is all there is."""
+    ends = []
+    for optimizer_class in (LDAdam, LDAdamLayerwise):
+        torch.manual_seed(0)
+        first, second = nn.Linear(16, 40), nn.Linear(16, 40)
+        optimizer = optimizer_class([*first.parameters(), *second.parameters()], rank=4, error_feedback="fp32")
+        inputs = torch.randn(3, 16)
+        for _ in range(3):
+            if optimizer_class is LDAdamLayerwise:
+                with optimizer.accumulating():
+                    first(inputs).square().sum().backward()
+            else:
+                first(inputs).square().sum().backward()
+            second(inputs).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert first.weight.grad is None
+        ends.append([p.detach() for p in (*first.parameters(), *second.parameters())])
+    for mine, theirs in zip(*ends, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+
+
+@every_case
+def test_a_tensor_is_clipped_by_its_own_norm(case: Case) -> None:
+    limit = 1e-3
+    model, optimizer = build(case, clip_tensor_norm=limit)
+    other, reference = build(normal(case))
+    for step in range(3):
+        train(model, optimizer, range(step, step + 1))
+        loss_of(other, batch(step)).backward()
+        norms = [p.grad.norm().item() for p in other.parameters()]
+        assert min(norms) > limit
+        for parameter in other.parameters():
+            nn.utils.clip_grad_norm_([parameter], limit)
+        reference.step()
+        reference.zero_grad()
+        assert optimizer.grad_norm.item() == pytest.approx(torch.tensor(norms).norm().item(), rel=1e-5)
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@every_case
+def test_what_cannot_be_right_is_refused_with_the_reason(case: Case) -> None:
+    model, optimizer = build(case)
+    with pytest.raises(TypeError, match="takes no closure"):
+        optimizer.step(lambda: 0.0)
+    loss_of(model, batch(0)).backward()
+    with pytest.raises(RuntimeError, match=r"second gradient in one step.*accumulating"):
+        loss_of(model, batch(1)).backward()
+    model, optimizer = build(case)
+    with optimizer.accumulating():
+        loss_of(model, batch(0)).backward()
+    with pytest.raises(RuntimeError, match=r"zero_grad\(\) in the middle"):
+        optimizer.zero_grad()
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(loss_of(model, batch(1))).backward()
+    with pytest.raises(RuntimeError, match="gradient scaler"):
+        scaler.step(optimizer)
+    embedding = nn.Embedding(50, 20, sparse=True)
+    sparse = case.build([("embedding.weight", embedding.weight)])
+    with pytest.raises(RuntimeError, match=r"'embedding.weight' has a sparse gradient"):
+        embedding(torch.tensor([1, 2])).sum().backward()
+    assert not sparse.state
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("ldadam_layerwise", {"error_feedback": "none"}),
+        ("microadam_layerwise", {"alpha": 0.1}),
+        ("ldadam_layerwise", {"clip_tensor_norm": 1.0}),
+    ],
+)
+def test_settings_that_leave_no_place_for_a_part_of_a_gradient(name: str, setting: dict[str, Any]) -> None:
+    model, optimizer = build(CASES[name], **setting)
+    key, value = next(iter(setting.items()))
+    with pytest.raises(ValueError, match=f"{key}={value!r} cannot be combined with gradient accumulation"):  # noqa: SIM117
+        with optimizer.accumulating():
+            loss_of(model, batch(0)).backward()
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(NotImplementedError, match=r"LDAdamLayerwise .*before DDP or FSDP.*use 'ldadam'"):
+        LDAdamLayerwise([nn.Parameter(torch.randn(20, 30))])
+
+
+def test_gradient_checkpointing_in_both_ways() -> None:
+    ends = []
+    for reentrant in (None, True, False):
+        torch.manual_seed(0)
+        layers = nn.ModuleList([nn.Linear(24, 24) for _ in range(3)])
+        optimizer = LDAdamLayerwise(layers.parameters(), rank=4)
+        for _ in range(3):
+            hidden = torch.ones(2, 24, requires_grad=True)
+            for layer in layers:
+                hidden = layer(hidden) if reentrant is None else checkpoint(layer, hidden, use_reentrant=reentrant)
+            hidden.square().sum().backward()
+            optimizer.step()
+        ends.append([p.detach() for p in layers.parameters()])
+    for end in ends[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(ends[0], end, strict=True))
+    shared = nn.Linear(24, 24)
+    optimizer = LDAdamLayerwise(shared.parameters(), rank=4)
+    hidden = checkpoint(
+        shared, checkpoint(shared, torch.ones(2, 24, requires_grad=True), use_reentrant=True), use_reentrant=True
+    )
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        hidden.sum().backward()
+
+
+def test_hooks_go_with_the_optimizer_and_keep_nothing_alive() -> None:
+    model, optimizer = build(LAYERWISE[0])
+    hooks = [p._post_accumulate_grad_hooks for p in model.parameters()]
+    assert all(len(of_one) == 1 for of_one in hooks)
+    state = weakref.ref(optimizer)
+    gc.collect()
+    gc.disable()
+    try:
+        del optimizer
+        assert state() is None
+    finally:
+        gc.enable()
+    assert not any(hooks)
+    loss_of(model, batch(0)).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+    model, optimizer = build(LAYERWISE[0])
+    optimizer.remove_hooks()
+    before = [p.detach().clone() for p in model.parameters()]
+    loss_of(model, batch(0)).backward()
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    optimizer.step()
+    assert not any(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True) if p.ndim > 1)
+
+
+def test_the_newest_optimizer_of_a_parameter_acts_alone(caplog: pytest.LogCaptureFixture) -> None:
+    model, first = build(LAYERWISE[0])
+    second = LAYERWISE[0].build(model.parameters())
+    assert "another optimizer" in caplog.text and caplog.records[0].levelno == logging.WARNING
+    train(model, second, range(1))
+    assert second.state and not first.state
+
+
+def test_copies_of_the_model_have_no_hooks_and_copies_of_the_optimizer_have() -> None:
+    model, optimizer = build(LAYERWISE[0])
+    twin = copy.deepcopy(model)
+    assert not any(p._post_accumulate_grad_hooks for p in twin.parameters())
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    twin_model, twin_optimizer = copy.deepcopy((model, optimizer))
+    for each, its in ((model, optimizer), (twin_model, twin_optimizer)):
+        train(each, its, range(3))
+    for mine, theirs in zip(model.parameters(), twin_model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert twin_optimizer.state[twin_model.layers[0].weight]
+
+
+def test_every_layerwise_string_is_a_mode_of_another() -> None:
+    for name, entry in OPTIMIZERS.items():
+        assert entry.optimizer_class.layerwise == name.endswith("_layerwise")
+        if issubclass(entry.optimizer_class, Layerwise):
+            assert get_entry(name.removesuffix("_layerwise")).optimizer_class is entry.optimizer_class.normal
+            assert entry.optimizer_class.state_keys == entry.optimizer_class.normal.state_keys
