@@ -62,7 +62,6 @@ class Compiled:
         shared_bytes: Shared memory per program.
         widest_load: Bytes that one thread loads at once from global memory, at most.
         required_load: The same as the launch table demands, at least.
-        allowed_spill_bytes: Likewise, at most.
         occupancy: Share of the multiprocessor's warps that registers, shared memory and program size allow.
     """
 
@@ -75,7 +74,6 @@ class Compiled:
     shared_bytes: int = 0
     widest_load: int = 0
     required_load: int = 0
-    allowed_spill_bytes: int = 0
     occupancy: float = 0.0
 
 
@@ -223,7 +221,6 @@ def compile_launch(name: str, target_name: str) -> Compiled:
         shared_bytes=shared,
         widest_load=_widest_load(compiled, target),
         required_load=launch.widest_load,
-        allowed_spill_bytes=launch.allowed_spill_bytes,
         occupancy=occupancy(target, num_warps, registers, shared),
     )
 

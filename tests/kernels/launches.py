@@ -37,14 +37,12 @@ class Launch:
             memory is not among them).
         widest_load: Bytes that one thread must be able to load at once from global memory; less than 16 only where the
             kernel gathers single entries or packed codes.
-        allowed_spill_bytes: Local memory that a thread may use; 0 except for blocks beyond the default.
     """
 
     name: str
     numel: int
     prepare: Callable[[], tuple[Callable[[], object], list[Tensor]]]
     widest_load: int
-    allowed_spill_bytes: int = 0
 
 
 def force_triton() -> None:
@@ -151,7 +149,7 @@ def _topk(
             [gradient, indices, chosen, *parts],
         )
 
-    return Launch(f"block_topk {name}", numel, prepare, 16, allowed_spill_bytes=32 if block_size > 4096 else 0)
+    return Launch(f"block_topk {name}", numel, prepare, 16)
 
 
 FOUR, EIGHT, FOUR_FP32 = QuantFormat(), QuantFormat(bits=8), QuantFormat(stat_dtype=FP32)
