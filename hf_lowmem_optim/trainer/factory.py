@@ -52,8 +52,8 @@ class OptimizerFactory:
         target_modules: What is compressed instead: a list of module names or parts of them, a regex, or
             ``"all-linear"``, as in ``TrainingArguments.optim_target_modules``.
         overrides: Hyper-parameters of single modules: ``{"mlp": {"rank": 64}, "lm_head": {"lr": 1e-4}}``. A key is the
-            name of a module, a part of it, or a regex for its beginning, as in a list of target modules; the first key
-            that matches holds. ``rank`` (in general :attr:`LowMemoryOptimizer.dense_key`) as None leaves matrices
+            name of a module, a part of it, or a regex for all of it, as in a list of target modules; the first key that
+            matches holds. ``rank`` (in general :attr:`LowMemoryOptimizer.dense_key`) as None leaves matrices
             dense, and with a value compresses them, embeddings and head too. Biases and norms never decay.
         lr_ratio: Learning rate of LoRA's B matrices over that of everything else (LoRA+, arXiv 2402.12354).
         **hyper: Hyper-parameters of the optimizer. Those left out have its own defaults, the learning rate too.

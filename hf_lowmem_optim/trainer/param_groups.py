@@ -194,7 +194,7 @@ def matching_modules(
 
     Args:
         model: The model.
-        pattern: A regex for the whole name; or a list of one entry: a name, a part of it, or a regex for its beginning.
+        pattern: A regex for the whole name; or a list of one entry: a name, a part of it, or a regex for all of it.
         where: What the pattern was given as, for the errors.
         held: The parameters of a module that count.
 
