@@ -14,7 +14,16 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from hf_lowmem_optim import OPTIMIZERS, LDAdam, OptimizerFactory, measure_state, plan_memory, plan_optimizer
+from hf_lowmem_optim import (
+    OPTIMIZERS,
+    LDAdam,
+    OptimizerFactory,
+    OptimizerStateMemoryCallback,
+    measure_state,
+    plan_memory,
+    plan_optimizer,
+)
+from hf_lowmem_optim.memory.report import load_report
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
 from tests.trainer.resume_worker import StopAt
 from tests.trainer.test_resume import assert_equal_to_the_bit
@@ -242,12 +251,20 @@ def test_a_run_with_own_settings_resumes_to_the_bit(tmp_path: Path) -> None:
             args,
             train_dataset=token_rows(8),
             optimizer_cls_and_kwargs=(chosen, {}),
-            callbacks=[StopAt()] if stop else [],
+            callbacks=[OptimizerStateMemoryCallback(), *([StopAt()] if stop else [])],
         )
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10") if resume else None)
         return trainer
 
     straight = run()
+    groups = [group["description"] for group in load_report(tmp_path)["groups"]]
+    assert groups == [
+        "compressed, weight_decay 0.1",  # A of q_proj
+        "compressed, weight_decay 0.1, lr=0.04",
+        "compressed, weight_decay 0.1, rank=6",
+        "compressed, weight_decay 0.1, lr=0.04, rank=6",
+        "dense, weight_decay 0.1, lr=0.001",
+    ]
     run(stop=True)
     resumed = run(resume=True)
     assert {group["initial_lr"] for group in resumed.optimizer.param_groups} == {1e-2, 4e-2, 1e-3}
