@@ -132,41 +132,33 @@ def test_every_optimizer_takes_overrides_and_keeps_its_plan(name: str) -> None:
 
 def test_lora_plus_is_the_optimizer_with_two_rates(tmp_path: Path) -> None:
     """Through `optim_args`, under a schedule, against groups made by hand."""
-    args = TrainingArguments(
-        str(tmp_path),
-        optim="ldadam",
-        optim_args="rank=4,lr_ratio=16",
-        learning_rate=1e-3,
-        lr_scheduler_type="linear",
-        max_steps=4,
-        max_grad_norm=0,
-        per_device_train_batch_size=2,
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        save_strategy="no",
-        data_seed=3,
-    )
-    model = with_lora()
-    trainer = Trainer(model, args, train_dataset=token_rows(2))
-    trainer.train()
-
-    twin = with_lora()
-    trained = [(n, p) for n, p in twin.named_parameters() if p.requires_grad]
-    halves = [[p for n, p in trained if f"lora_{x}" in n] for x in "AB"]
-    optimizer = LDAdam([{"params": halves[0]}, {"params": halves[1], "lr": 16e-3}], lr=1e-3, rank=4)
-    batch = torch.stack([row["input_ids"] for row in token_rows(2)])
-    twin.train()
-    for step in range(4):
-        for group, rate in zip(optimizer.param_groups, (1e-3, 16e-3), strict=True):
-            group["lr"] = rate * (4 - step) / 4
-        twin(input_ids=batch, labels=batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    moved = [p for n, p in trained if not torch.equal(p, dict(with_lora().named_parameters())[n])]
-    assert len(moved) == len(trained)
-    for (name, mine), theirs in zip(trained, (p for p in model.parameters() if p.requires_grad), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6, msg=name)
+    finals = []
+    for by_hand in (False, True):
+        model = with_lora()
+        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        halves = [[p for n, p in trained if f"lora_{x}" in n] for x in "AB"]
+        groups = [{"params": halves[0]}, {"params": halves[1], "lr": 16e-3}]
+        args = TrainingArguments(
+            str(tmp_path),
+            optim="ldadam",
+            optim_args="rank=4,lr_ratio=16",
+            learning_rate=1e-3,
+            lr_scheduler_type="linear",
+            max_steps=6,
+            per_device_train_batch_size=2,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            save_strategy="no",
+        )
+        optimizer = LDAdam(groups, lr=1e-3, rank=4) if by_hand else None
+        trainer = Trainer(model, args, train_dataset=token_rows(8), optimizers=(optimizer, None))
+        trainer.train()
+        assert trainer.state.global_step == 6
+        finals.append(dict(trained))
+    assert_equal_to_the_bit(*finals)
+    start = dict(with_lora().named_parameters())
+    assert not any(torch.equal(p, start[name]) for name, p in finals[0].items())
 
 
 def test_lora_plus_is_for_b_alone_on_top_of_overrides() -> None:
