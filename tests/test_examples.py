@@ -15,6 +15,13 @@ SHORT = {
     "train_language_model.py": (["--max_steps", "2", "--optim_args", "rank=4", "--sequence_length", "64"], "eval_loss"),
     "finetune_classifier.py": (["--max_steps", "2", "--rank", "4", "--sequence_length", "32"], "eval_accuracy"),
     "layerwise_full_finetuning.py": (["--max_steps", "2"], "resident memory"),
+    "lora_finetuning.py": (
+        ["--max_steps", "2", "--per_device_eval_batch_size", "64", "--use_dora"],
+        "merged model: {'eval_loss'",
+    ),
+    "qlora_finetuning.py": (["--max_steps", "2", "--per_device_train_batch_size", "2"], "optimizer state: "),
+    "per_module_settings.py": (["--max_steps", "2", "--per_device_eval_batch_size", "64"], "eval_loss"),
+    "trl_sft.py": (["--max_steps", "2"], "'optim': 'ldadam'"),
     "plain_loop.py": ([], "AdamW: "),
 }
 

@@ -161,5 +161,10 @@ def _describe_group(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str,
     """A parameter group's size and what sets it apart."""
     words = [f"weight_decay {group['weight_decay']:g}"] if "weight_decay" in group else []
     if isinstance(optimizer, LowMemoryOptimizer):
-        words.insert(0, "dense" if group[optimizer.dense_key] is None else "compressed")
+        dense = group[optimizer.dense_key] is None
+        words.insert(0, "dense" if dense else "compressed")
+        # the schedule changes lr itself
+        now = {**group, "lr": group.get("initial_lr", group["lr"])}
+        skipped = {"weight_decay", *((optimizer.dense_key,) if dense else ())}
+        words += [f"{k}={now[k]}" for k, v in optimizer.defaults.items() if k not in skipped and now[k] != v]
     return {"num_parameters": sum(p.numel() for p in group["params"]), "description": ", ".join(words) or "no settings"}

@@ -48,11 +48,12 @@ class WeightReport:
     """What a process holds besides optimizer state and activations.
 
     Attributes:
-        weight_bytes: Bytes of weights by kind: ``"trainable"``, ``"frozen"``, ``"frozen 4-bit"``, ``"buffers"``.
+        weight_bytes: Bytes of weights by kind: ``"trainable"``, ``"frozen"``, ``"frozen 4-bit"``, ``"frozen 8-bit"``,
+            ``"buffers"``.
         gradient_bytes: Bytes of gradients by kind: ``"gradients"``, and ``"DDP buckets"`` under DDP.
         num_parameters: Entries of all parameters of the model, on all processes.
         num_trainable: Entries of those that are trained.
-        dtypes: Number of entries by dtype, quantized weights under ``"4-bit"``.
+        dtypes: Number of entries by dtype, quantized weights under ``"4-bit"`` and ``"8-bit"``.
     """
 
     weight_bytes: Mapping[str, int]
@@ -93,7 +94,7 @@ def plan_weights(model: nn.Module, processes: Processes, quantized: Set[int] = f
             weights["trainable"] += part
             gradient_bytes += part
         else:
-            weights["frozen 4-bit" if dtype == "4-bit" else "frozen"] += part
+            weights[f"frozen {dtype}" if dtype in ("4-bit", "8-bit") else "frozen"] += part
     weights["buffers"] = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     gradients = {"gradients": gradient_bytes}
     if processes.sharding == "ddp" and processes.gpus > 1:
@@ -118,6 +119,9 @@ def _stored(parameter: Tensor) -> tuple[int, int, str]:
     """Entries, bytes and dtype of a parameter, also of one that bitsandbytes has quantized already."""
     quant_state = getattr(parameter, "quant_state", None)
     nbytes = parameter.numel() * parameter.element_size()
+    row_maxima = getattr(parameter, "SCB", None)
+    if row_maxima is not None:
+        return parameter.numel(), nbytes + row_maxima.numel() * row_maxima.element_size(), "8-bit"
     if quant_state is None:
         return parameter.numel(), nbytes, str(parameter.dtype).removeprefix("torch.")
     nested = getattr(quant_state, "state2", None)

@@ -205,6 +205,21 @@ class Layerwise(LowMemoryOptimizer):
         for finished in (self._norms, self._updated, self._micro_batches, self._held):
             finished.clear()
 
+    def abandon_step(self) -> int:
+        """Forget a step whose backward pass failed half-way (out of memory), so that a new one can begin.
+
+        Returns:
+            The number of parameters for which it came too late: their gradients of that step, or a part of them, have
+            been used already. 0 where no step had begun.
+        """
+        used = len(self._updated | self._micro_batches.keys())
+        for unfinished in (self._norms, self._updated, self._micro_batches, self._held):
+            unfinished.clear()
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.grad = None
+        return used
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear what gradients there are, as in torch.
 

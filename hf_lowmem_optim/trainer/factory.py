@@ -14,8 +14,18 @@ from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
 from hf_lowmem_optim.registry import get_entry
 from hf_lowmem_optim.trainer.layerwise import check_layerwise_arguments
 from hf_lowmem_optim.trainer.optim_args import hyperparameters_from_training_args
+from hf_lowmem_optim.trainer.overrides import (
+    Overrides,
+    check_lr_ratio,
+    check_overrides,
+    check_overrides_apply,
+    own_settings,
+)
 from hf_lowmem_optim.trainer.param_groups import (
     COMPRESSED,
+    NOT_WORTH,
+    SWITCHED_OFF,
+    TOO_SMALL,
     Placement,
     TargetModules,
     build_param_groups,
@@ -41,6 +51,11 @@ class OptimizerFactory:
         name: String of the optimizer, for example ``"ldadam"``.
         target_modules: What is compressed instead: a list of module names or parts of them, a regex, or
             ``"all-linear"``, as in ``TrainingArguments.optim_target_modules``.
+        overrides: Hyper-parameters of single modules: ``{"mlp": {"rank": 64}, "lm_head": {"lr": 1e-4}}``. A key is the
+            name of a module, a part of it, or a regex for all of it, as in a list of target modules; the first key that
+            matches holds. ``rank`` (in general :attr:`LowMemoryOptimizer.dense_key`) as None leaves matrices
+            dense, and with a value compresses them, embeddings and head too. Biases and norms never decay.
+        lr_ratio: Learning rate of LoRA's B matrices over that of everything else (LoRA+, arXiv 2402.12354).
         **hyper: Hyper-parameters of the optimizer. Those left out have its own defaults, the learning rate too.
 
     Raises:
@@ -53,11 +68,24 @@ class OptimizerFactory:
         >>> trainer = Trainer(model, args, optimizer_cls_and_kwargs=(factory, {}))
     """
 
-    def __init__(self, name: str, /, target_modules: TargetModules = None, **hyper: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        /,
+        target_modules: TargetModules = None,
+        *,
+        overrides: Overrides | None = None,
+        lr_ratio: float | None = None,
+        **hyper: Any,
+    ) -> None:
         self.name = name
         self.target_modules = target_modules
+        self.overrides = overrides
+        self.lr_ratio = lr_ratio
         self.hyper = hyper
         self.optimizer_class.check_hyperparameters(hyper)
+        check_overrides(overrides, self.optimizer_class, hyper)
+        check_lr_ratio(lr_ratio)
 
     @classmethod
     def from_training_args(cls, args: TrainingArguments) -> OptimizerFactory:
@@ -89,70 +117,82 @@ class OptimizerFactory:
     def __call__(self, /) -> OptimizerFactory: ...
 
     @overload
-    def __call__(self, model: nn.Module, /, **overrides: Any) -> LowMemoryOptimizer: ...
+    def __call__(self, model: nn.Module, /, **hyper: Any) -> LowMemoryOptimizer: ...
 
-    def __call__(self, model: nn.Module | None = None, /, **overrides: Any) -> LowMemoryOptimizer | OptimizerFactory:
+    def __call__(self, model: nn.Module | None = None, /, **hyper: Any) -> LowMemoryOptimizer | OptimizerFactory:
         """Make the optimizer for ``model``.
 
         Args:
             model: The model, after freezing and adding adapters. Without one the factory returns itself: the Trainer
                 calls ``factory()(model, **kwargs)``.
-            **overrides: Hyper-parameters that replace the factory's for this optimizer.
+            **hyper: Hyper-parameters that replace the factory's for this optimizer.
 
         Returns:
             A new optimizer; the factory can be called again.
 
         Raises:
-            TypeError: ``model`` is not a module, or an override is unknown or has the wrong type.
-            ValueError: The model has nothing to train or to compress, a target matches nothing, or an override is out
-                of range.
+            TypeError: ``model`` is not a module, or a hyper-parameter is unknown or has the wrong type.
+            ValueError: The model has nothing to train, a target or an override matches nothing or has no effect, or a
+                hyper-parameter is out of range.
         """
         if model is None:
-            if overrides:
-                raise TypeError(f"{self!r} was called with {', '.join(overrides)} but without a model")
+            if hyper:
+                raise TypeError(f"{self!r} was called with {', '.join(hyper)} but without a model")
             return self
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"OptimizerFactory makes its own parameter groups and needs the model, not {type(model).__name__}; "
                 f"for groups of your own call hf_lowmem_optim.{self.optimizer_class.__name__}(groups, ...)"
             )
-        optimizer, placements = self.build(model, **overrides)
+        optimizer, placements = self.build(model, **hyper)
         if _is_main_process():
             _report(optimizer, placements)
         return optimizer
 
-    def build(self, model: nn.Module, /, **overrides: Any) -> tuple[LowMemoryOptimizer, list[Placement]]:
+    def build(self, model: nn.Module, /, **hyper: Any) -> tuple[LowMemoryOptimizer, list[Placement]]:
         """Make the optimizer for ``model`` without a word in the log; the planner takes the same way.
 
         Args:
             model: The model, on any device: on the meta device this plans a model that does not exist.
-            **overrides: Hyper-parameters that replace the factory's for this optimizer.
+            **hyper: Hyper-parameters that replace the factory's for this optimizer.
 
         Returns:
             The optimizer, and where each parameter went.
 
         Raises:
-            TypeError: An override is unknown or has the wrong type.
-            ValueError: The model has nothing to train or to compress, a target matches nothing, or an override is out
-                of range.
+            TypeError: A hyper-parameter is unknown or has the wrong type.
+            ValueError: As for a call.
         """
-        given = {**self.hyper, **overrides}
         optimizer_class = self.optimizer_class
-        optimizer_class.check_hyperparameters(given)
-        hyper = {**optimizer_class.default_hyperparameters(), **given}
+        optimizer_class.check_hyperparameters(given := {**self.hyper, **hyper})
+        everyone = {**optimizer_class.default_hyperparameters(), **given}
+        check_overrides(self.overrides, optimizer_class, everyone)
+        own = own_settings(model, self.overrides, self.lr_ratio, everyone["lr"])
         placements = place_parameters(
             model,
             self.target_modules,
-            lambda shape: optimizer_class.compresses(shape, hyper),
-            lambda parameter: _saves_state(optimizer_class, parameter, hyper),
+            lambda parameter, settings: _rule(optimizer_class, parameter, {**everyone, **settings}),
+            own.values,
+            own.with_value(optimizer_class.dense_key) & {id(p) for p in model.parameters() if p.ndim >= 2},
         )
-        groups = build_param_groups(placements, optimizer_class.dense_key, hyper["weight_decay"])
-        return optimizer_class(groups, **hyper), placements
+        check_overrides_apply(self.overrides, own, placements, optimizer_class)
+        groups = build_param_groups(placements, optimizer_class.dense_key, everyone["weight_decay"])
+        return optimizer_class(groups, **everyone), placements
 
     def __repr__(self) -> str:
-        settings = {"target_modules": self.target_modules} if self.target_modules is not None else {}
-        arguments = [repr(self.name), *(f"{key}={value!r}" for key, value in {**settings, **self.hyper}.items())]
+        own = {key: getattr(self, key) for key in ("target_modules", "overrides", "lr_ratio")}
+        settings = {**{key: value for key, value in own.items() if value is not None}, **self.hyper}
+        arguments = [repr(self.name), *(f"{key}={value!r}" for key, value in settings.items())]
         return f"OptimizerFactory({', '.join(arguments)})"
+
+
+def _rule(optimizer_class: type[LowMemoryOptimizer], parameter: nn.Parameter, hyper: Mapping[str, Any]) -> str:
+    """Whether a targeted parameter is compressed, or why it is not."""
+    if hyper[optimizer_class.dense_key] is None:
+        return SWITCHED_OFF
+    if not optimizer_class.compresses(tuple(parameter.shape), hyper):
+        return TOO_SMALL
+    return COMPRESSED if _saves_state(optimizer_class, parameter, hyper) else NOT_WORTH
 
 
 def _saves_state(optimizer_class: type[LowMemoryOptimizer], parameter: nn.Parameter, hyper: Mapping[str, Any]) -> bool:
@@ -168,17 +208,20 @@ def _saves_state(optimizer_class: type[LowMemoryOptimizer], parameter: nn.Parame
 
 def _report(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) -> None:
     """Log what went where, and warn where compression was asked for and none came of it."""
-    key = optimizer.dense_key
-    setting = optimizer.defaults[key]
-    if setting is not None and not any(placement.rule == COMPRESSED for placement in placements):
+    key, who = optimizer.dense_key, type(optimizer).__name__
+    setting, rules = optimizer.defaults[key], {placement.rule for placement in placements}
+    if setting is not None and rules & {TOO_SMALL, NOT_WORTH} and COMPRESSED not in rules:
         logger.warning(
             "%s compresses nothing here: every target is too small for %s=%s, or its compressed state would be larger, "
             "so all %d tensors take the dense AdamW rule. Lower %s if that is not what you want.",
-            type(optimizer).__name__,
-            key,
-            setting,
-            len(placements),
-            key,
+            *(who, key, setting, len(placements), key),
+        )
+    elif setting is not None and not rules & {COMPRESSED, SWITCHED_OFF}:
+        logger.warning(
+            "%s compresses nothing here: besides embeddings and the output head no linear or convolution layer has a "
+            "trainable weight, so all %d tensors take the dense AdamW rule. If there is something else to compress, "
+            "name its modules in optim_target_modules.",
+            *(who, len(placements)),
         )
     # At warning level, which Python and transformers show by default; not where transformers is told to be silent.
     if transformers_logging.get_verbosity() <= logging.WARNING:

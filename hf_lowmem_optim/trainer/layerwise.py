@@ -8,6 +8,7 @@ other optimizer it does nothing.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from accelerate.state import GradientState
@@ -19,6 +20,8 @@ from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
 from hf_lowmem_optim.optimizers.layerwise import Layerwise
 
 __all__ = ["LayerwiseCallback", "check_layerwise_arguments"]
+
+logger = logging.getLogger(__name__)
 
 
 def check_layerwise_arguments(args: TrainingArguments, optimizer_class: type[LowMemoryOptimizer]) -> None:
@@ -63,7 +66,7 @@ class LayerwiseCallback(TrainerCallback):
         optimizer: Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
-        """Refuse what cannot work, and connect the optimizer with accelerate's count of micro-batches."""
+        """Refuse what cannot work, connect the optimizer with accelerate's count of micro-batches, begin a step."""
         inner = _layerwise(optimizer)
         if inner is None:
             return
@@ -72,6 +75,15 @@ class LayerwiseCallback(TrainerCallback):
             for group in inner.param_groups:
                 inner.check_accumulation(group)
         inner.is_last_micro_batch = _is_last_micro_batch
+        # auto_find_batch_size begins anew with the same optimizer, after a backward pass that ran out of memory.
+        used = inner.abandon_step()
+        if used:
+            logger.warning(
+                "training begins anew after a step that failed in its backward pass: %d tensors had made use of their "
+                "gradients already, which %s cannot take back",
+                used,
+                type(inner).__name__,
+            )
 
     def on_log(
         self,

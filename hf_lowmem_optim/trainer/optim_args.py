@@ -1,7 +1,7 @@
 """From ``TrainingArguments`` to an optimizer's hyper-parameters, strictly.
 
 ``optim_args`` is a string, ``"rank=8,error_feedback=none"``. Every key must be one of the optimizer's own arguments
-(or ``beta1``, ``beta2``) and every value of that argument's type; nothing is ignored.
+(or ``beta1``, ``beta2``), or the factory's ``lr_ratio``, and every value of that argument's type; nothing is ignored.
 
 Which value wins where two places can set it:
 
@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 _FIELDS = {"lr": "learning_rate", "weight_decay": "weight_decay", "eps": "adam_epsilon"}
 """Hyper-parameters that are fields of TrainingArguments, and only that."""
 
+FACTORY_ARGUMENTS: dict[str, Any] = {"lr_ratio": float}
+"""Arguments of ``OptimizerFactory``, of every optimizer therefore, that ``optim_args`` may set as well."""
+
 _BETAS = ("beta1", "beta2")
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -46,7 +49,7 @@ def hyperparameters_from_training_args(
         optimizer_class: The optimizer.
 
     Returns:
-        Keyword arguments for the optimizer; what is not set is left out.
+        Keyword arguments for ``OptimizerFactory``; what is not set is left out.
 
     Raises:
         ValueError: ``optim_args`` is malformed, or has an unknown, doubled or mistyped entry.
@@ -76,7 +79,7 @@ def hyperparameters_from_text(text: str | None, optimizer_class: type[LowMemoryO
         optimizer_class: The optimizer.
 
     Returns:
-        Keyword arguments for the optimizer; what is not set is left out.
+        Keyword arguments for ``OptimizerFactory``; what is not set is left out.
 
     Raises:
         ValueError: As :func:`parse_optim_args`.
@@ -103,7 +106,7 @@ def parse_optim_args(text: str | None, optimizer_class: type[LowMemoryOptimizer]
         ValueError: An entry is not ``key=value``, its key is unknown, doubled or belongs to a field of
             TrainingArguments, or its value has another type. The message names entry and remedy.
     """
-    allowed = optimizer_class.hyperparameter_types()
+    allowed = {**optimizer_class.hyperparameter_types(), **FACTORY_ARGUMENTS}
     if "betas" in allowed:
         del allowed["betas"]
         allowed.update(dict.fromkeys(_BETAS, float))

@@ -6,10 +6,9 @@ or the output head it is dense, unless ``optim_target_modules`` selects it expli
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from torch import nn
@@ -20,13 +19,14 @@ from transformers.trainer_utils import check_target_module_exists
 
 from hf_lowmem_optim.optimizers.hyperparameters import nearest
 
-__all__ = ["Placement", "build_param_groups", "place_parameters"]
+__all__ = ["Placement", "build_param_groups", "matching_modules", "place_parameters"]
 
 TargetModules = str | Sequence[str] | None
 """What TrainingArguments.optim_target_modules may be."""
 
 COMPRESSED = "compressed"
 TOO_SMALL = "too small for this compression"
+SWITCHED_OFF = "compression switched off"
 NOT_WORTH = "compressed state would be larger"
 EMBEDDING = "embedding"
 HEAD = "output head"
@@ -55,12 +55,14 @@ class Placement:
         parameter: The parameter.
         rule: ``"compressed"``, or why it takes the dense rule: ``"embedding"``, ``"output head"``, ...
         decays: Whether weight decay applies to it.
+        settings: Its own values of hyper-parameters, where they are not those of all.
     """
 
     name: str
     parameter: nn.Parameter
     rule: str
     decays: bool
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def targeted(self) -> bool:
@@ -71,25 +73,30 @@ class Placement:
 def place_parameters(
     model: nn.Module,
     target_modules: TargetModules,
-    compresses: Callable[[Sequence[int]], bool],
-    saves: Callable[[nn.Parameter], bool] | None = None,
+    judge: Callable[[nn.Parameter, Mapping[str, Any]], str],
+    own: Mapping[int, Mapping[str, Any]] | None = None,
+    also_targeted: Set[int] = frozenset(),
 ) -> list[Placement]:
     """Decide for every trainable parameter of ``model``, each listed once, in the model's order.
+
+    Where ``target_modules`` is None and the model trains no linear or convolution weight (IA³, prompt tuning, a head
+    alone), everything is dense.
 
     Args:
         model: Any module; transformers models may be wrapped (PEFT, DDP) or be parts of it.
         target_modules: ``TrainingArguments.optim_target_modules``: a list of names (of which a part suffices, or a
             regex), a regex for the whole name, ``"all-linear"``, or None for every linear and convolution weight
             except embeddings and the output head.
-        compresses: Whether the optimizer would compress a targeted tensor of a shape.
-        saves: Whether compressing such a parameter is of use; by default it always is.
+        judge: From a targeted parameter and its own settings to its rule: ``"compressed"``, or why it is not.
+        own: Settings of single parameters, by id.
+        also_targeted: Ids of parameters that are targeted besides.
 
     Returns:
         One placement per parameter.
 
     Raises:
         TypeError: ``target_modules`` is neither a list of strings, a string nor None.
-        ValueError: The model has no trainable parameter, or no matrix to compress, or a target matches nothing.
+        ValueError: The model has no trainable parameter, or a target matches nothing.
     """
     # Named with their first name and without duplicates, as the Trainer lists them.
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -99,24 +106,18 @@ def place_parameters(
             "Unfreeze some, or add an adapter, before the optimizer is made."
         )
     targets = _default_targets(model) if target_modules is None else _selected_targets(model, target_modules)
-    if not any(id(parameter) in targets for _, parameter in trainable):
-        raise ValueError(
-            f"{type(model).__name__} has no trainable matrix to compress: besides embeddings and the output head, no "
-            "linear or convolution layer has a trainable weight. Unfreeze one, name the modules to compress in "
-            "optim_target_modules, or use a dense optimizer such as optim='adamw_torch'."
-        )
+    targets = targets | also_targeted
     reasons = _dense_reasons(model)
     # The Trainer's own rule: a method that does not use its instance, in every version from 5.2 on.
     decaying = set(Trainer.get_decay_parameter_names(cast(Any, None), model))
     placements = []
     for name, parameter in trainable:
+        settings = (own or {}).get(id(parameter), {})
         if id(parameter) in targets:
-            rule = COMPRESSED if compresses(tuple(parameter.shape)) else TOO_SMALL
-            if rule == COMPRESSED and saves is not None and not saves(parameter):
-                rule = NOT_WORTH
+            rule = judge(parameter, settings)
         else:
             rule = VECTOR if parameter.ndim < 2 else reasons.get(id(parameter), NOT_TARGET)
-        placements.append(Placement(name, parameter, rule, name in decaying))
+        placements.append(Placement(name, parameter, rule, name in decaying, settings))
     return placements
 
 
@@ -125,24 +126,27 @@ def build_param_groups(
 ) -> list[dict[str, Any]]:
     """Turn placements into the optimizer's parameter groups: targeted or dense, with weight decay or without.
 
+    Parameters with the same settings of their own are in groups of their own, behind those without.
+
     Args:
         placements: What :func:`place_parameters` returned.
         dense_key: The hyper-parameter whose value None sends a group to the dense rule.
         weight_decay: Weight decay of the parameters that decay, None if the optimizer has none.
 
     Returns:
-        At most four groups of named parameters; empty ones are left out.
+        Groups of named parameters, at most four for each set of settings; none is empty.
     """
-    placements = list(placements)
+    gathered: dict[tuple[int, bool, bool], list[Placement]] = {}
+    numbers = {repr({}): 0}
+    for placement in placements:
+        number = numbers.setdefault(repr(placement.settings), len(numbers))
+        gathered.setdefault((number, not placement.targeted, not placement.decays), []).append(placement)
     groups = []
-    for targeted, decays in itertools.product((True, False), (True, False)):
-        chosen = [p for p in placements if p.targeted == targeted and p.decays == decays]
-        if not chosen:
-            continue
-        group: dict[str, Any] = {"params": [(p.name, p.parameter) for p in chosen]}
+    for (_, dense, spared), chosen in sorted(gathered.items(), key=lambda item: item[0]):
+        group: dict[str, Any] = {"params": [(p.name, p.parameter) for p in chosen], **chosen[0].settings}
         if weight_decay is not None:
-            group["weight_decay"] = weight_decay if decays else 0.0
-        if not targeted:
+            group["weight_decay"] = 0.0 if spared else group.get("weight_decay", weight_decay)
+        if dense:
             group[dense_key] = None
         groups.append(group)
     return groups
@@ -176,32 +180,47 @@ def _selected_targets(model: nn.Module, target_modules: str | Sequence[str]) -> 
     selected: set[int] = set()
     for entry in entries:
         # transformers' rule: a lone string is a regex for the whole name, an entry of a list may be a part of it.
-        selected |= _select(model, entry if isinstance(target_modules, str) else [entry], target_modules)
+        pattern = entry if isinstance(target_modules, str) else [entry]
+        matching = matching_modules(model, pattern, f"optim_target_modules={target_modules!r}", _matrices)
+        matrices = (parameter for module in matching.values() for parameter in _matrices(module))
+        selected |= {id(parameter) for parameter in matrices if parameter.requires_grad}
     return selected
 
 
-def _select(model: nn.Module, pattern: str | list[str], target_modules: Any) -> set[int]:
-    """Ids of the trainable parameters with two or more dimensions in the modules matching one entry."""
+def matching_modules(
+    model: nn.Module, pattern: str | list[str], where: str, held: Callable[[nn.Module], Iterable[nn.Parameter]]
+) -> dict[str, nn.Module]:
+    """Find the modules of a model that a pattern matches, by transformers' own rule.
+
+    Args:
+        model: The model.
+        pattern: A regex for the whole name; or a list of one entry: a name, a part of it, or a regex for all of it.
+        where: What the pattern was given as, for the errors.
+        held: The parameters of a module that count.
+
+    Returns:
+        The modules by name; at least one holds a trainable parameter that counts.
+
+    Raises:
+        ValueError: It matches nothing, or nothing that is trained, or is no regex.
+    """
     entry = pattern if isinstance(pattern, str) else pattern[0]
     try:
         matching = {name: m for name, m in model.named_modules() if name and check_target_module_exists(pattern, name)}
     except re.error as error:
-        raise ValueError(f"optim_target_modules={target_modules!r}: {entry!r} is not a valid regex: {error}") from error
-    selected = {
-        id(parameter) for module in matching.values() for parameter in _matrices(module) if parameter.requires_grad
-    }
-    if selected:
-        return selected
+        raise ValueError(f"{where}: {entry!r} is not a valid regex: {error}") from error
+    if any(parameter.requires_grad for module in matching.values() for parameter in held(module)):
+        return matching
     if matching:
+        kind = " of two or more dimensions" * (held is _matrices)
         raise ValueError(
-            f"optim_target_modules={target_modules!r}: {entry!r} matches {len(matching)} modules, for example "
-            f"{next(iter(matching))!r}, but none of them holds a trainable parameter of two or more dimensions itself; "
-            f"name the layers that do, such as {_examples(model)}"
+            f"{where}: {entry!r} matches {len(matching)} modules, for example {next(iter(matching))!r}, but none of "
+            f"them holds a trainable parameter{kind} itself; name the layers that do, such as {_examples(model, held)}"
         )
-    leaves = {name.rpartition(".")[2] for name, module in model.named_modules() if list(_matrices(module))}
+    leaves = {name.rpartition(".")[2] for name, module in model.named_modules() if list(held(module))}
     raise ValueError(
-        f"optim_target_modules={target_modules!r}: {entry!r} matches no module of {type(model).__name__}; a "
-        f"regex must match the whole name of a module, such as {_examples(model)}{nearest(entry, leaves)}"
+        f"{where}: {entry!r} matches no module of {type(model).__name__}; a regex must match the whole name of a "
+        f"module, such as {_examples(model, held)}{nearest(entry, leaves)}"
     )
 
 
@@ -210,13 +229,13 @@ def _matrices(module: nn.Module) -> Iterator[nn.Parameter]:
     return (parameter for parameter in module.parameters(recurse=False) if parameter.ndim >= 2)
 
 
-def _examples(model: nn.Module, count: int = 4) -> str:
-    """Some names of modules with a trainable matrix, each kind once."""
+def _examples(model: nn.Module, held: Callable[[nn.Module], Iterable[nn.Parameter]], count: int = 4) -> str:
+    """Some names of modules with a trainable parameter that counts, each kind once."""
     by_kind: dict[str, str] = {}
     for name, module in model.named_modules():
-        if any(parameter.requires_grad for parameter in _matrices(module)):
+        if any(parameter.requires_grad for parameter in held(module)):
             by_kind.setdefault(name.rpartition(".")[2], name)
-    return ", ".join(repr(name) for name in list(by_kind.values())[:count]) or "no modules with a trainable matrix"
+    return ", ".join(repr(name) for name in list(by_kind.values())[:count]) or "none, since none is trained"
 
 
 def _dense_reasons(model: nn.Module) -> Mapping[int, str]:
@@ -228,7 +247,10 @@ def _dense_reasons(model: nn.Module) -> Mapping[int, str]:
     for head in _heads(model):
         reasons.update((id(parameter), HEAD) for parameter in head.parameters())
     for module in model.modules():
-        if isinstance(module, _EMBEDDING_MODULES):
+        # peft's adapter of an embedding is no embedding itself, but has one as its base layer
+        if isinstance(module, _EMBEDDING_MODULES) or isinstance(
+            getattr(module, "base_layer", None), _EMBEDDING_MODULES
+        ):
             reasons.update((id(parameter), EMBEDDING) for parameter in module.parameters())
     return reasons
 

@@ -26,7 +26,6 @@ from hf_lowmem_optim.trainer.optim_args import hyperparameters_from_text
 from hf_lowmem_optim.trainer.param_groups import (
     COMPRESSED,
     EMBEDDING,
-    Placement,
     TargetModules,
     build_param_groups,
     place_parameters,
@@ -243,13 +242,7 @@ def _one_gradient(groups: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 def _reference_groups(model: nn.Module, target_modules: TargetModules) -> list[list[ParameterFacts]]:
     """The parameters in the groups in which the Trainer's optimizers get them: decaying or not."""
-    try:
-        placements = place_parameters(model, target_modules, lambda shape: True)
-    except ValueError:
-        if target_modules is not None or not any(p.requires_grad for p in model.parameters()):
-            raise
-        # No matrix to compress, which these optimizers do not need.
-        placements = [Placement(n, p, "", True) for n, p in model.named_parameters() if p.requires_grad]
+    placements = place_parameters(model, target_modules, lambda parameter, settings: COMPRESSED)
     groups = build_param_groups(placements, "dense", 1.0)
     by_parameter = {id(placement.parameter): placement for placement in placements}
     facts: dict[bool, list[ParameterFacts]] = {True: [], False: []}

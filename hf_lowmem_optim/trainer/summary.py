@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hf_lowmem_optim.memory.budget import SIZE_KEYS
 from hf_lowmem_optim.memory.plan import plan_optimizer
 from hf_lowmem_optim.memory.units import format_bytes
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
-from hf_lowmem_optim.trainer.param_groups import COMPRESSED, TOO_SMALL, Placement
+from hf_lowmem_optim.trainer.param_groups import COMPRESSED, SWITCHED_OFF, Placement
 
 __all__ = ["describe_placements"]
 
@@ -22,15 +23,10 @@ def describe_placements(optimizer: LowMemoryOptimizer, placements: Sequence[Plac
     Returns:
         A few lines of text.
     """
-    rules = dict.fromkeys(placement.rule for placement in placements)
-    settings = ", ".join(f"{key}={optimizer.defaults[key]}" for key in optimizer.state_keys)
-    rows = []
-    for rule in sorted(rules, key=lambda rule: rule != COMPRESSED):
-        label = f"compressed ({settings})" if rule == COMPRESSED else f"dense: {rule}"
-        if rule == TOO_SMALL and optimizer.defaults[optimizer.dense_key] is None:
-            label = f"dense: {optimizer.dense_key}=None"
-        chosen = [placement.parameter.numel() for placement in placements if placement.rule == rule]
-        rows.append((label, f"{len(chosen):,}", f"{sum(chosen):,}"))
+    sizes: dict[str, list[int]] = {}
+    for placement in sorted(placements, key=lambda placement: placement.rule != COMPRESSED):
+        sizes.setdefault(_label(optimizer, placement), []).append(placement.parameter.numel())
+    rows = [(label, f"{len(chosen):,}", f"{sum(chosen):,}") for label, chosen in sizes.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = [
         f"  {label:<{widths[0]}}  {tensors:>{widths[1]}} tensors  {entries:>{widths[2]}} parameters"
@@ -39,10 +35,27 @@ def describe_placements(optimizer: LowMemoryOptimizer, placements: Sequence[Plac
     plan = plan_optimizer(optimizer)
     parts = ", ".join(f"{name} {format_bytes(count)}" for name, count in plan.component_bytes.items())
     total, adamw = format_bytes(plan.total_bytes), format_bytes(plan.adamw_fp32_bytes)
-    return "\n".join(
-        [
-            f"{type(optimizer).__name__} for {plan.num_parameters:,} trainable parameters:",
-            *lines,
-            f"  state: {total} ({parts}); AdamW in fp32: {adamw}",
-        ]
+    lines.append(f"  state: {total} ({parts}); AdamW in fp32: {adamw}")
+    if plan.total_bytes > plan.adamw_fp32_bytes:
+        scales = " or ".join(key for key in SIZE_KEYS if key in optimizer.state_keys)
+        lines.append(f"  This is more than AdamW takes; a smaller {scales} saves memory.")
+    return "\n".join([f"{type(optimizer).__name__} for {plan.num_parameters:,} trainable parameters:", *lines])
+
+
+def _label(optimizer: LowMemoryOptimizer, placement: Placement) -> str:
+    """The rule of a parameter, with the settings that go with it and those of its own."""
+    settings = {**optimizer.defaults, **placement.settings}
+    if placement.rule == COMPRESSED:
+        keys = optimizer.state_keys
+        label = f"compressed ({', '.join(f'{key}={settings[key]}' for key in keys)})"
+    else:
+        keys = (*optimizer.state_keys, optimizer.dense_key)
+        label = f"dense: {placement.rule}"
+    if placement.rule == SWITCHED_OFF:
+        label = f"dense: {optimizer.dense_key}=None"
+    own = {key: value for key, value in placement.settings.items() if key not in keys}
+    if not placement.decays:
+        own.pop("weight_decay", None)
+    return ", ".join(
+        [label, *(f"{key}={value:g}" if type(value) is float else f"{key}={value}" for key, value in own.items())]
     )

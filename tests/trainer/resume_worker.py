@@ -33,7 +33,8 @@ class Case:
     """One way to train: what differs from float32 with the optimizer's defaults."""
 
     dtype: torch.dtype = torch.float32
-    adapters: bool = False
+    adapters: dict[str, Any] | None = None
+    """How the adapters differ from plain LoRA; None for no adapters."""
     settings: dict[str, Any] = field(default_factory=dict)
     optim_args: dict[str, str] = field(default_factory=dict)
 
@@ -44,9 +45,14 @@ CASES = {
     "autocast": Case(settings={"bf16": True}),
     "optim_args": Case(optim_args=ARGUMENTS),
     # The gradients of fresh adapters are small; they too shall be clipped.
-    "lora": Case(adapters=True, settings={"max_grad_norm": 0.01}, optim_args=ADAPTER_ARGUMENTS),
-    "lora bf16": Case(torch.bfloat16, True, {"max_grad_norm": 0.01}, ADAPTER_ARGUMENTS),
-    "lora autocast": Case(adapters=True, settings={"max_grad_norm": 0.01, "bf16": True}, optim_args=ADAPTER_ARGUMENTS),
+    "lora": Case(adapters={}, settings={"max_grad_norm": 0.01}, optim_args=ADAPTER_ARGUMENTS),
+    "lora bf16": Case(torch.bfloat16, {}, {"max_grad_norm": 0.01}, ADAPTER_ARGUMENTS),
+    # DoRA's magnitudes, and a head that peft trains and saves whole
+    "lora autocast": Case(
+        adapters={"use_dora": True, "use_rslora": True, "modules_to_save": ["lm_head"]},
+        settings={"max_grad_norm": 0.01, "bf16": True},
+        optim_args=ADAPTER_ARGUMENTS,
+    ),
 }
 
 
@@ -61,10 +67,12 @@ class StopAt(TrainerCallback):
 
 def build_model(case: Case) -> nn.Module:
     model = tiny_llama().to(case.dtype)
-    if not case.adapters:
+    if case.adapters is None:
         return model
     torch.manual_seed(7)
-    return get_peft_model(model, LoraConfig(r=6, target_modules=["q_proj", "down_proj"], lora_dropout=0.1))
+    return get_peft_model(
+        model, LoraConfig(r=6, target_modules=["q_proj", "down_proj"], lora_dropout=0.1, **case.adapters)
+    )
 
 
 def train(name: str, case: Case, folder: Path, *, stop: bool = False, resume: bool = False) -> None:

@@ -4,8 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import Trainer
 
@@ -25,8 +24,9 @@ from tests.trainer.tiny_models import tiny_bert_classifier, tiny_gpt2, tiny_llam
 RANK = 4
 
 
-def above_rank(shape: tuple[int, ...]) -> bool:
-    return len(shape) >= 2 and min(shape[0], torch.Size(shape[1:]).numel()) > RANK
+def above_rank(parameter: nn.Parameter, settings: object) -> str:
+    shape = parameter.shape
+    return COMPRESSED if len(shape) >= 2 and min(shape[0], shape[1:].numel()) > RANK else TOO_SMALL
 
 
 def place(model: nn.Module, targets: object = None) -> list[Placement]:
@@ -111,6 +111,32 @@ CASES = {
         4,
         {HEAD: {f"base_model.model.lm_head.lora_{x}.default.weight" for x in "AB"}},
     ),
+    # Nothing was named, so that nothing to compress is no mistake.
+    "no matrix": Case(lambda: nn.Sequential(nn.Embedding(9, 8), nn.LayerNorm(8)), 0, {EMBEDDING: {"0.weight"}}),
+    "only the head trains": Case(only_head, 0, {HEAD: {"lm_head.weight"}}),
+    "lora on the embedding": Case(
+        lambda: lora(tiny_llama(), r=8, target_modules=["embed_tokens", "q_proj"]),
+        4,
+        {EMBEDDING: {f"base_model.model.model.embed_tokens.lora_embedding_{x}.default" for x in "AB"}},
+    ),
+    "dora": Case(lambda: lora(tiny_llama(), r=8, target_modules=["q_proj"], use_dora=True), 4, {NOT_TARGET: set()}),
+    "tokens": Case(
+        lambda: lora(tiny_llama(), r=8, target_modules=["q_proj"], trainable_token_indices=[1, 2]),
+        4,
+        {EMBEDDING: {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta.default"}},
+    ),
+    "ia3": Case(
+        lambda: get_peft_model(
+            tiny_llama(), IA3Config(target_modules=["k_proj", "up_proj"], feedforward_modules=["up_proj"])
+        ),
+        0,
+        absent=("base_layer",),
+    ),
+    "prompt tuning": Case(
+        lambda: get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
+        0,
+        {EMBEDDING: {"prompt_encoder.default.embedding.weight"}},
+    ),
     "plain modules": Case(lambda: nn.Sequential(nn.Embedding(9, 8), nn.Conv2d(8, 8, 3), nn.LayerNorm(8)), 1),
     "inside a wrapper": Case(lambda: nn.ModuleDict({"net": tiny_llama()}), 14, {HEAD: {"net.lm_head.weight"}}),
     "list of names": Case(tiny_llama, 4, {NOT_TARGET: None}, targets=["q_proj", "mlp.up_proj"]),  # type: ignore[dict-item]
@@ -166,10 +192,7 @@ class Bad:
 
 BAD = {
     "nothing trainable": Bad(lambda: tiny_llama().requires_grad_(False), None, ValueError, "no trainable parameter"),
-    "no matrix": Bad(
-        lambda: nn.Sequential(nn.Embedding(9, 8), nn.LayerNorm(8)), None, ValueError, "no trainable matrix to compress"
-    ),
-    "only the head trains": Bad(only_head, None, ValueError, "no trainable matrix .* optim_target_modules"),
+    "no matrix of that name": Bad(only_head, ["q_proj"], ValueError, "none of them holds a trainable parameter"),
     "unknown name": Bad(tiny_llama, ["q_prj"], ValueError, r"optim_target_modules=\['q_prj'\].*did you mean 'q_proj'"),
     "one entry of two": Bad(tiny_llama, ["q_proj", "nope"], ValueError, "'nope' matches no module"),
     "regex": Bad(tiny_llama, "self_attn", ValueError, "must match the whole name"),

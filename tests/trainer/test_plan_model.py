@@ -326,17 +326,27 @@ def test_a_live_model_is_taken_as_it_is() -> None:
 
 
 def test_an_optimizer_that_cannot_be_used_is_listed_with_the_reason() -> None:
-    """Only embeddings are trained: there is no matrix to compress."""
+    """LoRA+ without adapters."""
+    plan = plan_memory(tiny_llama(), [*OPTIMIZERS, *REFERENCES][:2], optim_args="lr_ratio=16")
+    for row in plan.optimizers:
+        assert "no trainable lora_B" in str(row.problem)
+        assert plan.total_bytes(row) is None
+    with pytest.raises(ValueError, match="no trainable lora_B"):
+        plan_memory(tiny_llama(), "ldadam", optim_args="lr_ratio=16")
+
+
+def test_a_model_without_a_matrix_to_compress_is_planned_densely() -> None:
+    """Only embeddings are trained."""
     model = tiny_llama(tied=True)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("embed" in name)
-    plan = plan_memory(model)
-    assert "no trainable matrix" in str(plan["ldadam"].problem)
-    assert plan.total_bytes(plan["ldadam"]) is None
+    plan = plan_memory(model, budget="1GiB")
+    for name in OPTIMIZERS:
+        state = plan[name].state
+        assert state is not None and state.component_bytes == {"dense": 8 * plan.weights.num_trainable}
+        assert plan[name].compressed_bytes_per_parameter is None and plan[name].problem is None
     adamw = plan["adamw_fp32"].state
     assert adamw is not None and adamw.total_bytes == 8 * plan.weights.num_trainable + 4
-    with pytest.raises(ValueError, match="no trainable matrix"):
-        plan_memory(model, "ldadam")
     assert set(plan.to_dict()["optimizers"][0]) == set(plan.to_dict()["optimizers"][-1])
     assert len(plan.optimizers) == len(OPTIMIZERS) + len(REFERENCES)
 

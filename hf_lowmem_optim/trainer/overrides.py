@@ -1,0 +1,163 @@
+"""Settings of single modules: ``overrides`` by module name, and LoRA+'s learning rate for B (arXiv 2402.12354)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
+from hf_lowmem_optim.optimizers.hyperparameters import check_positive, nearest
+from hf_lowmem_optim.trainer.param_groups import NOT_WORTH, Placement, matching_modules
+
+__all__ = ["Overrides", "OwnSettings", "check_lr_ratio", "check_overrides", "check_overrides_apply", "own_settings"]
+
+Overrides = Mapping[str, Mapping[str, Any]]
+"""Hyper-parameters by module name, part of a name or regex."""
+
+_DENSE_KEYS = ("lr", "betas", "eps", "weight_decay", "clip_tensor_norm")
+"""Hyper-parameters that tensors without compression have, too; besides those named ``dense_…``."""
+
+
+@dataclass(frozen=True)
+class OwnSettings:
+    """Parameters whose settings are not those of all.
+
+    Attributes:
+        values: Their own settings, by id of the parameter.
+        entries: The entry of the overrides that each is matched by, by id of the parameter.
+    """
+
+    values: dict[int, dict[str, Any]] = field(default_factory=dict)
+    entries: dict[int, str] = field(default_factory=dict)
+
+    def with_value(self, key: str) -> set[int]:
+        """Ids of the parameters to which an override gives ``key`` a value other than None."""
+        return {parameter for parameter, values in self.values.items() if values.get(key) is not None}
+
+
+def check_lr_ratio(lr_ratio: Any) -> None:
+    """Refuse what is neither a float > 0 nor None."""
+    if lr_ratio is not None:
+        check_positive("lr_ratio", lr_ratio)
+
+
+def check_overrides(overrides: Any, optimizer_class: type[LowMemoryOptimizer], hyper: Mapping[str, Any]) -> None:
+    """Check overrides by themselves, before there is a model.
+
+    Args:
+        overrides: What the user gave.
+        optimizer_class: The optimizer they are for.
+        hyper: The hyper-parameters that they override.
+
+    Raises:
+        TypeError: They are no mapping of mappings, or a key or a type is wrong.
+        ValueError: An entry is empty, or a value is out of range.
+    """
+    if overrides is None:
+        return
+    if not isinstance(overrides, Mapping):
+        raise TypeError(f'overrides={overrides!r} must be a dict such as {{"mlp": {{"lr": 1e-3}}}}')
+    known = optimizer_class.default_hyperparameters()
+    for entry, values in overrides.items():
+        where = f"overrides[{entry!r}]"
+        if not isinstance(entry, str) or not isinstance(values, Mapping):
+            raise TypeError(f'{where}={values!r}: write a module\'s name and a dict, such as {{"mlp": {{"lr": 1e-3}}}}')
+        if not entry or not values:
+            raise ValueError(f"{where}={values!r} is empty; name a module and what differs for it")
+        for key in values:
+            if key not in known:
+                raise TypeError(
+                    f"{where}: {optimizer_class.__name__} has no argument {key!r}{nearest(str(key), known)} "
+                    f"(it has: {', '.join(known)})"
+                )
+        try:
+            optimizer_class.check_hyperparameters({**hyper, **values})
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{where}: {error}") from error
+
+
+def own_settings(model: nn.Module, overrides: Overrides | None, lr_ratio: float | None, lr: float) -> OwnSettings:
+    """Find which parameters have settings of their own.
+
+    Args:
+        model: The model.
+        overrides: The first entry that matches a parameter's module holds, and no other.
+        lr_ratio: Factor of the learning rate of LoRA's B, on top of an override.
+        lr: Learning rate of all others.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ValueError: An entry matches nothing, or nothing that an earlier one does not, or there is no B.
+    """
+    own = OwnSettings()
+    for entry, values in (overrides or {}).items():
+        modules = matching_modules(model, [entry], f"overrides[{entry!r}]", lambda m: m.parameters(recurse=False))
+        matched = {id(p) for m in modules.values() for p in m.parameters(recurse=False) if p.requires_grad}
+        added = matched - own.entries.keys()
+        if not added:
+            earlier = ", ".join(map(repr, sorted({own.entries[parameter] for parameter in matched})))
+            raise ValueError(
+                f"overrides[{entry!r}] has no effect: the first entry that matches a module holds, and all that this "
+                f"one matches are taken by {earlier}; put {entry!r} before"
+            )
+        own.values.update((parameter, dict(sorted(values.items()))) for parameter in added)
+        own.entries.update((parameter, entry) for parameter in added)
+    if lr_ratio is not None:
+        _scale_lora_b(model, own.values, lr_ratio, lr)
+    return own
+
+
+def _scale_lora_b(model: nn.Module, own: dict[int, dict[str, Any]], lr_ratio: float, lr: float) -> None:
+    """Multiply the learning rate of LoRA's B matrices, which start at zero.
+
+    Not of ``lora_embedding_B``: peft starts an embedding's adapter with A at zero instead.
+    """
+    matrices = [p for name, p in model.named_parameters() if p.requires_grad and "lora_B" in name.split(".")]
+    if not matrices:
+        raise ValueError(
+            f"lr_ratio={lr_ratio!r} is for the B matrices of LoRA, but {type(model).__name__} has no trainable lora_B; "
+            "leave it out, or add the adapter before the optimizer is made"
+        )
+    for parameter in matrices:
+        settings = own.get(id(parameter), {})
+        own[id(parameter)] = dict(sorted({**settings, "lr": lr_ratio * settings.get("lr", lr)}.items()))
+
+
+def check_overrides_apply(
+    overrides: Overrides | None,
+    own: OwnSettings,
+    placements: Sequence[Placement],
+    optimizer_class: type[LowMemoryOptimizer],
+) -> None:
+    """Refuse an override that none of the parameters it is for makes use of.
+
+    Args:
+        overrides: The overrides.
+        own: What they came to.
+        placements: Where each parameter went.
+        optimizer_class: The optimizer.
+
+    Raises:
+        ValueError: Weight decay for what does not decay, or a setting of the compression for what is not compressed.
+    """
+    dense_key = optimizer_class.dense_key
+    for entry, values in (overrides or {}).items():
+        concerned = [p for p in placements if own.entries.get(id(p.parameter)) == entry]
+        if "weight_decay" in values and not any(p.decays for p in concerned):
+            raise ValueError(
+                f"overrides[{entry!r}]: weight_decay={values['weight_decay']!r} has no effect: biases and norms do not "
+                "decay, and nothing else matches"
+            )
+        unused = [key for key in values if key not in (*_DENSE_KEYS, dense_key) and not key.startswith("dense_")]
+        if values.get(dense_key) is not None:
+            unused = [dense_key, *unused]
+        if unused and not any(p.targeted or p.rule == NOT_WORTH for p in concerned):
+            raise ValueError(
+                f"overrides[{entry!r}]: {unused[0]}={values[unused[0]]!r} has no effect: nothing that it matches is "
+                f"compressed{f'; give it a {dense_key} as well' * (dense_key not in values)}"
+            )

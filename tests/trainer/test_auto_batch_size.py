@@ -1,0 +1,127 @@
+"""`auto_find_batch_size`: after running out of memory the Trainer begins anew, with the optimizer it has."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+from hf_lowmem_optim import OPTIMIZERS, measure_state, plan_optimizer
+from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
+from tests.trainer.resume_worker import ARGUMENTS, LEARNING_RATES
+from tests.trainer.tiny_models import tiny_llama, token_rows
+
+BEFORE, STEPS = 2, 6
+
+
+class OutOfMemory:
+    """Fails once, as CUDA does, in the step after `BEFORE` steps: before it, or in its backward pass at layer 1."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.batches: list[int] = []
+
+    def trainer(self, *args: Any, **kwargs: Any) -> Trainer:
+        outer = self
+
+        class Failing(Trainer):
+            def training_step(self, model: Any, inputs: Any, *rest: Any, **more: Any) -> Tensor:
+                outer.batches.append(len(inputs["input_ids"]))
+                if len(outer.batches) != BEFORE * self.args.gradient_accumulation_steps + 1:
+                    return super().training_step(model, inputs, *rest, **more)
+                if outer.where == "forward":
+                    outer.fail()
+                handle = model.model.layers[1].register_full_backward_hook(outer.fail)
+                try:
+                    return super().training_step(model, inputs, *rest, **more)
+                finally:
+                    handle.remove()
+
+        return Failing(*args, **kwargs)
+
+    def fail(self, *_: Any) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def run(name: str, where: str, folder: Path, **settings: Any) -> tuple[Trainer, list[int]]:
+    failure = OutOfMemory(where)
+    args = TrainingArguments(
+        str(folder),
+        optim=name,
+        optim_args=ARGUMENTS.get(OPTIMIZERS[name].optimizer_class.dense_key),
+        learning_rate=LEARNING_RATES.get(name, 3e-3),
+        lr_scheduler_type="linear",
+        max_steps=STEPS,
+        max_grad_norm=0.0,
+        per_device_train_batch_size=8,
+        auto_find_batch_size=True,
+        logging_steps=1,
+        save_strategy="no",
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        **settings,
+    )
+    trainer = failure.trainer(tiny_llama(), args, train_dataset=token_rows(64))
+    trainer.train()
+    return trainer, failure.batches
+
+
+def updates(trainer: Trainer) -> dict[str, int]:
+    optimizer = trainer.optimizer.optimizer
+    return {name: optimizer.state[p]["step"] for name, p in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_begins_anew_with_a_smaller_batch(
+    name: str, where: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer, batches = run(name, where, tmp_path)
+    assert batches[: BEFORE + 1] == [8] * (BEFORE + 1)
+    assert len(batches) == BEFORE + 1 + STEPS
+    assert len({*batches[BEFORE + 1 :]}) == 1 and batches[-1] < 8
+    assert trainer.state.global_step == STEPS
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    # The schedule begins anew as well, from the rate of the arguments.
+    assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {trainer.args.learning_rate}
+
+    again = name.endswith("_layerwise") and where == "backward"
+    late = {n for n, count in updates(trainer).items() if count == max(updates(trainer).values()) and again}
+    counts = set(updates(trainer).values())
+    # What came before layer 1 in the failing backward pass had been updated: head, final norm and nothing of layer 0.
+    assert len(counts) == 1 + again and max(counts) - min(counts) == again
+    assert not any("layers.0" in n or "embed" in n for n in late)
+    assert {"lm_head.weight", "model.norm.weight"} <= late or not again
+    assert ("cannot take back" in caplog.text) == again
+    assert measure_state(trainer.optimizer) == plan_optimizer(trainer.optimizer)
+    gc.collect()
+    mine = {id(p) for p in trainer.model.parameters()}
+    owners: list[Any] = [o for o in gc.get_objects() if issubclass(type(o), LowMemoryOptimizer)]
+    assert sum(any(id(p) in mine for group in o.param_groups for p in group["params"]) for o in owners) == 1
+
+
+@pytest.mark.parametrize("normal", ["ldadam", "microadam"])
+def test_layerwise_ends_where_the_normal_mode_does(normal: str, tmp_path: Path) -> None:
+    """Nothing steps twice, and nothing is lost."""
+    one, other = (run(name, "forward", tmp_path)[0] for name in (normal, f"{normal}_layerwise"))
+    assert updates(one) == updates(other)
+    for mine, theirs in zip(one.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_pieces_of_an_abandoned_step_do_not_count_as_micro_batches(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer, batches = run("ldadam_layerwise", "backward", tmp_path, gradient_accumulation_steps=2)
+    assert trainer.state.global_step == STEPS
+    assert len(batches) == 2 * BEFORE + 1 + 2 * STEPS
+    # The first micro-batch failed, of which the error feedback has a part: no update.
+    assert len(set(updates(trainer).values())) == 1
+    assert "cannot take back" in caplog.text

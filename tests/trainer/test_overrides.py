@@ -1,0 +1,266 @@
+"""Settings of single modules, and LoRA+: which group everything is in, and that it trains and resumes like that."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from hf_lowmem_optim import (
+    OPTIMIZERS,
+    LDAdam,
+    OptimizerFactory,
+    OptimizerStateMemoryCallback,
+    measure_state,
+    plan_memory,
+    plan_optimizer,
+)
+from hf_lowmem_optim.memory.report import load_report
+from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
+from tests.trainer.resume_worker import StopAt
+from tests.trainer.test_resume import assert_equal_to_the_bit
+from tests.trainer.tiny_models import tiny_llama, token_rows
+
+
+def settings(optimizer: LowMemoryOptimizer, key: str) -> dict[str, Any]:
+    """The value of a hyper-parameter by name of the parameter."""
+    return {name: group[key] for group in optimizer.param_groups for name in group["param_names"]}
+
+
+def with_lora(**config: Any) -> nn.Module:
+    torch.manual_seed(7)
+    return get_peft_model(tiny_llama(), LoraConfig(**{"r": 8, "target_modules": ["q_proj", "down_proj"], **config}))
+
+
+def test_the_first_entry_that_matches_holds_and_the_rest_is_as_before(caplog: pytest.LogCaptureFixture) -> None:
+    overrides = {
+        "mlp.up_proj": {"rank": None},
+        "mlp": {"rank": 12, "lr": 2e-3},
+        r"model\.layers\.1\.self_attn\.(q|k)_proj": {"error_feedback": "none"},
+        "norm": {"lr": 3e-3},
+        "lm_head": {"rank": 6, "weight_decay": 0.5},
+    }
+    factory = OptimizerFactory("ldadam", lr=1e-3, rank=8, weight_decay=0.1, overrides=overrides)
+    model = tiny_llama()
+    with caplog.at_level(logging.WARNING):
+        optimizer = factory(model)
+    names = [name for name, _ in model.named_parameters()]
+    ranks, rates, decays, errors = (settings(optimizer, k) for k in ("rank", "lr", "weight_decay", "error_feedback"))
+    for name in names:
+        norm, mlp, head = "norm" in name, "mlp" in name, "lm_head" in name
+        dense = norm or "up_proj" in name or "embed" in name
+        assert ranks[name] == (None if dense else 12 if mlp else 6 if head else 8)
+        assert rates[name] == (3e-3 if norm else 2e-3 if mlp and not dense else 1e-3)
+        assert decays[name] == (0.0 if norm else 0.5 if head else 0.1)
+        assert errors[name] == ("none" if "layers.1.self_attn.q" in name or "layers.1.self_attn.k" in name else "4bit")
+    assert ranks.keys() == set(names)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
+    for label in (
+        "compressed (rank=8, state_dtype=fp32, error_feedback=4bit)   ",
+        "compressed (rank=8, state_dtype=fp32, error_feedback=none)   ",
+        "compressed (rank=12, state_dtype=fp32, error_feedback=4bit), lr=0.002  ",
+        "compressed (rank=6, state_dtype=fp32, error_feedback=4bit), weight_decay=0.5",
+        "dense: rank=None ",
+        "dense: norm, bias or other vector, lr=0.003",
+        "dense: embedding ",
+    ):
+        assert label in caplog.text
+
+
+@dataclass(frozen=True)
+class Bad:
+    overrides: Any
+    error: type[Exception]
+    message: str
+
+
+BAD = {
+    "no mapping": Bad([("mlp", {})], TypeError, r"must be a dict such as"),
+    "no mapping inside": Bad({"mlp": 8}, TypeError, r"overrides\['mlp'\]=8"),
+    "number for a name": Bad({3: {"rank": 8}}, TypeError, r"overrides\[3\]"),
+    "empty": Bad({"mlp": {}}, ValueError, r"overrides\['mlp'\]={} is empty"),
+    "empty name": Bad({"": {"rank": 8}}, ValueError, "is empty; name a module"),
+    "unknown key": Bad({"mlp": {"rnak": 8}}, TypeError, r"overrides\['mlp'\].*'rnak'; did you mean 'rank'"),
+    "wrong type": Bad({"mlp": {"rank": "8"}}, TypeError, r"overrides\['mlp'\]: rank='8'"),
+    "out of range": Bad({"mlp": {"lr": -1.0}}, ValueError, r"overrides\['mlp'\]: lr=-1.0"),
+    "matches nothing": Bad(
+        {"mpl_proj": {"rank": 8}}, ValueError, r"overrides\['mpl_proj'\].*matches no module of Llama"
+    ),
+    "near miss": Bad({"q_prj": {"rank": 8}}, ValueError, "did you mean 'q_proj'"),
+    "bad regex": Bad({"*": {"rank": 8}}, ValueError, "not a valid regex"),
+    "holds nothing": Bad({"act_fn": {"rank": 8}}, ValueError, "none of them holds a trainable parameter itself"),
+    "hidden": Bad({"mlp": {"rank": 8}, "up_proj": {"rank": 4}}, ValueError, "'up_proj'.*taken by 'mlp'; put 'up_proj'"),
+    "decay of norms": Bad({"norm": {"weight_decay": 0.1}}, ValueError, "biases and norms do not decay"),
+    "rank of norms": Bad(
+        {"norm": {"rank": 4}}, ValueError, "rank=4 has no effect: nothing that it matches is compressed"
+    ),
+    "error of the embedding": Bad({"embed": {"error_feedback": "none"}}, ValueError, "give it a rank as well"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
+def test_overrides_that_cannot_be_meant_are_refused(bad: Bad) -> None:
+    with pytest.raises(bad.error, match=bad.message):
+        OptimizerFactory("ldadam", overrides=bad.overrides).build(tiny_llama())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_takes_overrides_and_keeps_its_plan(name: str) -> None:
+    key = OPTIMIZERS[name].optimizer_class.dense_key
+    model = tiny_llama()
+    small = {"min_compress_size": 64} if name.startswith("microadam") else {"rank": 4} if key == "rank" else {}
+    overrides = {"k_proj": {key: None}, "q_proj": {"lr": 5e-4}}
+    optimizer = OptimizerFactory(name, lr=1e-3, overrides=overrides, **small)(model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    torch.manual_seed(0)
+    model(input_ids=torch.randint(1, 40, (2, 8)), labels=torch.randint(1, 40, (2, 8))).loss.backward()
+    optimizer.step()
+    assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters() if "k_proj" in n or "q_proj" in n)
+    state = {n: optimizer.state[p] for n, p in model.named_parameters() if "self_attn" in n}
+    dense = {n for n, s in state.items() if s.keys() == {"step", "exp_avg", "exp_avg_sq"}}
+    assert dense == {n for n in state if "k_proj" in n}
+    assert measure_state(optimizer) == plan_optimizer(optimizer)
+
+
+def test_lora_plus_is_the_optimizer_with_two_rates(tmp_path: Path) -> None:
+    """Through `optim_args`, under a schedule, against groups made by hand."""
+    finals = []
+    for by_hand in (False, True):
+        model = with_lora()
+        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        halves = [[p for n, p in trained if f"lora_{x}" in n] for x in "AB"]
+        groups = [{"params": halves[0]}, {"params": halves[1], "lr": 16e-3}]
+        args = TrainingArguments(
+            str(tmp_path),
+            optim="ldadam",
+            optim_args="rank=4,lr_ratio=16",
+            learning_rate=1e-3,
+            lr_scheduler_type="linear",
+            max_steps=6,
+            per_device_train_batch_size=2,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            save_strategy="no",
+        )
+        optimizer = LDAdam(groups, lr=1e-3, rank=4) if by_hand else None
+        trainer = Trainer(model, args, train_dataset=token_rows(8), optimizers=(optimizer, None))
+        trainer.train()
+        assert trainer.state.global_step == 6
+        finals.append(dict(trained))
+    assert_equal_to_the_bit(*finals)
+    start = dict(with_lora().named_parameters())
+    assert not any(torch.equal(p, start[name]) for name, p in finals[0].items())
+
+
+def test_lora_plus_is_for_b_alone_on_top_of_overrides() -> None:
+    model = with_lora(target_modules=["q_proj", "embed_tokens"], use_dora=False, modules_to_save=["lm_head"])
+    factory = OptimizerFactory("ldadam", lr=1e-3, rank=4, lr_ratio=8, overrides={"layers.1": {"lr": 1e-4}})
+    rates = settings(factory(model), "lr")
+    assert len(rates) == 4 + 2 + 1
+    for name, rate in rates.items():
+        base = 1e-4 if "layers.1" in name else 1e-3
+        # an embedding's B starts at random, not at zero
+        assert rate == pytest.approx(8 * base if "lora_B" in name else base), name
+    assert repr(factory).startswith("OptimizerFactory('ldadam', overrides={'layers.1': {'lr': 0.0001}}, lr_ratio=8, ")
+    assert (
+        settings(factory.build(model, lr=2e-3)[0], "lr")["base_model.model.lm_head.modules_to_save.default.weight"]
+        == 2e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("ratio", "error", "message"),
+    [
+        (0, ValueError, "lr_ratio=0 is not positive"),
+        ("16", TypeError, "lr_ratio='16'"),
+        (float("inf"), ValueError, "lr_ratio=inf"),
+        (16, ValueError, "lr_ratio=16 .*LlamaForCausalLM has no trainable lora_B"),
+    ],
+)
+def test_a_wrong_ratio_is_refused(ratio: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        OptimizerFactory("ldadam", lr_ratio=ratio).build(tiny_llama())
+
+
+def test_a_wrong_ratio_in_optim_args_is_refused() -> None:
+    for text, message in (("lr_ratoi=2", "did you mean 'lr_ratio'"), ("lr_ratio=x", "lr_ratio='x' is not a float")):
+        with pytest.raises(ValueError, match=message):
+            plan_memory(with_lora(), "microadam", optim_args=text)
+    assert plan_memory(with_lora(), "microadam", optim_args="lr_ratio=2")["microadam"].problem is None
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if not name.endswith("_layerwise")])
+def test_pefts_own_helper_takes_our_classes(name: str) -> None:
+    model = with_lora()
+    optimizer = create_loraplus_optimizer(model, OPTIMIZERS[name].optimizer_class, lr=1e-3, loraplus_lr_ratio=16)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert rates == {id(p): 16e-3 if "lora_B" in n else 1e-3 for n, p in trainable.items()}
+    batch = torch.stack([row["input_ids"] for row in token_rows(2)])
+    losses = []
+    for _ in range(6):
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert measure_state(optimizer) == plan_optimizer(optimizer)
+
+
+def test_a_run_with_own_settings_resumes_to_the_bit(tmp_path: Path) -> None:
+    factory = OptimizerFactory(
+        "ldadam",
+        lr=1e-2,
+        rank=4,
+        weight_decay=0.1,
+        lr_ratio=4,
+        overrides={"down_proj": {"rank": 6}, "lm_head": {"lr": 1e-3}},
+    )
+
+    def run(stop: bool = False, resume: bool = False, chosen: OptimizerFactory = factory) -> Trainer:
+        args = TrainingArguments(
+            str(tmp_path),
+            max_steps=20,
+            per_device_train_batch_size=2,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            save_strategy="no",
+            lr_scheduler_type="cosine",
+        )
+        trainer = Trainer(
+            with_lora(modules_to_save=["lm_head"]),
+            args,
+            train_dataset=token_rows(8),
+            optimizer_cls_and_kwargs=(chosen, {}),
+            callbacks=[OptimizerStateMemoryCallback(), *([StopAt()] if stop else [])],
+        )
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10") if resume else None)
+        return trainer
+
+    straight = run()
+    groups = [group["description"] for group in load_report(tmp_path)["groups"]]
+    assert groups == [
+        "compressed, weight_decay 0.1",  # A of q_proj
+        "compressed, weight_decay 0.1, lr=0.04",
+        "compressed, weight_decay 0.1, rank=6",
+        "compressed, weight_decay 0.1, lr=0.04, rank=6",
+        "dense, weight_decay 0.1, lr=0.001",
+    ]
+    run(stop=True)
+    resumed = run(resume=True)
+    assert {group["initial_lr"] for group in resumed.optimizer.param_groups} == {1e-2, 4e-2, 1e-3}
+    assert_equal_to_the_bit(dict(resumed.model.named_parameters()), dict(straight.model.named_parameters()))
+    assert_equal_to_the_bit(resumed.optimizer.state_dict(), straight.optimizer.state_dict())
+    with pytest.raises(ValueError, match="groups of"):
+        run(resume=True, chosen=OptimizerFactory("ldadam", lr=1e-2, rank=4))
