@@ -292,6 +292,8 @@ class LowMemoryOptimizer(Optimizer):
         if state["step"] == 0 and group["lr"] == 0 and not grad.any():
             return None
         state["step"] += 1
+        # Fused and own kernels write where autograd does not see it; a backward pass through an older graph must.
+        torch.autograd.graph.increment_version(param)
         return PendingUpdate(param.detach(), grad.detach(), state, group)
 
     def _state_of(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:

@@ -187,12 +187,15 @@ class Layerwise(LowMemoryOptimizer):
                 f"{type(self).__name__} updates during loss.backward(), so step() takes no closure; compute the loss "
                 "before step()"
             )
+        left = 0
         for group in self.param_groups:
             for param in group["params"]:
                 if id(param) in self._micro_batches and param.grad is None:
                     param.grad = torch.zeros_like(param)
                 if param.grad is not None:
+                    left += param.grad.numel() * param.grad.element_size()
                     self._measure_and_clip(param, group)
+        self.peak_gradient_bytes = max(self.peak_gradient_bytes, left)
         # not super().step(), around which torch would run the step hooks once more
         self._update_all_()
         for group in self.param_groups:
@@ -202,6 +205,9 @@ class Layerwise(LowMemoryOptimizer):
         if self._norms:
             first = self._norms[0].device
             self.grad_norm = torch.linalg.vector_norm(torch.stack([norm.to(first) for norm in self._norms]))
+        self._finish_step()
+
+    def _finish_step(self) -> None:
         for finished in (self._norms, self._updated, self._micro_batches, self._held):
             finished.clear()
 
@@ -224,14 +230,25 @@ class Layerwise(LowMemoryOptimizer):
         """Clear what gradients there are, as in torch.
 
         Raises:
-            RuntimeError: A part of the step's gradients is in the error feedback already.
+            RuntimeError: Gradients of this step were used already, or a part of them is in the error feedback.
         """
         if self._micro_batches:
             raise RuntimeError(
                 "zero_grad() in the middle of gradient accumulation cannot take back the gradients that are in the "
                 "error feedback already; call step() first"
             )
+        if self._updated:
+            raise RuntimeError(
+                f"zero_grad() before step() cannot take back the updates that the backward pass has made to "
+                f"{len(self._updated)} of {len(self._group_of)} tensors. Call step() first, also to go on after a "
+                "backward pass that failed half-way; for gradients alone, without updates, use torch.autograd.grad()"
+            )
         super().zero_grad(set_to_none)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict as the normal mode does; what the step had begun is forgotten."""
+        super().load_state_dict(state_dict)
+        self._finish_step()
 
     def _on_gradient(self, param: Tensor) -> None:
         """Use a gradient that has just been completed; autograd calls this."""
@@ -246,7 +263,8 @@ class Layerwise(LowMemoryOptimizer):
             raise RuntimeError(
                 f"{describe_parameter(param, group)} gets a second gradient in one step, after its update. Several "
                 "backward passes a step need `with optimizer.accumulating():` around all but the last, and step() "
-                "after it; a layer used repeatedly under gradient checkpointing needs use_reentrant=False"
+                "after it; one that failed needs step() as well; a layer used repeatedly under gradient checkpointing "
+                "needs use_reentrant=False"
             )
         if self._accumulating or (self.is_last_micro_batch is not None and not self.is_last_micro_batch()):
             self._put_aside(param, group)

@@ -202,6 +202,17 @@ def test_the_global_random_state_and_precision_settings_do_not_matter(case: Case
     assert all(torch.equal(results[0][k], results[1][k]) for k in SHAPES)
 
 
+def test_a_backward_pass_through_an_older_graph_is_refused(case: Case) -> None:
+    """It would take the new values for the old ones; torch notices by the version of a tensor."""
+    params = make_params()
+    optimizer = case.build(params.values())
+    losses = {key: param.square().sum() for key, param in params.items()}
+    run(optimizer, params, gradients(1))
+    for loss in losses.values():
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
 def test_closure(case: Case) -> None:
     if case.layerwise:
         pytest.skip("refused: tests/optimizers/test_layerwise.py")

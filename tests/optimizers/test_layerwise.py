@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import io
@@ -325,3 +326,110 @@ def test_every_layerwise_string_is_a_mode_of_another() -> None:
         if issubclass(entry.optimizer_class, Layerwise):
             assert get_entry(name.removesuffix("_layerwise")).optimizer_class is entry.optimizer_class.normal
             assert entry.optimizer_class.state_keys == entry.optimizer_class.normal.state_keys
+
+
+class Fails(torch.autograd.Function):
+    """Its backward pass fails, as one that runs out of memory does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise RuntimeError("out of memory")
+
+
+def penalty(model: Model, step: int) -> None:
+    hidden = model.embedding(batch(step)).detach().requires_grad_()
+    (grad,) = torch.autograd.grad(
+        model.norm(model.layers[0](hidden)[..., :16]).square().sum(), hidden, create_graph=True
+    )
+    grad.square().sum().backward()
+
+
+def weights_in_the_loss(model: Model, step: int) -> None:
+    (loss_of(model, batch(step)) + (model.layers[0].weight @ model.layers[1].weight).square().sum()).backward()
+
+
+def repeated_under_checkpointing(model: Model, step: int) -> None:
+    hidden = model.embedding(batch(step))
+    for _ in range(3):
+        hidden = checkpoint(model.layers[2], hidden, use_reentrant=False)
+    hidden.square().mean().backward()
+
+
+def partly_frozen_at_first(model: Model, step: int) -> None:
+    model.layers[1].weight.requires_grad_(step > 0)
+    loss_of(model, batch(step)).backward()
+
+
+def failing_half_way(model: Model, step: int) -> None:
+    hidden = model.layers[0](model.embedding(batch(step)))
+    if step == 1:
+        hidden = Fails.apply(hidden)
+    with contextlib.suppress(RuntimeError):
+        model.layers[1](hidden).square().mean().backward()
+
+
+@every_case
+@pytest.mark.parametrize(
+    "backward",
+    [penalty, weights_in_the_loss, repeated_under_checkpointing, partly_frozen_at_first, failing_half_way],
+    ids=lambda backward: backward.__name__,
+)
+def test_unusual_backward_passes_are_those_of_the_normal_mode(case: Case, backward: Any) -> None:
+    (model, optimizer), (other, reference) = build(case), build(normal(case))
+    for step in range(3):
+        for each, its in ((model, optimizer), (other, reference)):
+            backward(each, step)
+            its.step()
+            its.zero_grad()
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert_same_state(optimizer, reference)
+
+
+@every_case
+def test_gradients_that_were_used_cannot_be_cleared(case: Case) -> None:
+    model, optimizer = build(case)
+    saved = copy.deepcopy(optimizer.state_dict())
+    failing_half_way(model, 1)
+    with pytest.raises(RuntimeError, match=r"updates .* made to 2 of 9 tensors\. Call step\(\) first"):
+        optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match=r"second gradient .* one that failed needs step\(\)"):
+        loss_of(model, batch(0)).backward()
+    # who goes back to a checkpoint instead begins a new step
+    optimizer.load_state_dict(saved)
+    model.zero_grad()
+    train(model, optimizer, range(2))
+    before = [p.detach().clone() for p in model.parameters()]
+    torch.autograd.grad(loss_of(model, batch(3)), list(model.parameters()))
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    optimizer.zero_grad()
+
+
+@every_case
+def test_values_that_a_backward_pass_still_needs_are_not_lost_unnoticed(case: Case) -> None:
+    """In the normal mode nothing moves before the end; here torch must say that it cannot go on."""
+    model, _ = build(case)
+    hidden = model.embedding(batch(0))
+    # the gradient of the embedding needs the old weight when the layer has been updated
+    through = functional.linear(hidden, model.layers[2].weight.detach())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (through.square().sum() * model.layers[2](torch.ones(16)).sum()).backward()
+    model, _ = build(case)
+    loss = loss_of(model, batch(0))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation|second gradient"):
+        loss.backward()
+
+
+def test_what_is_unfrozen_later_counts_in_the_peak() -> None:
+    model = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 48))
+    model[0].requires_grad_(False)
+    optimizer = LDAdamLayerwise(model.parameters(), rank=4)
+    model[0].requires_grad_(True)
+    model(torch.ones(2, 24)).sum().backward()
+    optimizer.step()
+    assert optimizer.peak_gradient_bytes == max(model[1].weight.nbytes, sum(p.nbytes for p in model[0].parameters()))

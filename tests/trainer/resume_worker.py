@@ -1,7 +1,7 @@
 """Trains tiny models in a process of its own: `python -m tests.trainer.resume_worker begin|resume FOLDER CASE...`.
 
-`begin` trains every case for 20 steps without a stop, and again for 10 steps with a checkpoint at the end. `resume`, a
-new process, goes on from that checkpoint to step 20. Both write parameters and optimizer state to FOLDER/CASE/*.pt.
+`begin` trains every case for 12 steps without a stop, and again for 6 steps with a checkpoint at the end. `resume`, a
+new process, goes on from that checkpoint to step 12. Both write parameters and optimizer state to FOLDER/CASE/*.pt.
 """
 
 from __future__ import annotations
@@ -20,38 +20,44 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from hf_lowmem_optim import OPTIMIZERS, measure_state, plan_optimizer
 from tests.trainer.tiny_models import tiny_llama, token_rows
 
-STEPS, STOP = 20, 10
-# Smaller than the defaults, which the tiny models would not all reach.
-ARGUMENTS = {"rank": "rank=8", "density": "density=0.05"}
+STEPS, STOP = 12, 6
+#: With the defaults the tensors of the tiny models are too small to be compressed, or gain nothing by it.
+ARGUMENTS = {
+    "ldadam": "rank=4",
+    "microadam": "density=0.05,min_compress_size=64,quant_block_size=32",
+    "sparse_mfac": "density=0.05",
+    "lowrank_mfac": "rank=4",
+    "sparse_ggt": "density=0.05",
+}
 #: A step of GGT is at most as long as the rate, over all parameters together.
-LEARNING_RATES = {"sparse_ggt": 1e-1}
-ADAPTER_ARGUMENTS = {"rank": "rank=4", "density": "density=0.2"}
+LEARNING_RATES = {"sparse_ggt": 0.3}
+CLIP_TENSOR_NORM = 0.02
 
 
 @dataclass(frozen=True)
 class Case:
-    """One way to train: what differs from float32 with the optimizer's defaults."""
+    """One way to train: what differs from float32 with :data:`ARGUMENTS`."""
 
     dtype: torch.dtype = torch.float32
     adapters: dict[str, Any] | None = None
     """How the adapters differ from plain LoRA; None for no adapters."""
     settings: dict[str, Any] = field(default_factory=dict)
-    optim_args: dict[str, str] = field(default_factory=dict)
+    defaults: bool = False
 
 
 CASES = {
     "fp32": Case(),
     "bf16": Case(dtype=torch.bfloat16),
     "autocast": Case(settings={"bf16": True}),
-    "optim_args": Case(optim_args=ARGUMENTS),
+    # Without accumulation, with which the layer-wise optimizers do not clip.
+    "defaults": Case(settings={"gradient_accumulation_steps": 1}, defaults=True),
     # The gradients of fresh adapters are small; they too shall be clipped.
-    "lora": Case(adapters={}, settings={"max_grad_norm": 0.01}, optim_args=ADAPTER_ARGUMENTS),
-    "lora bf16": Case(torch.bfloat16, {}, {"max_grad_norm": 0.01}, ADAPTER_ARGUMENTS),
+    "lora": Case(adapters={}, settings={"max_grad_norm": 0.01}),
+    "lora bf16": Case(torch.bfloat16, {}, {"max_grad_norm": 0.01}),
     # DoRA's magnitudes, and a head that peft trains and saves whole
     "lora autocast": Case(
         adapters={"use_dora": True, "use_rslora": True, "modules_to_save": ["lm_head"]},
         settings={"max_grad_norm": 0.01, "bf16": True},
-        optim_args=ADAPTER_ARGUMENTS,
     ),
 }
 
@@ -93,9 +99,14 @@ def train(name: str, case: Case, folder: Path, *, stop: bool = False, resume: bo
         "disable_tqdm": True,
         **case.settings,
     }
+    optim_args = None if case.defaults else ARGUMENTS[name.removesuffix("_layerwise")]
+    clipped_at = settings["max_grad_norm"]
     if OPTIMIZERS[name].optimizer_class.layerwise:
-        settings["max_grad_norm"] = 0.0
-    optim_args = case.optim_args.get(OPTIMIZERS[name].optimizer_class.dense_key)
+        settings["max_grad_norm"] = clipped_at = 0.0
+        if settings["gradient_accumulation_steps"] == 1:
+            optim_args = f"clip_tensor_norm={CLIP_TENSOR_NORM}"
+            # A norm of all tensors beyond this is that of at least one which is clipped.
+            clipped_at = CLIP_TENSOR_NORM * len(list(build_model(case).parameters())) ** 0.5
     args = TrainingArguments(str(folder), optim=name, optim_args=optim_args, **settings)
     model = build_model(case)
     trainer = Trainer(model, args, train_dataset=token_rows(24), callbacks=[StopAt()] if stop else [])
@@ -110,7 +121,7 @@ def train(name: str, case: Case, folder: Path, *, stop: bool = False, resume: bo
             "steps": trainer.state.global_step,
             "losses": [entry["loss"] for entry in history if "loss" in entry],
             "grad_norms": [float(entry["grad_norm"]) for entry in history if "grad_norm" in entry],
-            "clipped_at": args.max_grad_norm,
+            "clipped_at": clipped_at,
             "planned": plan_optimizer(trainer.optimizer).component_bytes,
             "measured": measure_state(trainer.optimizer).component_bytes,
             "launched": "ACCELERATE_MIXED_PRECISION" in os.environ,

@@ -1,0 +1,69 @@
+"""A training script in the style of transformers' examples: it imports nothing of ours and has options of its own."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import (
+    HfArgumentParser,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+
+@dataclass
+class DataArguments:
+    """What is trained on, and where each process writes what it ended with."""
+
+    dump: str = field(default="", metadata={"help": "folder for parameters and optimizer state of each process"})
+    callback: str = field(default="", metadata={"help": "a callback as module:class"})
+    num_rows: int = field(default=32)
+
+
+class NamedOnRankZero(TrainerCallback):
+    """Says once who trained."""
+
+    def on_train_end(self, args, state, control, optimizer=None, **kwargs):  # type: ignore[no-untyped-def]
+        if state.is_world_process_zero:
+            print("trained with", type(optimizer.optimizer).__name__, "to step", state.global_step)
+
+
+def main() -> None:
+    data, args = HfArgumentParser((DataArguments, TrainingArguments)).parse_args_into_dataclasses()
+    set_seed(args.seed)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    rows = [{"input_ids": (row := torch.arange(i, i + 16) % 64), "labels": row} for i in range(data.num_rows)]
+    callbacks: list[TrainerCallback] = [NamedOnRankZero()]
+    if data.callback:
+        module, name = data.callback.split(":")
+        callbacks.append(getattr(importlib.import_module(module), name)())
+    trainer = Trainer(LlamaForCausalLM(config), args, train_dataset=rows, callbacks=callbacks)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if data.dump:
+        folder = Path(data.dump)
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(
+            {
+                "world_size": args.world_size,
+                "wrapped": type(trainer.model_wrapped).__name__,
+                "argv": sys.argv[0],
+                "parameters": dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters()),
+                "optimizer": trainer.optimizer.state_dict(),
+                "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+            },
+            folder / f"rank{args.process_index}.pt",
+        )
+
+
+if __name__ == "__main__":
+    main()

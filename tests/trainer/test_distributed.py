@@ -1,0 +1,115 @@
+"""Two real processes with DDP over gloo: replicas stay equal, checkpoints resume, and only one process reports."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree as pytree
+
+from hf_lowmem_optim.memory.report import REPORT_NAME
+from tests.optimizers.cases import CASES
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "tests/trainer/distributed_script.py"
+SETTINGS = [
+    *("--output_dir", "out", "--report_to", "none", "--use_cpu", "true", "--disable_tqdm", "true"),
+    *("--max_steps", "4", "--save_steps", "2", "--logging_steps", "1", "--per_device_train_batch_size", "2"),
+    *("--learning_rate", "1e-2", "--optim", "ldadam", "--optim_args", "rank=4"),
+    *("--callback", "hf_lowmem_optim:OptimizerStateMemoryCallback"),
+]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the script in two processes; accelerate itself starts several on CPUs by MPI only."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    done = subprocess.run(
+        [sys.executable, *torchrun, "-m", "hf_lowmem_optim", "run", str(SCRIPT), *SETTINGS, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        text=True,
+        capture_output=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def ends(folder: Path) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def assert_equal(left: Any, right: Any) -> None:
+    (leaves, structure), (others, other_structure) = pytree.tree_flatten(left), pytree.tree_flatten(right)
+    assert structure == other_structure
+    for leaf, other in zip(leaves, others, strict=True):
+        assert torch.equal(leaf, other) if isinstance(leaf, torch.Tensor) else leaf == other
+
+
+@pytest.mark.slow
+def test_an_unmodified_script_trains_in_two_processes(tmp_path: Path) -> None:
+    straight = launch(tmp_path, "--dump", "straight")
+    (tmp_path / "out" / REPORT_NAME).unlink()
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    resumed = launch(tmp_path, "--dump", "resumed", "--resume_from_checkpoint", str(checkpoint))
+    assert (tmp_path / "out" / REPORT_NAME).is_file()
+    for run in (straight, resumed):
+        assert run.stdout.count("trained with LDAdam to step 4") == 1
+        assert run.stdout.count("Optimizer state of LDAdam") == 1
+        assert run.stderr.count("LDAdam for 14,432 trainable parameters") == 1
+    first, second = ends(tmp_path / "straight")
+    assert (first["world_size"], first["wrapped"]) == (2, "DistributedDataParallel")
+    assert first["losses"][-1] < first["losses"][0]
+    assert {state["step"] for state in first["optimizer"]["state"].values()} == {4}
+    for end in (second, *ends(tmp_path / "resumed")):
+        for part in ("parameters", "optimizer"):
+            assert_equal(end[part], first[part])
+
+
+def replicas(rank: int, port: int) -> None:
+    """Train every optimizer on data of this process alone; what differs from the other process is an error."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    for case in CASES.values():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 40), nn.GELU(), nn.Linear(40, 12))
+        if case.layerwise:
+            with pytest.raises(NotImplementedError, match="before DDP or FSDP has averaged it"):
+                case.build(model.parameters())
+            continue
+        wrapped = DistributedDataParallel(model)
+        optimizer = case.build(wrapped.parameters())
+        generator = torch.Generator().manual_seed(rank)
+        start = [p.detach().clone() for p in model.parameters()]
+        for _ in range(6):
+            wrapped(torch.randn(8, 12, generator=generator)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        mine = [*model.parameters(), *pytree.tree_leaves(optimizer.state_dict()["state"])]
+        for tensor in (each.detach() for each in mine if isinstance(each, torch.Tensor)):
+            both = [torch.empty_like(tensor) for _ in range(2)]
+            # gloo knows no int16
+            torch.distributed.all_gather([b.view(torch.uint8) for b in both], tensor.contiguous().view(torch.uint8))
+            assert torch.equal(both[0], both[1]), case.name
+        assert not any(torch.equal(p, s) for p, s in zip(model.parameters(), start, strict=True))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_replicas_of_every_optimizer_stay_equal() -> None:
+    torch.multiprocessing.spawn(replicas, (free_port(),), nprocs=2)

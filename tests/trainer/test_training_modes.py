@@ -1,0 +1,228 @@
+"""Training arguments that change how a step runs, not what it computes: for every registered optimizer."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.utils.data import SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hf_lowmem_optim import OPTIMIZERS, OptimizerStateMemoryCallback, measure_state, plan_optimizer
+from hf_lowmem_optim.memory.measure import unwrap_optimizer
+from tests.optimizers.cases import assert_same_state
+from tests.trainer.resume_worker import ARGUMENTS
+from tests.trainer.tiny_models import tiny_llama, token_rows
+
+every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+#: One of each kind: a low-rank one, a sparse one, a preconditioner over all tensors, a layer-wise one.
+KINDS = ("ldadam", "microadam", "sparse_mfac", "ldadam_layerwise")
+NORMAL = [name for name, entry in OPTIMIZERS.items() if not entry.optimizer_class.layerwise]
+OVERFLOWS_AT = 3
+
+
+class InOrder(Trainer):
+    """Takes the rows in their order; a batch with the token 0 overflows, as a loss that is too large does."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Give accelerate a scaler where it makes none: on the CPU ``fp16=True`` would compute in float32."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fp16 and self.args.use_cpu:
+            self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+            self.accelerator.native_amp = True
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        return loss * torch.inf if (inputs["input_ids"] == 0).any() else loss
+
+
+def make_trainer(folder: Path, name: str, *, rows: list[Any] | None = None, **settings: Any) -> InOrder:
+    callbacks = settings.pop("callbacks", [])
+    arguments: dict[str, Any] = {
+        "optim_args": ARGUMENTS[name.removesuffix("_layerwise")],
+        "learning_rate": 1e-2,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": 2,
+        "weight_decay": 0.1,
+        "per_device_train_batch_size": 2,
+        "max_grad_norm": 0.0 if OPTIMIZERS[name].optimizer_class.layerwise else 0.5,
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "no",
+    }
+    args = TrainingArguments(str(folder), optim=name, **{**arguments, **settings})
+    return InOrder(tiny_llama(), args, train_dataset=rows or token_rows(16), callbacks=callbacks)
+
+
+def logged(trainer: Trainer, key: str) -> list[float]:
+    return [float(entry[key]) for entry in trainer.state.log_history if key in entry]
+
+
+def assert_same_end(left: Trainer, right: Trainer) -> None:
+    """Parameters and optimizer state equal to the bit, and not where they began."""
+    for mine, theirs in zip(left.model.parameters(), right.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert not all(
+        torch.equal(now.cpu(), before)
+        for now, before in zip(left.model.parameters(), tiny_llama().parameters(), strict=True)
+    )
+    optimizers = [unwrap_optimizer(each.optimizer) for each in (left, right)]
+    assert_same_state(*optimizers)
+    for each in optimizers:
+        measured = measure_state(each).component_bytes
+        assert measured == plan_optimizer(each).component_bytes
+        assert set(measured) - {"dense"}
+
+
+class HalveTheScale(TrainerCallback):
+    """Gives a run without an overflow the scale that an overflow leaves, so that fp16 rounds alike from there on."""
+
+    def __init__(self, scaler: torch.amp.GradScaler | None = None) -> None:
+        self.scaler = scaler
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == OVERFLOWS_AT:
+            assert self.scaler is not None
+            self.scaler.update(new_scale=self.scaler.get_scale() / 2)
+
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")],
+    ),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", NORMAL)
+def test_a_batch_that_overflows_in_fp16_is_as_if_it_had_not_been_there(name: str, device: str, tmp_path: Path) -> None:
+    """With accumulation: its step is skipped as a whole, with the other micro-batch, which was finite."""
+    good = token_rows(24)
+    bad = [{key: value - value.min() for key, value in row.items()} for row in token_rows(4, seed=9)]
+    ends = []
+    for overflow in (True, False):
+        rows = [*good[: 4 * OVERFLOWS_AT], *bad[:2], *good[:2], *good[4 * OVERFLOWS_AT :]] if overflow else good
+        halve = HalveTheScale()
+        trainer = make_trainer(
+            tmp_path,
+            name,
+            rows=rows,
+            fp16=True,
+            use_cpu=device == "cpu",
+            gradient_accumulation_steps=2,
+            max_steps=7 if overflow else 6,
+            callbacks=[] if overflow else [halve],
+        )
+        halve.scaler = trainer.accelerator.scaler
+        trainer.train()
+        ends.append(trainer)
+    overflown, clean = ends
+    assert overflown.accelerator.scaler.get_scale() == clean.accelerator.scaler.get_scale()
+    assert len(logged(overflown, "loss")) == 7 and logged(overflown, "loss")[-3:] == logged(clean, "loss")[-3:]
+    assert {state["step"] for state in overflown.optimizer.state.values()} == {6}
+    assert_same_end(overflown, clean)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_a_compiled_model_trains_alike_and_resumes_in_either_way(name: str, tmp_path: Path) -> None:
+    """With the part of torch.compile that could matter: graphs forward and backward. Inductor would take minutes."""
+    targets = [r".*q_proj", r".*layers\.1\.mlp\.down_proj"]
+    runs: dict[bool, InOrder] = {}
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        settings = {"torch_compile_backend": "aot_eager"} if compiled else {}
+        runs[compiled] = make_trainer(
+            tmp_path / str(compiled),
+            name,
+            optim_target_modules=targets,
+            save_strategy="steps",
+            save_steps=2,
+            **settings,
+        )
+        runs[compiled].train()
+        # one graph, and none again in a later step for a hook's sake
+        assert counters["stats"].get("unique_graphs", 0) == compiled
+        groups = runs[compiled].optimizer.param_groups
+        names = [parameter for group in groups for parameter in group["param_names"]]
+        assert sorted(names) == sorted(n for n, _ in tiny_llama().named_parameters())
+        chosen = [
+            n for group in groups if group[OPTIMIZERS[name].optimizer_class.dense_key] for n in group["param_names"]
+        ]
+        assert sorted(chosen) == [
+            "model.layers.0.self_attn.q_proj.weight",
+            "model.layers.1.mlp.down_proj.weight",
+            "model.layers.1.self_attn.q_proj.weight",
+        ]
+    assert_close_ends(runs[True], runs[False])
+    for compiled, settings in ((False, {}), (True, {"torch_compile_backend": "aot_eager"})):
+        resumed = make_trainer(tmp_path / "resumed", name, optim_target_modules=targets, **settings)
+        resumed.train(resume_from_checkpoint=str(tmp_path / str(not compiled) / "checkpoint-2"))
+        assert resumed.state.global_step == 4
+        assert_close_ends(resumed, runs[False])
+
+
+def assert_close_ends(left: Trainer, right: Trainer) -> None:
+    """As near as two orders of summation are, compared to how far training went."""
+    for mine, theirs, start in zip(
+        left.model.parameters(), right.model.parameters(), tiny_llama().parameters(), strict=True
+    ):
+        assert (mine - theirs).norm() <= 1e-3 * (theirs - start).norm()
+    assert logged(left, "loss") == pytest.approx(logged(right, "loss"), rel=1e-5)
+    assert logged(left, "grad_norm") == pytest.approx(logged(right, "grad_norm"), rel=1e-4)
+    for each in (left, right):
+        assert measure_state(each.optimizer).component_bytes == plan_optimizer(each.optimizer).component_bytes
+
+
+@every_optimizer
+def test_gradient_checkpointing_changes_nothing(name: str, tmp_path: Path) -> None:
+    ends = []
+    for reentrant in (None, False, True):
+        settings: dict[str, Any] = {}
+        if reentrant is not None:
+            settings = {
+                "gradient_checkpointing": True,
+                "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
+            }
+        ends.append(make_trainer(tmp_path, name, gradient_accumulation_steps=2, **settings))
+        ends[-1].train()
+        assert ends[-1].model.is_gradient_checkpointing == (reentrant is not None)
+    for end in ends[1:]:
+        assert_same_end(end, ends[0])
+        assert logged(end, "grad_norm") == pytest.approx(logged(ends[0], "grad_norm"), rel=1e-5)
+
+
+@every_optimizer
+def test_after_training_nothing_of_ours_keeps_the_model(name: str, tmp_path: Path) -> None:
+    """What accelerate remembers is cleared as a user would; the collector may run, for the Trainer has cycles."""
+    trainer = make_trainer(
+        tmp_path, name, callbacks=[callback := OptimizerStateMemoryCallback()], save_strategy="steps"
+    )
+    trainer.train()
+    optimizer = unwrap_optimizer(trainer.optimizer)
+    held = [weakref.ref(each) for each in (trainer, trainer.model, optimizer, *trainer.model.parameters())]
+    held += [
+        weakref.ref(value) for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)
+    ]
+    assert all(each() is not None for each in held)
+    trainer.accelerator.free_memory()
+    del trainer, optimizer
+    gc.collect()
+    assert not [each() for each in held if each() is not None]
+    # the user's own callback is still there
+    assert callback is not None
