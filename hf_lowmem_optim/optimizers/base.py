@@ -373,11 +373,19 @@ class LowMemoryOptimizer(Optimizer):
                 f"{describe_parameter(param, group)} is {param.dtype} with a gradient of {grad.dtype}; "
                 f"{rule} supports float32, bfloat16 and float16"
             )
-        if hasattr(param, "placements") and not self.supports_sharding and self.compresses(param.shape, group):
+        if not hasattr(param, "placements"):
+            return
+        if not self.supports_sharding and self.compresses(param.shape, group):
             raise NotImplementedError(
                 f"{describe_parameter(param, group)} is sharded (DTensor), which {rule} cannot compress; "
                 f"give its group {self.dense_key}=None for the dense rule, or train without FSDP or tensor parallelism"
             )
+        for key, plain in (("dense_state", "param"), ("weight_rounding", "nearest")):
+            if group[key] != plain:
+                raise NotImplementedError(
+                    f"{describe_parameter(param, group)} is sharded (DTensor), for which there is no "
+                    f"{key}={group[key]!r}; give its group {key}={plain!r}"
+                )
 
     # ---------------------------------------------------------------------------------------------------- resume
 

@@ -23,12 +23,13 @@ def describe_placements(optimizer: LowMemoryOptimizer, placements: Sequence[Plac
         A few lines of text.
     """
     rules = dict.fromkeys(placement.rule for placement in placements)
-    settings = ", ".join(f"{key}={optimizer.defaults[key]}" for key in optimizer.state_keys)
+    settings = ", ".join(f"{key}={optimizer.defaults[key]}" for key in optimizer.state_keys if key != "dense_state")
+    dense = {"param": "dense", "fp32": "dense, fp32", "8bit": "dense, 8 bit"}[optimizer.defaults["dense_state"]]
     rows = []
     for rule in sorted(rules, key=lambda rule: rule != COMPRESSED):
-        label = f"compressed ({settings})" if rule == COMPRESSED else f"dense: {rule}"
+        label = f"compressed ({settings})" if rule == COMPRESSED else f"{dense}: {rule}"
         if rule == TOO_SMALL and optimizer.defaults[optimizer.dense_key] is None:
-            label = f"dense: {optimizer.dense_key}=None"
+            label = f"{dense}: {optimizer.dense_key}=None"
         chosen = [placement.parameter.numel() for placement in placements if placement.rule == rule]
         rows.append((label, f"{len(chosen):,}", f"{sum(chosen):,}"))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
@@ -38,6 +39,8 @@ def describe_placements(optimizer: LowMemoryOptimizer, placements: Sequence[Plac
     ]
     plan = plan_optimizer(optimizer)
     parts = ", ".join(f"{name} {format_bytes(count)}" for name, count in plan.component_bytes.items())
+    if optimizer.defaults["weight_rounding"] != "nearest":
+        lines.append("  weights narrower than float32 are rounded stochastically")
     total, adamw = format_bytes(plan.total_bytes), format_bytes(plan.adamw_fp32_bytes)
     return "\n".join(
         [
