@@ -231,15 +231,16 @@ class LowMemoryOptimizer(Optimizer):
                 _check_parameter(item[1], f"parameter {item[0]!r}", type(self).__name__)
             elif isinstance(item, Tensor):
                 _check_parameter(item, "a parameter", type(self).__name__)
+        tensors = [each for each in (p[1] if isinstance(p, tuple) else p for p in params) if isinstance(each, Tensor)]
         if "weight_rounding" in param_group:
-            self._check_rounding([{**param_group, "params": [p[1] if isinstance(p, tuple) else p for p in params]}])
+            self._check_rounding([{**param_group, "params": tensors}])
+        if param_group.get("dense_state", self.defaults["dense_state"]) == "8bit":
+            require_bitsandbytes(tensors)
         super().add_param_group({**param_group, "params": params})
-        if self.param_groups[-1]["dense_state"] == "8bit":
-            require_bitsandbytes(self.param_groups[-1]["params"])
 
     @staticmethod
     def _check_rounding(groups: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse stochastic rounding that would round nothing: neither weight is narrower than float32."""
+        """Refuse stochastic rounding that would round nothing: no weight is narrower than float32."""
         asked = [group for group in groups if group["weight_rounding"] == "stochastic"]
         if asked and not any(rounds_stochastically(param, group) for group in asked for param in group["params"]):
             raise ValueError(
@@ -273,7 +274,8 @@ class LowMemoryOptimizer(Optimizer):
 
         Raises:
             RuntimeError: A gradient is sparse or complex. Nothing has been updated then.
-            NotImplementedError: A compressed parameter is a sharded DTensor. Nothing has been updated then.
+            NotImplementedError: A parameter is a sharded DTensor, which its group's settings do not serve. Nothing has
+                been updated then.
         """
         loss = None
         if closure is not None:

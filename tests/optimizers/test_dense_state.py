@@ -103,6 +103,7 @@ def test_without_bitsandbytes_it_is_refused_when_built_but_can_be_planned(
     with pytest.raises(ImportError, match=remedy):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(10))], "dense_state": "8bit"})
     planned = dense(name, [nn.Parameter(torch.zeros(5120, device="meta"))], dense_state="8bit")
+    assert len(optimizer.param_groups) == 1
     assert plan_optimizer(planned).component_bytes == {"dense": 2 * 5120, "dense statistics": 2 * 4 * 20}
     report = plan_state(name, {"w": ((64, 80), torch.bfloat16)}, dense_state="8bit", **{CASES[name].dense_key: None})
     assert report.total_bytes == 2 * 5120 + 2 * 4 * 20
@@ -131,3 +132,45 @@ def test_minilm_takes_less_than_1_6_bytes_per_parameter(name: str) -> None:
         report = plan_optimizer(OptimizerFactory(name, dense_state=storage)(model))
         per_parameter[storage] = report.total_bytes / report.num_parameters
     assert per_parameter["8bit"] < 1.6 < 4 < per_parameter["param"]
+
+
+@pytest.mark.parametrize("setting", [{"dense_state": "fp32"}, {"weight_rounding": "stochastic"}], ids=str)
+def test_sharded_parameters_are_refused_before_anything_moves(setting: dict[str, Any]) -> None:
+    """Two processes of which this is one."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        whole = torch.ones(8, 4, dtype=torch.bfloat16)
+        weight = nn.Parameter(distribute_tensor(whole, init_device_mesh("cpu", (2,)), [Shard(0)]))
+        optimizer = OPTIMIZERS["ldadam"].optimizer_class([weight], rank=None, **setting)
+        weight.grad = torch.ones_like(weight)
+        (key, value), *_ = setting.items()
+        with pytest.raises(NotImplementedError, match=f"there is no {key}={value!r}; give its group {key}="):
+            optimizer.step()
+        assert torch.equal(weight.to_local(), whole[:4]) and not optimizer.state
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_8_bit_is_bitsandbytes_on_a_gpu_and_on_a_stream_of_ones_own(dtype: torch.dtype) -> None:
+    optim = pytest.importorskip("bitsandbytes.optim")
+    results = []
+    for stream in (torch.cuda.default_stream(), torch.cuda.Stream(), None):
+        params = [nn.Parameter(param.detach().cuda()) for param in weights(dtype)]
+        optimizer = optim.AdamW8bit(params, **HYPER) if stream is None else dense("ldadam", params, dense_state="8bit")
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            for grads in gradients(4, dtype):
+                for param, grad in zip(params, grads, strict=True):
+                    param.grad = grad.cuda()
+                optimizer.step()
+        torch.cuda.synchronize()
+        results.append(params)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
