@@ -46,7 +46,7 @@ from hf_lowmem_optim.compression.workspace import Workspace
 from hf_lowmem_optim.optimizers.adamw import DenseState, adamw_state
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer, PendingUpdate, update_arguments
 from hf_lowmem_optim.optimizers.batches import MATRIX_ENTRIES, chunks_by_key, is_aligned, scatter_, stack
-from hf_lowmem_optim.optimizers.dense import WeightRounding, rounds_stochastically
+from hf_lowmem_optim.optimizers.dense import WeightRounding
 from hf_lowmem_optim.optimizers.hyperparameters import check_bool, check_choice, check_positive_int, check_unit_interval
 from hf_lowmem_optim.state import StepTemporaries, TensorSpec
 
@@ -258,8 +258,13 @@ def ldadam_update_batch_(updates: Sequence[PendingUpdate], *, workspace: Workspa
     # what is quantized is one flat buffer: no block reaches over two matrices
     state = {key: tensor.flatten() if tensor.dim() == 2 else tensor for key, tensor in state.items()}
     hyper = {key: one.group[key] for key in update_arguments(ldadam_update_)}
-    ldadam_update_(params, grads, state, step=one.state["step"], workspace=workspace, **hyper)
-    scatter_([u.param for u in updates], params)
+    weights = params if one.seed is None else params.float()
+    ldadam_update_(weights, grads, state, step=one.state["step"], workspace=workspace, **hyper)
+    if one.seed is None:
+        scatter_([u.param for u in updates], weights)
+    for update, weight in zip(updates, weights, strict=True):
+        if update.rounding is not None:
+            update.rounding.round_(update.param, weight.view(update.param.shape))
     for key in keys:
         scatter_([u.state[key] for u in updates], state[key])
 
@@ -269,7 +274,7 @@ def _batch_key(param: Tensor, group: Mapping[str, Any], step: int) -> Hashable:
     p, q = sorted(_matrix_shape(param))
     r = group["rank"]
     fits = p * q <= MATRIX_ENTRIES and p * q % QUANTIZATION_BLOCK_SIZE == 0 and is_aligned((p, r), (r, q), (r, r))
-    if step == 1 or not fits or group["stochastic_rounding"] or rounds_stochastically(param, group):
+    if step == 1 or not fits or group["stochastic_rounding"]:
         return None
     return id(group), _matrix_shape(param), param.dtype, param.device, step
 

@@ -109,6 +109,21 @@ def test_layer_wise_mode_rounds_alike(normal: str) -> None:
     assert all(torch.equal(results[0][k], results[1][k]) for k in SHAPES)
 
 
+def test_small_matrices_that_are_updated_together_round_as_alone() -> None:
+    results = []
+    for together in (True, False):
+        generator = torch.Generator().manual_seed(0)
+        pair = [nn.Parameter(torch.randn(16, 32, generator=generator).bfloat16()) for _ in range(2)]
+        groups = [{"params": pair}] if together else [{"params": [weight]} for weight in pair]
+        optimizer = OPTIMIZERS["ldadam"].optimizer_class(groups, rank=4, weight_rounding="stochastic")
+        for _ in range(4):
+            for weight in pair:
+                weight.grad = torch.randn(16, 32, generator=generator).bfloat16()
+            optimizer.step()
+        results.append(pair)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_equal_tensors_get_draws_of_their_own() -> None:
     pair = [nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16)) for _ in range(2)]
     optimizer = OPTIMIZERS["ldadam"].optimizer_class(pair, lr=1e-3, weight_rounding="stochastic")
