@@ -18,6 +18,9 @@ MAX_WINDOW = 1024
 SIZE_KEYS = ("rank", "window")
 """Hyper-parameters that scale the state, wherever an optimizer has them."""
 
+DENSE_KEYS = ("dense_state",)
+"""Hyper-parameters of the dense rule, which is not left to the groups that are not targeted."""
+
 
 @dataclass(frozen=True)
 class BudgetSearch:
@@ -34,8 +37,12 @@ class BudgetSearch:
     num_shards: int = 1
 
     def added_bytes(self, changes: Mapping[str, Any]) -> int:
-        """Return the bytes of state and temporaries with some hyper-parameters changed in all targeted groups."""
-        groups = [{**group, **changes} if self._is_targeted(group) else group for group in self.groups]
+        """Return the bytes of state and temporaries with some hyper-parameters changed.
+
+        Those of the dense rule change in all groups, the others in the targeted ones.
+        """
+        of_dense = {key: value for key, value in changes.items() if key in DENSE_KEYS}
+        groups = [{**group, **(changes if self._is_targeted(group) else of_dense)} for group in self.groups]
         state = plan_groups(self.optimizer_class, groups, num_shards=self.num_shards)
         return state.total_bytes + (plan_temporaries(self.optimizer_class, groups) or 0)
 

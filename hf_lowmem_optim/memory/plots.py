@@ -17,6 +17,7 @@ _COLORS = {
     "weights": "#b8bcc4",
     "gradients": "#8d93a0",
     "dense": "#e0a030",
+    "dense statistics": "#f0cd86",
     "error": "#b5493a",
     "step temporaries": "#3f3f46",
 }

@@ -5,41 +5,53 @@
 3. v ← β2·v + (1 − β2)·g²
 4. W ← W − lr·m̂ / (√v̂ + eps)
 
-| letter | state key    | shape   | dtype   | bytes per parameter |
-|--------|--------------|---------|---------|---------------------|
-| m      | `exp_avg`    | shape W | dtype W | 4 (fp32), 2 (bf16)  |
-| v      | `exp_avg_sq` | shape W | dtype W | 4 (fp32), 2 (bf16)  |
+| letter | state key    | shape   | dtype                | bytes per parameter |
+|--------|--------------|---------|----------------------|---------------------|
+| m      | `exp_avg`    | shape W | `dense_state`        | 4 (fp32), 2 (bf16)  |
+| v      | `exp_avg_sq` | shape W | `dense_state`        | 4 (fp32), 2 (bf16)  |
 
-torch's own functional AdamW does the arithmetic, so that the result is that of ``torch.optim.AdamW`` to the bit.
+``dense_state="param"`` stores the moments in the dtype of W, ``"fp32"`` in float32; ``"8bit"`` is in ``adamw8bit.py``.
+torch's own functional AdamW does the arithmetic: with ``"param"`` the result is that of ``torch.optim.AdamW`` to the
+bit, with ``"fp32"`` that of ``torch.optim.AdamW`` on a float32 copy of W, rounded to the dtype of W (``dense.py``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from hf_lowmem_optim.optimizers.adamw8bit import adamw8bit_state
 from hf_lowmem_optim.state import TensorSpec
 
-__all__ = ["adamw_state", "adamw_update_"]
+__all__ = ["DENSE_STATES", "DenseState", "adamw_state", "adamw_update_"]
+
+DenseState = Literal["param", "fp32", "8bit"]
+"""How the dense rule stores its moments."""
+
+DENSE_STATES: tuple[str, ...] = get_args(DenseState)
 
 # Fused is the fastest of torch's implementations on the CPU (benchmarks/step_time.py) and torch's choice for CUDA.
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
 
 
-def adamw_state(shape: Sequence[int], dtype: torch.dtype) -> dict[str, TensorSpec]:
-    """State of the dense rule: both moments, in the dtype of the parameter.
+def adamw_state(shape: Sequence[int], dtype: torch.dtype, *, dense_state: str = "param") -> dict[str, TensorSpec]:
+    """State of the dense rule: both moments.
 
     Args:
         shape: Shape of the parameter.
         dtype: Dtype of the parameter.
+        dense_state: Storage of the moments, one of :data:`DENSE_STATES`.
 
     Returns:
-        The specs of ``exp_avg`` and ``exp_avg_sq``.
+        The specs of ``exp_avg`` and ``exp_avg_sq``, or those of :func:`adamw8bit_state`.
     """
-    spec = TensorSpec(tuple(shape), dtype, "dense")
+    if dense_state == "8bit":
+        return adamw8bit_state(shape)
+    spec = TensorSpec(tuple(shape), dtype if dense_state == "param" else torch.float32, "dense")
     return {"exp_avg": spec, "exp_avg_sq": spec}
 
 
@@ -59,7 +71,7 @@ def adamw_update_(
     Args:
         params: Parameters of any shapes; float32, bfloat16 or float16.
         grads: Their gradients, same shapes and dtypes.
-        states: Their states as :func:`adamw_state` describes them.
+        states: Their states, moments of the same dtypes.
         steps: Which update this is for each of them, 1 for the first.
         lr: Learning rate.
         betas: Decay rates β1 and β2.

@@ -6,9 +6,8 @@ A subclass names a state function, an update function and its own checks; everyt
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, get_type_hints, overload
 
 import numpy as np
@@ -16,38 +15,35 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from hf_lowmem_optim.compression.rounding import rounding_bytes
 from hf_lowmem_optim.compression.workspace import Workspace
-from hf_lowmem_optim.optimizers.adamw import adamw_state, adamw_update_
+from hf_lowmem_optim.optimizers.adamw import DENSE_STATES, adamw_state
+from hf_lowmem_optim.optimizers.adamw8bit import require_bitsandbytes
+from hf_lowmem_optim.optimizers.dense import (
+    WEIGHT_ROUNDINGS,
+    dense_batch_temporaries,
+    dense_temporaries,
+    dense_update_,
+    rounds_stochastically,
+)
 from hf_lowmem_optim.optimizers.hyperparameters import (
     check_betas,
+    check_choice,
     check_eps,
     check_lr,
     check_weight_decay,
     nearest,
 )
+from hf_lowmem_optim.optimizers.pending import PendingUpdate, weight_to_update
+from hf_lowmem_optim.optimizers.precision import full_precision
 from hf_lowmem_optim.optimizers.resume import exact_load, pack_shared
 from hf_lowmem_optim.state import StepTemporaries, TensorSpec
 
 __all__ = ["LowMemoryOptimizer", "PendingUpdate", "describe_parameter", "update_arguments"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class PendingUpdate:
-    """One tensor that this step updates.
-
-    Attributes:
-        param: The parameter, detached.
-        grad: Its gradient; only read.
-        state: Its state: ``"step"`` (already counted) and the tensors.
-        group: The parameter group it is in.
-    """
-
-    param: Tensor
-    grad: Tensor
-    state: dict[str, Any]
-    group: dict[str, Any]
+#: Parameters of an optimizer that have seeds of their own for stochastic rounding.
+_MAX_PARAMETERS = 1 << 24
 
 
 class LowMemoryOptimizer(Optimizer):
@@ -83,6 +79,7 @@ class LowMemoryOptimizer(Optimizer):
         defaults = {key: _plain(value) for key, value in defaults.items()}
         self.check_hyperparameters(defaults)
         super().__init__(params, defaults)
+        self._check_rounding(self.param_groups)
 
     # ---------------------------------------------------------------------------------------------- description
 
@@ -121,6 +118,8 @@ class LowMemoryOptimizer(Optimizer):
         if "eps" in full:
             check_eps(full["eps"])
         check_weight_decay(full["weight_decay"])
+        check_choice("dense_state", full["dense_state"], DENSE_STATES)
+        check_choice("weight_rounding", full["weight_rounding"], WEIGHT_ROUNDINGS)
         cls.check_own(full)
 
     @classmethod
@@ -150,7 +149,7 @@ class LowMemoryOptimizer(Optimizer):
             Specs by state key.
         """
         if not cls.compresses(param.shape, group):
-            return adamw_state(param.shape, param.dtype)
+            return adamw_state(param.shape, param.dtype, dense_state=group["dense_state"])
         return cls.state_function(param.shape, param.dtype, **{key: group[key] for key in cls.state_keys})
 
     @classmethod
@@ -175,16 +174,19 @@ class LowMemoryOptimizer(Optimizer):
             first: Whether it is the parameter's first update.
 
         Returns:
-            The description: nothing for the dense rule, whose fused kernel works in place; None if the optimizer does
-            not describe it.
+            The description; None if the optimizer does not describe it.
         """
         if not cls.compresses(param.shape, group):
-            return StepTemporaries()
+            return dense_temporaries(param, group)
         if cls.temporaries_function is None:
             return None
-        return cls.temporaries_function(
+        described = cls.temporaries_function(
             param.shape, param.dtype, first=first, **{key: group[key] for key in cls.state_keys}
         )
+        if not rounds_stochastically(param, group):
+            return described
+        own = max(described.own, rounding_bytes(param.numel(), param.device))
+        return replace(described, shared={**described.shared, "weight": 4 * param.numel()}, own=own)
 
     @classmethod
     def batch_temporaries(cls, groups: Sequence[Mapping[str, Any]]) -> StepTemporaries:
@@ -194,9 +196,13 @@ class LowMemoryOptimizer(Optimizer):
             groups: The parameter groups, with ``"params"``.
 
         Returns:
-            The description; nothing where each tensor is updated by itself.
+            The description.
         """
-        return StepTemporaries()
+        together = StepTemporaries()
+        for group in groups:
+            dense = [param for param in group["params"] if not cls.compresses(param.shape, group)]
+            together = together.largest(dense_batch_temporaries(dense, group))
+        return together
 
     # --------------------------------------------------------------------------------------------- construction
 
@@ -208,7 +214,8 @@ class LowMemoryOptimizer(Optimizer):
 
         Raises:
             TypeError: A parameter is no float32, bfloat16 or float16 tensor, or an override has the wrong type.
-            ValueError: A parameter is not a leaf, or an override is out of range.
+            ValueError: A parameter is not a leaf, or an override is out of range or has no effect.
+            ImportError: ``dense_state="8bit"`` without bitsandbytes.
         """
         for key in param_group:
             hint = nearest(key, self.defaults, cutoff=0.75) if key not in self.defaults else ""
@@ -224,7 +231,22 @@ class LowMemoryOptimizer(Optimizer):
                 _check_parameter(item[1], f"parameter {item[0]!r}", type(self).__name__)
             elif isinstance(item, Tensor):
                 _check_parameter(item, "a parameter", type(self).__name__)
+        tensors = [each for each in (p[1] if isinstance(p, tuple) else p for p in params) if isinstance(each, Tensor)]
+        if "weight_rounding" in param_group:
+            self._check_rounding([{**param_group, "params": tensors}])
+        if param_group.get("dense_state", self.defaults["dense_state"]) == "8bit":
+            require_bitsandbytes(tensors)
         super().add_param_group({**param_group, "params": params})
+
+    @staticmethod
+    def _check_rounding(groups: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse stochastic rounding that would round nothing: no weight is narrower than float32."""
+        asked = [group for group in groups if group["weight_rounding"] == "stochastic"]
+        if asked and not any(rounds_stochastically(param, group) for group in asked for param in group["params"]):
+            raise ValueError(
+                "weight_rounding='stochastic' has no effect here: every parameter is float32, and only bfloat16 and "
+                "float16 weights are rounded. Load the model in bfloat16, or leave weight_rounding='nearest'"
+            )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -252,7 +274,8 @@ class LowMemoryOptimizer(Optimizer):
 
         Raises:
             RuntimeError: A gradient is sparse or complex. Nothing has been updated then.
-            NotImplementedError: A compressed parameter is a sharded DTensor. Nothing has been updated then.
+            NotImplementedError: A parameter is a sharded DTensor, which its group's settings do not serve. Nothing has
+                been updated then.
         """
         loss = None
         if closure is not None:
@@ -263,29 +286,33 @@ class LowMemoryOptimizer(Optimizer):
 
     def _update_all_(self) -> None:
         """Update every parameter that has a gradient."""
-        live = [(param, group) for group in self.param_groups for param in group["params"] if param.grad is not None]
-        for param, group in live:
+        params = [(param, group) for group in self.param_groups for param in group["params"]]
+        live = [(index, param, group) for index, (param, group) in enumerate(params) if param.grad is not None]
+        for _, param, group in live:
             self._check_gradient(param, group)
-        with _full_precision():
+        with full_precision():
             compressed: list[PendingUpdate] = []
             dense: dict[int, list[PendingUpdate]] = {}
-            for param, group in live:
-                update = self._prepare(param, group)
+            for index, param, group in live:
+                update = self._prepare(param, group, index)
                 if update is None:
                     continue
                 if self.compresses(param.shape, group):
                     compressed.append(update)
                 else:
                     dense.setdefault(id(group), []).append(update)
+            workspace = Workspace()
             for updates in dense.values():
-                _update_dense_(updates)
+                dense_update_(updates, workspace=workspace)
+            del workspace
             self._update_compressed_(compressed)
 
-    def _prepare(self, param: Tensor, group: dict[str, Any]) -> PendingUpdate | None:
+    def _prepare(self, param: Tensor, group: dict[str, Any], index: int) -> PendingUpdate | None:
         """Allocate the state of a tensor at its first gradient and count the update; None if there is none to do.
 
         Wrappers probe fresh optimizers with lr = 0 and zero gradients to learn their state's layout
         (``torch.distributed.checkpoint``): that allocates, but is no update and leaves no trace in the run.
+        ``index`` is the parameter's place among all of them.
         """
         grad, state = param.grad, self._state_of(param, group)
         assert grad is not None
@@ -294,7 +321,8 @@ class LowMemoryOptimizer(Optimizer):
         state["step"] += 1
         # Fused and own kernels write where autograd does not see it; a backward pass through an older graph must.
         torch.autograd.graph.increment_version(param)
-        return PendingUpdate(param.detach(), grad.detach(), state, group)
+        seed = state["step"] * _MAX_PARAMETERS + index if rounds_stochastically(param, group) else None
+        return PendingUpdate(param.detach(), grad.detach(), state, group, seed)
 
     def _state_of(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         """The state of a tensor, allocated if there is none yet."""
@@ -307,14 +335,18 @@ class LowMemoryOptimizer(Optimizer):
 
     def _update_one_(self, param: Tensor, group: dict[str, Any]) -> None:
         """Update one tensor by itself; its gradient has been checked."""
-        with _full_precision():
-            update = self._prepare(param, group)
+        index = 0
+        if rounds_stochastically(param, group):
+            params = (each for of_group in self.param_groups for each in of_group["params"])
+            index = next(i for i, each in enumerate(params) if each is param)
+        with full_precision():
+            update = self._prepare(param, group, index)
             if update is None:
                 return
             if self.compresses(param.shape, group):
                 self._update_compressed_([update])
             else:
-                _update_dense_([update])
+                dense_update_([update], workspace=Workspace())
 
     def _update_compressed_(self, updates: Sequence[PendingUpdate]) -> None:
         """Apply the compressed rule to each matrix by itself; a method with global state overrides this."""
@@ -322,13 +354,14 @@ class LowMemoryOptimizer(Optimizer):
         workspace = Workspace()
         for update in updates:
             hyper = {key: update.group[key] for key in accepted}
-            view, grad = self.view_for_update(update.param), self.view_for_update(update.grad)
-            type(self).update_function(
-                view, grad, update.state, step=update.state["step"], workspace=workspace, **hyper
-            )
-            if view.untyped_storage().data_ptr() != update.param.untyped_storage().data_ptr():
-                # A layout without such a view (a transposed or channels-last tensor): the update went to a copy.
-                update.param.copy_(view.view_as(update.param))
+            with weight_to_update(update, workspace) as weight:
+                view, grad = self.view_for_update(weight), self.view_for_update(update.grad)
+                type(self).update_function(
+                    view, grad, update.state, step=update.state["step"], workspace=workspace, **hyper
+                )
+                if view.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():
+                    # A layout without such a view (a transposed or channels-last tensor): the update went to a copy.
+                    weight.copy_(view.view_as(weight))
 
     def _check_gradient(self, param: Tensor, group: Mapping[str, Any]) -> None:
         """Refuse what the rules cannot do, before anything is touched."""
@@ -344,11 +377,19 @@ class LowMemoryOptimizer(Optimizer):
                 f"{describe_parameter(param, group)} is {param.dtype} with a gradient of {grad.dtype}; "
                 f"{rule} supports float32, bfloat16 and float16"
             )
-        if hasattr(param, "placements") and not self.supports_sharding and self.compresses(param.shape, group):
+        if not hasattr(param, "placements"):
+            return
+        if not self.supports_sharding and self.compresses(param.shape, group):
             raise NotImplementedError(
                 f"{describe_parameter(param, group)} is sharded (DTensor), which {rule} cannot compress; "
                 f"give its group {self.dense_key}=None for the dense rule, or train without FSDP or tensor parallelism"
             )
+        for key, plain in (("dense_state", "param"), ("weight_rounding", "nearest")):
+            if group[key] != plain:
+                raise NotImplementedError(
+                    f"{describe_parameter(param, group)} is sharded (DTensor), for which there is no "
+                    f"{key}={group[key]!r}; give its group {key}={plain!r}"
+                )
 
     # ---------------------------------------------------------------------------------------------------- resume
 
@@ -370,18 +411,6 @@ class LowMemoryOptimizer(Optimizer):
         """
         with exact_load(self):
             super().load_state_dict(state_dict)
-
-
-def _update_dense_(updates: Sequence[PendingUpdate]) -> None:
-    """Apply AdamW to tensors of one group."""
-    group = updates[0].group
-    adamw_update_(
-        [u.param for u in updates],
-        [u.grad for u in updates],
-        [u.state for u in updates],
-        steps=[u.state["step"] for u in updates],
-        **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")},
-    )
 
 
 def update_arguments(function: Callable[..., None]) -> list[str]:
@@ -415,31 +444,3 @@ def describe_parameter(param: Tensor, group: Mapping[str, Any]) -> str:
     index = next(i for i, p in enumerate(group["params"]) if p is param)
     names = group.get("param_names")
     return f"parameter {names[index]!r}" if names else f"parameter {index} (shape {tuple(param.shape)})"
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Compute float32 products in float32, whatever TF32, bfloat16 or autocast setting training runs with."""
-    with ExitStack() as stack:
-        for device_type in ("cuda", "cpu"):
-            if torch.is_autocast_enabled(device_type):
-                stack.enter_context(torch.autocast(device_type, enabled=False))
-        for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn):
-            stack.enter_context(_ieee_products(backend))
-        yield
-
-
-@contextmanager
-def _ieee_products(backend: Any) -> Iterator[None]:
-    """Set one backend's float32 products to full precision for a while."""
-    owner = getattr(backend, "matmul", backend)
-    name, full = ("fp32_precision", "ieee") if hasattr(owner, "fp32_precision") else ("allow_tf32", False)
-    before = getattr(owner, name, None)
-    if before not in ("tf32", "bf16", True):
-        yield
-        return
-    setattr(owner, name, full)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)

@@ -43,9 +43,10 @@ from hf_lowmem_optim.compression.error_feedback import (
 from hf_lowmem_optim.compression.lowrank import leading_left_singular_vectors, orthonormalize, svd_entries
 from hf_lowmem_optim.compression.products import addmm, mm
 from hf_lowmem_optim.compression.workspace import Workspace
-from hf_lowmem_optim.optimizers.adamw import adamw_state
+from hf_lowmem_optim.optimizers.adamw import DenseState, adamw_state
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer, PendingUpdate, update_arguments
 from hf_lowmem_optim.optimizers.batches import MATRIX_ENTRIES, chunks_by_key, is_aligned, scatter_, stack
+from hf_lowmem_optim.optimizers.dense import WeightRounding
 from hf_lowmem_optim.optimizers.hyperparameters import check_bool, check_choice, check_positive_int, check_unit_interval
 from hf_lowmem_optim.state import StepTemporaries, TensorSpec
 
@@ -74,6 +75,7 @@ def ldadam_state(
     rank: int | None = 16,
     state_dtype: str = "fp32",
     error_feedback: str = "4bit",
+    dense_state: str = "param",
     **_other: Any,
 ) -> dict[str, TensorSpec]:
     """State of one parameter; the only place where its size is written.
@@ -84,13 +86,14 @@ def ldadam_state(
         rank: As in :class:`LDAdam`.
         state_dtype: As in :class:`LDAdam`.
         error_feedback: As in :class:`LDAdam`.
+        dense_state: As in :class:`LDAdam`.
         **_other: Hyper-parameters that do not change the state.
 
     Returns:
         Specs by state key: the table at the head of this file, or dense AdamW's.
     """
     if rank is None or not ldadam_compresses(shape, rank=rank):
-        return adamw_state(shape, dtype)
+        return adamw_state(shape, dtype, dense_state=dense_state)
     small, large = sorted((shape[0], math.prod(shape[1:])))
     stored = dtype if state_dtype == "param" else torch.float32
     return {
@@ -109,6 +112,7 @@ def ldadam_temporaries(
     rank: int,
     state_dtype: str,
     error_feedback: str,
+    **_other: Any,
 ) -> StepTemporaries:
     """What :func:`ldadam_update_` allocates for one matrix, float32 throughout.
 
@@ -119,6 +123,7 @@ def ldadam_temporaries(
         rank: As in :class:`LDAdam`.
         state_dtype: As in :class:`LDAdam`.
         error_feedback: As in :class:`LDAdam`.
+        **_other: Hyper-parameters that do not matter here.
 
     Returns:
         Shared: a and the wide copy of W, which take turns in one buffer, and p̃, m̃ and v. Own: the wide copies of U, m
@@ -253,8 +258,13 @@ def ldadam_update_batch_(updates: Sequence[PendingUpdate], *, workspace: Workspa
     # what is quantized is one flat buffer: no block reaches over two matrices
     state = {key: tensor.flatten() if tensor.dim() == 2 else tensor for key, tensor in state.items()}
     hyper = {key: one.group[key] for key in update_arguments(ldadam_update_)}
-    ldadam_update_(params, grads, state, step=one.state["step"], workspace=workspace, **hyper)
-    scatter_([u.param for u in updates], params)
+    weights = params if one.seed is None else params.float()
+    ldadam_update_(weights, grads, state, step=one.state["step"], workspace=workspace, **hyper)
+    if one.seed is None:
+        scatter_([u.param for u in updates], weights)
+    for update, weight in zip(updates, weights, strict=True):
+        if update.rounding is not None:
+            update.rounding.round_(update.param, weight.view(update.param.shape))
     for key in keys:
         scatter_([u.state[key] for u in updates], state[key])
 
@@ -295,9 +305,14 @@ class LDAdam(LowMemoryOptimizer):
             is the smallest that loses nothing against ``"fp32"`` (README, "What the error may cost").
         stochastic_rounding: Round a quantized error stochastically (unbiased), seeded by the step, instead of to
             nearest.
+        dense_state: Storage of AdamW's moments where the dense rule applies: ``"param"`` (the parameter's dtype, as in
+            torch), ``"fp32"``, or ``"8bit"``, bitsandbytes' blockwise quantization (the extra ``bitsandbytes``).
+        weight_rounding: How updated bfloat16 and float16 weights are rounded: ``"nearest"``, or ``"stochastic"``, which
+            keeps updates too small for the weight's dtype in the mean, seeded by step and parameter.
 
     Raises:
         TypeError: An argument has the wrong type, or a parameter an unsupported dtype.
+        ImportError: ``dense_state="8bit"`` without bitsandbytes.
         ValueError: An argument is out of range.
 
     Example:
@@ -310,7 +325,7 @@ class LDAdam(LowMemoryOptimizer):
 
     name: ClassVar[str] = "ldadam"
     dense_key: ClassVar[str] = "rank"
-    state_keys: ClassVar[tuple[str, ...]] = ("rank", "state_dtype", "error_feedback")
+    state_keys: ClassVar[tuple[str, ...]] = ("rank", "state_dtype", "error_feedback", "dense_state")
     state_function = staticmethod(ldadam_state)
     temporaries_function = staticmethod(ldadam_temporaries)
     update_function = staticmethod(ldadam_update_)
@@ -328,6 +343,8 @@ class LDAdam(LowMemoryOptimizer):
         state_dtype: Literal["fp32", "param"] = "fp32",
         error_feedback: Literal["param", "fp32", "bf16", "8bit", "4bit", "none"] = "4bit",
         stochastic_rounding: bool = False,
+        dense_state: DenseState = "param",
+        weight_rounding: WeightRounding = "nearest",
     ) -> None:
         super().__init__(
             params,
@@ -341,6 +358,8 @@ class LDAdam(LowMemoryOptimizer):
                 "state_dtype": state_dtype,
                 "error_feedback": error_feedback,
                 "stochastic_rounding": stochastic_rounding,
+                "dense_state": dense_state,
+                "weight_rounding": weight_rounding,
             },
         )
 
@@ -357,15 +376,16 @@ class LDAdam(LowMemoryOptimizer):
 
     @classmethod
     def batch_temporaries(cls, groups: Sequence[Mapping[str, Any]]) -> StepTemporaries:
-        """Describe what a step allocates for the matrices that are updated together.
+        """Describe what a step allocates for the tensors that are updated together.
 
         Args:
             groups: The parameter groups, with ``"params"``.
 
         Returns:
-            What the worst batch of a later step needs: its stacks and, for each matrix, what one alone needs.
+            What the dense tensors share, and what the worst batch of a later step needs: its stacks and, for each
+            matrix, what one alone needs.
         """
-        together = StepTemporaries()
+        together = super().batch_temporaries(groups)
         for group in groups:
             matrices = [param for param in group["params"] if cls.compresses(param.shape, group)]
             for chunk in chunks_by_key(matrices, lambda p, g=group: _batch_key(p, g, 2), Tensor.numel):  # type: ignore[misc]

@@ -32,7 +32,8 @@ from hf_lowmem_optim.compression.error_feedback import accumulate, error_state, 
 from hf_lowmem_optim.compression.lowrank import orthonormalize, seeded_sketch
 from hf_lowmem_optim.compression.window import DenseRows, LowRankRows, widened_entries
 from hf_lowmem_optim.compression.workspace import Workspace
-from hf_lowmem_optim.optimizers.adamw import adamw_state
+from hf_lowmem_optim.optimizers.adamw import DenseState, adamw_state
+from hf_lowmem_optim.optimizers.dense import WeightRounding
 from hf_lowmem_optim.optimizers.hyperparameters import check_positive_int
 from hf_lowmem_optim.optimizers.preconditioned import (
     PreconditionedOptimizer,
@@ -66,6 +67,7 @@ def lowrank_mfac_state(
     momentum: float = 0.0,
     error_feedback: str = "8bit",
     scope: str = "model",
+    dense_state: str = "param",
     **_other: Any,
 ) -> dict[str, TensorSpec]:
     """State of one parameter; with ``preconditioner_state`` the only place where its size is written.
@@ -78,13 +80,14 @@ def lowrank_mfac_state(
         momentum: As in :class:`LowRankMFAC`.
         error_feedback: As in :class:`LowRankMFAC`.
         scope: As in :class:`LowRankMFAC`.
+        dense_state: As in :class:`LowRankMFAC`.
         **_other: Hyper-parameters that do not change the state.
 
     Returns:
         Specs by state key: the table at the head of this file, or dense AdamW's.
     """
     if rank is None or 0 in shape:
-        return adamw_state(shape, dtype)
+        return adamw_state(shape, dtype, dense_state=dense_state)
     rest = preconditioner_state(shape, window=window, momentum=momentum, scope=scope)
     if not _has_factors(shape, rank):
         return {"rows": TensorSpec((window, math.prod(shape)), torch.float32, "rows"), **rest}
@@ -194,9 +197,14 @@ class LowRankMFAC(PreconditionedOptimizer):
             between tensors is lost and each tensor has its own step size, but nothing is shared.
         betas: Decay rates of AdamW, for groups with ``rank=None``.
         eps: Epsilon of AdamW, for groups with ``rank=None``.
+        dense_state: Storage of AdamW's moments where the dense rule applies: ``"param"`` (the parameter's dtype, as in
+            torch), ``"fp32"``, or ``"8bit"``, bitsandbytes' blockwise quantization (the extra ``bitsandbytes``).
+        weight_rounding: How updated bfloat16 and float16 weights are rounded: ``"nearest"``, or ``"stochastic"``, which
+            keeps updates too small for the weight's dtype in the mean, seeded by step and parameter.
 
     Raises:
         TypeError: An argument has the wrong type, or a parameter an unsupported dtype.
+        ImportError: ``dense_state="8bit"`` without bitsandbytes.
         ValueError: An argument is out of range, or groups differ in what they must share.
 
     Example:
@@ -209,7 +217,7 @@ class LowRankMFAC(PreconditionedOptimizer):
 
     name: ClassVar[str] = "lowrank_mfac"
     dense_key: ClassVar[str] = "rank"
-    state_keys: ClassVar[tuple[str, ...]] = ("rank", "window", "error_feedback", "scope")
+    state_keys: ClassVar[tuple[str, ...]] = ("rank", "window", "error_feedback", "scope", "dense_state")
     state_function = staticmethod(lowrank_mfac_state)
     temporaries_function = staticmethod(lowrank_mfac_temporaries)
     compress_function = staticmethod(lowrank_mfac_compress_)
@@ -230,6 +238,8 @@ class LowRankMFAC(PreconditionedOptimizer):
         scope: Literal["model", "tensor"] = "model",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        dense_state: DenseState = "param",
+        weight_rounding: WeightRounding = "nearest",
     ) -> None:
         super().__init__(
             params,
@@ -244,6 +254,8 @@ class LowRankMFAC(PreconditionedOptimizer):
                 "scope": scope,
                 "betas": betas,
                 "eps": eps,
+                "dense_state": dense_state,
+                "weight_rounding": weight_rounding,
             },
         )
 

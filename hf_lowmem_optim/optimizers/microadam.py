@@ -42,8 +42,9 @@ from hf_lowmem_optim.compression.topk import MAX_BLOCK_SIZE, kept_per_block, win
 from hf_lowmem_optim.compression.workspace import Workspace
 from hf_lowmem_optim.kernels.block_topk import block_topk_
 from hf_lowmem_optim.kernels.sparse_window import SparseWindow, window_update_
-from hf_lowmem_optim.optimizers.adamw import adamw_state
+from hf_lowmem_optim.optimizers.adamw import DenseState, adamw_state
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
+from hf_lowmem_optim.optimizers.dense import WeightRounding
 from hf_lowmem_optim.optimizers.hyperparameters import (
     check_bool,
     check_choice,
@@ -87,6 +88,7 @@ def microadam_state(
     quant_block_size: int = 64,
     bits: int = 4,
     min_compress_size: int = 4096,
+    dense_state: str = "param",
     **_other: Any,
 ) -> dict[str, TensorSpec]:
     """State of one parameter; the only place where its size is written.
@@ -100,13 +102,14 @@ def microadam_state(
         quant_block_size: As in :class:`MicroAdam`.
         bits: As in :class:`MicroAdam`.
         min_compress_size: As in :class:`MicroAdam`.
+        dense_state: As in :class:`MicroAdam`.
         **_other: Hyper-parameters that do not change the state.
 
     Returns:
         Specs by state key: the table at the head of this file, or dense AdamW's.
     """
     if density is None or not microadam_compresses(shape, density=density, min_compress_size=min_compress_size):
-        return adamw_state(shape, dtype)
+        return adamw_state(shape, dtype, dense_state=dense_state)
     numel = math.prod(shape)
     return {
         **window_specs(numel, window=window, density=density, block_size=block_size),
@@ -264,9 +267,14 @@ class MicroAdam(LowMemoryOptimizer):
         min_compress_size: Tensors with fewer entries take AdamW.
         stochastic_rounding: Round the error stochastically (unbiased, as the paper's proofs assume), seeded by the
             step, instead of to nearest.
+        dense_state: Storage of AdamW's moments where the dense rule applies: ``"param"`` (the parameter's dtype, as in
+            torch), ``"fp32"``, or ``"8bit"``, bitsandbytes' blockwise quantization (the extra ``bitsandbytes``).
+        weight_rounding: How updated bfloat16 and float16 weights are rounded: ``"nearest"``, or ``"stochastic"``, which
+            keeps updates too small for the weight's dtype in the mean, seeded by step and parameter.
 
     Raises:
         TypeError: An argument has the wrong type, or a parameter an unsupported dtype.
+        ImportError: ``dense_state="8bit"`` without bitsandbytes.
         ValueError: An argument is out of range.
 
     Example:
@@ -286,6 +294,7 @@ class MicroAdam(LowMemoryOptimizer):
         "quant_block_size",
         "bits",
         "min_compress_size",
+        "dense_state",
     )
     state_function = staticmethod(microadam_state)
     temporaries_function = staticmethod(microadam_temporaries)
@@ -308,6 +317,8 @@ class MicroAdam(LowMemoryOptimizer):
         alpha: float = 0.0,
         min_compress_size: int = 4096,
         stochastic_rounding: bool = False,
+        dense_state: DenseState = "param",
+        weight_rounding: WeightRounding = "nearest",
     ) -> None:
         super().__init__(
             params,
@@ -325,6 +336,8 @@ class MicroAdam(LowMemoryOptimizer):
                 "alpha": alpha,
                 "min_compress_size": min_compress_size,
                 "stochastic_rounding": stochastic_rounding,
+                "dense_state": dense_state,
+                "weight_rounding": weight_rounding,
             },
         )
 

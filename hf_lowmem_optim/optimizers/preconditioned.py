@@ -27,22 +27,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
+from hf_lowmem_optim.compression.rounding import rounding_bytes
 from hf_lowmem_optim.compression.window import SparseRows, Window
 from hf_lowmem_optim.compression.workspace import Workspace
 from hf_lowmem_optim.kernels.sparse_window import window_descend_
 from hf_lowmem_optim.optimizers.adamw import adamw_state
-from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer, PendingUpdate
+from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
+from hf_lowmem_optim.optimizers.dense import rounds_stochastically
 from hf_lowmem_optim.optimizers.hyperparameters import (
     check_choice,
     check_positive,
     check_positive_int,
     check_unit_interval,
 )
+from hf_lowmem_optim.optimizers.pending import PendingUpdate, weight_to_update
 from hf_lowmem_optim.optimizers.resume import SHARED, shared_device
 from hf_lowmem_optim.state import StepTemporaries, TensorSpec
 
@@ -141,7 +145,7 @@ class PreconditionedOptimizer(LowMemoryOptimizer):
     def state_specs(cls, param: Tensor, group: Mapping[str, Any]) -> dict[str, TensorSpec]:
         """Describe the state of a parameter in a group; ``momentum`` may change in a run, the velocity follows it."""
         if not cls.compresses(param.shape, group):
-            return adamw_state(param.shape, param.dtype)
+            return adamw_state(param.shape, param.dtype, dense_state=group["dense_state"])
         return cls.state_function(param.shape, param.dtype, **{k: group[k] for k in (*cls.state_keys, "momentum")})
 
     @classmethod
@@ -150,7 +154,13 @@ class PreconditionedOptimizer(LowMemoryOptimizer):
         if not cls.compresses(param.shape, group) or cls.temporaries_function is None:
             return super().step_temporaries(param, group, first=first)
         hyper = {key: group[key] for key in (*cls.state_keys, "momentum")}
-        return cls.temporaries_function(param.shape, param.dtype, first=first, **hyper)
+        described = cls.temporaries_function(param.shape, param.dtype, first=first, **hyper)
+        if not rounds_stochastically(param, group):
+            return described
+        # the float32 copy is described already: it takes the place of that of line 7
+        rounding = rounding_bytes(param.numel(), param.device)
+        late_own = max(described.late_own, rounding) if described.late else described.late_own + rounding
+        return replace(described, late_own=late_own)
 
     @classmethod
     def shared_specs(cls, groups: Sequence[Mapping[str, Any]]) -> dict[str, TensorSpec]:
@@ -238,15 +248,16 @@ class PreconditionedOptimizer(LowMemoryOptimizer):
         # line 5: the weights in u ← Gᵀw
         weights = type(self).weights_function(gram, row, damping=damping).to(torch.float32)
         for update, rows in zip(updates, windows, strict=True):
-            _descend_(update, rows, weights.to(update.param.device), workspace)
+            with weight_to_update(update, workspace) as param:
+                _descend_(param, update, rows, weights.to(param.device), workspace)
 
     def _window(self, state: Mapping[str, Tensor], param: Tensor, group: Mapping[str, Any]) -> Window:
         return type(self).window_function(state, param.shape, group)
 
 
-def _descend_(update: PendingUpdate, rows: Window, weights: Tensor, workspace: Workspace) -> None:
+def _descend_(param: Tensor, update: PendingUpdate, rows: Window, weights: Tensor, workspace: Workspace) -> None:
     """Apply lines 5 to 7 to one tensor, given the weights of its rows."""
-    param, group = update.param, update.group
+    group = update.group
     if isinstance(rows, SparseRows) and group["momentum"] == 0 and param.is_contiguous():
         # u touches few entries, and nothing else has to be read or written
         update.state.pop("velocity", None)

@@ -32,7 +32,8 @@ from hf_lowmem_optim.compression.window import SparseRows
 from hf_lowmem_optim.compression.workspace import Workspace
 from hf_lowmem_optim.kernels.block_topk import block_topk_
 from hf_lowmem_optim.kernels.sparse_window import SparseWindow
-from hf_lowmem_optim.optimizers.adamw import adamw_state
+from hf_lowmem_optim.optimizers.adamw import DenseState, adamw_state
+from hf_lowmem_optim.optimizers.dense import WeightRounding
 from hf_lowmem_optim.optimizers.hyperparameters import check_choice, check_fraction, check_positive_int
 from hf_lowmem_optim.optimizers.preconditioned import (
     PreconditionedOptimizer,
@@ -59,6 +60,7 @@ def sparse_mfac_state(
     value_dtype: str = "bf16",
     error_feedback: str = "8bit",
     scope: str = "model",
+    dense_state: str = "param",
     **_other: Any,
 ) -> dict[str, TensorSpec]:
     """State of one parameter; with ``preconditioner_state`` the only place where its size is written.
@@ -73,13 +75,14 @@ def sparse_mfac_state(
         value_dtype: As in :class:`SparseMFAC`.
         error_feedback: As in :class:`SparseMFAC`.
         scope: As in :class:`SparseMFAC`.
+        dense_state: As in :class:`SparseMFAC`.
         **_other: Hyper-parameters that do not change the state.
 
     Returns:
         Specs by state key: the table at the head of this file, or dense AdamW's.
     """
     if density is None or 0 in shape:
-        return adamw_state(shape, dtype)
+        return adamw_state(shape, dtype, dense_state=dense_state)
     numel = math.prod(shape)
     stored = _VALUE_DTYPES[value_dtype]
     return {
@@ -175,9 +178,14 @@ class SparseMFAC(PreconditionedOptimizer):
             between tensors is lost and each tensor has its own step size, but nothing is shared.
         betas: Decay rates of AdamW, for groups with ``density=None``.
         eps: Epsilon of AdamW, for groups with ``density=None``.
+        dense_state: Storage of AdamW's moments where the dense rule applies: ``"param"`` (the parameter's dtype, as in
+            torch), ``"fp32"``, or ``"8bit"``, bitsandbytes' blockwise quantization (the extra ``bitsandbytes``).
+        weight_rounding: How updated bfloat16 and float16 weights are rounded: ``"nearest"``, or ``"stochastic"``, which
+            keeps updates too small for the weight's dtype in the mean, seeded by step and parameter.
 
     Raises:
         TypeError: An argument has the wrong type, or a parameter an unsupported dtype.
+        ImportError: ``dense_state="8bit"`` without bitsandbytes.
         ValueError: An argument is out of range, or groups differ in what they must share.
 
     Example:
@@ -197,6 +205,7 @@ class SparseMFAC(PreconditionedOptimizer):
         "value_dtype",
         "error_feedback",
         "scope",
+        "dense_state",
     )
     state_function = staticmethod(sparse_mfac_state)
     temporaries_function = staticmethod(sparse_mfac_temporaries)
@@ -220,6 +229,8 @@ class SparseMFAC(PreconditionedOptimizer):
         scope: Literal["model", "tensor"] = "model",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        dense_state: DenseState = "param",
+        weight_rounding: WeightRounding = "nearest",
     ) -> None:
         super().__init__(
             params,
@@ -236,6 +247,8 @@ class SparseMFAC(PreconditionedOptimizer):
                 "scope": scope,
                 "betas": betas,
                 "eps": eps,
+                "dense_state": dense_state,
+                "weight_rounding": weight_rounding,
             },
         )
 

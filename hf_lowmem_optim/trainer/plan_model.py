@@ -177,6 +177,8 @@ class _Request:
         problem = None
         if shards > 1 and not optimizer.supports_sharding and any(p.rule == COMPRESSED for p in placements):
             problem = "compressed tensors cannot be sharded yet: the first step under FSDP says so"
+        elif shards > 1 and (optimizer.defaults["dense_state"], optimizer.defaults["weight_rounding"]) != _SHARDABLE:
+            problem = "dense_state and weight_rounding cannot be sharded: the first step under FSDP says so"
         if self.processes.gpus > 1 and optimizer.layerwise:
             problem = "layer-wise mode uses a gradient before the processes have averaged it: it trains in one process"
         if problem is None and allowed is not None:
@@ -232,6 +234,10 @@ class _Request:
             if totals:
                 best = min(totals, key=lambda name: totals[name])
                 yield Suggestion(f"{change} (with {best})", totals[best], totals[best] <= budget)
+
+
+#: Values of ``dense_state`` and ``weight_rounding`` that sharded parameters may have.
+_SHARDABLE = ("param", "nearest")
 
 
 def _one_gradient(groups: Sequence[Mapping[str, Any]]) -> dict[str, int]:

@@ -85,6 +85,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gemma-2-2b": _gemma2(2304, 9216, 26, 8, num_key_value_heads=4),
     "gemma-2-9b": _gemma2(3584, 14336, 42, 16, num_key_value_heads=8),
     "bert-base": _encoder("bert", "BertForMaskedLM", 768, 12, vocab_size=30522),
+    "minilm-l6": _encoder("bert", "BertModel", 384, 6, num_attention_heads=12, vocab_size=30522),
     "bert-large": _encoder("bert", "BertForMaskedLM", 1024, 24, vocab_size=30522),
     "roberta-base": _encoder(
         "roberta",

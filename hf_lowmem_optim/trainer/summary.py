@@ -12,6 +12,8 @@ from hf_lowmem_optim.trainer.param_groups import COMPRESSED, SWITCHED_OFF, Place
 
 __all__ = ["describe_placements"]
 
+_DENSE = {"param": "dense", "fp32": "dense, fp32", "8bit": "dense, 8 bit"}
+
 
 def describe_placements(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) -> str:
     """Write the summary: tensors and parameters by rule, and the bytes of state to expect.
@@ -34,6 +36,8 @@ def describe_placements(optimizer: LowMemoryOptimizer, placements: Sequence[Plac
     ]
     plan = plan_optimizer(optimizer)
     parts = ", ".join(f"{name} {format_bytes(count)}" for name, count in plan.component_bytes.items())
+    if optimizer.defaults["weight_rounding"] != "nearest":
+        lines.append("  weights narrower than float32 are rounded stochastically")
     total, adamw = format_bytes(plan.total_bytes), format_bytes(plan.adamw_fp32_bytes)
     lines.append(f"  state: {total} ({parts}); AdamW in fp32: {adamw}")
     if plan.total_bytes > plan.adamw_fp32_bytes:
@@ -45,14 +49,14 @@ def describe_placements(optimizer: LowMemoryOptimizer, placements: Sequence[Plac
 def _label(optimizer: LowMemoryOptimizer, placement: Placement) -> str:
     """The rule of a parameter, with the settings that go with it and those of its own."""
     settings = {**optimizer.defaults, **placement.settings}
+    keys = optimizer.state_keys
     if placement.rule == COMPRESSED:
-        keys = optimizer.state_keys
-        label = f"compressed ({', '.join(f'{key}={settings[key]}' for key in keys)})"
+        shaping = (key for key in optimizer.state_keys if key != "dense_state")
+        label = f"compressed ({', '.join(f'{key}={settings[key]}' for key in shaping)})"
     else:
-        keys = (*optimizer.state_keys, optimizer.dense_key)
-        label = f"dense: {placement.rule}"
-    if placement.rule == SWITCHED_OFF:
-        label = f"dense: {optimizer.dense_key}=None"
+        keys = (*keys, optimizer.dense_key)
+        reason = f"{optimizer.dense_key}=None" if placement.rule == SWITCHED_OFF else placement.rule
+        label = f"{_DENSE[settings['dense_state']]}: {reason}"
     own = {key: value for key, value in placement.settings.items() if key not in keys}
     if not placement.decays:
         own.pop("weight_decay", None)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hf_lowmem_optim import OPTIMIZERS
 from hf_lowmem_optim.memory.budget import MAX_WINDOW, BudgetSearch
-from hf_lowmem_optim.memory.plan import plan_groups
+from hf_lowmem_optim.memory.plan import plan_groups, plan_temporaries
 from hf_lowmem_optim.memory.units import format_bytes, parse_bytes
 from hf_lowmem_optim.state import TensorSpec
 
@@ -79,3 +79,19 @@ def test_smaller_settings_are_sized_as_they_would_be_built(name: str) -> None:
     for change, size in changes:
         assert finder.added_bytes(change) == size
         finder.optimizer_class.check_hyperparameters(change)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_storage_of_dense_moments_is_one_of_the_settings(name: str) -> None:
+    """It changes in the groups that are not targeted, too, where it matters most."""
+    finder = search(name)
+    finder.groups[1]["params"].append(torch.empty(512, 100, device="meta"))
+    sizes = [size for change, size in finder.smaller() if change == {"dense_state": "8bit"}]
+    temporaries = plan_temporaries(finder.optimizer_class, finder.groups) or 0
+    saved = 2 * 51200 * 3 - 2 * 4 * 200
+    groups = [{**group, "dense_state": "8bit"} for group in finder.groups]
+    assert sizes == [finder.added_bytes({"dense_state": "8bit"})]
+    before, after = (plan_groups(finder.optimizer_class, each).total_bytes for each in (finder.groups, groups))
+    # the vector of 8192 entries is dense in LDAdam
+    assert before - after == saved + (2 * 8192 * 3 - 2 * 4 * 32 if "ldadam" in name else 0)
+    assert finder.added_bytes({}) - sizes[0] >= before - after - temporaries

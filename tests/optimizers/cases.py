@@ -150,11 +150,24 @@ CASES = {
 }
 
 
+WRONG_EVERYWHERE = (("dense_state", "bf16"), ("dense_state", 8), ("weight_rounding", "up"))
+
 #: The layer-wise optimizers take what the normal ones take.
 for normal in ("ldadam", "microadam"):
     name = f"{normal}_layerwise"
     wrong = (*CASES[normal].wrong, ("clip_tensor_norm", 0.0), ("clip_tensor_norm", "1"), ("clip_tensor_norm", True))
     CASES[name] = replace(CASES[normal], name=name, wrong=wrong)
+
+
+#: The dense rule with other storage, in the optimizers for which :data:`SHAPES` has dense tensors. Quantization is to
+#: begin at :data:`MIN_QUANTIZED` entries, so that the vector has codes and the scalar has not.
+MIN_QUANTIZED = 8
+VARIANTS = {
+    f"{name} {storage}": replace(
+        CASES[name], hyper={**CASES[name].hyper, "dense_state": storage}, other={"dense_state": "param"}, wrong=()
+    )
+    for name, storage in (("ldadam", "8bit"), ("ldadam_layerwise", "fp32"), ("microadam_layerwise", "8bit"))
+}
 
 
 def make_params(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, nn.Parameter]:

@@ -11,9 +11,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from hf_lowmem_optim import OPTIMIZERS, OptimizerFactory, plan_optimizer
+from hf_lowmem_optim import OPTIMIZERS, OptimizerFactory, measure_state, plan_optimizer
 from hf_lowmem_optim.memory.units import format_bytes
-from tests.trainer.tiny_models import tiny_llama, token_rows
+from tests.trainer.tiny_models import tiny_bert_classifier, tiny_llama, token_rows
+
+EMBEDDING_SETTINGS: dict[str, dict[str, Any]] = {"ldadam": {"rank": 4}, "microadam": {"min_compress_size": 64}}
+LABELS = {"ldadam": torch.zeros(1, 12, dtype=torch.long), "microadam": torch.zeros(1, dtype=torch.long)}
 
 
 def arguments(folder: Any, **settings: Any) -> TrainingArguments:
@@ -151,3 +154,43 @@ def test_what_compression_would_not_make_smaller_stays_dense(
     caplog.clear()
     OptimizerFactory(name, **hyper)(model)
     assert ("compressed state would be larger" in caplog.text) == bool(dense)
+
+
+def test_dense_state_reaches_every_group_and_the_summary(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Through ``optim_args``, in a model whose embedding is large enough to be quantized."""
+    pytest.importorskip("bitsandbytes")
+    args = arguments(tmp_path, optim="ldadam", optim_args="rank=8,dense_state=8bit,weight_rounding=stochastic")
+    model = tiny_llama()
+    model.resize_token_embeddings(256)
+    model = model.to(torch.bfloat16)
+    trainer = Trainer(model, args, train_dataset=token_rows(8))
+    trainer.train()
+    settings = {(g["dense_state"], g["weight_rounding"]) for g in trainer.optimizer.param_groups}
+    assert settings == {("8bit", "stochastic")}
+    report = measure_state(trainer.optimizer)
+    assert report == plan_optimizer(trainer.optimizer) and report.component_bytes["dense statistics"] > 0
+    assert "dense, 8 bit: embedding" in caplog.text and "rounded stochastically" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "modules"),
+    [
+        ("ldadam", tiny_llama, ["embed_tokens", "lm_head", "self_attn", "mlp"]),
+        ("microadam", tiny_bert_classifier, ["word_embeddings", "encoder"]),
+    ],
+)
+def test_embeddings_are_compressed_where_they_are_named(name: str, model: Any, modules: list[str]) -> None:
+    built = model()
+    embedding = built.get_input_embeddings().weight
+    kept = {}
+    for target in (None, modules):
+        optimizer, placements = OptimizerFactory(name, target, **EMBEDDING_SETTINGS[name]).build(built)
+        rule = next(placement.rule for placement in placements if placement.parameter is embedding)
+        assert rule == ("embedding" if target is None else "compressed")
+        kept[rule] = plan_optimizer(optimizer).total_bytes
+        built(input_ids=torch.arange(12)[None], labels=LABELS[name]).loss.backward()
+        optimizer.step()
+        tensors = {key for key, value in optimizer.state[embedding].items() if torch.is_tensor(value)}
+        assert (tensors == {"exp_avg", "exp_avg_sq"}) == (target is None)
+        assert measure_state(optimizer).total_bytes <= plan_optimizer(optimizer).total_bytes
+    assert kept["compressed"] < kept["embedding"]

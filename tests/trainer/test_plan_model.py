@@ -123,6 +123,7 @@ PUBLISHED_SIZES = {
     "gemma-2-2b": 2_614_341_888,
     "gemma-2-9b": 9_241_705_984,
     "bert-base": 109_514_298,
+    "minilm-l6": 22_713_216,
     "bert-large": 335_174_458,
     "roberta-base": 124_697_433,
     "gpt2": 124_439_808,

@@ -124,7 +124,7 @@ def _block_topk_kernel(
 def launch_options(block_size: int) -> dict[str, int | bool]:
     """Return the launch parameters for blocks of this size, fixed by registers per thread, not tuned per device."""
     tile = triton.next_power_of_2(block_size)
-    # More warps of NVIDIA's would leave a thread 128 registers, and blocks of 8192 spill then; AMD's would spill with 8.
+    # With more warps of NVIDIA's a thread has 128 registers at most, and blocks of 8192 spill; AMD's would with 8.
     most = 16 if torch.version.hip else 8
     return {"num_warps": max(1, min(most, tile // _ENTRIES_PER_WARP)), "enable_fp_fusion": False}
 
