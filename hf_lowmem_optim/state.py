@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -23,15 +23,27 @@ class TensorSpec:
         shape: Shape of the tensor.
         dtype: Storage dtype.
         component: Name under which its bytes are counted, for example ``"basis"`` or ``"error"``.
+        in_gradient: Whether it is kept in the buffer of the parameter's gradient, which counts among the gradients.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     component: str
+    in_gradient: bool = False
 
     @property
     def nbytes(self) -> int:
-        """Bytes of storage: number of entries times the size of one."""
+        """Bytes that it adds to weights and gradients: none for what is kept in a gradient's buffer."""
+        return 0 if self.in_gradient else self._stored_bytes
+
+    @property
+    def in_gradient_bytes(self) -> int:
+        """Bytes of a gradient's buffer that it occupies."""
+        return self._stored_bytes if self.in_gradient else 0
+
+    @property
+    def _stored_bytes(self) -> int:
+        """Number of entries times the size of one."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def allocate(self, device: torch.device | str) -> torch.Tensor:
@@ -42,7 +54,7 @@ class TensorSpec:
         """Return the largest part when the tensor is split along its first dimension, as FSDP2 splits parameters."""
         if not self.shape:
             return self
-        return TensorSpec((-(-self.shape[0] // num_shards), *self.shape[1:]), self.dtype, self.component)
+        return replace(self, shape=(-(-self.shape[0] // num_shards), *self.shape[1:]))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 ``accumulate`` gives a = g + ξ in float32, ``retain_`` stores what is left of it. A float32 buffer is used in place:
 it *becomes* a, so that nothing of the gradient's size is allocated. A quantized error is dequantized into the
-workspace of the step, and not kept so between steps.
+workspace of the step, and not kept so between steps. With ``"grad"`` the buffer is the gradient's own and g has been
+added to ξ in it before the step (``optimizers/gradient_error.py``).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ __all__ = [
 ]
 
 #: The storages of the error that an optimizer may offer as ``error_feedback=``.
-ERROR_FEEDBACK = ("param", "fp32", "bf16", "8bit", "4bit", "none")
+ERROR_FEEDBACK = ("param", "fp32", "bf16", "8bit", "4bit", "grad", "none")
 
 _SLICE_ENTRIES = 1 << 16
 #: Entries that share the two statistics of a quantized error.
@@ -59,8 +60,8 @@ def error_state(shape: Sequence[int], dtype: torch.dtype, storage: str) -> dict[
         return {}
     if storage in _FORMATS:
         return quantized_specs(math.prod(shape), _FORMATS[storage])
-    stored = {"param": dtype, "fp32": torch.float32, "bf16": torch.bfloat16}[storage]
-    return {"error": TensorSpec(tuple(shape), stored, "error")}
+    stored = {"param": dtype, "grad": dtype, "fp32": torch.float32, "bf16": torch.bfloat16}[storage]
+    return {"error": TensorSpec(tuple(shape), stored, "error", in_gradient=storage == "grad")}
 
 
 def keeps_error(state: Mapping[str, Tensor]) -> bool:
@@ -72,7 +73,8 @@ def accumulate(grad: Tensor, state: Mapping[str, Tensor], workspace: Workspace) 
     """Return a = g + ξ in float32.
 
     Args:
-        grad: Gradient, any floating dtype and layout. It is not written to.
+        grad: Gradient, any floating dtype and layout. It is not written to, unless it is the error's own buffer, which
+            then holds g + ξ already.
         state: State of the tensor; its error is overwritten if it is kept in float32, until :func:`retain_`.
         workspace: Gives the buffer where a new tensor is needed.
 
@@ -81,6 +83,9 @@ def accumulate(grad: Tensor, state: Mapping[str, Tensor], workspace: Workspace) 
         ``grad`` itself, which the caller must not write to.
     """
     error = state.get("error")
+    if error is not None and error.data_ptr() == grad.data_ptr():
+        is_wide = error.dtype == torch.float32
+        return error if is_wide else workspace.take("accumulated", error.shape, error.device).copy_(error)
     if error is not None and error.dtype == torch.float32:
         return _add_(error, grad)
     if not keeps_error(state) and grad.dtype == torch.float32:

@@ -30,11 +30,13 @@ class BudgetSearch:
         optimizer_class: The optimizer.
         groups: Its parameter groups at the settings asked for; which parameters are targeted is taken from them.
         num_shards: As in :func:`~hf_lowmem_optim.memory.plan.plan_groups`.
+        num_processes: How many train together; settings that need a single one are not looked at otherwise.
     """
 
     optimizer_class: type[LowMemoryOptimizer]
     groups: Groups
     num_shards: int = 1
+    num_processes: int = 1
 
     def added_bytes(self, changes: Mapping[str, Any]) -> int:
         """Return the bytes of state and temporaries with some hyper-parameters changed.
@@ -92,6 +94,8 @@ class BudgetSearch:
         try:
             self.optimizer_class.check_hyperparameters({**settings, **changes})
         except (TypeError, ValueError):
+            return None
+        if self.num_processes > 1 and self.optimizer_class.needs_one_process({**self._settings(), **changes}):
             return None
         return self.added_bytes(changes)
 

@@ -162,6 +162,7 @@ class MemoryPlan:
             "component_bytes": {} if state is None else dict(state.component_bytes),
             "group_bytes": [] if state is None else list(state.group_bytes),
             "dtype_bytes": {} if state is None else dict(state.dtype_bytes),
+            "in_gradient_bytes": 0 if state is None else state.in_gradient_bytes,
             "gradient_bytes": dict(self.gradient_bytes(optimizer)),
             "temporary_bytes": optimizer.temporary_bytes,
             "total_bytes": self.total_bytes(optimizer),

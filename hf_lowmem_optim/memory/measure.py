@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
+from hf_lowmem_optim.state import TensorSpec
 
 __all__ = ["StateReport", "StateTally", "measure_state", "unwrap_optimizer"]
 
@@ -31,12 +32,15 @@ class StateReport:
             is in none of them.
         num_parameters: Entries of all parameters of the optimizer.
         dtype_bytes: Bytes by storage dtype: ``"float32"``, ``"bfloat16"``, ``"uint8"``, ...
+        in_gradient_bytes: Bytes of gradients in which an error is kept between steps (``error_feedback="grad"``): they
+            count as gradients, and in none of the other figures.
     """
 
     component_bytes: Mapping[str, int]
     group_bytes: tuple[int, ...]
     num_parameters: int
     dtype_bytes: Mapping[str, int] = field(default_factory=dict)
+    in_gradient_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -57,6 +61,7 @@ class StateTally:
         self._dtypes: Counter[str] = Counter()
         self._groups: list[int] = []
         self._in_group = False
+        self._in_gradient = 0
 
     def start_group(self) -> None:
         """Count what follows under the next parameter group."""
@@ -76,9 +81,15 @@ class StateTally:
         if self._in_group:
             self._groups[-1] += nbytes
 
+    def add_in_gradient(self, nbytes: int) -> None:
+        """Count some bytes of what is kept in a gradient's buffer."""
+        self._in_gradient += nbytes
+
     def report(self, num_parameters: int) -> StateReport:
         """Return what was counted."""
-        return StateReport(dict(self._components), tuple(self._groups), num_parameters, dict(self._dtypes))
+        return StateReport(
+            dict(self._components), tuple(self._groups), num_parameters, dict(self._dtypes), self._in_gradient
+        )
 
 
 def measure_state(optimizer: Optimizer, *, local: bool = False) -> StateReport:
@@ -86,7 +97,8 @@ def measure_state(optimizer: Optimizer, *, local: bool = False) -> StateReport:
 
     State is allocated at a parameter's first gradient, so before the first step the report is empty. A tensor counts
     with the bytes of its own entries (not of a storage it may be a view of), and once, however many parameters share
-    it; a quantized tensor with the bytes of its codes and statistics; Python numbers count nothing.
+    it; a quantized tensor with the bytes of its codes and statistics; Python numbers count nothing. An error that is
+    kept in the gradient's buffer counts as state only while the parameter has another gradient beside it.
 
     Args:
         optimizer: Any torch optimizer, or accelerate's wrapper around one.
@@ -98,12 +110,17 @@ def measure_state(optimizer: Optimizer, *, local: bool = False) -> StateReport:
     optimizer = unwrap_optimizer(optimizer)
     tally, seen = StateTally(), set[int]()
 
-    def count(state: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    def count(state: Mapping[str, Any], specs: Mapping[str, TensorSpec], grad: Tensor | None = None) -> None:
         """Count one parameter's state; a key without a component counts under its own name."""
         for key, value in state.items():
+            spec = specs.get(key)
             for tensor in _tensors(value, seen):
+                in_gradient = spec is not None and spec.in_gradient and _is_or_becomes(tensor, grad)
                 for dtype, nbytes in _stored(tensor, local):
-                    tally.add(names.get(key, str(key)), dtype, nbytes)
+                    if in_gradient:
+                        tally.add_in_gradient(nbytes)
+                    else:
+                        tally.add(spec.component if spec else str(key), dtype, nbytes)
 
     in_groups = set()
     for group in optimizer.param_groups:
@@ -113,7 +130,8 @@ def measure_state(optimizer: Optimizer, *, local: bool = False) -> StateReport:
             # `get`, because torch's state is a defaultdict: looking must not create entries.
             state = optimizer.state.get(parameter)
             if state:
-                count(state, _component_names(optimizer, parameter, group))
+                specs = optimizer.state_specs(parameter, group) if isinstance(optimizer, LowMemoryOptimizer) else {}
+                count(state, specs, parameter.grad)
     # What an optimizer keeps for all its parameters together belongs to no group.
     tally.end_groups()
     for key, state in optimizer.state.items():
@@ -136,11 +154,9 @@ def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def _component_names(optimizer: Optimizer, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, str]:
-    """The component of each state key, where the optimizer says."""
-    if not isinstance(optimizer, LowMemoryOptimizer):
-        return {}
-    return {key: spec.component for key, spec in optimizer.state_specs(parameter, group).items()}
+def _is_or_becomes(tensor: Tensor, grad: Tensor | None) -> bool:
+    """Whether a state tensor is the buffer of the parameter's gradient, or waits to be it."""
+    return grad is None or grad.data_ptr() == tensor.data_ptr()
 
 
 def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:

@@ -82,7 +82,9 @@ def plan_groups(optimizer_class: type[LowMemoryOptimizer], groups: Groups, *, nu
         tally.start_group()
         for param in group["params"]:
             for spec in optimizer_class.state_specs(param, group).values():
-                tally.add(spec.component, spec.dtype, spec.shard(num_shards).nbytes)
+                part = spec.shard(num_shards)
+                tally.add(spec.component, spec.dtype, part.nbytes)
+                tally.add_in_gradient(part.in_gradient_bytes)
     tally.end_groups()
     for spec in optimizer_class.shared_specs(groups).values():
         tally.add(spec.component, spec.dtype, spec.nbytes)

@@ -81,6 +81,9 @@ def _optimizer_lines(plan: MemoryPlan) -> Iterator[str]:
             yield from _indented(", ".join(f"{key}={value}" for key, value in row.settings.items()))
         if row.state is not None and row.registered:
             yield from _indented(_parts(row.state.component_bytes))
+        if row.state is not None and row.state.in_gradient_bytes:
+            kept = format_bytes(row.state.in_gradient_bytes)
+            yield f"    error: in {kept} of the gradients, which stay in memory between steps"
         if row.gradient_bytes is not None:
             at_once = format_bytes(sum(row.gradient_bytes.values()))
             yield f"    gradients: {at_once} at once, one tensor after the other"

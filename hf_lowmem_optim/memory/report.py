@@ -107,6 +107,9 @@ def report_text(report: Mapping[str, Any]) -> str:
     lines.append(f"  AdamW with float32 moments would take {format_bytes(report['adamw_fp32_bytes'])}")
     by_dtype = ", ".join(f"{dtype} {format_bytes(count)}" for dtype, count in measured["dtype_bytes"].items())
     lines.append(f"  by dtype: {by_dtype}")
+    if measured.get("in_gradient_bytes"):
+        kept = format_bytes(measured["in_gradient_bytes"])
+        lines.append(f"  error: in {kept} of the gradients, which stayed in memory between steps")
     groups = zip(report["groups"], measured["group_bytes"], strict=True)
     lines += [
         f"  group {number}: {format_bytes(count)} for {group['num_parameters']:,} parameters ({group['description']})"
@@ -154,6 +157,7 @@ def _state_dict(state: StateReport) -> dict[str, Any]:
         "component_bytes": dict(state.component_bytes),
         "group_bytes": list(state.group_bytes),
         "dtype_bytes": dict(state.dtype_bytes),
+        "in_gradient_bytes": state.in_gradient_bytes,
     }
 
 

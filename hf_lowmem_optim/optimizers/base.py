@@ -133,6 +133,11 @@ class LowMemoryOptimizer(Optimizer):
         raise NotImplementedError
 
     @classmethod
+    def needs_one_process(cls, group: Mapping[str, Any]) -> str | None:
+        """Why a group cannot be trained by several processes, as a clause for a message; None if it can."""
+        return None
+
+    @classmethod
     def view_for_update(cls, tensor: Tensor) -> Tensor:
         """The form in which the update function takes parameter and gradient; a copy where there is no such view."""
         return tensor.reshape(tensor.shape[0], -1)

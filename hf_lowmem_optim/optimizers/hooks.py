@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["GradientHooks", "refuse_several_processes"]
+__all__ = ["GradientHooks", "is_hooked", "refuse_several_processes"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +45,8 @@ class GradientHooks:
             if not parameter.requires_grad:
                 continue
             if parameter in _HOOKED:
-                older = _HOOKED[parameter]
-                replaced += older.hooks_dict_ref() is not None and older.id in older.hooks_dict_ref()
-                older.remove()
+                replaced += is_hooked(parameter)
+                _HOOKED[parameter].remove()
             handle = parameter.register_post_accumulate_grad_hook(call)  # type: ignore[no-untyped-call]
             _HOOKED[parameter] = handle
             self._handles.append(handle)
@@ -62,6 +61,15 @@ class GradientHooks:
     def remove(self) -> None:
         """Take the hooks off."""
         _remove_all(self._handles)
+
+
+def is_hooked(parameter: Tensor) -> bool:
+    """Whether an optimizer watches a parameter."""
+    if parameter not in _HOOKED:
+        return False
+    handle = _HOOKED[parameter]
+    hooks = handle.hooks_dict_ref()
+    return hooks is not None and handle.id in hooks
 
 
 def _caller(optimizer: weakref.ref[Any], method: str) -> Callable[[Tensor], None]:

@@ -99,11 +99,21 @@ class Layerwise(LowMemoryOptimizer):
     def check_own(cls, hyper: Mapping[str, Any]) -> None:
         """Check what the normal mode checks, and ``clip_tensor_norm``."""
         cls.normal.check_own(hyper)
+        if hyper.get("error_feedback") == "grad":
+            raise ValueError(
+                "error_feedback='grad' keeps the error in the gradients, which layer-wise mode frees; use "
+                f"error_feedback='4bit', or optim={cls.normal.name!r}"
+            )
         limit = hyper["clip_tensor_norm"]
         if limit is not None and (
             isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 < limit < math.inf
         ):
             raise ValueError(f"clip_tensor_norm={limit!r} must be a number > 0, or None to leave gradients as they are")
+
+    @classmethod
+    def needs_one_process(cls, group: Mapping[str, Any]) -> str | None:
+        """Why a group cannot be trained by several processes."""
+        return "layer-wise mode uses a gradient before the processes have averaged it"
 
     @classmethod
     def check_accumulation(cls, hyper: Mapping[str, Any]) -> None:

@@ -44,9 +44,10 @@ from hf_lowmem_optim.compression.lowrank import leading_left_singular_vectors, o
 from hf_lowmem_optim.compression.products import addmm, mm
 from hf_lowmem_optim.compression.workspace import Workspace
 from hf_lowmem_optim.optimizers.adamw import DenseState, adamw_state
-from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer, PendingUpdate, update_arguments
+from hf_lowmem_optim.optimizers.base import PendingUpdate, update_arguments
 from hf_lowmem_optim.optimizers.batches import MATRIX_ENTRIES, chunks_by_key, is_aligned, scatter_, stack
 from hf_lowmem_optim.optimizers.dense import WeightRounding
+from hf_lowmem_optim.optimizers.gradient_error import ErrorInGradient
 from hf_lowmem_optim.optimizers.hyperparameters import check_bool, check_choice, check_positive_int, check_unit_interval
 from hf_lowmem_optim.state import StepTemporaries, TensorSpec
 
@@ -130,8 +131,7 @@ def ldadam_temporaries(
         and v; then the four (p, r) matrices of line 3 and R, or in the first update the factors of the SVD.
     """
     p, q = sorted((shape[0], math.prod(shape[1:])))
-    wide_error = error_feedback == "fp32" or (error_feedback == "param" and dtype == torch.float32)
-    in_place = dtype == torch.float32 and (wide_error or error_feedback == "none")
+    in_place = dtype == torch.float32 and error_feedback in ("fp32", "param", "grad", "none")
     shared = {"projected": rank * q}
     if not in_place:
         shared["accumulated"] = p * q
@@ -141,7 +141,11 @@ def ldadam_temporaries(
     else:
         shared.update(dict.fromkeys(("moved", "kept"), rank * q))
         own = rank * (4 * p + rank)
-    return StepTemporaries({name: 4 * entries for name, entries in shared.items()}, 4 * (copies + own))
+    shared_bytes, own_bytes = {name: 4 * entries for name, entries in shared.items()}, 4 * (copies + own)
+    if first and error_feedback == "grad":
+        # before all that: the error's buffer is there beside the gradient that becomes it
+        own_bytes = max(own_bytes, p * q * dtype.itemsize - sum(shared_bytes.values()))
+    return StepTemporaries(shared_bytes, own_bytes)
 
 
 def ldadam_update_(
@@ -162,7 +166,7 @@ def ldadam_update_(
 
     Args:
         param: W, shape (out, in), any layout; float32, bfloat16 or float16. Several: (batch, out, in), t > 1.
-        grad: g, same shape; only read.
+        grad: g, same shape; only read. It may be ``state["error"]`` itself, which then holds g + ξ.
         state: As :func:`ldadam_state` describes it; written. Several: each tensor stacked, (batch, ...).
         step: t, 1 for the first update of this tensor.
         lr: Learning rate.
@@ -252,11 +256,13 @@ def ldadam_update_batch_(updates: Sequence[PendingUpdate], *, workspace: Workspa
     """
     one = updates[0]
     shape = _matrix_shape(one.param)
-    params, grads = (stack(tensors, shape) for tensors in zip(*((u.param, u.grad) for u in updates), strict=True))
+    params = stack([u.param for u in updates], shape)
     keys = [key for key in one.state if key != "step"]
     state = {key: stack([u.state[key] for u in updates], one.state[key].shape) for key in keys}
     # what is quantized is one flat buffer: no block reaches over two matrices
     state = {key: tensor.flatten() if tensor.dim() == 2 else tensor for key, tensor in state.items()}
+    in_gradient = "error" in one.state and one.state["error"].data_ptr() == one.grad.data_ptr()
+    grads = state["error"] if in_gradient else stack([u.grad for u in updates], shape)
     hyper = {key: one.group[key] for key in update_arguments(ldadam_update_)}
     weights = params if one.seed is None else params.float()
     ldadam_update_(weights, grads, state, step=one.state["step"], workspace=workspace, **hyper)
@@ -283,7 +289,7 @@ def _matrix_shape(param: Tensor) -> tuple[int, int]:
     return param.shape[0], math.prod(param.shape[1:])
 
 
-class LDAdam(LowMemoryOptimizer):
+class LDAdam(ErrorInGradient):
     """LDAdam: Adam with low-rank states, error feedback and a subspace tracked at every step.
 
     Matrices whose two dimensions exceed ``rank`` are compressed, convolution kernels as (out, rest); everything
@@ -301,8 +307,10 @@ class LDAdam(LowMemoryOptimizer):
         state_dtype: Storage of moments and basis: ``"fp32"``, or ``"param"`` for the parameter's dtype (half the
             bytes for bf16 models, and a visible loss in the second moment).
         error_feedback: Storage of the error: ``"4bit"`` or ``"8bit"`` (block-quantized, 0.56 and 1.06 bytes an entry),
-            ``"bf16"``, ``"fp32"``, ``"param"`` (the parameter's dtype), or ``"none"`` (no error feedback). The default
-            is the smallest that loses nothing against ``"fp32"`` (README, "What the error may cost").
+            ``"bf16"``, ``"fp32"``, ``"param"`` (the parameter's dtype), ``"grad"`` (in the gradient's buffer, at no
+            bytes; see :class:`~hf_lowmem_optim.optimizers.gradient_error.ErrorInGradient` for what it rules out), or
+            ``"none"`` (no error feedback). The default is the smallest that loses nothing against ``"fp32"`` (README,
+            "What the error may cost").
         stochastic_rounding: Round a quantized error stochastically (unbiased), seeded by the step, instead of to
             nearest.
         dense_state: Storage of AdamW's moments where the dense rule applies: ``"param"`` (the parameter's dtype, as in
@@ -341,7 +349,7 @@ class LDAdam(LowMemoryOptimizer):
         rank: int | None = 16,
         rho: float = 0.908,
         state_dtype: Literal["fp32", "param"] = "fp32",
-        error_feedback: Literal["param", "fp32", "bf16", "8bit", "4bit", "none"] = "4bit",
+        error_feedback: Literal["param", "fp32", "bf16", "8bit", "4bit", "grad", "none"] = "4bit",
         stochastic_rounding: bool = False,
         dense_state: DenseState = "param",
         weight_rounding: WeightRounding = "nearest",

@@ -32,7 +32,8 @@ class OptimizerStateMemoryCallback(TrainerCallback):
     Keys of the logs: ``optimizer_state/total_bytes``, ``optimizer_state/<component>_bytes`` (``first_moment``,
     ``second_moment``, ``basis``, ``error``, ``dense``, ...), ``optimizer_state/group_<i>_bytes``; for comparison
     ``optimizer_state/adamw_fp32_bytes`` and, for the optimizers of this package, ``optimizer_state/predicted_bytes``;
-    for layer-wise ones ``optimizer_state/gradient_peak_bytes``, the most that gradients took at once;
+    for layer-wise ones ``optimizer_state/gradient_peak_bytes``, the most that gradients took at once; with
+    ``error_feedback="grad"`` ``optimizer_state/in_gradient_bytes``, the gradients that keep errors, never freed;
     and ``optimizer_state/step_peak_bytes`` where the device told the peak of a step, or
     ``optimizer_state/process_rss_bytes`` on the CPU. They are in ``log_history``, in what is printed and in what every
     ``report_to`` service gets. It works with any torch optimizer; components are then the keys of its state.
@@ -202,6 +203,8 @@ def _log_entries(report: StateReport, predicted: StateReport | None, memory: Ste
     """The log's keys and values."""
     entries = {"total": report.total_bytes, **report.component_bytes, "adamw_fp32": report.adamw_fp32_bytes}
     entries.update((f"group_{index}", count) for index, count in enumerate(report.group_bytes))
+    if report.in_gradient_bytes:
+        entries["in_gradient"] = report.in_gradient_bytes
     if predicted is not None:
         entries["predicted"] = predicted.total_bytes
     if memory is not None:

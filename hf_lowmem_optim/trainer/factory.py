@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
 from hf_lowmem_optim.registry import get_entry
+from hf_lowmem_optim.trainer.gradient_error import check_gradient_error_arguments
 from hf_lowmem_optim.trainer.layerwise import check_layerwise_arguments
 from hf_lowmem_optim.trainer.optim_args import hyperparameters_from_training_args
 from hf_lowmem_optim.trainer.overrides import (
@@ -106,6 +107,8 @@ class OptimizerFactory:
         entry = get_entry(str(getattr(args.optim, "value", args.optim)))
         check_layerwise_arguments(args, entry.optimizer_class)
         hyper = hyperparameters_from_training_args(args, entry.optimizer_class)
+        if hyper.get("error_feedback") == "grad":
+            check_gradient_error_arguments(args)
         return cls(entry.name, args.optim_target_modules, **hyper)
 
     @property

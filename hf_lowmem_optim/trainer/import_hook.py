@@ -37,7 +37,7 @@ def _after_import(module: ModuleType) -> None:
         elif module.__name__ == HANDLERS_MODULE:
             strings.add_handlers(module)
         else:
-            strings.add_callback(module)
+            strings.add_callbacks(module)
     except UnsupportedTransformersError as error:
         # A warning and not an error: whoever uses the optimizers in a plain loop must still be able to import
         # transformers. `register_optimizer_strings()` raises.

@@ -173,14 +173,15 @@ class _Request:
         groups, shards = optimizer.param_groups, self.processes.num_shards
         gradient_bytes = _one_gradient(groups) if optimizer.layerwise else None
         allowed = None if left is None else left - sum((gradient_bytes or weights.gradient_bytes).values())
-        search = BudgetSearch(type(optimizer), groups, shards)
+        search = BudgetSearch(type(optimizer), groups, shards, self.processes.gpus)
         problem = None
         if shards > 1 and not optimizer.supports_sharding and any(p.rule == COMPRESSED for p in placements):
             problem = "compressed tensors cannot be sharded yet: the first step under FSDP says so"
         elif shards > 1 and (optimizer.defaults["dense_state"], optimizer.defaults["weight_rounding"]) != _SHARDABLE:
             problem = "dense_state and weight_rounding cannot be sharded: the first step under FSDP says so"
-        if self.processes.gpus > 1 and optimizer.layerwise:
-            problem = "layer-wise mode uses a gradient before the processes have averaged it: it trains in one process"
+        single = next(filter(None, (optimizer.needs_one_process(group) for group in groups)), None)
+        if self.processes.gpus > 1 and single is not None:
+            problem = f"{single}: it trains in one process"
         if problem is None and allowed is not None:
             searches[name] = search
         return replace(

@@ -25,7 +25,7 @@ from hf_lowmem_optim.trainer.import_hook import (
     UnsupportedTransformersError,
 )
 
-__all__ = ["UnsupportedTransformersError", "add_callback", "add_handlers", "add_members", "register_optimizer_strings"]
+__all__ = ["UnsupportedTransformersError", "add_callbacks", "add_handlers", "add_members", "register_optimizer_strings"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def register_optimizer_strings() -> None:
     """
     add_members(importlib.import_module(MEMBERS_MODULE))
     add_handlers(importlib.import_module(HANDLERS_MODULE))
-    add_callback(importlib.import_module(TRAINER_MODULE))
+    add_callbacks(importlib.import_module(TRAINER_MODULE))
 
 
 def add_members(training_args: ModuleType) -> None:
@@ -92,8 +92,8 @@ def add_handlers(trainer_optimizer: ModuleType) -> None:
     _explain_malformed_arguments(trainer_optimizer)
 
 
-def add_callback(trainer: ModuleType) -> None:
-    """Add the callback of the layer-wise optimizers to the default ones in the module ``transformers.trainer``.
+def add_callbacks(trainer: ModuleType) -> None:
+    """Add the callbacks that some optimizers need to the default ones in the module ``transformers.trainer``.
 
     Args:
         trainer: The imported module.
@@ -101,13 +101,13 @@ def add_callback(trainer: ModuleType) -> None:
     Raises:
         UnsupportedTransformersError: There is no such list.
     """
+    from hf_lowmem_optim.trainer.gradient_error import GradientErrorCallback
     from hf_lowmem_optim.trainer.layerwise import LayerwiseCallback
 
     defaults = getattr(trainer, "DEFAULT_CALLBACKS", None)
     if not isinstance(defaults, list):
         raise _unsupported(f"{TRAINER_MODULE}.DEFAULT_CALLBACKS is not a list of callbacks")
-    if LayerwiseCallback not in defaults:
-        defaults.append(LayerwiseCallback)
+    defaults.extend(callback for callback in (LayerwiseCallback, GradientErrorCallback) if callback not in defaults)
 
 
 def _make_factory(context: Any) -> tuple[Any, dict[str, Any]]:

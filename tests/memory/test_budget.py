@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -79,6 +81,14 @@ def test_smaller_settings_are_sized_as_they_would_be_built(name: str) -> None:
     for change, size in changes:
         assert finder.added_bytes(change) == size
         finder.optimizer_class.check_hyperparameters(change)
+    if finder.optimizer_class.layerwise:
+        return
+    # with several processes what needs a single one is left out, and nothing else
+    choices = [change for change, _ in changes if change.get("error_feedback") != "grad"]
+    together = [change for change, _ in replace(finder, num_processes=2).smaller()]
+    assert all(change.get("error_feedback") != "grad" for change in together)
+    assert [change for change in choices if len(change) == 1] == [change for change in together if len(change) == 1]
+    assert (len(changes) > len(choices)) == (name == "ldadam")
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

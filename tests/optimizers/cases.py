@@ -38,6 +38,11 @@ class Case:
     coupled: bool = False
 
     @property
+    def takes_gradients(self) -> bool:
+        """Whether a step leaves no gradient where it compresses: its buffer keeps the error."""
+        return self.hyper.get("error_feedback") == "grad"
+
+    @property
     def layerwise(self) -> bool:
         return OPTIMIZERS[self.name].optimizer_class.layerwise
 
@@ -157,6 +162,11 @@ for normal in ("ldadam", "microadam"):
     name = f"{normal}_layerwise"
     wrong = (*CASES[normal].wrong, ("clip_tensor_norm", 0.0), ("clip_tensor_norm", "1"), ("clip_tensor_norm", True))
     CASES[name] = replace(CASES[normal], name=name, wrong=wrong)
+
+#: Settings of an optimizer with which it works in another way.
+CASES["ldadam error in gradient"] = replace(
+    CASES["ldadam"], hyper={**CASES["ldadam"].hyper, "error_feedback": "grad"}, other={"error_feedback": "param"}
+)
 
 
 #: The dense rule with other storage, in the optimizers for which :data:`SHAPES` has dense tensors. Quantization is to

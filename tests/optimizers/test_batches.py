@@ -40,6 +40,7 @@ def weights_of(dtype: torch.dtype) -> list[nn.Parameter]:
         {},
         {"error_feedback": "8bit", "weight_decay": 0.1},
         {"error_feedback": "param", "state_dtype": "param"},
+        {"error_feedback": "grad"},
         {"error_feedback": "none"},
         {"error_feedback": "4bit", "stochastic_rounding": True},
     ],

@@ -43,6 +43,8 @@ PARITY = [
     Parity((40, 24)),
     Parity((32, 32)),
     Parity((24, 40), error_feedback="none"),
+    Parity((24, 40), error_feedback="grad"),
+    Parity((40, 24), error_feedback="grad", weight_decay=0.1),
     Parity((40, 24), error_feedback="none", weight_decay=0.1),
     Parity((32, 32), weight_decay=0.1, rank=1),
     Parity((30, 200), weight_decay=0.1, rank=10),
@@ -166,7 +168,7 @@ def test_rank_at_least_the_smaller_dimension_is_dense() -> None:
     assert set(optimizer.state[ours]) == {"step", "exp_avg", "exp_avg_sq"}
 
 
-@pytest.mark.parametrize("error_feedback", ["param", "fp32", "bf16", "none"])
+@pytest.mark.parametrize("error_feedback", ["param", "fp32", "bf16", "grad", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_storage_of_error_and_states(error_feedback: str, dtype: torch.dtype) -> None:
     weight = nn.Parameter(torch.zeros(16, 24, dtype=dtype))
@@ -174,7 +176,9 @@ def test_storage_of_error_and_states(error_feedback: str, dtype: torch.dtype) ->
     for gradient in drifting_gradients((16, 24), 3, seed=0):
         weight.grad = torch.tensor(gradient).to(dtype)
         optimizer.step()
-    expected = {"param": dtype, "fp32": torch.float32, "bf16": torch.bfloat16, "none": None}[error_feedback]
+    expected = {"param": dtype, "grad": dtype, "fp32": torch.float32, "bf16": torch.bfloat16, "none": None}[
+        error_feedback
+    ]
     state = optimizer.state[weight]
     assert (state["error"].dtype if "error" in state else None) == expected
     assert {state[key].dtype for key in ("basis", "exp_avg", "exp_avg_sq")} == {dtype}

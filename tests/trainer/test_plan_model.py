@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hf_lowmem_optim import OPTIMIZERS, ModelOptions, OptimizerFactory, measure_state, plan_memory
+from hf_lowmem_optim.memory.plan_table import plan_text
 from hf_lowmem_optim.memory.references import REFERENCES
 from hf_lowmem_optim.memory.weights import Processes, nf4_bytes, plan_weights
 from hf_lowmem_optim.trainer.presets import PRESETS
@@ -149,6 +150,13 @@ def test_the_papers_figures_for_llama_2_7b() -> None:
     authors = plan_memory("llama-2-7b", "ldadam", optim_args="rank=16,state_dtype=param,error_feedback=none")
     assert authors["ldadam"].state is not None
     assert round(authors["ldadam"].state.total_bytes / GIB, 2) == 1.10
+    theirs = plan_memory("llama-2-7b", "ldadam", optim_args="rank=16,state_dtype=param,error_feedback=grad")
+    assert theirs["ldadam"].state is not None
+    assert theirs["ldadam"].state.component_bytes == authors["ldadam"].state.component_bytes
+    # two bytes for each entry of what is compressed: all but embedding, head and norms
+    assert theirs["ldadam"].state.in_gradient_bytes == 2 * (size - 2 * 32000 * 4096 - 65 * 4096)
+    assert theirs.held_bytes(theirs["ldadam"]) == authors.held_bytes(authors["ldadam"])
+    assert "error: in 12.1 GiB of the gradients" in plan_text(theirs)
     # 4·window·density + 0.5 and a bfloat16 minimum and maximum per 64 entries; a block of 4096 keeps 41
     microadam = plan["microadam"].compressed_bytes_per_parameter
     assert microadam == pytest.approx(0.9 + 4 / 64, abs=5e-4)
@@ -210,6 +218,8 @@ def test_gpus_share_the_bytes() -> None:
         layerwise = before.name.endswith("_layerwise")
         assert ("one process" in str(after.problem)) == layerwise
         assert replace(after, problem=None) == before
+    kept = plan_memory("bert-base", "ldadam", optim_args="error_feedback=grad", gpus=2)["ldadam"]
+    assert re.search("error_feedback='grad' .*one process", str(kept.problem))
     sharded = plan_memory("bert-base", gpus=4, sharding="fsdp")
     for before, after in zip(one.optimizers, sharded.optimizers, strict=True):
         assert before.state is not None and after.state is not None

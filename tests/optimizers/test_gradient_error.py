@@ -1,0 +1,511 @@
+"""``error_feedback="grad"``: the run of ``"param"`` to the bit with the error in the gradients, or a clear refusal."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from hf_lowmem_optim import LDAdam, measure_state, plan_optimizer
+from hf_lowmem_optim.memory.plan import plan_temporaries
+from tests.optimizers.cases import assert_same_state
+from tests.optimizers.test_temporaries import peak_bytes
+
+ZEROING: dict[str, Callable[[nn.Module, torch.optim.Optimizer], None]] = {
+    "model.zero_grad()": lambda model, optimizer: model.zero_grad(),
+    "model.zero_grad(False)": lambda model, optimizer: model.zero_grad(set_to_none=False),
+    "optimizer.zero_grad()": lambda model, optimizer: optimizer.zero_grad(),
+    "optimizer.zero_grad(False)": lambda model, optimizer: optimizer.zero_grad(set_to_none=False),
+    "no zero_grad": lambda model, optimizer: None,
+}
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+class Model(nn.Module):
+    """Equal matrices, of which one is used twice and one only in every other step; a kernel, an embedding, a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(30, 16)
+        self.kernel = nn.Conv1d(16, 32, 3, padding=1)
+        self.layers = nn.ModuleList([nn.Linear(32, 32) for _ in range(3)])
+        self.norm = nn.LayerNorm(32)
+        self.head = nn.Linear(32, 30)
+        self.reentrant: bool | None = None
+        self.skips = True
+
+    def forward(self, tokens: Tensor, step: int) -> Tensor:
+        hidden = self.kernel(self.embedding(tokens).mT).mT
+        first, second, last = self.layers
+        for layer in (first, second, second, *([] if self.skips and step % 2 else [last])):
+            hidden = hidden + functional.gelu(self._call(layer, hidden))
+        return self.head(self.norm(hidden))
+
+    def _call(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        return layer(hidden) if self.reentrant is None else checkpoint(layer, hidden, use_reentrant=self.reentrant)
+
+
+def build(error_feedback: str, dtype: torch.dtype = torch.float32) -> tuple[Model, LDAdam]:
+    torch.manual_seed(0)
+    model = Model().to(dtype)
+    groups = [
+        {"params": [*model.layers.parameters(), *model.kernel.parameters()]},
+        {"params": [*model.head.parameters()], "error_feedback": "bf16"},
+        {"params": [model.embedding.weight, *model.norm.parameters()], "rank": None},
+    ]
+    return model, LDAdam(groups, lr=1e-2, rank=4, weight_decay=0.1, error_feedback=error_feedback)
+
+
+def loss_of(model: Model, step: int, micro_batch: int = 0) -> Tensor:
+    tokens = torch.randint(30, (4, 8), generator=torch.Generator().manual_seed(100 * step + micro_batch))
+    logits = model(tokens, step)
+    return functional.cross_entropy(logits.flatten(0, 1).float(), tokens.roll(-1, 1).flatten())
+
+
+def train(model: Model, optimizer: LDAdam, steps: range, zero: str = "optimizer.zero_grad()") -> None:
+    for step in steps:
+        loss_of(model, step).backward()
+        optimizer.step()
+        ZEROING[zero](model, optimizer)
+
+
+def assert_equal(model: nn.Module, other: nn.Module) -> None:
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def kept_in_gradient(optimizer: LDAdam) -> list[nn.Parameter]:
+    group = optimizer.param_groups[0]
+    kept = [p for p in group["params"] if optimizer.keeps_error_in_gradient(p, group)]
+    assert len(kept) == 4
+    return kept
+
+
+# ------------------------------------------------------------------------------------------------- the same run
+
+
+@pytest.mark.parametrize("reentrant", [None, False], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("zero", [key for key in ZEROING if key != "no zero_grad"])
+def test_it_is_error_feedback_param_to_the_bit(zero: str, reentrant: bool | None) -> None:
+    (model, optimizer), (other, reference) = build("grad"), build("param")
+    model.reentrant = other.reentrant = reentrant
+    # a tensor that misses a step then has zeros, with which "param" would step and "grad" does not
+    model.skips = other.skips = "False" not in zero
+    for step in range(8):
+        train(model, optimizer, range(step, step + 1), zero)
+        train(other, reference, range(step, step + 1), zero)
+        assert all(p.grad is None for p in kept_in_gradient(optimizer))
+    assert_equal(model, other)
+    assert_same_state(optimizer, reference)
+    # the last layer was reached in every other step, and kept its error in between
+    assert [optimizer.state[layer.weight]["step"] for layer in model.layers] == [8, 8, 4 if model.skips else 8]
+
+
+def test_gradients_set_by_hand_are_added_in_the_step_and_left_alone() -> None:
+    (model, optimizer), (other, reference) = build("grad"), build("param")
+    for step in range(6):
+        given = []
+        for each, its in ((model, optimizer), (other, reference)):
+            if step == 3:  # in between, as usual
+                loss_of(each, step).backward()
+            else:
+                params = [p for g in its.param_groups for p in g["params"]]
+                grads = torch.autograd.grad(loss_of(each, step), params, allow_unused=True)
+                for param, grad in zip(params, grads, strict=True):
+                    param.grad = grad
+                given += [(grad, grad.clone()) for grad in grads if grad is not None]
+            its.step()
+            its.zero_grad()
+        assert all(torch.equal(grad, before) for grad, before in given)
+    assert_equal(model, other)
+    assert_same_state(optimizer, reference)
+
+
+@every_dtype
+@pytest.mark.parametrize("reentrant", [None, True], ids=["three micro-batches", "reentrant checkpointing"])
+def test_pieces_of_a_gradient_are_added_one_after_the_other(dtype: torch.dtype, reentrant: bool | None) -> None:
+    """An oracle that sees every piece: ((ξ + g1) + g2) + g3, in the parameter's dtype, is what the step uses."""
+    model, optimizer = build("grad", dtype)
+    model.reentrant = reentrant
+    kept = kept_in_gradient(optimizer)
+    for step in range(5):
+        expected = {p: optimizer.state[p]["error"].view_as(p).clone() for p in kept if optimizer.state.get(p)}
+        pieces: dict[nn.Parameter, int] = dict.fromkeys(kept, 0)
+
+        def note(
+            piece: Tensor,
+            *,
+            param: nn.Parameter,
+            pieces: dict[Any, int] = pieces,
+            expected: dict[Any, Tensor] = expected,
+        ) -> None:
+            pieces[param] += 1
+            expected[param] = expected[param] + piece if param in expected else piece.clone()
+
+        handles = [p.register_hook(partial(note, param=p)) for p in kept]
+        for number in range(1 if reentrant else 3):
+            loss_of(model, step, number).backward()
+        for handle in handles:
+            handle.remove()
+        assert max(pieces.values()) == (2 if reentrant else 3)
+        for param in kept:
+            assert (param.grad is None) == (pieces[param] == 0)
+            if param.grad is not None:
+                assert torch.equal(param.grad, expected[param])
+        twin = copy_of_param_mode(model, optimizer, kept)
+        optimizer.step()
+        for param, (theirs, state) in twin.items():
+            assert torch.equal(param, theirs)
+            assert torch.equal(optimizer.state[param]["error"].view(-1), state["error"].view(-1))
+
+
+def copy_of_param_mode(
+    model: Model, optimizer: LDAdam, kept: list[nn.Parameter]
+) -> dict[nn.Parameter, tuple[nn.Parameter, dict[str, Any]]]:
+    """Step the same parameters and states by ``"param"`` without an error, with g + ξ as the gradient."""
+    twin = {}
+    for param in kept:
+        if param.grad is None:
+            continue
+        theirs = nn.Parameter(param.detach().clone())
+        reference = LDAdam([theirs], lr=1e-2, rank=4, weight_decay=0.1, error_feedback="param")
+        if param in optimizer.state:
+            reference.state[theirs] = copy.deepcopy(dict(optimizer.state[param]))
+            reference.state[theirs]["error"].zero_()
+        theirs.grad = param.grad.clone()
+        reference.step()
+        twin[param] = (theirs, dict(reference.state[theirs]))
+    return twin
+
+
+def test_in_bfloat16_the_sum_is_rounded_once_more() -> None:
+    """That is the difference to ``"param"``, which adds in float32: half a unit in the last place of g + ξ."""
+    model, optimizer = build("grad", torch.bfloat16)
+    train(model, optimizer, range(4))
+    kept = kept_in_gradient(optimizer)
+    errors = {p: optimizer.state[p]["error"].view_as(p).float() for p in kept}
+    grads = torch.autograd.grad(loss_of(model, 4), kept)
+    loss_of(model, 4).backward()
+    rounded = 0
+    for param, grad in zip(kept, grads, strict=True):
+        exact = errors[param] + grad.float()
+        assert param.grad is not None
+        assert torch.equal(param.grad, exact.bfloat16())
+        assert ((param.grad.float() - exact).abs() <= 2**-8 * exact.abs()).all()
+        rounded += int((param.grad.float() != exact).sum())
+    assert rounded > 0
+
+
+def test_without_zero_grad_the_step_itself_takes_the_gradient() -> None:
+    """What torch would add to the next gradient is gone; other tensors go on adding up."""
+    model, optimizer = build("grad")
+    train(model, optimizer, range(2), "no zero_grad")
+    assert all(p.grad is None for p in kept_in_gradient(optimizer))
+    assert model.embedding.weight.grad is not None
+    assert model.head.weight.grad is not None
+
+
+def test_a_closure_is_called_first() -> None:
+    (model, optimizer), (other, reference) = build("grad"), build("grad")
+    for step in range(4):
+
+        def closure(step: int = step) -> float:
+            optimizer.zero_grad()
+            loss = loss_of(model, step)
+            loss.backward()
+            return loss.item()
+
+        assert optimizer.step(closure) == loss_of(other, step).item()
+        train(other, reference, range(step, step + 1))
+    assert_equal(model, other)
+
+
+def test_clipping_scales_gradient_and_error() -> None:
+    model, optimizer = build("grad")
+    train(model, optimizer, range(2))
+    kept = kept_in_gradient(optimizer)
+    errors = {p: optimizer.state[p]["error"].view_as(p).clone() for p in kept}
+    grads = torch.autograd.grad(loss_of(model, 2), kept)
+    loss_of(model, 2).backward()
+    norm = nn.utils.clip_grad_norm_(kept, 1e-3)
+    sums = [errors[p] + grad for p, grad in zip(kept, grads, strict=True)]
+    expected = torch.stack([each.norm() for each in sums]).norm()
+    torch.testing.assert_close(norm, expected)
+    for param, both in zip(kept, sums, strict=True):
+        torch.testing.assert_close(param.grad, both * (1e-3 / (expected + 1e-6)))
+    optimizer.step()
+
+
+def test_frozen_parameters_join_when_they_thaw() -> None:
+    torch.manual_seed(0)
+    model = Model()
+    model.layers.requires_grad_(False)
+    other = copy.deepcopy(model)
+    optimizer = LDAdam(model.parameters(), rank=4, error_feedback="grad")
+    reference = LDAdam(other.parameters(), rank=4, error_feedback="param")
+    for each, its in ((model, optimizer), (other, reference)):
+        train(each, its, range(2))
+        each.layers.requires_grad_(True)
+        train(each, its, range(2, 6))
+    assert_equal(model, other)
+    weight = model.layers[0].weight
+    loss_of(model, 6).backward()
+    # with a hook by now: the error is in
+    assert weight.grad is not None
+    assert weight.grad.data_ptr() == optimizer.state[weight]["error"].data_ptr()
+
+
+# ------------------------------------------------------------------------------------------------------- memory
+
+
+@every_dtype
+def test_there_is_one_buffer_a_parameter_and_for_a_moment_one_gradient(dtype: torch.dtype) -> None:
+    """Counted by the allocator over whole steps, whose activations are small."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(512, 512, bias=False) for _ in range(6)]).to(dtype)
+    optimizer = LDAdam(model.parameters(), rank=4, error_feedback="grad")
+    batch = torch.randn(4, 512, dtype=dtype)
+
+    def step() -> None:
+        model(batch).float().square().mean().backward()
+        optimizer.step()
+        model.zero_grad()
+
+    gradient = model[0].weight.nbytes
+    activations = 2**17
+    first = peak_bytes(step)
+    planned = plan_optimizer(optimizer)
+    temporaries = plan_temporaries(LDAdam, optimizer.param_groups)
+    assert temporaries is not None
+    # all gradients, state, and the first buffer beside the first gradient; then never more than one gradient
+    assert 6 * gradient < first <= 6 * gradient + planned.total_bytes + temporaries + activations
+    for _ in range(3):
+        later = peak_bytes(step)
+        assert later <= max(gradient + activations, temporaries + activations) < 6 * gradient
+    measured = measure_state(optimizer)
+    assert measured == planned
+    assert "error" not in measured.component_bytes
+    assert measured.in_gradient_bytes == 6 * gradient
+    tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+    assert sum(t.nbytes for t in tensors) == measured.total_bytes + measured.in_gradient_bytes
+    without = LDAdam(model.parameters(), rank=4, error_feedback="none")
+    assert plan_optimizer(without).component_bytes == planned.component_bytes
+
+
+def test_the_buffer_counts_as_state_while_another_gradient_is_beside_it() -> None:
+    model, optimizer = build("grad")
+    train(model, optimizer, range(2))
+    loss_of(model, 2).backward()
+    assert measure_state(optimizer) == plan_optimizer(optimizer)
+    optimizer.step()
+    weight = model.layers[0].weight
+    weight.grad = torch.zeros_like(weight)
+    measured, planned = measure_state(optimizer), plan_optimizer(optimizer)
+    assert measured.in_gradient_bytes == planned.in_gradient_bytes - weight.nbytes
+    assert measured.total_bytes == planned.total_bytes + weight.nbytes
+
+
+# --------------------------------------------------------------------------------------------- copies and resume
+
+
+@every_dtype
+def test_resume_between_backward_passes_is_bit_for_bit(dtype: torch.dtype) -> None:
+    straight, optimizer = build("grad", dtype)
+    train(straight, optimizer, range(8), "model.zero_grad()")
+    model, first = build("grad", dtype)
+    train(model, first, range(4))
+    saved = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": first.state_dict()}, saved)
+    saved.seek(0)
+    loaded = torch.load(saved, weights_only=True)
+    resumed, second = build("grad", dtype)
+    resumed.load_state_dict(loaded["model"])
+    second.load_state_dict(loaded["optimizer"])
+    assert any(state["error"].any() for state in second.state.values() if "error" in state)
+    train(resumed, second, range(4, 8))
+    assert_equal(resumed, straight)
+    assert_same_state(second, optimizer)
+
+
+def test_loading_gives_up_the_step_that_has_begun() -> None:
+    model, optimizer = build("grad")
+    train(model, optimizer, range(3))
+    before = copy.deepcopy(optimizer.state_dict())
+    weights = copy.deepcopy(model.state_dict())
+    train(model, optimizer, range(3, 4))
+    end = copy.deepcopy(model.state_dict())
+    loss_of(model, 9).backward()
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(before)
+    model.zero_grad()
+    train(model, optimizer, range(3, 4))
+    assert all(torch.equal(value, end[key]) for key, value in model.state_dict().items())
+
+
+def test_copies_have_hooks_of_their_own() -> None:
+    model, optimizer = build("grad")
+    train(model, optimizer, range(2))
+    twin, twin_optimizer = copy.deepcopy((model, optimizer))
+    for each, its in ((model, optimizer), (twin, twin_optimizer)):
+        loss_of(each, 2).backward()
+        for param in kept_in_gradient(its):
+            assert param.grad is not None
+            assert param.grad.data_ptr() == its.state[param]["error"].data_ptr()
+        its.step()
+        train(each, its, range(3, 5))
+    assert_equal(model, twin)
+
+
+def test_hooks_go_with_the_optimizer_and_keep_nothing_alive() -> None:
+    model, optimizer = build("grad")
+    train(model, optimizer, range(2))
+    hooks = [p._post_accumulate_grad_hooks for p in kept_in_gradient(optimizer)]
+    assert all(len(of_one) == 1 for of_one in hooks)
+    assert not model.head.weight._post_accumulate_grad_hooks
+    gc.collect()
+    gc.disable()
+    try:
+        alive = weakref.ref(optimizer)
+        buffer = weakref.ref(optimizer.state[model.layers[0].weight]["error"])
+        del optimizer
+        assert alive() is None
+        assert buffer() is None
+    finally:
+        gc.enable()
+    assert not any(hooks)
+
+
+def test_a_new_optimizer_takes_the_parameters_over(caplog: pytest.LogCaptureFixture) -> None:
+    model, first = build("grad")
+    train(model, first, range(2))
+    other = copy.deepcopy(model)
+    second, reference = (LDAdam(each.parameters(), rank=4, error_feedback="grad") for each in (model, other))
+    assert "another optimizer" in caplog.text
+    train(model, second, range(2, 5))
+    train(other, reference, range(2, 5))
+    assert_equal(model, other)
+
+
+# ------------------------------------------------------------------------------------------------------ refusals
+
+
+def zero_then_backward(zero: str) -> Callable[[Model, LDAdam], None]:
+    def act(model: Model, optimizer: LDAdam) -> None:
+        loss_of(model, 2).backward()
+        ZEROING[zero](model, optimizer)
+        loss_of(model, 2).backward()
+
+    return act
+
+
+def drop_then_step(model: Model, optimizer: LDAdam) -> None:
+    loss_of(model, 2).backward()
+    model.zero_grad()
+    optimizer.step()
+
+
+def replace_then_step(model: Model, optimizer: LDAdam) -> None:
+    loss_of(model, 2).backward()
+    weight = model.layers[0].weight
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+
+
+def save_in_between(model: Model, optimizer: LDAdam) -> None:
+    loss_of(model, 2).backward()
+    optimizer.state_dict()
+
+
+def copy_in_between(model: Model, optimizer: LDAdam) -> None:
+    loss_of(model, 2).backward()
+    copy.deepcopy(optimizer)
+
+
+def keep_the_graph(model: Model, optimizer: LDAdam) -> None:
+    loss_of(model, 2).backward(create_graph=True)
+
+
+def keep_the_graph_later(model: Model, optimizer: LDAdam) -> None:
+    loss_of(model, 2).backward()
+    loss_of(model, 2).backward(create_graph=True)
+
+
+def use_a_scaler(model: Model, optimizer: LDAdam) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(loss_of(model, 2)).backward()
+    scaler.step(optimizer)
+
+
+def gradients_of_another_dtype(model: Model, optimizer: LDAdam) -> None:
+    weight = model.layers[0].weight
+    weight.grad_dtype = torch.bfloat16
+    loss_of(model, 2).backward()
+
+
+REFUSALS: dict[str, tuple[Callable[[Model, LDAdam], None], str]] = {
+    "dropped by the model": (zero_then_backward("model.zero_grad()"), "replaced or dropped after"),
+    "zeroed by the model": (zero_then_backward("model.zero_grad(False)"), "zeroed or changed in place"),
+    "dropped by the optimizer": (zero_then_backward("optimizer.zero_grad()"), r"^zero_grad\(\) would drop"),
+    "zeroed by the optimizer": (zero_then_backward("optimizer.zero_grad(False)"), r"^zero_grad\(\) would drop"),
+    "dropped before the step": (drop_then_step, "replaced or dropped after"),
+    "replaced before the step": (replace_then_step, "parameter 0 .*replaced or dropped after"),
+    "saved": (save_in_between, "cannot be saved between backward pass and step"),
+    "copied": (copy_in_between, "cannot be copied between backward pass and step"),
+    "graph": (keep_the_graph, "create_graph=True"),
+    "graph in a later micro-batch": (keep_the_graph_later, "replaced or dropped after"),
+    "scaler": (use_a_scaler, r"gradient scaler .*bf16=True"),
+    "dtype": (gradients_of_another_dtype, "float32 with a gradient of torch.bfloat16"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+@pytest.mark.parametrize("what", REFUSALS)
+def test_what_would_lose_the_error_is_refused(what: str) -> None:
+    act, message = REFUSALS[what]
+    model, optimizer = build("grad")
+    train(model, optimizer, range(2))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=message):
+        act(model, optimizer)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    # and with an error that has a place of its own it is not
+    other, reference = build("4bit")
+    train(other, reference, range(2))
+    act(other, reference)
+
+
+@pytest.mark.parametrize("zero", [key for key in ZEROING if key != "no zero_grad"])
+def test_before_the_first_step_a_gradient_may_be_dropped(zero: str) -> None:
+    (model, optimizer), (other, reference) = build("grad"), build("grad")
+    loss_of(model, 5).backward()
+    optimizer.state_dict()
+    copy.deepcopy(optimizer)
+    ZEROING[zero](model, optimizer)
+    train(model, optimizer, range(3))
+    train(other, reference, range(3))
+    assert_equal(model, other)
+
+
+def test_several_processes_and_layerwise_mode_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_lowmem_optim.optimizers.layerwise import LDAdamLayerwise
+
+    with pytest.raises(ValueError, match=r"error_feedback='grad' .*layer-wise mode frees.*optim='ldadam'"):
+        LDAdamLayerwise([nn.Parameter(torch.zeros(20, 30))], error_feedback="grad")
+    model, optimizer = build("grad")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(NotImplementedError, match=r"error_feedback='grad' .*before DDP or FSDP.*'4bit'"):
+        build("grad")
+    with pytest.raises(NotImplementedError, match="before DDP or FSDP"):
+        train(model, optimizer, range(1))
+    build("param")
