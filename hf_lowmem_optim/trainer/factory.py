@@ -17,10 +17,11 @@ from hf_lowmem_optim.trainer.layerwise import check_layerwise_arguments
 from hf_lowmem_optim.trainer.optim_args import hyperparameters_from_training_args
 from hf_lowmem_optim.trainer.overrides import (
     Overrides,
-    check_lr_ratio,
     check_overrides,
     check_overrides_apply,
+    check_ratio,
     own_settings,
+    scale_dense_rates,
 )
 from hf_lowmem_optim.trainer.param_groups import (
     COMPRESSED,
@@ -57,6 +58,8 @@ class OptimizerFactory:
             matches holds. ``rank`` (in general :attr:`LowMemoryOptimizer.dense_key`) as None leaves matrices
             dense, and with a value compresses them, embeddings and head too. Biases and norms never decay.
         lr_ratio: Learning rate of LoRA's B matrices over that of everything else (LoRA+, arXiv 2402.12354).
+        dense_lr_ratio: Learning rate of what takes the dense rule (embeddings, head, norms, biases) over that of what
+            is compressed; it does not touch a rate that ``overrides`` sets.
         **hyper: Hyper-parameters of the optimizer. Those left out have its own defaults, the learning rate too.
 
     Raises:
@@ -77,16 +80,19 @@ class OptimizerFactory:
         *,
         overrides: Overrides | None = None,
         lr_ratio: float | None = None,
+        dense_lr_ratio: float | None = None,
         **hyper: Any,
     ) -> None:
         self.name = name
         self.target_modules = target_modules
         self.overrides = overrides
         self.lr_ratio = lr_ratio
+        self.dense_lr_ratio = dense_lr_ratio
         self.hyper = hyper
         self.optimizer_class.check_hyperparameters(hyper)
         check_overrides(overrides, self.optimizer_class, hyper)
-        check_lr_ratio(lr_ratio)
+        check_ratio("lr_ratio", lr_ratio)
+        check_ratio("dense_lr_ratio", dense_lr_ratio)
 
     @classmethod
     def from_training_args(cls, args: TrainingArguments) -> OptimizerFactory:
@@ -179,11 +185,12 @@ class OptimizerFactory:
             own.with_value(optimizer_class.dense_key) & {id(p) for p in model.parameters() if p.ndim >= 2},
         )
         check_overrides_apply(self.overrides, own, placements, optimizer_class)
+        placements = scale_dense_rates(placements, own, self.overrides, self.dense_lr_ratio, everyone["lr"])
         groups = build_param_groups(placements, optimizer_class.dense_key, everyone["weight_decay"])
         return optimizer_class(groups, **everyone), placements
 
     def __repr__(self) -> str:
-        own = {key: getattr(self, key) for key in ("target_modules", "overrides", "lr_ratio")}
+        own = {key: getattr(self, key) for key in ("target_modules", "overrides", "lr_ratio", "dense_lr_ratio")}
         settings = {**{key: value for key, value in own.items() if value is not None}, **self.hyper}
         arguments = [repr(self.name), *(f"{key}={value!r}" for key, value in settings.items())]
         return f"OptimizerFactory({', '.join(arguments)})"

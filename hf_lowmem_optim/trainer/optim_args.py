@@ -1,7 +1,8 @@
 """From ``TrainingArguments`` to an optimizer's hyper-parameters, strictly.
 
 ``optim_args`` is a string, ``"rank=8,error_feedback=none"``. Every key must be one of the optimizer's own arguments
-(or ``beta1``, ``beta2``), or the factory's ``lr_ratio``, and every value of that argument's type; nothing is ignored.
+(or ``beta1``, ``beta2``), or the factory's ``lr_ratio`` or ``dense_lr_ratio``, and every value of that argument's type;
+nothing is ignored.
 
 Which value wins where two places can set it:
 
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 _FIELDS = {"lr": "learning_rate", "weight_decay": "weight_decay", "eps": "adam_epsilon"}
 """Hyper-parameters that are fields of TrainingArguments, and only that."""
 
-FACTORY_ARGUMENTS: dict[str, Any] = {"lr_ratio": float}
+FACTORY_ARGUMENTS: dict[str, Any] = {"lr_ratio": float, "dense_lr_ratio": float}
 """Arguments of ``OptimizerFactory``, of every optimizer therefore, that ``optim_args`` may set as well."""
 
 _BETAS = ("beta1", "beta2")

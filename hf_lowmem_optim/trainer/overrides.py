@@ -1,18 +1,26 @@
-"""Settings of single modules: ``overrides`` by module name, and LoRA+'s learning rate for B (arXiv 2402.12354)."""
+"""Settings of single parameters: ``overrides`` by module name, LoRA+'s learning rate for B, that of the dense rule."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
 from hf_lowmem_optim.optimizers.hyperparameters import check_positive, nearest
-from hf_lowmem_optim.trainer.param_groups import NOT_WORTH, Placement, matching_modules
+from hf_lowmem_optim.trainer.param_groups import COMPRESSED, NOT_WORTH, Placement, matching_modules
 
-__all__ = ["Overrides", "OwnSettings", "check_lr_ratio", "check_overrides", "check_overrides_apply", "own_settings"]
+__all__ = [
+    "Overrides",
+    "OwnSettings",
+    "check_overrides",
+    "check_overrides_apply",
+    "check_ratio",
+    "own_settings",
+    "scale_dense_rates",
+]
 
 Overrides = Mapping[str, Mapping[str, Any]]
 """Hyper-parameters by module name, part of a name or regex."""
@@ -38,10 +46,10 @@ class OwnSettings:
         return {parameter for parameter, values in self.values.items() if values.get(key) is not None}
 
 
-def check_lr_ratio(lr_ratio: Any) -> None:
-    """Refuse what is neither a float > 0 nor None."""
-    if lr_ratio is not None:
-        check_positive("lr_ratio", lr_ratio)
+def check_ratio(name: str, value: Any) -> None:
+    """Refuse a ratio of learning rates that is neither a float > 0 nor None."""
+    if value is not None:
+        check_positive(name, value)
 
 
 def check_overrides(overrides: Any, optimizer_class: type[LowMemoryOptimizer], hyper: Mapping[str, Any]) -> None:
@@ -125,7 +133,44 @@ def _scale_lora_b(model: nn.Module, own: dict[int, dict[str, Any]], lr_ratio: fl
         )
     for parameter in matrices:
         settings = own.get(id(parameter), {})
-        own[id(parameter)] = dict(sorted({**settings, "lr": lr_ratio * settings.get("lr", lr)}.items()))
+        own[id(parameter)] = _with_rate(settings, lr_ratio * settings.get("lr", lr))
+
+
+def scale_dense_rates(
+    placements: Sequence[Placement], own: OwnSettings, overrides: Overrides | None, ratio: float | None, lr: float
+) -> list[Placement]:
+    """Multiply the learning rate of what takes the dense rule, except where an override sets it.
+
+    Args:
+        placements: Where each parameter went.
+        own: The settings that parameters have of their own.
+        overrides: Where these are from.
+        ratio: The factor, None for none.
+        lr: Learning rate of the parameters without one of their own.
+
+    Returns:
+        The placements.
+
+    Raises:
+        ValueError: Nothing is compressed, or nothing is left to have another rate.
+    """
+    if ratio is None:
+        return list(placements)
+    with_rate = {p for p, entry in own.entries.items() if "lr" in (overrides or {})[entry]}
+    scaled = [p.rule != COMPRESSED and id(p.parameter) not in with_rate for p in placements]
+    if all(scaled) or not any(scaled):
+        what = "nothing is compressed: all rates would change alike, so set the learning rate itself"
+        if not any(scaled):
+            what = "nothing without a rate of its own takes the dense rule; leave it out"
+        raise ValueError(f"dense_lr_ratio={ratio!r} has no effect: {what}")
+    return [
+        replace(p, settings=_with_rate(p.settings, ratio * p.settings.get("lr", lr))) if dense else p
+        for p, dense in zip(placements, scaled, strict=True)
+    ]
+
+
+def _with_rate(settings: Mapping[str, Any], rate: float) -> dict[str, Any]:
+    return dict(sorted({**settings, "lr": rate}.items()))
 
 
 def check_overrides_apply(

@@ -25,6 +25,7 @@ from hf_lowmem_optim import (
 )
 from hf_lowmem_optim.memory.report import load_report
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
+from hf_lowmem_optim.trainer.param_groups import COMPRESSED
 from tests.trainer.resume_worker import StopAt
 from tests.trainer.test_resume import assert_equal_to_the_bit
 from tests.trainer.tiny_models import tiny_llama, token_rows
@@ -175,6 +176,41 @@ def test_lora_plus_is_for_b_alone_on_top_of_overrides() -> None:
         settings(factory.build(model, lr=2e-3)[0], "lr")["base_model.model.lm_head.modules_to_save.default.weight"]
         == 2e-3
     )
+
+
+def test_the_dense_rule_may_have_a_rate_of_its_own(tmp_path: Path) -> None:
+    """Through `optim_args` too; a rate that an override sets stays, and LoRA+'s multiplies."""
+    factory = OptimizerFactory("ldadam", lr=1e-3, rank=4, dense_lr_ratio=4, overrides={"lm_head": {"lr": 1e-5}})
+    optimizer = factory(tiny_llama())
+    for name, rate in settings(optimizer, "lr").items():
+        expected = 1e-5 if "lm_head" in name else 1e-3 if "_proj" in name else 4e-3
+        assert rate == pytest.approx(expected), name
+    assert all(p.rule == COMPRESSED for p in factory.build(tiny_llama())[1] if "_proj" in p.name)
+    args = TrainingArguments(str(tmp_path), optim="ldadam", optim_args="rank=4,dense_lr_ratio=4", learning_rate=1e-3)
+    from_args = settings(OptimizerFactory.from_training_args(args)(tiny_llama()), "lr")
+    assert from_args == {**settings(optimizer, "lr"), "lm_head.weight": 4e-3}
+
+    model = with_lora(target_modules=["q_proj"], use_dora=False, modules_to_save=["lm_head"])
+    both = OptimizerFactory("ldadam", lr=1e-3, rank=4, dense_lr_ratio=4, lr_ratio=8)(model)
+    for name, rate in settings(both, "lr").items():
+        assert rate == pytest.approx(8e-3 if "lora_B" in name else 4e-3 if "lm_head" in name else 1e-3), name
+
+
+@pytest.mark.parametrize(
+    ("hyper", "error", "message"),
+    [
+        ({"dense_lr_ratio": 0}, ValueError, "dense_lr_ratio=0 is not positive"),
+        ({"dense_lr_ratio": 4, "rank": None}, ValueError, "dense_lr_ratio=4 has no effect: nothing is compressed"),
+        (
+            {"dense_lr_ratio": 4, "overrides": dict.fromkeys(("lm_head", "embed", "norm"), {"lr": 1e-3})},
+            ValueError,
+            "dense_lr_ratio=4 has no effect: nothing without a rate of its own",
+        ),
+    ],
+)
+def test_a_dense_rate_without_effect_is_refused(hyper: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        OptimizerFactory("ldadam", **{"rank": 4, **hyper}).build(tiny_llama())
 
 
 @pytest.mark.parametrize(
