@@ -11,8 +11,8 @@ A table stands between two lines, of which everything in between is replaced:
     <!-- end -->
 
 To add a table: let the benchmark write ``benchmarks/results/NAME.json`` (``results.describe_run`` makes a Run of this
-process, ``dataclasses.replace(run, rows=[…])`` fills it, ``results.save_run`` writes JSON and CSV; commit both); write a
-function that turns the Run into Markdown, for which ``markdown_table`` and ``labelled`` are there; register it in
+process, ``dataclasses.replace(run, rows=[…])`` fills it, ``results.save_run`` writes JSON and CSV; commit both); write
+a function that turns the Run into Markdown, for which ``markdown_table`` and ``labelled`` are there; register it in
 ``TABLES`` as ``"table_name": Table(render, "NAME.json")``; put the two marker lines into the README; run this script.
 A renderer that takes several Runs names several files. One that takes none prints what a command prints.
 Renderers live with their benchmark where they are long: import them here.
@@ -161,9 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.list:
         marked = {name for name, _ in marked_tables(old)}
         for name, table in TABLES.items():
-            print(
-                f"{name:24} {' '.join(table.files) or 'a command'}{'' if name in marked else '  (not in the README)'}"
-            )
+            source = " ".join(table.files) or "a command"
+            print(f"{name:24} {source:24} {'in' if name in marked else 'not in'} the README")
         return 0
     try:
         new = render_readme(old, TABLES)
