@@ -26,7 +26,7 @@ _GALORE = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std
 
 
 class LayerwiseGaLore(Optimizer):
-    """GaLore's layer-wise mode as transformers has it: an optimizer per parameter, called by a hook in the backward pass.
+    """GaLore's layer-wise mode as transformers has it: an optimizer per parameter, called by a hook in the backward.
 
     It is an ``Optimizer`` only so that its state can be measured; ``step()`` does nothing.
 

@@ -68,21 +68,18 @@ def plot_step_time(run: Run, path: Path) -> None:
         rows = sorted(rows, key=lambda row: row["ratio_to_foreach"])
         names = [row["optimizer"] for row in rows]
         ratios = [row["ratio_to_foreach"] for row in rows]
+        # older files have no percentiles
+        lows = [row.get("ratio_to_foreach_p10", row["ratio_to_foreach"]) for row in rows]
+        highs = [row.get("ratio_to_foreach_p90", row["ratio_to_foreach"]) for row in rows]
         errors = [
-            [
-                max(0.0, row["ratio_to_foreach"] - row.get("ratio_to_foreach_p10", row["ratio_to_foreach"]))
-                for row in rows
-            ],
-            [
-                max(0.0, row.get("ratio_to_foreach_p90", row["ratio_to_foreach"]) - row["ratio_to_foreach"])
-                for row in rows
-            ],
+            [max(0.0, middle - low) for middle, low in zip(ratios, lows, strict=True)],
+            [max(0.0, high - middle) for middle, high in zip(ratios, highs, strict=True)],
         ]
         colors = [_OURS if _is_ours(name) else _THEIRS for name in names]
         axes.barh(names, ratios, color=colors, xerr=errors, ecolor="#3f3f46", error_kw={"elinewidth": 0.9})
-        for name, row in zip(names, rows, strict=True):
+        for name, row, high in zip(names, rows, highs, strict=True):
             text = f"{row['ratio_to_foreach']:.2f} ×, {row['state_bytes_per_parameter']:.2f} B/param"
-            end = row.get("ratio_to_foreach_p90", row["ratio_to_foreach"])
+            end = max(high, row["ratio_to_foreach"])
             axes.annotate(text, (end, name), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
         axes.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
         axes.set_xscale("log")
@@ -140,27 +137,22 @@ def plot_memory(run: Run, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(_WIDTH, 1.8 + 0.55 * len(rows)), dpi=_DPI, layout="constrained")
     parts = {"weights": "#b8bcc4", "gradients": "#8d93a0", "state": "#5aa0dc", "step": "#3f3f46"}
     unit = 2**20
+
+    def write(count: float, place: float) -> None:
+        end = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
+        axes.annotate(f"{count:.0f}", (count, place), **end)
+
     for place, row in enumerate(rows):
-        axes.barh(
-            place - 0.2, row["peak_bytes"] / unit, 0.36, color="#d0743c", label="measured peak" if not place else None
-        )
+        measured = row["peak_bytes"] / unit
+        axes.barh(place - 0.2, measured, 0.36, color="#d0743c", label="measured peak" if not place else None)
+        write(measured, place - 0.2)
         start = 0.0
         for part, color in parts.items():
             count = (row.get(f"planned_{part}_bytes") or 0) / unit
             label = f"planned: {part}" if not place else None
             axes.barh(place + 0.2, count, 0.36, left=start, color=color, label=label)
             start += count
-        axes.annotate(
-            f"{row['peak_bytes'] / unit:.0f}",
-            (row["peak_bytes"] / unit, place - 0.2),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-        )
-        axes.annotate(
-            f"{start:.0f}", (start, place + 0.2), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
-        )
+        write(start, place + 0.2)
     axes.set_yticks(range(len(rows)), [row["optimizer"] for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("MiB above the process without model")

@@ -5,13 +5,14 @@
     python benchmarks/step_time.py --device cuda --dtype bfloat16
     HF_LOWMEM_OPTIM_BACKEND=reference python benchmarks/step_time.py    # without numba
 
-Install the peers with ``pip install -e '.[bench]'``, and with ``--no-deps`` galore-torch and apollo-torch, which ask for
-much that they do not use. What is missing is a line that says so. torchao compiles for 20 to 40 seconds (``--compiled``).
+Install the peers with ``pip install -e '.[bench]'``, and with ``--no-deps`` galore-torch and apollo-torch, which ask
+for much that they do not use. What is missing is a line that says so. torchao compiles for 20 to 40 seconds, so it takes
+part only with ``--compiled``.
 
-Printed per optimizer: median milliseconds of a step, spread (90th minus 10th percentile), ratio to torch's AdamW foreach
-and fused (medians of the ratios round by round), the first step (which computes the SVD, or compiles), bytes of state per
-parameter, and the most that a step allocated. A window is full before the rounds begin. GaLore's and APOLLO's new
-projections, every 200 steps, are in no round.
+Printed per optimizer: median milliseconds of a step, spread (90th minus 10th percentile), ratio to torch's AdamW
+foreach and fused (medians of the ratios round by round), the first step (which computes the SVD, or compiles), bytes of
+state per parameter, and the most that a step allocated. A window is full before the rounds begin. GaLore's and APOLLO's
+new projections, every 200 steps, are in no round.
 
 Page faults of temporaries can change a ratio by 1.4: the malloc setting is printed; try MALLOC_MMAP_MAX_=0
 MALLOC_TRIM_THRESHOLD_=17179869184. It waits until the machine is quiet. Rows are saved after each set of shapes;
@@ -33,7 +34,7 @@ from machine import BusyMachineError, wait_until_quiet
 from peers import FOREACH, FUSED, candidates
 from plots import plot_step_time
 from readme_tables import markdown_table
-from results import RESULTS, Run, describe_run, load_run, save_run
+from results import RESULTS, describe_run, resume_run, save_run
 from shapes import SHAPES
 from transformers import logging as transformers_logging
 
@@ -46,13 +47,15 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_timing_options(parser: argparse.ArgumentParser, name: str) -> None:
-    """The options of everything that measures time."""
+    """The options of everything that measures time; what the factory logs about each model is of no interest here."""
+    transformers_logging.set_verbosity_error()
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=25, help="at most")
     parser.add_argument("--seconds", type=float, default=120.0, help="for the rounds of one set, five rounds at least")
     parser.add_argument("--wait", type=float, default=300.0, help="seconds to wait for a quiet machine")
     parser.add_argument("--ignore-load", action="store_true", help="measure although others are computing")
     parser.add_argument("--save", type=Path, nargs="?", const=RESULTS / f"{name}.json", metavar="PATH.json")
+    parser.add_argument("--resume", action="store_true", help="with --save: keep what the file has already")
     parser.add_argument("--plot", type=Path, metavar="PATH.png", help="draw the rows (extra plot)")
 
 
@@ -110,19 +113,6 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
             print(f"{row['optimizer']}: {row['problem']}")
 
 
-def earlier_rows(run: Run, path: Path | None, resume: bool) -> Run:
-    """The run with the rows that an interrupted one left, if they may stand beside new ones."""
-    if not (resume and path and path.exists()):
-        return run
-    old = load_run(path)
-    if not old.comparable_with(run):
-        raise SystemExit(
-            f"--resume: {path.name} was measured with another machine, version or setting; measure it anew"
-        )
-    # the command that began it is the one to run again
-    return replace(run, rows=old.rows, command=old.command, date=old.date)
-
-
 def main() -> None:
     """Parse the command line, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -132,10 +122,8 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[torch.get_num_threads()])
     parser.add_argument("--only", nargs="+", metavar="PART", help="optimizers whose names contain one of these")
     parser.add_argument("--compiled", action="store_true", help="torchao too")
-    parser.add_argument("--resume", action="store_true", help="with --save: keep the sets that the file has")
     add_timing_options(parser, "step_time")
     arguments = parser.parse_args()
-    transformers_logging.set_verbosity_error()
     settings = {
         "device": arguments.device,
         "backend": str(choose_backend("step", torch.device(arguments.device))),
@@ -146,7 +134,9 @@ def main() -> None:
         "seconds": arguments.seconds,
         "only": arguments.only,
     }
-    run = earlier_rows(describe_run("step_time", settings), arguments.save, arguments.resume)
+    run = describe_run("step_time", settings)
+    if arguments.resume:
+        run = resume_run(run, arguments.save)
     print(f"{run.label()}, kernels {settings['backend']}")
     done = {(row["shapes"], row["dtype"], row["threads"]) for row in run.rows}
     for key in itertools.product(arguments.shapes, arguments.dtype, arguments.threads):
