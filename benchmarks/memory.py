@@ -10,8 +10,8 @@ is reset before each step (``/proc/self/clear_refs``, Linux), above what the pro
 a tiny model trained. glibc is told to map tensors one by one (MALLOC_MMAP_THRESHOLD_=65536), else what is freed stays
 in its heap and counts. On a GPU the figure is ``torch.cuda.max_memory_allocated``.
 
-The prediction is weights + gradients + state + what ``step()`` allocates (layer-wise: one gradient at a time). It has no
-activations: a run without an optimizer shows what forward and backward take beside it.
+The prediction is weights + gradients + state + what ``step()`` allocates (layer-wise: one gradient at a time). It has
+no activations: a run without an optimizer shows what forward and backward take beside it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,8 @@ from typing import Any
 import torch
 from memory_entries import ENTRIES, NO_OPTIMIZER, Entry, plan
 from plots import plot_memory
-from readme_tables import markdown_table
-from results import RESULTS, describe_run, save_run
+from results import RESULTS, describe_run, resume_run, save_run
+from tables import memory_rows
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import logging as transformers_logging
@@ -73,9 +72,7 @@ class PeakMeter:
         self.cuda = torch.device(device).type == "cuda"
         self.baseline = 0
         if not self.cuda and not os.access("/proc/self/clear_refs", os.W_OK):
-            raise SystemExit(
-                "the kernel's high-water mark cannot be reset here (no /proc/self/clear_refs): needs Linux"
-            )
+            raise SystemExit("the kernel's high-water mark cannot be reset: no /proc/self/clear_refs; needs Linux")
 
     @property
     def method(self) -> str:
@@ -181,25 +178,6 @@ def run_process(name: str, argv: list[str]) -> dict[str, Any]:
     return {"optimizer": name, "problem": reason}
 
 
-COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
-    "optimizer": lambda row: row["optimizer"],
-    "measured peak": lambda row: format_bytes(row["peak_bytes"]),
-    "planned": lambda row: format_bytes(row["planned_bytes"]),
-    "measured / planned": lambda row: row["peak_bytes"] / row["planned_bytes"],
-    "weights": lambda row: format_bytes(row["planned_weights_bytes"]),
-    "gradients": lambda row: format_bytes(row["planned_gradients_bytes"]),
-    "state": lambda row: format_bytes(row["planned_state_bytes"]),
-    "step": lambda row: format_bytes(row["planned_step_bytes"]),
-    "held after": lambda row: format_bytes(row["held_bytes"]),
-}
-
-
-def table(rows: list[Mapping[str, Any]]) -> str:
-    """The rows that were measured, the smallest peak first, as Markdown."""
-    measured = sorted((row for row in rows if "problem" not in row), key=lambda row: row["peak_bytes"])
-    return markdown_table(list(COLUMNS), [[cell(row) for cell in COLUMNS.values()] for row in measured])
-
-
 def main() -> None:
     """Parse the command line, start the processes, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -212,6 +190,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--save", type=Path, nargs="?", const=RESULTS / "memory.json", metavar="PATH.json")
+    parser.add_argument("--resume", action="store_true", help="with --save: keep what the file has already")
     parser.add_argument("--plot", type=Path, metavar="PATH.png", help="draw the rows (extra plot)")
     parser.add_argument("--worker", choices=list(ENTRIES), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -228,15 +207,20 @@ def main() -> None:
     settings |= {"seed": SEED, "threads": torch.get_num_threads(), "model": f"Llama of {size / 1e6:.0f} M parameters"}
     os.environ.update(MALLOC)
     run = describe_run("memory", settings)
+    if arguments.resume:
+        run = resume_run(run, arguments.save)
     print(f"{settings['model']}, {run.label()}")
     names = [NO_OPTIMIZER, *(name for name in arguments.only if name != NO_OPTIMIZER)]
+    done = {row["optimizer"] for row in run.rows}
     for name in names:
+        if name in done:
+            continue
         row = run_process(name, sys.argv[1:])
         print(f"{name}: {row['problem'] if 'problem' in row else format_bytes(row['peak_bytes'])}", flush=True)
         run = replace(run, rows=[*run.rows, row])
         if arguments.save:
             save_run(run, arguments.save)
-    print(table(list(run.rows)))
+    print(memory_rows(run.rows))
     if arguments.plot:
         plot_memory(run, arguments.plot)
 

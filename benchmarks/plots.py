@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def _pyplot() -> Any:
 def _save(figure: Any, run: Run, title: str, path: Path) -> None:
     """Put the title above and the circumstances below, and write the file."""
     figure.suptitle(title, fontsize=12)
-    figure.supxlabel(run.label(), fontsize=7.5, color="#555555")
+    figure.supxlabel("\n".join(textwrap.wrap(run.label(), 170)), fontsize=7.5, color="#555555")
     figure.savefig(path)
     _pyplot().close(figure)
 

@@ -15,7 +15,7 @@ process, ``dataclasses.replace(run, rows=[…])`` fills it, ``results.save_run``
 a function that turns the Run into Markdown, for which ``markdown_table`` and ``labelled`` are there; register it in
 ``TABLES`` as ``"table_name": Table(render, "NAME.json")``; put the two marker lines into the README; run this script.
 A renderer that takes several Runs names several files. One that takes none prints what a command prints.
-Renderers live with their benchmark where they are long: import them here.
+Renderers live in tables.py, where importing them costs nothing.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from results import RESULTS, Run, load_run
+from results import RESULTS, load_run
+from tables import labelled, markdown_table, memory_table, requirements_table, scaling_table, step_time_table
 
 from hf_lowmem_optim.memory.table import optimizer_table
-from hf_lowmem_optim.memory.units import format_bytes
 
 __all__ = ["TABLES", "Table", "labelled", "markdown_table", "marked_tables", "render_readme"]
 
@@ -60,25 +59,6 @@ class Table:
             ValueError: A file is no result file, or has no rows for the table.
         """
         return self.render(*(load_run(results / name) for name in self.files)).strip()
-
-
-def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table; None is a dash, a float has two decimals."""
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    lines += [f"| {' | '.join(_cell(value) for value in row)} |" for row in rows]
-    return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-def labelled(run: Run, table: str) -> str:
-    """A table of figures that depend on the machine, under what they were measured with and the command."""
-    note = f" {run.note}" if run.note else ""
-    return f"```bash\n{run.command}\n```\n\nMeasured on {run.label()}.{note}\n\n{table}"
 
 
 def marked_tables(text: str) -> list[tuple[str, str]]:
@@ -111,41 +91,16 @@ def render_readme(text: str, tables: Mapping[str, Table], results: Path = RESULT
     return _MARKED.sub(rendered, text)
 
 
-def step_time_table(shapes: str) -> Callable[[Run], str]:
-    """The renderer of a shape set's step times."""
-
-    def render(run: Run) -> str:
-        rows = [row for row in run.rows if row["shapes"] == shapes]
-        if not rows:
-            raise ValueError(f"{run.benchmark}.json has no rows for the shapes {shapes!r}")
-        columns = {
-            "optimizer": "optimizer",
-            "median ms": "median_ms",
-            "10–90% ms": "spread_ms",
-            "× foreach": "ratio_to_foreach",
-            "× fused": "ratio_to_fused",
-            "first step ms": "first_step_ms",
-            "B/param": "state_bytes_per_parameter",
-            "step allocates": "peak_temporary_bytes",
-        }
-        # older files lack some columns
-        columns = {title: key for title, key in columns.items() if any(row.get(key) is not None for row in rows)}
-        cells = [[_value(row, key) for key in columns.values()] for row in rows if row.get("median_ms") is not None]
-        return labelled(run, markdown_table(list(columns), cells))
-
-    return render
-
-
-def _value(row: Mapping[str, Any], key: str) -> Any:
-    """A cell's value; bytes in the unit that is easy to read."""
-    value = row.get(key)
-    return format_bytes(value) if key.endswith("_bytes") and value is not None else value
-
-
 TABLES: dict[str, Table] = {
     "optimizers": Table(optimizer_table),
     "step_time_minilm": Table(step_time_table("minilm"), "step_time.json"),
     "step_time_llama": Table(step_time_table("llama"), "step_time.json"),
+    "step_time_lora": Table(step_time_table("lora"), "step_time.json"),
+    "step_time_matrix": Table(step_time_table("matrix"), "step_time.json"),
+    "step_time_small": Table(step_time_table("small"), "step_time.json"),
+    "scaling": Table(scaling_table, "scaling.json"),
+    "requirements": Table(requirements_table, "requirements.json"),
+    "memory": Table(memory_table, "memory.json"),
 }
 
 

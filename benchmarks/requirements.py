@@ -13,16 +13,15 @@ import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 from interleave import SEED, Contender, Workload, compare, enter, ratio, timed_step_ms
 from peers import FOREACH, Candidate, ours, peer
-from readme_tables import markdown_table
-from results import describe_run, save_run
+from results import describe_run, resume_run, save_run
 from scaling import general
 from shapes import BODY_SIZES, body
 from step_time import add_timing_options, wait_unless_told, workload
+from tables import requirement_rows
 
 from hf_lowmem_optim.kernels.backend import choose_backend
 
@@ -133,13 +132,6 @@ def on_growing_models(arguments: argparse.Namespace) -> Iterator[Finding]:
 PARTS = {"minilm": on_minilm, "small": on_small_tensors, "growing": on_growing_models}
 
 
-def print_findings(findings: Sequence[Finding]) -> None:
-    """Print the table."""
-    words = {True: "yes", False: "NO", None: "–"}
-    cells: list[list[Any]] = [[f.requirement, f.figure, f.spread, f.limit, words[f.met]] for f in findings]
-    print(markdown_table(["requirement", "figure", "10–90%, or made from", "limit", "met"], cells))
-
-
 def main() -> int:
     """Measure and print; the exit status is 1 if a requirement is not met."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -153,15 +145,18 @@ def main() -> int:
     settings = {"device": "cpu", "dtype": "float32", "threads": torch.get_num_threads(), "seed": SEED}
     run = describe_run("requirements", {**settings, "rounds": arguments.rounds, "seconds": arguments.seconds})
     print(run.label())
-    findings: list[Finding] = []
+    if arguments.resume:
+        run = resume_run(run, arguments.save)
     for part in arguments.part:
+        if any(row["part"] == part for row in run.rows):
+            continue
         wait_unless_told(arguments, parser)
-        findings += PARTS[part](arguments)
-        run = replace(run, rows=[{**asdict(finding), "met": finding.met} for finding in findings])
+        rows = [{"part": part, **asdict(found), "met": found.met} for found in PARTS[part](arguments)]
+        run = replace(run, rows=[*run.rows, *rows])
         if arguments.save:
             save_run(run, arguments.save)
-    print_findings(findings)
-    return 1 if any(finding.met is False for finding in findings) else 0
+    print(requirement_rows(run.rows))
+    return 1 if any(row["met"] is False for row in run.rows) else 0
 
 
 if __name__ == "__main__":

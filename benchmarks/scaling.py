@@ -20,10 +20,10 @@ import torch
 from interleave import SEED, Contender, Workload, compare, enter, summarize
 from peers import FOREACH, FUSED, Candidate, ours, peer
 from plots import plot_scaling
-from readme_tables import markdown_table
-from results import describe_run, save_run
+from results import describe_run, resume_run, save_run
 from shapes import BODY_SIZES, body, small_tensors
 from step_time import add_timing_options, wait_unless_told
+from tables import sweep_rows
 from torch import nn
 
 RANKS = (4, 8, 16, 32, 64, 128)
@@ -125,17 +125,6 @@ def measure(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-def print_sweep(rows: list[dict[str, Any]]) -> None:
-    """A line per optimizer, a column per point; last how far the cost per parameter is from flat."""
-    values = list(dict.fromkeys(row["value"] for row in rows))
-    cells = []
-    for name in dict.fromkeys(row["optimizer"] for row in rows):
-        found = {row["value"]: row["ns_per_parameter"] for row in rows if row["optimizer"] == name}
-        cells.append([name, *(found.get(value) for value in values), max(found.values()) / min(found.values())])
-    print(f"\nns per parameter and step over {rows[0]['unit']}")
-    print(markdown_table(["optimizer", *map(str, values), "largest / smallest"], cells))
-
-
 def main() -> None:
     """Parse the command line, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -148,14 +137,18 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     keys = ("device", "dtype", "threads", "rounds", "seconds", "only")
     run = describe_run("scaling", {"seed": SEED, **{key: getattr(arguments, key) for key in keys}})
+    if arguments.resume:
+        run = resume_run(run, arguments.save)
     print(run.label())
     for name in arguments.sweep:
+        if any(row["sweep"] == name for row in run.rows):
+            continue
         wait_unless_told(arguments, parser)
         rows = measure(name, arguments)
         if not rows:
             print(f"{name}: no optimizer of this sweep is called {' or '.join(arguments.only)}")
             continue
-        print_sweep(rows)
+        print(f"\n{sweep_rows(rows)}")
         run = replace(run, rows=[*run.rows, *rows])
         if arguments.save:
             save_run(run, arguments.save)

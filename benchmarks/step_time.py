@@ -6,8 +6,8 @@
     HF_LOWMEM_OPTIM_BACKEND=reference python benchmarks/step_time.py    # without numba
 
 Install the peers with ``pip install -e '.[bench]'``, and with ``--no-deps`` galore-torch and apollo-torch, which ask
-for much that they do not use. What is missing is a line that says so. torchao compiles for 20 to 40 seconds, so it takes
-part only with ``--compiled``.
+for much that they do not use. What is missing is a line that says so. torchao compiles for 20 to 40 seconds, so it
+takes part only with ``--compiled``.
 
 Printed per optimizer: median milliseconds of a step, spread (90th minus 10th percentile), ratio to torch's AdamW
 foreach and fused (medians of the ratios round by round), the first step (which computes the SVD, or compiles), bytes of
@@ -33,13 +33,12 @@ from interleave import SEED, Contender, Workload, compare, enter, summarize
 from machine import BusyMachineError, wait_until_quiet
 from peers import FOREACH, FUSED, candidates
 from plots import plot_step_time
-from readme_tables import markdown_table
 from results import RESULTS, describe_run, resume_run, save_run
 from shapes import SHAPES
+from tables import step_time_rows
 from transformers import logging as transformers_logging
 
 from hf_lowmem_optim.kernels.backend import choose_backend
-from hf_lowmem_optim.memory.units import format_bytes
 
 #: Above this others disturb the rounds noticeably.
 _DISTURBING_CORES = 0.2
@@ -98,16 +97,8 @@ def measure(arguments: argparse.Namespace, shapes: str, dtype: str, threads: int
 
 
 def print_rows(rows: Sequence[dict[str, Any]]) -> None:
-    """Print a table, and below it what could not be measured."""
-    columns = ["shapes", "dtype", "threads", "optimizer", "median_ms", "spread_ms", "ratio_to_foreach"]
-    columns += ["ratio_to_fused", "first_step_ms", "state_bytes_per_parameter"]
-    cells = [
-        [*(row.get(column) for column in columns), format_bytes(row["peak_temporary_bytes"])]
-        for row in rows
-        if "problem" not in row
-    ]
-    titles = ["shapes", "dtype", "threads", "optimizer", "median ms", "10–90% ms", "× foreach", "× fused"]
-    print(markdown_table([*titles, "first step ms", "B/param", "step allocates"], cells))
+    """Print a table under the set that it is of, and below it what could not be measured."""
+    print(f"\n{rows[0]['shapes']}, {rows[0]['dtype']}, {rows[0]['threads']} threads\n\n{step_time_rows(rows)}")
     for row in rows:
         if "problem" in row:
             print(f"{row['optimizer']}: {row['problem']}")
