@@ -78,12 +78,14 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Short hash of the checkout, with a plus sign if files differ from it; None outside of a checkout."""
+    """Short hash of the checkout, with a plus sign if its Python files were changed; None outside of a checkout."""
+    # a benchmark writes its results into the checkout, which does not make it another program
+    commands = (["git", "rev-parse", "--short", "HEAD"], ["git", "status", "--porcelain", "-uno", "--", ":(top)*.py"])
     try:
-        root = Path(__file__).parent
-        commands = (["git", "rev-parse", "--short", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])
         head, changes = (
-            subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+            subprocess.run(
+                command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+            ).stdout.strip()
             for command in commands
         )
     except (OSError, subprocess.CalledProcessError):
