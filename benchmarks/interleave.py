@@ -21,12 +21,12 @@ from torch import nn
 
 from hf_lowmem_optim.memory.measure import measure_state
 
-__all__ = ["Contender", "Workload", "compare", "enter", "summarize"]
+__all__ = ["MIN_ROUNDS", "SEED", "Contender", "Workload", "compare", "enter", "summarize"]
 
 SEED = 0
 #: Steps before the rounds at least: allocators settle in two, and a window is full only after its length.
 _WARM_STEPS = 2
-_MIN_ROUNDS = 5
+MIN_ROUNDS = 5
 
 
 class Workload:
@@ -139,7 +139,7 @@ def compare(contenders: Sequence[Contender], rounds: int, seconds: float) -> flo
     order, shuffle = list(contenders), random.Random(SEED)
     others, deadline = OtherLoad(), time.monotonic() + seconds
     for number in range(rounds):
-        if number >= _MIN_ROUNDS and time.monotonic() > deadline:
+        if number >= MIN_ROUNDS and time.monotonic() > deadline:
             break
         shuffle.shuffle(order)
         for contender in order:

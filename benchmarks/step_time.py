@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from interleave import SEED, Contender, Workload, compare, enter, summarize
+from interleave import MIN_ROUNDS, SEED, Contender, Workload, compare, enter, summarize
 from machine import BusyMachineError, wait_until_quiet
 from peers import FOREACH, FUSED, candidates
 from plots import plot_step_time
@@ -45,11 +45,18 @@ _DISTURBING_CORES = 0.2
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+def _rounds(text: str) -> int:
+    """A number of rounds of which a median means something."""
+    if not text.isdigit() or int(text) < MIN_ROUNDS:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {MIN_ROUNDS}")
+    return int(text)
+
+
 def add_timing_options(parser: argparse.ArgumentParser, name: str) -> None:
     """The options of everything that measures time; what the factory logs about each model is of no interest here."""
     transformers_logging.set_verbosity_error()
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=25, help="at most")
+    parser.add_argument("--rounds", type=_rounds, default=25, help="at most")
     parser.add_argument("--seconds", type=float, default=120.0, help="for the rounds of one set, five rounds at least")
     parser.add_argument("--wait", type=float, default=300.0, help="seconds to wait for a quiet machine")
     parser.add_argument("--ignore-load", action="store_true", help="measure although others are computing")

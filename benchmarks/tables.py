@@ -70,6 +70,8 @@ def step_time_table(shapes: str) -> Callable[[Run], str]:
         rows = [row for row in run.rows if row["shapes"] == shapes]
         if not rows:
             raise ValueError(f"{run.benchmark}.json has no rows for the shapes {shapes!r}")
+        if len({(row["dtype"], row.get("threads")) for row in rows}) > 1:
+            raise ValueError(f"{run.benchmark}.json has several dtypes or numbers of threads; a table shows one")
         return labelled(run, step_time_rows(rows))
 
     return render

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 __all__ = ["peak_bytes"]
+
+# Every profile would otherwise announce its start and end on stderr.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 def peak_bytes(action: Callable[[], object], device: torch.device | str = "cpu") -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ from results import Run, load_run, save_run
 @pytest.fixture
 def run() -> Run:
     rows = [
-        {"shapes": "minilm", "optimizer": "a", "median_ms": 1.25, "peak_temporary_bytes": 2048},
-        {"shapes": "minilm", "optimizer": "b", "median_ms": None, "problem": "not installed"},
+        {"shapes": "minilm", "dtype": "float32", "optimizer": "a", "median_ms": 1.25, "peak_temporary_bytes": 2048},
+        {"shapes": "minilm", "dtype": "float32", "optimizer": "b", "median_ms": None, "problem": "not installed"},
     ]
     machine = {"processor": "P", "architecture": "x86_64", "cores": 2, "memory_gib": 4, "gpu": None, "system": "Linux"}
     software = {"versions": {"torch": "2"}, "commit": "abc", "environment": {}, "malloc": "default"}
@@ -27,7 +28,15 @@ def test_a_run_is_read_as_it_was_written(run: Run, tmp_path: Path) -> None:
     assert load_run(tmp_path / "r.json") == run
     csv = (tmp_path / "r.csv").read_text().splitlines()
     assert "# malloc" not in csv and "# command: python benchmarks/step_time.py" in csv
-    assert csv[-2:] == ["minilm,a,1.25,2048,", "minilm,b,,,not installed"]
+    assert csv[-2:] == ["minilm,float32,a,1.25,2048,", "minilm,float32,b,,,not installed"]
+
+
+def test_a_table_of_step_times_is_of_one_dtype(run: Run) -> None:
+    render = TABLES["step_time_minilm"].render
+    with pytest.raises(ValueError, match="several dtypes"):
+        render(replace(run, rows=[*run.rows, {**run.rows[0], "dtype": "bfloat16"}]))
+    with pytest.raises(ValueError, match="no rows for the shapes 'minilm'"):
+        render(replace(run, rows=[{**run.rows[0], "shapes": "llama"}]))
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"schema": "other"}', '{"schema": "hf-lowmem-optim/benchmark/1"}'])
