@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import TypeVar
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from hf_lowmem_optim.trainer.demo import demo_model, documentation
 
 Batch = dict[str, Tensor]
-T = TypeVar("T")
 T = TypeVar("T")
 
 
