@@ -236,6 +236,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
     parser.add_argument("--results", type=Path, help="write runs to this ….json, and skip those that are there")
+    parser.add_argument("--note", default="", help="what a reader must know about these runs")
     parser.add_argument("--table", action="store_true", help="print the tables of --results")
     parser.add_argument("--plot", type=Path, help="draw --results to this file")
     args = parser.parse_args()
@@ -249,7 +250,7 @@ def train_all(args: argparse.Namespace) -> list[ConvergenceRow]:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     transformers_logging.set_verbosity_error()
     task = TASKS[args.task]()
-    store = RunStore(args.results, task.name, args.steps, args.precision)
+    store = RunStore(args.results, task.name, args.steps, args.precision, args.note)
     run = resumable(
         store,
         lambda entry, lr, seed, held_out: train(task, entry, lr, seed, args.steps, held_out, args.precision),

@@ -58,13 +58,14 @@ class RunStore:
         task: Name of the task.
         steps: Number of steps of all runs.
         precision: ``"fp32"`` or ``"bf16"``.
+        note: What a reader must know about the runs; by default what the file says.
 
     Raises:
         ValueError: The file has figures of another task, machine or versions, or with other settings: they cannot
             stand in one table.
     """
 
-    def __init__(self, path: Path | None, task: str, steps: int, precision: str) -> None:
+    def __init__(self, path: Path | None, task: str, steps: int, precision: str, note: str = "") -> None:
         self.path = path
         settings = {
             "task": task,
@@ -73,7 +74,7 @@ class RunStore:
             "threads": torch.get_num_threads(),
             "device": "cpu",
         }
-        self._run = describe_run("convergence", settings)
+        self._run = describe_run("convergence", settings, note)
         self.rows: list[ConvergenceRow] = []
         if path is None or not path.exists():
             return
@@ -88,7 +89,7 @@ class RunStore:
                 raise ValueError(f"{path} has another {what}, {before}, than this process, {now}: choose another file")
         self.rows = read_rows(old)
         commands = dict.fromkeys((*old.command.split("\n"), self._run.command))
-        self._run = dataclasses.replace(self._run, command="\n".join(commands), note=old.note)
+        self._run = dataclasses.replace(self._run, command="\n".join(commands), note=note or old.note)
 
     def find(self, entry: str, lr: float, seed: int, held_out: str) -> ConvergenceRow | None:
         """Return a run, None if it has not been done."""

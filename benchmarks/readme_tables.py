@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from convergence_results import read_rows
 from results import RESULTS, Run, load_run
 
 from hf_lowmem_optim.memory.table import optimizer_table
@@ -142,10 +143,26 @@ def _value(row: Mapping[str, Any], key: str) -> Any:
     return format_bytes(value) if key.endswith("_bytes") and value is not None else value
 
 
+def convergence_report(run: Run) -> str:
+    """What each optimizer reached, under the circumstances."""
+    from convergence_tables import convergence_table  # it takes markdown_table from here
+
+    return labelled(run, convergence_table(read_rows(run)))
+
+
+def convergence_rates(run: Run) -> str:
+    """What each learning rate gave; the circumstances are those of the report."""
+    from convergence_tables import rates_table
+
+    return rates_table(read_rows(run))
+
+
 TABLES: dict[str, Table] = {
     "optimizers": Table(optimizer_table),
     "step_time_minilm": Table(step_time_table("minilm"), "step_time.json"),
     "step_time_llama": Table(step_time_table("llama"), "step_time.json"),
+    "convergence_pretrain": Table(convergence_report, "convergence_pretrain.json"),
+    "convergence_pretrain_rates": Table(convergence_rates, "convergence_pretrain.json"),
 }
 
 
