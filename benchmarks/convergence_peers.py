@@ -2,6 +2,9 @@
 
 GaLore and APOLLO compress what :class:`OptimizerFactory` gives LDAdam at the same rank, and take their own AdamW at the
 same rate for all else, as their users have it. Weight decay is 0 everywhere; betas and eps are each one's defaults.
+
+GaLore multiplies the update of its matrices by 0.25, so that embeddings, head and norms have four times their rate.
+The setting ``dense_rate=4`` gives any entry what GaLore has: the dense parameters' rate, relative to the matrices'.
 """
 
 from __future__ import annotations
@@ -35,32 +38,47 @@ def build_optimizer(entry: str, model: nn.Module, lr: float) -> torch.optim.Opti
 
     Args:
         entry: ``adamw`` (torch's), ``adamw_8bit`` (bitsandbytes), ``galore``, ``apollo`` or one of ours; settings after
-            a colon.
+            a colon, ``dense_rate=…`` among them.
         model: The model.
-        lr: Learning rate of all groups.
+        lr: Learning rate of the matrices, and of all else without ``dense_rate``.
 
     Raises:
         ImportError: The package of a peer is not installed.
         ValueError: There is no such optimizer or setting.
     """
-    name, _, settings = entry.partition(":")
+    name, _, text = entry.partition(":")
+    own = [part for part in text.split(",") if part and not part.startswith("dense_rate=")]
+    optimizer = _build(name, ",".join(own), model, lr)
+    for part in text.split(","):
+        if part.startswith("dense_rate="):
+            matrices = {id(parameter) for parameter in split_parameters(model)[0]}
+            for group in optimizer.param_groups:
+                if id(group["params"][0]) not in matrices:
+                    group["lr"] *= float(part.partition("=")[2])
+    return optimizer
+
+
+def _build(name: str, settings: str, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """One optimizer, with matrices and all else in different groups."""
     if name in OPTIMIZERS:
         return OptimizerFactory(name, lr=lr, **parse_optim_args(settings, get_entry(name).optimizer_class))(model)
-    if name == "galore":
-        from galore_torch import GaLoreAdamW
+    if name in LOW_RANK:
+        chosen = parse_settings(name, settings, LOW_RANK[name])
+        matrices, others = split_parameters(model, chosen["rank"])
+        groups = [{"params": matrices, **chosen}, {"params": others}]
+        if name == "galore":
+            from galore_torch import GaLoreAdamW
 
-        groups = low_rank_groups(model, parse_settings(entry, LOW_RANK[name]))
-        return GaLoreAdamW(groups, lr=lr, no_deprecation_warning=True)
-    if name == "apollo":
+            return GaLoreAdamW(groups, lr=lr, no_deprecation_warning=True)
         from apollo_torch import APOLLOAdamW
 
-        return APOLLOAdamW(low_rank_groups(model, parse_settings(entry, LOW_RANK[name])), lr=lr)
+        return APOLLOAdamW(groups, lr=lr)
     if settings or name not in ("adamw", "adamw_8bit"):
         known = ", ".join(("adamw", "adamw_8bit", *LOW_RANK, *OPTIMIZERS))
-        raise ValueError(f"entry {entry!r}: known are {known}; adamw and adamw_8bit take no settings")
-    if name == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    return adamw_8bit(model, lr)
+        raise ValueError(f"entry {name!r} with {settings!r}: known are {known}; adamw and adamw_8bit take no settings")
+    if name == "adamw_8bit":
+        return adamw_8bit(model, lr)
+    return torch.optim.AdamW([{"params": p} for p in split_parameters(model)], lr=lr, weight_decay=0.0)
 
 
 def adamw_8bit(model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -71,27 +89,26 @@ def adamw_8bit(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             manager.register_module_override(module, "weight", {"optim_bits": 32})
-    optimizer: torch.optim.Optimizer = AdamW8bit(model.parameters(), lr=lr, weight_decay=0.0)
+    optimizer: torch.optim.Optimizer = AdamW8bit(
+        [{"params": p} for p in split_parameters(model)], lr=lr, weight_decay=0.0
+    )
     return optimizer
 
 
-def low_rank_groups(model: nn.Module, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The matrices that LDAdam compresses at this rank, with the settings; and all else, dense."""
-    _, placements = OptimizerFactory("ldadam", rank=settings["rank"], error_feedback="none").build(model)
-    compressed = [p.parameter for p in placements if p.rule == COMPRESSED]
-    return [
-        {"params": compressed, **settings},
-        {"params": [p.parameter for p in placements if p.rule != COMPRESSED]},
-    ]
+def split_parameters(model: nn.Module, rank: int = 1) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The matrices that LDAdam compresses at this rank, and all else."""
+    _, placements = OptimizerFactory("ldadam", rank=rank, error_feedback="none").build(model)
+    matrices = [p.parameter for p in placements if p.rule == COMPRESSED]
+    return matrices, [p.parameter for p in placements if p.rule != COMPRESSED]
 
 
-def parse_settings(entry: str, defaults: dict[str, Any]) -> dict[str, Any]:
-    """``galore:rank=16`` over defaults whose types the values take."""
+def parse_settings(name: str, text: str, defaults: dict[str, Any]) -> dict[str, Any]:
+    """``rank=16,scale=1`` over defaults whose types the values take."""
     settings = dict(defaults)
-    for part in filter(None, entry.partition(":")[2].split(",")):
+    for part in filter(None, text.split(",")):
         key, _, value = part.partition("=")
         if key not in defaults:
-            raise ValueError(f"entry {entry!r}: no setting {key!r}; there are {', '.join(defaults)}")
+            raise ValueError(f"{name} has no setting {key!r}; there are {', '.join(defaults)}")
         settings[key] = type(defaults[key])(value)
     return settings
 

@@ -13,7 +13,7 @@ import convergence
 import pytest
 import torch
 from convergence import bracket, parse_entry, resumable, train, tune_and_report
-from convergence_peers import build_optimizer, low_rank_groups, parse_settings
+from convergence_peers import build_optimizer, parse_settings, split_parameters
 from convergence_results import ConvergenceRow, RunStore, read_rows
 from convergence_tables import convergence_table, rates_table
 from convergence_tasks import Task, split_held_out
@@ -195,22 +195,30 @@ def test_a_run_that_diverges_stops_and_is_never_chosen() -> None:
 
 def test_low_rank_peers_compress_what_ours_do() -> None:
     model = tiny_llama()
-    compressed, dense = low_rank_groups(model, {"rank": 4, "scale": 0.25})
+    matrices, others = split_parameters(model, 4)
     ours = build_optimizer("ldadam:rank=4,error_feedback=none", model, 1e-3)
     by_rank = {group["rank"]: {id(p) for p in group["params"]} for group in ours.param_groups}
-    assert {id(p) for p in compressed["params"]} == by_rank[4]
-    assert (compressed["rank"], compressed["scale"]) == (4, 0.25)
-    assert {id(p) for p in (*compressed["params"], *dense["params"])} == {id(p) for p in model.parameters()}
-    assert "rank" not in dense
+    assert {id(p) for p in matrices} == by_rank[4]
+    assert {id(p) for p in (*matrices, *others)} == {id(p) for p in model.parameters()}
+    assert len(matrices) == 14
+
+
+@pytest.mark.parametrize("entry", ["adamw:dense_rate=4", "ldadam:rank=4,dense_rate=4", "microadam:dense_rate=4"])
+def test_the_dense_parameters_can_have_a_rate_of_their_own(entry: str) -> None:
+    model = tiny_llama()
+    matrices = {id(p) for p in split_parameters(model)[0]}
+    optimizer = build_optimizer(entry, model, 1e-3)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates == {id(p): 1e-3 if id(p) in matrices else 4e-3 for p in model.parameters()}
 
 
 def test_entries_are_strict() -> None:
     assert parse_entry("ldadam:rank=16@4e-3") == ("ldadam:rank=16", 4e-3)
     assert parse_entry("adamw") == ("adamw", 1e-3)
     defaults = {"rank": 128, "scale": 0.25, "proj": "random"}
-    assert parse_settings("galore:rank=16,scale=1", defaults) == {"rank": 16, "scale": 1.0, "proj": "random"}
-    with pytest.raises(ValueError, match="no setting 'rnak'; there are rank, scale, proj"):
-        parse_settings("galore:rnak=16", defaults)
+    assert parse_settings("galore", "rank=16,scale=1", defaults) == {"rank": 16, "scale": 1.0, "proj": "random"}
+    with pytest.raises(ValueError, match="galore has no setting 'rnak'; there are rank, scale, proj"):
+        parse_settings("galore", "rnak=16", defaults)
     for entry in ("adamx", "adamw:eps=1"):
         with pytest.raises(ValueError, match="known are adamw, adamw_8bit, galore, apollo, ldadam"):
             build_optimizer(entry, nn.Linear(2, 2), 1e-3)
