@@ -6,10 +6,11 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from convergence_results import ConvergenceRow, by_entry
-from readme_tables import markdown_table
+from convergence_results import ConvergenceRow, by_entry, read_rows
+from results import Run
+from tables import labelled, markdown_table
 
-__all__ = ["convergence_table", "rates_table"]
+__all__ = ["convergence_rates", "convergence_report", "convergence_table", "rates_table"]
 
 
 def _with_spread(values: Sequence[float], form: str = ".3f") -> str:
@@ -64,3 +65,13 @@ def rates_table(rows: Sequence[ConvergenceRow]) -> str:
         best = min(loss for loss in losses if loss is not None)
         lines.append([entry, *(None if x is None else f"**{x:.3f}**" if x == best else f"{x:.3f}" for x in losses)])
     return markdown_table(["optimizer", *(f"{rate:g}" for rate in rates)], lines)
+
+
+def convergence_report(run: Run) -> str:
+    """For the README: what each optimizer reached, under the circumstances."""
+    return labelled(run, convergence_table(read_rows(run)))
+
+
+def convergence_rates(run: Run) -> str:
+    """For the README: what each learning rate gave; the circumstances are those of the report."""
+    return rates_table(read_rows(run))

@@ -11,11 +11,11 @@ A table stands between two lines, of which everything in between is replaced:
     <!-- end -->
 
 To add a table: let the benchmark write ``benchmarks/results/NAME.json`` (``results.describe_run`` makes a Run of this
-process, ``dataclasses.replace(run, rows=[…])`` fills it, ``results.save_run`` writes JSON and CSV; commit both); write a
-function that turns the Run into Markdown, for which ``markdown_table`` and ``labelled`` are there; register it in
+process, ``dataclasses.replace(run, rows=[…])`` fills it, ``results.save_run`` writes JSON and CSV; commit both); write
+a function that turns the Run into Markdown, for which ``markdown_table`` and ``labelled`` are there; register it in
 ``TABLES`` as ``"table_name": Table(render, "NAME.json")``; put the two marker lines into the README; run this script.
 A renderer that takes several Runs names several files. One that takes none prints what a command prints.
-Renderers live with their benchmark where they are long: import them here.
+Renderers live in tables.py and convergence_tables.py, where importing them costs nothing.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from convergence_results import read_rows
-from results import RESULTS, Run, load_run
+from convergence_tables import convergence_rates, convergence_report
+from results import RESULTS, load_run
+from tables import labelled, markdown_table, memory_table, requirements_table, scaling_table, step_time_table
 
 from hf_lowmem_optim.memory.table import optimizer_table
-from hf_lowmem_optim.memory.units import format_bytes
 
 __all__ = ["TABLES", "Table", "labelled", "markdown_table", "marked_tables", "render_readme"]
 
@@ -61,25 +60,6 @@ class Table:
             ValueError: A file is no result file, or has no rows for the table.
         """
         return self.render(*(load_run(results / name) for name in self.files)).strip()
-
-
-def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table; None is a dash, a float has two decimals."""
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    lines += [f"| {' | '.join(_cell(value) for value in row)} |" for row in rows]
-    return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-def labelled(run: Run, table: str) -> str:
-    """A table of figures that depend on the machine, under what they were measured with and the command."""
-    note = f" {run.note}" if run.note else ""
-    return f"```bash\n{run.command}\n```\n\nMeasured on {run.label()}.{note}\n\n{table}"
 
 
 def marked_tables(text: str) -> list[tuple[str, str]]:
@@ -112,55 +92,16 @@ def render_readme(text: str, tables: Mapping[str, Table], results: Path = RESULT
     return _MARKED.sub(rendered, text)
 
 
-def step_time_table(shapes: str) -> Callable[[Run], str]:
-    """The renderer of a shape set's step times."""
-
-    def render(run: Run) -> str:
-        rows = [row for row in run.rows if row["shapes"] == shapes]
-        if not rows:
-            raise ValueError(f"{run.benchmark}.json has no rows for the shapes {shapes!r}")
-        columns = {
-            "optimizer": "optimizer",
-            "median ms": "median_ms",
-            "10–90% ms": "spread_ms",
-            "× foreach": "ratio_to_foreach",
-            "× fused": "ratio_to_fused",
-            "first step ms": "first_step_ms",
-            "B/param": "state_bytes_per_parameter",
-            "step allocates": "peak_temporary_bytes",
-        }
-        # older files lack some columns
-        columns = {title: key for title, key in columns.items() if any(row.get(key) is not None for row in rows)}
-        cells = [[_value(row, key) for key in columns.values()] for row in rows if row.get("median_ms") is not None]
-        return labelled(run, markdown_table(list(columns), cells))
-
-    return render
-
-
-def _value(row: Mapping[str, Any], key: str) -> Any:
-    """A cell's value; bytes in the unit that is easy to read."""
-    value = row.get(key)
-    return format_bytes(value) if key.endswith("_bytes") and value is not None else value
-
-
-def convergence_report(run: Run) -> str:
-    """What each optimizer reached, under the circumstances."""
-    from convergence_tables import convergence_table  # it takes markdown_table from here
-
-    return labelled(run, convergence_table(read_rows(run)))
-
-
-def convergence_rates(run: Run) -> str:
-    """What each learning rate gave; the circumstances are those of the report."""
-    from convergence_tables import rates_table
-
-    return rates_table(read_rows(run))
-
-
 TABLES: dict[str, Table] = {
     "optimizers": Table(optimizer_table),
     "step_time_minilm": Table(step_time_table("minilm"), "step_time.json"),
     "step_time_llama": Table(step_time_table("llama"), "step_time.json"),
+    "step_time_lora": Table(step_time_table("lora"), "step_time.json"),
+    "step_time_matrix": Table(step_time_table("matrix"), "step_time.json"),
+    "step_time_small": Table(step_time_table("small"), "step_time.json"),
+    "scaling": Table(scaling_table, "scaling.json"),
+    "requirements": Table(requirements_table, "requirements.json"),
+    "memory": Table(memory_table, "memory.json"),
     "convergence_pretrain": Table(convergence_report, "convergence_pretrain.json"),
     "convergence_pretrain_rates": Table(convergence_rates, "convergence_pretrain.json"),
 }
@@ -178,9 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.list:
         marked = {name for name, _ in marked_tables(old)}
         for name, table in TABLES.items():
-            print(
-                f"{name:24} {' '.join(table.files) or 'a command'}{'' if name in marked else '  (not in the README)'}"
-            )
+            source = " ".join(table.files) or "a command"
+            print(f"{name:24} {source:24} {'in' if name in marked else 'not in'} the README")
         return 0
     try:
         new = render_readme(old, TABLES)

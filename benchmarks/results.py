@@ -17,13 +17,13 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from machine import describe_machine, describe_software
 
-__all__ = ["RESULTS", "SCHEMA", "Run", "describe_run", "load_run", "save_run"]
+__all__ = ["RESULTS", "SCHEMA", "Run", "describe_run", "load_run", "resume_run", "save_run"]
 
 SCHEMA = "hf-lowmem-optim/benchmark/1"
 RESULTS = Path(__file__).parent / "results"
@@ -113,6 +113,25 @@ def load_run(path: Path) -> Run:
     if missing:
         raise ValueError(f"{path.name} lacks {', '.join(sorted(missing))}")
     return Run(**{key: content[key] for key in Run.__dataclass_fields__ if key in content})
+
+
+def resume_run(run: Run, path: Path | None) -> Run:
+    """The run with the rows that an interrupted one left, to go on with what is missing.
+
+    Args:
+        run: The run that starts now.
+        path: Where it is saved; without a file there is nothing to resume.
+
+    Raises:
+        SystemExit: The rows may not stand beside new ones: another machine, version or setting.
+    """
+    if path is None or not path.exists():
+        return run
+    old = load_run(path)
+    if not old.comparable_with(run):
+        raise SystemExit(f"--resume: {path.name} is of another machine, version or setting; measure it anew")
+    # the command that began it is the one that measures it again
+    return replace(run, rows=old.rows, command=old.command, date=old.date)
 
 
 def _replace(path: Path, text: str) -> None:

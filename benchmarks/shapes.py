@@ -1,4 +1,4 @@
-"""The models whose shapes the benchmarks use, built from their configurations with random weights."""
+"""What the benchmarks step over: the shapes of models, built from their configurations with random weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-__all__ = ["MODELS"]
+__all__ = ["BODY_SIZES", "SHAPES", "body", "small_tensors"]
 
 
 def _minilm() -> nn.Module:
@@ -15,7 +15,7 @@ def _minilm() -> nn.Module:
     return BertModel(BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536))
 
 
-def _llama() -> nn.Module:
+def _llama() -> LlamaForCausalLM:
     """An 8-layer Llama of 58 M parameters with separate embedding and head."""
     return LlamaForCausalLM(
         LlamaConfig(
@@ -29,4 +29,48 @@ def _llama() -> nn.Module:
     )
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"minilm": _minilm, "llama": _llama}
+def _lora() -> nn.Module:
+    """LoRA adapters of rank 64 on every linear layer of that Llama: 112 matrices, 5.0 M trainable parameters."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=64, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(_llama(), config)  # type: ignore[no-any-return]
+
+
+def _matrix() -> nn.Module:
+    """One matrix of 16.8 M entries."""
+    return nn.ModuleDict({"layer": nn.Linear(4096, 4096, bias=False)})
+
+
+def small_tensors(count: int = 1000) -> nn.Module:
+    """Half of them matrices of 96 × 168, half their biases; 1000 have 8.1 M parameters."""
+    return nn.ModuleList(nn.Linear(168, 96) for _ in range(count // 2))
+
+
+SHAPES: dict[str, Callable[[], nn.Module]] = {
+    "minilm": _minilm,
+    "llama": _llama,
+    "lora": _lora,
+    "matrix": _matrix,
+    "small": small_tensors,
+}
+
+#: Width and layers of bodies from 10 M to 200 M parameters.
+BODY_SIZES = ((384, 6), (512, 8), (640, 10), (768, 14), (1024, 16))
+
+
+def body(hidden: int, layers: int) -> nn.Module:
+    """The matrices of a Llama without embedding and head, about 12 · hidden² a layer, wider and deeper with size.
+
+    So the mix of shapes is the same at every size, and a cost per parameter that changes is the optimizer's doing.
+
+    Args:
+        hidden: Width.
+        layers: Number of layers.
+
+    Returns:
+        A module that holds the weights; it computes nothing.
+    """
+    inner = 8 * hidden // 3 // 32 * 32
+    shapes = [(hidden, hidden)] * 4 + [(hidden, inner), (hidden, inner), (inner, hidden)]
+    return nn.ModuleList(nn.Linear(*shape, bias=False) for _ in range(layers) for shape in shapes)

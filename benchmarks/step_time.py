@@ -1,155 +1,147 @@
-"""Time of ``optimizer.step()``, every optimizer interleaved with torch's AdamW in one process.
+"""Time of ``optimizer.step()``: ours and every peer that is installed, interleaved in one process.
 
-    python benchmarks/step_time.py --model minilm --rank 16 128 --csv step_time.csv
+    python benchmarks/step_time.py --save                        # MiniLM and Llama shapes, into benchmarks/results
+    python benchmarks/step_time.py --shapes lora matrix small --rank 16 --only ldadam galore foreach
+    python benchmarks/step_time.py --device cuda --dtype bfloat16
     HF_LOWMEM_OPTIM_BACKEND=reference python benchmarks/step_time.py    # without numba
 
-Prints, per optimizer, the median milliseconds of a step, the spread, the ratio to AdamW foreach (median of the
-ratios round by round), the first step (which computes the SVD) and the bytes of optimizer state per parameter.
-Rounds in which the machine was visibly busy with something else widen the spread: quote the medians.
+Install the peers with ``pip install -e '.[bench]'``, and with ``--no-deps`` galore-torch and apollo-torch, which ask
+for much that they do not use. What is missing is a line that says so. torchao compiles for 20 to 40 seconds, so it
+takes part only with ``--compiled``.
+
+Printed per optimizer: median milliseconds of a step, spread (90th minus 10th percentile), ratio to torch's AdamW
+foreach and fused (medians of the ratios round by round), the first step (which computes the SVD, or compiles), bytes of
+state per parameter, and the most that a step allocated. A window is full before the rounds begin. GaLore's and APOLLO's
+new projections, every 200 steps, are in no round.
+
+Page faults of temporaries can change a ratio by 1.4: the malloc setting is printed; try MALLOC_MMAP_MAX_=0
+MALLOC_TRIM_THRESHOLD_=17179869184. It waits until the machine is quiet. Rows are saved after each set of shapes;
+``--resume`` goes on where a run was interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import os
-import platform
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-import transformers
-from shapes import MODELS
-from torch import nn
+from interleave import SEED, Contender, Workload, compare, enter, summarize
+from machine import BusyMachineError, wait_until_quiet
+from peers import FOREACH, FUSED, candidates
+from plots import plot_step_time
+from results import RESULTS, describe_run, resume_run, save_run
+from shapes import SHAPES
+from tables import step_time_rows
+from transformers import logging as transformers_logging
 
-from hf_lowmem_optim import OPTIMIZERS, OptimizerFactory
 from hf_lowmem_optim.kernels.backend import choose_backend
-from hf_lowmem_optim.memory.measure import measure_state
+
+#: Above this others disturb the rounds noticeably.
+_DISTURBING_CORES = 0.2
+DTYPES = ("float32", "bfloat16", "float16")
 
 
-@dataclass
-class Row:
-    """One line of the table."""
-
-    model: str
-    optimizer: str
-    dtype: str
-    median_ms: float
-    spread_ms: float
-    ratio_to_foreach: float
-    first_step_ms: float
-    bytes_per_parameter: float
-
-
-class Contender:
-    """A model of its own, with fixed random gradients, and its optimizer."""
-
-    def __init__(self, name: str, model: nn.Module, build: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
-        self.name = name
-        generator = torch.Generator(model.device).manual_seed(0)
-        for param in model.parameters():
-            param.grad = torch.randn(param.shape, generator=generator, device=param.device).to(param.dtype) * 1e-3
-        self.num_parameters = sum(p.numel() for p in model.parameters())
-        self.optimizer = build(model)
-        self.device = model.device
-        self.times_ms: list[float] = []
-
-    def step(self) -> None:
-        """Time one step."""
-        self._synchronize()
-        start = time.perf_counter()
-        self.optimizer.step()
-        self._synchronize()
-        self.times_ms.append(1e3 * (time.perf_counter() - start))
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+def add_timing_options(parser: argparse.ArgumentParser, name: str) -> None:
+    """The options of everything that measures time; what the factory logs about each model is of no interest here."""
+    transformers_logging.set_verbosity_error()
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=25, help="at most")
+    parser.add_argument("--seconds", type=float, default=120.0, help="for the rounds of one set, five rounds at least")
+    parser.add_argument("--wait", type=float, default=300.0, help="seconds to wait for a quiet machine")
+    parser.add_argument("--ignore-load", action="store_true", help="measure although others are computing")
+    parser.add_argument("--save", type=Path, nargs="?", const=RESULTS / f"{name}.json", metavar="PATH.json")
+    parser.add_argument("--resume", action="store_true", help="with --save: keep what the file has already")
+    parser.add_argument("--plot", type=Path, metavar="PATH.png", help="draw the rows (extra plot)")
 
 
-def contenders(model: str, ranks: list[int], error_feedback: str, dtype: torch.dtype, device: str) -> list[Contender]:
-    """AdamW foreach first, then fused, then ours."""
-
-    def new_model() -> nn.Module:
-        torch.manual_seed(0)
-        return MODELS[model]().to(device=device, dtype=dtype)
-
-    def ours(name: str, **hyper: object) -> Contender:
-        factory = OptimizerFactory(name, lr=1e-4, **hyper)
-        return Contender(" ".join([name, *(f"{k}={v}" for k, v in hyper.items())]), new_model(), factory)
-
-    adamw = torch.optim.AdamW
-    return [
-        Contender("torch AdamW foreach", new_model(), lambda m: adamw(m.parameters(), lr=1e-4, foreach=True)),
-        Contender("torch AdamW fused", new_model(), lambda m: adamw(m.parameters(), lr=1e-4, fused=True)),
-        *(ours("ldadam", rank=rank, error_feedback=error_feedback) for rank in ranks),
-        *(ours(name) for name in OPTIMIZERS if name != "ldadam"),
-    ]
+def wait_unless_told(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Wait for a quiet machine, or stop with the reason."""
+    if not arguments.ignore_load:
+        try:
+            wait_until_quiet(patience_s=arguments.wait)
+        except BusyMachineError as error:
+            parser.exit(3, f"{parser.prog}: {error}\n")
 
 
-def measure(model: str, entries: list[Contender], rounds: int, dtype: str) -> list[Row]:
-    """Run the rounds, each of one step of everyone, and summarize."""
-    for _ in range(rounds + 2):
-        for entry in entries:
-            entry.step()
-    base = entries[0].times_ms[2:]
+def workload(shapes: str, dtype: str, device: str) -> Workload:
+    """The parameters of a shape set with the benchmark's seed."""
+    torch.manual_seed(SEED)
+    return Workload(shapes, SHAPES[shapes]().to(device=device, dtype=getattr(torch, dtype)))
+
+
+def measure(arguments: argparse.Namespace, shapes: str, dtype: str, threads: int) -> list[dict[str, Any]]:
+    """Every optimizer on one set of shapes."""
+    torch.set_num_threads(threads)
+    work = workload(shapes, dtype, arguments.device)
+    entered: dict[str, Contender | str] = {}
+    for candidate in candidates(arguments.rank, compiled=arguments.compiled):
+        wanted = not arguments.only or any(part in candidate.name for part in arguments.only)
+        if wanted or candidate.name in (FOREACH, FUSED):
+            entered[candidate.name] = enter(candidate, work)
+    contenders = [c for c in entered.values() if isinstance(c, Contender)]
+    cores = compare(contenders, arguments.rounds, arguments.seconds)
+    if cores > _DISTURBING_CORES:
+        print(f"warning: others used {cores:.2f} cores meanwhile; these times are not to be believed")
     rows = []
-    for entry in entries:
-        times = entry.times_ms[2:]
-        deciles = statistics.quantiles(times, n=10)
-        rows.append(
-            Row(
-                model,
-                entry.name,
-                dtype,
-                statistics.median(times),
-                deciles[8] - deciles[0],
-                statistics.median(t / b for t, b in zip(times, base, strict=True)),
-                entry.times_ms[0],
-                measure_state(entry.optimizer).total_bytes / entry.num_parameters,
-            )
-        )
+    for name, contender in entered.items():
+        row: dict[str, Any] = {"shapes": shapes, "dtype": dtype, "threads": threads, "optimizer": name}
+        if isinstance(contender, str):
+            rows.append({**row, "problem": contender})
+        else:
+            rows.append({**row, **summarize(contender, contenders), "others_cores": round(cores, 3)})
     return rows
+
+
+def print_rows(rows: Sequence[dict[str, Any]]) -> None:
+    """Print a table under the set that it is of, and below it what could not be measured."""
+    print(f"\n{rows[0]['shapes']}, {rows[0]['dtype']}, {rows[0]['threads']} threads\n\n{step_time_rows(rows)}")
+    for row in rows:
+        if "problem" in row:
+            print(f"{row['optimizer']}: {row['problem']}")
 
 
 def main() -> None:
     """Parse the command line, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--rank", nargs="+", type=int, default=[16, 128])
-    parser.add_argument("--error-feedback", default="4bit", help="of ldadam")
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--csv", type=Path, default=None)
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    malloc = {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")} or "default"
-    print(
-        f"{platform.machine()}, {torch.get_num_threads()} threads, device {args.device}, "
-        f"kernels {choose_backend('step', torch.device(args.device))}, "
-        f"load {os.getloadavg()[0]:.1f}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}, malloc {malloc}, seed 0"
-    )
-    rows: list[Row] = []
-    for model in args.model:
-        entries = contenders(model, args.rank, args.error_feedback, getattr(torch, args.dtype), args.device)
-        rows += measure(model, entries, args.rounds, args.dtype)
-    print("| model | optimizer | dtype | median ms | 10–90% ms | × foreach | first step ms | B/param |")
-    print("|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        cells = [f"{v:.2f}" if isinstance(v, float) else v for v in asdict(row).values()]
-        print(f"| {' | '.join(cells)} |")
-    if args.csv:
-        with args.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+    parser.add_argument("--shapes", nargs="+", default=["minilm", "llama"], choices=list(SHAPES))
+    parser.add_argument("--rank", nargs="+", type=int, default=[16, 128], help="of the low-rank methods")
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES)
+    parser.add_argument("--threads", nargs="+", type=int, default=[torch.get_num_threads()])
+    parser.add_argument("--only", nargs="+", metavar="PART", help="optimizers whose names contain one of these")
+    parser.add_argument("--compiled", action="store_true", help="torchao too")
+    add_timing_options(parser, "step_time")
+    arguments = parser.parse_args()
+    settings = {
+        "device": arguments.device,
+        "backend": str(choose_backend("step", torch.device(arguments.device))),
+        "dtype": " ".join(arguments.dtype),
+        "threads": " ".join(map(str, arguments.threads)),
+        "seed": SEED,
+        "rounds": arguments.rounds,
+        "seconds": arguments.seconds,
+        "only": arguments.only,
+    }
+    run = describe_run("step_time", settings)
+    if arguments.resume:
+        run = resume_run(run, arguments.save)
+    print(f"{run.label()}, kernels {settings['backend']}")
+    done = {(row["shapes"], row["dtype"], row["threads"]) for row in run.rows}
+    for key in itertools.product(arguments.shapes, arguments.dtype, arguments.threads):
+        if key in done:
+            print(f"{' '.join(map(str, key))}: kept from {arguments.save}")
+            continue
+        wait_unless_told(arguments, parser)
+        rows = measure(arguments, *key)
+        print_rows(rows)
+        run = replace(run, rows=[*run.rows, *rows])
+        if arguments.save:
+            save_run(run, arguments.save)
+    if arguments.plot:
+        plot_step_time(run, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from temporaries import peak_bytes
 from torch import nn
 
 from hf_lowmem_optim import measure_state
 from hf_lowmem_optim.memory.reference_steps import galore_step
 from hf_lowmem_optim.memory.references import REFERENCES, ParameterFacts, plan_reference
-from tests.optimizers.test_temporaries import peak_bytes
 
 #: Above and under 4096 entries, divisible by block sizes and not, both orientations, vectors.
 FACTS = {

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from temporaries import peak_bytes
 from torch import nn
 
 from hf_lowmem_optim import OPTIMIZERS, plan_optimizer
 from hf_lowmem_optim.memory.plan import plan_temporaries
-from tests.optimizers.test_temporaries import peak_bytes
 
 #: Slices of constant size that rounding and mixed dtypes need on the CPU.
 SLICES = 2**18

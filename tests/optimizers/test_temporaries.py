@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
+from temporaries import peak_bytes
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 from hf_lowmem_optim.optimizers import LDAdam, LowMemoryOptimizer, MicroAdam
 
 SHAPE = (1024, 2048)
 FP32_BYTES = 4 * 1024 * 2048
-
-
-def peak_bytes(action: Callable[[], None]) -> int:
-    """The most bytes that were allocated on top of what was there before, at any moment of the action."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        action()
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-    deltas = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    live = peak = 0
-    for _, delta in deltas:
-        live += delta
-        peak = max(peak, live)
-    return peak
 
 
 def third_step(optimizer_class: type[LowMemoryOptimizer], dtype: torch.dtype, **hyper: object) -> int:

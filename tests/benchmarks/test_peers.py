@@ -1,0 +1,102 @@
+"""Every adapter makes an optimizer that trains; low-rank ones project the matrices that ours compress."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peers
+import pytest
+import torch
+from interleave import Contender, Workload, compare, enter, summarize
+from peers import FOREACH, FUSED, PEERS, Candidate, candidates, split_parameters, trainable
+from torch import nn
+from torch.optim import Optimizer
+
+from hf_lowmem_optim import OPTIMIZERS
+from hf_lowmem_optim.memory.measure import measure_state
+
+RANK = 8
+CANDIDATES = list(candidates([RANK], compiled=False))
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.ModuleDict({"embedding": nn.Embedding(50, 64), "wide": nn.Linear(64, 160), "tall": nn.Linear(160, 64)})
+
+
+@pytest.fixture
+def workload() -> Workload:
+    return Workload("small", small_model())
+
+
+@pytest.mark.parametrize("candidate", CANDIDATES, ids=lambda candidate: candidate.name)
+def test_an_optimizer_moves_every_parameter_and_no_gradient(candidate: Candidate, workload: Workload) -> None:
+    if candidate.problem is not None:
+        assert candidate.problem.startswith("not installed (pip install ")
+        assert enter(candidate, workload) == candidate.problem
+        pytest.skip(candidate.problem)
+    before = [parameter.detach().clone() for parameter in workload.parameters]
+    contender = enter(candidate, workload)
+    assert isinstance(contender, Contender), contender
+    assert all(not torch.equal(old, new) for old, new in zip(before, workload.parameters, strict=True))
+    assert workload.is_finite() and not workload.gradients_changed()
+    full = 8 * workload.num_parameters
+    state = measure_state(contender.optimizer).total_bytes
+    if candidate.name.endswith(f"rank={RANK}"):
+        dense = 8 * sum(parameter.numel() for parameter in split_parameters(workload.model)[1])
+        assert dense < state < 0.6 * full
+    elif candidate.name in (FOREACH, FUSED):
+        assert state == full + 4 * len(workload.parameters)
+
+
+def test_everything_that_is_registered_takes_part_once_per_rank() -> None:
+    names = [candidate.name for candidate in candidates([4, 16], compiled=True)]
+    assert len(names) == len(set(names))
+    assert names[:2] == [FOREACH, FUSED]
+    assert {name.split(" rank=")[0] for name in names} == {
+        *PEERS,
+        *(name for name, entry in OPTIMIZERS.items() if not entry.optimizer_class.layerwise),
+    }
+    assert {"ldadam rank=4", "ldadam rank=16", "galore-torch rank=4"} <= set(names)
+
+
+def test_a_peer_that_fails_is_a_line_and_ours_an_error(workload: Workload) -> None:
+    def build(_: nn.Module) -> Optimizer:
+        raise OSError("no compiler\nand more")
+
+    assert enter(Candidate("peer", build, ours=False), workload) == "OSError: no compiler"
+    with pytest.raises(OSError, match="no compiler"):
+        enter(Candidate("ours", build), workload)
+
+
+def test_an_optimizer_that_changes_shared_gradients_is_refused(workload: Workload) -> None:
+    class Greedy(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for parameter in self.param_groups[0]["params"]:
+                parameter.grad.zero_()
+
+    with pytest.raises(RuntimeError, match="greedy changes the gradients"):
+        enter(Candidate("greedy", lambda model: Greedy(trainable(model)), ours=False), workload)
+
+
+def test_a_window_is_full_before_the_rounds(workload: Workload) -> None:
+    contender = enter(peers.ours("microadam", window=7, density=0.1), workload)
+    assert isinstance(contender, Contender)
+    steps = {int(state["step"]) for state in contender.optimizer.state.values() if "step" in state}
+    assert min(steps) >= 7
+
+
+def test_ratios_are_medians_of_rounds_not_of_times(workload: Workload) -> None:
+    """A slow moment that meets all alike moves no ratio."""
+    entered = [enter(peers.peer(name), workload) for name in (FOREACH, FUSED)]
+    first, second = (contender for contender in entered if isinstance(contender, Contender))
+    assert compare([first, second], rounds=6, seconds=60.0) >= 0
+    assert len(first.times_ms) == len(second.times_ms) == 6
+    first.times_ms, second.times_ms = [1.0, 2.0, 100.0, 4.0, 1.0], [3.0, 6.0, 300.0, 12.0, 3.0]
+    row = summarize(second, [first, second])
+    assert (row["median_ms"], row["ratio_to_foreach"], row["ratio_to_fused"]) == (6.0, 3.0, 1.0)
+    assert row["ratio_to_foreach_p10"] == row["ratio_to_foreach_p90"] == 3.0
+    assert row["ns_per_parameter"] == pytest.approx(6e6 / workload.num_parameters, abs=1e-3)
+    # foreach takes the root of all second moments at once; fused works in place
+    assert summarize(first, [first])["peak_temporary_bytes"] >= 4 * workload.num_parameters
+    assert row["peak_temporary_bytes"] < 1024
