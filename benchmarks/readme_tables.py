@@ -15,7 +15,7 @@ process, ``dataclasses.replace(run, rows=[…])`` fills it, ``results.save_run``
 a function that turns the Run into Markdown, for which ``markdown_table`` and ``labelled`` are there; register it in
 ``TABLES`` as ``"table_name": Table(render, "NAME.json")``; put the two marker lines into the README; run this script.
 A renderer that takes several Runs names several files. One that takes none prints what a command prints.
-Renderers live in tables.py, where importing them costs nothing.
+Renderers live in tables.py and convergence_tables.py, where importing them costs nothing.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from convergence_tables import convergence_rates, convergence_report
 from results import RESULTS, load_run
 from tables import labelled, markdown_table, memory_table, requirements_table, scaling_table, step_time_table
 
@@ -101,6 +102,8 @@ TABLES: dict[str, Table] = {
     "scaling": Table(scaling_table, "scaling.json"),
     "requirements": Table(requirements_table, "requirements.json"),
     "memory": Table(memory_table, "memory.json"),
+    "convergence_pretrain": Table(convergence_report, "convergence_pretrain.json"),
+    "convergence_pretrain_rates": Table(convergence_rates, "convergence_pretrain.json"),
 }
 
 
