@@ -202,7 +202,7 @@ def test_the_dense_rule_may_have_a_rate_of_its_own(tmp_path: Path) -> None:
         ({"dense_lr_ratio": 0}, ValueError, "dense_lr_ratio=0 is not positive"),
         ({"dense_lr_ratio": 4, "rank": None}, ValueError, "dense_lr_ratio=4 has no effect: nothing is compressed"),
         (
-            {"dense_lr_ratio": 4, "overrides": dict.fromkeys(("lm_head", "embed", "norm"), {"lr": 1e-3})},
+            {"dense_lr_ratio": 4, "overrides": {key: {"lr": 1e-3} for key in ("lm_head", "embed", "norm")}},
             ValueError,
             "dense_lr_ratio=4 has no effect: nothing without a rate of its own",
         ),
