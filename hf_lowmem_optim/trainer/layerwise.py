@@ -8,6 +8,7 @@ other optimizer it does nothing.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from accelerate.state import GradientState
@@ -19,6 +20,8 @@ from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
 from hf_lowmem_optim.optimizers.layerwise import Layerwise
 
 __all__ = ["LayerwiseCallback", "check_layerwise_arguments"]
+
+logger = logging.getLogger(__name__)
 
 
 def check_layerwise_arguments(args: TrainingArguments, optimizer_class: type[LowMemoryOptimizer]) -> None:
@@ -72,6 +75,12 @@ class LayerwiseCallback(TrainerCallback):
             for group in inner.param_groups:
                 inner.check_accumulation(group)
         inner.is_last_micro_batch = _is_last_micro_batch
+        if args.torch_compile:
+            logger.warning(
+                "torch_compile=True computes all gradients of a graph before the first of them is used, so %s gives "
+                "the right result but saves no memory for gradients. Leave torch_compile out to have one at a time",
+                inner.name,
+            )
 
     def on_log(
         self,
