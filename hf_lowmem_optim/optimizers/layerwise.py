@@ -229,8 +229,7 @@ class Layerwise(LowMemoryOptimizer):
             been used already. 0 where no step had begun.
         """
         used = len(self._updated | self._micro_batches.keys())
-        for unfinished in (self._norms, self._updated, self._micro_batches, self._held):
-            unfinished.clear()
+        self._finish_step()
         for group in self.param_groups:
             for param in group["params"]:
                 param.grad = None

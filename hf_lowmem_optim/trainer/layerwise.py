@@ -84,6 +84,12 @@ class LayerwiseCallback(TrainerCallback):
                 used,
                 type(inner).__name__,
             )
+        if args.torch_compile:
+            logger.warning(
+                "torch_compile=True computes all gradients of a graph before the first of them is used, so %s gives "
+                "the right result but saves no memory for gradients. Leave torch_compile out to have one at a time",
+                inner.name,
+            )
 
     def on_log(
         self,

@@ -139,7 +139,9 @@ def test_a_batch_that_overflows_in_fp16_is_as_if_it_had_not_been_there(name: str
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
-def test_a_compiled_model_trains_alike_and_resumes_in_either_way(name: str, tmp_path: Path) -> None:
+def test_a_compiled_model_trains_alike_and_resumes_in_either_way(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """With the part of torch.compile that could matter: graphs forward and backward. Inductor would take minutes."""
     targets = [r".*q_proj", r".*layers\.1\.mlp\.down_proj"]
     runs: dict[bool, InOrder] = {}
@@ -156,6 +158,8 @@ def test_a_compiled_model_trains_alike_and_resumes_in_either_way(name: str, tmp_
             **settings,
         )
         runs[compiled].train()
+        layerwise = OPTIMIZERS[name].optimizer_class.layerwise
+        assert ("saves no memory for gradients" in caplog.text) == (compiled and layerwise)
         # one graph, and none again in a later step for a hook's sake
         assert counters["stats"].get("unique_graphs", 0) == compiled
         groups = runs[compiled].optimizer.param_groups
