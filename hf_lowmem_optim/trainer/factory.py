@@ -57,7 +57,8 @@ class OptimizerFactory:
             name of a module, a part of it, or a regex for all of it, as in a list of target modules; the first key that
             matches holds. ``rank`` (in general :attr:`LowMemoryOptimizer.dense_key`) as None leaves matrices
             dense, and with a value compresses them, embeddings and head too. Biases and norms never decay.
-        lr_ratio: Learning rate of LoRA's B matrices over that of everything else (LoRA+, arXiv 2402.12354).
+        lr_ratio: Learning rate of LoRA's B matrices over that of everything else (LoRA+, arXiv 2402.12354);
+            an ``lr`` of the overrides is multiplied as well.
         dense_lr_ratio: Learning rate of what takes the dense rule (embeddings, head, norms, biases) over that of what
             is compressed; it does not touch a rate that ``overrides`` sets.
         **hyper: Hyper-parameters of the optimizer. Those left out have its own defaults, the learning rate too.
@@ -173,7 +174,8 @@ class OptimizerFactory:
             ValueError: As for a call.
         """
         optimizer_class = self.optimizer_class
-        optimizer_class.check_hyperparameters(given := {**self.hyper, **hyper})
+        given = {**self.hyper, **hyper}
+        optimizer_class.check_hyperparameters(given)
         everyone = {**optimizer_class.default_hyperparameters(), **given}
         check_overrides(self.overrides, optimizer_class, everyone)
         own = own_settings(model, self.overrides, self.lr_ratio, everyone["lr"])

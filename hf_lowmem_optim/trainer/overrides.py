@@ -193,7 +193,7 @@ def check_overrides_apply(
     dense_key = optimizer_class.dense_key
     for entry, values in (overrides or {}).items():
         concerned = [p for p in placements if own.entries.get(id(p.parameter)) == entry]
-        if "weight_decay" in values and not any(p.decays for p in concerned):
+        if values.get("weight_decay") and not any(p.decays for p in concerned):
             raise ValueError(
                 f"overrides[{entry!r}]: weight_decay={values['weight_decay']!r} has no effect: biases and norms do not "
                 "decay, and nothing else matches"

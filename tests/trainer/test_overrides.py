@@ -46,7 +46,7 @@ def test_the_first_entry_that_matches_holds_and_the_rest_is_as_before(caplog: py
         "mlp.up_proj": {"rank": None},
         "mlp": {"rank": 12, "lr": 2e-3},
         r"model\.layers\.1\.self_attn\.(q|k)_proj": {"error_feedback": "none"},
-        "norm": {"lr": 3e-3},
+        "norm": {"lr": 3e-3, "weight_decay": 0.0},
         "lm_head": {"rank": 6, "weight_decay": 0.5},
     }
     factory = OptimizerFactory("ldadam", lr=1e-3, rank=8, weight_decay=0.1, overrides=overrides)
