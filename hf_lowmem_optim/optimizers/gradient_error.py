@@ -35,12 +35,14 @@ class ErrorInGradient(LowMemoryOptimizer):
     With that setting, for the parameters that are compressed:
 
     - ``param.grad`` holds gradient plus error between backward pass and ``step()``, and clipping by norm and a logged
-      norm see that; ``step()`` sets it to None. The buffer stays in memory also where gradients would be freed.
+      norm see that; ``step()`` sets it to None, so that a tensor which the next backward pass does not reach is skipped
+      and keeps its error. The buffer stays in memory also where gradients would be freed.
     - ξ is in the parameter's dtype, and so is the sum g + ξ.
     - A gradient set by hand is left alone, and added to the error in ``step()``.
     - A gradient cannot be dropped: ``zero_grad()`` between backward pass and ``step()``, and whatever else replaces or
-      zeroes ``param.grad`` there, raises ``RuntimeError``, at once or in the next backward pass or ``step()``. Before
-      the first step there is no error, and nothing is refused.
+      zeroes ``param.grad`` there, raises ``RuntimeError``, at once or in the next backward pass or ``step()``. What is
+      written into it in place right before ``step()`` counts as clipping, zeros too. Before the first step there is no
+      error, and nothing is refused.
     - A gradient scaler (fp16), several processes (DDP, FSDP), layer-wise mode and ``backward(create_graph=True)`` are
       refused.
     """
