@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 __all__ = ["peak_bytes"]
@@ -37,10 +38,25 @@ def peak_bytes(action: Callable[[], object], device: torch.device | str = "cpu")
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         action()
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-    deltas = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    # What was there before may be freed meanwhile; that is no part of the action, and its addresses are unknown here.
+    allocated: dict[int, int] = {}
     live = peak = 0
-    for _, delta in deltas:
-        live += delta
+    for _, address, size in sorted(_allocations(profiler)):
+        if size > 0:
+            allocated[address] = size
+            live += size
+        else:
+            live -= allocated.pop(address, 0)
         peak = max(peak, live)
     return peak
+
+
+def _allocations(profiler: profile) -> Iterator[tuple[int, int, int]]:
+    """Time, address and size of every allocation; of every release, with a negative size."""
+    pending = list(profiler.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
+    while pending:
+        event = pending.pop()
+        pending.extend(event.children)
+        if event.tag == _EventType.Allocation:
+            fields = event.extra_fields
+            yield event.start_time_ns, fields.ptr, fields.alloc_size

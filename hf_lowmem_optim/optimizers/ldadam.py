@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -42,11 +43,12 @@ from hf_lowmem_optim.compression.error_feedback import (
 )
 from hf_lowmem_optim.compression.lowrank import leading_left_singular_vectors, orthonormalize, svd_entries
 from hf_lowmem_optim.compression.products import addmm, mm
+from hf_lowmem_optim.compression.rounding import rounding_bytes
 from hf_lowmem_optim.compression.workspace import Workspace
 from hf_lowmem_optim.optimizers.adamw import DenseState, adamw_state
 from hf_lowmem_optim.optimizers.base import PendingUpdate, update_arguments
 from hf_lowmem_optim.optimizers.batches import MATRIX_ENTRIES, chunks_by_key, is_aligned, scatter_, stack
-from hf_lowmem_optim.optimizers.dense import WeightRounding
+from hf_lowmem_optim.optimizers.dense import WeightRounding, rounds_stochastically
 from hf_lowmem_optim.optimizers.gradient_error import ErrorInGradient
 from hf_lowmem_optim.optimizers.hyperparameters import check_bool, check_choice, check_positive_int, check_unit_interval
 from hf_lowmem_optim.state import StepTemporaries, TensorSpec
@@ -398,12 +400,23 @@ class LDAdam(ErrorInGradient):
             matrices = [param for param in group["params"] if cls.compresses(param.shape, group)]
             for chunk in chunks_by_key(matrices, lambda p, g=group: _batch_key(p, g, 2), Tensor.numel):  # type: ignore[misc]
                 if len(chunk) > 1:
-                    state = sum(spec.nbytes for spec in cls.state_specs(chunk[0], group).values())
-                    alone = cls.step_temporaries(chunk[0], group, first=False)
-                    assert alone is not None
-                    stacks = 2 * chunk[0].numel() * chunk[0].dtype.itemsize + state
-                    together = together.largest(alone.times(len(chunk), beside=stacks))
+                    together = together.largest(cls._one_batch_temporaries(chunk, group))
         return together
+
+    @classmethod
+    def _one_batch_temporaries(cls, chunk: Sequence[Tensor], group: Mapping[str, Any]) -> StepTemporaries:
+        """What :func:`ldadam_update_batch_` allocates: the stacks, and what each matrix by itself needs."""
+        one = chunk[0]
+        hyper = {key: group[key] for key in ("rank", "state_dtype", "error_feedback")}
+        alone = ldadam_temporaries(one.shape, one.dtype, first=False, **hyper)
+        state = sum(spec.nbytes for spec in cls.state_specs(one, group).values())
+        stacks = 2 * one.numel() * one.dtype.itemsize + state
+        if not rounds_stochastically(one, group):
+            return alone.times(len(chunk), beside=stacks)
+        stacks += 4 * one.numel()
+        batch = alone.times(len(chunk), beside=stacks)
+        # the weights are rounded one after the other, when what the update took is free again
+        return replace(batch, own=max(batch.own, len(chunk) * stacks + rounding_bytes(one.numel(), one.device)))
 
     @classmethod
     def compresses(cls, shape: Sequence[int], group: Mapping[str, Any]) -> bool:
