@@ -29,6 +29,7 @@ ARGUMENTS = {
     "lowrank_mfac": "rank=4",
     "sparse_ggt": "density=0.05",
 }
+ARGUMENTS.update({f"{name}_layerwise": text for name, text in ARGUMENTS.items() if f"{name}_layerwise" in OPTIMIZERS})
 #: A step of GGT is at most as long as the rate, over all parameters together.
 LEARNING_RATES = {"sparse_ggt": 0.3}
 CLIP_TENSOR_NORM = 0.02
@@ -99,7 +100,7 @@ def train(name: str, case: Case, folder: Path, *, stop: bool = False, resume: bo
         "disable_tqdm": True,
         **case.settings,
     }
-    optim_args = None if case.defaults else ARGUMENTS[name.removesuffix("_layerwise")]
+    optim_args = None if case.defaults else ARGUMENTS[name]
     clipped_at = settings["max_grad_norm"]
     if OPTIMIZERS[name].optimizer_class.layerwise:
         settings["max_grad_norm"] = clipped_at = 0.0

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from hf_lowmem_optim import OPTIMIZERS, OptimizerFactory, measure_state, plan_memory, plan_optimizer
-from tests.trainer.resume_worker import ADAPTER_ARGUMENTS, LEARNING_RATES
+from tests.trainer.resume_worker import ARGUMENTS, LEARNING_RATES
 from tests.trainer.tiny_models import tiny_llama, token_rows
 
 
@@ -55,11 +55,10 @@ NAMES = ["ldadam", "microadam", "sparse_mfac", "ldadam_layerwise"]
 
 
 def train(model: nn.Module, name: str, folder: Path, **settings: Any) -> Trainer:
-    optimizer_class = OPTIMIZERS[name].optimizer_class
     args = TrainingArguments(
         str(folder),
         optim=name,
-        optim_args=ADAPTER_ARGUMENTS.get(optimizer_class.dense_key),
+        optim_args=ARGUMENTS[name],
         learning_rate=LEARNING_RATES.get(name, 1e-2),
         per_device_train_batch_size=8,
         max_grad_norm=0.0,
@@ -98,7 +97,7 @@ def test_an_adapter_trains_and_is_saved_and_merged(name: str, kind: str, tmp_pat
     torch.manual_seed(7)
     model = get_peft_model(tiny_llama(), case.config())
     before, untrained = values(model), outputs(model)
-    planned = plan_memory(model, name, optim_args=ADAPTER_ARGUMENTS.get(OPTIMIZERS[name].optimizer_class.dense_key))
+    planned = plan_memory(model, name, optim_args=ARGUMENTS[name])
     trainer = train(model, name, tmp_path)
 
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -25,7 +25,7 @@ from hf_lowmem_optim import (
     plan_optimizer,
 )
 from hf_lowmem_optim.memory.report import load_report
-from tests.trainer.resume_worker import ADAPTER_ARGUMENTS, LEARNING_RATES, STEPS, STOP, StopAt
+from tests.trainer.resume_worker import ARGUMENTS, LEARNING_RATES, STEPS, STOP, StopAt
 from tests.trainer.test_resume import assert_equal_to_the_bit
 from tests.trainer.tiny_models import VOCAB, token_rows
 
@@ -74,8 +74,8 @@ def train(model: nn.Module, name: str, folder: Path, *, stop: bool = False, resu
     args = TrainingArguments(
         str(folder),
         optim=name,
-        optim_args=ADAPTER_ARGUMENTS.get(optimizer_class.dense_key),
-        learning_rate=LEARNING_RATES.get(name, 1e-2),
+        optim_args=ARGUMENTS[name],
+        learning_rate=LEARNING_RATES.get(name, 3e-2),
         max_steps=STEPS,
         per_device_train_batch_size=2,
         max_grad_norm=0.0 if optimizer_class.layerwise else 0.5,
@@ -92,6 +92,17 @@ def train(model: nn.Module, name: str, folder: Path, *, stop: bool = False, resu
     return trainer
 
 
+@torch.no_grad()
+def loss(model: nn.Module) -> float:
+    """Of all rows, as that of one batch is mostly noise in so short a run.
+
+    With dropout, the same each time: in evaluation bitsandbytes repacks a 4-bit base for the CPU, for good.
+    """
+    torch.manual_seed(0)
+    rows = torch.stack([row["input_ids"] for row in token_rows(24)]).to(next(model.parameters()).device)
+    return model.train()(input_ids=rows, labels=rows).loss.item()
+
+
 def values(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
@@ -106,9 +117,9 @@ def test_adapters_on_a_quantized_base_train_and_resume_to_the_bit(
     model = load(base, bits, device)
     start = values(model)
     assert {p.dtype for p in model.parameters()} == {torch.float32, torch.uint8 if bits == "4-bit" else torch.int8}
+    loss_before = loss(model)
     straight = train(model, name, tmp_path)
-    losses = [entry["loss"] for entry in straight.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0]
+    assert loss(model) < loss_before
     adapters = {n for n, p in model.named_parameters() if p.requires_grad}
     assert len(adapters) == 8 and all("lora_" in n for n in adapters)
     assert {n for n, p in values(model).items() if not torch.equal(p, start[n])} == adapters
