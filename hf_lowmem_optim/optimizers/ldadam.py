@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -42,11 +43,12 @@ from hf_lowmem_optim.compression.error_feedback import (
 )
 from hf_lowmem_optim.compression.lowrank import leading_left_singular_vectors, orthonormalize, svd_entries
 from hf_lowmem_optim.compression.products import addmm, mm
+from hf_lowmem_optim.compression.rounding import rounding_bytes
 from hf_lowmem_optim.compression.workspace import Workspace
 from hf_lowmem_optim.optimizers.adamw import DenseState, adamw_state
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer, PendingUpdate, update_arguments
 from hf_lowmem_optim.optimizers.batches import MATRIX_ENTRIES, chunks_by_key, is_aligned, scatter_, stack
-from hf_lowmem_optim.optimizers.dense import WeightRounding
+from hf_lowmem_optim.optimizers.dense import WeightRounding, rounds_stochastically
 from hf_lowmem_optim.optimizers.hyperparameters import check_bool, check_choice, check_positive_int, check_unit_interval
 from hf_lowmem_optim.state import StepTemporaries, TensorSpec
 
@@ -390,11 +392,17 @@ class LDAdam(LowMemoryOptimizer):
             matrices = [param for param in group["params"] if cls.compresses(param.shape, group)]
             for chunk in chunks_by_key(matrices, lambda p, g=group: _batch_key(p, g, 2), Tensor.numel):  # type: ignore[misc]
                 if len(chunk) > 1:
-                    state = sum(spec.nbytes for spec in cls.state_specs(chunk[0], group).values())
-                    alone = cls.step_temporaries(chunk[0], group, first=False)
+                    one, count = chunk[0], len(chunk)
+                    beside = 2 * one.numel() * one.dtype.itemsize
+                    beside += sum(spec.nbytes for spec in cls.state_specs(one, group).values())
+                    rounding = 0
+                    if rounds_stochastically(one, group):
+                        # float32 weights of all of them, rounded one by one when the update is done
+                        beside, rounding = beside + 4 * one.numel(), rounding_bytes(one.numel(), one.device)
+                    alone = cls.step_temporaries(one, {**group, "weight_rounding": "nearest"}, first=False)
                     assert alone is not None
-                    stacks = 2 * chunk[0].numel() * chunk[0].dtype.itemsize + state
-                    together = together.largest(alone.times(len(chunk), beside=stacks))
+                    batch = alone.times(count, beside=beside)
+                    together = together.largest(replace(batch, own=max(batch.own, count * beside + rounding)))
         return together
 
     @classmethod
