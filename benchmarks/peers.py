@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hf_lowmem_optim import OPTIMIZERS, OptimizerFactory
-from hf_lowmem_optim.trainer.param_groups import place_parameters
+from hf_lowmem_optim.trainer.param_groups import COMPRESSED, place_parameters
 
 __all__ = ["FOREACH", "FUSED", "PEERS", "Candidate", "Peer", "candidates", "split_parameters"]
 
@@ -79,7 +79,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The matrices that our factory would compress, whatever the rank, and all other trainable parameters."""
-    placements = place_parameters(model, None, lambda shape: True)
+    placements = place_parameters(model, None, lambda parameter, settings: COMPRESSED)
     matrices = [p.parameter for p in placements if p.targeted and p.parameter.ndim == 2]
     others = [p.parameter for p in placements if not (p.targeted and p.parameter.ndim == 2)]
     return matrices, others

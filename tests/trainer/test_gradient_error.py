@@ -13,7 +13,7 @@ from hf_lowmem_optim import LDAdam, OptimizerFactory, OptimizerStateMemoryCallba
 from hf_lowmem_optim.memory.report import load_report, report_text
 from hf_lowmem_optim.trainer.gradient_error import check_gradient_error_arguments
 from tests.optimizers.cases import assert_same_state
-from tests.trainer.resume_worker import StopAt
+from tests.trainer.resume_worker import STOP, StopAt
 from tests.trainer.tiny_models import tiny_llama, token_rows
 
 
@@ -58,7 +58,7 @@ def test_resume_is_exact_with_clipping_and_accumulation(dtype: torch.dtype, tmp_
     straight.train()
     make_trainer(tmp_path, callbacks=[StopAt()], **settings).train()
     resumed = make_trainer(tmp_path, **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STOP}"))
     for mine, theirs in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     assert_same_state(straight.optimizer.optimizer, resumed.optimizer.optimizer)

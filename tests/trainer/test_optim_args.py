@@ -63,7 +63,7 @@ def test_values_are_typed_by_the_signature(
         (LDAdam, "rank=4,", "'' is not of the form key=value"),
         (LDAdam, "rank=4=5", "'rank=4=5' is not of the form key=value"),
         (LDAdam, "rank=4,rho=0.5,rank=8", "'rank' is given twice"),
-        (LDAdam, "error_feedback=fp64", "not one of param, fp32, bf16, 8bit, 4bit, none"),
+        (LDAdam, "error_feedback=fp64", "not one of param, fp32, bf16, 8bit, 4bit, grad, none"),
         (LDAdam, "betas=(0.9,0.99)", "write beta1"),
         (LDAdam, "lr=1e-3", "TrainingArguments.learning_rate="),
         (LDAdam, "weight_decay=0.1", "TrainingArguments.weight_decay="),

@@ -26,7 +26,7 @@ from hf_lowmem_optim import (
 from hf_lowmem_optim.memory.report import load_report
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
 from hf_lowmem_optim.trainer.param_groups import COMPRESSED
-from tests.trainer.resume_worker import StopAt
+from tests.trainer.resume_worker import STOP, StopAt
 from tests.trainer.test_resume import assert_equal_to_the_bit
 from tests.trainer.tiny_models import tiny_llama, token_rows
 
@@ -281,7 +281,7 @@ def test_a_run_with_own_settings_resumes_to_the_bit(tmp_path: Path) -> None:
             optimizer_cls_and_kwargs=(chosen, {}),
             callbacks=[OptimizerStateMemoryCallback(), *([StopAt()] if stop else [])],
         )
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10") if resume else None)
+        trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STOP}") if resume else None)
         return trainer
 
     straight = run()
