@@ -75,6 +75,8 @@ class RunStore:
             "device": "cpu",
         }
         self._run = describe_run("convergence", settings, note)
+        self._command = self._run.command
+        self._wanted: set[tuple[str, float, int, str]] = set()
         self.rows: list[ConvergenceRow] = []
         if path is None or not path.exists():
             return
@@ -94,11 +96,21 @@ class RunStore:
     def find(self, entry: str, lr: float, seed: int, held_out: str) -> ConvergenceRow | None:
         """Return a run, None if it has not been done."""
         wanted = (entry, lr, seed, held_out)
+        self._wanted.add(wanted)
         return next((row for row in self.rows if (row.entry, row.lr, row.seed, row.held_out) == wanted), None)
 
     def add(self, row: ConvergenceRow) -> None:
         """Keep a run."""
         self.rows.append(row)
+        self._save()
+
+    def finish(self) -> None:
+        """If this process has asked for every run of the file, its command is what to type to get them again."""
+        if self.rows and all((row.entry, row.lr, row.seed, row.held_out) in self._wanted for row in self.rows):
+            self._run = dataclasses.replace(self._run, command=self._command)
+            self._save()
+
+    def _save(self) -> None:
         if self.path is not None:
             save_run(dataclasses.replace(self._run, rows=[asdict(r) for r in self.rows]), self.path)
 

@@ -102,6 +102,21 @@ def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path: Path) -> None:
     assert [row.lr for row in read_rows(load_run(tmp_path / "parts.json"))] == [lr for _, lr, _, _ in whole]
 
 
+def test_the_file_tells_the_command_that_gives_all_of_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compare(arguments: str, entries: dict[str, float], note: str = "") -> tuple[str, str]:
+        monkeypatch.setattr("sys.argv", ["benchmarks/convergence.py", *arguments.split()])
+        store = RunStore(tmp_path / "r.json", "fake", 300, "fp32", note)
+        tune_and_report(resumable(store, fake_run), entries, 0, (1,))
+        store.finish()
+        saved = load_run(tmp_path / "r.json")
+        return saved.command.replace("python benchmarks/convergence.py ", ""), saved.note
+
+    first, second = ({name: 1e-3} for name in ("adamw", "galore"))
+    assert compare("first", first, "beside others") == ("first", "beside others")
+    assert compare("second", second) == ("first\nsecond", "beside others")
+    assert compare("both", {**first, **second}) == ("both", "beside others")
+
+
 @pytest.mark.parametrize("other", [{"task": "another"}, {"steps": 301}, {"precision": "bf16"}])
 def test_figures_of_other_circumstances_do_not_enter_a_file(other: dict[str, object], tmp_path: Path) -> None:
     settings = {"task": "fake", "steps": 300, "precision": "fp32"}
