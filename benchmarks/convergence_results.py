@@ -76,7 +76,7 @@ class RunStore:
         }
         self._run = describe_run("convergence", settings, note)
         self._command = self._run.command
-        self._wanted: set[tuple[str, float, int, str]] = set()
+        self._wanted: dict[tuple[str, float, int, str], None] = {}
         self.rows: list[ConvergenceRow] = []
         if path is None or not path.exists():
             return
@@ -96,7 +96,7 @@ class RunStore:
     def find(self, entry: str, lr: float, seed: int, held_out: str) -> ConvergenceRow | None:
         """Return a run, None if it has not been done."""
         wanted = (entry, lr, seed, held_out)
-        self._wanted.add(wanted)
+        self._wanted[wanted] = None
         return next((row for row in self.rows if (row.entry, row.lr, row.seed, row.held_out) == wanted), None)
 
     def add(self, row: ConvergenceRow) -> None:
@@ -105,8 +105,14 @@ class RunStore:
         self._save()
 
     def finish(self) -> None:
-        """If this process has asked for every run of the file, its command is what to type to get them again."""
-        if self.rows and all((row.entry, row.lr, row.seed, row.held_out) in self._wanted for row in self.rows):
+        """If this process has asked for every run of the file, make it what this process alone would have written.
+
+        That is: the runs in the order in which they were asked for, under this process's command.
+        """
+        order = {wanted: place for place, wanted in enumerate(self._wanted)}
+        places = [order.get((row.entry, row.lr, row.seed, row.held_out)) for row in self.rows]
+        if self.rows and None not in places:
+            self.rows.sort(key=lambda row: order[row.entry, row.lr, row.seed, row.held_out])
             self._run = dataclasses.replace(self._run, command=self._command)
             self._save()
 

@@ -102,7 +102,9 @@ def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path: Path) -> None:
     assert [row.lr for row in read_rows(load_run(tmp_path / "parts.json"))] == [lr for _, lr, _, _ in whole]
 
 
-def test_the_file_tells_the_command_that_gives_all_of_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_several_processes_becomes_that_of_the_one_which_asks_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def compare(arguments: str, entries: dict[str, float], note: str = "") -> tuple[str, str]:
         monkeypatch.setattr("sys.argv", ["benchmarks/convergence.py", *arguments.split()])
         store = RunStore(tmp_path / "r.json", "fake", 300, "fp32", note)
@@ -114,7 +116,11 @@ def test_the_file_tells_the_command_that_gives_all_of_its_runs(tmp_path: Path, m
     first, second = ({name: 1e-3} for name in ("adamw", "galore"))
     assert compare("first", first, "beside others") == ("first", "beside others")
     assert compare("second", second) == ("first\nsecond", "beside others")
-    assert compare("both", {**first, **second}) == ("both", "beside others")
+    assert compare("both", {**second, **first}) == ("both", "beside others")
+    rows = load_run(tmp_path / "r.json").rows
+    (tmp_path / "r.json").unlink()
+    compare("both", {**second, **first})
+    assert rows == load_run(tmp_path / "r.json").rows
 
 
 @pytest.mark.parametrize("other", [{"task": "another"}, {"steps": 301}, {"precision": "bf16"}])
