@@ -263,6 +263,7 @@ def train_all(args: argparse.Namespace) -> list[ConvergenceRow]:
                     run(entry, lr, seed, "test")
     else:
         tune_and_report(run, entries, args.tune_seed, args.seeds)
+    store.finish()
     return store.rows
 
 

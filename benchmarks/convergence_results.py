@@ -75,6 +75,8 @@ class RunStore:
             "device": "cpu",
         }
         self._run = describe_run("convergence", settings, note)
+        self._command = self._run.command
+        self._wanted: dict[tuple[str, float, int, str], None] = {}
         self.rows: list[ConvergenceRow] = []
         if path is None or not path.exists():
             return
@@ -94,11 +96,27 @@ class RunStore:
     def find(self, entry: str, lr: float, seed: int, held_out: str) -> ConvergenceRow | None:
         """Return a run, None if it has not been done."""
         wanted = (entry, lr, seed, held_out)
+        self._wanted[wanted] = None
         return next((row for row in self.rows if (row.entry, row.lr, row.seed, row.held_out) == wanted), None)
 
     def add(self, row: ConvergenceRow) -> None:
         """Keep a run."""
         self.rows.append(row)
+        self._save()
+
+    def finish(self) -> None:
+        """If this process has asked for every run of the file, make it what this process alone would have written.
+
+        That is: the runs in the order in which they were asked for, under this process's command.
+        """
+        order = {wanted: place for place, wanted in enumerate(self._wanted)}
+        places = [order.get((row.entry, row.lr, row.seed, row.held_out)) for row in self.rows]
+        if self.rows and None not in places:
+            self.rows.sort(key=lambda row: order[row.entry, row.lr, row.seed, row.held_out])
+            self._run = dataclasses.replace(self._run, command=self._command)
+            self._save()
+
+    def _save(self) -> None:
         if self.path is not None:
             save_run(dataclasses.replace(self._run, rows=[asdict(r) for r in self.rows]), self.path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -69,7 +70,11 @@ def rates_table(rows: Sequence[ConvergenceRow]) -> str:
 
 def convergence_report(run: Run) -> str:
     """For the README: what each optimizer reached, under the circumstances."""
-    return labelled(run, convergence_table(read_rows(run)))
+    note = (
+        f"{run.settings['steps']} steps a run; mean ± standard deviation between seeds, % to AdamW from the same seed; "
+        f"s is wall time. {run.note}"
+    )
+    return labelled(dataclasses.replace(run, note=note.strip()), convergence_table(read_rows(run)))
 
 
 def convergence_rates(run: Run) -> str:

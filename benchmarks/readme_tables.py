@@ -104,6 +104,7 @@ TABLES: dict[str, Table] = {
     "memory": Table(memory_table, "memory.json"),
     "convergence_pretrain": Table(convergence_report, "convergence_pretrain.json"),
     "convergence_pretrain_rates": Table(convergence_rates, "convergence_pretrain.json"),
+    "convergence_finetune": Table(convergence_report, "convergence_finetune.json"),
 }
 
 

@@ -8,12 +8,14 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import convergence
 import pytest
 import torch
 from convergence import bracket, parse_entry, resumable, train, tune_and_report
 from convergence_peers import build_optimizer, parse_settings, split_parameters
+from convergence_plots import plot_convergence
 from convergence_results import ConvergenceRow, RunStore, read_rows
 from convergence_tables import convergence_table, rates_table
 from convergence_tasks import Task, split_held_out
@@ -102,6 +104,27 @@ def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path: Path) -> None:
     assert [row.lr for row in read_rows(load_run(tmp_path / "parts.json"))] == [lr for _, lr, _, _ in whole]
 
 
+def test_a_file_of_several_processes_becomes_that_of_the_one_which_asks_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compare(arguments: str, entries: dict[str, float], note: str = "") -> tuple[str, str]:
+        monkeypatch.setattr("sys.argv", ["benchmarks/convergence.py", *arguments.split()])
+        store = RunStore(tmp_path / "r.json", "fake", 300, "fp32", note)
+        tune_and_report(resumable(store, fake_run), entries, 0, (1,))
+        store.finish()
+        saved = load_run(tmp_path / "r.json")
+        return saved.command.replace("python benchmarks/convergence.py ", ""), saved.note
+
+    first, second = ({name: 1e-3} for name in ("adamw", "galore"))
+    assert compare("first", first, "beside others") == ("first", "beside others")
+    assert compare("second", second) == ("first\nsecond", "beside others")
+    assert compare("both", {**second, **first}) == ("both", "beside others")
+    rows = load_run(tmp_path / "r.json").rows
+    (tmp_path / "r.json").unlink()
+    compare("both", {**second, **first})
+    assert rows == load_run(tmp_path / "r.json").rows
+
+
 @pytest.mark.parametrize("other", [{"task": "another"}, {"steps": 301}, {"precision": "bf16"}])
 def test_figures_of_other_circumstances_do_not_enter_a_file(other: dict[str, object], tmp_path: Path) -> None:
     settings = {"task": "fake", "steps": 300, "precision": "fp32"}
@@ -130,6 +153,28 @@ def test_the_tables_have_the_mean_and_spread_of_paired_runs() -> None:
     ]
     assert galore[-2:] == ["8.00", "1"]
     assert rates_table(rows).count("**") == 2 * len(STARTS)
+
+
+def test_the_picture_shows_every_optimizer_of_one_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = pytest.importorskip("matplotlib.figure")
+    seen: dict[str, list[Any]] = {}
+
+    def look(figure: Any, path: Path) -> None:
+        seen["labels"] = [text.get_text() for text in figure.legends[0].get_texts()]
+        seen["rates"] = [list(line.get_xdata()) for line in figure.axes[0].lines]
+        seen["curves"] = [list(line.get_ydata()) for line in figure.axes[1].lines]
+
+    monkeypatch.setattr(figures.Figure, "savefig", look)
+    store = RunStore(tmp_path / "r.json", "fake", 300, "fp32")
+    tune_and_report(resumable(store, fake_run), STARTS, 0, (1, 3))
+    run = load_run(tmp_path / "r.json")
+    plot_convergence(run, tmp_path / "r.png")
+    assert seen["labels"] == list(STARTS)
+    assert [rates[0] for rates in seen["rates"]] == pytest.approx([5e-4, 1e-3, 1.25e-4])
+    # the mean of the seeds' curves
+    assert seen["curves"][0] == pytest.approx([2.0, fake_run("adamw", 1e-3, 2, "test").held_out_loss])
+    with pytest.raises(ValueError, match="one task; there are runs of another, fake"):
+        plot_convergence(dataclasses.replace(run, rows=[*run.rows, {**run.rows[0], "task": "another"}]), tmp_path / "r")
 
 
 class Regression(nn.Module):
