@@ -1,9 +1,19 @@
-"""The README's tables are those of the files in benchmarks/results."""
+"""The README's tables are those of the files in benchmarks/results, and its plans those that the command prints."""
 
 from __future__ import annotations
 
+import re
+import shlex
+
+import pytest
 import readme_tables
 from results import RESULTS
+
+from hf_lowmem_optim.__main__ import main
+
+PLANS = dict(
+    re.findall(r"^```text\n\$ hf-lowmem-optim (plan .*)\n((?:.+\n|\n)+?)```$", readme_tables.README.read_text(), re.M)
+)
 
 
 def test_no_table_of_the_readme_has_drifted_from_its_results() -> None:
@@ -21,3 +31,15 @@ def test_every_result_file_has_its_csv_and_names_no_folder_of_the_machine() -> N
         assert path.with_suffix(".csv").is_file()
         for text in (path.read_text(), path.with_suffix(".csv").read_text()):
             assert not any(folder in text for folder in ("/work/", "/home/", "/root/", "/tmp/"))
+
+
+def test_the_plans_are_found() -> None:
+    assert len(PLANS) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", PLANS)
+def test_a_plan_in_the_readme_is_what_the_command_prints(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status = main(shlex.split(command))
+    out, err = capsys.readouterr()
+    assert PLANS[command].strip() in (err if status else out)
