@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, get_type_hints, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
@@ -27,6 +26,7 @@ from hf_lowmem_optim.optimizers.dense import (
     rounds_stochastically,
 )
 from hf_lowmem_optim.optimizers.hyperparameters import (
+    as_plain,
     check_betas,
     check_choice,
     check_eps,
@@ -76,7 +76,7 @@ class LowMemoryOptimizer(Optimizer):
     update_function: ClassVar[Callable[..., None]]
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        defaults = {key: _plain(value) for key, value in defaults.items()}
+        defaults = {key: as_plain(value) for key, value in defaults.items()}
         self.check_hyperparameters(defaults)
         super().__init__(params, defaults)
         self._check_rounding(self.param_groups)
@@ -226,7 +226,7 @@ class LowMemoryOptimizer(Optimizer):
             hint = nearest(key, self.defaults, cutoff=0.75) if key not in self.defaults else ""
             if hint:
                 raise TypeError(f"a parameter group has the unknown key {key!r}{hint}")
-        param_group = {key: _plain(value) if key in self.defaults else value for key, value in param_group.items()}
+        param_group = {key: as_plain(value) if key in self.defaults else value for key, value in param_group.items()}
         self.check_hyperparameters({key: param_group.get(key, value) for key, value in self.defaults.items()})
         # torch itself turns generators into lists; it must not find them used up.
         params = param_group["params"]
@@ -422,13 +422,6 @@ def update_arguments(function: Callable[..., None]) -> list[str]:
     """Names of the hyper-parameters that an update function takes."""
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("step", "workspace")]
-
-
-def _plain(value: Any) -> Any:
-    """A numpy scalar as a Python number: it could be saved, but not loaded with ``weights_only=True``."""
-    if isinstance(value, np.generic):
-        return value.item()
-    return tuple(map(_plain, value)) if isinstance(value, (tuple, list)) else value
 
 
 def _check_parameter(param: Any, who: str, rule: str) -> None:

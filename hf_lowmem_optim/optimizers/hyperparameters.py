@@ -7,7 +7,10 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 __all__ = [
+    "as_plain",
     "check_betas",
     "check_bool",
     "check_choice",
@@ -26,6 +29,13 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return ``"; did you mean 'x'?"`` for the known name closest to ``name``, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def as_plain(value: Any) -> Any:
+    """A numpy scalar as a Python number: it could be saved, but not loaded with ``weights_only=True``."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return tuple(map(as_plain, value)) if isinstance(value, (tuple, list)) else value
 
 
 def _check_real(name: str, value: Any, expected: str) -> float:
