@@ -70,4 +70,7 @@ class StochasticRounding:
         below = t.floor()
         draws = torch.rand(x.shape, generator=self._generator, dtype=torch.float32, device=x.device)
         up = draws < t.sub_(below)
-        out.copy_(below.add_(up).mul_(unit))
+        below.add_(up).mul_(unit)
+        # where subnormal numbers count as zero, so does the distance of the smallest values: those are as good as zero
+        torch.eq(unit, 0, out=up)
+        out.copy_(torch.where(up, x, below, out=below))

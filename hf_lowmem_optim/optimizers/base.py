@@ -5,6 +5,7 @@ A subclass names a state function, an update function and its own checks; everyt
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -34,14 +35,14 @@ from hf_lowmem_optim.optimizers.hyperparameters import (
     check_weight_decay,
     nearest,
 )
+from hf_lowmem_optim.optimizers.parameters import check_gradient, check_parameter, check_rounding
 from hf_lowmem_optim.optimizers.pending import PendingUpdate, weight_to_update
 from hf_lowmem_optim.optimizers.precision import full_precision
 from hf_lowmem_optim.optimizers.resume import exact_load, pack_shared
 from hf_lowmem_optim.state import StepTemporaries, TensorSpec
 
-__all__ = ["LowMemoryOptimizer", "PendingUpdate", "describe_parameter", "update_arguments"]
+__all__ = ["LowMemoryOptimizer", "update_arguments"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Parameters of an optimizer that have seeds of their own for stochastic rounding.
 _MAX_PARAMETERS = 1 << 24
 
@@ -75,11 +76,24 @@ class LowMemoryOptimizer(Optimizer):
     replaces_adamw: ClassVar[bool] = True
     update_function: ClassVar[Callable[..., None]]
 
+    #: False while the constructor runs.
+    _complete = True
+
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         defaults = {key: as_plain(value) for key, value in defaults.items()}
         self.check_hyperparameters(defaults)
-        super().__init__(params, defaults)
-        self._check_rounding(self.param_groups)
+        self._complete = False
+        try:
+            super().__init__(params, defaults)
+            check_rounding(self.param_groups)
+        except BaseException:
+            # an exception that somebody keeps would keep the optimizer, too
+            self.remove_hooks()
+            raise
+        self._complete = True
+
+    def remove_hooks(self) -> None:
+        """Take off the hooks that act on gradients during the backward pass; in the normal mode there are none."""
 
     # ---------------------------------------------------------------------------------------------- description
 
@@ -174,7 +188,7 @@ class LowMemoryOptimizer(Optimizer):
         """Describe what ``step()`` allocates besides state while it updates a parameter.
 
         Args:
-            param: The parameter; only its shape and dtype matter.
+            param: The parameter; its shape, dtype and device matter.
             group: Its group, or any mapping with the hyper-parameters in :attr:`state_keys`.
             first: Whether it is the parameter's first update.
 
@@ -233,25 +247,15 @@ class LowMemoryOptimizer(Optimizer):
         params = [params] if isinstance(params, Tensor) else params if isinstance(params, set) else list(params)
         for item in params:
             if isinstance(item, tuple):
-                _check_parameter(item[1], f"parameter {item[0]!r}", type(self).__name__)
+                check_parameter(item[1], f"parameter {item[0]!r}", type(self).__name__)
             elif isinstance(item, Tensor):
-                _check_parameter(item, "a parameter", type(self).__name__)
+                check_parameter(item, "a parameter", type(self).__name__)
         tensors = [each for each in (p[1] if isinstance(p, tuple) else p for p in params) if isinstance(each, Tensor)]
-        if "weight_rounding" in param_group:
-            self._check_rounding([{**param_group, "params": tensors}])
+        if self._complete and "weight_rounding" in param_group:
+            check_rounding([{**param_group, "params": tensors}])
         if param_group.get("dense_state", self.defaults["dense_state"]) == "8bit":
             require_bitsandbytes(tensors)
         super().add_param_group({**param_group, "params": params})
-
-    @staticmethod
-    def _check_rounding(groups: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse stochastic rounding that would round nothing: no weight is narrower than float32."""
-        asked = [group for group in groups if group["weight_rounding"] == "stochastic"]
-        if asked and not any(rounds_stochastically(param, group) for group in asked for param in group["params"]):
-            raise ValueError(
-                "weight_rounding='stochastic' has no effect here: every parameter is float32, and only bfloat16 and "
-                "float16 weights are rounded. Load the model in bfloat16, or leave weight_rounding='nearest'"
-            )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -294,7 +298,7 @@ class LowMemoryOptimizer(Optimizer):
         params = [(param, group) for group in self.param_groups for param in group["params"]]
         live = [(index, param, group) for index, (param, group) in enumerate(params) if param.grad is not None]
         for _, param, group in live:
-            self._check_gradient(param, group)
+            check_gradient(self, param, group)
         with full_precision():
             compressed: list[PendingUpdate] = []
             dense: dict[int, list[PendingUpdate]] = {}
@@ -321,7 +325,7 @@ class LowMemoryOptimizer(Optimizer):
         """
         grad, state = param.grad, self._state_of(param, group)
         assert grad is not None
-        if state["step"] == 0 and group["lr"] == 0 and not grad.any():
+        if self._is_probe(param, group):
             return None
         state["step"] += 1
         # Fused and own kernels write where autograd does not see it; a backward pass through an older graph must.
@@ -329,21 +333,24 @@ class LowMemoryOptimizer(Optimizer):
         seed = state["step"] * _MAX_PARAMETERS + index if rounds_stochastically(param, group) else None
         return PendingUpdate(param.detach(), grad.detach(), state, group, seed)
 
+    def _is_probe(self, param: Tensor, group: Mapping[str, Any]) -> bool:
+        """Whether a gradient is there only for the layout of the state; see :meth:`_prepare`."""
+        grad = param.grad
+        return self.state[param]["step"] == 0 and group["lr"] == 0 and grad is not None and not grad.any()
+
     def _state_of(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         """The state of a tensor, allocated if there is none yet."""
         state: dict[str, Any] = self.state[param]
         if not state:
             state["step"] = 0
             for key, spec in self.state_specs(param, group).items():
-                state[key] = spec.allocate(param.device)
+                # sharded as its parameter is, which then takes the dense rule
+                sharded = hasattr(param, "placements")
+                state[key] = torch.zeros_like(param, dtype=spec.dtype) if sharded else spec.allocate(param.device)
         return state
 
-    def _update_one_(self, param: Tensor, group: dict[str, Any]) -> None:
-        """Update one tensor by itself; its gradient has been checked."""
-        index = 0
-        if rounds_stochastically(param, group):
-            params = (each for of_group in self.param_groups for each in of_group["params"])
-            index = next(i for i, each in enumerate(params) if each is param)
+    def _update_one_(self, param: Tensor, group: dict[str, Any], index: int) -> None:
+        """Update one tensor by itself; its gradient has been checked. ``index``: as for :meth:`_prepare`."""
         with full_precision():
             update = self._prepare(param, group, index)
             if update is None:
@@ -368,34 +375,6 @@ class LowMemoryOptimizer(Optimizer):
                     # A layout without such a view (a transposed or channels-last tensor): the update went to a copy.
                     weight.copy_(view.view_as(weight))
 
-    def _check_gradient(self, param: Tensor, group: Mapping[str, Any]) -> None:
-        """Refuse what the rules cannot do, before anything is touched."""
-        grad, rule = param.grad, type(self).__name__
-        assert grad is not None
-        if grad.layout != torch.strided:
-            raise RuntimeError(
-                f"{describe_parameter(param, group)} has a sparse gradient, which {rule} does not support; "
-                "build its module with sparse=False"
-            )
-        if grad.is_complex() or param.dtype not in _DTYPES:
-            raise RuntimeError(
-                f"{describe_parameter(param, group)} is {param.dtype} with a gradient of {grad.dtype}; "
-                f"{rule} supports float32, bfloat16 and float16"
-            )
-        if not hasattr(param, "placements"):
-            return
-        if not self.supports_sharding and self.compresses(param.shape, group):
-            raise NotImplementedError(
-                f"{describe_parameter(param, group)} is sharded (DTensor), which {rule} cannot compress; "
-                f"give its group {self.dense_key}=None for the dense rule, or train without FSDP or tensor parallelism"
-            )
-        for key, plain in (("dense_state", "param"), ("weight_rounding", "nearest")):
-            if group[key] != plain:
-                raise NotImplementedError(
-                    f"{describe_parameter(param, group)} is sharded (DTensor), for which there is no "
-                    f"{key}={group[key]!r}; give its group {key}={plain!r}"
-                )
-
     # ---------------------------------------------------------------------------------------------------- resume
 
     def state_dict(self) -> dict[str, Any]:
@@ -418,27 +397,8 @@ class LowMemoryOptimizer(Optimizer):
             super().load_state_dict(state_dict)
 
 
+@functools.cache
 def update_arguments(function: Callable[..., None]) -> list[str]:
     """Names of the hyper-parameters that an update function takes."""
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("step", "workspace")]
-
-
-def _check_parameter(param: Any, who: str, rule: str) -> None:
-    """Refuse at construction what could not be updated later; frozen parameters may be anything."""
-    if not isinstance(param, Tensor) or not param.requires_grad:
-        return
-    if param.dtype not in _DTYPES:
-        raise TypeError(f"{who} has dtype {param.dtype}; {rule} supports float32, bfloat16 and float16")
-    if not param.is_leaf:
-        raise ValueError(
-            f"{who} of shape {tuple(param.shape)} is not a leaf: it is the result of an operation, so that an update "
-            "of it would be lost; pass the tensors that it was computed from, such as model.parameters()"
-        )
-
-
-def describe_parameter(param: Tensor, group: Mapping[str, Any]) -> str:
-    """Name a parameter in an error: its own name if the group has names, else its place and shape."""
-    index = next(i for i, p in enumerate(group["params"]) if p is param)
-    names = group.get("param_names")
-    return f"parameter {names[index]!r}" if names else f"parameter {index} (shape {tuple(param.shape)})"

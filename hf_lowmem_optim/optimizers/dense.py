@@ -145,7 +145,8 @@ class _Flat:
 
     @classmethod
     def of(cls, update: PendingUpdate) -> _Flat:
-        return cls(update, update.param.reshape(-1), update.grad.reshape(-1), update.rounding)
+        weight, grad = (tensor.reshape(-1).contiguous() for tensor in (update.param, update.grad))
+        return cls(update, weight, grad, update.rounding)
 
     def write_back_(self) -> None:
         param = self.update.param

@@ -17,15 +17,17 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer, describe_parameter
+from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
 from hf_lowmem_optim.optimizers.hooks import GradientHooks, is_hooked, refuse_several_processes
+from hf_lowmem_optim.optimizers.parameters import check_gradient, describe_parameter
 
 __all__ = ["ErrorInGradient"]
 
 _INSTEAD = "use another error_feedback, such as '4bit'"
 _LOST = (
     "with error_feedback='grad' a gradient that was added to the error cannot be taken out again. Call step() after "
-    f"every backward pass that has reached it, or {_INSTEAD}"
+    "every backward pass that has reached it; or abandon_step(), which leaves it in the error, for later steps to use; "
+    f"or {_INSTEAD}"
 )
 
 
@@ -135,7 +137,7 @@ class ErrorInGradient(LowMemoryOptimizer):
 
     def _check_fresh(self, param: Tensor, group: Mapping[str, Any]) -> None:
         """Refuse a gradient that cannot be added to the error."""
-        self._check_gradient(param, group)
+        check_gradient(self, param, group)
         grad = param.grad
         assert grad is not None
         if grad.dtype != param.dtype:
@@ -195,6 +197,27 @@ class ErrorInGradient(LowMemoryOptimizer):
                 assert self._error_hooks is not None
                 self._error_hooks.add([param])
         return [param for param, _ in used]
+
+    def abandon_step(self) -> int:
+        """Go on without ``step()`` after a backward pass that failed half-way: its gradients stay in the errors.
+
+        Returns:
+            The number of parameters whose gradient is in the error; later steps will use it. Other gradients are
+            dropped.
+        """
+        used = 0 if self._error_hooks is None else len(self._added)
+        if self._error_hooks is not None:
+            self._added.clear()
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.grad = None
+        return used
+
+    def remove_hooks(self) -> None:
+        """Stop adding gradients to errors during the backward pass; ``step()`` does it then."""
+        super().remove_hooks()
+        if self._error_hooks is not None:
+            self._error_hooks.remove()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear what gradients there are, as in torch.

@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hf_lowmem_optim.compression.workspace import Workspace
-from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer, describe_parameter
+from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
 from hf_lowmem_optim.optimizers.hooks import GradientHooks, refuse_several_processes
 from hf_lowmem_optim.optimizers.ldadam import LDAdam, ldadam_accumulate_
 from hf_lowmem_optim.optimizers.microadam import MicroAdam, microadam_accumulate_
+from hf_lowmem_optim.optimizers.parameters import check_gradient, describe_parameter
 
 __all__ = ["LDAdamLayerwise", "Layerwise", "MicroAdamLayerwise"]
 
@@ -76,7 +77,8 @@ class Layerwise(LowMemoryOptimizer):
         self.peak_gradient_bytes = 0
         self.is_last_micro_batch: Callable[[], bool] | None = None
         self._hooks = GradientHooks(self, "_on_gradient")
-        self._group_of: dict[int, int] = {}
+        # index of its group, and of itself among all parameters
+        self._place_of: dict[int, tuple[int, int]] = {}
         self._accumulating = False
         self._micro_batches: dict[int, int] = {}
         self._updated: set[int] = set()
@@ -156,11 +158,13 @@ class Layerwise(LowMemoryOptimizer):
     def _watch(self, index: int) -> None:
         params = self.param_groups[index]["params"]
         refuse_several_processes(type(self).__name__, f"use {self.normal.name!r}", params)
-        self._group_of.update((id(param), index) for param in params)
+        before = sum(len(group["params"]) for group in self.param_groups[:index])
+        self._place_of.update((id(param), (index, place)) for place, param in enumerate(params, before))
         self._hooks.add(params)
 
     def remove_hooks(self) -> None:
         """Go over to the normal mode: from now on ``step()`` updates everything."""
+        super().remove_hooks()
         self._hooks.remove()
 
     # ------------------------------------------------------------------------------------------------------ step
@@ -249,7 +253,7 @@ class Layerwise(LowMemoryOptimizer):
         if self._updated:
             raise RuntimeError(
                 f"zero_grad() before step() cannot take back the updates that the backward pass has made to "
-                f"{len(self._updated)} of {len(self._group_of)} tensors. Call step() first, also to go on after a "
+                f"{len(self._updated)} of {len(self._place_of)} tensors. Call step() first, also to go on after a "
                 "backward pass that failed half-way; for gradients alone, without updates, use torch.autograd.grad()"
             )
         super().zero_grad(set_to_none)
@@ -259,13 +263,18 @@ class Layerwise(LowMemoryOptimizer):
         super().load_state_dict(state_dict)
         self._finish_step()
 
+    def _is_probe(self, param: Tensor, group: Mapping[str, Any]) -> bool:
+        """As in the normal mode; where micro-batches are in the error already, a zero gradient is the rest of them."""
+        return id(param) not in self._micro_batches and super()._is_probe(param, group)
+
     def _on_gradient(self, param: Tensor) -> None:
         """Use a gradient that has just been completed; autograd calls this."""
-        group = self.param_groups[self._group_of[id(param)]]
+        group_index, place = self._place_of[id(param)]
+        group = self.param_groups[group_index]
         grad = param.grad
         if grad is None:
             return
-        self._check_gradient(param, group)
+        check_gradient(self, param, group)
         self._held[id(param)] = grad.numel() * grad.element_size()
         self.peak_gradient_bytes = max(self.peak_gradient_bytes, sum(self._held.values()))
         if id(param) in self._updated:
@@ -279,7 +288,7 @@ class Layerwise(LowMemoryOptimizer):
             self._put_aside(param, group)
             return
         self._measure_and_clip(param, group)
-        self._update_one_(param, group)
+        self._update_one_(param, group, place)
         param.grad = None
         del self._held[id(param)]
         self._micro_batches.pop(id(param), None)

@@ -46,11 +46,12 @@ from hf_lowmem_optim.compression.products import addmm, mm
 from hf_lowmem_optim.compression.rounding import rounding_bytes
 from hf_lowmem_optim.compression.workspace import Workspace
 from hf_lowmem_optim.optimizers.adamw import DenseState, adamw_state
-from hf_lowmem_optim.optimizers.base import PendingUpdate, update_arguments
+from hf_lowmem_optim.optimizers.base import update_arguments
 from hf_lowmem_optim.optimizers.batches import MATRIX_ENTRIES, chunks_by_key, is_aligned, scatter_, stack
 from hf_lowmem_optim.optimizers.dense import WeightRounding, rounds_stochastically
 from hf_lowmem_optim.optimizers.gradient_error import ErrorInGradient
 from hf_lowmem_optim.optimizers.hyperparameters import check_bool, check_choice, check_positive_int, check_unit_interval
+from hf_lowmem_optim.optimizers.pending import PendingUpdate
 from hf_lowmem_optim.state import StepTemporaries, TensorSpec
 
 __all__ = ["LDAdam", "ldadam_accumulate_", "ldadam_compresses", "ldadam_state", "ldadam_temporaries", "ldadam_update_"]
@@ -271,8 +272,8 @@ def ldadam_update_batch_(updates: Sequence[PendingUpdate], *, workspace: Workspa
     if one.seed is None:
         scatter_([u.param for u in updates], weights)
     for update, weight in zip(updates, weights, strict=True):
-        if update.rounding is not None:
-            update.rounding.round_(update.param, weight.view(update.param.shape))
+        if (rounding := update.rounding) is not None:
+            rounding.round_(update.param, weight.view(update.param.shape))
     for key in keys:
         scatter_([u.state[key] for u in updates], state[key])
 

@@ -11,6 +11,7 @@ drops keys that it does not know beside ``"state"`` and ``"param_groups"``.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from torch.optim.optimizer import Optimizer
 
 if TYPE_CHECKING:
     from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["SHARED", "exact_load", "pack_shared", "shared_device"]
 
@@ -115,6 +118,12 @@ def _check_groups(optimizer: LowMemoryOptimizer, saved_groups: list[dict[str, An
             f"{sizes}. Build it with the same model, trainable parameters and target modules"
         )
     for index, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
+        for key in optimizer.defaults.keys() & saved.keys() - {"lr", *optimizer.state_keys}:
+            if group[key] != saved[key]:
+                logger.warning(
+                    "parameter group %d goes on with %s=%r, as it was saved; the %s=%r of this %s has no effect",
+                    *(index, key, saved[key], key, group[key], who),
+                )
         for key in optimizer.state_keys:
             if group[key] != saved[key]:
                 raise ValueError(

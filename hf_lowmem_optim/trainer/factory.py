@@ -222,11 +222,13 @@ def _report(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) -> N
     """Log what went where, and warn where compression was asked for and none came of it."""
     key, who = optimizer.dense_key, type(optimizer).__name__
     setting, rules = optimizer.defaults[key], {placement.rule for placement in placements}
+    error = " or error_feedback" if "error_feedback" in optimizer.defaults else ""
     if setting is not None and rules & {TOO_SMALL, NOT_WORTH} and COMPRESSED not in rules:
         logger.warning(
-            "%s compresses nothing here: every target is too small for %s=%s, or its compressed state would be larger, "
-            "so all %d tensors take the dense AdamW rule. Lower %s if that is not what you want.",
-            *(who, key, setting, len(placements), key),
+            "%s compresses nothing here: every target is too small for %s=%s, or its compressed state would be larger "
+            "than that of the dense rule (dense_state=%s), which all %d tensors take therefore. A lower %s%s makes it "
+            "smaller.",
+            *(who, key, setting, optimizer.defaults["dense_state"], len(placements), key, error),
         )
     elif setting is not None and not rules & {COMPRESSED, SWITCHED_OFF}:
         logger.warning(

@@ -57,6 +57,13 @@ class GradientErrorCallback(TrainerCallback):
         if not isinstance(inner, ErrorInGradient) or not inner.has_errors_in_gradients:
             return
         check_gradient_error_arguments(args)
+        # auto_find_batch_size begins anew with the same optimizer, after a backward pass that ran out of memory.
+        if used := inner.abandon_step():
+            logger.warning(
+                "training begins anew after a step that failed in its backward pass: the gradients of %d tensors stay "
+                "in their errors, for later steps to use",
+                used,
+            )
         clipped = args.max_grad_norm is not None and args.max_grad_norm > 0
         logger.warning(
             "error_feedback='grad': grad_norm is the norm of gradient plus error%s",

@@ -73,7 +73,9 @@ class LayerwiseCallback(TrainerCallback):
         check_layerwise_arguments(args, type(inner))
         if args.gradient_accumulation_steps > 1:
             for group in inner.param_groups:
-                inner.check_accumulation(group)
+                # a dense tensor accumulates its gradient as always
+                if any(inner.compresses(param.shape, group) for param in group["params"]):
+                    inner.check_accumulation(group)
         inner.is_last_micro_batch = _is_last_micro_batch
         # auto_find_batch_size begins anew with the same optimizer, after a backward pass that ran out of memory.
         used = inner.abandon_step()

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
@@ -25,8 +26,8 @@ __all__ = [
 Overrides = Mapping[str, Mapping[str, Any]]
 """Hyper-parameters by module name, part of a name or regex."""
 
-_DENSE_KEYS = ("lr", "betas", "eps", "weight_decay", "clip_tensor_norm")
-"""Hyper-parameters that tensors without compression have, too; besides those named ``dense_…``."""
+_DENSE_KEYS = ("lr", "betas", "eps", "weight_decay", "clip_tensor_norm", "dense_state", "weight_rounding")
+"""Hyper-parameters that the dense rule reads."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,8 @@ def check_overrides_apply(
                 f"overrides[{entry!r}]: weight_decay={values['weight_decay']!r} has no effect: biases and norms do not "
                 "decay, and nothing else matches"
             )
-        unused = [key for key in values if key not in (*_DENSE_KEYS, dense_key) and not key.startswith("dense_")]
+        _check_used_by_some(entry, values, concerned, optimizer_class)
+        unused = [key for key in values if key not in (*_DENSE_KEYS, dense_key)]
         if values.get(dense_key) is not None:
             unused = [dense_key, *unused]
         if unused and not any(p.targeted or p.rule == NOT_WORTH for p in concerned):
@@ -206,3 +208,21 @@ def check_overrides_apply(
                 f"overrides[{entry!r}]: {unused[0]}={values[unused[0]]!r} has no effect: nothing that it matches is "
                 f"compressed{f'; give it a {dense_key} as well' * (dense_key not in values)}"
             )
+
+
+def _check_used_by_some(
+    entry: str, values: Mapping[str, Any], concerned: Sequence[Placement], optimizer_class: type[LowMemoryOptimizer]
+) -> None:
+    """Refuse what only the dense rule reads where all is compressed, and a rounding of weights that are float32."""
+    only_dense = ("dense_state",) if optimizer_class.replaces_adamw else ("dense_state", "betas", "eps")
+    for key in only_dense:
+        if key in values and all(p.rule == COMPRESSED for p in concerned):
+            raise ValueError(
+                f"overrides[{entry!r}]: {key}={values[key]!r} has no effect: it is for the dense rule, and all that it "
+                "matches is compressed"
+            )
+    narrow = any(p.parameter.dtype != torch.float32 for p in concerned)
+    if values.get("weight_rounding") == "stochastic" and not narrow:
+        raise ValueError(
+            f"overrides[{entry!r}]: weight_rounding='stochastic' has no effect: all weights that it matches are float32"
+        )
