@@ -4,7 +4,8 @@ GaLore and APOLLO compress what :class:`OptimizerFactory` gives LDAdam at the sa
 same rate for all else, as their users have it. Weight decay is 0 everywhere; betas and eps are each one's defaults.
 
 GaLore multiplies the update of its matrices by 0.25, so that embeddings, head and norms have four times their rate.
-The setting ``dense_rate=4`` gives any entry what GaLore has: the dense parameters' rate, relative to the matrices'.
+The setting ``dense_lr_ratio=4``, for ours the factory's argument, gives any entry what GaLore has: the rate of the
+dense parameters, relative to the matrices'.
 """
 
 from __future__ import annotations
@@ -38,19 +39,21 @@ def build_optimizer(entry: str, model: nn.Module, lr: float) -> torch.optim.Opti
 
     Args:
         entry: ``adamw`` (torch's), ``adamw_8bit`` (bitsandbytes), ``galore``, ``apollo`` or one of ours; settings after
-            a colon, ``dense_rate=…`` among them.
+            a colon, ``dense_lr_ratio=…`` among them.
         model: The model.
-        lr: Learning rate of the matrices, and of all else without ``dense_rate``.
+        lr: Learning rate of the matrices, and of all else without ``dense_lr_ratio``.
 
     Raises:
         ImportError: The package of a peer is not installed.
         ValueError: There is no such optimizer or setting.
     """
     name, _, text = entry.partition(":")
-    own = [part for part in text.split(",") if part and not part.startswith("dense_rate=")]
+    if name in OPTIMIZERS:
+        return OptimizerFactory(name, lr=lr, **parse_optim_args(text, get_entry(name).optimizer_class))(model)
+    own = [part for part in text.split(",") if part and not part.startswith("dense_lr_ratio=")]
     optimizer = _build(name, ",".join(own), model, lr)
     for part in text.split(","):
-        if part.startswith("dense_rate="):
+        if part.startswith("dense_lr_ratio="):
             matrices = {id(parameter) for parameter in split_parameters(model)[0]}
             for group in optimizer.param_groups:
                 if id(group["params"][0]) not in matrices:
@@ -59,9 +62,7 @@ def build_optimizer(entry: str, model: nn.Module, lr: float) -> torch.optim.Opti
 
 
 def _build(name: str, settings: str, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """One optimizer, with matrices and all else in different groups."""
-    if name in OPTIMIZERS:
-        return OptimizerFactory(name, lr=lr, **parse_optim_args(settings, get_entry(name).optimizer_class))(model)
+    """An optimizer that is not ours, with matrices and all else in different groups."""
     if name in LOW_RANK:
         chosen = parse_settings(name, settings, LOW_RANK[name])
         matrices, others = split_parameters(model, chosen["rank"])

@@ -248,7 +248,9 @@ def test_low_rank_peers_compress_what_ours_do() -> None:
     assert len(matrices) == 14
 
 
-@pytest.mark.parametrize("entry", ["adamw:dense_rate=4", "ldadam:rank=4,dense_rate=4", "microadam:dense_rate=4"])
+@pytest.mark.parametrize(
+    "entry", ["adamw:dense_lr_ratio=4", "ldadam:rank=4,dense_lr_ratio=4", "lowrank_mfac:dense_lr_ratio=4"]
+)
 def test_the_dense_parameters_can_have_a_rate_of_their_own(entry: str) -> None:
     model = tiny_llama()
     matrices = {id(p) for p in split_parameters(model)[0]}
