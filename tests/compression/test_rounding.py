@@ -64,3 +64,16 @@ def test_layout_does_not_matter() -> None:
     assert torch.equal(out, rounded(x, torch.bfloat16, seed=3))
     scalar = rounded(torch.tensor(1.001), torch.float16)
     assert scalar.shape == () and abs(scalar.item() - 1.001) < 2**-10
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_subnormal_numbers_that_count_as_zero_do_no_harm(dtype: torch.dtype) -> None:
+    x = torch.tensor([0.0, -0.0, 1e-40, 2.0**-126, 1.0, -3.0])
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor has no such mode")
+    try:
+        result = rounded(x, dtype)
+    finally:
+        torch.set_flush_denormal(False)
+    assert result.isfinite().all()
+    assert result[:2].tolist() == [0.0, 0.0] and result[4:].tolist() == [1.0, -3.0]

@@ -384,3 +384,42 @@ def test_a_dropped_optimizer_frees_the_parameters(case: Case) -> None:
         assert alive() is None
     finally:
         gc.enable()
+
+
+def test_a_refused_constructor_leaves_no_hooks(case: Case) -> None:
+    """Also while somebody keeps the exception, and with it the frames that know the optimizer."""
+    params = make_params()
+    wrong = nn.Parameter(torch.zeros(20, 30, dtype=torch.float64))
+    with pytest.raises(TypeError) as refused:
+        case.build([{"params": list(params.values())}, {"params": [wrong]}])
+    before = {key: param.detach().clone() for key, param in params.items()}
+    for _ in range(2):
+        sum(param.square().sum() for param in params.values()).backward()  # type: ignore[union-attr]
+    assert refused.value
+    for key, param in params.items():
+        assert torch.equal(param, before[key])
+        assert param.grad is not None and torch.equal(param.grad, 4 * before[key])
+
+
+def test_a_gradient_of_another_dtype_is_not_for_the_dense_rule(case: Case) -> None:
+    param = nn.Parameter(torch.ones(10, dtype=torch.bfloat16))
+    if not hasattr(param, "grad_dtype"):
+        pytest.skip("this torch has no such gradients")
+    param.grad_dtype = torch.float32
+    optimizer = case.build([{"params": [param], case.dense_key: None}])
+    param.grad = torch.ones(10)
+    with pytest.raises(RuntimeError, match=r"bfloat16 with a gradient of torch\.float32; the dense rule needs"):
+        optimizer.step()
+    assert torch.equal(param, torch.ones_like(param)) and not optimizer.state
+
+
+def test_resume_says_which_new_settings_have_no_effect(case: Case, caplog: pytest.LogCaptureFixture) -> None:
+    params = make_params()
+    optimizer = case.build(params.values())
+    run(optimizer, params, gradients(1))
+    case.build(params.values(), lr=0.5).load_state_dict(optimizer.state_dict())
+    assert not caplog.records
+    other = case.build(params.values(), weight_decay=0.25)
+    other.load_state_dict(optimizer.state_dict())
+    assert "parameter group 0 goes on with weight_decay=0.1, as it was saved; the weight_decay=0.25 of" in caplog.text
+    assert other.param_groups[0]["weight_decay"] == 0.1

@@ -155,6 +155,32 @@ def test_sharded_parameters_are_refused_before_anything_moves(setting: dict[str,
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("name", ["ldadam", "sparse_mfac"])
+def test_a_sharded_dense_parameter_has_sharded_state(name: str) -> None:
+    """Each process updates its part, as one that has nothing but that part."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        mesh, whole = init_device_mesh("cpu", (2,)), torch.ones(8, 4)
+        weight = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+        part = nn.Parameter(whole[:4].clone())
+        optimizer, alone = (dense(name, [param]) for param in (weight, part))
+        for grad in (torch.arange(32.0).view(8, 4), torch.ones(8, 4)):
+            weight.grad, part.grad = distribute_tensor(grad, mesh, [Shard(0)]), grad[:4].clone()
+            for each in (optimizer, alone):
+                each.step()
+        for key in ("exp_avg", "exp_avg_sq"):
+            moment = optimizer.state[weight][key]
+            assert isinstance(moment, DTensor)
+            assert torch.equal(moment.to_local(), alone.state[part][key])
+        assert torch.equal(weight.to_local(), part)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -509,3 +509,23 @@ def test_several_processes_and_layerwise_mode_are_refused(monkeypatch: pytest.Mo
     with pytest.raises(NotImplementedError, match="before DDP or FSDP"):
         train(model, optimizer, range(1))
     build("param")
+
+
+def test_a_failed_backward_pass_can_be_abandoned() -> None:
+    """What has reached the errors is used by later steps, so that nothing is lost of it; the rest is dropped."""
+    model, optimizer = build("grad")
+    train(model, optimizer, range(2))
+    kept = kept_in_gradient(optimizer)
+    before = [optimizer.state[p]["error"].clone() for p in kept]
+    loss_of(model, 2).backward()
+    grown = [optimizer.state[p]["error"].clone() for p in kept]
+    model.zero_grad()
+    with pytest.raises(RuntimeError, match=r"abandon_step\(\)"):
+        loss_of(model, 3).backward()
+    assert optimizer.abandon_step() == len(kept)
+    assert all(p.grad is None for p in model.parameters())
+    for param, sum_, error in zip(kept, grown, before, strict=True):
+        assert torch.equal(optimizer.state[param]["error"], sum_) and not torch.equal(sum_, error)
+    assert optimizer.abandon_step() == 0
+    train(model, optimizer, range(4, 6))
+    optimizer.state_dict()

@@ -433,3 +433,22 @@ def test_what_is_unfrozen_later_counts_in_the_peak() -> None:
     model(torch.ones(2, 24)).sum().backward()
     optimizer.step()
     assert optimizer.peak_gradient_bytes == max(model[1].weight.nbytes, sum(p.nbytes for p in model[0].parameters()))
+
+
+def test_a_first_step_at_lr_zero_counts_for_what_only_an_early_micro_batch_reached() -> None:
+    """As in the normal mode: the zero gradient that ends such a step is not a probe of the state's layout."""
+    ends = []
+    for optimizer_class in (LDAdam, LDAdamLayerwise):
+        torch.manual_seed(0)
+        layer = nn.Linear(16, 40)
+        optimizer = optimizer_class([layer.weight], lr=0.0, rank=4, error_feedback="fp32")
+        loss = layer(torch.randn(3, 16)).square().sum()
+        if optimizer_class is LDAdamLayerwise:
+            with optimizer.accumulating():
+                loss.backward()
+        else:
+            loss.backward()
+        optimizer.step()
+        ends.append(optimizer.state[layer.weight])
+    assert ends[0]["step"] == ends[1]["step"] == 1
+    torch.testing.assert_close(ends[0]["exp_avg"].abs(), ends[1]["exp_avg"].abs(), rtol=1e-4, atol=1e-6)

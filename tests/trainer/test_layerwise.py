@@ -153,3 +153,22 @@ def test_reporters_see_the_norm_and_the_report_the_gradients(tmp_path: Path) -> 
     report = load_report(tmp_path)
     assert report["gradients"] == {"peak_bytes": largest, "all_bytes": everything}
     assert "at once, of" in report_text(report)
+
+
+def test_a_dense_group_may_clip_and_accumulate(tmp_path: Path) -> None:
+    """Its gradients accumulate whole; only compressed tensors lose theirs to the error."""
+    model = tiny_llama()
+    factory = OptimizerFactory("ldadam_layerwise", rank=4, overrides={"lm_head": {"clip_tensor_norm": 1e-3}})
+    args = TrainingArguments(
+        str(tmp_path),
+        max_steps=2,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    trainer = Trainer(model, args, train_dataset=token_rows(8), optimizer_cls_and_kwargs=(factory, {}))
+    trainer.train()
+    assert trainer.state.global_step == 2

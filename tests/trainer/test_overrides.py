@@ -300,3 +300,33 @@ def test_a_run_with_own_settings_resumes_to_the_bit(tmp_path: Path) -> None:
     assert_equal_to_the_bit(resumed.optimizer.state_dict(), straight.optimizer.state_dict())
     with pytest.raises(ValueError, match="groups of"):
         run(resume=True, chosen=OptimizerFactory("ldadam", lr=1e-2, rank=4))
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("sparse_mfac", {"q_proj": {"betas": (0.5, 0.6)}}, "betas=.* is for the dense rule, and all .* is compressed"),
+        ("lowrank_mfac", {"q_proj": {"eps": 1e-3}}, "eps=0.001 has no effect"),
+        ("sparse_mfac", {"q_proj": {"dense_state": "fp32"}}, "dense_state='fp32' has no effect"),
+        ("ldadam", {"norm": {"weight_rounding": "stochastic"}}, "all weights that it matches are float32"),
+    ],
+)
+def test_settings_of_the_other_rule_are_refused(name: str, overrides: Any, message: str) -> None:
+    model = tiny_llama().bfloat16()
+    for module_name, module in model.named_modules():
+        if "norm" in module_name:
+            module.float()
+    with pytest.raises(ValueError, match=message):
+        OptimizerFactory(name, overrides=overrides).build(model)
+
+
+def test_weights_of_single_modules_are_rounded_stochastically(caplog: pytest.LogCaptureFixture) -> None:
+    """Of dense ones too, and beside norms in float32, which are not rounded."""
+    model = tiny_llama().bfloat16()
+    model.model.norm.float()
+    stochastic = {"weight_rounding": "stochastic"}
+    optimizer = OptimizerFactory("ldadam", rank=4, overrides={"lm_head": stochastic, "norm": stochastic})(model)
+    chosen = settings(optimizer, "weight_rounding")
+    assert {name for name, how in chosen.items() if how == "stochastic"} == {
+        name for name in chosen if "lm_head" in name or "norm" in name
+    }
