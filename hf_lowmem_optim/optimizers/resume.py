@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from hf_lowmem_optim.optimizers.hyperparameters import as_plain
+
 if TYPE_CHECKING:
     from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
 
@@ -118,8 +120,8 @@ def _check_groups(optimizer: LowMemoryOptimizer, saved_groups: list[dict[str, An
             f"{sizes}. Build it with the same model, trainable parameters and target modules"
         )
     for index, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
-        for key in optimizer.defaults.keys() & saved.keys() - {"lr", *optimizer.state_keys}:
-            if group[key] != saved[key]:
+        for key in sorted(optimizer.defaults.keys() & saved.keys() - {"lr", *optimizer.state_keys}):
+            if group[key] != as_plain(saved[key]):
                 logger.warning(
                     "parameter group %d goes on with %s=%r, as it was saved; the %s=%r of this %s has no effect",
                     *(index, key, saved[key], key, group[key], who),
