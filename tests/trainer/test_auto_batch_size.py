@@ -53,7 +53,7 @@ def run(name: str, where: str, folder: Path, **settings: Any) -> tuple[Trainer, 
     args = TrainingArguments(
         str(folder),
         optim=name,
-        optim_args=ARGUMENTS.get(OPTIMIZERS[name].optimizer_class.dense_key),
+        optim_args=settings.pop("optim_args", ARGUMENTS[name]),
         learning_rate=LEARNING_RATES.get(name, 3e-3),
         lr_scheduler_type="linear",
         max_steps=STEPS,
@@ -125,3 +125,15 @@ def test_pieces_of_an_abandoned_step_do_not_count_as_micro_batches(
     # The first micro-batch failed, of which the error feedback has a part: no update.
     assert len(set(updates(trainer).values())) == 1
     assert "cannot take back" in caplog.text
+
+
+def test_what_has_reached_an_error_in_the_gradient_stays_there(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer, batches = run("ldadam", "backward", tmp_path, optim_args="rank=4,error_feedback=grad")
+    assert trainer.state.global_step == STEPS
+    assert len(batches) == BEFORE + 1 + STEPS
+    assert set(updates(trainer).values()) == {BEFORE + STEPS}
+    assert "stay in their errors, for later steps to use" in caplog.text
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
