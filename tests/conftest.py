@@ -1,9 +1,12 @@
-"""Settings of the whole suite: reproducible property tests and no look-ups on any hub."""
+"""What holds for the whole suite: reproducible property tests, no look-ups on any hub, no test that marks another."""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,3 +18,12 @@ settings.register_profile(
     "suite", deadline=None, derandomize=True, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def no_overrides_left_in_bitsandbytes() -> Iterator[None]:
+    """Forget what a test registered: it applies to every later optimizer of the process, by the parameter's index."""
+    yield
+    bitsandbytes = sys.modules.get("bitsandbytes")
+    if bitsandbytes is not None:
+        bitsandbytes.optim.GlobalOptimManager.get_instance().initialize()

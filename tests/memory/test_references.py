@@ -43,8 +43,6 @@ def adamw(fused: bool) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
 def adamw_8bit(given: list[nn.Parameter]) -> torch.optim.Optimizer:
     optim = pytest.importorskip("bitsandbytes.optim")
     manager = optim.GlobalOptimManager.get_instance()
-    # It remembers parameters by their id, also those of earlier tests.
-    manager.initialize()
     # as the Trainer does for embeddings
     manager.override_config(given[0], "optim_bits", 32)
     manager.register_parameters(given)
