@@ -102,9 +102,9 @@ class LayerwiseCallback(TrainerCallback):
         optimizer: Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
-        """Replace the norm of the gradients that were left, which are none, by that of those that came."""
+        """Log the norm of the gradients that came; the Trainer has that of those that were left, or none."""
         inner = _layerwise(optimizer)
-        if inner is None or not logs or "grad_norm" not in logs or inner.grad_norm is None:
+        if inner is None or not logs or "loss" not in logs or inner.grad_norm is None:
             return
         logs["grad_norm"] = inner.grad_norm.item()
         # The Trainer copied its logs into the history before it called the callbacks.

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
@@ -62,6 +64,10 @@ def assert_equal(left: Any, right: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.3"),
+    reason="its Trainer asks torch for the place 'cpu:0', which torch does not know, to load an optimizer on two CPUs",
+)
 def test_an_unmodified_script_trains_in_two_processes(tmp_path: Path) -> None:
     straight = launch(tmp_path, "--dump", "straight")
     (tmp_path / "out" / REPORT_NAME).unlink()
