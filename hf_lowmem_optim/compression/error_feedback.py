@@ -18,6 +18,7 @@ from hf_lowmem_optim.compression.quantization import (
     QuantFormat,
     Quantized,
     dequantize_,
+    dequantize_add_,
     quantize_,
     quantized_specs,
     quantized_state,
@@ -94,7 +95,11 @@ def accumulate(grad: Tensor, state: Mapping[str, Tensor], workspace: Workspace) 
     if error is not None:
         return _add_(accumulated.copy_(error), grad)
     if "error_codes" in state:
-        dequantize_(accumulated, quantized_error(state, grad.numel()))
+        quantized = quantized_error(state, grad.numel())
+        if grad.is_contiguous():
+            dequantize_add_(accumulated, quantized, onto=grad)
+            return accumulated
+        dequantize_(accumulated, quantized)
         return _add_(accumulated, grad)
     return accumulated.copy_(grad)
 

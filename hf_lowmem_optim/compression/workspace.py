@@ -21,6 +21,7 @@ class Workspace:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.device], Tensor] = {}
+        self._views: dict[tuple[str, torch.device, tuple[int, ...]], Tensor] = {}
 
     def take(self, name: str, shape: Sequence[int], device: torch.device) -> Tensor:
         """Return an uninitialized float32 tensor, valid until the same name is taken again.
@@ -33,12 +34,21 @@ class Workspace:
         Returns:
             A contiguous view of the buffer.
         """
-        numel = math.prod(shape)
+        shape = tuple(shape)
+        view = self._views.get((name, device, shape))
+        if view is None:
+            view = self._buffer(name, math.prod(shape), device)[: math.prod(shape)].view(shape)
+            self._views[name, device, shape] = view
+        return view
+
+    def _buffer(self, name: str, numel: int, device: torch.device) -> Tensor:
+        """The buffer of a name, with ``numel`` entries at least."""
         buffer = self._buffers.get((name, device))
         if buffer is None or buffer.numel() < numel:
             # The smaller one goes first, so that the two are never there together.
             buffer = None
             self._buffers.pop((name, device), None)
+            self._views = {key: view for key, view in self._views.items() if key[:2] != (name, device)}
             buffer = torch.empty(numel, dtype=torch.float32, device=device)
             self._buffers[name, device] = buffer
-        return buffer[:numel].view(tuple(shape))
+        return buffer

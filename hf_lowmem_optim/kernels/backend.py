@@ -17,20 +17,25 @@ An override that cannot be served raises: there is no silent way back to a slowe
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
-__all__ = ["ENVIRONMENT_VARIABLE", "Backend", "choose_backend"]
+__all__ = ["ENVIRONMENT_VARIABLE", "Backend", "choose_backend", "flat", "implementation"]
 
 Backend = Literal["reference", "triton", "cpu"]
 
 ENVIRONMENT_VARIABLE = "HF_LOWMEM_OPTIM_BACKEND"
 
+_FAST: dict[str, Backend] = {"cuda": "triton", "cpu": "cpu"}
 _MODULE: dict[str, str] = {"triton": "triton", "cpu": "numba"}
+_FILE: dict[Backend, str] = {"triton": "kernel", "cpu": "cpu", "reference": "reference"}
 _EXTRA: dict[str, str] = {"triton": "gpu", "cpu": "cpu"}
 
 
@@ -52,12 +57,11 @@ def choose_backend(
         ValueError: The environment variable names no backend, or one that cannot serve this call.
         ImportError: The environment variable names a backend whose package is not installed.
     """
-    unsupported = unsupported or {}
-    requested = os.environ.get(ENVIRONMENT_VARIABLE, "").strip()
-    if requested:
-        return _check_request(requested, operation, device, unsupported)
-    fast: Backend | None = {"cuda": "triton", "cpu": "cpu"}.get(device.type)  # type: ignore[assignment]
-    if fast is None or fast in unsupported or not _importable(_MODULE[fast]):
+    requested = os.environ.get(ENVIRONMENT_VARIABLE)
+    if requested and requested.strip():
+        return _check_request(requested.strip(), operation, device, unsupported or {})
+    fast = _FAST.get(device.type)
+    if fast is None or (unsupported and fast in unsupported) or not _importable(_MODULE[fast]):
         return "reference"
     return fast
 
@@ -95,6 +99,29 @@ def _check_request(requested: str, operation: str, device: torch.device, unsuppo
             "set 'reference', or unset the variable to choose by device"
         )
     return backend  # type: ignore[no-any-return]
+
+
+def flat(tensor: Tensor, backend: Backend) -> Tensor:
+    """Return a contiguous tensor as the backend takes it: flat.
+
+    The numba versions flatten it themselves, as an array: every call of torch lets go of Python's lock, for which the
+    other threads wait.
+    """
+    return tensor if backend == "cpu" or tensor.dim() == 1 else tensor.view(-1)
+
+
+@functools.cache
+def implementation(kernel: str, backend: Backend) -> ModuleType:
+    """Return the module of a kernel's backend, imported at its first use: it needs the backend's package.
+
+    Args:
+        kernel: Name of the kernel's folder, ``"block_quant"``.
+        backend: What :func:`choose_backend` returned.
+
+    Raises:
+        ImportError: The backend's package cannot be imported.
+    """
+    return importlib.import_module(f"{__package__}.{kernel}.{_FILE[backend]}")
 
 
 @functools.cache

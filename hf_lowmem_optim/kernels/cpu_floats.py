@@ -7,8 +7,6 @@ then compiled once, not once per dtype (a compilation takes seconds).
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -16,50 +14,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["float_views", "load_floats", "narrow", "num_pieces", "store_floats", "widen", "with_threads"]
+from hf_lowmem_optim.kernels.workers import num_workers
+
+__all__ = ["float_views", "load_floats", "narrow", "num_pieces", "store_floats", "widen"]
 
 _EMPTY32, _EMPTY16 = np.empty(0, np.float32), np.empty(0, np.uint16)
 _KIND = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# a second thread costs more than it gains below that
+_LEAST_ENTRIES = 1 << 18
 
 _QUIET_NAN_BFLOAT16, _QUIET_NAN_FLOAT16 = 0x7FC0, 0x7E00
 
 
 def float_views(tensor: Tensor | None) -> tuple[Any, Any, int]:
-    """Return (float32 array, uint16 array, kind) sharing the tensor's memory; both empty for None."""
+    """Return (float32 array, uint16 array, kind), flat, sharing the tensor's memory; both empty for None."""
     if tensor is None:
         return _EMPTY32, _EMPTY16, 0
     if tensor.dtype == torch.float32:
-        return tensor.numpy(), _EMPTY16, 0
-    return _EMPTY32, tensor.view(torch.uint16).numpy(), _KIND[tensor.dtype]
+        return tensor.numpy().reshape(-1), _EMPTY16, 0
+    return _EMPTY32, tensor.view(torch.uint16).numpy().reshape(-1), _KIND[tensor.dtype]
 
 
-def num_pieces(num_blocks: int, least_blocks: int = 1) -> int:
-    """Pieces to cut a loop over blocks into: one per thread that torch may use, each of ``least_blocks`` at least."""
-    return max(1, min(num_blocks // least_blocks, torch.get_num_threads()))
-
-
-def with_threads(function: Callable[..., None]) -> Callable[..., None]:
-    """Run a parallel compiled function, whose last argument is the number of pieces or has a row for each.
-
-    Numba would wake a thread per core all the same. Where others keep the cores busy the call then waits for them, and
-    afterwards its threads wait actively for more work, against torch's own. The caller's setting of numba is a limit
-    too, and comes back afterwards; so does torch's, which numba overwrites when both share one OpenMP library.
-    """
-
-    @functools.wraps(function)
-    def call(*arguments: Any) -> None:
-        pieces = arguments[-1] if isinstance(arguments[-1], int) else len(arguments[-1])
-        threads = torch.get_num_threads()
-        before = numba.get_num_threads()  # starts numba's threads at the first call, which is what changes torch's
-        numba.set_num_threads(min(pieces, before))
-        try:
-            function(*arguments)
-        finally:
-            numba.set_num_threads(before)
-            if torch.get_num_threads() != threads:
-                torch.set_num_threads(threads)
-
-    return call
+def num_pieces(num_blocks: int, block_size: int) -> int:
+    """Pieces to cut a loop over blocks into: one per thread that there is, each of some entries at least."""
+    most = min(num_blocks, num_blocks * block_size // _LEAST_ENTRIES)
+    return num_workers(most) if most > 1 else 1
 
 
 @numba.njit(inline="always")

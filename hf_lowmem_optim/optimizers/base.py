@@ -22,6 +22,7 @@ from hf_lowmem_optim.optimizers.adamw8bit import require_bitsandbytes
 from hf_lowmem_optim.optimizers.dense import (
     WEIGHT_ROUNDINGS,
     dense_batch_temporaries,
+    dense_jobs,
     dense_temporaries,
     dense_update_,
     rounds_stochastically,
@@ -39,6 +40,7 @@ from hf_lowmem_optim.optimizers.parameters import check_gradient, check_paramete
 from hf_lowmem_optim.optimizers.pending import PendingUpdate, weight_to_update
 from hf_lowmem_optim.optimizers.precision import full_precision
 from hf_lowmem_optim.optimizers.resume import exact_load, pack_shared
+from hf_lowmem_optim.optimizers.side_by_side import Job, run_jobs
 from hf_lowmem_optim.state import StepTemporaries, TensorSpec
 
 __all__ = ["LowMemoryOptimizer", "update_arguments"]
@@ -154,7 +156,7 @@ class LowMemoryOptimizer(Optimizer):
     @classmethod
     def view_for_update(cls, tensor: Tensor) -> Tensor:
         """The form in which the update function takes parameter and gradient; a copy where there is no such view."""
-        return tensor.reshape(tensor.shape[0], -1)
+        return tensor if tensor.dim() == 2 else tensor.reshape(tensor.shape[0], -1)
 
     @classmethod
     def state_specs(cls, param: Tensor, group: Mapping[str, Any]) -> dict[str, TensorSpec]:
@@ -310,11 +312,7 @@ class LowMemoryOptimizer(Optimizer):
                     compressed.append(update)
                 else:
                     dense.setdefault(id(group), []).append(update)
-            workspace = Workspace()
-            for updates in dense.values():
-                dense_update_(updates, workspace=workspace)
-            del workspace
-            self._update_compressed_(compressed)
+            self._update_compressed_(compressed, [job for updates in dense.values() for job in dense_jobs(updates)])
 
     def _prepare(self, param: Tensor, group: dict[str, Any], index: int) -> PendingUpdate | None:
         """Allocate the state of a tensor at its first gradient and count the update; None if there is none to do.
@@ -356,24 +354,29 @@ class LowMemoryOptimizer(Optimizer):
             if update is None:
                 return
             if self.compresses(param.shape, group):
-                self._update_compressed_([update])
+                self._update_compressed_([update], [])
             else:
                 dense_update_([update], workspace=Workspace())
 
-    def _update_compressed_(self, updates: Sequence[PendingUpdate]) -> None:
-        """Apply the compressed rule to each matrix by itself; a method with global state overrides this."""
-        accepted = update_arguments(type(self).update_function)
-        workspace = Workspace()
-        for update in updates:
-            hyper = {key: update.group[key] for key in accepted}
-            with weight_to_update(update, workspace) as weight:
-                view, grad = self.view_for_update(weight), self.view_for_update(update.grad)
-                type(self).update_function(
-                    view, grad, update.state, step=update.state["step"], workspace=workspace, **hyper
-                )
-                if view.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():
-                    # A layout without such a view (a transposed or channels-last tensor): the update went to a copy.
-                    weight.copy_(view.view_as(weight))
+    def _update_compressed_(self, updates: Sequence[PendingUpdate], beside: Sequence[Job]) -> None:
+        """Apply the compressed rule, and do other jobs beside it; a method with global state overrides this."""
+        run_jobs([*beside, *self._jobs(updates)])
+
+    def _jobs(self, updates: Sequence[PendingUpdate]) -> list[Job]:
+        """Cut the updates into jobs: a job each; a method that updates small tensors together overrides this."""
+        return [Job(u.param, functools.partial(self._update_alone_, u)) for u in updates]
+
+    def _update_alone_(self, update: PendingUpdate, workspace: Workspace) -> None:
+        """Apply the compressed rule to one tensor."""
+        hyper = {key: update.group[key] for key in update_arguments(type(self).update_function)}
+        with weight_to_update(update, workspace) as weight:
+            view, grad = self.view_for_update(weight), self.view_for_update(update.grad)
+            type(self).update_function(
+                view, grad, update.state, step=update.state["step"], workspace=workspace, **hyper
+            )
+            if view is not weight and view.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():
+                # A layout without such a view (a transposed or channels-last tensor): the update went to a copy.
+                weight.copy_(view.view_as(weight))
 
     # ---------------------------------------------------------------------------------------------------- resume
 

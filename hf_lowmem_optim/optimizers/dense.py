@@ -6,8 +6,9 @@ allocated for float32 copies does not grow with them; small tensors share a slic
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,12 +19,14 @@ from hf_lowmem_optim.compression.workspace import Workspace
 from hf_lowmem_optim.optimizers.adamw import adamw_update_
 from hf_lowmem_optim.optimizers.adamw8bit import MAX_ENTRIES, adamw8bit_update_, operation_bytes
 from hf_lowmem_optim.optimizers.pending import PendingUpdate
+from hf_lowmem_optim.optimizers.side_by_side import Job, goes_side_by_side
 from hf_lowmem_optim.state import StepTemporaries
 
 __all__ = [
     "WEIGHT_ROUNDINGS",
     "WeightRounding",
     "dense_batch_temporaries",
+    "dense_jobs",
     "dense_temporaries",
     "dense_update_",
     "rounds_stochastically",
@@ -36,6 +39,9 @@ WEIGHT_ROUNDINGS: tuple[str, ...] = get_args(WeightRounding)
 
 _HYPER = ("lr", "betas", "eps", "weight_decay")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+
+#: Entries of a large tensor, whole cache lines, and small tensors that are one job.
+_JOB_ENTRIES, _JOB_TENSORS = 1 << 20, 32
 
 
 def rounds_stochastically(param: Tensor, group: Mapping[str, Any]) -> bool:
@@ -109,6 +115,47 @@ def dense_update_(updates: Sequence[PendingUpdate], *, workspace: Workspace) -> 
             _update_slice_(pieces, workspace)
     for tensor in flat:
         tensor.write_back_()
+
+
+def dense_jobs(updates: Sequence[PendingUpdate]) -> list[Job]:
+    """Cut :func:`dense_update_` of tensors of one group into jobs: on a CPU of about one size, with the same result.
+
+    Args:
+        updates: As for :func:`dense_update_`.
+
+    Returns:
+        The jobs.
+    """
+    small = [u for u in updates if goes_side_by_side(u.param) and u.param.numel() <= _JOB_ENTRIES]
+    large = [u for u in updates if _is_in_place(u) and _has_pieces(u)]
+    chosen = {id(u) for u in (*small, *large)}
+    rest = [u for u in updates if id(u) not in chosen]
+    together = [small[start : start + _JOB_TENSORS] for start in range(0, len(small), _JOB_TENSORS)]
+    pieces = [[piece] for u in large for piece in _cut(u)]
+    return [
+        Job(max((u.param for u in some), key=Tensor.numel), functools.partial(_dense_update_, some))
+        for some in (*together, *pieces, rest)
+        if some
+    ]
+
+
+def _dense_update_(updates: Sequence[PendingUpdate], workspace: Workspace) -> None:
+    dense_update_(updates, workspace=workspace)
+
+
+def _has_pieces(update: PendingUpdate) -> bool:
+    """Whether a tensor is a large one of a CPU that can be cut without a copy."""
+    param, grad = update.param, update.grad
+    plain = type(param) is Tensor and param.device.type == "cpu" and param.numel() > _JOB_ENTRIES
+    return plain and param.is_contiguous() and grad.is_contiguous()
+
+
+def _cut(update: PendingUpdate) -> Iterator[PendingUpdate]:
+    """The same update, of one part of the tensor after the other."""
+    for start in range(0, update.param.numel(), _JOB_ENTRIES):
+        part = slice(start, start + _JOB_ENTRIES)
+        state = {**update.state, **{key: update.state[key].view(-1)[part] for key in _MOMENTS}}
+        yield replace(update, param=update.param.view(-1)[part], grad=update.grad.view(-1)[part], state=state)
 
 
 def _is_in_place(update: PendingUpdate) -> bool:

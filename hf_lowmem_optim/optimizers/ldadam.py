@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -45,6 +46,7 @@ from hf_lowmem_optim.compression.lowrank import leading_left_singular_vectors, o
 from hf_lowmem_optim.compression.products import addmm, mm
 from hf_lowmem_optim.compression.rounding import rounding_bytes
 from hf_lowmem_optim.compression.workspace import Workspace
+from hf_lowmem_optim.kernels.subspace_adam import subspace_adam_
 from hf_lowmem_optim.optimizers.adamw import DenseState, adamw_state
 from hf_lowmem_optim.optimizers.base import update_arguments
 from hf_lowmem_optim.optimizers.batches import MATRIX_ENTRIES, chunks_by_key, is_aligned, scatter_, stack
@@ -52,6 +54,7 @@ from hf_lowmem_optim.optimizers.dense import WeightRounding, rounds_stochastical
 from hf_lowmem_optim.optimizers.gradient_error import ErrorInGradient
 from hf_lowmem_optim.optimizers.hyperparameters import check_bool, check_choice, check_positive_int, check_unit_interval
 from hf_lowmem_optim.optimizers.pending import PendingUpdate
+from hf_lowmem_optim.optimizers.side_by_side import Job
 from hf_lowmem_optim.state import StepTemporaries, TensorSpec
 
 __all__ = ["LDAdam", "ldadam_accumulate_", "ldadam_compresses", "ldadam_state", "ldadam_temporaries", "ldadam_update_"]
@@ -142,7 +145,7 @@ def ldadam_temporaries(
     if first:
         own = max(svd_entries(p, q, rank), rank * (p + 2 * q))
     else:
-        shared.update(dict.fromkeys(("moved", "kept"), rank * q))
+        shared.update(dict.fromkeys(("moved", "rotated"), rank * q))
         own = rank * (4 * p + rank)
     shared_bytes, own_bytes = {name: 4 * entries for name, entries in shared.items()}, 4 * (copies + own)
     if first and error_feedback == "grad":
@@ -187,49 +190,53 @@ def ldadam_update_(
     residual = accumulate(grad, state, space)
     tall = param.shape[-2] > param.shape[-1]
     a, W = (residual.mT, param.mT) if tall else (residual, param)
-    m, v, U_old = (state[key].to(torch.float32) for key in ("exp_avg", "exp_avg_sq", "basis"))
+    m, v, U_old = (
+        kept if kept.dtype == torch.float32 else kept.float()
+        for kept in (state["exp_avg"], state["exp_avg_sq"], state["basis"])
+    )
     p = space.take("projected", m.shape, m.device)  # [r, q]
 
+    # line 6 has p̃ + c·m̃, which is the new m times c + 1
+    c = beta1 / (1 - beta1)
+    # line 9: m̂/(√v̂ + eps) is m/(√v + eps·√(1 − β2ᵗ)) up to a factor that joins the step size; it takes the place of p̃
+    root = math.sqrt(1 - beta2**step)
     if step == 1:
-        # line 2, and lines 4, 5 and 6 with R = 0
+        # line 2, and lines 4 to 8 with R = 0
         U = leading_left_singular_vectors(a, m.shape[0])
         torch.mm(U.T, a, out=p)
-        if keeps_error(state):
-            a.addmm_(U, p, alpha=-1)
-        m, v = p * (1 - beta1), (p * p).mul_(1 - beta2)
+        torch.mul(p, 1 - beta1, out=m)
+        torch.mul(p, p, out=v).mul_(1 - beta2)
+        torch.div(m, torch.sqrt(v, out=p).add_(eps * root), out=p)
     else:
         # line 3: subspace of b = s·U₋m + (1 − ρ)·a by one power iteration; b is never formed
         s = rho / (1 - beta1 ** (step - 1))
-        Vt = addmm(m, U_old.mT, a, beta=s, alpha=1 - rho, out=p)  # [r, q]
-        U = orthonormalize(addmm(mm(U_old, mm(m, Vt.mT)), a, Vt.mT, beta=s, alpha=1 - rho))  # [p, r]
-        R = mm(U.mT, U_old)
+        V = addmm(m, U_old.mT, a, beta=s, alpha=1 - rho, out=p).mT  # [q, r]
+        U = orthonormalize(addmm(mm(U_old, mm(m, V)), a, V, beta=s, alpha=1 - rho))  # [p, r]
+        Ut = U.mT
+        R = mm(Ut, U_old)
         # lines 4 and 5; p̃ takes the place of V
-        mm(U.mT, a, out=p)
+        mm(Ut, a, out=p)
         m_moved = mm(R, m, out=space.take("moved", m.shape, m.device))
-        # line 6
-        if keeps_error(state):
-            c = beta1 / (1 - beta1)
-            kept = torch.add(p, m_moved, alpha=c, out=space.take("kept", m.shape, m.device))
-            addmm(a, U, kept, alpha=-1, out=a)
-            addmm(a, U_old, m, alpha=c, out=a)
         # lines 7 and 8, with k = c2/c1²; the factors c2 and β2 go inside the absolute value
         k = (1 - beta2 ** (step - 1)) / (1 - beta1 ** (step - 1)) ** 2
-        v = mm(R * R * beta2, v.addcmul_(m, m, value=-k), out=space.take("kept", m.shape, m.device))
-        v.addcmul_(m_moved, m_moved, value=beta2 * k).abs_().addcmul_(p, p, value=1 - beta2)
-        m = m_moved.mul_(beta1).add_(p, alpha=1 - beta1)
+        rotated = space.take("rotated", m.shape, m.device)
+        addmm(rotated, R * R, v.addcmul_(m, m, value=-k), beta=0, alpha=beta2, out=rotated)
+        if keeps_error(state):
+            addmm(a, U_old, m, alpha=c, out=a)
+        subspace_adam_(m, v, p, m_moved, rotated, betas=betas, correction=k, damping=eps * root)
+    if keeps_error(state):
+        addmm(a, U, m, alpha=-1 - c, out=a)
 
     retain_(state, residual, seed=step if stochastic_rounding else None)
     for key, value in (("basis", U), ("exp_avg", m), ("exp_avg_sq", v)):
-        state[key].copy_(value)
-    # line 9: m̂/(√v̂ + eps) is m/(√v + eps·√(1 − β2ᵗ)) up to a factor that joins the step size
-    root = math.sqrt(1 - beta2**step)
-    direction = torch.div(m, torch.sqrt(v, out=p).add_(eps * root), out=p)
-    # a is free now, unless it is the gradient or the error
+        if state[key] is not value:
+            state[key].copy_(value)
+    # line 9; a is free now, unless it is the gradient or the error
     free = residual is not grad and not ("error" in state and residual.data_ptr() == state["error"].data_ptr())
     wide = W if W.dtype == torch.float32 else a if free else space.take("accumulated", W.shape, W.device)
     if wide is not W:
         wide.copy_(W)
-    addmm(wide, U, direction, beta=1 - lr * weight_decay, alpha=-lr * root / (1 - beta1**step), out=wide)
+    addmm(wide, U, p, beta=1 - lr * weight_decay, alpha=-lr * root / (1 - beta1**step), out=wide)
     if wide is not W:
         # rounded once to the dtype of W
         W.copy_(wide)
@@ -250,7 +257,7 @@ def ldadam_accumulate_(
     retain_(state, accumulate(grad, state, workspace), seed=seed if stochastic_rounding else None)
 
 
-def ldadam_update_batch_(updates: Sequence[PendingUpdate], *, workspace: Workspace) -> None:
+def ldadam_update_batch_(updates: Sequence[PendingUpdate], workspace: Workspace) -> None:
     """One step on matrices for which :func:`_batch_key` is equal.
 
     Args:
@@ -374,16 +381,13 @@ class LDAdam(ErrorInGradient):
             },
         )
 
-    def _update_compressed_(self, updates: Sequence[PendingUpdate]) -> None:
-        """Update large matrices by themselves, small ones of one shape together."""
+    def _jobs(self, updates: Sequence[PendingUpdate]) -> list[Job]:
+        """A job for each large matrix, and one for several small ones of one shape."""
         chunks = chunks_by_key(
             updates, lambda u: _batch_key(u.param, u.group, u.state["step"]), lambda u: u.param.numel()
         )
-        super()._update_compressed_([chunk[0] for chunk in chunks if len(chunk) == 1])
-        workspace = Workspace()
-        for chunk in chunks:
-            if len(chunk) > 1:
-                ldadam_update_batch_(chunk, workspace=workspace)
+        alone = super()._jobs([chunk[0] for chunk in chunks if len(chunk) == 1])
+        return alone + [Job(chunk[0].param, partial(ldadam_update_batch_, chunk)) for chunk in chunks if len(chunk) > 1]
 
     @classmethod
     def batch_temporaries(cls, groups: Sequence[Mapping[str, Any]]) -> StepTemporaries:

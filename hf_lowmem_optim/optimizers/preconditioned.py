@@ -25,6 +25,7 @@ zero in that row and is not moved. With ``scope="tensor"`` they are in the tenso
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -37,6 +38,7 @@ from hf_lowmem_optim.compression.rounding import rounding_bytes
 from hf_lowmem_optim.compression.window import SparseRows, Window
 from hf_lowmem_optim.compression.workspace import Workspace
 from hf_lowmem_optim.kernels.sparse_window import window_descend_
+from hf_lowmem_optim.kernels.workers import one_thread
 from hf_lowmem_optim.optimizers.adamw import adamw_state
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
 from hf_lowmem_optim.optimizers.dense import rounds_stochastically
@@ -48,6 +50,7 @@ from hf_lowmem_optim.optimizers.hyperparameters import (
 )
 from hf_lowmem_optim.optimizers.pending import PendingUpdate, weight_to_update
 from hf_lowmem_optim.optimizers.resume import SHARED, shared_device
+from hf_lowmem_optim.optimizers.side_by_side import Job, run_jobs
 from hf_lowmem_optim.state import StepTemporaries, TensorSpec
 
 __all__ = [
@@ -201,15 +204,19 @@ class PreconditionedOptimizer(LowMemoryOptimizer):
 
     # ------------------------------------------------------------------------------------------------------ step
 
-    def _update_compressed_(self, updates: Sequence[PendingUpdate]) -> None:
+    def _update_compressed_(self, updates: Sequence[PendingUpdate], beside: Sequence[Job]) -> None:
         """Apply lines 1 to 7 to the tensors of this step: all in one system, or each in its own."""
+        run_jobs(beside)
         if not updates:
             return
         self._check_agreement([update.group for update in updates])
         group, workspace = updates[0].group, Workspace()
         if group["scope"] == "tensor":
-            for update in updates:
+
+            def solve(update: PendingUpdate, workspace: Workspace) -> None:
                 self._solve_system_([update], update.state["gram"], update.state["step"], workspace)
+
+            run_jobs([Job(update.param, functools.partial(solve, update)) for update in updates], workspace)
             return
         # torch, too, keeps what belongs to no parameter under a string
         shared = cast("dict[Any, dict[str, Any]]", self.state)[SHARED]
@@ -234,22 +241,42 @@ class PreconditionedOptimizer(LowMemoryOptimizer):
         """Do step number ``step`` of the system of these tensors."""
         window, damping = updates[0].group["window"], updates[0].group["damping"]
         row = (step - 1) % window
-        dots = torch.zeros(window, dtype=gram.dtype, device=gram.device)
         windows = [self._window(update.state, update.param, update.group) for update in updates]
-        for update, rows in zip(updates, windows, strict=True):
-            # lines 1 to 3: the tensor's part of row (t − 1) mod m of G ← c
+        dots: list[Tensor | None] = [None] * len(updates)
+
+        def compress(index: int, workspace: Workspace) -> None:
+            """Lines 1 to 3: the tensor's part of row (t − 1) mod m of G ← c; and its part of line 4."""
+            update = updates[index]
             type(self).compress_function(
                 update.grad, update.state, row=row, step=update.state["step"], group=update.group, workspace=workspace
             )
-            # line 4: G c is a sum over tensors
-            dots += rows.gram_row(row).to(gram.device)
-        gram[row] = dots
-        gram[:, row] = dots
-        # line 5: the weights in u ← Gᵀw
-        weights = type(self).weights_function(gram, row, damping=damping).to(torch.float32)
-        for update, rows in zip(updates, windows, strict=True):
-            with weight_to_update(update, workspace) as param:
-                _descend_(param, update, rows, weights.to(param.device), workspace)
+            dots[index] = windows[index].gram_row(row)
+
+        def descend(index: int, workspace: Workspace) -> None:
+            """Lines 5 to 7, given the weights of the rows."""
+            with weight_to_update(updates[index], workspace) as param:
+                _descend_(param, updates[index], windows[index], weights.to(param.device), workspace)
+
+        def run(function: Callable[[int, Workspace], None]) -> None:
+            run_jobs([Job(u.param, functools.partial(function, index)) for index, u in enumerate(updates)], workspace)
+
+        run(compress)
+        with one_thread():
+            weights = self._weights(gram, row, dots, damping=damping)
+        run(descend)
+
+    @classmethod
+    def _weights(cls, gram: Tensor, row: int, dots: Sequence[Tensor | None], *, damping: float) -> Tensor:
+        """Lines 4 and 5: write row and column of GGᵀ, and return the weights in u ← Gᵀw."""
+        # line 4: G c is a sum over tensors
+        total = torch.zeros(gram.shape[0], dtype=gram.dtype, device=gram.device)
+        for part in dots:
+            assert part is not None
+            total += part.to(gram.device)
+        gram[row] = total
+        gram[:, row] = total
+        # line 5
+        return cls.weights_function(gram, row, damping=damping).to(torch.float32)
 
     def _window(self, state: Mapping[str, Tensor], param: Tensor, group: Mapping[str, Any]) -> Window:
         return type(self).window_function(state, param.shape, group)

@@ -105,8 +105,14 @@ def test_backends_agree_bit_for_bit(name, backend, monkeypatch):
             dequantize_(plain, quantized, scale=-0.7)
             added = x.clone()
             dequantize_add_(added, quantized, scale=0.3)
-            results.append((quantized.codes, quantized.lo, quantized.hi, plain, added))
-        for what, got, expected in zip(("codes", "lo", "hi", "set", "added"), results[1], results[0], strict=True):
+            # onto another tensor, of another dtype and with another shape
+            onto, sum_ = x.clone().unsqueeze(0), torch.full((x.numel(),), torch.nan, device=on)
+            dequantize_add_(sum_, quantized, scale=0.3, onto=onto)
+            assert torch.equal(onto[0].nan_to_num(), x.nan_to_num())
+            assert_same_bits(sum_.to(dtype), added, f"the sum of {fmt} and {dtype}")
+            results.append((quantized.codes, quantized.lo, quantized.hi, plain, added, sum_))
+        names = ("codes", "lo", "hi", "set", "added", "sum")
+        for what, got, expected in zip(names, results[1], results[0], strict=True):
             assert_same_bits(got, expected, f"{what} of {fmt} from {dtype}, seed {seed}")
 
 
@@ -232,6 +238,8 @@ def test_wrong_arguments_say_what_is_wrong():
         quantize_(good, torch.zeros(99))
     with pytest.raises(ValueError, match=r"source must be one of .*got torch.float64"):
         quantize_(good, torch.zeros(100, dtype=torch.float64))
+    with pytest.raises(ValueError, match="onto must have 100 entries, got 99"):
+        dequantize_add_(torch.zeros(100), good, onto=torch.zeros(99))
     with pytest.raises(ValueError, match="out must be contiguous"):
         dequantize_(torch.zeros(100, 2)[:, 0], good)
     with pytest.raises(ValueError, match=r"lo of 100 entries .* of shape \(2,\); got torch.float32"):

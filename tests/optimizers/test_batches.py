@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hf_lowmem_optim import LDAdam
+from hf_lowmem_optim.compression.workspace import Workspace
 from hf_lowmem_optim.optimizers import batches
 from hf_lowmem_optim.optimizers import ldadam as ldadam_module
 
@@ -52,9 +53,9 @@ def test_a_matrix_does_not_notice_the_others(
     together_sizes: list[int] = []
     original = ldadam_module.ldadam_update_batch_
 
-    def counted(updates: list[Any], **arguments: Any) -> None:
+    def counted(updates: list[Any], workspace: Workspace) -> None:
         together_sizes.append(len(updates))
-        original(updates, **arguments)
+        original(updates, workspace)
 
     monkeypatch.setattr(ldadam_module, "ldadam_update_batch_", counted)
     together, alone = weights_of(dtype), weights_of(dtype)

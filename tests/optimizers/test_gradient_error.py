@@ -269,8 +269,13 @@ def test_frozen_parameters_join_when_they_thaw() -> None:
 
 
 @every_dtype
-def test_there_is_one_buffer_a_parameter_and_for_a_moment_one_gradient(dtype: torch.dtype) -> None:
+def test_there_is_one_buffer_a_parameter_and_for_a_moment_one_gradient(
+    dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
     """Counted by the allocator over whole steps, whose activations are small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # torch's profiler sees what the calling thread allocates
+    request.addfinalizer(lambda: torch.set_num_threads(before))
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(512, 512, bias=False) for _ in range(6)]).to(dtype)
     optimizer = LDAdam(model.parameters(), rank=4, error_feedback="grad")

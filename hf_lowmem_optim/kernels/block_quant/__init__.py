@@ -26,14 +26,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hf_lowmem_optim.kernels.backend import Backend, choose_backend
+from hf_lowmem_optim.kernels.backend import choose_backend, flat, implementation
 from hf_lowmem_optim.kernels.block_quant.checks import check_dense
 from hf_lowmem_optim.kernels.block_quant.layout import QuantFormat, Quantized
-from hf_lowmem_optim.kernels.block_quant.reference import (
-    dequantize_add_reference_,
-    dequantize_reference_,
-    quantize_reference_,
-)
 
 __all__ = ["QuantFormat", "Quantized", "dequantize_", "dequantize_add_", "quantize_"]
 
@@ -49,20 +44,10 @@ def quantize_(out: Quantized, source: Tensor, *, seed: int | None = None) -> Non
     Raises:
         ValueError: A tensor has the wrong dtype, size or device, or is not contiguous.
     """
-    flat = _checked(source, out, "source")
-    backend = _backend("quantize_", flat)
-    if flat.numel() == 0:
-        return
-    if backend == "triton":
-        from hf_lowmem_optim.kernels.block_quant.kernel import quantize_triton_
-
-        quantize_triton_(out, flat, seed=seed)
-    elif backend == "cpu":
-        from hf_lowmem_optim.kernels.block_quant.cpu import quantize_cpu_
-
-        quantize_cpu_(out, flat, seed=seed)
-    else:
-        quantize_reference_(out, flat, seed=seed)
+    source = _checked(source, out, "source")
+    backend = choose_backend("quantize_", source.device)
+    if source.numel() > 0:
+        implementation("block_quant", backend).quantize_into(out, flat(source, backend), seed=seed)
 
 
 def dequantize_(out: Tensor, quantized: Quantized, *, scale: float = 1.0) -> None:
@@ -76,41 +61,35 @@ def dequantize_(out: Tensor, quantized: Quantized, *, scale: float = 1.0) -> Non
     Raises:
         ValueError: A tensor has the wrong dtype, size or device, or is not contiguous.
     """
-    _dequantize(out, quantized, scale, add=False)
+    _dequantize(out, quantized, scale, None)
 
 
-def dequantize_add_(out: Tensor, quantized: Quantized, *, scale: float = 1.0) -> None:
-    """Write ``out ← out + scale · Q⁻¹(quantized)``, computed in float32 and rounded to the dtype of ``out``.
+def dequantize_add_(out: Tensor, quantized: Quantized, *, scale: float = 1.0, onto: Tensor | None = None) -> None:
+    """Write ``out ← onto + scale · Q⁻¹(quantized)``, computed in float32 and rounded to the dtype of ``out``.
 
-    Arguments and errors are those of :func:`dequantize_`.
+    Args:
+        out: As for :func:`dequantize_`.
+        quantized: The buffer to read.
+        scale: Factor, rounded to float32.
+        onto: What is added to, like ``out`` but for its dtype, which may be another; only read. None for ``out``.
+
+    Raises:
+        ValueError: A tensor has the wrong dtype, size or device, or is not contiguous.
     """
-    _dequantize(out, quantized, scale, add=True)
+    _dequantize(out, quantized, scale, out if onto is None else onto)
 
 
-def _dequantize(out: Tensor, quantized: Quantized, scale: float, *, add: bool) -> None:
-    flat = _checked(out, quantized, "out")
-    backend = _backend("dequantize_add_" if add else "dequantize_", flat)
-    if flat.numel() == 0:
-        return
-    if backend == "triton":
-        from hf_lowmem_optim.kernels.block_quant.kernel import dequantize_triton_
-
-        dequantize_triton_(flat, quantized, scale=scale, add=add)
-    elif backend == "cpu":
-        from hf_lowmem_optim.kernels.block_quant.cpu import dequantize_cpu_
-
-        dequantize_cpu_(flat, quantized, scale=scale, add=add)
-    elif add:
-        dequantize_add_reference_(flat, quantized, scale=scale)
-    else:
-        dequantize_reference_(flat, quantized, scale=scale)
+def _dequantize(out: Tensor, quantized: Quantized, scale: float, onto: Tensor | None) -> None:
+    out = _checked(out, quantized, "out")
+    if onto is not None:
+        onto = check_dense(onto, "onto", numel=quantized.numel, device=out.device)
+    backend = choose_backend("dequantize_" if onto is None else "dequantize_add_", out.device)
+    if out.numel() > 0:
+        base = None if onto is None else flat(onto, backend)
+        implementation("block_quant", backend).dequantize_into(flat(out, backend), quantized, scale=scale, onto=base)
 
 
 def _checked(dense: Tensor, quantized: Quantized, name: str) -> Tensor:
-    """Check both sides and return the dense one, flat."""
+    """Check both sides and return the dense one."""
     quantized.check()
     return check_dense(dense, name, numel=quantized.numel, device=quantized.codes.device)
-
-
-def _backend(operation: str, tensor: Tensor) -> Backend:
-    return choose_backend(operation, tensor.device)

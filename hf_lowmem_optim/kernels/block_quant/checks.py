@@ -18,7 +18,7 @@ def check_dense(
     device: torch.device,
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES,
 ) -> Tensor:
-    """Return ``tensor`` as a flat view.
+    """Return ``tensor``, detached.
 
     Raises:
         ValueError: Its dtype, size or device is not as demanded, or it is not contiguous.
@@ -31,4 +31,4 @@ def check_dense(
         raise ValueError(f"{name} is on {tensor.device}, the other tensors on {device}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous: pass {name}.contiguous() (for a result, copy it back)")
-    return tensor.detach().view(-1)
+    return tensor.detach() if tensor.requires_grad else tensor

@@ -10,6 +10,9 @@ numba's cache does not see that a function called from another file has changed:
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numba
 import numpy as np
 from torch import Tensor
@@ -22,14 +25,12 @@ from hf_lowmem_optim.kernels.cpu_floats import (
     num_pieces,
     store_floats,
     widen,
-    with_threads,
 )
+from hf_lowmem_optim.kernels.workers import run_pieces
 
-__all__ = ["dequantize_cpu_", "quantize_cpu_"]
+__all__ = ["dequantize_into", "quantize_into"]
 
 _INT32_MAX, _INT32_MIN = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
-# a second thread costs more than it gains below that (benchmarks/step_time.py)
-_LEAST_ENTRIES = 1 << 19
 
 
 # An index that could be negative for all that the compiler knows is tested for it, which forbids vectorizing: unsigned.
@@ -37,6 +38,7 @@ _index = np.uint64
 _ONE, _TWO = np.uint64(1), np.uint64(2)
 
 _jit = numba.njit(cache=True, error_model="numpy")  # "python" would test every division for zero
+_loop: Callable[..., Callable[..., None]] = numba.njit(cache=True, nogil=True, error_model="numpy")
 _inlined = numba.njit(inline="always", error_model="numpy")
 
 
@@ -184,41 +186,55 @@ def store_stat(value, stat32, stat16, block):
         stat32[block] = value
 
 
-@with_threads
-@numba.njit(cache=True, parallel=True, nogil=True, error_model="numpy")
-def _quantize_blocks(x32, x16, kind, codes, lo32, lo16, hi32, hi16, count, block_size, bits, random, pieces):
-    blocks = (count + block_size - 1) // block_size
-    for piece in numba.prange(pieces):
-        x = np.empty(block_size, np.float32)
-        for block in range(piece * blocks // pieces, (piece + 1) * blocks // pieces):
-            start = block * block_size
-            length = min(block_size, count - start)
-            load_floats(x32, x16, kind, start, length, x)
-            lo, hi = block_range(x, length, lo32.size == 0)
-            encode(x, length, lo, hi, bits, random, codes, start)
-            store_stat(lo, lo32, lo16, block)
-            store_stat(hi, hi32, hi16, block)
+@_loop
+def _quantize_blocks(x32, x16, kind, codes, lo32, lo16, hi32, hi16, count, block_size, bits, random, first, stop):
+    x = np.empty(block_size, np.float32)
+    for block in range(first, stop):
+        start = block * block_size
+        length = min(block_size, count - start)
+        load_floats(x32, x16, kind, start, length, x)
+        lo, hi = block_range(x, length, lo32.size == 0)
+        encode(x, length, lo, hi, bits, random, codes, start)
+        store_stat(lo, lo32, lo16, block)
+        store_stat(hi, hi32, hi16, block)
 
 
-@with_threads
-@numba.njit(cache=True, parallel=True, nogil=True, error_model="numpy")
-def _dequantize_blocks(out32, out16, kind, codes, lo32, lo16, hi32, hi16, count, block_size, bits, scale, add, pieces):
-    blocks = (count + block_size - 1) // block_size
-    for piece in numba.prange(pieces):
-        x = np.empty(block_size, np.float32)
-        old = np.empty(block_size, np.float32)
-        for block in range(piece * blocks // pieces, (piece + 1) * blocks // pieces):
-            start = block * block_size
-            length = min(block_size, count - start)
-            lo, hi = load_stat(lo32, lo16, block), load_stat(hi32, hi16, block)
-            decode(codes, start, lo, hi, bits, x, length)
+@_loop
+def _dequantize_blocks(
+    out32,
+    out16,
+    out_kind,
+    onto32,
+    onto16,
+    onto_kind,
+    codes,
+    lo32,
+    lo16,
+    hi32,
+    hi16,
+    count,
+    block_size,
+    bits,
+    scale,
+    add,
+    first,
+    stop,
+):
+    x = np.empty(block_size, np.float32)
+    base = np.empty(block_size, np.float32)
+    for block in range(first, stop):
+        start = block * block_size
+        length = min(block_size, count - start)
+        lo, hi = load_stat(lo32, lo16, block), load_stat(hi32, hi16, block)
+        decode(codes, start, lo, hi, bits, x, length)
+        if scale != np.float32(1.0):
             for i in range(length):
                 x[i] = scale * x[i]
-            if add:
-                load_floats(out32, out16, kind, start, length, old)
-                for i in range(length):
-                    x[i] = old[i] + x[i]
-            store_floats(x, length, out32, out16, kind, start)
+        if add:
+            load_floats(onto32, onto16, onto_kind, start, length, base)
+            for i in range(length):
+                x[i] = base[i] + x[i]
+        store_floats(x, length, out32, out16, out_kind, start)
 
 
 def random_argument(seed: int | None) -> tuple[bool, int, int]:
@@ -229,25 +245,28 @@ def random_argument(seed: int | None) -> tuple[bool, int, int]:
     return True, key0 & 0xFFFFFFFF, key1 & 0xFFFFFFFF
 
 
-def quantize_cpu_(out: Quantized, source: Tensor, *, seed: int | None) -> None:
-    """Numba version of :func:`~hf_lowmem_optim.kernels.block_quant.quantize_`; ``source`` is flat."""
-    fmt = out.format
-    lo32, lo16, _ = float_views(out.lo)
-    hi32, hi16, _ = float_views(out.hi)
-    stats = (lo32, lo16, hi32, hi16)
-    pieces = num_pieces(len(out.lo), _LEAST_ENTRIES // fmt.block_size + 1)
-    codes = out.codes.numpy()
-    _quantize_blocks(
-        *float_views(source), codes, *stats, out.numel, fmt.block_size, fmt.bits, random_argument(seed), pieces
+def quantize_into(out: Quantized, source: Tensor, *, seed: int | None) -> None:
+    """Numba version of :func:`~hf_lowmem_optim.kernels.block_quant.quantize_`; ``source`` may have any shape."""
+    arguments = (*float_views(source), *_buffer(out), random_argument(seed))
+    run_pieces(lambda _, first, stop: _quantize_blocks(*arguments, first, stop), out.lo.shape[0], _pieces(out))
+
+
+def dequantize_into(out: Tensor, quantized: Quantized, *, scale: float, onto: Tensor | None) -> None:
+    """Numba version of ``dequantize_`` and, with ``onto``, of ``dequantize_add_``; dense tensors may have any shape."""
+    views = (*float_views(out), *float_views(onto))
+    arguments = (*views, *_buffer(quantized), np.float32(scale), onto is not None)
+    run_pieces(
+        lambda _, first, stop: _dequantize_blocks(*arguments, first, stop), quantized.lo.shape[0], _pieces(quantized)
     )
 
 
-def dequantize_cpu_(out: Tensor, quantized: Quantized, *, scale: float, add: bool) -> None:
-    """Numba version of ``dequantize_`` and, with ``add``, of ``dequantize_add_``; ``out`` is flat."""
-    fmt = quantized.format
+def _buffer(quantized: Quantized) -> tuple[Any, ...]:
+    """The buffer as the loops take it: codes, statistics, number of entries, size of a block, bits."""
     lo32, lo16, _ = float_views(quantized.lo)
     hi32, hi16, _ = float_views(quantized.hi)
-    stats = (lo32, lo16, hi32, hi16)
-    pieces = num_pieces(len(quantized.lo), _LEAST_ENTRIES // fmt.block_size + 1)
-    codes, factor = quantized.codes.numpy(), np.float32(scale)
-    _dequantize_blocks(*float_views(out), codes, *stats, quantized.numel, fmt.block_size, fmt.bits, factor, add, pieces)
+    fmt = quantized.format
+    return quantized.codes.numpy(), lo32, lo16, hi32, hi16, quantized.numel, fmt.block_size, fmt.bits
+
+
+def _pieces(quantized: Quantized) -> int:
+    return num_pieces(quantized.lo.shape[0], quantized.format.block_size)

@@ -2,7 +2,7 @@
 
 One program handles a tile of [ROWS, COLS] entries, a quantization block per row (COLS is its size rounded up to a power
 of two). Every launch passes ``enable_fp_fusion=False``: a multiply-add contracted into one rounding would change
-``code·u + lo`` and ``out + scale·x̂`` against the reference. ``div_rn`` is the division that rounds correctly.
+``code·u + lo`` and ``onto + scale·x̂`` against the reference. ``div_rn`` is the division that rounds correctly.
 
 Launch parameters are fixed: the kernels write in place, which autotuning would do several times.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_lowmem_optim.kernels.block_quant.layout import Quantized, rounding_keys
 
-__all__ = ["dequantize_triton_", "quantize_triton_"]
+__all__ = ["dequantize_into", "quantize_into"]
 
 _TILE = 2048
 _NUM_WARPS = 4
@@ -160,6 +160,7 @@ def _quantize_kernel(
 @triton.jit
 def _dequantize_kernel(
     out_ptr,
+    onto_ptr,
     codes_ptr,
     lo_ptr,
     hi_ptr,
@@ -180,16 +181,16 @@ def _dequantize_kernel(
     codes = load_codes(codes_ptr, row, n, COLS, BLOCK, BITS)
     result = scale * decode(codes, lo, hi, (1 << BITS) - 1)
     if ADD:
-        result = tl.load(out_ptr + index, mask=valid, other=0.0).to(tl.float32) + result
+        result = tl.load(onto_ptr + index, mask=valid, other=0.0).to(tl.float32) + result
     tl.store(out_ptr + index, result.to(out_ptr.dtype.element_ty), mask=valid)
 
 
-def quantize_triton_(out: Quantized, source: Tensor, *, seed: int | None) -> None:
+def quantize_into(out: Quantized, source: Tensor, *, seed: int | None) -> None:
     """Triton version of :func:`~hf_lowmem_optim.kernels.block_quant.quantize_`; ``source`` is flat."""
     rows, cols = _tile(out)
     key0, key1 = rounding_keys(seed) if seed is not None else (0, 0)
     with _on_device(source):
-        _quantize_kernel[(triton.cdiv(len(out.lo), rows),)](
+        _quantize_kernel[(triton.cdiv(out.lo.shape[0], rows),)](
             source,
             out.codes,
             out.lo,
@@ -207,12 +208,13 @@ def quantize_triton_(out: Quantized, source: Tensor, *, seed: int | None) -> Non
         )
 
 
-def dequantize_triton_(out: Tensor, quantized: Quantized, *, scale: float, add: bool) -> None:
-    """Triton version of ``dequantize_`` and, with ``add``, of ``dequantize_add_``; ``out`` is flat."""
+def dequantize_into(out: Tensor, quantized: Quantized, *, scale: float, onto: Tensor | None) -> None:
+    """Triton version of ``dequantize_`` and, with ``onto``, of ``dequantize_add_``; all tensors are flat."""
     rows, cols = _tile(quantized)
     with _on_device(out):
-        _dequantize_kernel[(triton.cdiv(len(quantized.lo), rows),)](
+        _dequantize_kernel[(triton.cdiv(quantized.lo.shape[0], rows),)](
             out,
+            out if onto is None else onto,
             quantized.codes,
             quantized.lo,
             quantized.hi,
@@ -222,7 +224,7 @@ def dequantize_triton_(out: Tensor, quantized: Quantized, *, scale: float, add: 
             COLS=cols,
             BLOCK=quantized.format.block_size,
             BITS=quantized.format.bits,
-            ADD=add,
+            ADD=onto is not None,
             num_warps=_NUM_WARPS,
             enable_fp_fusion=False,
         )

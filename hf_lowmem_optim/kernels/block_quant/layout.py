@@ -70,21 +70,19 @@ class Quantized:
 
     def check(self) -> None:
         """Raise if a tensor has not the dtype, shape, device and contiguity that the format demands."""
-        fmt = self.format
-        blocks = fmt.num_blocks(self.numel)
-        expected = {
-            "codes": (self.codes, torch.uint8, fmt.num_code_bytes(self.numel)),
-            "lo": (self.lo, fmt.stat_dtype, blocks),
-            "hi": (self.hi, fmt.stat_dtype, blocks),
-        }
-        for name, (tensor, dtype, length) in expected.items():
-            if tensor.dtype != dtype or tensor.shape != (length,) or not tensor.is_contiguous():
-                raise ValueError(
-                    f"{name} of {self.numel} entries at {fmt} must be contiguous, {dtype} and of shape ({length},); "
-                    f"got {tensor.dtype} and {tuple(tensor.shape)}"
-                )
-            if tensor.device != self.codes.device:
-                raise ValueError(f"{name} is on {tensor.device}, codes on {self.codes.device}")
+        fmt, blocks = self.format, self.format.num_blocks(self.numel)
+        self._check_one("codes", self.codes, torch.uint8, fmt.num_code_bytes(self.numel))
+        self._check_one("lo", self.lo, fmt.stat_dtype, blocks)
+        self._check_one("hi", self.hi, fmt.stat_dtype, blocks)
+
+    def _check_one(self, name: str, tensor: Tensor, dtype: torch.dtype, length: int) -> None:
+        if tensor.dtype != dtype or tensor.shape != (length,) or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} of {self.numel} entries at {self.format} must be contiguous, {dtype}, of shape ({length},); "
+                f"got {tensor.dtype} and {tuple(tensor.shape)}"
+            )
+        if tensor.device != self.codes.device:
+            raise ValueError(f"{name} is on {tensor.device}, codes on {self.codes.device}")
 
 
 def rounding_keys(seed: int) -> tuple[int, int]:

@@ -14,10 +14,9 @@ from torch import Tensor
 from hf_lowmem_optim.kernels.block_quant.layout import QuantFormat, Quantized, rounding_keys
 
 __all__ = [
-    "dequantize_add_reference_",
-    "dequantize_reference_",
+    "dequantize_into",
     "dequantize_slice",
-    "quantize_reference_",
+    "quantize_into",
     "quantize_slice_",
 ]
 
@@ -40,23 +39,18 @@ def slices(numel: int, block_size: int, device: torch.device) -> Iterator[tuple[
         yield whole, numel
 
 
-def quantize_reference_(out: Quantized, source: Tensor, *, seed: int | None) -> None:
+def quantize_into(out: Quantized, source: Tensor, *, seed: int | None) -> None:
     """Reference of :func:`~hf_lowmem_optim.kernels.block_quant.quantize_`."""
     for start, stop in slices(out.numel, out.format.block_size, source.device):
         quantize_slice_(out, source[start:stop].float(), start, seed=seed)
 
 
-def dequantize_reference_(out: Tensor, quantized: Quantized, *, scale: float) -> None:
-    """Reference of :func:`~hf_lowmem_optim.kernels.block_quant.dequantize_`."""
+def dequantize_into(out: Tensor, quantized: Quantized, *, scale: float, onto: Tensor | None) -> None:
+    """Reference of ``dequantize_`` and, with ``onto``, of ``dequantize_add_``; all tensors are flat."""
     for start, stop in slices(quantized.numel, quantized.format.block_size, out.device):
-        out[start:stop] = dequantize_slice(quantized, start, stop).mul_(scale)
-
-
-def dequantize_add_reference_(out: Tensor, quantized: Quantized, *, scale: float) -> None:
-    """Reference of :func:`~hf_lowmem_optim.kernels.block_quant.dequantize_add_`."""
-    for start, stop in slices(quantized.numel, quantized.format.block_size, out.device):
-        # out ← out + (scale · x̂), in float32
-        out[start:stop] = dequantize_slice(quantized, start, stop).mul_(scale).add_(out[start:stop])
+        scaled = dequantize_slice(quantized, start, stop).mul_(scale)
+        # out ← onto + (scale · x̂), in float32
+        out[start:stop] = scaled if onto is None else scaled.add_(onto[start:stop])
 
 
 def dequantize_slice(quantized: Quantized, start: int, stop: int) -> Tensor:
@@ -77,11 +71,6 @@ def dequantize_slice(quantized: Quantized, start: int, stop: int) -> Tensor:
 def quantize_slice_(out: Quantized, x: Tensor, start: int, *, seed: int | None) -> None:
     """Quantize the float32 entries ``x`` into ``out`` from entry ``start``, the begin of a block, on."""
     fmt = out.format
-    whole = x.numel() // fmt.block_size * fmt.block_size
-    if 0 < whole < x.numel():  # whole blocks, and a shorter one
-        quantize_slice_(out, x[:whole], start, seed=seed)
-        quantize_slice_(out, x[whole:], start + whole, seed=seed)
-        return
     whole = x.numel() // fmt.block_size * fmt.block_size
     if 0 < whole < x.numel():  # whole blocks, and a shorter one
         quantize_slice_(out, x[:whole], start, seed=seed)

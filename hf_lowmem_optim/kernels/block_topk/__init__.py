@@ -24,11 +24,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_lowmem_optim.kernels.backend import Backend, choose_backend
+from hf_lowmem_optim.kernels.backend import Backend, choose_backend, flat, implementation
 from hf_lowmem_optim.kernels.block_quant.checks import check_dense
 from hf_lowmem_optim.kernels.block_quant.layout import Quantized
 from hf_lowmem_optim.kernels.block_topk.layout import MAX_BLOCK_SIZE, Selection, kept_per_block, num_kept
-from hf_lowmem_optim.kernels.block_topk.reference import block_topk_reference_
 
 __all__ = ["MAX_BLOCK_SIZE", "TRITON_MAX_BLOCK_SIZE", "block_topk_", "kept_per_block", "num_kept"]
 
@@ -67,31 +66,24 @@ def block_topk_(
         ValueError: An argument is out of range, or a tensor has the wrong dtype, size or device or is not contiguous.
     """
     numel = grad.numel()
-    flat = check_dense(grad, "grad", numel=numel, device=grad.device)
+    grad = check_dense(grad, "grad", numel=numel, device=grad.device)
     kept = num_kept(numel, block_size, density)
     indices = check_dense(indices, "indices", numel=kept, device=grad.device, dtypes=(torch.int16,))
     values = check_dense(values, "values", numel=kept, device=grad.device, dtypes=(torch.bfloat16, torch.float32))
-    error = _checked_error(error, flat, block_size)
+    error = _checked_error(error, grad, block_size)
     backend = choose_backend("block_topk_", grad.device, unsupported=_unsupported(error, block_size))
     if numel == 0:
         return
     rest = numel % block_size or block_size
     k, k_last = kept_per_block(block_size, density), kept_per_block(rest, density)
-    out = Selection(indices, values, block_size, k, k_last, float(error_scale), seed)
-    if backend == "triton":
-        from hf_lowmem_optim.kernels.block_topk.kernel import block_topk_triton_
-
-        block_topk_triton_(out, flat, error)
-    elif backend == "cpu":
-        from hf_lowmem_optim.kernels.block_topk.cpu import block_topk_cpu_
-
-        block_topk_cpu_(out, flat, error)
-    else:
-        block_topk_reference_(out, flat, error)
+    rows = flat(indices, backend), flat(values, backend)
+    out = Selection(*rows, block_size, k, k_last, float(error_scale), seed)
+    dense = flat(error, backend) if isinstance(error, Tensor) else error
+    implementation("block_topk", backend).select_into(out, flat(grad, backend), dense)
 
 
 def _checked_error(error: Quantized | Tensor | None, grad: Tensor, block_size: int) -> Quantized | Tensor | None:
-    """Check the error against the flat gradient; return a dense one flat."""
+    """Check the error against the gradient."""
     if error is None:
         return None
     if isinstance(error, Tensor):

@@ -29,10 +29,10 @@ from hf_lowmem_optim.kernels.cpu_floats import (
     num_pieces,
     store_floats,
     widen,
-    with_threads,
 )
+from hf_lowmem_optim.kernels.workers import run_pieces
 
-__all__ = ["block_topk_cpu_"]
+__all__ = ["select_into"]
 
 _jit = numba.njit(cache=True, error_model="numpy")
 
@@ -117,8 +117,7 @@ def _take(a, chosen, k, first, indices, values32, values16):
         a[i] = x - wide if np.isfinite(wide) else np.float32(0.0)
 
 
-@with_threads
-@numba.njit(cache=True, parallel=True, nogil=True, error_model="numpy")
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _topk_blocks(
     grad32,
     grad16,
@@ -143,53 +142,53 @@ def _topk_blocks(
     block_size,
     k_full,
     k_last,
-    pieces,
+    first,
+    stop,
 ):
     blocks = (numel + block_size - 1) // block_size
-    for piece in numba.prange(pieces):
-        a = np.empty(block_size, np.float32)
-        e = np.empty(block_size if error == _DENSE else 1, np.float32)
-        part = np.empty(quant_block, np.float32)
-        magnitude = np.empty(block_size + _CHUNK, np.int32)
-        chunk_max = np.empty(block_size // _CHUNK + 1, np.int32)
-        candidate = np.empty(block_size + 1, np.int32)
-        reach = np.empty(block_size + 1, np.int32)
-        for block in range(piece * blocks // pieces, (piece + 1) * blocks // pieces):
-            start = block * block_size
-            count = min(block_size, numel - start)
-            k = k_last if block == blocks - 1 else k_full
-            load_floats(grad32, grad16, grad_kind, start, count, a)
-            if error == _DENSE:
-                load_floats(dense32, dense16, dense_kind, start, count, e)
-                for i in range(count):
-                    a[i] += error_scale * e[i]
-            elif error == _QUANTIZED:
-                for at in range(0, count, quant_block):
-                    q = (start + at) // quant_block
-                    lo, hi = load_stat(lo32, lo16, q), load_stat(hi32, hi16, q)
-                    length = min(quant_block, count - at)
-                    decode(codes, start + at, lo, hi, bits, part, length)
-                    for i in range(_index(length)):
-                        a[_index(at) + i] += error_scale * part[i]
-            chunks = _magnitudes(a, count, magnitude, chunk_max)
-            _select(magnitude, count, chunk_max, chunks, k, candidate, reach)
-            _take(a, candidate, k, block * k_full, indices, values32, values16)
-            if error == _DENSE:
-                store_floats(a, count, dense32, dense16, dense_kind, start)
-            elif error == _QUANTIZED:
-                for at in range(0, count, quant_block):
-                    q = (start + at) // quant_block
-                    length = min(quant_block, count - at)
-                    for i in range(_index(length)):
-                        part[i] = a[_index(at) + i]
-                    lo, hi = block_range(part, length, lo32.size == 0)
-                    encode(part, length, lo, hi, bits, random, codes, start + at)
-                    store_stat(lo, lo32, lo16, q)
-                    store_stat(hi, hi32, hi16, q)
+    a = np.empty(block_size, np.float32)
+    e = np.empty(block_size if error == _DENSE else 1, np.float32)
+    part = np.empty(quant_block, np.float32)
+    magnitude = np.empty(block_size + _CHUNK, np.int32)
+    chunk_max = np.empty(block_size // _CHUNK + 1, np.int32)
+    candidate = np.empty(block_size + 1, np.int32)
+    reach = np.empty(block_size + 1, np.int32)
+    for block in range(first, stop):
+        start = block * block_size
+        count = min(block_size, numel - start)
+        k = k_last if block == blocks - 1 else k_full
+        load_floats(grad32, grad16, grad_kind, start, count, a)
+        if error == _DENSE:
+            load_floats(dense32, dense16, dense_kind, start, count, e)
+            for i in range(count):
+                a[i] += error_scale * e[i]
+        elif error == _QUANTIZED:
+            for at in range(0, count, quant_block):
+                q = (start + at) // quant_block
+                lo, hi = load_stat(lo32, lo16, q), load_stat(hi32, hi16, q)
+                length = min(quant_block, count - at)
+                decode(codes, start + at, lo, hi, bits, part, length)
+                for i in range(_index(length)):
+                    a[_index(at) + i] += error_scale * part[i]
+        chunks = _magnitudes(a, count, magnitude, chunk_max)
+        _select(magnitude, count, chunk_max, chunks, k, candidate, reach)
+        _take(a, candidate, k, block * k_full, indices, values32, values16)
+        if error == _DENSE:
+            store_floats(a, count, dense32, dense16, dense_kind, start)
+        elif error == _QUANTIZED:
+            for at in range(0, count, quant_block):
+                q = (start + at) // quant_block
+                length = min(quant_block, count - at)
+                for i in range(_index(length)):
+                    part[i] = a[_index(at) + i]
+                lo, hi = block_range(part, length, lo32.size == 0)
+                encode(part, length, lo, hi, bits, random, codes, start + at)
+                store_stat(lo, lo32, lo16, q)
+                store_stat(hi, hi32, hi16, q)
 
 
-def block_topk_cpu_(out: Selection, grad: Tensor, error: Quantized | Tensor | None) -> None:
-    """Numba version of :func:`~hf_lowmem_optim.kernels.block_topk.block_topk_`; ``grad`` and a dense error are flat."""
+def select_into(out: Selection, grad: Tensor, error: Quantized | Tensor | None) -> None:
+    """Numba version of :func:`~hf_lowmem_optim.kernels.block_topk.block_topk_`; dense tensors may have any shape."""
     if isinstance(error, Quantized):
         kind, dense, codes = _QUANTIZED, float_views(None), error.codes.numpy()
         lo32, lo16, _ = float_views(error.lo)
@@ -200,7 +199,7 @@ def block_topk_cpu_(out: Selection, grad: Tensor, error: Quantized | Tensor | No
         stats, quant = (*float_views(None)[:2], *float_views(None)[:2]), (2, 8)
     values32, values16, _ = float_views(out.values)
     numel = grad.numel()
-    _topk_blocks(
+    arguments = (
         *float_views(grad),
         *dense,
         codes,
@@ -209,12 +208,13 @@ def block_topk_cpu_(out: Selection, grad: Tensor, error: Quantized | Tensor | No
         random_argument(out.seed),
         kind,
         np.float32(out.error_scale),
-        out.indices.numpy(),
+        out.indices.numpy().reshape(-1),
         values32,
         values16,
         numel,
         out.block_size,
         out.k,
         out.k_last,
-        num_pieces(-(-numel // out.block_size)),
     )
+    blocks = -(-numel // out.block_size)
+    run_pieces(lambda _, first, stop: _topk_blocks(*arguments, first, stop), blocks, num_pieces(blocks, out.block_size))

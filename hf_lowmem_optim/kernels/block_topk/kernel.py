@@ -19,7 +19,7 @@ from hf_lowmem_optim.kernels.block_quant.kernel import block_range, decode, enco
 from hf_lowmem_optim.kernels.block_quant.layout import Quantized, rounding_keys
 from hf_lowmem_optim.kernels.block_topk.layout import Selection
 
-__all__ = ["block_topk_triton_", "launch_options"]
+__all__ = ["launch_options", "select_into"]
 
 _ENTRIES_PER_WARP = 512  # 16 per thread of a warp of 32
 
@@ -129,7 +129,7 @@ def launch_options(block_size: int) -> dict[str, int | bool]:
     return {"num_warps": max(1, min(most, tile // _ENTRIES_PER_WARP)), "enable_fp_fusion": False}
 
 
-def block_topk_triton_(out: Selection, grad: Tensor, error: Quantized | Tensor | None) -> None:
+def select_into(out: Selection, grad: Tensor, error: Quantized | Tensor | None) -> None:
     """Triton version of :func:`~hf_lowmem_optim.kernels.block_topk.block_topk_`; the tensors are flat."""
     key0, key1 = rounding_keys(out.seed) if out.seed is not None else (0, 0)
     tile = max(2, triton.next_power_of_2(out.block_size))

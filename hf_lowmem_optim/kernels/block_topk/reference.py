@@ -12,13 +12,13 @@ from hf_lowmem_optim.kernels.block_quant.layout import Quantized
 from hf_lowmem_optim.kernels.block_quant.reference import dequantize_slice, quantize_slice_, slices
 from hf_lowmem_optim.kernels.block_topk.layout import Selection
 
-__all__ = ["block_topk_reference_"]
+__all__ = ["select_into"]
 
 # magnitudes are compared as the bits of |a|; every NaN counts as one magnitude, above infinity
 _MAGNITUDE_MASK, _NAN_MAGNITUDE = 0x7FFFFFFF, 0x7F800001
 
 
-def block_topk_reference_(out: Selection, grad: Tensor, error: Quantized | Tensor | None) -> None:
+def select_into(out: Selection, grad: Tensor, error: Quantized | Tensor | None) -> None:
     """Reference of :func:`~hf_lowmem_optim.kernels.block_topk.block_topk_`; ``grad`` and a dense ``error`` are flat."""
     for start, stop in slices(grad.numel(), out.block_size, grad.device):
         # a ← g + s·Q⁻¹(e)

@@ -24,7 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_lowmem_optim.kernels.backend import choose_backend
+from hf_lowmem_optim.kernels.backend import choose_backend, implementation
 from hf_lowmem_optim.kernels.sparse_window.layout import MAX_BLOCK_SIZE, SparseWindow
 
 __all__ = [
@@ -81,13 +81,9 @@ def window_update_(
     _check_weights(weights, (2, window.window), window)
     flat = param.detach().view(-1)
     backend = choose_backend("window_update_", param.device)
-    if backend == "triton":
-        from hf_lowmem_optim.kernels.sparse_window.kernel import window_update_triton_ as update_
-    elif backend == "cpu":
-        from hf_lowmem_optim.kernels.sparse_window.cpu import window_update_cpu_ as update_
-    else:
-        from hf_lowmem_optim.kernels.sparse_window.reference import window_update_reference_ as update_
-    update_(flat, window, weights, lr=float(lr), eps=float(eps), weight_decay=float(weight_decay))
+    implementation("sparse_window", backend).update_(
+        flat, window, weights, lr=float(lr), eps=float(eps), weight_decay=float(weight_decay)
+    )
 
 
 def window_dots(window: SparseWindow, dense: Tensor) -> Tensor:
@@ -112,13 +108,8 @@ def window_dots(window: SparseWindow, dense: Tensor) -> Tensor:
     _check_dense("dense", dense, window)
     flat = dense.detach().view(-1)
     backend = choose_backend("window_dots", dense.device)
-    if backend == "triton":
-        from hf_lowmem_optim.kernels.sparse_window.kernel import window_dots_triton as dots
-    elif backend == "cpu":
-        from hf_lowmem_optim.kernels.sparse_window.cpu import window_dots_cpu as dots
-    else:
-        from hf_lowmem_optim.kernels.sparse_window.reference import window_dots_reference as dots
-    return dots(window, flat)
+    products: Tensor = implementation("sparse_window", backend).dots(window, flat)
+    return products
 
 
 def window_combine_(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
@@ -140,13 +131,7 @@ def window_combine_(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
     _check_weights(weights, (window.window,), window)
     flat = out.detach().view(-1)
     backend = choose_backend("window_combine_", out.device)
-    if backend == "triton":
-        from hf_lowmem_optim.kernels.sparse_window.kernel import window_combine_triton_ as combine_
-    elif backend == "cpu":
-        from hf_lowmem_optim.kernels.sparse_window.cpu import window_combine_cpu_ as combine_
-    else:
-        from hf_lowmem_optim.kernels.sparse_window.reference import window_combine_reference_ as combine_
-    combine_(flat, window, weights)
+    implementation("sparse_window", backend).combine_(flat, window, weights)
 
 
 def window_gram_row(window: SparseWindow, row: int) -> Tensor:
@@ -168,13 +153,8 @@ def window_gram_row(window: SparseWindow, row: int) -> Tensor:
     if not 0 <= row < window.window:
         raise IndexError(f"row {row} is not one of the window's {window.window}")
     backend = choose_backend("window_gram_row", window.indices.device)
-    if backend == "triton":
-        from hf_lowmem_optim.kernels.sparse_window.kernel import window_gram_row_triton as gram_row
-    elif backend == "cpu":
-        from hf_lowmem_optim.kernels.sparse_window.cpu import window_gram_row_cpu as gram_row
-    else:
-        from hf_lowmem_optim.kernels.sparse_window.reference import window_gram_row_reference as gram_row
-    return gram_row(window, row)
+    products: Tensor = implementation("sparse_window", backend).gram_row(window, row)
+    return products
 
 
 def window_descend_(
@@ -202,13 +182,9 @@ def window_descend_(
     _check_weights(weights, (window.window,), window)
     flat = param.detach().view(-1)
     backend = choose_backend("window_descend_", param.device)
-    if backend == "triton":
-        from hf_lowmem_optim.kernels.sparse_window.kernel import window_descend_triton_ as descend_
-    elif backend == "cpu":
-        from hf_lowmem_optim.kernels.sparse_window.cpu import window_descend_cpu_ as descend_
-    else:
-        from hf_lowmem_optim.kernels.sparse_window.reference import window_descend_reference_ as descend_
-    descend_(flat, window, weights, lr=float(lr), weight_decay=float(weight_decay))
+    implementation("sparse_window", backend).descend_(
+        flat, window, weights, lr=float(lr), weight_decay=float(weight_decay)
+    )
 
 
 def _check_dense(name: str, dense: Tensor, window: SparseWindow) -> None:

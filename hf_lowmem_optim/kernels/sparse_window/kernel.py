@@ -22,11 +22,11 @@ from torch import Tensor
 from hf_lowmem_optim.kernels.sparse_window.layout import SparseWindow
 
 __all__ = [
-    "window_combine_triton_",
-    "window_descend_triton_",
-    "window_dots_triton",
-    "window_gram_row_triton",
-    "window_update_triton_",
+    "combine_",
+    "descend_",
+    "dots",
+    "gram_row",
+    "update_",
 ]
 
 SORTED_MAX_BLOCK_SIZE = 4096  # 12 bits of index
@@ -278,7 +278,7 @@ def sorted_slots(window: SparseWindow) -> int | None:
     return slots if fits else None
 
 
-def window_update_triton_(
+def update_(
     param: Tensor,
     window: SparseWindow,
     weights: Tensor,
@@ -350,7 +350,7 @@ def _launch_scratch(
     )
 
 
-def window_dots_triton(window: SparseWindow, dense: Tensor) -> Tensor:
+def dots(window: SparseWindow, dense: Tensor) -> Tensor:
     """See :func:`hf_lowmem_optim.kernels.sparse_window.window_dots`."""
     tile = _sparse_tile(window.kept)
     programs = min(triton.cdiv(window.kept, tile), DOTS_PROGRAMS)
@@ -371,7 +371,7 @@ def window_dots_triton(window: SparseWindow, dense: Tensor) -> Tensor:
     return partial.sum(dim=1)
 
 
-def window_combine_triton_(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
+def combine_(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
     """See :func:`hf_lowmem_optim.kernels.sparse_window.window_combine_`."""
     with _on_device(out):
         _combine_kernel[(window.num_blocks,)](
@@ -389,22 +389,20 @@ def window_combine_triton_(out: Tensor, window: SparseWindow, weights: Tensor) -
         )
 
 
-def window_gram_row_triton(window: SparseWindow, row: int) -> Tensor:
+def gram_row(window: SparseWindow, row: int) -> Tensor:
     """See :func:`hf_lowmem_optim.kernels.sparse_window.window_gram_row`: the row is scattered, then gathered from."""
     device = window.indices.device
     dense = torch.zeros(window.numel, dtype=torch.float32, device=device)
     weights = torch.zeros(window.window, dtype=torch.float32, device=device)
     weights[row] = 1
-    window_combine_triton_(dense, window, weights)
-    return window_dots_triton(window, dense)
+    combine_(dense, window, weights)
+    return dots(window, dense)
 
 
-def window_descend_triton_(
-    param: Tensor, window: SparseWindow, weights: Tensor, *, lr: float, weight_decay: float
-) -> None:
+def descend_(param: Tensor, window: SparseWindow, weights: Tensor, *, lr: float, weight_decay: float) -> None:
     """See :func:`hf_lowmem_optim.kernels.sparse_window.window_descend_`: the direction is a dense vector on the way."""
     direction = torch.zeros(window.numel, dtype=torch.float32, device=param.device)
-    window_combine_triton_(direction, window, weights)
+    combine_(direction, window, weights)
     # each operation is rounded to float32, as in the reference; a float32 parameter is its own wide copy
     wide = param.float()
     if weight_decay != 0:

@@ -15,11 +15,11 @@ from torch import Tensor
 from hf_lowmem_optim.kernels.sparse_window.layout import SparseWindow
 
 __all__ = [
-    "window_combine_reference_",
-    "window_descend_reference_",
-    "window_dots_reference",
-    "window_gram_row_reference",
-    "window_update_reference_",
+    "combine_",
+    "descend_",
+    "dots",
+    "gram_row",
+    "update_",
 ]
 
 CHUNK_ENTRIES = 3 << 15
@@ -58,7 +58,7 @@ def _chunks(window: SparseWindow) -> Iterator[_Chunk]:
         yield _Chunk(entries, columns, block_starts[: columns.stop - columns.start])
 
 
-def window_update_reference_(
+def update_(
     param: Tensor,
     window: SparseWindow,
     weights: Tensor,
@@ -92,7 +92,7 @@ def window_update_reference_(
             piece.copy_(stepped)
 
 
-def window_dots_reference(window: SparseWindow, dense: Tensor) -> Tensor:
+def dots(window: SparseWindow, dense: Tensor) -> Tensor:
     """See :func:`hf_lowmem_optim.kernels.sparse_window.window_dots`."""
     dots = torch.zeros(window.window, dtype=torch.float64, device=dense.device)
     for chunk in _chunks(window):
@@ -103,7 +103,7 @@ def window_dots_reference(window: SparseWindow, dense: Tensor) -> Tensor:
     return dots
 
 
-def window_combine_reference_(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
+def combine_(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
     """See :func:`hf_lowmem_optim.kernels.sparse_window.window_combine_`."""
     rows = [(row, weight) for row, weight in enumerate(weights.tolist()) if weight != 0]
     for chunk in _chunks(window):
@@ -113,7 +113,7 @@ def window_combine_reference_(out: Tensor, window: SparseWindow, weights: Tensor
             piece.scatter_add_(0, chunk.positions(window.indices, row), weight * value)
 
 
-def window_gram_row_reference(window: SparseWindow, row: int) -> Tensor:
+def gram_row(window: SparseWindow, row: int) -> Tensor:
     """See :func:`hf_lowmem_optim.kernels.sparse_window.window_gram_row`."""
     dots = torch.zeros(window.window, dtype=torch.float64, device=window.indices.device)
     for chunk in _chunks(window):
@@ -125,9 +125,7 @@ def window_gram_row_reference(window: SparseWindow, row: int) -> Tensor:
     return dots
 
 
-def window_descend_reference_(
-    param: Tensor, window: SparseWindow, weights: Tensor, *, lr: float, weight_decay: float
-) -> None:
+def descend_(param: Tensor, window: SparseWindow, weights: Tensor, *, lr: float, weight_decay: float) -> None:
     """See :func:`hf_lowmem_optim.kernels.sparse_window.window_descend_`."""
     rows = [(row, weight) for row, weight in enumerate(weights.tolist()) if weight != 0]
     for chunk in _chunks(window):

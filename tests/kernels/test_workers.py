@@ -1,0 +1,100 @@
+"""Work on several threads: torch's own number of threads is left as it was, and failures come out."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from hf_lowmem_optim.kernels.workers import MAX_WORKERS, num_workers, run_pieces, run_workers
+
+pytestmark = pytest.mark.skipif(not torch.backends.openmp.is_available(), reason="torch has no threads by caller here")
+
+
+@pytest.fixture(autouse=True)
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_each_function_has_a_thread_and_torch_with_one() -> None:
+    at_once = threading.Barrier(3, timeout=30)
+    seen: list[tuple[str, int]] = []
+
+    def work() -> None:
+        at_once.wait()
+        seen.append((threading.current_thread().name, torch.get_num_threads()))
+
+    for _ in range(2):
+        seen.clear()
+        run_workers([work] * 3, lambda: None)
+        assert len({name for name, _ in seen}) == 3
+        assert [threads for _, threads in seen] == [1, 1, 1]
+        assert threading.current_thread().name in {name for name, _ in seen}
+        assert torch.get_num_threads() == 3
+    later: list[int] = []
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert later == [3]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_failure_comes_out_when_all_have_ended(failing: int) -> None:
+    ended, stopped = [], threading.Event()
+
+    def fails() -> None:
+        raise ArithmeticError("on purpose")
+
+    def works() -> None:
+        if failing == 0:
+            assert stopped.wait(30)
+        ended.append(True)
+
+    functions = [works, works, works]
+    functions[failing] = fails
+    with pytest.raises(ArithmeticError, match="on purpose"):
+        run_workers(functions, stopped.set)
+    assert len(ended) == 2
+    assert torch.get_num_threads() == 3
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3])
+def test_pieces_cover_every_block_once(pieces: int) -> None:
+    seen: list[tuple[int, int, int]] = []
+    run_pieces(lambda *piece: seen.append(piece), 10, pieces)
+    assert sorted(number for number, _, _ in seen) == list(range(pieces))
+    assert sorted(block for _, first, stop in seen for block in range(first, stop)) == list(range(10))
+
+
+def test_there_are_no_more_workers_than_jobs_and_threads() -> None:
+    assert [num_workers(jobs) for jobs in (0, 1, 2, 5)] == [1, 1, 2, 3]
+    torch.set_num_threads(MAX_WORKERS + 1)
+    assert num_workers(1000) == MAX_WORKERS
+    torch.set_num_threads(1)
+    assert num_workers(1000) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_process_has_workers_of_its_own() -> None:
+    script = """
+import os, torch
+from hf_lowmem_optim.kernels.workers import run_workers
+torch.set_num_threads(2)
+seen = []
+run_workers([lambda: seen.append(1)] * 2, lambda: None)
+child = os.fork()
+if child == 0:
+    run_workers([lambda: seen.append(2)] * 2, lambda: None)
+    os._exit(0 if seen == [1, 1, 2, 2] else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.strip() == "0", done.stderr
