@@ -51,16 +51,16 @@ def run_workers(works: list[Callable[[], None]], stop: Callable[[], object]) -> 
     try:
         with one_thread():
             works[0]()
+        # Whom another thread wakes, Linux puts on that thread's core, where the next work would then wait some
+        # milliseconds for its turn. Whom a clock wakes stays on its own.
+        while not all(future.done() for future in futures):
+            time.sleep(_POLL_SECONDS)
     except BaseException:
         # what has begun must not go on behind the caller's back
         stop()
         wait(futures)
         raise
     for future in futures:
-        # Whom another thread wakes, Linux puts on that thread's core, where the next work would then wait some
-        # milliseconds for its turn. Whom a clock wakes stays on its own.
-        while not future.done():
-            time.sleep(_POLL_SECONDS)
         future.result()
 
 
@@ -68,6 +68,9 @@ def run_workers(works: list[Callable[[], None]], stop: Callable[[], object]) -> 
 def one_thread() -> Iterator[None]:
     """Let torch use one thread, as workers do: its others would go on waiting actively, in the way of the workers."""
     threads = torch.get_num_threads()
+    if threads == 1 or not _has_openmp():
+        yield
+        return
     torch.set_num_threads(1)
     try:
         yield

@@ -25,7 +25,7 @@ def run(tensors: dict[str, Tensor], **changes: Any) -> None:
     subspace_adam_(**tensors, **{"betas": BETAS, "correction": CORRECTION, "damping": DAMPING, **changes})
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 # the last is cut into pieces
 @pytest.mark.parametrize("shape", [(1,), (16, 37), (3, 4, 9), (64, 9000)])
 def test_it_is_the_formula(backend: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:

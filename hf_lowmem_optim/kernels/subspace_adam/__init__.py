@@ -18,15 +18,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_lowmem_optim.kernels.backend import Backend, choose_backend, implementation
+from hf_lowmem_optim.kernels.backend import choose_backend, implementation
 from hf_lowmem_optim.kernels.block_quant.checks import check_dense
 
 __all__ = ["subspace_adam_"]
 
 _NAMES = ("exp_avg", "exp_avg_sq", "projected", "moved", "rotated")
 _FLOAT32 = (torch.float32,)
-# torch's own operations are the kernel on a GPU: what there is to save are a few launches on small matrices
-_UNSUPPORTED: dict[Backend, str] = {"triton": "there is no Triton kernel for it"}
 
 
 def subspace_adam_(
@@ -58,5 +56,8 @@ def subspace_adam_(
     tensors = (exp_avg, exp_avg_sq, projected, moved, rotated)
     for name, tensor in zip(_NAMES, tensors, strict=True):
         check_dense(tensor, name, numel=exp_avg.numel(), device=exp_avg.device, dtypes=_FLOAT32)
-    backend = choose_backend("subspace_adam_", exp_avg.device, unsupported=_UNSUPPORTED)
-    implementation("subspace_adam", backend).update_(*tensors, betas, correction, damping)
+    # a Triton kernel would save a few launches on small matrices: torch's own operations serve GPUs
+    backend = choose_backend("subspace_adam_", exp_avg.device)
+    implementation("subspace_adam", "cpu" if backend == "cpu" else "reference").update_(
+        *tensors, betas, correction, damping
+    )
