@@ -364,7 +364,7 @@ class LowMemoryOptimizer(Optimizer):
 
     def _jobs(self, updates: Sequence[PendingUpdate]) -> list[Job]:
         """Cut the updates into jobs: a job each; a method that updates small tensors together overrides this."""
-        return [Job(u.param, functools.partial(self._update_alone_, u)) for u in updates]
+        return [Job([u.param], functools.partial(self._update_alone_, u)) for u in updates]
 
     def _update_alone_(self, update: PendingUpdate, workspace: Workspace) -> None:
         """Apply the compressed rule to one tensor."""

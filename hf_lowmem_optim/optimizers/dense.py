@@ -133,7 +133,7 @@ def dense_jobs(updates: Sequence[PendingUpdate]) -> list[Job]:
     together = [small[start : start + _JOB_TENSORS] for start in range(0, len(small), _JOB_TENSORS)]
     pieces = [[piece] for u in large for piece in _cut(u)]
     return [
-        Job(max((u.param for u in some), key=Tensor.numel), functools.partial(_dense_update_, some))
+        Job([u.param for u in some], functools.partial(_dense_update_, some))
         for some in (*together, *pieces, rest)
         if some
     ]

@@ -387,7 +387,8 @@ class LDAdam(ErrorInGradient):
             updates, lambda u: _batch_key(u.param, u.group, u.state["step"]), lambda u: u.param.numel()
         )
         alone = super()._jobs([chunk[0] for chunk in chunks if len(chunk) == 1])
-        return alone + [Job(chunk[0].param, partial(ldadam_update_batch_, chunk)) for chunk in chunks if len(chunk) > 1]
+        together = [chunk for chunk in chunks if len(chunk) > 1]
+        return alone + [Job([u.param for u in chunk], partial(ldadam_update_batch_, chunk)) for chunk in together]
 
     @classmethod
     def batch_temporaries(cls, groups: Sequence[Mapping[str, Any]]) -> StepTemporaries:

@@ -216,7 +216,7 @@ class PreconditionedOptimizer(LowMemoryOptimizer):
             def solve(update: PendingUpdate, workspace: Workspace) -> None:
                 self._solve_system_([update], update.state["gram"], update.state["step"], workspace)
 
-            run_jobs([Job(update.param, functools.partial(solve, update)) for update in updates], workspace)
+            run_jobs([Job([update.param], functools.partial(solve, update)) for update in updates], workspace)
             return
         # torch, too, keeps what belongs to no parameter under a string
         shared = cast("dict[Any, dict[str, Any]]", self.state)[SHARED]
@@ -258,7 +258,7 @@ class PreconditionedOptimizer(LowMemoryOptimizer):
                 _descend_(param, updates[index], windows[index], weights.to(param.device), workspace)
 
         def run(function: Callable[[int, Workspace], None]) -> None:
-            run_jobs([Job(u.param, functools.partial(function, index)) for index, u in enumerate(updates)], workspace)
+            run_jobs([Job([u.param], functools.partial(function, index)) for index, u in enumerate(updates)], workspace)
 
         run(compress)
         with one_thread():

@@ -23,6 +23,7 @@ __all__ = ["SIDE_BY_SIDE_ENTRIES", "Job", "goes_side_by_side", "run_jobs"]
 
 #: The temporaries of larger matrices would be too many at once, and their products make good use of all threads.
 SIDE_BY_SIDE_ENTRIES = 1 << 22
+_LEAST_ENTRIES = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,17 @@ class Job:
     """An update that touches nothing that another one touches.
 
     Attributes:
-        tensor: The parameter, or the largest of several.
+        tensors: The parameters.
         run: Does it, with the temporary buffers that it is given.
     """
 
-    tensor: Tensor
+    tensors: Sequence[Tensor]
     run: Callable[[Workspace], None]
+
+    @property
+    def entries(self) -> int:
+        """Of all parameters."""
+        return sum(tensor.numel() for tensor in self.tensors)
 
 
 def goes_side_by_side(tensor: Tensor) -> bool:
@@ -58,7 +64,7 @@ def run_jobs(jobs: Sequence[Job], workspace: Workspace | None = None) -> None:
     together: list[Job] = []
     others: list[Job] = []
     for job in jobs:
-        (together if goes_side_by_side(job.tensor) else others).append(job)
+        (together if all(goes_side_by_side(tensor) for tensor in job.tensors) else others).append(job)
     if num_workers() == 1:
         others = [*together, *others]
     elif together:
@@ -70,7 +76,9 @@ def run_jobs(jobs: Sequence[Job], workspace: Workspace | None = None) -> None:
 
 def _run_side_by_side(jobs: Sequence[Job]) -> None:
     """Let every worker take the largest job that is left, until none is."""
-    left = deque(sorted(jobs, key=lambda job: -job.tensor.numel()))
+    entries = [job.entries for job in jobs]
+    by_size = sorted(range(len(jobs)), key=lambda index: -entries[index])
+    left = deque(jobs[index] for index in by_size)
 
     @torch.no_grad()  # the mode is one of the thread
     def work() -> None:
@@ -86,4 +94,6 @@ def _run_side_by_side(jobs: Sequence[Job]) -> None:
             left.clear()
             raise
 
-    run_workers([work] * num_workers(len(jobs)), left.clear)
+    # Python's part of an update is done by one thread at a time: where it is most of it, a second thread is in the way
+    pays = sum(entries) >= len(jobs) * _LEAST_ENTRIES
+    run_workers([work] * (num_workers(len(jobs)) if pays else 1), left.clear)

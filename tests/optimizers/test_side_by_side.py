@@ -12,7 +12,8 @@ from torch import nn
 
 from hf_lowmem_optim import OPTIMIZERS, LDAdam
 from hf_lowmem_optim.optimizers import ldadam as ldadam_module
-from hf_lowmem_optim.optimizers.side_by_side import SIDE_BY_SIDE_ENTRIES, goes_side_by_side
+from hf_lowmem_optim.optimizers import side_by_side
+from hf_lowmem_optim.optimizers.side_by_side import SIDE_BY_SIDE_ENTRIES, Job, goes_side_by_side, run_jobs
 
 SHAPES = [(48, 200), (200, 48), (40, 40), (40, 40), (96, 70), (33,), (7, 3, 3, 3), (5,)]
 #: Above what is one job of the dense rule, and not a multiple of it.
@@ -27,7 +28,9 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
 
 
 @pytest.fixture(autouse=True)
-def threads_come_back() -> Iterator[None]:
+def threads_come_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Small tensors are to go to several threads here."""
+    monkeypatch.setattr(side_by_side, "_LEAST_ENTRIES", 0)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -79,6 +82,16 @@ def test_a_failing_update_ends_the_step(monkeypatch: pytest.MonkeyPatch) -> None
     time.sleep(0.05)
     assert len(done) == ended
     assert torch.get_num_threads() == 2
+
+
+def test_what_is_mostly_python_stays_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(2)
+    started: list[int] = []
+    monkeypatch.setattr(side_by_side, "run_workers", lambda works, stop: started.append(len(works)))
+    for least, size in ((1 << 15, 100), (1 << 15, 1 << 16), (0, 100)):
+        monkeypatch.setattr(side_by_side, "_LEAST_ENTRIES", least)
+        run_jobs([Job([torch.zeros(size)], lambda workspace: None) for _ in range(4)])
+    assert started == [1, 2, 2]
 
 
 def test_only_plain_small_tensors_of_a_cpu_go_side_by_side() -> None:
