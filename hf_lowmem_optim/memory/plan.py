@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 
-from hf_lowmem_optim.kernels.workers import num_workers
 from hf_lowmem_optim.memory.measure import StateReport, StateTally, unwrap_optimizer
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
-from hf_lowmem_optim.optimizers.side_by_side import goes_side_by_side
 from hf_lowmem_optim.registry import get_entry
 from hf_lowmem_optim.state import StepTemporaries
 
@@ -96,7 +94,8 @@ def plan_groups(optimizer_class: type[LowMemoryOptimizer], groups: Groups, *, nu
 def plan_temporaries(optimizer_class: type[LowMemoryOptimizer], groups: Groups) -> int | None:
     """Predict how many bytes one ``step()`` allocates at most besides the state, in the first step or a later one.
 
-    On a CPU several tensors are updated at once: what is predicted depends on ``torch.get_num_threads()``.
+    With one tensor updated after the other, as on a GPU. On a CPU each further thread (``torch.get_num_threads()``, 16
+    at most) that updates another tensor at the same time takes up to as much again.
 
     Args:
         optimizer_class: The optimizer.
@@ -105,32 +104,19 @@ def plan_temporaries(optimizer_class: type[LowMemoryOptimizer], groups: Groups) 
     Returns:
         Bytes, or None if the optimizer does not describe what it allocates.
     """
-    params = [(param, group) for group in groups for param in group["params"]]
-    num_beside = sum(goes_side_by_side(param) for param, _ in params)
     peaks = []
     for first in (True, False):
-        beside, alone = StepTemporaries(), StepTemporaries()
-        for param, group in params:
-            described = optimizer_class.step_temporaries(param, group, first=first)
-            if described is None:
-                return None
-            if goes_side_by_side(param):
-                beside = beside.largest(described)
-            else:
-                alone = alone.largest(described)
+        together = StepTemporaries()
+        for group in groups:
+            for param in group["params"]:
+                described = optimizer_class.step_temporaries(param, group, first=first)
+                if described is None:
+                    return None
+                together = together.largest(described)
         if not first:
-            together = optimizer_class.batch_temporaries(groups)
-            beside, alone = (beside.largest(together), alone) if num_beside else (beside, alone.largest(together))
-        peaks.append(_peak_bytes(beside, alone, num_workers(num_beside)))
+            together = together.largest(optimizer_class.batch_temporaries(groups))
+        peaks.append(together.peak_bytes)
     return max(peaks)
-
-
-def _peak_bytes(beside: StepTemporaries, alone: StepTemporaries, workers: int) -> int:
-    """Bytes at the worst moment: what is updated side by side takes its temporaries for each worker."""
-    if workers == 1:
-        return beside.largest(alone).peak_bytes
-    # a method that goes over all tensors twice keeps what those updated alone share
-    return max(alone.peak_bytes, sum(alone.shared.values()) + workers * beside.peak_bytes)
 
 
 def compressed_bytes_per_parameter(optimizer_class: type[LowMemoryOptimizer], groups: Groups) -> float | None:

@@ -139,8 +139,9 @@ def dense_jobs(updates: Sequence[PendingUpdate]) -> list[Job]:
     ]
 
 
-def _dense_update_(updates: Sequence[PendingUpdate], workspace: Workspace) -> None:
-    dense_update_(updates, workspace=workspace)
+def _dense_update_(updates: Sequence[PendingUpdate], _: Workspace) -> None:
+    # with buffers of its own, which are gone when the compressed tensors take theirs
+    dense_update_(updates, workspace=Workspace())
 
 
 def _has_pieces(update: PendingUpdate) -> bool:
