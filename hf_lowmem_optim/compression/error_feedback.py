@@ -24,6 +24,7 @@ from hf_lowmem_optim.compression.quantization import (
     quantized_state,
 )
 from hf_lowmem_optim.compression.workspace import Workspace
+from hf_lowmem_optim.kernels.block_quant.checks import FLOAT_DTYPES
 from hf_lowmem_optim.state import TensorSpec
 
 __all__ = [
@@ -96,7 +97,7 @@ def accumulate(grad: Tensor, state: Mapping[str, Tensor], workspace: Workspace) 
         return _add_(accumulated.copy_(error), grad)
     if "error_codes" in state:
         quantized = quantized_error(state, grad.numel())
-        if grad.is_contiguous():
+        if grad.is_contiguous() and grad.dtype in FLOAT_DTYPES:  # in one pass
             dequantize_add_(accumulated, quantized, onto=grad)
             return accumulated
         dequantize_(accumulated, quantized)

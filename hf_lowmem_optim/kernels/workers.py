@@ -97,6 +97,7 @@ def run_pieces(function: Callable[[int, int, int], None], num_blocks: int, piece
 
 @functools.cache
 def _has_openmp() -> bool:
+    # torch has not annotated this function
     return bool(torch.backends.openmp.is_available())  # type: ignore[no-untyped-call]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hf_lowmem_optim.compression.error_feedback import accumulate, error_state, retain_
 from hf_lowmem_optim.compression.quantization import (
     QuantFormat,
     dequantize_,
@@ -13,6 +14,7 @@ from hf_lowmem_optim.compression.quantization import (
     quantized_state,
 )
 from hf_lowmem_optim.compression.topk import window_specs
+from hf_lowmem_optim.compression.workspace import Workspace
 
 
 def test_bytes_of_microadam_at_its_defaults():
@@ -51,3 +53,12 @@ def test_window_rows_and_refusals():
     assert specs["indices"].dtype == torch.int16 and specs["values"].dtype == torch.float32
     with pytest.raises(ValueError, match="window must be at least 1"):
         window_specs(10, window=0, density=0.1, block_size=4)
+
+
+def test_a_quantized_error_takes_a_gradient_of_any_dtype_and_layout() -> None:
+    state = {key: spec.allocate("cpu") for key, spec in error_state((6, 64), torch.float32, "4bit").items()}
+    values = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    retain_(state, torch.linspace(-1, 1, 384).view(6, 64))
+    expected = accumulate(values.float(), state, Workspace())
+    for grad in (values, values.double(), values.mT.contiguous().mT, values.double().mT.contiguous().mT):
+        assert torch.equal(accumulate(grad, state, Workspace()), expected)
