@@ -17,7 +17,7 @@ from torch import nn
 
 from hf_lowmem_optim import OptimizerFactory, measure_state
 from hf_lowmem_optim.registry import OPTIMIZERS, get_entry
-from hf_lowmem_optim.trainer.optim_args import parse_optim_args
+from hf_lowmem_optim.trainer.optim_args import hyperparameters_from_text
 from hf_lowmem_optim.trainer.param_groups import COMPRESSED
 
 LOW_RANK: dict[str, dict[str, Any]] = {
@@ -39,7 +39,7 @@ def build_optimizer(entry: str, model: nn.Module, lr: float) -> torch.optim.Opti
 
     Args:
         entry: ``adamw`` (torch's), ``adamw_8bit`` (bitsandbytes), ``galore``, ``apollo`` or one of ours; settings after
-            a colon, ``dense_lr_ratio=…`` among them.
+            a colon as in ``optim_args``, for peers as in :data:`LOW_RANK`, ``dense_lr_ratio=…`` among them.
         model: The model.
         lr: Learning rate of the matrices, and of all else without ``dense_lr_ratio``.
 
@@ -49,7 +49,7 @@ def build_optimizer(entry: str, model: nn.Module, lr: float) -> torch.optim.Opti
     """
     name, _, text = entry.partition(":")
     if name in OPTIMIZERS:
-        return OptimizerFactory(name, lr=lr, **parse_optim_args(text, get_entry(name).optimizer_class))(model)
+        return OptimizerFactory(name, lr=lr, **hyperparameters_from_text(text, get_entry(name).optimizer_class))(model)
     own = [part for part in text.split(",") if part and not part.startswith("dense_lr_ratio=")]
     optimizer = _build(name, ",".join(own), model, lr)
     for part in text.split(","):
