@@ -1,24 +1,43 @@
-"""float32, bfloat16 and float16 in numba, which knows only the first on a CPU; imports numba.
+"""The memory of tensors in numba, and float32, bfloat16 and float16, of which it knows only the first on a CPU.
 
-A compiled function takes a dense tensor as :func:`float_views`: two arrays of which one is empty, and a kind. It is
-then compiled once, not once per dtype (a compilation takes seconds).
+A compiled function takes a tensor by its address, as a Triton kernel does, and a tensor of floats with its kind
+(:func:`floats`). To make an array of a tensor and to take it apart again would cost some two microseconds, and an
+update of a small matrix has dozens; and the function is compiled once, not once per dtype (a compilation takes
+seconds). An address says nothing of what is there: who calls has checked dtype, size and contiguity (the operations in
+``kernels/*/__init__.py`` do), and holds the tensor until the call returns.
 """
 
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc, attr-defined, call-arg"
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
 import torch
+from numba.core import types
+from numba.extending import intrinsic
 from torch import Tensor
 
 from hf_lowmem_optim.kernels.workers import num_workers
 
-__all__ = ["float_views", "load_floats", "narrow", "num_pieces", "store_floats", "widen"]
+__all__ = [
+    "float32_at",
+    "floats",
+    "int16_at",
+    "load_float",
+    "load_floats",
+    "narrow",
+    "num_pieces",
+    "store_float",
+    "store_floats",
+    "uint8_at",
+    "uint16_at",
+    "uint64_at",
+    "widen",
+]
 
-_EMPTY32, _EMPTY16 = np.empty(0, np.float32), np.empty(0, np.uint16)
 _KIND = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # a second thread costs more than it gains below that
@@ -27,19 +46,37 @@ _LEAST_ENTRIES = 1 << 18
 _QUIET_NAN_BFLOAT16, _QUIET_NAN_FLOAT16 = 0x7FC0, 0x7E00
 
 
-def float_views(tensor: Tensor | None) -> tuple[Any, Any, int]:
-    """Return (float32 array, uint16 array, kind), flat, sharing the tensor's memory; both empty for None."""
-    if tensor is None:
-        return _EMPTY32, _EMPTY16, 0
-    if tensor.dtype == torch.float32:
-        return tensor.numpy().reshape(-1), _EMPTY16, 0
-    return _EMPTY32, tensor.view(torch.uint16).numpy().reshape(-1), _KIND[tensor.dtype]
+def floats(tensor: Tensor | None) -> tuple[int, int]:
+    """Return address and kind of a contiguous tensor: 0 for float32, 1 for bfloat16, 2 for float16; zeros for None."""
+    return (0, 0) if tensor is None else (tensor.data_ptr(), _KIND[tensor.dtype])
 
 
 def num_pieces(num_blocks: int, block_size: int) -> int:
     """Pieces to cut a loop over blocks into: one per thread that there is, each of some entries at least."""
     most = min(num_blocks, num_blocks * block_size // _LEAST_ENTRIES)
     return num_workers(most) if most > 1 else 1
+
+
+def _array_at(kind: Any) -> Callable[..., Any]:
+    """Make the compiled function that gives the array of a shape at an address."""
+
+    @intrinsic
+    def pointer(_, address):
+        def generate(context, builder, signature, arguments):
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(types.int64), generate
+
+    @numba.njit(inline="always")
+    def array_at(address, shape):
+        return numba.carray(pointer(np.int64(address)), shape)
+
+    return array_at
+
+
+float32_at, uint16_at = _array_at(types.float32), _array_at(types.uint16)
+int16_at, uint8_at = _array_at(types.int16), _array_at(types.uint8)
+uint64_at = _array_at(types.uint64)
 
 
 @numba.njit(inline="always")
@@ -80,33 +117,54 @@ def narrow(x, kind):
 
 
 @numba.njit(inline="always")
-def load_floats(x32, x16, kind, start, count, out):
-    """Write ``x[start : start + count]`` to ``out[:count]``, as float32."""
-    # unsigned: an index that could be negative for all that the compiler knows would not be vectorized
-    start = np.uint64(start)
-    for_all = range(np.uint64(count))
+def load_float(x, kind, index):
+    """Return entry ``index`` of the floats at ``x``, as float32."""
     if kind == 0:
-        for i in for_all:
-            out[i] = x32[start + i]
-    elif kind == 1:
-        for i in for_all:
-            out[i] = widen(x16[start + i], 1)
-    else:
-        for i in for_all:
-            out[i] = widen(x16[start + i], 2)
+        return float32_at(x, index + 1)[index]
+    return widen(uint16_at(x, index + 1)[index], kind)
 
 
 @numba.njit(inline="always")
-def store_floats(x, count, out32, out16, kind, start):
-    """Write ``x[:count]`` to ``out[start : start + count]``, rounded to the kind of ``out``."""
-    start = np.uint64(start)
+def store_float(number, out, kind, index):
+    """Write a float32 number to entry ``index`` of the floats at ``out``, rounded to their kind."""
+    if kind == 0:
+        float32_at(out, index + 1)[index] = number
+    else:
+        uint16_at(out, index + 1)[index] = narrow(number, kind)
+
+
+@numba.njit(inline="always")
+def load_floats(x, kind, start, count, out):
+    """Write entries ``start`` to ``start + count`` of the floats at ``x`` to ``out[:count]``, as float32."""
+    # unsigned: an index that could be negative for all that the compiler knows would not be vectorized
     for_all = range(np.uint64(count))
     if kind == 0:
+        wide = float32_at(x + 4 * start, count)
         for i in for_all:
-            out32[start + i] = x[i]
-    elif kind == 1:
-        for i in for_all:
-            out16[start + i] = narrow(x[i], 1)
+            out[i] = wide[i]
     else:
+        bits = uint16_at(x + 2 * start, count)
+        if kind == 1:
+            for i in for_all:
+                out[i] = widen(bits[i], 1)
+        else:
+            for i in for_all:
+                out[i] = widen(bits[i], 2)
+
+
+@numba.njit(inline="always")
+def store_floats(x, count, out, kind, start):
+    """Write ``x[:count]`` to entries ``start`` to ``start + count`` of the floats at ``out``, rounded to their kind."""
+    for_all = range(np.uint64(count))
+    if kind == 0:
+        wide = float32_at(out + 4 * start, count)
         for i in for_all:
-            out16[start + i] = narrow(x[i], 2)
+            wide[i] = x[i]
+    else:
+        bits = uint16_at(out + 2 * start, count)
+        if kind == 1:
+            for i in for_all:
+                bits[i] = narrow(x[i], 1)
+        else:
+            for i in for_all:
+                bits[i] = narrow(x[i], 2)

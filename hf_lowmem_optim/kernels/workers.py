@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -78,21 +79,28 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def run_pieces(function: Callable[[int, int, int], None], num_blocks: int, pieces: int) -> None:
-    """Cut a loop over blocks into pieces of about one size and run them at the same time.
+def run_pieces(loop: Callable[..., Any], arguments: tuple[object, ...], num_blocks: int, pieces: int) -> list[Any]:
+    """Cut a compiled loop over blocks into pieces of about one size and run them at the same time.
 
     Args:
-        function: Takes the number of a piece, its first block, and the block after its last one.
+        loop: Takes the arguments, its first block, and the block after its last one.
+        arguments: The same for all pieces.
         num_blocks: How many blocks there are.
         pieces: How many pieces; :func:`num_workers` at most.
+
+    Returns:
+        What the loop returned, piece by piece.
     """
     if pieces == 1:
-        function(0, 0, num_blocks)
-        return
-    bounds = [piece * num_blocks // pieces for piece in range(pieces + 1)]
-    run_workers(
-        [functools.partial(function, piece, bounds[piece], bounds[piece + 1]) for piece in range(pieces)], lambda: None
-    )
+        return [loop(*arguments, 0, num_blocks)]
+    returned: list[Any] = [None] * pieces
+
+    def run(piece: int) -> None:
+        first, stop = (end * num_blocks // pieces for end in (piece, piece + 1))
+        returned[piece] = loop(*arguments, first, stop)
+
+    run_workers([functools.partial(run, piece) for piece in range(pieces)], lambda: None)
+    return returned
 
 
 @functools.cache

@@ -43,9 +43,9 @@ from hf_lowmem_optim.compression.error_feedback import (
     retain_,
 )
 from hf_lowmem_optim.compression.lowrank import leading_left_singular_vectors, orthonormalize, svd_entries
-from hf_lowmem_optim.compression.products import addmm, mm
 from hf_lowmem_optim.compression.rounding import rounding_bytes
 from hf_lowmem_optim.compression.workspace import Workspace
+from hf_lowmem_optim.kernels.products import addmm, mm
 from hf_lowmem_optim.kernels.subspace_adam import subspace_adam_
 from hf_lowmem_optim.optimizers.adamw import DenseState, adamw_state
 from hf_lowmem_optim.optimizers.base import update_arguments
@@ -133,8 +133,9 @@ def ldadam_temporaries(
         **_other: Hyper-parameters that do not matter here.
 
     Returns:
-        Shared: a and the wide copy of W, which take turns in one buffer, and p̃, m̃ and v. Own: the wide copies of U, m
-        and v; then the four (p, r) matrices of line 3 and R, or in the first update the factors of the SVD.
+        Shared: a and the wide copy of W, which take turns in one buffer, p̃, and the two factors of line 6. Own: the
+        wide copies of U, m and v; then the four (p, r) matrices of line 3 and R, or in the first update the factors of
+        the SVD.
     """
     p, q = sorted((shape[0], math.prod(shape[1:])))
     in_place = dtype == torch.float32 and error_feedback in ("fp32", "param", "grad", "none")
@@ -145,7 +146,7 @@ def ldadam_temporaries(
     if first:
         own = max(svd_entries(p, q, rank), rank * (p + 2 * q))
     else:
-        shared.update(dict.fromkeys(("moved", "rotated"), rank * q))
+        shared.update({"left": 2 * rank * p, "right": 2 * rank * q})
         own = rank * (4 * p + rank)
     shared_bytes, own_bytes = {name: 4 * entries for name, entries in shared.items()}, 4 * (copies + own)
     if first and error_feedback == "grad":
@@ -196,8 +197,6 @@ def ldadam_update_(
     )
     p = space.take("projected", m.shape, m.device)  # [r, q]
 
-    # line 6 has p̃ + c·m̃, which is the new m times c + 1
-    c = beta1 / (1 - beta1)
     # line 9: m̂/(√v̂ + eps) is m/(√v + eps·√(1 − β2ᵗ)) up to a factor that joins the step size; it takes the place of p̃
     root = math.sqrt(1 - beta2**step)
     if step == 1:
@@ -207,25 +206,23 @@ def ldadam_update_(
         torch.mul(p, 1 - beta1, out=m)
         torch.mul(p, p, out=v).mul_(1 - beta2)
         torch.div(m, torch.sqrt(v, out=p).add_(eps * root), out=p)
+        if keeps_error(state):
+            addmm(a, U, m, alpha=-1 / (1 - beta1), out=a)
     else:
         # line 3: subspace of b = s·U₋m + (1 − ρ)·a by one power iteration; b is never formed
         s = rho / (1 - beta1 ** (step - 1))
         V = addmm(m, U_old.mT, a, beta=s, alpha=1 - rho, out=p).mT  # [q, r]
-        U = orthonormalize(addmm(mm(U_old, mm(m, V)), a, V, beta=s, alpha=1 - rho))  # [p, r]
-        Ut = U.mT
-        R = mm(Ut, U_old)
-        # lines 4 and 5; p̃ takes the place of V
-        mm(Ut, a, out=p)
-        m_moved = mm(R, m, out=space.take("moved", m.shape, m.device))
-        # lines 7 and 8, with k = c2/c1²; the factors c2 and β2 go inside the absolute value
+        U = orthonormalize(addmm(mm(U_old, mm(m, V)), a, V, beta=s, alpha=1 - rho)).contiguous()  # [p, r]
+        # line 4; p̃ takes the place of V
+        mm(U.mT, a, out=p)
+        # lines 5, 7 and 8, with k = c2/c1²
         k = (1 - beta2 ** (step - 1)) / (1 - beta1 ** (step - 1)) ** 2
-        rotated = space.take("rotated", m.shape, m.device)
-        addmm(rotated, R * R, v.addcmul_(m, m, value=-k), beta=0, alpha=beta2, out=rotated)
+        left = space.take("left", (*U.shape[:-1], 2 * U.shape[-1]), m.device)
+        right = space.take("right", (*m.shape[:-2], 2 * m.shape[-2], m.shape[-1]), m.device)
+        subspace_adam_(U_old, U, m, v, p, left, right, betas=betas, correction=k, damping=eps * root)
+        # line 6 in one product: U₋(c·m) and U(p̃ + c·m̃), which is the new m times c + 1
         if keeps_error(state):
-            addmm(a, U_old, m, alpha=c, out=a)
-        subspace_adam_(m, v, p, m_moved, rotated, betas=betas, correction=k, damping=eps * root)
-    if keeps_error(state):
-        addmm(a, U, m, alpha=-1 - c, out=a)
+            addmm(a, left, right, out=a)
 
     retain_(state, residual, seed=step if stochastic_rounding else None)
     for key, value in (("basis", U), ("exp_avg", m), ("exp_avg_sq", v)):

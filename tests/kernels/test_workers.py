@@ -68,10 +68,9 @@ def test_a_failure_comes_out_when_all_have_ended(failing: int) -> None:
 
 @pytest.mark.parametrize("pieces", [1, 2, 3])
 def test_pieces_cover_every_block_once(pieces: int) -> None:
-    seen: list[tuple[int, int, int]] = []
-    run_pieces(lambda *piece: seen.append(piece), 10, pieces)
-    assert sorted(number for number, _, _ in seen) == list(range(pieces))
-    assert sorted(block for _, first, stop in seen for block in range(first, stop)) == list(range(10))
+    seen = run_pieces(lambda begin, first, stop: list(range(begin + first, begin + stop)), (5,), 10, pieces)
+    assert len(seen) == pieces
+    assert [block for piece in seen for block in piece] == list(range(5, 15))
 
 
 def test_there_are_no_more_workers_than_jobs_and_threads() -> None:

@@ -14,20 +14,23 @@ from torch import Tensor
 
 from hf_lowmem_optim.kernels.block_quant.cpu import (
     block_range,
+    buffer_arguments,
     decode,
     encode,
-    load_stat,
     random_argument,
-    store_stat,
 )
 from hf_lowmem_optim.kernels.block_quant.layout import Quantized
 from hf_lowmem_optim.kernels.block_topk.layout import Selection
 from hf_lowmem_optim.kernels.cpu_floats import (
-    float_views,
+    floats,
+    int16_at,
+    load_float,
     load_floats,
     narrow,
     num_pieces,
+    store_float,
     store_floats,
+    uint8_at,
     widen,
 )
 from hf_lowmem_optim.kernels.workers import run_pieces
@@ -36,9 +39,7 @@ __all__ = ["select_into"]
 
 _jit = numba.njit(cache=True, error_model="numpy")
 
-_index = np.uint64  # as in block_quant: a signed index would not be vectorized
 _CHUNK = 16
-_EMPTY_CODES = np.empty(0, np.uint8)
 _NONE, _DENSE, _QUANTIZED = 0, 1, 2
 
 
@@ -101,44 +102,36 @@ def _select(magnitude, count, chunk_max, chunks, k, candidate, reach):
 
 
 @_jit
-def _take(a, chosen, k, first, indices, values32, values16):
+def _take(a, chosen, k, first, indices, values, value_kind):
     """Store the chosen entries as index and value, and leave in ``a`` what rounding cut off the value."""
     for j in range(k):
         i = chosen[j]
         indices[first + j] = i
         x = a[i]
-        if values16.size == 0:
-            wide = x
-            values32[first + j] = x
-        else:
-            bits = narrow(x, 1)
-            wide = widen(bits, 1)
-            values16[first + j] = bits
+        wide = x if value_kind == 0 else widen(narrow(x, 1), 1)
+        store_float(wide, values, value_kind, first + j)
         a[i] = x - wide if np.isfinite(wide) else np.float32(0.0)
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _topk_blocks(
-    grad32,
-    grad16,
+    grad,
     grad_kind,
-    dense32,
-    dense16,
+    error,
+    dense,
     dense_kind,
     codes,
-    lo32,
-    lo16,
-    hi32,
-    hi16,
+    lows,
+    highs,
+    stat_kind,
+    numel,
     quant_block,
     bits,
     random,
-    error,
     error_scale,
     indices,
-    values32,
-    values16,
-    numel,
+    values,
+    value_kind,
     block_size,
     k_full,
     k_last,
@@ -146,9 +139,11 @@ def _topk_blocks(
     stop,
 ):
     blocks = (numel + block_size - 1) // block_size
+    packed = uint8_at(codes, (numel * bits + 7) // 8)
+    row = int16_at(indices, (blocks - 1) * k_full + k_last)
+    direct = grad_kind == 0 and grad % 8 == 0
     a = np.empty(block_size, np.float32)
     e = np.empty(block_size if error == _DENSE else 1, np.float32)
-    part = np.empty(quant_block, np.float32)
     magnitude = np.empty(block_size + _CHUNK, np.int32)
     chunk_max = np.empty(block_size // _CHUNK + 1, np.int32)
     candidate = np.empty(block_size + 1, np.int32)
@@ -157,64 +152,45 @@ def _topk_blocks(
         start = block * block_size
         count = min(block_size, numel - start)
         k = k_last if block == blocks - 1 else k_full
-        load_floats(grad32, grad16, grad_kind, start, count, a)
+        if error != _QUANTIZED or not direct:
+            load_floats(grad, grad_kind, start, count, a)
         if error == _DENSE:
-            load_floats(dense32, dense16, dense_kind, start, count, e)
+            load_floats(dense, dense_kind, start, count, e)
             for i in range(count):
                 a[i] += error_scale * e[i]
         elif error == _QUANTIZED:
             for at in range(0, count, quant_block):
                 q = (start + at) // quant_block
-                lo, hi = load_stat(lo32, lo16, q), load_stat(hi32, hi16, q)
+                lo, hi = load_float(lows, stat_kind, q), load_float(highs, stat_kind, q)
                 length = min(quant_block, count - at)
-                decode(codes, start + at, lo, hi, bits, part, length)
-                for i in range(_index(length)):
-                    a[_index(at) + i] += error_scale * part[i]
+                x = a.ctypes.data + 4 * at
+                base = grad + 4 * (start + at) if direct else x
+                decode(packed, start + at, lo, hi, bits, error_scale, base, True, x, length)
         chunks = _magnitudes(a, count, magnitude, chunk_max)
         _select(magnitude, count, chunk_max, chunks, k, candidate, reach)
-        _take(a, candidate, k, block * k_full, indices, values32, values16)
+        _take(a, candidate, k, block * k_full, row, values, value_kind)
         if error == _DENSE:
-            store_floats(a, count, dense32, dense16, dense_kind, start)
+            store_floats(a, count, dense, dense_kind, start)
         elif error == _QUANTIZED:
             for at in range(0, count, quant_block):
                 q = (start + at) // quant_block
                 length = min(quant_block, count - at)
-                for i in range(_index(length)):
-                    part[i] = a[_index(at) + i]
-                lo, hi = block_range(part, length, lo32.size == 0)
-                encode(part, length, lo, hi, bits, random, codes, start + at)
-                store_stat(lo, lo32, lo16, q)
-                store_stat(hi, hi32, hi16, q)
+                x = a.ctypes.data + 4 * at
+                lo, hi = block_range(x, length, stat_kind != 0)
+                encode(x, length, lo, hi, bits, random, packed, start + at)
+                store_float(lo, lows, stat_kind, q)
+                store_float(hi, highs, stat_kind, q)
 
 
 def select_into(out: Selection, grad: Tensor, error: Quantized | Tensor | None) -> None:
     """Numba version of :func:`~hf_lowmem_optim.kernels.block_topk.block_topk_`; dense tensors may have any shape."""
-    if isinstance(error, Quantized):
-        kind, dense, codes = _QUANTIZED, float_views(None), error.codes.numpy()
-        lo32, lo16, _ = float_views(error.lo)
-        hi32, hi16, _ = float_views(error.hi)
-        stats, quant = (lo32, lo16, hi32, hi16), (error.format.block_size, error.format.bits)
-    else:
-        kind, dense, codes = _NONE if error is None else _DENSE, float_views(error), _EMPTY_CODES
-        stats, quant = (*float_views(None)[:2], *float_views(None)[:2]), (2, 8)
-    values32, values16, _ = float_views(out.values)
     numel = grad.numel()
-    arguments = (
-        *float_views(grad),
-        *dense,
-        codes,
-        *stats,
-        *quant,
-        random_argument(out.seed),
-        kind,
-        np.float32(out.error_scale),
-        out.indices.numpy().reshape(-1),
-        values32,
-        values16,
-        numel,
-        out.block_size,
-        out.k,
-        out.k_last,
-    )
+    if isinstance(error, Quantized):
+        kept = (_QUANTIZED, 0, 0, *buffer_arguments(error))
+    else:
+        # no codes of 8 bits, in blocks of two entries
+        kept = (_NONE if error is None else _DENSE, *floats(error), 0, 0, 0, 0, numel, 2, 8)
+    selection = (out.indices.data_ptr(), *floats(out.values), out.block_size, out.k, out.k_last)
+    arguments = (*floats(grad), *kept, random_argument(out.seed), np.float32(out.error_scale), *selection)
     blocks = -(-numel // out.block_size)
-    run_pieces(lambda _, first, stop: _topk_blocks(*arguments, first, stop), blocks, num_pieces(blocks, out.block_size))
+    run_pieces(_topk_blocks, arguments, blocks, num_pieces(blocks, out.block_size))

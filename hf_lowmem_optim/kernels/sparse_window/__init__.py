@@ -24,7 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_lowmem_optim.kernels.backend import choose_backend, implementation
+from hf_lowmem_optim.kernels.backend import choose_backend, flat, implementation
 from hf_lowmem_optim.kernels.sparse_window.layout import MAX_BLOCK_SIZE, SparseWindow
 
 __all__ = [
@@ -77,12 +77,11 @@ def window_update_(
     """
     if param.dtype not in PARAM_DTYPES:
         raise TypeError(f"param must be float32, bfloat16 or float16, got {param.dtype}")
-    _check_dense("param", param, window)
+    param = _check_dense("param", param, window)
     _check_weights(weights, (2, window.window), window)
-    flat = param.detach().view(-1)
     backend = choose_backend("window_update_", param.device)
     implementation("sparse_window", backend).update_(
-        flat, window, weights, lr=float(lr), eps=float(eps), weight_decay=float(weight_decay)
+        flat(param, backend), window, weights, lr=float(lr), eps=float(eps), weight_decay=float(weight_decay)
     )
 
 
@@ -105,10 +104,9 @@ def window_dots(window: SparseWindow, dense: Tensor) -> Tensor:
     """
     if dense.dtype != torch.float32:
         raise TypeError(f"dense must be float32, got {dense.dtype}")
-    _check_dense("dense", dense, window)
-    flat = dense.detach().view(-1)
+    dense = _check_dense("dense", dense, window)
     backend = choose_backend("window_dots", dense.device)
-    products: Tensor = implementation("sparse_window", backend).dots(window, flat)
+    products: Tensor = implementation("sparse_window", backend).dots(window, flat(dense, backend))
     return products
 
 
@@ -127,11 +125,10 @@ def window_combine_(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
     """
     if out.dtype != torch.float32:
         raise TypeError(f"out must be float32, got {out.dtype}")
-    _check_dense("out", out, window)
+    out = _check_dense("out", out, window)
     _check_weights(weights, (window.window,), window)
-    flat = out.detach().view(-1)
     backend = choose_backend("window_combine_", out.device)
-    implementation("sparse_window", backend).combine_(flat, window, weights)
+    implementation("sparse_window", backend).combine_(flat(out, backend), window, weights)
 
 
 def window_gram_row(window: SparseWindow, row: int) -> Tensor:
@@ -178,22 +175,23 @@ def window_descend_(
     """
     if param.dtype not in PARAM_DTYPES:
         raise TypeError(f"param must be float32, bfloat16 or float16, got {param.dtype}")
-    _check_dense("param", param, window)
+    param = _check_dense("param", param, window)
     _check_weights(weights, (window.window,), window)
-    flat = param.detach().view(-1)
     backend = choose_backend("window_descend_", param.device)
     implementation("sparse_window", backend).descend_(
-        flat, window, weights, lr=float(lr), weight_decay=float(weight_decay)
+        flat(param, backend), window, weights, lr=float(lr), weight_decay=float(weight_decay)
     )
 
 
-def _check_dense(name: str, dense: Tensor, window: SparseWindow) -> None:
+def _check_dense(name: str, dense: Tensor, window: SparseWindow) -> Tensor:
+    """Check a dense tensor against the window and return it, detached."""
     if dense.numel() != window.numel:
         raise ValueError(f"{name} has {dense.numel()} entries, the window is of {window.numel}")
     if not dense.is_contiguous():
         raise ValueError(f"{name} must be contiguous")
     if dense.device != window.indices.device:
         raise ValueError(f"{name} is on {dense.device}, the window on {window.indices.device}")
+    return dense.detach() if dense.requires_grad else dense
 
 
 def _check_weights(weights: Tensor, shape: tuple[int, ...], window: SparseWindow) -> None:
