@@ -1,7 +1,7 @@
 """Small matrices of one shape, updated together: a call costs as much as the arithmetic of a few thousand entries.
 
 Parameters, gradients and states are stacked, updated as one three-dimensional tensor, and copied back. The result is
-bit for bit that of updating each by itself on the CPU (``kernels/products.py``), so it does not depend on which
+bit for bit that of updating each by itself on the CPU (``kernels/subspace_adam``), so it does not depend on which
 tensors are there.
 """
 

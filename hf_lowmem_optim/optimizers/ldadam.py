@@ -45,8 +45,7 @@ from hf_lowmem_optim.compression.error_feedback import (
 from hf_lowmem_optim.compression.lowrank import leading_left_singular_vectors, orthonormalize, svd_entries
 from hf_lowmem_optim.compression.rounding import rounding_bytes
 from hf_lowmem_optim.compression.workspace import Workspace
-from hf_lowmem_optim.kernels.products import addmm, mm
-from hf_lowmem_optim.kernels.subspace_adam import subspace_adam_
+from hf_lowmem_optim.kernels.subspace_adam import descend_, power_iteration, subspace_adam_
 from hf_lowmem_optim.optimizers.adamw import DenseState, adamw_state
 from hf_lowmem_optim.optimizers.base import update_arguments
 from hf_lowmem_optim.optimizers.batches import MATRIX_ENTRIES, chunks_by_key, is_aligned, scatter_, stack
@@ -146,7 +145,7 @@ def ldadam_temporaries(
     if first:
         own = max(svd_entries(p, q, rank), rank * (p + 2 * q))
     else:
-        shared.update({"left": 2 * rank * p, "right": 2 * rank * q})
+        shared.update({"bases": 2 * rank * p, "right": 2 * rank * q})
         own = rank * (4 * p + rank)
     shared_bytes, own_bytes = {name: 4 * entries for name, entries in shared.items()}, 4 * (copies + own)
     if first and error_feedback == "grad":
@@ -189,8 +188,6 @@ def ldadam_update_(
     space = Workspace() if workspace is None else workspace
     # line 1: a ← g + ξ
     residual = accumulate(grad, state, space)
-    tall = param.shape[-2] > param.shape[-1]
-    a, W = (residual.mT, param.mT) if tall else (residual, param)
     m, v, U_old = (
         kept if kept.dtype == torch.float32 else kept.float()
         for kept in (state["exp_avg"], state["exp_avg_sq"], state["basis"])
@@ -201,42 +198,49 @@ def ldadam_update_(
     root = math.sqrt(1 - beta2**step)
     if step == 1:
         # line 2, and lines 4 to 8 with R = 0
+        a = residual.mT if residual.shape[-2] > residual.shape[-1] else residual
         U = leading_left_singular_vectors(a, m.shape[0])
         torch.mm(U.T, a, out=p)
         torch.mul(p, 1 - beta1, out=m)
         torch.mul(p, p, out=v).mul_(1 - beta2)
         torch.div(m, torch.sqrt(v, out=p).add_(eps * root), out=p)
         if keeps_error(state):
-            addmm(a, U, m, alpha=-1 / (1 - beta1), out=a)
+            torch.addmm(a, U, m, alpha=-1 / (1 - beta1), out=a)
     else:
+        bases = space.take("bases", (*U_old.shape[:-2], 2 * m.shape[-2], U_old.shape[-2]), m.device)  # [2r, p]
+        right = space.take("right", (*m.shape[:-2], 2 * m.shape[-2], m.shape[-1]), m.device)  # [2r, q]
         # line 3: subspace of b = s·U₋m + (1 − ρ)·a by one power iteration; b is never formed
         s = rho / (1 - beta1 ** (step - 1))
-        V = addmm(m, U_old.mT, a, beta=s, alpha=1 - rho, out=p).mT  # [q, r]
-        U = orthonormalize(addmm(mm(U_old, mm(m, V)), a, V, beta=s, alpha=1 - rho)).contiguous()  # [p, r]
-        # line 4; p̃ takes the place of V
-        mm(U.mT, a, out=p)
-        # lines 5, 7 and 8, with k = c2/c1²
+        U = orthonormalize(power_iteration(residual, U_old, m, bases, p, momentum_weight=s, gradient_weight=1 - rho))
+        # lines 4 to 8, with k = c2/c1²
         k = (1 - beta2 ** (step - 1)) / (1 - beta1 ** (step - 1)) ** 2
-        left = space.take("left", (*U.shape[:-1], 2 * U.shape[-1]), m.device)
-        right = space.take("right", (*m.shape[:-2], 2 * m.shape[-2], m.shape[-1]), m.device)
-        subspace_adam_(U_old, U, m, v, p, left, right, betas=betas, correction=k, damping=eps * root)
-        # line 6 in one product: U₋(c·m) and U(p̃ + c·m̃), which is the new m times c + 1
-        if keeps_error(state):
-            addmm(a, left, right, out=a)
+        subspace_adam_(
+            residual,
+            U,
+            m,
+            v,
+            bases,
+            p,
+            right,
+            betas=betas,
+            correction=k,
+            damping=eps * root,
+            keeps_rest=keeps_error(state),
+        )
 
     retain_(state, residual, seed=step if stochastic_rounding else None)
     for key, value in (("basis", U), ("exp_avg", m), ("exp_avg_sq", v)):
         if state[key] is not value:
             state[key].copy_(value)
-    # line 9; a is free now, unless it is the gradient or the error
-    free = residual is not grad and not ("error" in state and residual.data_ptr() == state["error"].data_ptr())
-    wide = W if W.dtype == torch.float32 else a if free else space.take("accumulated", W.shape, W.device)
-    if wide is not W:
-        wide.copy_(W)
-    addmm(wide, U, p, beta=1 - lr * weight_decay, alpha=-lr * root / (1 - beta1**step), out=wide)
-    if wide is not W:
-        # rounded once to the dtype of W
-        W.copy_(wide)
+
+    def wide() -> Tensor:
+        # a is free now, unless it is the gradient or the error
+        free = residual is not grad and not ("error" in state and residual.data_ptr() == state["error"].data_ptr())
+        return residual if free else space.take("accumulated", param.shape, param.device)
+
+    # line 9
+    step_size = lr * root / (1 - beta1**step)
+    descend_(param, U, p, decay=1 - lr * weight_decay, step_size=step_size, wide=wide)
 
 
 def ldadam_accumulate_(

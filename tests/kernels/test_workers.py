@@ -7,10 +7,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+from hf_lowmem_optim.kernels import workers
 from hf_lowmem_optim.kernels.workers import MAX_WORKERS, num_workers, run_pieces, run_workers
 
 pytestmark = pytest.mark.skipif(not torch.backends.openmp.is_available(), reason="torch has no threads by caller here")
@@ -44,6 +46,27 @@ def test_each_function_has_a_thread_and_torch_with_one() -> None:
     thread.start()
     thread.join()
     assert later == [3]
+
+
+def test_threads_of_openmp_do_not_wait_beside_the_workers() -> None:
+    if workers._openmp_pause() is None or not Path("/proc/self/task").exists():
+        pytest.skip("no OpenMP 5 or no list of threads")
+
+    def threads() -> set[str]:
+        return {entry.name for entry in Path("/proc/self/task").iterdir()}
+
+    run_workers([lambda: None] * 3, lambda: None)  # the workers are there
+    before = threads()
+    numbers = torch.zeros(1 << 22)
+    numbers.add_(1)
+    waiting = threads() - before
+    assert waiting
+    seen: list[set[str]] = []
+    run_workers([lambda: seen.append(threads())] * 3, lambda: None)
+    assert not any(waiting & each for each in seen)
+    # and the next operation has them again
+    assert numbers.add_(1).sum() == 2 * len(numbers)
+    assert len(threads() - before) == len(waiting)
 
 
 @pytest.mark.parametrize("failing", [0, 1])

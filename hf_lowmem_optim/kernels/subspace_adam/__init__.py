@@ -1,23 +1,27 @@
-"""Adam's moments carried into a subspace that has moved, their direction, and what is to be taken off the error.
+"""What LDAdam does with a matrix between the QR of one step and that of the next: Algorithm 1 without line 2.
 
-With the bases U₋ and U before and after the move, R = UᵀU₋, and the projected gradient p̃:
+``a`` is the matrix with its shorter side first, (p, q), U₋ and U are its bases before and after the move, (p, r), and
+m and v the moments, (r, q). The operations take the matrices as they are stored, also those whose a is their transpose:
 
-    m̃ ← R m;  x ← β2·(R∘R)(v − k·m²)
-    v ← |x + β2·k·m̃²| + (1 − β2)·p̃²
-    m ← β1·m̃ + (1 − β1)·p̃
-    d ← m / (√v + δ)
+1. ``power_iteration``, line 3: Vᵀ = s·m + (1 − ρ)·U₋ᵀa and Y = s·U₋(mV) + (1 − ρ)·aV. A QR of Y gives U.
+2. ``subspace_adam_``, lines 4 to 9: with R = UᵀU₋, p̃ = Uᵀa and c = β1/(1 − β1)
 
-and, m₋ being m before all this, the factors of U₋(c·m₋) − U(p̃ + c·m̃) with c = β1/(1 − β1), where p̃ + c·m̃ is (1 + c)·m:
+       m̃ = R m;  x = β2·(R∘R)(v − k·m²)
+       v ← |x + β2·k·m̃²| + (1 − β2)·p̃²;  m₊ ← β1·m̃ + (1 − β1)·p̃;  d ← m₊ / (√v + δ)
+       a ← a + U₋(c·m) − U(p̃ + c·m̃), where p̃ + c·m̃ is (1 + c)·m₊
 
-    left ← [U₋ U];  right ← [c·m₋; −(1 + c)·m]
+3. ``descend_``, line 9: W ← decay·W − step·U d.
 
-In float32; backends agree to rounding, as their products add in different orders. NaN and Inf are carried on. On a CPU
-the result for one matrix does not depend on the others of a batch.
+In float32; backends agree to rounding, as their products add in different orders. NaN and Inf are carried on. Several
+matrices of one shape are tensors with a batch in front; on a CPU each comes out as it would by itself, provided that
+their sizes are multiples of 16.
 
-Source: LDAdam, arXiv 2410.16103, Algorithm 1, lines 5 to 9.
+Source: LDAdam, arXiv 2410.16103, Algorithm 1.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,54 +29,150 @@ from torch import Tensor
 from hf_lowmem_optim.kernels.backend import choose_backend, implementation
 from hf_lowmem_optim.kernels.block_quant.checks import check_dense
 
-__all__ = ["subspace_adam_"]
+__all__ = ["descend_", "power_iteration", "subspace_adam_"]
 
 _FLOAT32 = (torch.float32,)
 
 
-def subspace_adam_(
+def power_iteration(
+    gradient: Tensor,
     old_basis: Tensor,
+    exp_avg: Tensor,
+    bases: Tensor,
+    projected: Tensor,
+    *,
+    momentum_weight: float,
+    gradient_weight: float,
+) -> Tensor:
+    """Return Y, whose columns are to be orthonormalized.
+
+    Args:
+        gradient: a or its transpose, float32 (n, m), any layout; or, as all that follow, a batch, (batch, n, m).
+        old_basis: U₋, float32 (p, r), contiguous.
+        exp_avg: m, float32 (r, q), contiguous.
+        bases: float32 (2·r, p), contiguous; U₋ᵀ is written to its first half for :func:`subspace_adam_`, anything to
+            the second.
+        projected: Float32 (r, q), contiguous; overwritten with anything.
+        momentum_weight: s.
+        gradient_weight: 1 − ρ.
+
+    Returns:
+        Y, float32 (p, r); it may lie in ``bases``.
+
+    Raises:
+        ValueError: A tensor has another size, dtype or device than it should have, or is not contiguous.
+    """
+    basis_entries, moment_entries = _entries(gradient, exp_avg)
+    for name, tensor, numel in (
+        ("gradient", gradient, gradient.numel()),
+        ("old_basis", old_basis, basis_entries),
+        ("exp_avg", exp_avg, moment_entries),
+        ("bases", bases, 2 * basis_entries),
+        ("projected", projected, moment_entries),
+    ):
+        check_dense(tensor, name, numel=numel, device=gradient.device, dtypes=_FLOAT32, any_layout=name == "gradient")
+    return implementation("subspace_adam", _backend("power_iteration", gradient)).sketch(  # type: ignore[no-any-return]
+        gradient, old_basis, exp_avg, bases, projected, momentum_weight, gradient_weight
+    )
+
+
+def subspace_adam_(
+    gradient: Tensor,
     basis: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
+    bases: Tensor,
     projected: Tensor,
-    left: Tensor,
     right: Tensor,
     *,
     betas: tuple[float, float],
     correction: float,
     damping: float,
+    keeps_rest: bool,
 ) -> None:
-    """Write the new moments, the direction in the place of the projected gradient, and the two factors.
+    """Write the new moments, the direction, and a without what the momentum takes from it.
 
     Args:
-        old_basis: U₋, float32 (p, r), contiguous; or, as all that follow, a batch of equal ones, (batch, p, r).
-        basis: U, likewise.
+        gradient: As in :func:`power_iteration`; written if ``keeps_rest``.
+        basis: U, float32 (p, r), any layout.
         exp_avg: m, float32 (r, q), contiguous; written.
-        exp_avg_sq: v, likewise; written.
-        projected: p̃ before and d afterwards, likewise.
-        left: float32 (p, 2·r), contiguous; written.
-        right: float32 (2·r, q), contiguous; written.
+        exp_avg_sq: v, likewise.
+        bases: As :func:`power_iteration` left it; overwritten with anything.
+        projected: Float32 (r, q), contiguous; d is written to it.
+        right: Float32 (2·r, q), contiguous; overwritten with anything.
         betas: β1 and β2.
         correction: k.
         damping: δ.
+        keeps_rest: Whether there is a place for what is left of a.
 
     Raises:
         ValueError: A tensor has another size, dtype or device than it should have, or is not contiguous.
     """
-    basis_entries, moment_entries = basis.numel(), exp_avg.numel()
+    basis_entries, moment_entries = _entries(gradient, exp_avg)
     for name, tensor, numel in (
-        ("old_basis", old_basis, basis_entries),
+        ("gradient", gradient, gradient.numel()),
         ("basis", basis, basis_entries),
         ("exp_avg", exp_avg, moment_entries),
         ("exp_avg_sq", exp_avg_sq, moment_entries),
+        ("bases", bases, 2 * basis_entries),
         ("projected", projected, moment_entries),
-        ("left", left, 2 * basis_entries),
         ("right", right, 2 * moment_entries),
     ):
-        check_dense(tensor, name, numel=numel, device=basis.device, dtypes=_FLOAT32)
-    # a Triton kernel would save a few launches on small matrices: torch's own operations serve GPUs
-    backend = choose_backend("subspace_adam_", basis.device)
-    implementation("subspace_adam", "cpu" if backend == "cpu" else "reference").update_(
-        old_basis, basis, exp_avg, exp_avg_sq, projected, left, right, betas, correction, damping
+        any_layout = name in ("gradient", "basis")
+        check_dense(tensor, name, numel=numel, device=gradient.device, dtypes=_FLOAT32, any_layout=any_layout)
+    implementation("subspace_adam", _backend("subspace_adam_", gradient)).update_(
+        gradient,
+        basis,
+        exp_avg,
+        exp_avg_sq,
+        bases,
+        projected,
+        right,
+        betas,
+        correction,
+        damping,
+        keeps_rest=keeps_rest,
     )
+
+
+def descend_(
+    param: Tensor,
+    basis: Tensor,
+    direction: Tensor,
+    *,
+    decay: float,
+    step_size: float,
+    wide: Callable[[], Tensor],
+) -> None:
+    """Write W ← decay·W − step_size·U d, rounded once to the dtype of W.
+
+    Args:
+        param: W or its transpose, float32, bfloat16 or float16 (n, m), any layout; or, as all that follow, a batch.
+        basis: U, float32 (p, r), any layout.
+        direction: d, float32 (r, q), contiguous.
+        decay: Factor of W.
+        step_size: Factor of the direction.
+        wide: Gives a float32 buffer of the shape of ``param``, where one is needed.
+
+    Raises:
+        ValueError: A tensor has another size, dtype or device than it should have, or is not contiguous.
+    """
+    basis_entries, moment_entries = _entries(param, direction)
+    check_dense(param, "param", numel=param.numel(), device=param.device, any_layout=True)
+    check_dense(basis, "basis", numel=basis_entries, device=param.device, dtypes=_FLOAT32, any_layout=True)
+    check_dense(direction, "direction", numel=moment_entries, device=param.device, dtypes=_FLOAT32)
+    implementation("subspace_adam", _backend("descend_", param)).descend_(
+        param, basis, direction, decay, step_size, wide
+    )
+
+
+def _entries(matrix: Tensor, moment: Tensor) -> tuple[int, int]:
+    """Entries that the bases and the moments of the matrix, or of the batch, should have."""
+    r, (short, long) = moment.shape[-2], sorted(matrix.shape[-2:])
+    batch = 1 if matrix.dim() == 2 else matrix.shape[0]
+    return batch * short * r, batch * long * r
+
+
+def _backend(operation: str, tensor: Tensor) -> str:
+    # a Triton kernel would save a few launches on small matrices: torch's own operations serve GPUs
+    return "cpu" if choose_backend(operation, tensor.device) == "cpu" else "reference"

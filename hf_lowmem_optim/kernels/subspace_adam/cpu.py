@@ -1,186 +1,314 @@
-"""The operation with numba: all of it for a small rank, where a call costs as much as a product; else the rest.
+"""The operations with numba, each one call: threads that update a matrix each meet in the interpreter less often.
 
-The columns of the moments are taken in tiles, so that a tile of both is in the first-level cache while R goes over it.
+Of a large matrix the stages are cut into pieces, by columns of the moments or by rows; no entry depends on the pieces.
+Of several small ones each is updated by itself.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numba
 import numpy as np
 from torch import Tensor
 
-from hf_lowmem_optim.kernels.cpu_floats import float32_at, num_pieces
-from hf_lowmem_optim.kernels.subspace_adam.reference import move_moments_
+from hf_lowmem_optim.kernels.cpu_floats import float32_at, floats, num_pieces
+from hf_lowmem_optim.kernels.subspace_adam import reference
+from hf_lowmem_optim.kernels.thin_products import (
+    ROWS,
+    add_product,
+    add_product_at,
+    product_with_transposed,
+    transposed_product,
+)
 from hf_lowmem_optim.kernels.workers import run_pieces
 
-__all__ = ["update_"]
+__all__ = ["descend_", "sketch", "update_"]
 
-#: Up to which the loops are faster than the calls of a library (``benchmarks/step_time.py``).
-_SMALL_RANK = 32
-
+#: Columns and rows of a piece are a multiple, so that the same ones are left over after whole vectors.
+_COLUMNS = 256
 _TILE = 64
-_ROWS = 64
+_ALL = -1
 
-# unsigned: an index that could be negative for all that the compiler knows would not be vectorized
+# as in ``thin_products``
 _index = np.uint64
-_ONE, _TWO, _THREE, _FOUR = np.uint64(1), np.uint64(2), np.uint64(3), np.uint64(4)
-
-# "contract": a product and a sum in one rounding
-_loop: Callable[..., Callable[..., None]] = numba.njit(
+_1, _2, _3, _4, _5, _6, _7, _8 = (np.uint64(i) for i in range(1, 9))
+_loop: Callable[..., Callable[..., Any]] = numba.njit(
     cache=True, nogil=True, error_model="numpy", fastmath={"contract"}
 )
+_jit: Callable[..., Callable[..., Any]] = numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})
+
+
+@_jit
+def _project(X, basis, out, first, stop):
+    """Write columns of basis·a, (r, q), where a is X or its transpose and ``basis`` is (r, p)."""
+    if X.shape[0] == basis.shape[1]:
+        transposed_product(basis.T, X, out, first, stop)
+    else:
+        product_with_transposed(X, basis, out.T, first, stop)
+
+
+@_jit
+def _project_back(X, coefficients, out, first, stop):
+    """Write columns of coefficients·aᵀ, (r, p), where ``coefficients`` is (r, q)."""
+    if X.shape[0] == out.shape[1]:
+        product_with_transposed(X, coefficients, out.T, first, stop)
+    else:
+        transposed_product(coefficients.T, X, out, first, stop)
+
+
+@_jit
+def _transpose(matrix, out):
+    """Write the transpose of ``matrix`` to the first rows of ``out``."""
+    for k in range(_index(matrix.shape[0])):
+        for j in range(_index(matrix.shape[1])):
+            out[j, k] = matrix[k, j]
 
 
 @_loop
-def _overlap(basis, old_basis, part, out):
-    """Write UᵀU₋, summed over some rows at a time, which loses less than one long sum."""
-    p, r = basis.shape
-    out[:] = np.float32(0.0)
-    for first in range(0, p, _ROWS):
-        stop = min(first + _ROWS, p)
-        whole = first + (stop - first) // 4 * 4
-        part[:] = np.float32(0.0)
-        for k in range(_index(first), _index(whole), _FOUR):
-            k1, k2, k3 = k + _ONE, k + _TWO, k + _THREE
+def _sketch(gradients, moments, bases, projections, old_bases, batch, sizes, scalars, stage, begin, end):
+    """A stage of :func:`sketch`, or all; ``begin`` and ``end`` count :data:`_COLUMNS` of what the stage writes."""
+    (n, columns, p, q, r), (share, rest) = sizes, scalars
+    first = begin * _COLUMNS
+    mixed = np.empty((r, r), np.float32)
+    for one in range(batch):
+        X, old = (
+            float32_at(gradients + 4 * one * n * columns, (n, columns)),
+            float32_at(bases + 8 * one * p * r, (r, p)),
+        )
+        m, v = float32_at(moments + 4 * one * r * q, (r, q)), float32_at(projections + 4 * one * r * q, (r, q))
+        out = float32_at(bases + 8 * one * p * r + 4 * r * p, (r, p))
+        if stage == _ALL or stage == 0:
+            _transpose(float32_at(old_bases + 4 * one * p * r, (p, r)), old)
+        if stage == _ALL or stage == 1:  # columns of Vᵀ = (1 − ρ)·U₋ᵀa + s·m
+            stop = min(end * _COLUMNS, q)
+            if n == p:
+                transposed_product(old.T, X, v, first, stop)
+            else:
+                product_with_transposed(X, old, v.T, first, stop)
             for i in range(_index(r)):
-                u0, u1, u2, u3 = basis[k, i], basis[k1, i], basis[k2, i], basis[k3, i]
-                for j in range(_index(r)):
-                    total = part[i, j] + u0 * old_basis[k, j]
-                    total = total + u1 * old_basis[k1, j]
-                    total = total + u2 * old_basis[k2, j]
-                    part[i, j] = total + u3 * old_basis[k3, j]
-        for k in range(_index(whole), _index(stop)):
-            for i in range(_index(r)):
-                u0 = basis[k, i]
-                for j in range(_index(r)):
-                    part[i, j] += u0 * old_basis[k, j]
-        for i in range(_index(r)):
-            for j in range(_index(r)):
-                out[i, j] += part[i, j]
+                for t in range(_index(first), _index(stop)):
+                    v[i, t] = rest * v[i, t] + share * m[i, t]
+        if stage == _ALL or stage == 2:  # columns of (aV)ᵀ
+            stop = min(end * _COLUMNS, p)
+            if n == p:
+                product_with_transposed(X, v, out.T, first, stop)
+            else:
+                transposed_product(v.T, X, out, first, stop)
+        if stage == _ALL or stage == 3:  # Yᵀ = (1 − ρ)·(aV)ᵀ + s·(mV)ᵀU₋ᵀ
+            product_with_transposed(v, m, mixed.T, 0, r)
+            add_product(out, mixed.T, old, rest, share, 0, r)
 
 
-@_loop
-def _rotate(overlap, row, rows, moment, square, m_moved, x):
-    """Write a row of R m and of (R∘R)s for a tile of both moments; ``rows`` is a multiple of four."""
+def sketch(
+    gradient: Tensor, old_basis: Tensor, m: Tensor, bases: Tensor, projected: Tensor, share: float, rest: float
+) -> Tensor:
+    """See :func:`~hf_lowmem_optim.kernels.subspace_adam.power_iteration`."""
+    if not gradient.is_contiguous():
+        return reference.sketch(gradient, old_basis, m, bases, projected, share, rest)
+    sizes, batch = _sizes(gradient, m)
+    tensors = (gradient, m, bases, projected, old_basis)
+    arguments = (*(tensor.data_ptr() for tensor in tensors), batch, sizes, (np.float32(share), np.float32(rest)))
+    _run_stages(_sketch, arguments, (1, sizes[3], sizes[2], 1), _COLUMNS, _pieces(gradient, batch))
+    return bases[..., m.shape[-2] :, :].mT
+
+
+@_jit
+def _rotate(overlap, row, rows, moment, square, moved, x):
+    """Write a row of R m and of (R∘R)s for a tile of both moments; ``rows`` is a multiple of eight."""
     for t in range(_index(_TILE)):
-        m_moved[t], x[t] = np.float32(0.0), np.float32(0.0)
-    for j in range(_index(0), _index(rows), _FOUR):
-        j1, j2, j3 = j + _ONE, j + _TWO, j + _THREE
+        moved[t], x[t] = np.float32(0.0), np.float32(0.0)
+    for j in range(_index(0), _index(rows), _8):
+        j1, j2, j3, j4, j5, j6, j7 = j + _1, j + _2, j + _3, j + _4, j + _5, j + _6, j + _7
         a0, a1, a2, a3 = overlap[row, j], overlap[row, j1], overlap[row, j2], overlap[row, j3]
-        b0, b1, b2, b3 = a0 * a0, a1 * a1, a2 * a2, a3 * a3
+        a4, a5, a6, a7 = overlap[row, j4], overlap[row, j5], overlap[row, j6], overlap[row, j7]
         for t in range(_index(_TILE)):
-            total = m_moved[t] + a0 * moment[j, t]
+            total = moved[t] + a0 * moment[j, t]
             total = total + a1 * moment[j1, t]
             total = total + a2 * moment[j2, t]
-            m_moved[t] = total + a3 * moment[j3, t]
+            total = total + a3 * moment[j3, t]
+            total = total + a4 * moment[j4, t]
+            total = total + a5 * moment[j5, t]
+            total = total + a6 * moment[j6, t]
+            moved[t] = total + a7 * moment[j7, t]
+        a0, a1, a2, a3, a4, a5, a6, a7 = a0 * a0, a1 * a1, a2 * a2, a3 * a3, a4 * a4, a5 * a5, a6 * a6, a7 * a7
         for t in range(_index(_TILE)):
-            total = x[t] + b0 * square[j, t]
-            total = total + b1 * square[j1, t]
-            total = total + b2 * square[j2, t]
-            x[t] = total + b3 * square[j3, t]
+            total = x[t] + a0 * square[j, t]
+            total = total + a1 * square[j1, t]
+            total = total + a2 * square[j2, t]
+            total = total + a3 * square[j3, t]
+            total = total + a4 * square[j4, t]
+            total = total + a5 * square[j5, t]
+            total = total + a6 * square[j6, t]
+            x[t] = total + a7 * square[j7, t]
 
 
-@_loop
-def _finish(m_moved, x, m, v, projected, kept, taken, count, scalars):
-    """Write the new moments, the direction and the right factor, entry by entry; ``kept`` may be x, ``taken`` m̃."""
+@_jit
+def _finish(moved, x, m, v, projected, kept, taken, count, scalars):
+    """Write a row's new moments, direction, and part of the right factor."""
     beta1, beta2, rest1, rest2, correction, damping = scalars
     back, factor = beta1 / rest1, beta2 * correction
-    for i in range(_index(count)):
-        p, moved, old = projected[i], m_moved[i], m[i]
-        second = np.abs(x[i] + factor * (moved * moved)) + rest2 * (p * p)
-        first = beta1 * moved + rest1 * p
-        v[i] = second
-        m[i] = first
-        projected[i] = first / (np.sqrt(second) + damping)
-        kept[i] = back * old
-        taken[i] = -first / rest1
+    for t in range(_index(count)):
+        p, old = projected[t], m[t]
+        second = np.abs(x[t] + factor * (moved[t] * moved[t])) + rest2 * (p * p)
+        first = beta1 * moved[t] + rest1 * p
+        v[t] = second
+        m[t] = first
+        projected[t] = first / (np.sqrt(second) + damping)
+        kept[t] = back * old
+        taken[t] = -first / rest1
 
 
-@_loop
-def _update_tiles(old_bases, bases, moments, squares, gradients, lefts, rights, batch, p, r, q, scalars, begin, end):
+@_jit
+def _move(m, v, projected, old, basis, right, scalars, begin, end):
+    """Columns of the moments, the direction and the right factor."""
     _, beta2, _, _, correction, _ = scalars
-    padded = (r + 3) // 4 * 4
-    part, overlap = np.empty((r, r), np.float32), np.zeros((padded, padded), np.float32)
+    r = m.shape[0]
+    padded = (r + 7) // 8 * 8
+    overlap = np.zeros((padded, padded), np.float32)
+    product_with_transposed(old, basis, overlap.T, 0, r)
     moment, square = np.zeros((padded, _TILE), np.float32), np.zeros((padded, _TILE), np.float32)
-    m_moved, x = np.empty(_TILE, np.float32), np.empty(_TILE, np.float32)
-    for one in range(batch):
-        old_basis = float32_at(old_bases + 4 * one * p * r, (p, r))
-        basis = float32_at(bases + 4 * one * p * r, (p, r))
-        m = float32_at(moments + 4 * one * r * q, (r, q))
-        v = float32_at(squares + 4 * one * r * q, (r, q))
-        projected = float32_at(gradients + 4 * one * r * q, (r, q))
-        left = float32_at(lefts + 8 * one * p * r, (p, 2 * r))
-        right = float32_at(rights + 8 * one * r * q, (2 * r, q))
-        _overlap(basis, old_basis, part, overlap)
-        for tile in range(begin, end):
-            start = tile * _TILE
-            stop = min(start + _TILE, q)
-            for j in range(_index(r)):
-                for t in range(_index(stop - start)):
-                    old = m[j, _index(start) + t]
-                    moment[j, t] = old
-                    square[j, t] = beta2 * (v[j, _index(start) + t] - correction * (old * old))
-            for i in range(r):
-                _rotate(overlap, i, padded, moment, square, m_moved, x)
-                columns = slice(start, stop)
-                _finish(
-                    m_moved,
-                    x,
-                    m[i, columns],
-                    v[i, columns],
-                    projected[i, columns],
-                    right[i, columns],
-                    right[r + i, columns],
-                    stop - start,
-                    scalars,
-                )
-        if begin == 0:  # the first of several pieces
-            for k in range(_index(p)):
-                for j in range(_index(r)):
-                    left[k, j] = old_basis[k, j]
-                    left[k, _index(r) + j] = basis[k, j]
+    moved, x = np.empty(_TILE, np.float32), np.empty(_TILE, np.float32)
+    for start in range(begin, end, _TILE):
+        stop = min(start + _TILE, end)
+        for j in range(_index(r)):
+            for t in range(_index(stop - start)):
+                first = m[j, _index(start) + t]
+                moment[j, t] = first
+                square[j, t] = beta2 * (v[j, _index(start) + t] - correction * (first * first))
+        for i in range(r):
+            _rotate(overlap, i, padded, moment, square, moved, x)
+            _finish(
+                moved,
+                x,
+                m[i, start:stop],
+                v[i, start:stop],
+                projected[i, start:stop],
+                right[i, start:stop],
+                right[r + i, start:stop],
+                stop - start,
+                scalars,
+            )
 
 
 @_loop
-def _finish_entries(moments, squares, gradients, rights, batch, entries, scalars, begin, end):
-    count = end - begin
+def _update(
+    gradients, moments, squares, bases, projections, rights, transposed, keeps, batch, sizes, scalars, stage, begin, end
+):
+    """A stage of :func:`update_`, or all; ``begin`` and ``end`` count :data:`_COLUMNS` columns, or rows."""
+    n, columns, p, q, r = sizes
+    first, unit = begin * _COLUMNS, np.float32(1.0)
     for one in range(batch):
-        at = 4 * (one * entries + begin)
-        m, v = float32_at(moments + at, count), float32_at(squares + at, count)
-        projected = float32_at(gradients + at, count)
-        x = float32_at(rights + at + 4 * one * entries, count)
-        moved = float32_at(rights + at + 4 * (one + 1) * entries, count)
-        _finish(moved, x, m, v, projected, x, moved, count, scalars)
+        X, left = float32_at(gradients + 4 * one * n * columns, (n, columns)), bases + 8 * one * p * r
+        old, basis = float32_at(left, (r, p)), float32_at(left + 4 * p * r, (r, p))
+        at = 4 * one * r * q
+        right = float32_at(rights + 2 * at, (2 * r, q))
+        if stage == _ALL or stage == 0:
+            new = float32_at(transposed + 4 * one * p * r, (r, p))
+            for i in range(_index(r)):
+                for k in range(_index(p)):
+                    basis[i, k] = new[i, k]
+        if stage == _ALL or stage == 1:
+            m, v, projected = (
+                float32_at(moments + at, (r, q)),
+                float32_at(squares + at, (r, q)),
+                float32_at(projections + at, (r, q)),
+            )
+            stop = min(end * _COLUMNS, q)
+            if n == p:
+                transposed_product(basis.T, X, projected, first, stop)
+            else:
+                product_with_transposed(X, basis, projected.T, first, stop)
+            _move(m, v, projected, old, basis, right, scalars, first, stop)
+        if keeps and (stage == _ALL or stage == 2):
+            both, stop = float32_at(left, (2 * r, p)), min(end * _COLUMNS, n)
+            if n == p:
+                add_product(X, both.T, right, unit, unit, first, stop)
+            else:
+                add_product(X, right.T, both, unit, unit, first, stop)
 
 
 def update_(
-    old_basis: Tensor,
+    gradient: Tensor,
     basis: Tensor,
     m: Tensor,
     v: Tensor,
+    bases: Tensor,
     projected: Tensor,
-    left: Tensor,
     right: Tensor,
     betas: tuple[float, float],
     correction: float,
     damping: float,
+    *,
+    keeps_rest: bool,
 ) -> None:
     """See :func:`~hf_lowmem_optim.kernels.subspace_adam.subspace_adam_`."""
+    if not gradient.is_contiguous():
+        reference.update_(
+            gradient, basis, m, v, bases, projected, right, betas, correction, damping, keeps_rest=keeps_rest
+        )
+        return
     beta1, beta2 = betas
     scalars = tuple(map(np.float32, (beta1, beta2, 1 - beta1, 1 - beta2, correction, damping)))
-    p, r = basis.shape[-2:]
-    q = m.shape[-1]
-    batch = 1 if basis.dim() == 2 else basis.shape[0]
-    addresses = m.data_ptr(), v.data_ptr(), projected.data_ptr()
-    if r <= _SMALL_RANK:
-        bases, factors = (old_basis.data_ptr(), basis.data_ptr()), (left.data_ptr(), right.data_ptr())
-        tiles = -(-q // _TILE)
-        tiled = (*bases, *addresses, *factors, batch, p, r, q, scalars)
-        run_pieces(_update_tiles, tiled, tiles, num_pieces(tiles, r * _TILE))
-    else:
-        move_moments_(old_basis, basis, m, v, left, right, beta2, correction)
-        flat = (*addresses, right.data_ptr(), batch, r * q, scalars)
-        run_pieces(_finish_entries, flat, r * q, num_pieces(r * q, 1))
+    sizes, batch = _sizes(gradient, m)
+    transposed = basis.mT.contiguous()  # QR gives columns: no copy
+    addresses = (tensor.data_ptr() for tensor in (gradient, m, v, bases, projected, right, transposed))
+    arguments = (*addresses, keeps_rest, batch, sizes, scalars)
+    _run_stages(_update, arguments, (1, sizes[3], sizes[0]), _COLUMNS, _pieces(gradient, batch))
+
+
+@_loop
+def _descend(weights, kind, transposed, directions, batch, sizes, scalars, begin, end):
+    n, columns, p, q, r = sizes
+    decay, alpha = scalars
+    for one in range(batch):
+        basis = float32_at(transposed + 4 * one * p * r, (r, p))
+        direction = float32_at(directions + 4 * one * r * q, (r, q))
+        weight = weights + (4 if kind == 0 else 2) * one * n * columns
+        first, stop = begin * ROWS, min(end * ROWS, n)
+        if n == p:
+            add_product_at(weight, kind, n, columns, basis.T, direction, decay, alpha, first, stop)
+        else:
+            add_product_at(weight, kind, n, columns, direction.T, basis, decay, alpha, first, stop)
+
+
+def descend_(
+    param: Tensor, basis: Tensor, direction: Tensor, decay: float, step_size: float, wide: Callable[[], Tensor]
+) -> None:
+    """See :func:`~hf_lowmem_optim.kernels.subspace_adam.descend_`."""
+    if not param.is_contiguous():
+        reference.descend_(param, basis, direction, decay, step_size, wide)
+        return
+    sizes, batch = _sizes(param, direction)
+    transposed = basis.mT.contiguous()
+    scalars = np.float32(decay), np.float32(-step_size)
+    arguments = (*floats(param), transposed.data_ptr(), direction.data_ptr(), batch, sizes, scalars)
+    run_pieces(_descend, arguments, -(-sizes[0] // ROWS), _pieces(param, batch))
+
+
+def _run_stages(
+    loop: Callable[..., Any], arguments: tuple[object, ...], lengths: tuple[int, ...], block: int, pieces: int
+) -> None:
+    """Run all stages in one call, or each in pieces of what it writes, in blocks of some columns or rows."""
+    if pieces == 1:
+        loop(*arguments, _ALL, 0, -(-max(lengths) // block))
+        return
+    for stage, length in enumerate(lengths):
+        blocks = -(-length // block)
+        run_pieces(loop, (*arguments, stage), blocks, min(pieces, blocks))
+
+
+def _sizes(matrix: Tensor, moment: Tensor) -> tuple[tuple[int, int, int, int, int], int]:
+    """Return rows and columns of the matrix, the smaller and the larger of both, the rank; and how many there are."""
+    n, columns = matrix.shape[-2:]
+    r, q = moment.shape[-2:]
+    return (n, columns, n + columns - q, q, r), 1 if matrix.dim() == 2 else matrix.shape[0]
+
+
+def _pieces(matrix: Tensor, batch: int) -> int:
+    """Into how many pieces a stage is cut."""
+    n, columns = matrix.shape[-2:]
+    most = -(-min(n, columns) // _COLUMNS)
+    return min(most, num_pieces(-(-n // ROWS), ROWS * columns)) if batch == 1 else 1
