@@ -32,6 +32,7 @@ __all__ = [
     "QUANTIZATION_BLOCK_SIZE",
     "accumulate",
     "error_state",
+    "fused_error",
     "keeps_error",
     "quantized_error",
     "retain_",
@@ -103,6 +104,21 @@ def accumulate(grad: Tensor, state: Mapping[str, Tensor], workspace: Workspace) 
         dequantize_(accumulated, quantized)
         return _add_(accumulated, grad)
     return accumulated.copy_(grad)
+
+
+def fused_error(grad: Tensor, state: Mapping[str, Tensor]) -> Quantized | None:
+    """Return a quantized error that an operation of its own may add to the gradient and store in the end.
+
+    Args:
+        grad: Gradient.
+        state: State of the tensor.
+
+    Returns:
+        None where :func:`accumulate` and :func:`retain_` are to be called.
+    """
+    if "error_codes" not in state or not grad.is_contiguous() or grad.dtype not in FLOAT_DTYPES:
+        return None
+    return quantized_error(state, grad.numel())
 
 
 def retain_(state: Mapping[str, Tensor], residual: Tensor, *, seed: int | None = None) -> None:

@@ -304,14 +304,17 @@ class LowMemoryOptimizer(Optimizer):
         with full_precision():
             compressed: list[PendingUpdate] = []
             dense: dict[int, list[PendingUpdate]] = {}
+            changed: list[Tensor] = []
             for index, param, group in live:
                 update = self._prepare(param, group, index)
                 if update is None:
                     continue
+                changed.append(param)
                 if self.compresses(param.shape, group):
                     compressed.append(update)
                 else:
                     dense.setdefault(id(group), []).append(update)
+            _tell_autograd(changed)
             self._update_compressed_(compressed, [job for updates in dense.values() for job in dense_jobs(updates)])
 
     def _prepare(self, param: Tensor, group: dict[str, Any], index: int) -> PendingUpdate | None:
@@ -326,10 +329,8 @@ class LowMemoryOptimizer(Optimizer):
         if self._is_probe(param, group):
             return None
         state["step"] += 1
-        # Fused and own kernels write where autograd does not see it; a backward pass through an older graph must.
-        torch.autograd.graph.increment_version(param)
         seed = state["step"] * _MAX_PARAMETERS + index if rounds_stochastically(param, group) else None
-        return PendingUpdate(param.detach(), grad.detach(), state, group, seed)
+        return PendingUpdate(param.detach(), grad.detach() if grad.requires_grad else grad, state, group, seed)
 
     def _is_probe(self, param: Tensor, group: Mapping[str, Any]) -> bool:
         """Whether a gradient is there only for the layout of the state; see :meth:`_prepare`."""
@@ -353,6 +354,7 @@ class LowMemoryOptimizer(Optimizer):
             update = self._prepare(param, group, index)
             if update is None:
                 return
+            _tell_autograd([param])
             if self.compresses(param.shape, group):
                 self._update_compressed_([update], [])
             else:
@@ -398,6 +400,11 @@ class LowMemoryOptimizer(Optimizer):
         """
         with exact_load(self):
             super().load_state_dict(state_dict)
+
+
+def _tell_autograd(params: list[Tensor]) -> None:
+    """Count a change, which fused and own kernels hide from autograd; a pass through an older graph must see it."""
+    torch.autograd.graph.increment_version(params)
 
 
 @functools.cache

@@ -39,6 +39,7 @@ from hf_lowmem_optim.compression.error_feedback import (
     QUANTIZATION_BLOCK_SIZE,
     accumulate,
     error_state,
+    fused_error,
     keeps_error,
     retain_,
 )
@@ -186,8 +187,11 @@ def ldadam_update_(
     """
     beta1, beta2 = betas
     space = Workspace() if workspace is None else workspace
-    # line 1: a ← g + ξ
-    residual = accumulate(grad, state, space)
+    # line 1: a ← g + ξ, or where that is to come
+    error = fused_error(grad, state) if step > 1 else None
+    fused = error is not None
+    residual = space.take("accumulated", grad.shape, grad.device) if fused else accumulate(grad, state, space)
+    seed = step if stochastic_rounding else None
     m, v, U_old = (
         kept if kept.dtype == torch.float32 else kept.float()
         for kept in (state["exp_avg"], state["exp_avg_sq"], state["basis"])
@@ -211,7 +215,18 @@ def ldadam_update_(
         right = space.take("right", (*m.shape[:-2], 2 * m.shape[-2], m.shape[-1]), m.device)  # [2r, q]
         # line 3: subspace of b = s·U₋m + (1 − ρ)·a by one power iteration; b is never formed
         s = rho / (1 - beta1 ** (step - 1))
-        U = orthonormalize(power_iteration(residual, U_old, m, bases, p, momentum_weight=s, gradient_weight=1 - rho))
+        Y = power_iteration(
+            residual,
+            U_old,
+            m,
+            bases,
+            p,
+            momentum_weight=s,
+            gradient_weight=1 - rho,
+            gradient=grad if fused else None,
+            error=error,
+        )
+        U = orthonormalize(Y)
         # lines 4 to 8, with k = c2/c1²
         k = (1 - beta2 ** (step - 1)) / (1 - beta1 ** (step - 1)) ** 2
         subspace_adam_(
@@ -226,9 +241,12 @@ def ldadam_update_(
             correction=k,
             damping=eps * root,
             keeps_rest=keeps_error(state),
+            error=error,
+            seed=seed,
         )
 
-    retain_(state, residual, seed=step if stochastic_rounding else None)
+    if not fused:
+        retain_(state, residual, seed=seed)
     for key, value in (("basis", U), ("exp_avg", m), ("exp_avg_sq", v)):
         if state[key] is not value:
             state[key].copy_(value)

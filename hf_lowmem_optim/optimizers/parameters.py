@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from hf_lowmem_optim.optimizers.dense import rounds_stochastically
 
@@ -51,7 +52,6 @@ def check_gradient(optimizer: LowMemoryOptimizer, param: Tensor, group: Mapping[
         NotImplementedError: The parameter is a sharded DTensor, which its group's settings do not serve.
     """
     grad, rule = param.grad, type(optimizer).__name__
-    compressed = optimizer.compresses(param.shape, group)
     assert grad is not None
     if grad.layout != torch.strided:
         raise RuntimeError(
@@ -63,14 +63,14 @@ def check_gradient(optimizer: LowMemoryOptimizer, param: Tensor, group: Mapping[
             f"{describe_parameter(param, group)} is {param.dtype} with a gradient of {grad.dtype}; "
             f"{rule} supports float32, bfloat16 and float16"
         )
-    if grad.dtype != param.dtype and not compressed:
+    if grad.dtype != param.dtype and not optimizer.compresses(param.shape, group):
         raise RuntimeError(
             f"{describe_parameter(param, group)} is {param.dtype} with a gradient of {grad.dtype}; the dense rule "
             "needs both alike"
         )
-    if not hasattr(param, "placements"):
+    if type(param) is Parameter or not hasattr(param, "placements"):
         return
-    if not optimizer.supports_sharding and compressed:
+    if not optimizer.supports_sharding and optimizer.compresses(param.shape, group):
         raise NotImplementedError(
             f"{describe_parameter(param, group)} is sharded (DTensor), which {rule} cannot compress; "
             f"give its group {optimizer.dense_key}=None for the dense rule, or train without FSDP or tensor parallelism"

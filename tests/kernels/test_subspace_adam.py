@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -9,6 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_lowmem_optim.compression.quantization import (
+    QuantFormat,
+    Quantized,
+    dequantize_add_,
+    quantize_,
+    quantized_specs,
+    quantized_state,
+)
 from hf_lowmem_optim.kernels.backend import ENVIRONMENT_VARIABLE
 from hf_lowmem_optim.kernels.subspace_adam import descend_, power_iteration, subspace_adam_
 
@@ -57,9 +66,10 @@ class Problem:
         return power_iteration(*args, momentum_weight=SHARE, gradient_weight=REST)
 
     def update(self, keeps_rest: bool = True, **changes: Any) -> None:
-        names = ("gradient", "basis", "exp_avg", "exp_avg_sq", "bases", "projected", "right")
+        names = ("basis", "exp_avg", "exp_avg_sq", "bases", "projected", "right")
         hyper = {"betas": BETAS, "correction": CORRECTION, "damping": DAMPING, "keeps_rest": keeps_rest}
-        subspace_adam_(**{**{name: getattr(self, name) for name in names}, **hyper, **changes})
+        tensors = {"matrix": self.gradient, **{name: getattr(self, name) for name in names}}
+        subspace_adam_(**{**tensors, **hyper, **changes})
 
     def descend(self) -> None:
         args = (self.param, self.basis, self.projected)
@@ -120,6 +130,39 @@ def test_a_narrow_weight_is_rounded_once(size: tuple[int, int, int], dtype: torc
     # half a unit of the last place, and what float32 rounded before
     error = (one.short_side_first(one.param.double()) - exact).abs()
     assert (error <= (torch.finfo(dtype).eps / 2 + 1e-6) * exact.abs() + 1e-6).all()
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("fmt", [QuantFormat(4, 64), QuantFormat(8, 64), QuantFormat(4, 48)], ids=str)
+@pytest.mark.parametrize("size", [(21, 37, 3, ()), (520, 1030, 8, ()), (64, 12, 4, (3,))], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", [None, 5])
+def test_a_quantized_error_is_added_and_stored_to_the_bit(
+    size: tuple[int, int, int, tuple[int, ...]], fmt: QuantFormat, dtype: torch.dtype, seed: int | None
+) -> None:
+    fused = Problem(*size)
+    apart = copy.deepcopy(fused)
+    numel, gradient = fused.gradient.numel(), fused.param.to(dtype)
+
+    def stored() -> Quantized:
+        specs = quantized_specs(numel, fmt)
+        state = {key: torch.zeros(spec.shape, dtype=spec.dtype) for key, spec in specs.items()}
+        quantized = quantized_state(state, numel, fmt)
+        quantize_(quantized, apart.gradient)
+        return quantized
+
+    one, other = stored(), stored()
+    fused.gradient = torch.full_like(fused.gradient, math.nan)
+    dequantize_add_(apart.gradient, other, onto=gradient)
+    args = (fused.gradient, fused.old_basis, fused.exp_avg, fused.bases, fused.projected)
+    weights = {"momentum_weight": SHARE, "gradient_weight": REST}
+    assert torch.equal(power_iteration(*args, **weights, gradient=gradient, error=one), apart.sketch())
+    fused.update(error=one, seed=seed)
+    apart.update()
+    quantize_(other, apart.gradient, seed=seed)
+    for name in ("gradient", "exp_avg", "exp_avg_sq", "projected"):
+        assert torch.equal(getattr(fused, name), getattr(apart, name))
+    assert all(torch.equal(getattr(one, part), getattr(other, part)) for part in ("codes", "lo", "hi"))
 
 
 @pytest.mark.parametrize("rank", [8, 32, 40])
@@ -201,6 +244,8 @@ def test_wrong_tensors_are_refused() -> None:
     for message, changes in wrong.items():
         with pytest.raises(ValueError, match=message):
             one.update(**changes)
+    with pytest.raises(ValueError, match="keeps_rest=True"):
+        one.update(keeps_rest=False, error=object())
     with pytest.raises(ValueError, match="old_basis must have 6 entries, got 4"):
         one.old_basis = torch.zeros(2, 2)
         one.sketch()

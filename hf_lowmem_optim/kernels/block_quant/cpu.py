@@ -44,9 +44,10 @@ _WHOLE = np.uint64(64)
 #: Blocks whose statistics are taken before their codes, which would otherwise wait for them.
 _GROUP = 8
 
-_jit = numba.njit(cache=True, error_model="numpy")  # "python" would test every division for zero
-_loop: Callable[..., Callable[..., None]] = numba.njit(cache=True, nogil=True, error_model="numpy")
-_inlined = numba.njit(inline="always", error_model="numpy")
+# "python" would test every division for zero; what is not said here would be that of a compiled function which calls
+_jit = numba.njit(cache=True, error_model="numpy", fastmath=False)
+_loop: Callable[..., Callable[..., None]] = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=False)
+_inlined = numba.njit(inline="always", error_model="numpy", fastmath=False)
 
 
 @_inlined
@@ -266,7 +267,7 @@ def decode(codes, entry, lo, hi, bits, scale, onto, add, out, count):
 
 
 @_loop
-def _quantize_blocks(source, kind, codes, lows, highs, stat_kind, count, block_size, bits, random, first, stop):
+def quantize_blocks(source, kind, codes, lows, highs, stat_kind, count, block_size, bits, random, first, stop):
     packed = uint8_at(codes, (count * bits + 7) // 8)
     direct = kind == 0 and source % 8 == 0
     part = np.empty(1 if direct else _GROUP * block_size, np.float32)
@@ -289,7 +290,7 @@ def _quantize_blocks(source, kind, codes, lows, highs, stat_kind, count, block_s
 
 
 @_loop
-def _dequantize_blocks(
+def dequantize_blocks(
     out, out_kind, onto, onto_kind, add, codes, lows, highs, stat_kind, count, block_size, bits, scale, first, stop
 ):
     packed = uint8_at(codes, (count * bits + 7) // 8)
@@ -322,14 +323,14 @@ def random_argument(seed: int | None) -> tuple[bool, int, int]:
 def quantize_into(out: Quantized, source: Tensor, *, seed: int | None) -> None:
     """Numba version of :func:`~hf_lowmem_optim.kernels.block_quant.quantize_`; ``source`` may have any shape."""
     arguments = (*floats(source), *buffer_arguments(out), random_argument(seed))
-    run_pieces(_quantize_blocks, arguments, out.lo.shape[0], _pieces(out))
+    run_pieces(quantize_blocks, arguments, out.lo.shape[0], _pieces(out))
 
 
 def dequantize_into(out: Tensor, quantized: Quantized, *, scale: float, onto: Tensor | None) -> None:
     """Numba version of ``dequantize_`` and, with ``onto``, of ``dequantize_add_``; dense tensors may have any shape."""
     dense = (*floats(out), *floats(onto), onto is not None)
     arguments = (*dense, *buffer_arguments(quantized), np.float32(scale))
-    run_pieces(_dequantize_blocks, arguments, quantized.lo.shape[0], _pieces(quantized))
+    run_pieces(dequantize_blocks, arguments, quantized.lo.shape[0], _pieces(quantized))
 
 
 def buffer_arguments(quantized: Quantized) -> tuple[int, ...]:

@@ -3,8 +3,9 @@
 ``a`` is the matrix with its shorter side first, (p, q), U₋ and U are its bases before and after the move, (p, r), and
 m and v the moments, (r, q). The operations take the matrices as they are stored, also those whose a is their transpose:
 
-1. ``power_iteration``, line 3: Vᵀ = s·m + (1 − ρ)·U₋ᵀa and Y = s·U₋(mV) + (1 − ρ)·aV. A QR of Y gives U.
-2. ``subspace_adam_``, lines 4 to 9: with R = UᵀU₋, p̃ = Uᵀa and c = β1/(1 − β1)
+1. ``power_iteration``, line 3: Vᵀ = s·m + (1 − ρ)·U₋ᵀa and Y = s·U₋(mV) + (1 − ρ)·aV. A QR of Y gives U. Before that
+   a ← g + ξ for a quantized error, which is line 1.
+2. ``subspace_adam_``, lines 4 to 9, and then ξ ← a for a quantized error: with R = UᵀU₋, p̃ = Uᵀa and c = β1/(1 − β1)
 
        m̃ = R m;  x = β2·(R∘R)(v − k·m²)
        v ← |x + β2·k·m̃²| + (1 − β2)·p̃²;  m₊ ← β1·m̃ + (1 − β1)·p̃;  d ← m₊ / (√v + δ)
@@ -27,15 +28,17 @@ import torch
 from torch import Tensor
 
 from hf_lowmem_optim.kernels.backend import choose_backend, implementation
+from hf_lowmem_optim.kernels.block_quant import Quantized, dequantize_add_, quantize_
 from hf_lowmem_optim.kernels.block_quant.checks import check_dense
 
 __all__ = ["descend_", "power_iteration", "subspace_adam_"]
 
 _FLOAT32 = (torch.float32,)
+_PIECE_ENTRIES = 256
 
 
 def power_iteration(
-    gradient: Tensor,
+    matrix: Tensor,
     old_basis: Tensor,
     exp_avg: Tensor,
     bases: Tensor,
@@ -43,11 +46,14 @@ def power_iteration(
     *,
     momentum_weight: float,
     gradient_weight: float,
+    gradient: Tensor | None = None,
+    error: Quantized | None = None,
 ) -> Tensor:
     """Return Y, whose columns are to be orthonormalized.
 
     Args:
-        gradient: a or its transpose, float32 (n, m), any layout; or, as all that follow, a batch, (batch, n, m).
+        matrix: a or its transpose, float32 (n, m), any layout; or, as all that follow, a batch, (batch, n, m).
+            Contiguous and written before all else if there is an ``error``.
         old_basis: U₋, float32 (p, r), contiguous.
         exp_avg: m, float32 (r, q), contiguous.
         bases: float32 (2·r, p), contiguous; U₋ᵀ is written to its first half for :func:`subspace_adam_`, anything to
@@ -55,6 +61,8 @@ def power_iteration(
         projected: Float32 (r, q), contiguous; overwritten with anything.
         momentum_weight: s.
         gradient_weight: 1 − ρ.
+        gradient: g, of the shape of ``matrix``, float32, bfloat16 or float16, contiguous: with an ``error``.
+        error: ξ; a is g + ξ then. None if ``matrix`` is a.
 
     Returns:
         Y, float32 (p, r); it may lie in ``bases``.
@@ -62,22 +70,36 @@ def power_iteration(
     Raises:
         ValueError: A tensor has another size, dtype or device than it should have, or is not contiguous.
     """
-    basis_entries, moment_entries = _entries(gradient, exp_avg)
+    if error is not None and gradient is None:
+        raise ValueError("error needs the gradient to which it is added: pass gradient")
+    basis_entries, moment_entries = _entries(matrix, exp_avg)
+    device = matrix.device
+    check_dense(matrix, "matrix", numel=matrix.numel(), device=device, dtypes=_FLOAT32, any_layout=error is None)
     for name, tensor, numel in (
-        ("gradient", gradient, gradient.numel()),
         ("old_basis", old_basis, basis_entries),
         ("exp_avg", exp_avg, moment_entries),
         ("bases", bases, 2 * basis_entries),
         ("projected", projected, moment_entries),
     ):
-        check_dense(tensor, name, numel=numel, device=gradient.device, dtypes=_FLOAT32, any_layout=name == "gradient")
-    return implementation("subspace_adam", _backend("power_iteration", gradient)).sketch(  # type: ignore[no-any-return]
-        gradient, old_basis, exp_avg, bases, projected, momentum_weight, gradient_weight
+        check_dense(tensor, name, numel=numel, device=device, dtypes=_FLOAT32)
+    fast = _is_fast("power_iteration", matrix)
+    if error is not None and not (fast and _fits(error)):
+        dequantize_add_(matrix, error, onto=gradient)
+        error = gradient = None
+    tensors, weights = (matrix, old_basis, exp_avg, bases, projected), (momentum_weight, gradient_weight)
+    if not fast:
+        return implementation("subspace_adam", "reference").sketch(*tensors, *weights)  # type: ignore[no-any-return]
+    if error is not None and gradient is not None:
+        error.check()
+        for name, tensor in (("gradient", gradient), ("matrix", matrix)):
+            check_dense(tensor, name, numel=error.numel, device=error.codes.device)
+    return implementation("subspace_adam", "cpu").sketch(  # type: ignore[no-any-return]
+        *tensors, *weights, gradient=gradient, error=error
     )
 
 
 def subspace_adam_(
-    gradient: Tensor,
+    matrix: Tensor,
     basis: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
@@ -89,11 +111,13 @@ def subspace_adam_(
     correction: float,
     damping: float,
     keeps_rest: bool,
+    error: Quantized | None = None,
+    seed: int | None = None,
 ) -> None:
     """Write the new moments, the direction, and a without what the momentum takes from it.
 
     Args:
-        gradient: As in :func:`power_iteration`; written if ``keeps_rest``.
+        matrix: As in :func:`power_iteration`; written if ``keeps_rest``.
         basis: U, float32 (p, r), any layout.
         exp_avg: m, float32 (r, q), contiguous; written.
         exp_avg_sq: v, likewise.
@@ -104,35 +128,38 @@ def subspace_adam_(
         correction: k.
         damping: δ.
         keeps_rest: Whether there is a place for what is left of a.
+        error: Where that is stored in the end, as ``quantize_`` does it; None for nowhere. Needs ``keeps_rest``.
+        seed: As in ``quantize_``.
 
     Raises:
         ValueError: A tensor has another size, dtype or device than it should have, or is not contiguous.
     """
-    basis_entries, moment_entries = _entries(gradient, exp_avg)
+    if error is not None and not keeps_rest:
+        raise ValueError("error is to hold what is left of the matrix: pass keeps_rest=True")
+    basis_entries, moment_entries = _entries(matrix, exp_avg)
+    device = matrix.device
+    check_dense(matrix, "matrix", numel=matrix.numel(), device=device, dtypes=_FLOAT32, any_layout=error is None)
+    check_dense(basis, "basis", numel=basis_entries, device=device, dtypes=_FLOAT32, any_layout=True)
     for name, tensor, numel in (
-        ("gradient", gradient, gradient.numel()),
-        ("basis", basis, basis_entries),
         ("exp_avg", exp_avg, moment_entries),
         ("exp_avg_sq", exp_avg_sq, moment_entries),
         ("bases", bases, 2 * basis_entries),
         ("projected", projected, moment_entries),
         ("right", right, 2 * moment_entries),
     ):
-        any_layout = name in ("gradient", "basis")
-        check_dense(tensor, name, numel=numel, device=gradient.device, dtypes=_FLOAT32, any_layout=any_layout)
-    implementation("subspace_adam", _backend("subspace_adam_", gradient)).update_(
-        gradient,
-        basis,
-        exp_avg,
-        exp_avg_sq,
-        bases,
-        projected,
-        right,
-        betas,
-        correction,
-        damping,
-        keeps_rest=keeps_rest,
-    )
+        check_dense(tensor, name, numel=numel, device=device, dtypes=_FLOAT32)
+    tensors, hyper = (matrix, basis, exp_avg, exp_avg_sq, bases, projected, right), (betas, correction, damping)
+    fast = _is_fast("subspace_adam_", matrix)
+    fused = error if fast and error is not None and _fits(error) else None
+    if fast:
+        if fused is not None:
+            fused.check()
+            check_dense(matrix, "matrix", numel=fused.numel, device=fused.codes.device)
+        implementation("subspace_adam", "cpu").update_(*tensors, *hyper, keeps_rest=keeps_rest, error=fused, seed=seed)
+    else:
+        implementation("subspace_adam", "reference").update_(*tensors, *hyper, keeps_rest=keeps_rest)
+    if error is not None and fused is None:
+        quantize_(error, matrix, seed=seed)
 
 
 def descend_(
@@ -161,9 +188,8 @@ def descend_(
     check_dense(param, "param", numel=param.numel(), device=param.device, any_layout=True)
     check_dense(basis, "basis", numel=basis_entries, device=param.device, dtypes=_FLOAT32, any_layout=True)
     check_dense(direction, "direction", numel=moment_entries, device=param.device, dtypes=_FLOAT32)
-    implementation("subspace_adam", _backend("descend_", param)).descend_(
-        param, basis, direction, decay, step_size, wide
-    )
+    backend = "cpu" if _is_fast("descend_", param) else "reference"
+    implementation("subspace_adam", backend).descend_(param, basis, direction, decay, step_size, wide)
 
 
 def _entries(matrix: Tensor, moment: Tensor) -> tuple[int, int]:
@@ -173,6 +199,12 @@ def _entries(matrix: Tensor, moment: Tensor) -> tuple[int, int]:
     return batch * short * r, batch * long * r
 
 
-def _backend(operation: str, tensor: Tensor) -> str:
+def _is_fast(operation: str, matrix: Tensor) -> bool:
+    """Whether the loops for CPUs serve a call: those of contiguous matrices."""
     # a Triton kernel would save a few launches on small matrices: torch's own operations serve GPUs
-    return "cpu" if choose_backend(operation, tensor.device) == "cpu" else "reference"
+    return choose_backend(operation, matrix.device) == "cpu" and matrix.is_contiguous()
+
+
+def _fits(error: Quantized) -> bool:
+    """Whether no block of a buffer reaches over two pieces of the loops."""
+    return _PIECE_ENTRIES % error.format.block_size == 0

@@ -1,7 +1,7 @@
 """The operations with numba, each one call: threads that update a matrix each meet in the interpreter less often.
 
-Of a large matrix the stages are cut into pieces, by columns of the moments or by rows; no entry depends on the pieces.
-Of several small ones each is updated by itself.
+Of a large matrix the stages are cut into pieces, of columns, rows or entries; no result depends on the pieces. Of
+several small matrices each is updated by itself.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -14,8 +14,14 @@ import numba
 import numpy as np
 from torch import Tensor
 
+from hf_lowmem_optim.kernels.block_quant.cpu import (
+    buffer_arguments,
+    dequantize_blocks,
+    quantize_blocks,
+    random_argument,
+)
+from hf_lowmem_optim.kernels.block_quant.layout import Quantized
 from hf_lowmem_optim.kernels.cpu_floats import float32_at, floats, num_pieces
-from hf_lowmem_optim.kernels.subspace_adam import reference
 from hf_lowmem_optim.kernels.thin_products import (
     ROWS,
     add_product,
@@ -27,10 +33,11 @@ from hf_lowmem_optim.kernels.workers import run_pieces
 
 __all__ = ["descend_", "sketch", "update_"]
 
-#: Columns and rows of a piece are a multiple, so that the same ones are left over after whole vectors.
+#: Columns, rows or entries of a piece are a multiple, so that the same ones are left over after whole vectors.
 _COLUMNS = 256
 _TILE = 64
 _ALL = -1
+_NO_BUFFER = (0, 0, 0, 0, 0, _COLUMNS, 8)
 
 # as in ``thin_products``
 _index = np.uint64
@@ -68,21 +75,45 @@ def _transpose(matrix, out):
 
 
 @_loop
-def _sketch(gradients, moments, bases, projections, old_bases, batch, sizes, scalars, stage, begin, end):
+def _sketch(
+    matrices, moments, bases, projections, old_bases, gradient, error, batch, sizes, scalars, stage, begin, end
+):
     """A stage of :func:`sketch`, or all; ``begin`` and ``end`` count :data:`_COLUMNS` of what the stage writes."""
     (n, columns, p, q, r), (share, rest) = sizes, scalars
     first = begin * _COLUMNS
     mixed = np.empty((r, r), np.float32)
+    codes, lows, highs, stat_kind, count, block_size, bits = error
+    if count > 0 and (stage == _ALL or stage == 0):  # a = g + ξ
+        start, stop = first // block_size, (min(end * _COLUMNS, count) + block_size - 1) // block_size
+        if stage == _ALL:
+            stop = (count + block_size - 1) // block_size
+        dequantize_blocks(
+            matrices,
+            0,
+            gradient[0],
+            gradient[1],
+            True,
+            codes,
+            lows,
+            highs,
+            stat_kind,
+            count,
+            block_size,
+            bits,
+            np.float32(1.0),
+            start,
+            stop,
+        )
     for one in range(batch):
         X, old = (
-            float32_at(gradients + 4 * one * n * columns, (n, columns)),
+            float32_at(matrices + 4 * one * n * columns, (n, columns)),
             float32_at(bases + 8 * one * p * r, (r, p)),
         )
         m, v = float32_at(moments + 4 * one * r * q, (r, q)), float32_at(projections + 4 * one * r * q, (r, q))
         out = float32_at(bases + 8 * one * p * r + 4 * r * p, (r, p))
-        if stage == _ALL or stage == 0:
+        if stage == _ALL or stage == 1:
             _transpose(float32_at(old_bases + 4 * one * p * r, (p, r)), old)
-        if stage == _ALL or stage == 1:  # columns of Vᵀ = (1 − ρ)·U₋ᵀa + s·m
+        if stage == _ALL or stage == 2:  # columns of Vᵀ = (1 − ρ)·U₋ᵀa + s·m
             stop = min(end * _COLUMNS, q)
             if n == p:
                 transposed_product(old.T, X, v, first, stop)
@@ -91,27 +122,37 @@ def _sketch(gradients, moments, bases, projections, old_bases, batch, sizes, sca
             for i in range(_index(r)):
                 for t in range(_index(first), _index(stop)):
                     v[i, t] = rest * v[i, t] + share * m[i, t]
-        if stage == _ALL or stage == 2:  # columns of (aV)ᵀ
+        if stage == _ALL or stage == 3:  # columns of (aV)ᵀ
             stop = min(end * _COLUMNS, p)
             if n == p:
                 product_with_transposed(X, v, out.T, first, stop)
             else:
                 transposed_product(v.T, X, out, first, stop)
-        if stage == _ALL or stage == 3:  # Yᵀ = (1 − ρ)·(aV)ᵀ + s·(mV)ᵀU₋ᵀ
+        if stage == _ALL or stage == 4:  # Yᵀ = (1 − ρ)·(aV)ᵀ + s·(mV)ᵀU₋ᵀ
             product_with_transposed(v, m, mixed.T, 0, r)
             add_product(out, mixed.T, old, rest, share, 0, r)
 
 
 def sketch(
-    gradient: Tensor, old_basis: Tensor, m: Tensor, bases: Tensor, projected: Tensor, share: float, rest: float
+    matrix: Tensor,
+    old_basis: Tensor,
+    m: Tensor,
+    bases: Tensor,
+    projected: Tensor,
+    share: float,
+    rest: float,
+    *,
+    gradient: Tensor | None,
+    error: Quantized | None,
 ) -> Tensor:
-    """See :func:`~hf_lowmem_optim.kernels.subspace_adam.power_iteration`."""
-    if not gradient.is_contiguous():
-        return reference.sketch(gradient, old_basis, m, bases, projected, share, rest)
-    sizes, batch = _sizes(gradient, m)
-    tensors = (gradient, m, bases, projected, old_basis)
-    arguments = (*(tensor.data_ptr() for tensor in tensors), batch, sizes, (np.float32(share), np.float32(rest)))
-    _run_stages(_sketch, arguments, (1, sizes[3], sizes[2], 1), _COLUMNS, _pieces(gradient, batch))
+    """See :func:`~hf_lowmem_optim.kernels.subspace_adam.power_iteration`; the matrix is contiguous."""
+    sizes, batch = _sizes(matrix, m)
+    tensors = (matrix, m, bases, projected, old_basis)
+    source = (floats(gradient), _NO_BUFFER if error is None else buffer_arguments(error))
+    scalars = np.float32(share), np.float32(rest)
+    arguments = (*(tensor.data_ptr() for tensor in tensors), *source, batch, sizes, scalars)
+    lengths = (source[1][4], 1, sizes[3], sizes[2], 1)
+    _run_stages(_sketch, arguments, lengths, _pieces(matrix, batch))
     return bases[..., m.shape[-2] :, :].mT
 
 
@@ -195,13 +236,28 @@ def _move(m, v, projected, old, basis, right, scalars, begin, end):
 
 @_loop
 def _update(
-    gradients, moments, squares, bases, projections, rights, transposed, keeps, batch, sizes, scalars, stage, begin, end
+    matrices,
+    moments,
+    squares,
+    bases,
+    projections,
+    rights,
+    transposed,
+    keeps,
+    error,
+    random,
+    batch,
+    sizes,
+    scalars,
+    stage,
+    begin,
+    end,
 ):
-    """A stage of :func:`update_`, or all; ``begin`` and ``end`` count :data:`_COLUMNS` columns, or rows."""
+    """A stage of :func:`update_`, or all; ``begin`` and ``end`` count :data:`_COLUMNS` columns, rows or entries."""
     n, columns, p, q, r = sizes
     first, unit = begin * _COLUMNS, np.float32(1.0)
     for one in range(batch):
-        X, left = float32_at(gradients + 4 * one * n * columns, (n, columns)), bases + 8 * one * p * r
+        X, left = float32_at(matrices + 4 * one * n * columns, (n, columns)), bases + 8 * one * p * r
         old, basis = float32_at(left, (r, p)), float32_at(left + 4 * p * r, (r, p))
         at = 4 * one * r * q
         right = float32_at(rights + 2 * at, (2 * r, q))
@@ -228,10 +284,16 @@ def _update(
                 add_product(X, both.T, right, unit, unit, first, stop)
             else:
                 add_product(X, right.T, both, unit, unit, first, stop)
+    codes, lows, highs, stat_kind, count, block_size, bits = error
+    if count > 0 and (stage == _ALL or stage == 3):  # what is left is the error
+        start, stop = first // block_size, (min(end * _COLUMNS, count) + block_size - 1) // block_size
+        if stage == _ALL:
+            stop = (count + block_size - 1) // block_size
+        quantize_blocks(matrices, 0, codes, lows, highs, stat_kind, count, block_size, bits, random, start, stop)
 
 
 def update_(
-    gradient: Tensor,
+    matrix: Tensor,
     basis: Tensor,
     m: Tensor,
     v: Tensor,
@@ -243,20 +305,18 @@ def update_(
     damping: float,
     *,
     keeps_rest: bool,
+    error: Quantized | None,
+    seed: int | None,
 ) -> None:
-    """See :func:`~hf_lowmem_optim.kernels.subspace_adam.subspace_adam_`."""
-    if not gradient.is_contiguous():
-        reference.update_(
-            gradient, basis, m, v, bases, projected, right, betas, correction, damping, keeps_rest=keeps_rest
-        )
-        return
+    """See :func:`~hf_lowmem_optim.kernels.subspace_adam.subspace_adam_`; the matrix is contiguous."""
     beta1, beta2 = betas
     scalars = tuple(map(np.float32, (beta1, beta2, 1 - beta1, 1 - beta2, correction, damping)))
-    sizes, batch = _sizes(gradient, m)
+    sizes, batch = _sizes(matrix, m)
     transposed = basis.mT.contiguous()  # QR gives columns: no copy
-    addresses = (tensor.data_ptr() for tensor in (gradient, m, v, bases, projected, right, transposed))
-    arguments = (*addresses, keeps_rest, batch, sizes, scalars)
-    _run_stages(_update, arguments, (1, sizes[3], sizes[0]), _COLUMNS, _pieces(gradient, batch))
+    addresses = (tensor.data_ptr() for tensor in (matrix, m, v, bases, projected, right, transposed))
+    target = (_NO_BUFFER if error is None else buffer_arguments(error), random_argument(seed))
+    arguments = (*addresses, keeps_rest, *target, batch, sizes, scalars)
+    _run_stages(_update, arguments, (1, sizes[3], sizes[0], target[0][4]), _pieces(matrix, batch))
 
 
 @_loop
@@ -277,10 +337,7 @@ def _descend(weights, kind, transposed, directions, batch, sizes, scalars, begin
 def descend_(
     param: Tensor, basis: Tensor, direction: Tensor, decay: float, step_size: float, wide: Callable[[], Tensor]
 ) -> None:
-    """See :func:`~hf_lowmem_optim.kernels.subspace_adam.descend_`."""
-    if not param.is_contiguous():
-        reference.descend_(param, basis, direction, decay, step_size, wide)
-        return
+    """See :func:`~hf_lowmem_optim.kernels.subspace_adam.descend_`; W is contiguous, and a wide copy not needed."""
     sizes, batch = _sizes(param, direction)
     transposed = basis.mT.contiguous()
     scalars = np.float32(decay), np.float32(-step_size)
@@ -288,16 +345,15 @@ def descend_(
     run_pieces(_descend, arguments, -(-sizes[0] // ROWS), _pieces(param, batch))
 
 
-def _run_stages(
-    loop: Callable[..., Any], arguments: tuple[object, ...], lengths: tuple[int, ...], block: int, pieces: int
-) -> None:
-    """Run all stages in one call, or each in pieces of what it writes, in blocks of some columns or rows."""
+def _run_stages(loop: Callable[..., Any], arguments: tuple[object, ...], lengths: tuple[int, ...], pieces: int) -> None:
+    """Run all stages in one call, or each in pieces of so many columns, rows or entries, if there are any."""
     if pieces == 1:
-        loop(*arguments, _ALL, 0, -(-max(lengths) // block))
+        loop(*arguments, _ALL, 0, -(-max(lengths) // _COLUMNS))
         return
     for stage, length in enumerate(lengths):
-        blocks = -(-length // block)
-        run_pieces(loop, (*arguments, stage), blocks, min(pieces, blocks))
+        if length > 0:
+            blocks = -(-length // _COLUMNS)
+            run_pieces(loop, (*arguments, stage), blocks, min(pieces, blocks))
 
 
 def _sizes(matrix: Tensor, moment: Tensor) -> tuple[tuple[int, int, int, int, int], int]:

@@ -13,17 +13,17 @@ __all__ = ["descend_", "sketch", "update_"]
 
 
 def sketch(
-    gradient: Tensor, old_basis: Tensor, m: Tensor, bases: Tensor, projected: Tensor, share: float, rest: float
+    matrix: Tensor, old_basis: Tensor, m: Tensor, bases: Tensor, projected: Tensor, share: float, rest: float
 ) -> Tensor:
     """See :func:`~hf_lowmem_optim.kernels.subspace_adam.power_iteration`."""
-    a = _short_side_first(gradient)
+    a = _short_side_first(matrix)
     bases[..., : m.shape[-2], :].copy_(old_basis.mT)
     V = addmm(m, old_basis.mT, a, beta=share, alpha=rest, out=projected).mT
     return addmm(mm(old_basis, mm(m, V)), a, V, beta=share, alpha=rest)
 
 
 def update_(
-    gradient: Tensor,
+    matrix: Tensor,
     basis: Tensor,
     m: Tensor,
     v: Tensor,
@@ -38,7 +38,7 @@ def update_(
 ) -> None:
     """See :func:`~hf_lowmem_optim.kernels.subspace_adam.subspace_adam_`."""
     beta1, beta2 = betas
-    a = _short_side_first(gradient)
+    a = _short_side_first(matrix)
     old, new = bases.tensor_split(2, -2)
     new.copy_(basis.mT)
     mm(basis.mT, a, out=projected)
