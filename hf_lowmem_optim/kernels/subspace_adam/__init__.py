@@ -81,7 +81,7 @@ def power_iteration(
         ("bases", bases, 2 * basis_entries),
         ("projected", projected, moment_entries),
     ):
-        check_dense(tensor, name, numel=numel, device=device, dtypes=_FLOAT32)
+        _check(tensor, name, numel, device)
     fast = _is_fast("power_iteration", matrix)
     if error is not None and not (fast and _fits(error)):
         dequantize_add_(matrix, error, onto=gradient)
@@ -121,7 +121,7 @@ def subspace_adam_(
         basis: U, float32 (p, r), any layout.
         exp_avg: m, float32 (r, q), contiguous; written.
         exp_avg_sq: v, likewise.
-        bases: As :func:`power_iteration` left it; overwritten with anything.
+        bases: As :func:`power_iteration` left it; then Uᵀ is in its second half.
         projected: Float32 (r, q), contiguous; d is written to it.
         right: Float32 (2·r, q), contiguous; overwritten with anything.
         betas: β1 and β2.
@@ -147,7 +147,7 @@ def subspace_adam_(
         ("projected", projected, moment_entries),
         ("right", right, 2 * moment_entries),
     ):
-        check_dense(tensor, name, numel=numel, device=device, dtypes=_FLOAT32)
+        _check(tensor, name, numel, device)
     tensors, hyper = (matrix, basis, exp_avg, exp_avg_sq, bases, projected, right), (betas, correction, damping)
     fast = _is_fast("subspace_adam_", matrix)
     fused = error if fast and error is not None and _fits(error) else None
@@ -190,6 +190,17 @@ def descend_(
     check_dense(direction, "direction", numel=moment_entries, device=param.device, dtypes=_FLOAT32)
     backend = "cpu" if _is_fast("descend_", param) else "reference"
     implementation("subspace_adam", backend).descend_(param, basis, direction, decay, step_size, wide)
+
+
+def _check(tensor: Tensor, name: str, numel: int, device: torch.device) -> None:
+    """Refuse what is no contiguous float32 tensor of so many entries; nearly as cheap as no check."""
+    if (
+        tensor.numel() != numel
+        or tensor.dtype != torch.float32
+        or tensor.device != device
+        or not tensor.is_contiguous()
+    ):
+        check_dense(tensor, name, numel=numel, device=device, dtypes=_FLOAT32)
 
 
 def _entries(matrix: Tensor, moment: Tensor) -> tuple[int, int]:
