@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ _PALETTE = (
     "#b5493a",
     "#5aa0dc",
     "#8d93a0",
+    "#3b5b92",
+    "#c77fb0",
 )
 _SKIPPED = 0.2  # of a curve: its start dwarfs the rest
 
@@ -51,7 +54,7 @@ def plot_convergence(run: Run, path: Path) -> None:
     tasks = {row.task for row in rows}
     if len(tasks) != 1:
         raise ValueError(f"a picture is of one task; there are runs of {', '.join(sorted(tasks)) or 'none'}")
-    colors = dict(zip(dict.fromkeys(row.entry for row in rows), _PALETTE, strict=False))
+    colors = dict(zip(dict.fromkeys(row.entry for row in rows), itertools.cycle(_PALETTE), strict=False))
     figure, (grid, curves) = pyplot.subplots(1, 2, figsize=(_WIDTH, 5.0), dpi=_DPI, layout="constrained")
     _draw_rates(grid, rows, colors)
     _draw_curves(curves, rows, colors)

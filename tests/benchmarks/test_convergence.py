@@ -173,6 +173,9 @@ def test_the_picture_shows_every_optimizer_of_one_task(tmp_path: Path, monkeypat
     assert [rates[0] for rates in seen["rates"]] == pytest.approx([5e-4, 1e-3, 1.25e-4])
     # the mean of the seeds' curves
     assert seen["curves"][0] == pytest.approx([2.0, fake_run("adamw", 1e-3, 2, "test").held_out_loss])
+    many = [{**row, "entry": f"{row['entry']}:rank={rank}"} for rank in range(8) for row in run.rows]
+    plot_convergence(dataclasses.replace(run, rows=many), tmp_path / "many.png")
+    assert len(seen["curves"]) == 8 * len(STARTS)  # more than there are colours
     with pytest.raises(ValueError, match="one task; there are runs of another, fake"):
         plot_convergence(dataclasses.replace(run, rows=[*run.rows, {**run.rows[0], "task": "another"}]), tmp_path / "r")
 
