@@ -30,11 +30,11 @@ from torch import Tensor
 from hf_lowmem_optim.kernels.backend import choose_backend, implementation
 from hf_lowmem_optim.kernels.block_quant import Quantized, dequantize_add_, quantize_
 from hf_lowmem_optim.kernels.block_quant.checks import check_dense
+from hf_lowmem_optim.kernels.subspace_adam.layout import PIECE
 
 __all__ = ["descend_", "power_iteration", "subspace_adam_"]
 
 _FLOAT32 = (torch.float32,)
-_PIECE_ENTRIES = 256
 
 
 def power_iteration(
@@ -218,4 +218,4 @@ def _is_fast(operation: str, matrix: Tensor) -> bool:
 
 def _fits(error: Quantized) -> bool:
     """Whether no block of a buffer reaches over two pieces of the loops."""
-    return _PIECE_ENTRIES % error.format.block_size == 0
+    return PIECE % error.format.block_size == 0

@@ -22,6 +22,7 @@ from hf_lowmem_optim.kernels.block_quant.cpu import (
 )
 from hf_lowmem_optim.kernels.block_quant.layout import Quantized
 from hf_lowmem_optim.kernels.cpu_floats import float32_at, floats, num_pieces
+from hf_lowmem_optim.kernels.subspace_adam.layout import PIECE
 from hf_lowmem_optim.kernels.thin_products import (
     ROWS,
     add_product,
@@ -33,11 +34,9 @@ from hf_lowmem_optim.kernels.workers import run_pieces
 
 __all__ = ["descend_", "sketch", "update_"]
 
-#: Columns, rows or entries of a piece are a multiple, so that the same ones are left over after whole vectors.
-_COLUMNS = 256
 _TILE = 64
 _ALL = -1
-_NO_BUFFER = (0, 0, 0, 0, 0, _COLUMNS, 8)
+_NO_BUFFER = (0, 0, 0, 0, 0, PIECE, 8)
 
 # as in ``thin_products``
 _index = np.uint64
@@ -46,24 +45,6 @@ _loop: Callable[..., Callable[..., Any]] = numba.njit(
     cache=True, nogil=True, error_model="numpy", fastmath={"contract"}
 )
 _jit: Callable[..., Callable[..., Any]] = numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})
-
-
-@_jit
-def _project(X, basis, out, first, stop):
-    """Write columns of basis·a, (r, q), where a is X or its transpose and ``basis`` is (r, p)."""
-    if X.shape[0] == basis.shape[1]:
-        transposed_product(basis.T, X, out, first, stop)
-    else:
-        product_with_transposed(X, basis, out.T, first, stop)
-
-
-@_jit
-def _project_back(X, coefficients, out, first, stop):
-    """Write columns of coefficients·aᵀ, (r, p), where ``coefficients`` is (r, q)."""
-    if X.shape[0] == out.shape[1]:
-        product_with_transposed(X, coefficients, out.T, first, stop)
-    else:
-        transposed_product(coefficients.T, X, out, first, stop)
 
 
 @_jit
@@ -78,13 +59,13 @@ def _transpose(matrix, out):
 def _sketch(
     matrices, moments, bases, projections, old_bases, gradient, error, batch, sizes, scalars, stage, begin, end
 ):
-    """A stage of :func:`sketch`, or all; ``begin`` and ``end`` count :data:`_COLUMNS` of what the stage writes."""
+    """A stage of :func:`sketch`, or all; ``begin`` and ``end`` count :data:`PIECE` of what the stage writes."""
     (n, columns, p, q, r), (share, rest) = sizes, scalars
-    first = begin * _COLUMNS
+    first = begin * PIECE
     mixed = np.empty((r, r), np.float32)
     codes, lows, highs, stat_kind, count, block_size, bits = error
     if count > 0 and (stage == _ALL or stage == 0):  # a = g + ξ
-        start, stop = first // block_size, (min(end * _COLUMNS, count) + block_size - 1) // block_size
+        start, stop = first // block_size, (min(end * PIECE, count) + block_size - 1) // block_size
         if stage == _ALL:
             stop = (count + block_size - 1) // block_size
         dequantize_blocks(
@@ -114,7 +95,7 @@ def _sketch(
         if stage == _ALL or stage == 1:
             _transpose(float32_at(old_bases + 4 * one * p * r, (p, r)), old)
         if stage == _ALL or stage == 2:  # columns of Vᵀ = (1 − ρ)·U₋ᵀa + s·m
-            stop = min(end * _COLUMNS, q)
+            stop = min(end * PIECE, q)
             if n == p:
                 transposed_product(old.T, X, v, first, stop)
             else:
@@ -123,7 +104,7 @@ def _sketch(
                 for t in range(_index(first), _index(stop)):
                     v[i, t] = rest * v[i, t] + share * m[i, t]
         if stage == _ALL or stage == 3:  # columns of (aV)ᵀ
-            stop = min(end * _COLUMNS, p)
+            stop = min(end * PIECE, p)
             if n == p:
                 product_with_transposed(X, v, out.T, first, stop)
             else:
@@ -253,9 +234,9 @@ def _update(
     begin,
     end,
 ):
-    """A stage of :func:`update_`, or all; ``begin`` and ``end`` count :data:`_COLUMNS` columns, rows or entries."""
+    """A stage of :func:`update_`, or all; ``begin`` and ``end`` count :data:`PIECE` columns, rows or entries."""
     n, columns, p, q, r = sizes
-    first, unit = begin * _COLUMNS, np.float32(1.0)
+    first, unit = begin * PIECE, np.float32(1.0)
     for one in range(batch):
         X, left = float32_at(matrices + 4 * one * n * columns, (n, columns)), bases + 8 * one * p * r
         old, basis = float32_at(left, (r, p)), float32_at(left + 4 * p * r, (r, p))
@@ -272,21 +253,21 @@ def _update(
                 float32_at(squares + at, (r, q)),
                 float32_at(projections + at, (r, q)),
             )
-            stop = min(end * _COLUMNS, q)
+            stop = min(end * PIECE, q)
             if n == p:
                 transposed_product(basis.T, X, projected, first, stop)
             else:
                 product_with_transposed(X, basis, projected.T, first, stop)
             _move(m, v, projected, old, basis, right, scalars, first, stop)
         if keeps and (stage == _ALL or stage == 2):
-            both, stop = float32_at(left, (2 * r, p)), min(end * _COLUMNS, n)
+            both, stop = float32_at(left, (2 * r, p)), min(end * PIECE, n)
             if n == p:
                 add_product(X, both.T, right, unit, unit, first, stop)
             else:
                 add_product(X, right.T, both, unit, unit, first, stop)
     codes, lows, highs, stat_kind, count, block_size, bits = error
     if count > 0 and (stage == _ALL or stage == 3):  # what is left is the error
-        start, stop = first // block_size, (min(end * _COLUMNS, count) + block_size - 1) // block_size
+        start, stop = first // block_size, (min(end * PIECE, count) + block_size - 1) // block_size
         if stage == _ALL:
             stop = (count + block_size - 1) // block_size
         quantize_blocks(matrices, 0, codes, lows, highs, stat_kind, count, block_size, bits, random, start, stop)
@@ -348,11 +329,11 @@ def descend_(
 def _run_stages(loop: Callable[..., Any], arguments: tuple[object, ...], lengths: tuple[int, ...], pieces: int) -> None:
     """Run all stages in one call, or each in pieces of so many columns, rows or entries, if there are any."""
     if pieces == 1:
-        loop(*arguments, _ALL, 0, -(-max(lengths) // _COLUMNS))
+        loop(*arguments, _ALL, 0, -(-max(lengths) // PIECE))
         return
     for stage, length in enumerate(lengths):
         if length > 0:
-            blocks = -(-length // _COLUMNS)
+            blocks = -(-length // PIECE)
             run_pieces(loop, (*arguments, stage), blocks, min(pieces, blocks))
 
 
@@ -366,5 +347,5 @@ def _sizes(matrix: Tensor, moment: Tensor) -> tuple[tuple[int, int, int, int, in
 def _pieces(matrix: Tensor, batch: int) -> int:
     """Into how many pieces a stage is cut."""
     n, columns = matrix.shape[-2:]
-    most = -(-min(n, columns) // _COLUMNS)
+    most = -(-min(n, columns) // PIECE)
     return min(most, num_pieces(-(-n // ROWS), ROWS * columns)) if batch == 1 else 1
