@@ -22,6 +22,9 @@ from hf_lowmem_optim.kernels import thin_products
 Product = Callable[[], object]
 
 
+# numba has no annotations for its arrays: what it compiles is untyped here as in the package
+
+
 @numba.njit(nogil=True)
 def _transposed_product(left, X, out):  # type: ignore[no-untyped-def]
     thin_products.transposed_product(left, X, out, 0, X.shape[1])

@@ -96,25 +96,24 @@ def accumulate(grad: Tensor, state: Mapping[str, Tensor], workspace: Workspace) 
     accumulated = workspace.take("accumulated", grad.shape, grad.device)
     if error is not None:
         return _add_(accumulated.copy_(error), grad)
+    if (quantized := fused_error(grad, state)) is not None:  # in one pass
+        dequantize_add_(accumulated, quantized, onto=grad)
+        return accumulated
     if "error_codes" in state:
-        quantized = quantized_error(state, grad.numel())
-        if grad.is_contiguous() and grad.dtype in FLOAT_DTYPES:  # in one pass
-            dequantize_add_(accumulated, quantized, onto=grad)
-            return accumulated
-        dequantize_(accumulated, quantized)
+        dequantize_(accumulated, quantized_error(state, grad.numel()))
         return _add_(accumulated, grad)
     return accumulated.copy_(grad)
 
 
 def fused_error(grad: Tensor, state: Mapping[str, Tensor]) -> Quantized | None:
-    """Return a quantized error that an operation of its own may add to the gradient and store in the end.
+    """Return a quantized error that can be added to the gradient in one pass, by :func:`accumulate` or by a kernel.
 
     Args:
         grad: Gradient.
         state: State of the tensor.
 
     Returns:
-        None where :func:`accumulate` and :func:`retain_` are to be called.
+        None where there is no quantized error, or the gradient is not contiguous or of another dtype.
     """
     if "error_codes" not in state or not grad.is_contiguous() or grad.dtype not in FLOAT_DTYPES:
         return None

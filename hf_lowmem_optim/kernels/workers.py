@@ -110,8 +110,7 @@ def run_pieces(loop: Callable[..., Any], arguments: tuple[object, ...], num_bloc
 def _end_waiting_threads() -> None:
     """Let the threads of OpenMP end that wait actively after torch's last parallel operation, some milliseconds long.
 
-    The workers would share their cores with them, which took 3 of the 20 ms of a step over 10 M parameters. The next
-    parallel operation begins new ones.
+    The workers would share their cores with them. The next parallel operation begins new ones.
     """
     if (pause := _openmp_pause()) is not None:
         pause(_PAUSE_SOFT)

@@ -215,35 +215,14 @@ def ldadam_update_(
         right = space.take("right", (*m.shape[:-2], 2 * m.shape[-2], m.shape[-1]), m.device)  # [2r, q]
         # line 3: subspace of b = s·U₋m + (1 − ρ)·a by one power iteration; b is never formed
         s = rho / (1 - beta1 ** (step - 1))
-        Y = power_iteration(
-            residual,
-            U_old,
-            m,
-            bases,
-            p,
-            momentum_weight=s,
-            gradient_weight=1 - rho,
-            gradient=grad if fused else None,
-            error=error,
-        )
+        weights = {"momentum_weight": s, "gradient_weight": 1 - rho}
+        Y = power_iteration(residual, U_old, m, bases, p, **weights, gradient=grad if fused else None, error=error)
         U = orthonormalize(Y)
         # lines 4 to 8, with k = c2/c1²
         k = (1 - beta2 ** (step - 1)) / (1 - beta1 ** (step - 1)) ** 2
-        subspace_adam_(
-            residual,
-            U,
-            m,
-            v,
-            bases,
-            p,
-            right,
-            betas=betas,
-            correction=k,
-            damping=eps * root,
-            keeps_rest=keeps_error(state),
-            error=error,
-            seed=seed,
-        )
+        moments: dict[str, Any] = {"betas": betas, "correction": k, "damping": eps * root}
+        keeps = keeps_error(state)
+        subspace_adam_(residual, U, m, v, bases, p, right, **moments, keeps_rest=keeps, error=error, seed=seed)
 
     if not fused:
         retain_(state, residual, seed=seed)

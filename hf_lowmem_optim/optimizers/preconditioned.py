@@ -269,7 +269,10 @@ class PreconditionedOptimizer(LowMemoryOptimizer):
     def _weights(cls, gram: Tensor, row: int, dots: Sequence[Tensor | None], *, damping: float) -> Tensor:
         """Lines 4 and 5: write row and column of GGᵀ, and return the weights in u ← Gᵀw."""
         # line 4: G c is a sum over tensors
-        total = torch.stack([cast(Tensor, part).to(gram.device) for part in dots]).sum(0)
+        total = torch.zeros(gram.shape[0], dtype=gram.dtype, device=gram.device)
+        for part in dots:
+            assert part is not None
+            total += part.to(gram.device)
         gram[row] = total
         gram[:, row] = total
         # line 5

@@ -49,6 +49,7 @@ def test_each_function_has_a_thread_and_torch_with_one() -> None:
 
 
 def test_threads_of_openmp_do_not_wait_beside_the_workers() -> None:
+    # threads are looked up by Linux's list of them, and not every build of torch brings OpenMP 5
     if workers._openmp_pause() is None or not Path("/proc/self/task").exists():
         pytest.skip("no OpenMP 5 or no list of threads")
 

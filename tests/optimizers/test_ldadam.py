@@ -36,6 +36,7 @@ class Parity:
     rank: int = 4
     betas: tuple[float, float] = (0.908, 0.99)
     rho: float = 0.908
+    seed: int = 0
 
 
 PARITY = [
@@ -47,7 +48,8 @@ PARITY = [
     Parity((40, 24), error_feedback="grad", weight_decay=0.1),
     Parity((40, 24), error_feedback="none", weight_decay=0.1),
     Parity((32, 32), weight_decay=0.1, rank=1),
-    Parity((30, 200), weight_decay=0.1, rank=10),
+    # seed 0 meets nearly equal singular values here, and three times the error of other seeds with any products
+    Parity((30, 200), weight_decay=0.1, rank=10, seed=1),
     Parity((24, 40), betas=(0.0, 0.95), rho=0.0),
     Parity((24, 40), betas=(0.95, 0.9), rho=0.5),
 ]
@@ -55,25 +57,20 @@ PARITY = [
 
 @pytest.mark.parametrize("case", PARITY, ids=str)
 def test_parity_with_the_float64_transcription(case: Parity) -> None:
-    # a run that meets nearly equal singular values amplifies every rounding; a wrong term shows in all three
-    assert min(parity_error(case, seed) for seed in range(3)) <= 1e-5
-
-
-def parity_error(case: Parity, seed: int) -> float:
-    """Distance from the transcription after 30 steps, relative to the way travelled: harder than to the parameters."""
-    start = np.random.default_rng(seed).normal(size=case.shape).astype(np.float32)
+    start = np.random.default_rng(case.seed).normal(size=case.shape).astype(np.float32)
     hyper = {"rank": case.rank, "betas": case.betas, "rho": case.rho, "weight_decay": case.weight_decay}
     weight = nn.Parameter(torch.tensor(start))
     optimizer = LDAdam([weight], error_feedback=case.error_feedback, **hyper)
     reference = ReferenceLDAdam(start, error_feedback=case.error_feedback != "none", **hyper)
-    for step, gradient in enumerate(drifting_gradients(case.shape, 30, seed=seed + 1)):
+    for step, gradient in enumerate(drifting_gradients(case.shape, 30, seed=case.seed + 1)):
         lr = 1e-2 * (1 - step / 40)
         optimizer.param_groups[0]["lr"] = lr
         weight.grad = torch.tensor(gradient)
         optimizer.step()
         reference.step(gradient, lr)
+    # relative to the way travelled, a harder measure than relative to the parameters
     error = np.linalg.norm(weight.detach().double().numpy() - reference.W)
-    return float(error / np.linalg.norm(reference.W - start))
+    assert error <= 1e-5 * np.linalg.norm(reference.W - start), error / np.linalg.norm(reference.W - start)
 
 
 @given(

@@ -1,10 +1,10 @@
-"""Block quantization with numba. The functions without a leading underscore are shared with ``block_topk``.
+"""Block quantization with numba. ``block_topk`` and ``subspace_adam`` call the functions without a leading underscore.
 
 Bit for bit the reference: no ``fastmath``, so nothing is contracted or reassociated. Minimum and maximum are taken on
 integers of the floats' order, which vectorizes without ``fastmath`` and lets a NaN win instead of vanish.
 
 numba's cache does not see that a function called from another file has changed: after an edit here, delete the
-``__pycache__`` of ``block_topk`` (an installation writes all files anew; the tests use a cache per state of sources).
+``__pycache__`` of both (an installation writes all files anew; the tests use a cache per state of sources).
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"

@@ -87,15 +87,14 @@ def power_iteration(
         dequantize_add_(matrix, error, onto=gradient)
         error = gradient = None
     tensors, weights = (matrix, old_basis, exp_avg, bases, projected), (momentum_weight, gradient_weight)
-    if not fast:
-        return implementation("subspace_adam", "reference").sketch(*tensors, *weights)  # type: ignore[no-any-return]
+    fused = {"gradient": gradient, "error": error} if fast else {}
     if error is not None and gradient is not None:
         error.check()
         for name, tensor in (("gradient", gradient), ("matrix", matrix)):
             check_dense(tensor, name, numel=error.numel, device=error.codes.device)
-    return implementation("subspace_adam", "cpu").sketch(  # type: ignore[no-any-return]
-        *tensors, *weights, gradient=gradient, error=error
-    )
+    backend = implementation("subspace_adam", "cpu" if fast else "reference")
+    sketched: Tensor = backend.sketch(*tensors, *weights, **fused)
+    return sketched
 
 
 def subspace_adam_(

@@ -65,9 +65,7 @@ def _sketch(
     mixed = np.empty((r, r), np.float32)
     codes, lows, highs, stat_kind, count, block_size, bits = error
     if count > 0 and (stage == _ALL or stage == 0):  # a = g + ξ
-        start, stop = first // block_size, (min(end * PIECE, count) + block_size - 1) // block_size
-        if stage == _ALL:
-            stop = (count + block_size - 1) // block_size
+        start, stop = first // block_size, -(-min(end * PIECE, count) // block_size)
         dequantize_blocks(
             matrices,
             0,
@@ -267,9 +265,7 @@ def _update(
                 add_product(X, right.T, both, unit, unit, first, stop)
     codes, lows, highs, stat_kind, count, block_size, bits = error
     if count > 0 and (stage == _ALL or stage == 3):  # what is left is the error
-        start, stop = first // block_size, (min(end * PIECE, count) + block_size - 1) // block_size
-        if stage == _ALL:
-            stop = (count + block_size - 1) // block_size
+        start, stop = first // block_size, -(-min(end * PIECE, count) // block_size)
         quantize_blocks(matrices, 0, codes, lows, highs, stat_kind, count, block_size, bits, random, start, stop)
 
 
