@@ -15,8 +15,8 @@ _SEED = 0
 def orthonormalize(matrix: Tensor) -> Tensor:
     """Return orthonormal columns that span those of ``matrix``, whatever its rank.
 
-    Householder QR: ``benchmarks/orthonormalize.py`` has it beside the Cholesky-based methods, which are faster on the
-    CPU for the tallest matrices only and lose orthogonality where columns are dependent or zero.
+    LAPACK's Householder QR: ``benchmarks/orthonormalize.py`` has it beside the Cholesky-based methods, which are faster
+    on the CPU for the tallest matrices only and lose orthogonality where columns are dependent or zero.
 
     Args:
         matrix: float32, shape (p, r) with p ≥ r.

@@ -43,10 +43,10 @@ from hf_lowmem_optim.compression.error_feedback import (
     keeps_error,
     retain_,
 )
-from hf_lowmem_optim.compression.lowrank import leading_left_singular_vectors, orthonormalize, svd_entries
+from hf_lowmem_optim.compression.lowrank import leading_left_singular_vectors, svd_entries
 from hf_lowmem_optim.compression.rounding import rounding_bytes
 from hf_lowmem_optim.compression.workspace import Workspace
-from hf_lowmem_optim.kernels.subspace_adam import descend_, power_iteration, subspace_adam_
+from hf_lowmem_optim.kernels.subspace_adam import Buffers, Coefficients, subspace_adam_
 from hf_lowmem_optim.optimizers.adamw import DenseState, adamw_state
 from hf_lowmem_optim.optimizers.base import update_arguments
 from hf_lowmem_optim.optimizers.batches import MATRIX_ENTRIES, chunks_by_key, is_aligned, scatter_, stack
@@ -139,14 +139,14 @@ def ldadam_temporaries(
     """
     p, q = sorted((shape[0], math.prod(shape[1:])))
     in_place = dtype == torch.float32 and error_feedback in ("fp32", "param", "grad", "none")
-    shared = {"projected": rank * q}
+    shared, buffers = {}, {"projected": rank * q, "bases": 2 * rank * p, "right": 2 * rank * q}
     if not in_place:
         shared["accumulated"] = p * q
     copies = 0 if state_dtype == "fp32" or dtype == torch.float32 else rank * (p + 2 * q)
     if first:
-        own = max(svd_entries(p, q, rank), rank * (p + 2 * q))
+        own = max(svd_entries(p, q, rank), sum(buffers.values()) + rank * (2 * p + 2 * rank))
     else:
-        shared.update({"bases": 2 * rank * p, "right": 2 * rank * q})
+        shared.update(buffers)
         own = rank * (4 * p + rank)
     shared_bytes, own_bytes = {name: 4 * entries for name, entries in shared.items()}, 4 * (copies + own)
     if first and error_feedback == "grad":
@@ -185,59 +185,76 @@ def ldadam_update_(
             several, as the draws go by an entry's place in the buffer.
         workspace: Temporary buffers shared with other matrices of the same step.
     """
-    beta1, beta2 = betas
     space = Workspace() if workspace is None else workspace
     # line 1: a ← g + ξ, or where that is to come
     error = fused_error(grad, state) if step > 1 else None
-    fused = error is not None
-    residual = space.take("accumulated", grad.shape, grad.device) if fused else accumulate(grad, state, space)
-    seed = step if stochastic_rounding else None
-    m, v, U_old = (
+    residual = accumulate(grad, state, space) if error is None else space.take("accumulated", grad.shape, grad.device)
+    m, v, U = (
         kept if kept.dtype == torch.float32 else kept.float()
         for kept in (state["exp_avg"], state["exp_avg_sq"], state["basis"])
     )
-    p = space.take("projected", m.shape, m.device)  # [r, q]
-
-    # line 9: m̂/(√v̂ + eps) is m/(√v + eps·√(1 − β2ᵗ)) up to a factor that joins the step size; it takes the place of p̃
-    root = math.sqrt(1 - beta2**step)
+    rank = m.shape[-2]
+    new_basis = None
     if step == 1:
-        # line 2, and lines 4 to 8 with R = 0
-        a = residual.mT if residual.shape[-2] > residual.shape[-1] else residual
-        U = leading_left_singular_vectors(a, m.shape[0])
-        torch.mm(U.T, a, out=p)
-        torch.mul(p, 1 - beta1, out=m)
-        torch.mul(p, p, out=v).mul_(1 - beta2)
-        torch.div(m, torch.sqrt(v, out=p).add_(eps * root), out=p)
-        if keeps_error(state):
-            torch.addmm(a, U, m, alpha=-1 / (1 - beta1), out=a)
-    else:
-        bases = space.take("bases", (*U_old.shape[:-2], 2 * m.shape[-2], U_old.shape[-2]), m.device)  # [2r, p]
-        right = space.take("right", (*m.shape[:-2], 2 * m.shape[-2], m.shape[-1]), m.device)  # [2r, q]
-        # line 3: subspace of b = s·U₋m + (1 − ρ)·a by one power iteration; b is never formed
-        s = rho / (1 - beta1 ** (step - 1))
-        weights = {"momentum_weight": s, "gradient_weight": 1 - rho}
-        Y = power_iteration(residual, U_old, m, bases, p, **weights, gradient=grad if fused else None, error=error)
-        U = orthonormalize(Y)
-        # lines 4 to 8, with k = c2/c1²
-        k = (1 - beta2 ** (step - 1)) / (1 - beta1 ** (step - 1)) ** 2
-        moments: dict[str, Any] = {"betas": betas, "correction": k, "damping": eps * root}
-        keeps = keeps_error(state)
-        subspace_adam_(residual, U, m, v, bases, p, right, **moments, keeps_rest=keeps, error=error, seed=seed)
+        # line 2; the moments are zero, and lines 4 to 8 as they are with R = 0
+        new_basis = leading_left_singular_vectors(residual.mT if grad.shape[0] > grad.shape[1] else residual, rank)
+    # in the first step they are not there beside what the next matrix's decomposition takes
+    small = Workspace() if step == 1 else space
+    batch, (p, q) = m.shape[:-2], (U.shape[-2], m.shape[-1])
+    buffers = Buffers(
+        small.take("bases", (*batch, 2 * rank, p), m.device),
+        small.take("projected", m.shape, m.device),
+        small.take("right", (*batch, 2 * rank, q), m.device),
+    )
+    seed = step if stochastic_rounding else None
 
-    if not fused:
+    def store() -> None:
         retain_(state, residual, seed=seed)
-    for key, value in (("basis", U), ("exp_avg", m), ("exp_avg_sq", v)):
-        if state[key] is not value:
-            state[key].copy_(value)
 
     def wide() -> Tensor:
         # a is free now, unless it is the gradient or the error
         free = residual is not grad and not ("error" in state and residual.data_ptr() == state["error"].data_ptr())
         return residual if free else space.take("accumulated", param.shape, param.device)
 
-    # line 9
-    step_size = lr * root / (1 - beta1**step)
-    descend_(param, U, p, decay=1 - lr * weight_decay, step_size=step_size, wide=wide)
+    # lines 3 to 9
+    subspace_adam_(
+        param,
+        residual,
+        U,
+        m,
+        v,
+        buffers,
+        _coefficients(step, lr, betas, eps, weight_decay, rho),
+        wide=wide,
+        store=store if error is None and keeps_error(state) else None,
+        new_basis=new_basis,
+        gradient=None if error is None else grad,
+        error=error,
+        seed=seed,
+    )
+    for key, value in (("basis", U), ("exp_avg", m), ("exp_avg_sq", v)):
+        if state[key] is not value:
+            state[key].copy_(value)
+
+
+def _coefficients(
+    step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, rho: float
+) -> Coefficients:
+    """The numbers of a step: c1 and c2 are of the old moments, and zero in the first step, where nothing needs them."""
+    beta1, beta2 = betas
+    c1, c2 = 1 - beta1 ** (step - 1), 1 - beta2 ** (step - 1)
+    # line 9: m̂/(√v̂ + eps) is m/(√v + eps·√(1 − β2ᵗ)) up to a factor that joins the step size
+    root = math.sqrt(1 - beta2**step)
+    return Coefficients(
+        momentum_weight=rho / c1 if step > 1 else 0.0,
+        gradient_weight=1 - rho,
+        beta1=beta1,
+        beta2=beta2,
+        correction=c2 / c1**2 if step > 1 else 0.0,
+        damping=eps * root,
+        decay=1 - lr * weight_decay,
+        step_size=lr * root / (1 - beta1**step),
+    )
 
 
 def ldadam_accumulate_(

@@ -1,4 +1,4 @@
-"""The operations with numba, each one call: threads that update a matrix each meet in the interpreter less often.
+"""The operation with numba, one call: threads that update a matrix each meet in the interpreter as seldom as can be.
 
 Of a large matrix the stages are cut into pieces, of columns, rows or entries; no result depends on the pieces. Of
 several small matrices each is updated by itself.
@@ -22,7 +22,8 @@ from hf_lowmem_optim.kernels.block_quant.cpu import (
 )
 from hf_lowmem_optim.kernels.block_quant.layout import Quantized
 from hf_lowmem_optim.kernels.cpu_floats import float32_at, floats, num_pieces
-from hf_lowmem_optim.kernels.subspace_adam.layout import PIECE
+from hf_lowmem_optim.kernels.householder import orthonormalize_rows
+from hf_lowmem_optim.kernels.subspace_adam.layout import PIECE, Buffers, Coefficients
 from hf_lowmem_optim.kernels.thin_products import (
     ROWS,
     add_product,
@@ -32,7 +33,7 @@ from hf_lowmem_optim.kernels.thin_products import (
 )
 from hf_lowmem_optim.kernels.workers import run_pieces
 
-__all__ = ["descend_", "sketch", "update_"]
+__all__ = ["step_"]
 
 _TILE = 64
 _ALL = -1
@@ -41,6 +42,7 @@ _NO_BUFFER = (0, 0, 0, 0, 0, PIECE, 8)
 # as in ``thin_products``
 _index = np.uint64
 _1, _2, _3, _4, _5, _6, _7, _8 = (np.uint64(i) for i in range(1, 9))
+_unit = np.float32(1.0)
 _loop: Callable[..., Callable[..., Any]] = numba.njit(
     cache=True, nogil=True, error_model="numpy", fastmath={"contract"}
 )
@@ -49,90 +51,40 @@ _jit: Callable[..., Callable[..., Any]] = numba.njit(nogil=True, error_model="nu
 
 @_jit
 def _transpose(matrix, out):
-    """Write the transpose of ``matrix`` to the first rows of ``out``."""
-    for k in range(_index(matrix.shape[0])):
-        for j in range(_index(matrix.shape[1])):
-            out[j, k] = matrix[k, j]
+    """Write the transpose of ``matrix`` to the first rows of ``out``, or to ``out``."""
+    rows, columns = _index(matrix.shape[0]), _index(matrix.shape[1])
+    # a few at a time: lines of a cache that are far apart by powers of two drive each other out
+    for top in range(_index(0), rows, _8):
+        for left in range(_index(0), columns, _8):
+            for k in range(top, min(top + _8, rows)):
+                for j in range(left, min(left + _8, columns)):
+                    out[j, k] = matrix[k, j]
 
 
-@_loop
-def _sketch(
-    matrices, moments, bases, projections, old_bases, gradient, error, batch, sizes, scalars, stage, begin, end
-):
-    """A stage of :func:`sketch`, or all; ``begin`` and ``end`` count :data:`PIECE` of what the stage writes."""
-    (n, columns, p, q, r), (share, rest) = sizes, scalars
-    first = begin * PIECE
-    mixed = np.empty((r, r), np.float32)
-    codes, lows, highs, stat_kind, count, block_size, bits = error
-    if count > 0 and (stage == _ALL or stage == 0):  # a = g + ξ
-        start, stop = first // block_size, -(-min(end * PIECE, count) // block_size)
-        dequantize_blocks(
-            matrices,
-            0,
-            gradient[0],
-            gradient[1],
-            True,
-            codes,
-            lows,
-            highs,
-            stat_kind,
-            count,
-            block_size,
-            bits,
-            np.float32(1.0),
-            start,
-            stop,
-        )
-    for one in range(batch):
-        X, old = (
-            float32_at(matrices + 4 * one * n * columns, (n, columns)),
-            float32_at(bases + 8 * one * p * r, (r, p)),
-        )
-        m, v = float32_at(moments + 4 * one * r * q, (r, q)), float32_at(projections + 4 * one * r * q, (r, q))
-        out = float32_at(bases + 8 * one * p * r + 4 * r * p, (r, p))
-        if stage == _ALL or stage == 1:
-            _transpose(float32_at(old_bases + 4 * one * p * r, (p, r)), old)
-        if stage == _ALL or stage == 2:  # columns of Vᵀ = (1 − ρ)·U₋ᵀa + s·m
-            stop = min(end * PIECE, q)
-            if n == p:
-                transposed_product(old.T, X, v, first, stop)
-            else:
-                product_with_transposed(X, old, v.T, first, stop)
-            for i in range(_index(r)):
-                for t in range(_index(first), _index(stop)):
-                    v[i, t] = rest * v[i, t] + share * m[i, t]
-        if stage == _ALL or stage == 3:  # columns of (aV)ᵀ
-            stop = min(end * PIECE, p)
-            if n == p:
-                product_with_transposed(X, v, out.T, first, stop)
-            else:
-                transposed_product(v.T, X, out, first, stop)
-        if stage == _ALL or stage == 4:  # Yᵀ = (1 − ρ)·(aV)ᵀ + s·(mV)ᵀU₋ᵀ
-            product_with_transposed(v, m, mixed.T, 0, r)
-            add_product(out, mixed.T, old, rest, share, 0, r)
-
-
-def sketch(
-    matrix: Tensor,
-    old_basis: Tensor,
-    m: Tensor,
-    bases: Tensor,
-    projected: Tensor,
-    share: float,
-    rest: float,
-    *,
-    gradient: Tensor | None,
-    error: Quantized | None,
-) -> Tensor:
-    """See :func:`~hf_lowmem_optim.kernels.subspace_adam.power_iteration`; the matrix is contiguous."""
-    sizes, batch = _sizes(matrix, m)
-    tensors = (matrix, m, bases, projected, old_basis)
-    source = (floats(gradient), _NO_BUFFER if error is None else buffer_arguments(error))
-    scalars = np.float32(share), np.float32(rest)
-    arguments = (*(tensor.data_ptr() for tensor in tensors), *source, batch, sizes, scalars)
-    lengths = (source[1][4], 1, sizes[3], sizes[2], 1)
-    _run_stages(_sketch, arguments, lengths, _pieces(matrix, batch))
-    return bases[..., m.shape[-2] :, :].mT
+@_jit
+def _power_iteration(X, m, projected, old, out, share, rest, stage, first, stop):
+    """Line 3 without the QR: Yᵀ, or a stage of it."""
+    (r, p), q = old.shape, m.shape[1]
+    wide = X.shape[0] == p
+    if stage == _ALL or stage == 2:  # columns of Vᵀ = (1 − ρ)·U₋ᵀa + s·m
+        last = min(stop, q)
+        if wide:
+            transposed_product(old.T, X, projected, first, last)
+        else:
+            product_with_transposed(X, old, projected.T, first, last)
+        for i in range(_index(r)):
+            for t in range(_index(first), _index(last)):
+                projected[i, t] = rest * projected[i, t] + share * m[i, t]
+    if stage == _ALL or stage == 3:  # columns of (aV)ᵀ
+        last = min(stop, p)
+        if wide:
+            product_with_transposed(X, projected, out.T, first, last)
+        else:
+            transposed_product(projected.T, X, out, first, last)
+    if stage == _ALL or stage == 4:  # Yᵀ = (1 − ρ)·(aV)ᵀ + s·(mV)ᵀU₋ᵀ
+        mixed = np.empty((r, r), np.float32)
+        product_with_transposed(projected, m, mixed.T, 0, r)
+        add_product(out, mixed.T, old, rest, share, 0, r)
 
 
 @_jit
@@ -166,9 +118,9 @@ def _rotate(overlap, row, rows, moment, square, moved, x):
 
 
 @_jit
-def _finish(moved, x, m, v, projected, kept, taken, count, scalars):
+def _finish(moved, x, m, v, projected, kept, taken, count, betas, correction, damping):
     """Write a row's new moments, direction, and part of the right factor."""
-    beta1, beta2, rest1, rest2, correction, damping = scalars
+    beta1, beta2, rest1, rest2 = betas
     back, factor = beta1 / rest1, beta2 * correction
     for t in range(_index(count)):
         p, old = projected[t], m[t]
@@ -182,10 +134,9 @@ def _finish(moved, x, m, v, projected, kept, taken, count, scalars):
 
 
 @_jit
-def _move(m, v, projected, old, basis, right, scalars, begin, end):
+def _move(m, v, projected, old, basis, right, betas, correction, damping, begin, end):
     """Columns of the moments, the direction and the right factor."""
-    _, beta2, _, _, correction, _ = scalars
-    r = m.shape[0]
+    r, beta2 = m.shape[0], betas[1]
     padded = (r + 7) // 8 * 8
     overlap = np.zeros((padded, padded), np.float32)
     product_with_transposed(old, basis, overlap.T, 0, r)
@@ -209,139 +160,147 @@ def _move(m, v, projected, old, basis, right, scalars, begin, end):
                 right[i, start:stop],
                 right[r + i, start:stop],
                 stop - start,
-                scalars,
+                betas,
+                correction,
+                damping,
             )
 
 
 @_loop
-def _update(
+def _step(
+    weights,
+    kind,
     matrices,
+    old_bases,
+    new_bases,
     moments,
     squares,
-    bases,
-    projections,
-    rights,
-    transposed,
-    keeps,
+    buffers,
+    gradient,
     error,
     random,
+    keeps,
     batch,
     sizes,
-    scalars,
+    coefficients,
     stage,
     begin,
     end,
 ):
-    """A stage of :func:`update_`, or all; ``begin`` and ``end`` count :data:`PIECE` columns, rows or entries."""
-    n, columns, p, q, r = sizes
-    first, unit = begin * PIECE, np.float32(1.0)
+    """All stages, or one; ``begin`` and ``end`` count :data:`PIECE` of the columns, rows or entries that it writes."""
+    (n, columns, p, q, r), (bases, projections, rights) = sizes, buffers
+    share, rest = np.float32(coefficients[0]), np.float32(coefficients[1])
+    beta1, beta2 = coefficients[2], coefficients[3]
+    betas = np.float32(beta1), np.float32(beta2), np.float32(1 - beta1), np.float32(1 - beta2)
+    correction, damping = np.float32(coefficients[4]), np.float32(coefficients[5])
+    decay, alpha = np.float32(coefficients[6]), np.float32(-coefficients[7])
+    first, stop = begin * PIECE, end * PIECE
+    codes, lows, highs, stat_kind, count, block_size, bits = error
+    first_block, stop_block = first // block_size, -(-min(stop, count) // block_size)
+    if count > 0 and (stage == _ALL or stage == 0):  # a = g + ξ
+        dequantize_blocks(
+            matrices,
+            0,
+            gradient[0],
+            gradient[1],
+            True,
+            codes,
+            lows,
+            highs,
+            stat_kind,
+            count,
+            block_size,
+            bits,
+            _unit,
+            first_block,
+            stop_block,
+        )
     for one in range(batch):
         X, left = float32_at(matrices + 4 * one * n * columns, (n, columns)), bases + 8 * one * p * r
-        old, basis = float32_at(left, (r, p)), float32_at(left + 4 * p * r, (r, p))
+        old, new, both = float32_at(left, (r, p)), float32_at(left + 4 * p * r, (r, p)), float32_at(left, (2 * r, p))
         at = 4 * one * r * q
-        right = float32_at(rights + 2 * at, (2 * r, q))
-        if stage == _ALL or stage == 0:
-            new = float32_at(transposed + 4 * one * p * r, (r, p))
-            for i in range(_index(r)):
-                for k in range(_index(p)):
-                    basis[i, k] = new[i, k]
+        m, v = float32_at(moments + at, (r, q)), float32_at(squares + at, (r, q))
+        projected, right = float32_at(projections + at, (r, q)), float32_at(rights + 2 * at, (2 * r, q))
+        basis = float32_at(old_bases + 4 * one * p * r, (p, r))
         if stage == _ALL or stage == 1:
-            m, v, projected = (
-                float32_at(moments + at, (r, q)),
-                float32_at(squares + at, (r, q)),
-                float32_at(projections + at, (r, q)),
-            )
-            stop = min(end * PIECE, q)
-            if n == p:
-                transposed_product(basis.T, X, projected, first, stop)
+            _transpose(basis, old)
+        if new_bases == 0:
+            _power_iteration(X, m, projected, old, new, share, rest, stage, first, stop)
+        if stage == _ALL or stage == 4:
+            if new_bases == 0:
+                orthonormalize_rows(left + 4 * p * r, r, p)
             else:
-                product_with_transposed(X, basis, projected.T, first, stop)
-            _move(m, v, projected, old, basis, right, scalars, first, stop)
-        if keeps and (stage == _ALL or stage == 2):
-            both, stop = float32_at(left, (2 * r, p)), min(end * PIECE, n)
+                _transpose(float32_at(new_bases + 4 * one * p * r, (p, r)), new)
+            _transpose(new, basis)
+        if stage == _ALL or stage == 5:
+            last = min(stop, q)
             if n == p:
-                add_product(X, both.T, right, unit, unit, first, stop)
+                transposed_product(new.T, X, projected, first, last)
             else:
-                add_product(X, right.T, both, unit, unit, first, stop)
-    codes, lows, highs, stat_kind, count, block_size, bits = error
-    if count > 0 and (stage == _ALL or stage == 3):  # what is left is the error
-        start, stop = first // block_size, -(-min(end * PIECE, count) // block_size)
-        quantize_blocks(matrices, 0, codes, lows, highs, stat_kind, count, block_size, bits, random, start, stop)
+                product_with_transposed(X, new, projected.T, first, last)
+            _move(m, v, projected, old, new, right, betas, correction, damping, first, last)
+        last = min(stop, n)
+        if keeps and (stage == _ALL or stage == 6):
+            if n == p:
+                add_product(X, both.T, right, _unit, _unit, first, last)
+            else:
+                add_product(X, right.T, both, _unit, _unit, first, last)
+        if stage == _ALL or stage == 7:
+            weight = weights + (4 if kind == 0 else 2) * one * n * columns
+            if n == p:
+                add_product_at(weight, kind, n, columns, new.T, projected, decay, alpha, first, last)
+            else:
+                add_product_at(weight, kind, n, columns, projected.T, new, decay, alpha, first, last)
+    if count > 0 and (stage == _ALL or stage == 8):  # what is left is the error
+        quantize_blocks(
+            matrices, 0, codes, lows, highs, stat_kind, count, block_size, bits, random, first_block, stop_block
+        )
 
 
-def update_(
+def step_(
+    param: Tensor,
     matrix: Tensor,
     basis: Tensor,
     m: Tensor,
     v: Tensor,
-    bases: Tensor,
-    projected: Tensor,
-    right: Tensor,
-    betas: tuple[float, float],
-    correction: float,
-    damping: float,
+    buffers: Buffers,
+    coefficients: Coefficients,
     *,
+    new_basis: Tensor | None,
     keeps_rest: bool,
+    gradient: Tensor | None,
     error: Quantized | None,
     seed: int | None,
 ) -> None:
-    """See :func:`~hf_lowmem_optim.kernels.subspace_adam.subspace_adam_`; the matrix is contiguous."""
-    beta1, beta2 = betas
-    scalars = tuple(map(np.float32, (beta1, beta2, 1 - beta1, 1 - beta2, correction, damping)))
-    sizes, batch = _sizes(matrix, m)
-    transposed = basis.mT.contiguous()  # QR gives columns: no copy
-    addresses = (tensor.data_ptr() for tensor in (matrix, m, v, bases, projected, right, transposed))
-    target = (_NO_BUFFER if error is None else buffer_arguments(error), random_argument(seed))
-    arguments = (*addresses, keeps_rest, *target, batch, sizes, scalars)
-    _run_stages(_update, arguments, (1, sizes[3], sizes[0], target[0][4]), _pieces(matrix, batch))
-
-
-@_loop
-def _descend(weights, kind, transposed, directions, batch, sizes, scalars, begin, end):
-    n, columns, p, q, r = sizes
-    decay, alpha = scalars
-    for one in range(batch):
-        basis = float32_at(transposed + 4 * one * p * r, (r, p))
-        direction = float32_at(directions + 4 * one * r * q, (r, q))
-        weight = weights + (4 if kind == 0 else 2) * one * n * columns
-        first, stop = begin * ROWS, min(end * ROWS, n)
-        if n == p:
-            add_product_at(weight, kind, n, columns, basis.T, direction, decay, alpha, first, stop)
-        else:
-            add_product_at(weight, kind, n, columns, direction.T, basis, decay, alpha, first, stop)
-
-
-def descend_(
-    param: Tensor, basis: Tensor, direction: Tensor, decay: float, step_size: float, wide: Callable[[], Tensor]
-) -> None:
-    """See :func:`~hf_lowmem_optim.kernels.subspace_adam.descend_`; W is contiguous, and a wide copy not needed."""
-    sizes, batch = _sizes(param, direction)
-    transposed = basis.mT.contiguous()
-    scalars = np.float32(decay), np.float32(-step_size)
-    arguments = (*floats(param), transposed.data_ptr(), direction.data_ptr(), batch, sizes, scalars)
-    run_pieces(_descend, arguments, -(-sizes[0] // ROWS), _pieces(param, batch))
-
-
-def _run_stages(loop: Callable[..., Any], arguments: tuple[object, ...], lengths: tuple[int, ...], pieces: int) -> None:
-    """Run all stages in one call, or each in pieces of so many columns, rows or entries, if there are any."""
+    """See :func:`~hf_lowmem_optim.kernels.subspace_adam.subspace_adam_`; both matrices are contiguous."""
+    n, columns = matrix.shape[-2:]
+    (r, q), batch = m.shape[-2:], 1 if matrix.dim() == 2 else matrix.shape[0]
+    p = n + columns - q
+    given = None if new_basis is None else new_basis.contiguous()
+    stored = _NO_BUFFER if error is None else buffer_arguments(error)
+    arguments = (
+        *floats(param),
+        matrix.data_ptr(),
+        basis.data_ptr(),
+        0 if given is None else given.data_ptr(),
+        m.data_ptr(),
+        v.data_ptr(),
+        tuple(buffer.data_ptr() for buffer in buffers),
+        floats(gradient),
+        stored,
+        random_argument(seed),
+        keeps_rest,
+        batch,
+        (n, columns, p, q, r),
+        tuple(coefficients),
+    )
+    # what the stages write; the first and the last are the entries of all matrices
+    lengths = (stored[4], 1, q, p, 1, q, n, n, stored[4])
+    pieces = min(-(-p // PIECE), num_pieces(-(-n // ROWS), ROWS * columns)) if batch == 1 else 1
     if pieces == 1:
-        loop(*arguments, _ALL, 0, -(-max(lengths) // PIECE))
+        _step(*arguments, _ALL, 0, -(-max(lengths) // PIECE))
         return
     for stage, length in enumerate(lengths):
         if length > 0:
             blocks = -(-length // PIECE)
-            run_pieces(loop, (*arguments, stage), blocks, min(pieces, blocks))
-
-
-def _sizes(matrix: Tensor, moment: Tensor) -> tuple[tuple[int, int, int, int, int], int]:
-    """Return rows and columns of the matrix, the smaller and the larger of both, the rank; and how many there are."""
-    n, columns = matrix.shape[-2:]
-    r, q = moment.shape[-2:]
-    return (n, columns, n + columns - q, q, r), 1 if matrix.dim() == 2 else matrix.shape[0]
-
-
-def _pieces(matrix: Tensor, batch: int) -> int:
-    """Into how many pieces a stage is cut."""
-    n, columns = matrix.shape[-2:]
-    most = -(-min(n, columns) // PIECE)
-    return min(most, num_pieces(-(-n // ROWS), ROWS * columns)) if batch == 1 else 1
+            run_pieces(_step, (*arguments, stage), blocks, min(pieces, blocks))
