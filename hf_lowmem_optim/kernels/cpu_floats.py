@@ -16,6 +16,7 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor
@@ -30,6 +31,7 @@ __all__ = [
     "load_floats",
     "narrow",
     "num_pieces",
+    "prefetch",
     "store_float",
     "store_floats",
     "uint8_at",
@@ -77,6 +79,21 @@ def _array_at(kind: Any) -> Callable[..., Any]:
 float32_at, uint16_at = _array_at(types.float32), _array_at(types.uint16)
 int16_at, uint8_at = _array_at(types.int16), _array_at(types.uint8)
 uint64_at = _array_at(types.uint64)
+
+
+@intrinsic
+def prefetch(_, address):
+    """Ask the cache for the line at an address, which need not be one of a tensor."""
+
+    def generate(context, builder, signature, arguments):
+        integer, byte_pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+        signature_ = ir.FunctionType(ir.VoidType(), [byte_pointer, integer, integer, integer])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [byte_pointer], signature_)
+        # to read, into all levels, data
+        builder.call(function, [builder.inttoptr(arguments[0], byte_pointer), integer(0), integer(3), integer(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
 
 
 @numba.njit(inline="always")

@@ -40,19 +40,23 @@ __all__ = ["select_into"]
 _jit = numba.njit(cache=True, error_model="numpy")
 
 _CHUNK = 16
+# unsigned: an index that could be negative for all that the compiler knows is checked, and not vectorized
+_index = np.uint64
 _NONE, _DENSE, _QUANTIZED = 0, 1, 2
 
 
 @_jit
 def _kth_largest(magnitude, count, k):
-    """The k-th largest of ``magnitude[:count]`` (int32, not negative): the largest t with count(≥ t) ≥ k."""
+    """A t that k of ``magnitude[:count]`` (int32, not negative) reach, or more only where others equal the k-th."""
     t = np.int32(0)
     for bit in range(30, -1, -1):
         candidate = np.int32(t | np.int32(1 << bit))
         reached = np.int32(0)
         for i in range(count):
             reached = np.int32(reached + np.int32(magnitude[i] >= candidate))
-        if reached >= k:
+        if reached == k:  # no smaller step would take one in or leave one out
+            return candidate
+        if reached > k:
             t = candidate
     return t
 
@@ -68,7 +72,7 @@ def _magnitudes(a, count, magnitude, chunk_max):
         magnitude[i] = 0
     for chunk in range(chunks):
         largest = np.int32(0)
-        for i in range(chunk * _CHUNK, (chunk + 1) * _CHUNK):
+        for i in range(_index(chunk * _CHUNK), _index((chunk + 1) * _CHUNK)):
             largest = max(largest, magnitude[i])
         chunk_max[chunk] = largest
     return chunks
@@ -79,13 +83,13 @@ def _select(magnitude, count, chunk_max, chunks, k, candidate, reach):
     """Write the ascending indices of the k largest magnitudes to ``candidate[:k]``, ties to the lowest index."""
     few = 2 * k <= chunks
     floor = _kth_largest(chunk_max, chunks, k) if few else _kth_largest(magnitude, count, k)
-    found = 0
+    found = _index(0)
     for chunk in range(chunks):
         if chunk_max[chunk] >= floor:
-            for i in range(chunk * _CHUNK, min((chunk + 1) * _CHUNK, count)):
+            for i in range(_index(chunk * _CHUNK), _index(min((chunk + 1) * _CHUNK, count))):
                 candidate[found] = i
                 reach[found] = magnitude[i]
-                found += 1 if magnitude[i] >= floor else 0
+                found += _index(magnitude[i] >= floor)
     threshold = _kth_largest(reach, found, k) if few else floor
     above = 0
     for j in range(found):
@@ -105,7 +109,7 @@ def _select(magnitude, count, chunk_max, chunks, k, candidate, reach):
 def _take(a, chosen, k, first, indices, values, value_kind):
     """Store the chosen entries as index and value, and leave in ``a`` what rounding cut off the value."""
     for j in range(k):
-        i = chosen[j]
+        i = _index(chosen[j])
         indices[first + j] = i
         x = a[i]
         wide = x if value_kind == 0 else widen(narrow(x, 1), 1)

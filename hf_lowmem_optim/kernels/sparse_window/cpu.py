@@ -2,7 +2,8 @@
 """The same operations with numba: one pass per block over scratch memory that stays in the first-level cache.
 
 Bit for bit the reference: the rows are added in the order of their storage, nothing is contracted or reassociated.
-Parameters and values are widened to float32 on the way, since most of them are read one here and one there.
+What the rows add up to is applied to the whole block: hardly a line of the cache is without an entry of some row, and
+vectors of all entries take less time than a list of those that the rows touch.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from hf_lowmem_optim.kernels.cpu_floats import (
     float32_at,
     floats,
     int16_at,
-    load_float,
+    load_floats,
+    narrow,
     num_pieces,
-    store_float,
+    prefetch,
+    uint16_at,
+    widen,
 )
 from hf_lowmem_optim.kernels.sparse_window.layout import SparseWindow
 from hf_lowmem_optim.kernels.workers import run_pieces
@@ -35,6 +39,49 @@ __all__ = [
 ]
 
 _loop: Callable[..., Callable[..., Any]] = njit(cache=True, nogil=True, error_model="numpy")
+_jit: Callable[..., Callable[..., Any]] = njit(nogil=True, error_model="numpy")
+_inlined: Callable[..., Callable[..., Any]] = njit(inline="always", error_model="numpy")
+
+# unsigned: an index that could be negative for all that the compiler knows is checked, and not vectorized
+_index = np.uint64
+_zero, _no_rows = np.float32(0.0), np.uint32(0x80000000)  # the bits of −0
+
+
+@_inlined
+def _load_row(indices, values, value_kind, kept, row, first, count, segment):
+    """Write a row's values of a block to ``segment``, and return their indices."""
+    load_floats(values, value_kind, row * kept + first, count, segment)
+    return int16_at(indices + 2 * (row * kept + first), count)
+
+
+@_inlined
+def _prefetch_row(indices, values, value_kind, kept, row, first):
+    """Ask for a row's entries of a block: some 80 bytes here, the next ones a row away, no stream is recognized."""
+    entry = row * kept + first
+    for at in range(0, 128, 64):
+        prefetch(indices + 2 * entry + at)
+        prefetch(values + (4 if value_kind == 0 else 2) * entry + at)
+
+
+@_jit
+def _descend_block(update, count, decay, param, kind, start):
+    """W ← decay·W − update for the ``count`` entries from ``start`` on, rounded once to their kind."""
+    if kind == 0:
+        W = float32_at(param + 4 * start, count)
+        for i in range(_index(count)):
+            W[i] = W[i] * decay - update[i]
+    elif kind == 1:
+        _descend_narrow_block(update, count, decay, uint16_at(param + 2 * start, count), 1)
+    else:
+        _descend_narrow_block(update, count, decay, uint16_at(param + 2 * start, count), 2)
+
+
+@_inlined
+def _descend_narrow_block(update, count, decay, bits, kind):
+    for i in range(_index(count)):
+        w = widen(bits[i], kind)
+        # a NaN stays the one that it is
+        bits[i] = bits[i] if np.isnan(w) else narrow(w * decay - update[i], kind)
 
 
 @_loop
@@ -54,69 +101,52 @@ def _update_blocks(
     begin,
     end,
 ):
-    index = int16_at(indices, (window, kept))
     weight = float32_at(weights, (2, window))
     lr, eps, decay = scalars
-    z = np.empty((block_size, 2), np.float32)
-    z_bits = z.view(np.uint32)
-    touched = np.empty(block_size + 1, np.int32)
-    update = np.empty(block_size, np.float32)
-    old = np.empty(block_size, np.float32)
-    for i in range(block_size):
-        z[i, 0] = np.float32(0.0)
-        z[i, 1] = np.float32(-0.0)  # marks an entry that no row has touched: see reference.UNTOUCHED_BITS
+    z1, z2 = np.zeros(block_size, np.float32), np.full(block_size, np.float32(-0.0))
+    z2_bits = z2.view(np.uint32)
+    segment = np.empty(kept_per_block, np.float32)
     for block in range(begin, end):
         first, last = block * kept_per_block, min((block + 1) * kept_per_block, kept)
         start, stop = block * block_size, min((block + 1) * block_size, numel)
-        count = 0
         for row in range(window):
             w1, w2 = weight[0, row], weight[1, row]
             if w1 == 0 and w2 == 0:
                 continue
-            for column in range(first, last):
-                value = load_float(values, value_kind, row * kept + column)
-                i = np.int64(index[row, column])
-                touched[count] = i
-                count += 1 if z_bits[i, 1] == np.uint32(0x80000000) else 0
-                z[i, 0] += w1 * value
-                z[i, 1] += w2 * (value * value)
-        for j in range(count):
-            i = touched[j]
-            update[j] = z[i, 0]
-            old[j] = z[i, 1]
-            z[i, 0] = np.float32(0.0)
-            z[i, 1] = np.float32(-0.0)
-        for j in range(count):  # apart from the gathers, so that it is vectorized
-            update[j] = lr * (update[j] / (np.sqrt(old[j]) + eps))
-        for j in range(count):
-            old[j] = load_float(param, kind, start + touched[j])
-        if decay != np.float32(1.0):
-            for i in range(start, stop):
-                store_float(load_float(param, kind, i) * decay, param, kind, i)
-        for j in range(count):
-            store_float(old[j] * decay - update[j], param, kind, start + touched[j])
+            index = _load_row(indices, values, value_kind, kept, row, first, last - first, segment)
+            for j in range(_index(last - first)):
+                i, value = _index(index[j]), segment[j]
+                z1[i] += w1 * value
+                z2[i] += w2 * (value * value)
+        for i in range(_index(stop - start)):
+            update = lr * (z1[i] / (np.sqrt(z2[i]) + eps))
+            # an entry that no row has touched stays what it is, whatever eps: see reference.UNTOUCHED_BITS
+            z1[i] = _zero if z2_bits[i] == _no_rows else update
+        _descend_block(z1, stop - start, decay, param, kind, start)
+        for i in range(_index(stop - start)):
+            z1[i], z2[i] = _zero, -_zero
 
 
 @_loop
 def _dots(indices, values, value_kind, window, kept, numel, block_size, kept_per_block, dense, begin, end):
-    index = int16_at(indices, (window, kept))
-    partial = np.zeros(window)
+    partial, segment = np.zeros(window), np.empty(kept_per_block, np.float32)
     for block in range(begin, end):
         first, last = block * kept_per_block, min((block + 1) * kept_per_block, kept)
         start = block * block_size
         x = float32_at(dense + 4 * start, min(block_size, numel - start))
         for row in range(window):
+            _prefetch_row(indices, values, value_kind, kept, row, last)
+            index = _load_row(indices, values, value_kind, kept, row, first, last - first, segment)
             total = 0.0
-            for column in range(first, last):
-                value = load_float(values, value_kind, row * kept + column)
-                total += np.float64(x[index[row, column]]) * np.float64(value)
+            for j in range(_index(last - first)):
+                total += np.float64(x[_index(index[j])]) * np.float64(segment[j])
             partial[row] += total
     return partial
 
 
 @_loop
 def _combine(indices, values, value_kind, window, kept, numel, block_size, kept_per_block, weights, dense, begin, end):
-    index, weight = int16_at(indices, (window, kept)), float32_at(weights, window)
+    weight, segment = float32_at(weights, window), np.empty(kept_per_block, np.float32)
     for block in range(begin, end):
         first, last = block * kept_per_block, min((block + 1) * kept_per_block, kept)
         start = block * block_size
@@ -125,27 +155,29 @@ def _combine(indices, values, value_kind, window, kept, numel, block_size, kept_
             w = weight[row]
             if w == 0:
                 continue
-            for column in range(first, last):
-                out[index[row, column]] += w * load_float(values, value_kind, row * kept + column)
+            index = _load_row(indices, values, value_kind, kept, row, first, last - first, segment)
+            for j in range(_index(last - first)):
+                out[_index(index[j])] += w * segment[j]
 
 
 @_loop
 def _gram_row(indices, values, value_kind, window, kept, _, block_size, kept_per_block, newest, begin, end):
-    index = int16_at(indices, (window, kept))
-    scratch = np.zeros(block_size, np.float32)
+    scratch, segment = np.zeros(block_size, np.float32), np.empty(kept_per_block, np.float32)
     partial = np.zeros(window)
     for block in range(begin, end):
         first, last = block * kept_per_block, min((block + 1) * kept_per_block, kept)
-        for column in range(first, last):
-            scratch[index[newest, column]] = load_float(values, value_kind, newest * kept + column)
+        own = _load_row(indices, values, value_kind, kept, newest, first, last - first, segment)
+        for j in range(_index(last - first)):
+            scratch[_index(own[j])] = segment[j]
         for row in range(window):
+            _prefetch_row(indices, values, value_kind, kept, row, last)
+            index = _load_row(indices, values, value_kind, kept, row, first, last - first, segment)
             total = 0.0
-            for column in range(first, last):
-                value = load_float(values, value_kind, row * kept + column)
-                total += np.float64(scratch[index[row, column]]) * np.float64(value)
+            for j in range(_index(last - first)):
+                total += np.float64(scratch[_index(index[j])]) * np.float64(segment[j])
             partial[row] += total
-        for column in range(first, last):
-            scratch[index[newest, column]] = np.float32(0.0)
+        for j in range(_index(last - first)):
+            scratch[_index(own[j])] = _zero
     return partial
 
 
@@ -166,37 +198,23 @@ def _descend(
     begin,
     end,
 ):
-    index, weight = int16_at(indices, (window, kept)), float32_at(weights, window)
-    lr, decay = scalars
-    direction = np.zeros(block_size, np.float32)
-    is_touched = np.zeros(block_size, np.bool_)
-    touched = np.empty(block_size + 1, np.int32)
+    weight, (lr, decay) = float32_at(weights, window), scalars
+    direction, segment = np.zeros(block_size, np.float32), np.empty(kept_per_block, np.float32)
     for block in range(begin, end):
         first, last = block * kept_per_block, min((block + 1) * kept_per_block, kept)
         start, stop = block * block_size, min((block + 1) * block_size, numel)
-        count = 0
         for row in range(window):
             w = weight[row]
             if w == 0:
                 continue
-            for column in range(first, last):
-                i = np.int64(index[row, column])
-                touched[count] = i
-                count += 0 if is_touched[i] else 1
-                is_touched[i] = True
-                direction[i] += w * load_float(values, value_kind, row * kept + column)
-        if decay != np.float32(1.0):
-            for i in range(stop - start):
-                new = load_float(param, kind, start + i) * decay - lr * direction[i]
-                store_float(new, param, kind, start + i)
-        else:
-            for j in range(count):
-                i = touched[j]
-                new = load_float(param, kind, start + i) - lr * direction[i]
-                store_float(new, param, kind, start + i)
-        for j in range(count):
-            direction[touched[j]] = np.float32(0.0)
-            is_touched[touched[j]] = False
+            index = _load_row(indices, values, value_kind, kept, row, first, last - first, segment)
+            for j in range(_index(last - first)):
+                direction[_index(index[j])] += w * segment[j]
+        for i in range(_index(stop - start)):
+            direction[i] *= lr
+        _descend_block(direction, stop - start, decay, param, kind, start)
+        for i in range(_index(stop - start)):
+            direction[i] = _zero
 
 
 def _run(loop: Callable[..., Any], window: SparseWindow, *arguments: object) -> list[Any]:
