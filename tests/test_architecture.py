@@ -29,6 +29,7 @@ ONLY_IN = {
     "peft": "trainer",
     "triton": "kernels",
     "numba": "kernels",
+    "llvmlite": "kernels",
 }
 SHAPELESS = {"utils", "common", "helpers", "misc"}
 

@@ -326,16 +326,16 @@ class LowMemoryOptimizer(Optimizer):
         """
         grad, state = param.grad, self._state_of(param, group)
         assert grad is not None
-        if self._is_probe(param, group):
+        step = state["step"] + 1
+        if step == 1 and self._is_probe(param, group):
             return None
-        state["step"] += 1
-        seed = state["step"] * _MAX_PARAMETERS + index if rounds_stochastically(param, group) else None
+        state["step"] = step
+        seed = step * _MAX_PARAMETERS + index if rounds_stochastically(param, group) else None
         return PendingUpdate(param.detach(), grad.detach() if grad.requires_grad else grad, state, group, seed)
 
     def _is_probe(self, param: Tensor, group: Mapping[str, Any]) -> bool:
-        """Whether a gradient is there only for the layout of the state; see :meth:`_prepare`."""
-        grad = param.grad
-        return self.state[param]["step"] == 0 and group["lr"] == 0 and grad is not None and not grad.any()
+        """Whether a first gradient is there only for the layout of the state; see :meth:`_prepare`."""
+        return group["lr"] == 0 and param.grad is not None and not param.grad.any()
 
     def _state_of(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         """The state of a tensor, allocated if there is none yet."""
@@ -370,7 +370,8 @@ class LowMemoryOptimizer(Optimizer):
 
     def _update_alone_(self, update: PendingUpdate, workspace: Workspace) -> None:
         """Apply the compressed rule to one tensor."""
-        hyper = {key: update.group[key] for key in update_arguments(type(self).update_function)}
+        group = update.group
+        hyper = {key: group[key] for key in update_arguments(type(self).update_function)}
         with weight_to_update(update, workspace) as weight:
             view, grad = self.view_for_update(weight), self.view_for_update(update.grad)
             type(self).update_function(

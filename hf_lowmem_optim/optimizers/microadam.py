@@ -348,8 +348,8 @@ class MicroAdam(LowMemoryOptimizer):
 
     @classmethod
     def view_for_update(cls, tensor: Tensor) -> Tensor:
-        """Flatten: the rule knows blocks of consecutive entries only."""
-        return tensor.reshape(-1).contiguous()
+        """The rule knows blocks of consecutive entries only, whatever the shape."""
+        return tensor if tensor.is_contiguous() else tensor.reshape(-1).contiguous()
 
     @classmethod
     def check_own(cls, hyper: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from hf_lowmem_optim.compression.workspace import Workspace
 __all__ = ["PendingUpdate", "weight_to_update"]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class PendingUpdate:
     """One tensor that this step updates.
 

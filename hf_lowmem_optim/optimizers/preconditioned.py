@@ -269,10 +269,7 @@ class PreconditionedOptimizer(LowMemoryOptimizer):
     def _weights(cls, gram: Tensor, row: int, dots: Sequence[Tensor | None], *, damping: float) -> Tensor:
         """Lines 4 and 5: write row and column of GGᵀ, and return the weights in u ← Gᵀw."""
         # line 4: G c is a sum over tensors
-        total = torch.zeros(gram.shape[0], dtype=gram.dtype, device=gram.device)
-        for part in dots:
-            assert part is not None
-            total += part.to(gram.device)
+        total = torch.stack([part.to(gram.device) for part in dots if part is not None]).sum(dim=0)
         gram[row] = total
         gram[:, row] = total
         # line 5

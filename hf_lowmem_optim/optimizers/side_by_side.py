@@ -26,7 +26,7 @@ SIDE_BY_SIDE_ENTRIES = 1 << 22
 _LEAST_ENTRIES = 1 << 15
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Job:
     """An update that touches nothing that another one touches.
 
@@ -41,7 +41,7 @@ class Job:
     @property
     def entries(self) -> int:
         """Of all parameters."""
-        return sum(tensor.numel() for tensor in self.tensors)
+        return sum([tensor.numel() for tensor in self.tensors])
 
 
 def goes_side_by_side(tensor: Tensor) -> bool:
@@ -64,7 +64,7 @@ def run_jobs(jobs: Sequence[Job], workspace: Workspace | None = None) -> None:
     together: list[Job] = []
     others: list[Job] = []
     for job in jobs:
-        (together if all(goes_side_by_side(tensor) for tensor in job.tensors) else others).append(job)
+        (others if False in map(goes_side_by_side, job.tensors) else together).append(job)
     if num_workers() == 1:
         others = [*together, *others]
     elif together:

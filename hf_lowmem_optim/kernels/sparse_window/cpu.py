@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, call-arg"
 """The same operations with numba: one pass per block over scratch memory that stays in the first-level cache.
 
 Bit for bit the reference: the rows are added in the order of their storage, nothing is contracted or reassociated.
