@@ -207,31 +207,17 @@ def ldadam_update_(
         small.take("right", (*batch, 2 * rank, q), m.device),
     )
     seed = step if stochastic_rounding else None
-
-    def store() -> None:
-        retain_(state, residual, seed=seed)
+    store = partial(retain_, state, residual, seed=seed) if error is None and keeps_error(state) else None
 
     def wide() -> Tensor:
         # a is free now, unless it is the gradient or the error
         free = residual is not grad and not ("error" in state and residual.data_ptr() == state["error"].data_ptr())
         return residual if free else space.take("accumulated", param.shape, param.device)
 
+    numbers = _coefficients(step, lr, betas, eps, weight_decay, rho)
+    fused: dict[str, Any] = {"gradient": None if error is None else grad, "error": error, "seed": seed}
     # lines 3 to 9
-    subspace_adam_(
-        param,
-        residual,
-        U,
-        m,
-        v,
-        buffers,
-        _coefficients(step, lr, betas, eps, weight_decay, rho),
-        wide=wide,
-        store=store if error is None and keeps_error(state) else None,
-        new_basis=new_basis,
-        gradient=None if error is None else grad,
-        error=error,
-        seed=seed,
-    )
+    subspace_adam_(param, residual, U, m, v, buffers, numbers, wide=wide, store=store, new_basis=new_basis, **fused)
     for key, value in (("basis", U), ("exp_avg", m), ("exp_avg_sq", v)):
         if state[key] is not value:
             state[key].copy_(value)
