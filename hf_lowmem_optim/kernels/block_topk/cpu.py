@@ -147,7 +147,8 @@ def _topk_blocks(
     row = int16_at(indices, (blocks - 1) * k_full + k_last)
     direct = grad_kind == 0 and grad % 8 == 0
     a = np.empty(block_size, np.float32)
-    e = np.empty(block_size if error == _DENSE else 1, np.float32)
+    # a dense error; or a gradient that is not float32, apart from ``a`` so that the loop that adds to it is vectorized
+    e = np.empty(block_size if error == _DENSE or not direct else 1, np.float32)
     magnitude = np.empty(block_size + _CHUNK, np.int32)
     chunk_max = np.empty(block_size // _CHUNK + 1, np.int32)
     candidate = np.empty(block_size + 1, np.int32)
@@ -156,8 +157,10 @@ def _topk_blocks(
         start = block * block_size
         count = min(block_size, numel - start)
         k = k_last if block == blocks - 1 else k_full
-        if error != _QUANTIZED or not direct:
+        if error != _QUANTIZED:
             load_floats(grad, grad_kind, start, count, a)
+        elif not direct:
+            load_floats(grad, grad_kind, start, count, e)
         if error == _DENSE:
             load_floats(dense, dense_kind, start, count, e)
             for i in range(count):
@@ -168,7 +171,7 @@ def _topk_blocks(
                 lo, hi = load_float(lows, stat_kind, q), load_float(highs, stat_kind, q)
                 length = min(quant_block, count - at)
                 x = a.ctypes.data + 4 * at
-                base = grad + 4 * (start + at) if direct else x
+                base = grad + 4 * (start + at) if direct else e.ctypes.data + 4 * at
                 decode(packed, start + at, lo, hi, bits, error_scale, base, True, x, length)
         chunks = _magnitudes(a, count, magnitude, chunk_max)
         _select(magnitude, count, chunk_max, chunks, k, candidate, reach)
