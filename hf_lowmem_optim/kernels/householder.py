@@ -37,7 +37,7 @@ def orthonormalize_rows(address, r, p):
     """Overwrite the rows of a matrix with orthonormal ones: the columns of Q in a QR of its transpose.
 
     The first i rows span what they did, if that has i dimensions; where it has fewer, they are orthonormal all the
-    same. NaN and Inf in a row make it, and those after it, NaN.
+    same. NaN or Inf in a row makes it, and those after it, not finite.
 
     Args:
         address: Of the matrix, float32 (r, p), contiguous.
@@ -78,7 +78,7 @@ def _find_reflection(x, j, p):
         _scale(x, j, p)
         rest = _squares(x, j + 1, p)
     alpha, tau = x[j], np.float32(0.0)
-    if rest != np.float32(0.0):
+    if rest != np.float32(0.0) or not np.isfinite(alpha):
         beta = -np.copysign(np.sqrt(alpha * alpha + rest), alpha)
         tau, factor = (beta - alpha) / beta, _unit / (alpha - beta)
         for t in range(_index(j + 1), _index(p)):
@@ -111,9 +111,8 @@ def _scale(x, first, stop):
 def _reflect(A, v, tau, weights, j, p, first, stop):
     """Apply I − τ·v·vᵀ to rows ``first`` to ``stop``."""
     _dots(A, v, weights, j, p, first, stop)
-    for i in range(first, stop):
-        weights[i] *= tau
-    i = _index(first)
+    for row in range(first, stop):
+        weights[row] *= tau
     for i in range(_index(first), _index(stop - (stop - first) % 4), _index(4)):
         i1, i2, i3 = i + _1, i + _2, i + _3
         a0, a1, a2, a3 = weights[i], weights[i1], weights[i2], weights[i3]

@@ -133,9 +133,9 @@ def ldadam_temporaries(
         **_other: Hyper-parameters that do not matter here.
 
     Returns:
-        Shared: a and the wide copy of W, which take turns in one buffer, p̃, and the two factors of line 6. Own: the
-        wide copies of U, m and v; then the four (p, r) matrices of line 3 and R, or in the first update the factors of
-        the SVD.
+        Shared: a and the wide copy of W, which take turns in one buffer; p̃, the bases and the two factors of line 6.
+        Own: the wide copies of U, m and v; then the four (p, r) matrices of line 3 and R. In the first update p̃, bases
+        and factors are the matrix's own, after the factors of the SVD.
     """
     p, q = sorted((shape[0], math.prod(shape[1:])))
     in_place = dtype == torch.float32 and error_feedback in ("fp32", "param", "grad", "none")

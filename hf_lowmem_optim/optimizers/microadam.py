@@ -173,7 +173,7 @@ def microadam_update_(
     """One step of MicroAdam on one tensor, in place.
 
     Args:
-        param: W, contiguous and flat; float32, bfloat16 or float16.
+        param: W, contiguous, any shape; float32, bfloat16 or float16.
         grad: g, likewise; only read.
         state: As :func:`microadam_state` describes it; written.
         step: t, 1 for the first update of this tensor.
@@ -226,7 +226,7 @@ def microadam_accumulate_(
     """Add a gradient to the error, e ← Q(g + Q⁻¹(e)): the next update's a is then that of the sum of both gradients.
 
     Args:
-        grad: g, contiguous and flat; only read.
+        grad: g, contiguous, any shape; only read.
         state: As :func:`microadam_state` describes it; written.
         seed: For stochastic rounding.
         quant_block_size: As in :class:`MicroAdam`.

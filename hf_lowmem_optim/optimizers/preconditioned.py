@@ -269,7 +269,9 @@ class PreconditionedOptimizer(LowMemoryOptimizer):
     def _weights(cls, gram: Tensor, row: int, dots: Sequence[Tensor | None], *, damping: float) -> Tensor:
         """Lines 4 and 5: write row and column of GGᵀ, and return the weights in u ← Gᵀw."""
         # line 4: G c is a sum over tensors
-        total = torch.stack([part.to(gram.device) for part in dots if part is not None]).sum(dim=0)
+        parts = [part.to(gram.device) for part in dots if part is not None]
+        assert len(parts) == len(dots)
+        total = torch.stack(parts).sum(dim=0)
         gram[row] = total
         gram[:, row] = total
         # line 5
@@ -283,7 +285,7 @@ def _descend_(param: Tensor, update: PendingUpdate, rows: Window, weights: Tenso
     """Apply lines 5 to 7 to one tensor, given the weights of its rows."""
     group = update.group
     if isinstance(rows, SparseRows) and group["momentum"] == 0 and param.is_contiguous():
-        # u touches few entries, and nothing else has to be read or written
+        # u needs no memory of its own
         update.state.pop("velocity", None)
         window_descend_(param, rows.entries, weights, lr=group["lr"], weight_decay=group["weight_decay"])
         return

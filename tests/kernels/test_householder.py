@@ -59,9 +59,14 @@ def test_rows_that_depend_on_each_other_become_orthonormal_too(case: str) -> Non
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_no_number_from_there_on(value: float) -> None:
-    rows = torch.randn(5, 30, generator=torch.Generator().manual_seed(0))
-    rows[2, 4] = value
+@pytest.mark.parametrize("row", ["normal", "zeros", "last of a square"])
+def test_what_is_not_finite_is_carried_on_from_there(value: float, row: str) -> None:
+    length = 5 if row == "last of a square" else 30
+    rows = torch.randn(5, length, generator=torch.Generator().manual_seed(0))
+    at = 4 if row == "last of a square" else 2
+    if row == "zeros":
+        rows[at] = 0
+    rows[at, -1] = value
     got = orthonormalized(rows)
-    assert torch.isfinite(got[:2]).all()
-    assert not torch.isfinite(got[2:]).all(dim=1).any()
+    assert torch.isfinite(got[:at]).all()
+    assert not torch.isfinite(got[at:]).all(dim=1).any()

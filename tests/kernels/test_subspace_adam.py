@@ -79,6 +79,15 @@ class Problem:
         return [*(getattr(self, name) for name in RESULTS), self.buffers.projected]
 
 
+def quantized(matrix: Tensor, fmt: QuantFormat) -> Quantized:
+    """A matrix, quantized."""
+    specs = quantized_specs(matrix.numel(), fmt)
+    state = {key: torch.zeros(spec.shape, dtype=spec.dtype) for key, spec in specs.items()}
+    stored = quantized_state(state, matrix.numel(), fmt)
+    quantize_(stored, matrix)
+    return stored
+
+
 def _nowhere() -> None:
     """What is left of the matrix stays where it is."""
 
@@ -148,23 +157,17 @@ def test_a_quantized_error_is_added_and_stored_to_the_bit(
     size: tuple[int, int, int, tuple[int, ...]], fmt: QuantFormat, dtype: torch.dtype, seed: int | None
 ) -> None:
     fused = Problem(*size)
-    apart = copy.deepcopy(fused)
-    numel, gradient = fused.matrix.numel(), fused.param.to(dtype, copy=True)
-
-    def stored() -> Quantized:
-        specs = quantized_specs(numel, fmt)
-        state = {key: torch.zeros(spec.shape, dtype=spec.dtype) for key, spec in specs.items()}
-        quantized = quantized_state(state, numel, fmt)
-        quantize_(quantized, apart.matrix)
-        return quantized
-
-    one, other = stored(), stored()
+    fused.param = fused.param.to(dtype)
+    apart, gradient = copy.deepcopy(fused), fused.param.clone()
+    one, other = (quantized(apart.matrix, fmt) for _ in range(2))
     fused.matrix = torch.full_like(fused.matrix, math.nan)
     # a wide copy of a narrow weight takes the matrix's place: what is left of that must be stored by then
     fused.step(moves=True, gradient=gradient, error=one, seed=seed, wide=lambda: fused.matrix)
     dequantize_add_(apart.matrix, other, onto=gradient)
     apart.step(moves=True)
     quantize_(other, apart.matrix, seed=seed)
+    if dtype != torch.float32:
+        fused.matrix = apart.matrix  # where the wide copy may be now
     assert all(torch.equal(a, b) for a, b in zip(fused.results(), apart.results(), strict=True))
     assert all(torch.equal(getattr(one, part), getattr(other, part)) for part in ("codes", "lo", "hi"))
 
@@ -199,9 +202,9 @@ def test_one_of_a_batch_is_what_it_is_alone(backend: str, rows: int, rank: int) 
 
 @pytest.mark.parametrize("backend", ["cpu"], indirect=True)
 @pytest.mark.parametrize("shape", [(520, 1030), (1030, 520)])
-@pytest.mark.parametrize("moves", [True, False])
+@pytest.mark.parametrize("way", ["given", "moves", "with an error"])
 def test_the_pieces_change_nothing(
-    backend: str, shape: tuple[int, int], moves: bool, monkeypatch: pytest.MonkeyPatch
+    backend: str, shape: tuple[int, int], way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("numba")
     from hf_lowmem_optim.kernels.subspace_adam import cpu
@@ -209,8 +212,13 @@ def test_the_pieces_change_nothing(
     def run(pieces: int) -> list[Tensor]:
         monkeypatch.setattr(cpu, "num_pieces", lambda *_: pieces)
         one = Problem(*shape, 8)
-        one.step(moves=moves)
-        return one.results()
+        if way != "with an error":
+            one.step(moves=way == "moves")
+            return one.results()
+        one.param = one.param.bfloat16()
+        error = quantized(one.matrix, QuantFormat(4, 64))
+        one.step(moves=True, gradient=one.param.clone(), error=error)
+        return [*one.results(), error.codes, error.lo, error.hi]
 
     before = torch.get_num_threads()
     torch.set_num_threads(3)
@@ -218,6 +226,17 @@ def test_the_pieces_change_nothing(
         assert all(torch.equal(a, b) for a, b in zip(run(1), run(3), strict=True))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_integers_among_the_numbers_compile_nothing_anew(backend: str) -> None:
+    pytest.importorskip("numba")
+    from hf_lowmem_optim.kernels.subspace_adam import cpu
+
+    Problem(30, 40, 4).step()
+    compiled = len(cpu._step.signatures)
+    Problem(30, 40, 4).step(coefficients=NUMBERS._replace(beta1=0, decay=1))
+    assert len(cpu._step.signatures) == compiled
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton"], indirect=True)
@@ -249,6 +268,8 @@ def test_wrong_tensors_are_refused() -> None:
         "basis must have 6 entries, got 9": {"basis": torch.zeros(3, 3)},
         "new_basis must have 6 entries, got 4": {"new_basis": torch.zeros(2, 2)},
         "exp_avg_sq must have 8 entries": {"exp_avg_sq": torch.zeros(2, 5)},
+        "at most 3 rows, of 4 entries": {"exp_avg": torch.zeros(4, 4)},
+        "rows, of 4 entries; got": {"exp_avg": torch.zeros(2, 2, 2)},
         "param must have 12 entries, got 9": {"param": torch.zeros(3, 3)},
         "matrix must be one of torch.float32; got torch.float16": {"matrix": one.matrix.half()},
         "bases must have 12 entries, got 6": {"buffers": buffers._replace(bases=torch.zeros(2, 3))},

@@ -1,8 +1,8 @@
 """Error-feedback Top-K with numba: each thread takes blocks one by one, in scratch memory of a block's size.
 
-Selection: the block is cut into chunks of 16 entries. At least k entries are not below the k-th largest of the chunks'
-maxima, so only chunks that reach it can hold one of the k largest entries: at 1% density some 45 of 256. Their entries
-that reach it, some 60, decide. Where k is not small against the number of chunks, all entries do.
+Selection: the block is cut into chunks of 16 entries. At least k entries are not below a number that k of the chunks'
+maxima reach, so only chunks that reach it can hold one of the k largest entries: at 1% density some 45 of 256. Their
+entries that reach it, some 60, decide. Where k is not small against the number of chunks, all entries do.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
@@ -147,7 +147,7 @@ def _topk_blocks(
     row = int16_at(indices, (blocks - 1) * k_full + k_last)
     direct = grad_kind == 0 and grad % 8 == 0
     a = np.empty(block_size, np.float32)
-    # a dense error; or a gradient that is not float32, apart from ``a`` so that the loop that adds to it is vectorized
+    # a dense error; or a gradient that cannot be added to where it lies, not in ``a``: in place nothing is vectorized
     e = np.empty(block_size if error == _DENSE or not direct else 1, np.float32)
     magnitude = np.empty(block_size + _CHUNK, np.int32)
     chunk_max = np.empty(block_size // _CHUNK + 1, np.int32)

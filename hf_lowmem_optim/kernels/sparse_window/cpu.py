@@ -1,7 +1,8 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, call-arg"
 """The same operations with numba: one pass per block over scratch memory that stays in the first-level cache.
 
-Bit for bit the reference: the rows are added in the order of their storage, nothing is contracted or reassociated.
+Bit for bit the reference, but for which NaN it is: the rows are added in the order of their storage, nothing is
+contracted or reassociated.
 What the rows add up to is applied to the whole block: hardly a line of the cache is without an entry of some row, and
 vectors of all entries take less time than a list of those that the rows touch.
 """

@@ -121,6 +121,11 @@ def _check_state(matrix: Tensor, basis: Tensor, exp_avg: Tensor, exp_avg_sq: Ten
     """Refuse what is no contiguous float32 tensor of so many entries; nearly as cheap as no check."""
     device, rank, (short, long) = matrix.device, exp_avg.shape[-2], sorted(matrix.shape[-2:])
     batch = 1 if matrix.dim() == 2 else matrix.shape[0]
+    if rank > short or exp_avg.shape[-1] != long:
+        raise ValueError(
+            f"exp_avg of a matrix {short} × {long} must have at most {short} rows, of {long} entries; got "
+            f"{tuple(exp_avg.shape)}"
+        )
     basis_entries, moment_entries = batch * short * rank, batch * long * rank
     for name, tensor, numel in (
         ("basis", basis, basis_entries),

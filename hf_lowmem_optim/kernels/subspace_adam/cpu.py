@@ -51,7 +51,7 @@ _jit: Callable[..., Callable[..., Any]] = numba.njit(nogil=True, error_model="nu
 
 @_jit
 def _transpose(matrix, out):
-    """Write the transpose of ``matrix`` to the first rows of ``out``, or to ``out``."""
+    """Write the transpose of ``matrix`` to ``out``."""
     rows, columns = _index(matrix.shape[0]), _index(matrix.shape[1])
     # a few at a time: lines of a cache that are far apart by powers of two drive each other out
     for top in range(_index(0), rows, _8):
@@ -292,7 +292,7 @@ def step_(
         keeps_rest,
         batch,
         (n, columns, p, q, r),
-        tuple(coefficients),
+        tuple(map(float, coefficients)),  # an integer among them would have the loop compiled anew
     )
     # what the stages write; the first and the last are the entries of all matrices
     lengths = (stored[4], 1, q, p, 1, q, n, n, stored[4])
