@@ -19,6 +19,7 @@ from torch import Tensor
 from hf_lowmem_optim.kernels.householder import orthonormalize_rows
 
 
+# numba has no annotations for its arrays: what it compiles is untyped here as in the package
 @numba.njit(nogil=True)
 def _orthonormalize_rows(address, r, p):  # type: ignore[no-untyped-def]
     orthonormalize_rows(address, r, p)

@@ -1,4 +1,4 @@
-"""Orthonormal rows by Householder reflections, in numba: twice as fast as LAPACK where there are few rows.
+"""Orthonormal rows by Householder reflections, in numba: faster than LAPACK where there are few rows.
 
 The reflections are found for :data:`REFLECTIONS` rows at a time and applied to the rest together, as thin products
 (``benchmarks/orthonormalize.py`` has the loops beside LAPACK). That they are compiled lets an update be one call.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 numba = pytest.importorskip("numba")
 
-# both need numba
+# after the line above, because this module cannot be imported where there is no numba
 from hf_lowmem_optim.kernels.householder import REFLECTIONS, orthonormalize_rows  # noqa: E402
 
 _run = numba.njit(lambda address, r, p: orthonormalize_rows(address, r, p))

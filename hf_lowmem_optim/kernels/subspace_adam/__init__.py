@@ -27,7 +27,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,30 +90,33 @@ def subspace_adam_(
     fast = choose_backend("subspace_adam_", param.device) == "cpu" and param.is_contiguous() and matrix.is_contiguous()
     fused = None
     if error is not None:
-        if gradient is None or store is not None:
-            raise ValueError("an error is added to the gradient and stored: pass gradient, and no other way to store")
+        _check_error(error, gradient, matrix, store)
         # no block of a buffer may reach over two pieces of the loops
         if fast and PIECE % error.format.block_size == 0:
-            error.check()
-            for name, tensor in (("gradient", gradient), ("matrix", matrix)):
-                check_dense(tensor, name, numel=error.numel, device=error.codes.device)
             fused = error
         else:
             dequantize_add_(matrix, error, onto=gradient)
             store = partial(quantize_, error, matrix, seed=seed)
-    state, keeps_rest = (basis, exp_avg, exp_avg_sq), fused is not None or store is not None
+    tensors = (matrix, basis, exp_avg, exp_avg_sq, buffers, coefficients)
+    options = {"new_basis": new_basis, "keeps_rest": fused is not None or store is not None}
+    backend = implementation("subspace_adam", "cpu" if fast else "reference")
     if fast:
-        own: dict[str, Any] = {"keeps_rest": keeps_rest, "gradient": gradient, "error": fused, "seed": seed}
-        loops = implementation("subspace_adam", "cpu")
-        loops.step_(param, matrix, *state, buffers, coefficients, new_basis=new_basis, **own)
-        if store is not None:
-            store()
-        return
-    reference = implementation("subspace_adam", "reference")
-    reference.move_(matrix, *state, buffers, coefficients, new_basis=new_basis, keeps_rest=keeps_rest)
+        backend.step_(param, *tensors, **options, gradient=gradient, error=fused, seed=seed)
+    else:
+        backend.move_(*tensors, **options)
     if store is not None:
         store()
-    reference.descend_(param, basis, buffers.projected, coefficients, wide)
+    if not fast:
+        backend.descend_(param, basis, buffers.projected, coefficients, wide)
+
+
+def _check_error(error: Quantized, gradient: Tensor | None, matrix: Tensor, store: Callable[[], None] | None) -> None:
+    """Refuse an error that cannot be added, or would be stored in two ways."""
+    if gradient is None or store is not None:
+        raise ValueError("an error is added to the gradient and stored: pass gradient, and no other way to store")
+    error.check()
+    for name, tensor in (("gradient", gradient), ("matrix", matrix)):
+        check_dense(tensor, name, numel=error.numel, device=error.codes.device)
 
 
 def _check_state(matrix: Tensor, basis: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, buffers: Buffers) -> None:

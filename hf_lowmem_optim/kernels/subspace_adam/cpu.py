@@ -62,25 +62,26 @@ def _transpose(matrix, out):
 
 
 @_jit
-def _power_iteration(X, m, projected, old, out, share, rest, stage, first, stop):
-    """Line 3 without the QR: Yᵀ, or a stage of it."""
+def _project(rows, X, over_rows, out, first, stop):
+    """Write columns ``first`` to ``stop`` of rows·X, or of rows·Xᵀ: which sum over the rows of X, or its columns."""
+    if over_rows:
+        transposed_product(rows.T, X, out, first, stop)
+    else:
+        product_with_transposed(X, rows, out.T, first, stop)
+
+
+@_jit
+def _power_iteration(X, wide, m, projected, old, out, share, rest, stage, first, stop):
+    """Line 3 without the QR: Yᵀ, or a stage of it. ``wide``: X is a, and not its transpose."""
     (r, p), q = old.shape, m.shape[1]
-    wide = X.shape[0] == p
     if stage == _ALL or stage == 2:  # columns of Vᵀ = (1 − ρ)·U₋ᵀa + s·m
         last = min(stop, q)
-        if wide:
-            transposed_product(old.T, X, projected, first, last)
-        else:
-            product_with_transposed(X, old, projected.T, first, last)
+        _project(old, X, wide, projected, first, last)
         for i in range(_index(r)):
             for t in range(_index(first), _index(last)):
                 projected[i, t] = rest * projected[i, t] + share * m[i, t]
     if stage == _ALL or stage == 3:  # columns of (aV)ᵀ
-        last = min(stop, p)
-        if wide:
-            product_with_transposed(X, projected, out.T, first, last)
-        else:
-            transposed_product(projected.T, X, out, first, last)
+        _project(projected, X, not wide, out, first, min(stop, p))
     if stage == _ALL or stage == 4:  # Yᵀ = (1 − ρ)·(aV)ᵀ + s·(mV)ᵀU₋ᵀ
         mixed = np.empty((r, r), np.float32)
         product_with_transposed(projected, m, mixed.T, 0, r)
@@ -189,6 +190,7 @@ def _step(
 ):
     """All stages, or one; ``begin`` and ``end`` count :data:`PIECE` of the columns, rows or entries that it writes."""
     (n, columns, p, q, r), (bases, projections, rights) = sizes, buffers
+    wide = n == p
     share, rest = np.float32(coefficients[0]), np.float32(coefficients[1])
     beta1, beta2 = coefficients[2], coefficients[3]
     betas = np.float32(beta1), np.float32(beta2), np.float32(1 - beta1), np.float32(1 - beta2)
@@ -225,7 +227,7 @@ def _step(
         if stage == _ALL or stage == 1:
             _transpose(basis, old)
         if new_bases == 0:
-            _power_iteration(X, m, projected, old, new, share, rest, stage, first, stop)
+            _power_iteration(X, wide, m, projected, old, new, share, rest, stage, first, stop)
         if stage == _ALL or stage == 4:
             if new_bases == 0:
                 orthonormalize_rows(left + 4 * p * r, r, p)
@@ -234,23 +236,16 @@ def _step(
             _transpose(new, basis)
         if stage == _ALL or stage == 5:
             last = min(stop, q)
-            if n == p:
-                transposed_product(new.T, X, projected, first, last)
-            else:
-                product_with_transposed(X, new, projected.T, first, last)
+            _project(new, X, wide, projected, first, last)
             _move(m, v, projected, old, new, right, betas, correction, damping, first, last)
         last = min(stop, n)
         if keeps and (stage == _ALL or stage == 6):
-            if n == p:
-                add_product(X, both.T, right, _unit, _unit, first, last)
-            else:
-                add_product(X, right.T, both, _unit, _unit, first, last)
+            columnwise, rowwise = (both, right) if wide else (right, both)
+            add_product(X, columnwise.T, rowwise, _unit, _unit, first, last)
         if stage == _ALL or stage == 7:
             weight = weights + (4 if kind == 0 else 2) * one * n * columns
-            if n == p:
-                add_product_at(weight, kind, n, columns, new.T, projected, decay, alpha, first, last)
-            else:
-                add_product_at(weight, kind, n, columns, projected.T, new, decay, alpha, first, last)
+            columnwise, rowwise = (new, projected) if wide else (projected, new)
+            add_product_at(weight, kind, n, columns, columnwise.T, rowwise, decay, alpha, first, last)
     if count > 0 and (stage == _ALL or stage == 8):  # what is left is the error
         quantize_blocks(
             matrices, 0, codes, lows, highs, stat_kind, count, block_size, bits, random, first_block, stop_block
