@@ -42,6 +42,11 @@ def _matrix() -> nn.Module:
     return nn.ModuleDict({"layer": nn.Linear(4096, 4096, bias=False)})
 
 
+def _large() -> nn.Module:
+    """The matrices of two layers of Llama-7B, 405 M parameters: for GPUs."""
+    return body(4096, 2, inner=11008)
+
+
 def small_tensors(count: int = 1000) -> nn.Module:
     """Half of them matrices of 96 × 168, half their biases; 1000 have 8.1 M parameters."""
     return nn.ModuleList(nn.Linear(168, 96) for _ in range(count // 2))
@@ -52,6 +57,7 @@ SHAPES: dict[str, Callable[[], nn.Module]] = {
     "llama": _llama,
     "lora": _lora,
     "matrix": _matrix,
+    "large": _large,
     "small": small_tensors,
 }
 
@@ -59,7 +65,7 @@ SHAPES: dict[str, Callable[[], nn.Module]] = {
 BODY_SIZES = ((384, 6), (512, 8), (640, 10), (768, 14), (1024, 16))
 
 
-def body(hidden: int, layers: int) -> nn.Module:
+def body(hidden: int, layers: int, inner: int | None = None) -> nn.Module:
     """The matrices of a Llama without embedding and head, about 12 · hidden² a layer, wider and deeper with size.
 
     So the mix of shapes is the same at every size, and a cost per parameter that changes is the optimizer's doing.
@@ -67,10 +73,11 @@ def body(hidden: int, layers: int) -> nn.Module:
     Args:
         hidden: Width.
         layers: Number of layers.
+        inner: Width of the feed-forward layers, a multiple of 32 near 8/3 of the width if None.
 
     Returns:
         A module that holds the weights; it computes nothing.
     """
-    inner = 8 * hidden // 3 // 32 * 32
+    inner = 8 * hidden // 3 // 32 * 32 if inner is None else inner
     shapes = [(hidden, hidden)] * 4 + [(hidden, inner), (hidden, inner), (inner, hidden)]
     return nn.ModuleList(nn.Linear(*shape, bias=False) for _ in range(layers) for shape in shapes)

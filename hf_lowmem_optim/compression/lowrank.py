@@ -5,27 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["leading_left_singular_vectors", "orthonormalize", "seeded_sketch", "svd_entries"]
+from hf_lowmem_optim.kernels.orthonormalize import orthonormalize
+
+__all__ = ["leading_left_singular_vectors", "seeded_sketch", "svd_entries"]
 
 _OVERSAMPLING = 8
 _POWER_ITERATIONS = 2
 _SEED = 0
-
-
-def orthonormalize(matrix: Tensor) -> Tensor:
-    """Return orthonormal columns that span those of ``matrix``, whatever its rank.
-
-    LAPACK's Householder QR: ``benchmarks/orthonormalize.py`` has it beside the Cholesky-based methods, which are faster
-    on the CPU for the tallest matrices only and lose orthogonality where columns are dependent or zero.
-
-    Args:
-        matrix: float32, shape (p, r) with p ≥ r.
-
-    Returns:
-        float32, shape (p, r), ‖UᵀU − I‖ ≤ 1e-5.
-    """
-    basis: Tensor = torch.linalg.qr(matrix)[0]
-    return basis
 
 
 def seeded_sketch(rows: int, columns: int, device: torch.device) -> Tensor:
@@ -66,22 +52,24 @@ def leading_left_singular_vectors(matrix: Tensor, rank: int) -> Tensor:
     return basis @ rotation.flip(1)[:, :rank]
 
 
-def svd_entries(p: int, q: int, rank: int) -> int:
+def svd_entries(p: int, q: int, rank: int, device: torch.device) -> int:
     """Return how many float32 entries :func:`leading_left_singular_vectors` allocates at most, result included.
 
     Args:
         p: The smaller dimension of the matrix.
         q: The larger one.
         rank: Number of vectors.
+        device: Where the matrix lies.
 
     Returns:
-        The sketch, its product and three bases of ``rank`` + 8 columns; or, for the exact decomposition, its factors, a
-        copy of the matrix, LAPACK's workspace of some p × p and the result.
+        The sketch, its product and three bases of ``rank`` + 8 columns, or on a GPU what finding one takes; or, for the
+        exact decomposition, its factors, a copy of the matrix, LAPACK's workspace of some p × p and the result.
     """
     width = rank + _OVERSAMPLING
     if _is_small(p, width):
         return 2 * p * q + 5 * p * p + p * rank
-    return width * (2 * q + 3 * p + width)
+    on_cpu = 2 * q + 3 * p + width
+    return width * (on_cpu if device.type == "cpu" else max(on_cpu, q + 9 * p + 4 * width))
 
 
 def _is_small(p: int, width: int) -> bool:

@@ -21,18 +21,20 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-__all__ = ["ENVIRONMENT_VARIABLE", "Backend", "choose_backend", "flat", "implementation"]
+__all__ = ["ENVIRONMENT_VARIABLE", "Backend", "choose_backend", "flat", "implementation", "on_device"]
 
 Backend = Literal["reference", "triton", "cpu"]
 
 ENVIRONMENT_VARIABLE = "HF_LOWMEM_OPTIM_BACKEND"
 
+_HERE = nullcontext()
 _FAST: dict[str, Backend] = {"cuda": "triton", "cpu": "cpu"}
 _MODULE: dict[str, str] = {"triton": "triton", "cpu": "numba"}
 _FILE: dict[Backend, str] = {"triton": "kernel", "cpu": "cpu", "reference": "reference"}
@@ -108,6 +110,13 @@ def flat(tensor: Tensor, backend: Backend) -> Tensor:
     other threads wait.
     """
     return tensor if backend == "cpu" or tensor.dim() == 1 else tensor.view(-1)
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Make the GPU of a tensor the current one, where Triton launches; nothing to do if it is, or for a CPU tensor."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(tensor.device)
 
 
 @functools.cache

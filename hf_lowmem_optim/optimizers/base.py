@@ -60,8 +60,8 @@ class LowMemoryOptimizer(Optimizer):
         dense_key: The hyper-parameter whose ``None`` sends a group to the dense AdamW rule.
         state_keys: The hyper-parameters on which the shape of the state depends; they must be equal on resume.
         state_function: ``(shape, dtype, **hyper) -> dict[str, TensorSpec]``.
-        temporaries_function: ``(shape, dtype, *, first, **hyper) -> StepTemporaries`` for one compressed tensor; None
-            where what the update allocates is not described.
+        temporaries_function: ``(shape, dtype, *, first, device, **hyper) -> StepTemporaries`` for one compressed
+            tensor; None where what the update allocates is not described.
         supports_sharding: Whether compressed parameters may be sharded DTensors.
         layerwise: Whether it updates during the backward pass.
         replaces_adamw: Whether it is Adam with less state, so that AdamW is as good where compression saves nothing.
@@ -201,9 +201,8 @@ class LowMemoryOptimizer(Optimizer):
             return dense_temporaries(param, group)
         if cls.temporaries_function is None:
             return None
-        described = cls.temporaries_function(
-            param.shape, param.dtype, first=first, **{key: group[key] for key in cls.state_keys}
-        )
+        hyper = {key: group[key] for key in cls.state_keys}
+        described = cls.temporaries_function(param.shape, param.dtype, first=first, device=param.device, **hyper)
         if not rounds_stochastically(param, group):
             return described
         own = max(described.own, rounding_bytes(param.numel(), param.device))

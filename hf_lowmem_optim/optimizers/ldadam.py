@@ -48,8 +48,13 @@ from hf_lowmem_optim.compression.rounding import rounding_bytes
 from hf_lowmem_optim.compression.workspace import Workspace
 from hf_lowmem_optim.kernels.subspace_adam import Buffers, Coefficients, subspace_adam_
 from hf_lowmem_optim.optimizers.adamw import DenseState, adamw_state
-from hf_lowmem_optim.optimizers.base import update_arguments
-from hf_lowmem_optim.optimizers.batches import MATRIX_ENTRIES, chunks_by_key, is_aligned, scatter_, stack
+from hf_lowmem_optim.optimizers.batches import (
+    batch_entries,
+    chunks_by_key,
+    is_aligned,
+    matrix_entries,
+    update_stacked_,
+)
 from hf_lowmem_optim.optimizers.dense import WeightRounding, rounds_stochastically
 from hf_lowmem_optim.optimizers.gradient_error import ErrorInGradient
 from hf_lowmem_optim.optimizers.hyperparameters import check_bool, check_choice, check_positive_int, check_unit_interval
@@ -119,6 +124,7 @@ def ldadam_temporaries(
     rank: int,
     state_dtype: str,
     error_feedback: str,
+    device: torch.device,
     **_other: Any,
 ) -> StepTemporaries:
     """What :func:`ldadam_update_` allocates for one matrix, float32 throughout.
@@ -130,12 +136,14 @@ def ldadam_temporaries(
         rank: As in :class:`LDAdam`.
         state_dtype: As in :class:`LDAdam`.
         error_feedback: As in :class:`LDAdam`.
+        device: Device of the parameter.
         **_other: Hyper-parameters that do not matter here.
 
     Returns:
         Shared: a and the wide copy of W, which take turns in one buffer; p̃, the bases and the two factors of line 6.
-        Own: the wide copies of U, m and v; then the four (p, r) matrices of line 3 and R. In the first update p̃, bases
-        and factors are the matrix's own, after the factors of the SVD.
+        Own: the wide copies of U, m and v; then the four (p, r) matrices of line 3 and R, or on a GPU Y, three in
+        float64, what becomes U, YᵀY and its factor. In the first update p̃, bases and factors are the matrix's own,
+        after the factors of the SVD.
     """
     p, q = sorted((shape[0], math.prod(shape[1:])))
     in_place = dtype == torch.float32 and error_feedback in ("fp32", "param", "grad", "none")
@@ -144,10 +152,10 @@ def ldadam_temporaries(
         shared["accumulated"] = p * q
     copies = 0 if state_dtype == "fp32" or dtype == torch.float32 else rank * (p + 2 * q)
     if first:
-        own = max(svd_entries(p, q, rank), sum(buffers.values()) + rank * (2 * p + 2 * rank))
+        own = max(svd_entries(p, q, rank, device), sum(buffers.values()) + rank * (2 * p + 2 * rank))
     else:
         shared.update(buffers)
-        own = rank * (4 * p + rank)
+        own = rank * (8 * p + 4 * rank + 4) if device.type != "cpu" else rank * (4 * p + rank)
     shared_bytes, own_bytes = {name: 4 * entries for name, entries in shared.items()}, 4 * (copies + own)
     if first and error_feedback == "grad":
         # before all that: the error's buffer is there beside the gradient that becomes it
@@ -258,40 +266,12 @@ def ldadam_accumulate_(
     retain_(state, accumulate(grad, state, workspace), seed=seed if stochastic_rounding else None)
 
 
-def ldadam_update_batch_(updates: Sequence[PendingUpdate], workspace: Workspace) -> None:
-    """One step on matrices for which :func:`_batch_key` is equal.
-
-    Args:
-        updates: The matrices, of one group, shape and step.
-        workspace: As in :func:`ldadam_update_`.
-    """
-    one = updates[0]
-    shape = _matrix_shape(one.param)
-    params = stack([u.param for u in updates], shape)
-    keys = [key for key in one.state if key != "step"]
-    state = {key: stack([u.state[key] for u in updates], one.state[key].shape) for key in keys}
-    # what is quantized is one flat buffer: no block reaches over two matrices
-    state = {key: tensor.flatten() if tensor.dim() == 2 else tensor for key, tensor in state.items()}
-    in_gradient = "error" in one.state and one.state["error"].data_ptr() == one.grad.data_ptr()
-    grads = state["error"] if in_gradient else stack([u.grad for u in updates], shape)
-    hyper = {key: one.group[key] for key in update_arguments(ldadam_update_)}
-    weights = params if one.seed is None else params.float()
-    ldadam_update_(weights, grads, state, step=one.state["step"], workspace=workspace, **hyper)
-    if one.seed is None:
-        scatter_([u.param for u in updates], weights)
-    for update, weight in zip(updates, weights, strict=True):
-        if (rounding := update.rounding) is not None:
-            rounding.round_(update.param, weight.view(update.param.shape))
-    for key in keys:
-        scatter_([u.state[key] for u in updates], state[key])
-
-
 def _batch_key(param: Tensor, group: Mapping[str, Any], step: int) -> Hashable:
     """What matrices must have in common to be updated together, None for one that is updated alone."""
     p, q = sorted(_matrix_shape(param))
     r = group["rank"]
-    fits = p * q <= MATRIX_ENTRIES and p * q % QUANTIZATION_BLOCK_SIZE == 0 and is_aligned((p, r), (r, q), (r, r))
-    if step == 1 or not fits or group["stochastic_rounding"]:
+    fits = p * q <= matrix_entries(param.device) and p * q % QUANTIZATION_BLOCK_SIZE == 0
+    if step == 1 or not (fits and is_aligned((p, r), (r, q), (r, r))) or group["stochastic_rounding"]:
         return None
     return id(group), _matrix_shape(param), param.dtype, param.device, step
 
@@ -385,11 +365,18 @@ class LDAdam(ErrorInGradient):
     def _jobs(self, updates: Sequence[PendingUpdate]) -> list[Job]:
         """A job for each large matrix, and one for several small ones of one shape."""
         chunks = chunks_by_key(
-            updates, lambda u: _batch_key(u.param, u.group, u.state["step"]), lambda u: u.param.numel()
+            updates,
+            lambda u: _batch_key(u.param, u.group, u.state["step"]),
+            lambda u: u.param.numel(),
+            lambda u: batch_entries(u.param.device),
         )
         alone = super()._jobs([chunk[0] for chunk in chunks if len(chunk) == 1])
         together = [chunk for chunk in chunks if len(chunk) > 1]
-        return alone + [Job([u.param for u in chunk], partial(ldadam_update_batch_, chunk)) for chunk in together]
+        shapes = [_matrix_shape(chunk[0].param) for chunk in together]
+        return alone + [
+            Job([u.param for u in chunk], partial(update_stacked_, ldadam_update_, chunk, shape))
+            for chunk, shape in zip(together, shapes, strict=True)
+        ]
 
     @classmethod
     def batch_temporaries(cls, groups: Sequence[Mapping[str, Any]]) -> StepTemporaries:
@@ -403,19 +390,24 @@ class LDAdam(ErrorInGradient):
             matrix, what one alone needs.
         """
         together = super().batch_temporaries(groups)
+        if cls.layerwise:  # each matrix is updated when its gradient comes
+            return together
         for group in groups:
             matrices = [param for param in group["params"] if cls.compresses(param.shape, group)]
-            for chunk in chunks_by_key(matrices, lambda p, g=group: _batch_key(p, g, 2), Tensor.numel):  # type: ignore[misc]
+            chunks = chunks_by_key(
+                matrices, partial(_batch_key, group=group, step=2), Tensor.numel, lambda p: batch_entries(p.device)
+            )
+            for chunk in chunks:
                 if len(chunk) > 1:
                     together = together.largest(cls._one_batch_temporaries(chunk, group))
         return together
 
     @classmethod
     def _one_batch_temporaries(cls, chunk: Sequence[Tensor], group: Mapping[str, Any]) -> StepTemporaries:
-        """What :func:`ldadam_update_batch_` allocates: the stacks, and what each matrix by itself needs."""
+        """What :func:`update_stacked_` allocates: the stacks, and what each matrix by itself needs."""
         one = chunk[0]
-        hyper = {key: group[key] for key in ("rank", "state_dtype", "error_feedback")}
-        alone = ldadam_temporaries(one.shape, one.dtype, first=False, **hyper)
+        hyper = {key: group[key] for key in cls.state_keys}
+        alone = ldadam_temporaries(one.shape, one.dtype, first=False, device=one.device, **hyper)
         state = sum(spec.nbytes for spec in cls.state_specs(one, group).values())
         stacks = 2 * one.numel() * one.dtype.itemsize + state
         if not rounds_stochastically(one, group):

@@ -29,9 +29,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hf_lowmem_optim.compression.error_feedback import accumulate, error_state, retain_
-from hf_lowmem_optim.compression.lowrank import orthonormalize, seeded_sketch
+from hf_lowmem_optim.compression.lowrank import seeded_sketch
 from hf_lowmem_optim.compression.window import DenseRows, LowRankRows, widened_entries
 from hf_lowmem_optim.compression.workspace import Workspace
+from hf_lowmem_optim.kernels.orthonormalize import orthonormalize
 from hf_lowmem_optim.optimizers.adamw import DenseState, adamw_state
 from hf_lowmem_optim.optimizers.dense import WeightRounding
 from hf_lowmem_optim.optimizers.hyperparameters import check_positive_int

@@ -157,13 +157,13 @@ class PreconditionedOptimizer(LowMemoryOptimizer):
         if not cls.compresses(param.shape, group) or cls.temporaries_function is None:
             return super().step_temporaries(param, group, first=first)
         hyper = {key: group[key] for key in (*cls.state_keys, "momentum")}
-        described = cls.temporaries_function(param.shape, param.dtype, first=first, **hyper)
+        described = cls.temporaries_function(param.shape, param.dtype, first=first, device=param.device, **hyper)
         if not rounds_stochastically(param, group):
             return described
-        # the float32 copy is described already: it takes the place of that of line 7
-        rounding = rounding_bytes(param.numel(), param.device)
-        late_own = max(described.late_own, rounding) if described.late else described.late_own + rounding
-        return replace(described, late_own=late_own)
+        # the float32 copy that is rounded afterwards takes the place of that of line 7
+        late = {name: nbytes for name, nbytes in described.late.items() if name != "parameter"}
+        late_own = max(described.late_own, rounding_bytes(param.numel(), param.device))
+        return replace(described, late={**late, "weight": 4 * param.numel()}, late_own=late_own)
 
     @classmethod
     def shared_specs(cls, groups: Sequence[Mapping[str, Any]]) -> dict[str, TensorSpec]:

@@ -32,6 +32,7 @@ from hf_lowmem_optim.compression.window import SparseRows
 from hf_lowmem_optim.compression.workspace import Workspace
 from hf_lowmem_optim.kernels.block_topk import block_topk_
 from hf_lowmem_optim.kernels.sparse_window import SparseWindow
+from hf_lowmem_optim.kernels.sparse_window.layout import product_scratch_bytes
 from hf_lowmem_optim.optimizers.adamw import DenseState, adamw_state
 from hf_lowmem_optim.optimizers.dense import WeightRounding
 from hf_lowmem_optim.optimizers.hyperparameters import check_choice, check_fraction, check_positive_int
@@ -93,28 +94,29 @@ def sparse_mfac_state(
 
 
 def sparse_mfac_temporaries(
-    shape: Sequence[int], dtype: torch.dtype, *, window: int, momentum: float, **_other: Any
+    shape: Sequence[int], dtype: torch.dtype, *, device: torch.device, window: int, momentum: float, **_other: Any
 ) -> StepTemporaries:
-    """What a step allocates for one tensor on a GPU, where the kernels for lines 4 to 7 go through a dense vector.
+    """What a step allocates for one tensor.
 
-    numba on the CPU needs no dense vector for line 4, nor for the rest without momentum: there it is an upper bound.
+    The torch reference, where neither Triton nor numba serve, takes some slices besides, the same for every tensor.
 
     Args:
         shape: Shape of the parameter.
         dtype: Dtype of the parameter.
+        device: Device of the parameter.
         window: As in :class:`SparseMFAC`.
         momentum: As in :class:`SparseMFAC`.
         **_other: Hyper-parameters that do not matter here.
 
     Returns:
-        First pass: the vector of line 4, or the system of line 5 if that is larger. Second pass: u and a float32 copy
-        of a narrower parameter, shared with momentum, the tensor's own without.
+        First pass: the system of line 5, or on a GPU the scratch memory of line 4 if that is larger. Second pass: that
+        of lines 5 and 7; with momentum u and a float32 copy of a narrower parameter, shared.
     """
-    descent = descent_temporaries(shape, dtype)
-    own = max(4 * math.prod(shape), system_bytes(window))
+    scratch = product_scratch_bytes(math.prod(shape), window) if device.type != "cpu" else 0
+    own = max(scratch, system_bytes(window))
     if momentum > 0:
-        return StepTemporaries(own=own, late=descent)
-    return StepTemporaries(own=own, late_own=sum(descent.values()))
+        return StepTemporaries(own=own, late=descent_temporaries(shape, dtype))
+    return StepTemporaries(own=own, late_own=scratch)
 
 
 def sparse_compress_(

@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -18,7 +20,19 @@ from hf_lowmem_optim.kernels import backend
 from hf_lowmem_optim.kernels.block_quant import QuantFormat, Quantized, dequantize_, dequantize_add_, quantize_
 from hf_lowmem_optim.kernels.block_topk import block_topk_, num_kept
 from hf_lowmem_optim.kernels.block_topk import kept_per_block as count_kept
-from hf_lowmem_optim.kernels.sparse_window import SparseWindow, window_combine_, window_dots, window_update_
+from hf_lowmem_optim.kernels.orthonormalize import orthonormalize
+from hf_lowmem_optim.kernels.sparse_window import (
+    SparseWindow,
+    window_combine_,
+    window_descend_,
+    window_dots,
+    window_gram_row,
+    window_update_,
+)
+from hf_lowmem_optim.kernels.subspace_adam import Coefficients
+
+#: Of a step of LDAdam.
+NUMBERS = Coefficients(0.8, 0.3, 0.9, 0.99, 0.7, 1e-4, 0.9, 0.4)
 
 __all__ = ["LAUNCHES", "Launch", "force_triton"]
 
@@ -49,6 +63,11 @@ def force_triton() -> None:
     """Have every operation of this process served by its Triton kernel, also on CPU tensors."""
     os.environ[backend.ENVIRONMENT_VARIABLE] = "triton"
     backend._triton_interprets = lambda: True
+
+
+def subspace_adam_kernel() -> ModuleType:
+    """The kernels of LDAdam's step, of which one call of the operation launches several."""
+    return backend.implementation("subspace_adam", "triton")
 
 
 def _window(numel: int, block_size: int, kept: int, window: int, values: torch.dtype) -> SparseWindow:
@@ -92,6 +111,13 @@ def _window_product(name: str) -> Launch:
         dense = torch.randn(numel)
         if name == "window_dots":
             return lambda: window_dots(rows, dense), [dense, rows.indices, rows.values]
+        if name == "window_gram_row":
+            return lambda: window_gram_row(rows, 5), [rows.indices, rows.values]
+        if name.startswith("window_descend"):
+            weight = dense.bfloat16()
+            decay = 0.1 if name.endswith("decay") else 0.0
+            call = partial(window_descend_, weight, rows, weights, lr=0.1, weight_decay=decay)
+            return call, [weight, weight, rows.indices, rows.values, weights]
         return lambda: window_combine_(dense, rows, weights), [dense, rows.indices, rows.values, weights]
 
     return Launch(f"{name} 32 rows", numel, prepare, 0)
@@ -152,6 +178,35 @@ def _topk(
     return Launch(f"block_topk {name}", numel, prepare, 16)
 
 
+def _reflections(rows: int, rank: int) -> Launch:
+    def prepare() -> tuple[Callable[[], object], list[Tensor]]:
+        matrix = torch.randn(rows, rank)
+        matrix[:, -1] = matrix[:, 0]  # else there would be nothing to do
+        return lambda: orthonormalize(matrix), [matrix, matrix]
+
+    return Launch(f"householder {rows} × {rank}", rows * rank, prepare, 16)
+
+
+def _moments(rank: int, columns: int = 512) -> Launch:
+    def prepare() -> tuple[Callable[[], object], list[Tensor]]:
+        m, v, projected = (torch.rand(rank, columns) for _ in range(3))
+        mixing, right = torch.rand(rank, rank), torch.empty(2 * rank, columns)
+        call = subspace_adam_kernel().update_moments_
+        return lambda: call(mixing, m, v, projected, right, NUMBERS), [mixing, m, m, v, v, projected, projected, right]
+
+    return Launch(f"moments, rank {rank}", rank * columns, prepare, 16)
+
+
+def _low_rank_descent(rows: int, columns: int, rank: int, param: torch.dtype) -> Launch:
+    def prepare() -> tuple[Callable[[], object], list[Tensor]]:
+        short, long = sorted((rows, columns))
+        weight, basis, direction = torch.randn(rows, columns).to(param), torch.rand(short, rank), torch.rand(rank, long)
+        call = subspace_adam_kernel().descend_
+        return lambda: call(weight, basis, direction, NUMBERS, None), [weight, weight, basis, direction]
+
+    return Launch(f"descend {rows} × {columns}, rank {rank}, {param}", rows * columns, prepare, 16)
+
+
 FOUR, EIGHT, FOUR_FP32 = QuantFormat(), QuantFormat(bits=8), QuantFormat(stat_dtype=FP32)
 
 LAUNCHES: list[Launch] = [
@@ -174,10 +229,21 @@ LAUNCHES: list[Launch] = [
     _window_update("block of 32768 (scratch), bf16 parameter", block_size=32768, kept=328, param=BF16),
     _window_product("window_dots"),
     _window_product("window_combine"),
+    _window_product("window_gram_row"),
+    _window_product("window_descend"),
+    _window_product("window_descend, weight decay"),
     _quantization("4-bit", "quantize", FOUR, FP32, 16),
     _quantization("4-bit bf16, stochastic", "quantize", FOUR, BF16, 16, seed=1),
     _quantization("8-bit, fp32 statistics", "quantize", QuantFormat(bits=8, stat_dtype=FP32), FP32, 16),
     _quantization("4-bit to fp32", "dequantize", FOUR, FP32, 2),  # loads codes only, half a byte an entry
     _quantization("4-bit to bf16", "dequantize_add", FOUR, BF16, 16),
     _quantization("8-bit to fp32", "dequantize_add", EIGHT, FP32, 16),
+    _reflections(1024, 16),
+    _reflections(4096, 128),
+    _moments(16),
+    _moments(20, 500),
+    _moments(128),
+    _moments(256),
+    _low_rank_descent(256, 512, 16, BF16),
+    _low_rank_descent(512, 256, 32, FP16),
 ]

@@ -20,6 +20,10 @@ from hf_lowmem_optim.compression.quantization import (
 )
 from hf_lowmem_optim.kernels.backend import ENVIRONMENT_VARIABLE
 from hf_lowmem_optim.kernels.subspace_adam import Buffers, Coefficients, subspace_adam_
+from tests.kernels.test_block_quant import DEVICE, FAST, INTERPRETED
+
+# the interpreter computes in numpy, which warns of what the cases are made for
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 
 NUMBERS = Coefficients(
     momentum_weight=0.8,
@@ -55,15 +59,15 @@ class Problem:
         generator = torch.Generator().manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(*batch, *shape, generator=generator)
+            return torch.randn(*batch, *shape, generator=generator).to(DEVICE)
 
         p, q = sorted((rows, columns))
         self.tall = rows > columns
         self.matrix, self.param = normal(rows, columns), normal(rows, columns)
         self.basis, self.new_basis = (torch.linalg.qr(normal(p, rank))[0].contiguous() for _ in range(2))
         self.exp_avg, self.exp_avg_sq = normal(rank, q), normal(rank, q).abs()
-        both, right = (torch.full((*batch, 2 * rank, size), math.nan) for size in (p, q))
-        self.buffers = Buffers(both, torch.full((*batch, rank, q), math.nan), right)
+        both, right = (torch.full((*batch, 2 * rank, size), math.nan, device=DEVICE) for size in (p, q))
+        self.buffers = Buffers(both, torch.full_like(self.exp_avg, math.nan), right)
 
     def short_side_first(self, matrix: Tensor) -> Tensor:
         return matrix.mT if self.tall else matrix
@@ -72,7 +76,7 @@ class Problem:
         """Do it, with the power iteration or to the basis that is given."""
         tensors = {name: getattr(self, name) for name in RESULTS}
         given = {"new_basis": None if moves else self.new_basis, "store": None if "error" in changes else _nowhere}
-        usual = {"buffers": self.buffers, "coefficients": NUMBERS, "wide": lambda: torch.empty(self.param.shape)}
+        usual = {"buffers": self.buffers, "coefficients": NUMBERS, "wide": lambda: torch.empty_like(self.matrix)}
         subspace_adam_(**{**tensors, **given, **usual, **changes})
 
     def results(self) -> list[Tensor]:
@@ -82,7 +86,7 @@ class Problem:
 def quantized(matrix: Tensor, fmt: QuantFormat) -> Quantized:
     """A matrix, quantized."""
     specs = quantized_specs(matrix.numel(), fmt)
-    state = {key: torch.zeros(spec.shape, dtype=spec.dtype) for key, spec in specs.items()}
+    state = {key: torch.zeros(spec.shape, dtype=spec.dtype, device=DEVICE) for key, spec in specs.items()}
     stored = quantized_state(state, matrix.numel(), fmt)
     quantize_(stored, matrix)
     return stored
@@ -92,10 +96,15 @@ def _nowhere() -> None:
     """What is left of the matrix stays where it is."""
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", *FAST])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, request.param)
     return str(request.param)
+
+
+def skip_what_takes_long(backend: str, size: tuple[int, int, int, tuple[int, ...]]) -> None:
+    if backend == "triton" and INTERPRETED and size[0] * size[1] > 10_000:
+        pytest.skip("the interpreter takes seconds for it, and smaller ones have several tiles, too")
 
 
 def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -103,11 +112,13 @@ def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(got.double() / scale, expected / scale, rtol=0, atol=tolerance)
 
 
-@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("moves", [True, False])
 @pytest.mark.parametrize("contiguous", [True, False])
-def test_it_is_the_formulas(size: tuple[int, int, int, tuple[int, ...]], moves: bool, contiguous: bool) -> None:
+def test_it_is_the_formulas(
+    backend: str, size: tuple[int, int, int, tuple[int, ...]], moves: bool, contiguous: bool
+) -> None:
+    skip_what_takes_long(backend, size)
     one = Problem(*size)
     if not contiguous:
         one.matrix, one.param = (matrix.mT.contiguous().mT for matrix in (one.matrix, one.param))
@@ -118,6 +129,8 @@ def test_it_is_the_formulas(size: tuple[int, int, int, tuple[int, ...]], moves: 
         U = torch.linalg.qr(b @ (b.mT @ old))[0]
     one.step(moves=moves)
 
+    if backend == "triton":  # no QR: its columns have signs of their own
+        U = U * (U * one.basis).sum(-2, keepdim=True).sign()
     close(one.basis, U, 3e-6)
     U = one.basis.double()  # as it was rounded
     beta1, beta2, k = NUMBERS.beta1, NUMBERS.beta2, NUMBERS.correction
@@ -126,7 +139,7 @@ def test_it_is_the_formulas(size: tuple[int, int, int, tuple[int, ...]], moves: 
     second = (beta2 * R**2 @ (v - k * m**2) + beta2 * k * moved**2).abs() + (1 - beta2) * p**2
     c = beta1 / (1 - beta1)
     close(one.exp_avg, beta1 * moved + (1 - beta1) * p, 1e-6)
-    close(one.exp_avg_sq, second, 1e-6)
+    close(one.exp_avg_sq, second, 2e-6)
     # of the moments as they were rounded: next to v = 0 the quotient is ill-conditioned
     d = one.exp_avg.double() / (one.exp_avg_sq.double().sqrt() + NUMBERS.damping)
     close(one.buffers.projected, d, 1e-6)
@@ -155,6 +168,7 @@ def test_a_narrow_weight_is_rounded_once(size: tuple[int, int, int], dtype: torc
 def test_a_quantized_error_is_added_and_stored_to_the_bit(
     backend: str, size: tuple[int, int, int, tuple[int, ...]], fmt: QuantFormat, dtype: torch.dtype, seed: int | None
 ) -> None:
+    skip_what_takes_long(backend, size)
     fused = Problem(*size)
     fused.param = fused.param.to(dtype)
     apart, gradient = copy.deepcopy(fused), fused.param.clone()
@@ -165,7 +179,7 @@ def test_a_quantized_error_is_added_and_stored_to_the_bit(
     dequantize_add_(apart.matrix, other, onto=gradient)
     apart.step(moves=True)
     quantize_(other, apart.matrix, seed=seed)
-    if dtype != torch.float32 and backend == "reference":
+    if dtype != torch.float32 and (backend == "reference" or (backend == "triton" and size[2] > 32)):
         assert not torch.equal(fused.matrix, apart.matrix)  # the wide copy is there now
         fused.matrix = apart.matrix
     assert all(torch.equal(a, b) for a, b in zip(fused.results(), apart.results(), strict=True))
@@ -239,7 +253,6 @@ def test_integers_among_the_numbers_compile_nothing_anew(backend: str) -> None:
     assert len(cpu._step.signatures) == compiled
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"], indirect=True)
 @pytest.mark.usefixtures("backend")
 def test_without_a_place_for_the_rest_the_gradient_is_only_read() -> None:
     one = Problem(30, 40, 4)

@@ -16,8 +16,9 @@ from hf_lowmem_optim.memory.plan import plan_temporaries
 
 #: Slices of constant size that rounding and mixed dtypes need on the CPU.
 SLICES = 2**18
-#: Where numba spares what a GPU needs, which the description counts: it bounds, but not closely.
-BOUNDED = ("sparse_mfac", "sparse_ggt", "ldadam")
+#: What the description bounds, but not closely: numba spares what torch's operations need, and an eigendecomposition
+#: allocates for itself, which torch does not see.
+BOUNDED = ("ldadam", "sparse_ggt")
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "ldadam": [
         {},
@@ -112,6 +113,3 @@ def test_the_description_bounds_what_is_allocated_closely(
     # A tensor that is dense has nothing to describe, and rows of weights are kept from call to call.
     if name not in BOUNDED or backend is not None:
         assert planned <= 1.2 * max(peaks) + 1024
-    elif hyper.get("momentum"):
-        # u is there on every device
-        assert max(peaks) >= 4 * max(weight.numel() for weight in weights)

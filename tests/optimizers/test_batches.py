@@ -51,13 +51,13 @@ def test_a_matrix_does_not_notice_the_others(
     hyper: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together_sizes: list[int] = []
-    original = ldadam_module.ldadam_update_batch_
+    original = batches.update_stacked_
 
-    def counted(updates: list[Any], workspace: Workspace) -> None:
+    def counted(update_: Any, updates: list[Any], shape: tuple[int, int], workspace: Workspace) -> None:
         together_sizes.append(len(updates))
-        original(updates, workspace)
+        original(update_, updates, shape, workspace)
 
-    monkeypatch.setattr(ldadam_module, "ldadam_update_batch_", counted)
+    monkeypatch.setattr(ldadam_module, "update_stacked_", counted)
     together, alone = weights_of(dtype), weights_of(dtype)
     one = LDAdam(together, rank=4, **hyper)
     each = [LDAdam([weight], rank=4, **hyper) for weight in alone]
@@ -73,15 +73,15 @@ def test_a_matrix_does_not_notice_the_others(
             assert torch.equal(value, other) if isinstance(value, Tensor) else value == other
 
 
-@given(st.lists(st.tuples(st.sampled_from([None, "a", "b"]), st.integers(1, batches.BATCH_ENTRIES)), max_size=30))
+@given(st.lists(st.tuples(st.sampled_from([None, "a", "b"]), st.integers(1, 1 << 18)), max_size=30))
 def test_chunks_hold_everything_once_and_stay_within_the_limit(items: list[tuple[str | None, int]]) -> None:
     numbered = list(enumerate(items))
-    sizes = {"a": 50_000, "b": batches.BATCH_ENTRIES}
-    chunks = batches.chunks_by_key(numbered, lambda item: item[1][0], lambda item: sizes.get(item[1][0], item[1][1]))
+    sizes = {"a": 50_000, "b": 1 << 18}
+    chunks = batches.chunks_by_key(
+        numbered, lambda item: item[1][0], lambda item: sizes.get(item[1][0], item[1][1]), lambda _: 1 << 18
+    )
     assert sorted(item for chunk in chunks for item in chunk) == numbered
     for chunk in chunks:
         keys = {key for _, (key, _) in chunk}
         assert len(keys) == 1
-        assert len(chunk) == 1 or (
-            None not in keys and sum(sizes[key] for _, (key, _) in chunk) <= batches.BATCH_ENTRIES
-        )
+        assert len(chunk) == 1 or (None not in keys and sum(sizes[key] for _, (key, _) in chunk) <= 1 << 18)

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from hf_lowmem_optim.compression.lowrank import leading_left_singular_vectors, orthonormalize
+from hf_lowmem_optim.compression.lowrank import leading_left_singular_vectors
 from hf_lowmem_optim.compression.quantization import QuantFormat, dequantize_, quantized_state
+from hf_lowmem_optim.kernels.orthonormalize import orthonormalize
 from hf_lowmem_optim.optimizers.ldadam import LDAdam, ldadam_state, ldadam_update_
 from tests.reference.ldadam import ReferenceLDAdam
 

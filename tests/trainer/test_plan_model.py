@@ -101,13 +101,18 @@ def test_a_configuration_plans_as_the_live_model_does(model_name: str, tmp_path:
     for source in (model.config, tmp_path, str(tmp_path / "config.json")):
         planned = plan_memory(source)
         assert planned.weights == live.weights
-        assert planned.optimizers == live.optimizers
+        assert state_of(planned) == state_of(live)
     targets = ["in_proj", "x_proj"] if model_name == "mamba" else "all-linear"
     lora = f"r=4,target={targets if isinstance(targets, str) else '+'.join(targets)}"
     adapted = plan_memory(model.config, options=ModelOptions(lora=lora))
     live = plan_memory(with_lora(model, targets))
     assert adapted.weights == live.weights
-    assert adapted.optimizers == live.optimizers
+    assert state_of(adapted) == state_of(live)
+
+
+def state_of(plan: Any) -> list[Any]:
+    """What is planned but for the step: that of a configuration is a GPU's, which is not that of a CPU."""
+    return [replace(row, temporary_bytes=None) for row in plan.optimizers]
 
 
 PUBLISHED_SIZES = {

@@ -137,6 +137,20 @@ def test_a_batch_that_overflows_in_fp16_is_as_if_it_had_not_been_there(name: str
     assert_same_end(overflown, clean)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@every_optimizer
+def test_resume_on_a_gpu_is_exact(name: str, bf16: bool, tmp_path: Path) -> None:
+    settings = {"use_cpu": False, "bf16": bf16, "save_strategy": "steps", "save_steps": 2}
+    straight = make_trainer(tmp_path / "straight", name, **settings)
+    straight.train()
+    assert {parameter.device.type for parameter in straight.model.parameters()} == {"cuda"}
+    resumed = make_trainer(tmp_path / "resumed", name, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
+    assert_same_end(resumed, straight)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_a_compiled_model_trains_alike_and_resumes_in_either_way(

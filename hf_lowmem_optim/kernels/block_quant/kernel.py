@@ -10,11 +10,11 @@ Launch parameters are fixed: the kernels write in place, which autotuning would 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_lowmem_optim.kernels.backend import on_device
 from hf_lowmem_optim.kernels.block_quant.layout import Quantized, rounding_keys
 
 __all__ = ["dequantize_into", "quantize_into"]
@@ -189,7 +189,7 @@ def quantize_into(out: Quantized, source: Tensor, *, seed: int | None) -> None:
     """Triton version of :func:`~hf_lowmem_optim.kernels.block_quant.quantize_`; ``source`` is flat."""
     rows, cols = _tile(out)
     key0, key1 = rounding_keys(seed) if seed is not None else (0, 0)
-    with _on_device(source):
+    with on_device(source):
         _quantize_kernel[(triton.cdiv(out.lo.shape[0], rows),)](
             source,
             out.codes,
@@ -211,7 +211,7 @@ def quantize_into(out: Quantized, source: Tensor, *, seed: int | None) -> None:
 def dequantize_into(out: Tensor, quantized: Quantized, *, scale: float, onto: Tensor | None) -> None:
     """Triton version of ``dequantize_`` and, with ``onto``, of ``dequantize_add_``; all tensors are flat."""
     rows, cols = _tile(quantized)
-    with _on_device(out):
+    with on_device(out):
         _dequantize_kernel[(triton.cdiv(quantized.lo.shape[0], rows),)](
             out,
             out if onto is None else onto,
@@ -234,8 +234,3 @@ def _tile(quantized: Quantized) -> tuple[int, int]:
     """Blocks per program, and a block's size rounded up to a power of two (at least 2: a pair of 4-bit codes)."""
     cols = max(2, triton.next_power_of_2(quantized.format.block_size))
     return max(1, _TILE // cols), cols
-
-
-def _on_device(tensor: Tensor) -> torch.cuda.device:
-    """Launch on the tensor's GPU, which need not be the current one; without effect for CPU tensors."""
-    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)

@@ -1,7 +1,8 @@
 """Error-feedback Top-K in Triton: one program per block, everything between load and store in registers.
 
-The threshold is found by bisection on the bits of |a|, which order as the numbers do: two bits a round, 16 reductions.
-One prefix sum of "above" and "at the threshold" (in the two halves of an integer) gives each selected entry its place.
+The threshold is found by bisection on the bits of |a|, which order as the numbers do; it ends where exactly k entries
+reach it, which saves most rounds. One prefix sum of "above" and "at the threshold" (in the two halves of an integer)
+gives each selected entry its place.
 
 As in ``block_quant``, launches pass ``enable_fp_fusion=False`` (s·(code·u + lo) + g must round at every operation), and
 are not autotuned (the kernel works in place).
@@ -15,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_lowmem_optim.kernels.backend import on_device
 from hf_lowmem_optim.kernels.block_quant.kernel import block_range, decode, encode, load_codes, store_codes
 from hf_lowmem_optim.kernels.block_quant.layout import Quantized, rounding_keys
 from hf_lowmem_optim.kernels.block_topk.layout import Selection
@@ -25,21 +27,22 @@ _ENTRIES_PER_WARP = 512  # 16 per thread of a warp of 32
 
 
 @triton.jit
-def kth_largest(magnitude, k):
-    """The k-th largest of int32 [TILE] (entries below 0 never count): the largest t with count(magnitude ≥ t) ≥ k."""
-    t = 0
-    for level in range(16):
-        shift = 30 - 2 * level
-        digit = (magnitude >> shift) - (t >> shift)  # with the bits found so far equal: 0 … 3
-        one = (digit >= 1).to(tl.int64)
-        two = (digit >= 2).to(tl.int64)
-        three = (digit >= 3).to(tl.int64)
-        counts = tl.sum(one | (two << 20) | (three << 40), 0)  # three counts in one reduction
-        add = ((counts & 0xFFFFF) >= k).to(tl.int32)
-        add += (((counts >> 20) & 0xFFFFF) >= k).to(tl.int32)
-        add += ((counts >> 40) >= k).to(tl.int32)
-        t += add << shift
-    return t
+def threshold_of(magnitude, k):
+    """A t with at least k of int32 [TILE] ≥ t, and fewer than k > t (entries below 0 never count)."""
+    lo = 0
+    count = tl.sum((magnitude >= lo).to(tl.int32), 0)  # of what is ≥ lo
+    hi = tl.max(magnitude, 0) + 1
+    # down from the largest, by a factor of 2, 2^4, 2^16, ... until there are enough; then by halves
+    step = 1 << 23
+    while (hi - lo > 1) & (count != k):
+        middle = tl.where(step > 0, tl.maximum(hi - step, lo + 1), lo + (hi - lo) // 2)
+        found = tl.sum((magnitude >= middle).to(tl.int32), 0)
+        enough = found >= k
+        lo = tl.where(enough, middle, lo)
+        count = tl.where(enough, found, count)
+        hi = tl.where(enough, hi, middle)
+        step = tl.where(enough, 0, tl.minimum(step, 1 << 28) * 4)
+    return lo
 
 
 @triton.jit(do_not_specialize=["k", "k_last", "key0", "key1"])
@@ -63,15 +66,23 @@ def _block_topk_kernel(
     BITS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
+    # everything but the block's own place is in 32 bits: wide offsets would take most of the registers
     block = tl.program_id(0).to(tl.int64)
     base = block * BLOCK
-    end = tl.minimum(base + BLOCK, n)
-    index = base + tl.arange(0, TILE)  # [TILE]
-    valid = index < end
+    length = tl.minimum(n - base, BLOCK).to(tl.int32)
+    index = tl.arange(0, TILE)  # [TILE]
+    valid = index < length
     ROWS: tl.constexpr = TILE // QUANT_BLOCK
     LEVELS: tl.constexpr = (1 << BITS) - 1
-    row = block * (BLOCK // QUANT_BLOCK) + tl.arange(0, ROWS)  # quantization blocks, [ROWS]
-    live = row * QUANT_BLOCK < end
+    row = tl.arange(0, ROWS)  # quantization blocks, [ROWS]
+    live = row * QUANT_BLOCK < length
+    grad_ptr += base
+    if ERROR == "dense":
+        error_ptr += base
+    if ERROR == "quantized":
+        error_ptr += base * BITS // 8
+        lo_ptr += block * (BLOCK // QUANT_BLOCK)
+        hi_ptr += block * (BLOCK // QUANT_BLOCK)
 
     # a ← g + s·Q⁻¹(e)
     a = tl.load(grad_ptr + index, mask=valid, other=0.0).to(tl.float32)
@@ -80,14 +91,14 @@ def _block_topk_kernel(
     if ERROR == "quantized":
         lo = tl.load(lo_ptr + row, mask=live, other=0.0).to(tl.float32)
         hi = tl.load(hi_ptr + row, mask=live, other=0.0).to(tl.float32)
-        codes = load_codes(error_ptr, row, end, QUANT_BLOCK, QUANT_BLOCK, BITS)
+        codes = load_codes(error_ptr, row, length, QUANT_BLOCK, QUANT_BLOCK, BITS)
         a = a + error_scale * tl.reshape(decode(codes, lo, hi, LEVELS), (TILE,))
 
-    # I ← the k entries of largest |a|: all above the k-th largest, then the lowest indices among those equal to it
+    # I ← the k entries of largest |a|: all above the threshold, then the lowest indices among those equal to it
     magnitude = tl.minimum(a.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0x7F800001)  # every NaN just above infinity
     magnitude = tl.where(valid, magnitude, -1)
-    num_kept = tl.where(end == n, k_last, k)
-    threshold = kth_largest(magnitude, num_kept)
+    num_kept = tl.where(base + length == n, k_last, k)
+    threshold = threshold_of(magnitude, num_kept)
     above = (magnitude > threshold).to(tl.int32)
     equal = (magnitude == threshold).to(tl.int32)
     room = num_kept - tl.sum(above, 0)
@@ -95,12 +106,12 @@ def _block_topk_kernel(
     ranks = tl.cumsum(above | (equal << 16), 0).to(tl.uint32, bitcast=True)
     equal_rank = (ranks >> 16).to(tl.int32)
     selected = (above > 0) | ((equal > 0) & (equal_rank <= room))
-    place = block * k + (ranks & 0xFFFF).to(tl.int32) + tl.minimum(equal_rank, room) - 1
+    place = (ranks & 0xFFFF).to(tl.int32) + tl.minimum(equal_rank, room) - 1
 
     # V ← a[I] as stored
     value = a.to(values_ptr.dtype.element_ty)
-    tl.store(indices_ptr + place, tl.arange(0, TILE).to(tl.int16), mask=selected)
-    tl.store(values_ptr + place, value, mask=selected)
+    tl.store(indices_ptr + block * k + place, index.to(tl.int16), mask=selected)
+    tl.store(values_ptr + block * k + place, value, mask=selected)
 
     # e ← Q(a with a[I] ← a[I] − V)
     if ERROR != "none":
@@ -112,11 +123,11 @@ def _block_topk_kernel(
         else:
             rest = tl.reshape(rest, (ROWS, QUANT_BLOCK))
             entry = row[:, None] * QUANT_BLOCK + tl.arange(0, QUANT_BLOCK)[None, :]
-            inside = entry < end
+            inside = entry < length
             BF16_STATS: tl.constexpr = lo_ptr.dtype.element_ty == tl.bfloat16
             lo, hi = block_range(rest, inside, BF16_STATS)
-            codes = encode(rest, inside, lo, hi, entry, key0, key1, LEVELS, STOCHASTIC)
-            store_codes(error_ptr, codes, row, end, ROWS, QUANT_BLOCK, QUANT_BLOCK, BITS)
+            codes = encode(rest, inside, lo, hi, base + entry, key0, key1, LEVELS, STOCHASTIC)
+            store_codes(error_ptr, codes, row, length, ROWS, QUANT_BLOCK, QUANT_BLOCK, BITS)
             tl.store(lo_ptr + row, lo.to(lo_ptr.dtype.element_ty), mask=live)
             tl.store(hi_ptr + row, hi.to(hi_ptr.dtype.element_ty), mask=live)
 
@@ -139,7 +150,7 @@ def select_into(out: Selection, grad: Tensor, error: Quantized | Tensor | None) 
     else:
         kind, buffer, lo, hi = "none" if error is None else "dense", error, None, None  # type: ignore[assignment]
         quant_block, bits = tile, 8
-    with torch.cuda.device(grad.device if grad.is_cuda else -1):
+    with on_device(grad):
         _block_topk_kernel[(triton.cdiv(grad.numel(), out.block_size),)](
             grad,
             buffer,

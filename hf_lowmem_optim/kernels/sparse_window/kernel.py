@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined"
-"""Triton kernels on a sparse window. Triton has no scatter into shared memory, so there are two ways to add up rows.
+"""Adam's statistics of a sparse window in Triton, which has no scatter into shared memory: rows add up in two ways.
 
 Sorted: index, row and bfloat16 value of an entry fit one 32-bit key, a block's whole window is sorted by (index, row),
 and the first entry of each index then walks over its up to ``window`` − 1 followers. Everything stays on the chip.
@@ -19,7 +19,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_lowmem_optim.kernels.sparse_window.layout import SparseWindow
+from hf_lowmem_optim.kernels.backend import on_device
+from hf_lowmem_optim.kernels.sparse_window.kernel_products import (
+    combine_,
+    descend_,
+    dots,
+    gram_row,
+    sparse_tile,
+)
+from hf_lowmem_optim.kernels.sparse_window.layout import SCRATCH_BYTES, SparseWindow
 
 __all__ = [
     "combine_",
@@ -32,9 +40,6 @@ __all__ = [
 SORTED_MAX_BLOCK_SIZE = 4096  # 12 bits of index
 SORTED_MAX_WINDOW = 15  # 4 bits of row; row 15 marks padding
 SORTED_MAX_SLOTS = 2048  # keys that one program sorts
-SCRATCH_BYTES = 1 << 25
-SPARSE_TILE = 1024
-DOTS_PROGRAMS = 256
 _NUM_WARPS = 4
 
 
@@ -107,6 +112,18 @@ def _sorted_update_kernel(
 
 
 @triton.jit
+def untouched(TILE: tl.constexpr):
+    """−0 [TILE], by its bits: Triton 3.6 takes a literal −0.0 for +0."""
+    return tl.full([TILE], 0x80000000, tl.uint32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def is_untouched(z2):
+    """Where z2 is −0, to which no square adds up."""
+    return z2.to(tl.uint32, bitcast=True) == 0x80000000
+
+
+@triton.jit
 def _scratch_update_kernel(
     param_ptr,
     indices_ptr,
@@ -140,7 +157,7 @@ def _scratch_update_kernel(
             for tile in range(0, BLOCK_SIZE, TILE):
                 inside = tile + lane < BLOCK_SIZE
                 tl.store(z1_ptr + tile + lane, tl.zeros([TILE], tl.float32), mask=inside)
-                tl.store(z2_ptr + tile + lane, tl.full([TILE], -0.0, tl.float32), mask=inside)
+                tl.store(z2_ptr + tile + lane, untouched(TILE), mask=inside)
         else:
             for row in range(window):
                 w1 = tl.load(weights_ptr + row)
@@ -151,7 +168,7 @@ def _scratch_update_kernel(
                         live = column < last
                         index = tl.load(indices_ptr + row * kept + column, mask=live, other=0)
                         tl.store(z1_ptr + index, tl.zeros([TILE], tl.float32), mask=live)
-                        tl.store(z2_ptr + index, tl.full([TILE], -0.0, tl.float32), mask=live)
+                        tl.store(z2_ptr + index, untouched(TILE), mask=live)
         tl.debug_barrier()
 
         # z1 ← Σ w1·V, z2 ← Σ w2·V², row after row
@@ -180,7 +197,7 @@ def _scratch_update_kernel(
                 z2 = tl.load(z2_ptr + inner, mask=inside, other=0.0)
                 dense = tl.load(param_ptr + start + inner, mask=inside, other=0.0).to(tl.float32) * decay
                 stepped = dense - lr * tl.div_rn(z1, tl.sqrt_rn(z2) + eps)
-                dense = tl.where(z2.to(tl.uint32, bitcast=True) == 0x80000000, dense, stepped)
+                dense = tl.where(is_untouched(z2), dense, stepped)
                 tl.store(param_ptr + start + inner, dense.to(param_ptr.dtype.element_ty), mask=inside)
         else:
             for row in range(window):
@@ -191,74 +208,15 @@ def _scratch_update_kernel(
                         column = first + tile + lane
                         entry = row * kept + column
                         index = tl.load(indices_ptr + entry, mask=column < last, other=0)
-                        z2 = tl.load(z2_ptr + index, mask=column < last, other=-0.0)
-                        live = (column < last) & (z2.to(tl.uint32, bitcast=True) != 0x80000000)
+                        z2 = tl.load(z2_ptr + index, mask=column < last, other=0.0)
+                        live = (column < last) & (is_untouched(z2) == 0)
                         z1 = tl.load(z1_ptr + index, mask=live, other=0.0)
                         sparse = tl.load(param_ptr + start + index, mask=live, other=0.0).to(tl.float32)
                         sparse = sparse - lr * tl.div_rn(z1, tl.sqrt_rn(z2) + eps)
                         tl.store(param_ptr + start + index, sparse.to(param_ptr.dtype.element_ty), mask=live)
-                        tl.store(z2_ptr + index, tl.full([TILE], -0.0, tl.float32), mask=live)  # applied once
+                        tl.store(z2_ptr + index, untouched(TILE), mask=live)  # applied once
                 tl.debug_barrier()
         tl.debug_barrier()
-
-
-@triton.jit
-def _dots_kernel(
-    dense_ptr,
-    indices_ptr,
-    values_ptr,
-    partial_ptr,
-    kept,
-    BLOCK_SIZE: tl.constexpr,
-    KEPT_PER_BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    total = tl.zeros([TILE], tl.float64)
-    for tile in range(tl.program_id(1), tl.cdiv(kept, TILE), tl.num_programs(1)):
-        column = tile * TILE + tl.arange(0, TILE)
-        entry = row * kept + column
-        index = tl.load(indices_ptr + entry, mask=column < kept, other=0).to(tl.int64)
-        position = (column // KEPT_PER_BLOCK).to(tl.int64) * BLOCK_SIZE + index
-        dense = tl.load(dense_ptr + position, mask=column < kept, other=0.0).to(tl.float64)
-        value = tl.load(values_ptr + entry, mask=column < kept, other=0.0).to(tl.float32).to(tl.float64)
-        total += dense * value
-    tl.store(partial_ptr + row * tl.num_programs(1) + tl.program_id(1), tl.sum(total, 0))
-
-
-@triton.jit
-def _combine_kernel(
-    out_ptr,
-    indices_ptr,
-    values_ptr,
-    weights_ptr,
-    kept,
-    window,
-    kept_per_block,
-    BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    kept = tl.cast(kept, tl.int64)
-    block = tl.program_id(0).to(tl.int64)
-    first = block * kept_per_block
-    last = tl.minimum(first + kept_per_block, kept)
-    block_ptr = out_ptr + block * BLOCK_SIZE
-    for row in range(window):
-        weight = tl.load(weights_ptr + row)
-        if weight != 0:
-            for tile in range(0, kept_per_block, TILE):
-                column = first + tile + tl.arange(0, TILE)
-                entry = row * kept + column
-                index = tl.load(indices_ptr + entry, mask=column < last, other=0)
-                value = tl.load(values_ptr + entry, mask=column < last, other=0.0).to(tl.float32)
-                out = tl.load(block_ptr + index, mask=column < last, other=0.0)
-                tl.store(block_ptr + index, out + weight * value, mask=column < last)
-        tl.debug_barrier()
-
-
-def _sparse_tile(kept: int) -> int:
-    """Lanes for a loop over ``kept`` entries of a row."""
-    return int(min(SPARSE_TILE, max(128, triton.next_power_of_2(kept))))
 
 
 def _dense_tile(param: Tensor, window: SparseWindow, num_warps: int) -> int:
@@ -288,7 +246,7 @@ def update_(
     weight_decay: float,
 ) -> None:
     """See :func:`hf_lowmem_optim.kernels.sparse_window.window_update_`."""
-    with _on_device(param):
+    with on_device(param):
         slots = sorted_slots(window)
         if slots is not None:
             _launch_sorted(param, window, weights, slots, lr, eps, weight_decay)
@@ -326,7 +284,7 @@ def _launch_scratch(
 ) -> None:
     programs = max(1, min(window.num_blocks, SCRATCH_BYTES // (8 * window.block_size)))
     has_decay = weight_decay != 0
-    tile = _dense_tile(param, window, _NUM_WARPS) if has_decay else _sparse_tile(window.kept_per_block)
+    tile = _dense_tile(param, window, _NUM_WARPS) if has_decay else sparse_tile(window.kept_per_block)
     scratch = torch.empty(programs, 2, window.block_size, dtype=torch.float32, device=param.device)
     _scratch_update_kernel[(programs,)](
         param,
@@ -348,70 +306,3 @@ def _launch_scratch(
         num_warps=_NUM_WARPS,
         enable_fp_fusion=False,
     )
-
-
-def dots(window: SparseWindow, dense: Tensor) -> Tensor:
-    """See :func:`hf_lowmem_optim.kernels.sparse_window.window_dots`."""
-    tile = _sparse_tile(window.kept)
-    programs = min(triton.cdiv(window.kept, tile), DOTS_PROGRAMS)
-    partial = torch.empty(window.window, programs, dtype=torch.float64, device=dense.device)
-    with _on_device(dense):
-        _dots_kernel[(window.window, programs)](
-            dense,
-            window.indices,
-            window.values,
-            partial,
-            window.kept,
-            BLOCK_SIZE=window.block_size,
-            KEPT_PER_BLOCK=window.kept_per_block,
-            TILE=tile,
-            num_warps=_NUM_WARPS,
-            enable_fp_fusion=False,
-        )
-    return partial.sum(dim=1)
-
-
-def combine_(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
-    """See :func:`hf_lowmem_optim.kernels.sparse_window.window_combine_`."""
-    with _on_device(out):
-        _combine_kernel[(window.num_blocks,)](
-            out,
-            window.indices,
-            window.values,
-            weights,
-            window.kept,
-            window.window,
-            window.kept_per_block,
-            BLOCK_SIZE=window.block_size,
-            TILE=_sparse_tile(window.kept_per_block),
-            num_warps=_NUM_WARPS,
-            enable_fp_fusion=False,
-        )
-
-
-def gram_row(window: SparseWindow, row: int) -> Tensor:
-    """See :func:`hf_lowmem_optim.kernels.sparse_window.window_gram_row`: the row is scattered, then gathered from."""
-    device = window.indices.device
-    dense = torch.zeros(window.numel, dtype=torch.float32, device=device)
-    weights = torch.zeros(window.window, dtype=torch.float32, device=device)
-    weights[row] = 1
-    combine_(dense, window, weights)
-    return dots(window, dense)
-
-
-def descend_(param: Tensor, window: SparseWindow, weights: Tensor, *, lr: float, weight_decay: float) -> None:
-    """See :func:`hf_lowmem_optim.kernels.sparse_window.window_descend_`: the direction is a dense vector on the way."""
-    direction = torch.zeros(window.numel, dtype=torch.float32, device=param.device)
-    combine_(direction, window, weights)
-    # each operation is rounded to float32, as in the reference; a float32 parameter is its own wide copy
-    wide = param.float()
-    if weight_decay != 0:
-        wide.mul_(1 - lr * weight_decay)
-    wide.sub_(direction.mul_(lr))
-    if wide is not param:
-        param.copy_(wide)
-
-
-def _on_device(tensor: Tensor) -> torch.cuda.device:
-    """Launch on the tensor's GPU, which need not be the current one; without effect for CPU tensors."""
-    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)

@@ -7,11 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_BLOCK_SIZE", "SparseWindow"]
+__all__ = ["GRAM_ROWS", "MAX_BLOCK_SIZE", "SCRATCH_BYTES", "SparseWindow", "product_scratch_bytes"]
 
 MAX_BLOCK_SIZE = 32768
 """Indices are relative to their block and stored as int16."""
 
+#: Scratch memory of a GPU's kernel at most, which stays in the second-level cache.
+SCRATCH_BYTES = 1 << 25
+#: Rows that a program of a GPU multiplies with one of them, in scratch memory of its own.
+GRAM_ROWS = 32
 VALUE_DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -91,3 +95,13 @@ class SparseWindow:
     def kept_in_last_block(self) -> int:
         """Number of kept entries of the last block."""
         return self.kept - (self.num_blocks - 1) * self.kept_per_block
+
+
+def product_scratch_bytes(numel: int, window: int) -> int:
+    """Scratch memory that products of the rows of a window take on a GPU, in bytes, up to a block more.
+
+    Args:
+        numel: Number of entries of the tensor.
+        window: Number of rows.
+    """
+    return min(4 * numel * -(-window // GRAM_ROWS), SCRATCH_BYTES)

@@ -86,8 +86,8 @@ def subspace_adam_(
     check_dense(matrix, "matrix", numel=param.numel(), device=param.device, dtypes=_FLOAT32, any_layout=error is None)
     if new_basis is not None:
         check_dense(new_basis, "new_basis", numel=basis.numel(), device=param.device, dtypes=_FLOAT32, any_layout=True)
-    # a Triton kernel would save a few launches on small matrices: torch's own operations serve GPUs
-    fast = choose_backend("subspace_adam_", param.device) == "cpu" and param.is_contiguous() and matrix.is_contiguous()
+    chosen = choose_backend("subspace_adam_", param.device)
+    fast = chosen == "cpu" and param.is_contiguous() and matrix.is_contiguous()
     fused = None
     if error is not None:
         _check_error(error, gradient, matrix, store)
@@ -99,7 +99,7 @@ def subspace_adam_(
             store = partial(quantize_, error, matrix, seed=seed)
     tensors = (matrix, basis, exp_avg, exp_avg_sq, buffers, coefficients)
     options = {"new_basis": new_basis, "keeps_rest": fused is not None or store is not None}
-    backend = implementation("subspace_adam", "cpu" if fast else "reference")
+    backend = implementation("subspace_adam", "reference" if chosen == "cpu" and not fast else chosen)
     if fast:
         backend.step_(param, *tensors, **options, gradient=gradient, error=fused, seed=seed)
     else:

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hf_lowmem_optim.kernels.orthonormalize import orthonormalize
 from hf_lowmem_optim.kernels.products import addmm, mm
 from hf_lowmem_optim.kernels.subspace_adam.layout import Buffers, Coefficients
 
-__all__ = ["descend_", "move_"]
+__all__ = ["descend_", "move_", "move_with_", "short_side_first"]
 
 
 def move_(
@@ -25,14 +26,32 @@ def move_(
     keeps_rest: bool,
 ) -> None:
     """Lines 3 to 8 of :func:`~hf_lowmem_optim.kernels.subspace_adam.subspace_adam_`, for ``new_basis`` 4 to 8."""
-    a = _short_side_first(matrix)
+    tensors = (matrix, basis, m, v, buffers, coefficients)
+    move_with_(_update_moments, *tensors, new_basis=new_basis, keeps_rest=keeps_rest)
+
+
+def move_with_(
+    update_moments: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Coefficients], None],
+    matrix: Tensor,
+    basis: Tensor,
+    m: Tensor,
+    v: Tensor,
+    buffers: Buffers,
+    coefficients: Coefficients,
+    *,
+    new_basis: Tensor | None,
+    keeps_rest: bool,
+) -> None:
+    """The same, given what does lines 5 to 8."""
+    a = short_side_first(matrix)
     if new_basis is None:
-        new_basis = torch.linalg.qr(_sketch(a, basis, m, buffers.projected, coefficients))[0]
+        new_basis = orthonormalize(_sketch(a, basis, m, buffers.projected, coefficients))
     old, new = buffers.bases.tensor_split(2, -2)
     old.copy_(basis.mT)
     new.copy_(new_basis.mT)
     basis.copy_(new_basis)
-    _update_moments(a, m, v, buffers, coefficients)
+    mm(new, a, out=buffers.projected)
+    update_moments(mm(new, old.mT), m, v, buffers.projected, buffers.right, coefficients)
     if keeps_rest:
         addmm(a, buffers.bases.mT, buffers.right, out=a)
 
@@ -44,13 +63,12 @@ def _sketch(a: Tensor, basis: Tensor, m: Tensor, projected: Tensor, coefficients
     return addmm(mm(basis, mm(m, V)), a, V, beta=share, alpha=rest)
 
 
-def _update_moments(a: Tensor, m: Tensor, v: Tensor, buffers: Buffers, coefficients: Coefficients) -> None:
-    """Lines 4 to 8 but the error; leaves d, c·m and −(p̃ + c·m̃) in the buffers."""
-    beta1, beta2, projected = coefficients.beta1, coefficients.beta2, buffers.projected
-    old, new = buffers.bases.tensor_split(2, -2)
-    mm(new, a, out=projected)
-    x, moved = buffers.right.tensor_split(2, -2)
-    R = mm(new, old.mT)
+def _update_moments(
+    R: Tensor, m: Tensor, v: Tensor, projected: Tensor, right: Tensor, coefficients: Coefficients
+) -> None:
+    """Lines 5 to 8 but the error; p̃ in ``projected`` becomes d, and ``right`` holds c·m and −(p̃ + c·m̃)."""
+    beta1, beta2 = coefficients.beta1, coefficients.beta2
+    x, moved = right.tensor_split(2, -2)
     mm(R, m, out=moved)
     addmm(x, R * R, v.addcmul_(m, m, value=-coefficients.correction), beta=0, alpha=beta2, out=x)
     x.addcmul_(moved, moved, value=beta2 * coefficients.correction).abs_()
@@ -65,15 +83,16 @@ def descend_(
     param: Tensor, basis: Tensor, direction: Tensor, coefficients: Coefficients, wide: Callable[[], Tensor]
 ) -> None:
     """Line 9 of :func:`~hf_lowmem_optim.kernels.subspace_adam.subspace_adam_`."""
-    weight, decay, step_size = _short_side_first(param), coefficients.decay, coefficients.step_size
+    weight, decay, step_size = short_side_first(param), coefficients.decay, coefficients.step_size
     if param.dtype == torch.float32:
         addmm(weight, basis, direction, beta=decay, alpha=-step_size, out=weight)
         return
     copy = wide()
-    W = _short_side_first(copy.copy_(param))
+    W = short_side_first(copy.copy_(param))
     addmm(W, basis, direction, beta=decay, alpha=-step_size, out=W)
     param.copy_(copy)  # rounded once
 
 
-def _short_side_first(matrix: Tensor) -> Tensor:
+def short_side_first(matrix: Tensor) -> Tensor:
+    """The matrix, or each of a batch, or its transpose: the one that is not tall."""
     return matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix
