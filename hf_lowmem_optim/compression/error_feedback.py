@@ -77,7 +77,7 @@ def accumulate(grad: Tensor, state: Mapping[str, Tensor], workspace: Workspace) 
 
     Args:
         grad: Gradient, any floating dtype and layout. It is not written to, unless it is the error's own buffer, which
-            then holds g + ξ already.
+            then holds g + ξ already, or the workspace's buffer for a.
         state: State of the tensor; its error is overwritten if it is kept in float32, until :func:`retain_`.
         workspace: Gives the buffer where a new tensor is needed.
 
@@ -95,7 +95,8 @@ def accumulate(grad: Tensor, state: Mapping[str, Tensor], workspace: Workspace) 
         return grad
     accumulated = workspace.take("accumulated", grad.shape, grad.device)
     if error is not None:
-        return _add_(accumulated.copy_(error), grad)
+        in_buffer = accumulated.data_ptr() == grad.data_ptr()
+        return _add_(accumulated, error) if in_buffer else _add_(accumulated.copy_(error), grad)
     if (quantized := fused_error(grad, state)) is not None:  # in one pass
         dequantize_add_(accumulated, quantized, onto=grad)
         return accumulated

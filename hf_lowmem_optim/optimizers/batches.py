@@ -27,12 +27,12 @@ _T = TypeVar("_T")
 
 def matrix_entries(device: torch.device) -> int:
     """Entries of the largest matrix that is updated with others (``benchmarks/step_time.py --shapes small``)."""
-    return 1 << 16 if device.type == "cpu" else 1 << 21
+    return 1 << 16 if device.type == "cpu" else 1 << 22
 
 
 def batch_entries(device: torch.device) -> int:
     """Entries of a batch at most, which bounds what is allocated for it."""
-    return 1 << 18 if device.type == "cpu" else 1 << 22
+    return 1 << 18 if device.type == "cpu" else 1 << 23
 
 
 def is_aligned(*shapes: Sequence[int]) -> bool:
@@ -88,8 +88,11 @@ def update_stacked_(
     state = {key: _stack([u.state[key] for u in updates], one.state[key].shape) for key in keys}
     # what is quantized is one flat buffer: no block reaches over two tensors
     state = {key: tensor.flatten() if tensor.dim() == 2 else tensor for key, tensor in state.items()}
-    in_gradient = "error" in one.state and one.state["error"].data_ptr() == one.grad.data_ptr()
-    grads = state["error"] if in_gradient else _stack([u.grad for u in updates], shape)
+    if "error" in one.state and one.state["error"].data_ptr() == one.grad.data_ptr():
+        grads = state["error"]
+    else:  # where the error is added to them
+        grads = workspace.take("accumulated", params.shape, params.device)
+        torch._foreach_copy_(list(grads.view(len(updates), *one.grad.shape).unbind()), [u.grad for u in updates])
     hyper = {key: one.group[key] for key in update_arguments(update_)}
     weights = params if one.seed is None else params.float()
     update_(weights, grads, state, step=one.state["step"], workspace=workspace, **hyper)

@@ -47,6 +47,7 @@ from hf_lowmem_optim.compression.lowrank import leading_left_singular_vectors, s
 from hf_lowmem_optim.compression.rounding import rounding_bytes
 from hf_lowmem_optim.compression.workspace import Workspace
 from hf_lowmem_optim.kernels.subspace_adam import Buffers, Coefficients, subspace_adam_
+from hf_lowmem_optim.kernels.subspace_adam.layout import FEW_TERMS
 from hf_lowmem_optim.optimizers.adamw import DenseState, adamw_state
 from hf_lowmem_optim.optimizers.batches import (
     batch_entries,
@@ -146,9 +147,10 @@ def ldadam_temporaries(
         after the factors of the SVD.
     """
     p, q = sorted((shape[0], math.prod(shape[1:])))
-    in_place = dtype == torch.float32 and error_feedback in ("fp32", "param", "grad", "none")
+    a_has_place = error_feedback == "fp32" or (dtype == torch.float32 and error_feedback in ("param", "grad", "none"))
+    weight_has_place = dtype == torch.float32 or (device.type != "cpu" and rank <= FEW_TERMS)
     shared, buffers = {}, {"projected": rank * q, "bases": 2 * rank * p, "right": 2 * rank * q}
-    if not in_place:
+    if not (a_has_place and weight_has_place):
         shared["accumulated"] = p * q
     copies = 0 if state_dtype == "fp32" or dtype == torch.float32 else rank * (p + 2 * q)
     if first:
@@ -408,8 +410,11 @@ class LDAdam(ErrorInGradient):
         one = chunk[0]
         hyper = {key: group[key] for key in cls.state_keys}
         alone = ldadam_temporaries(one.shape, one.dtype, first=False, device=one.device, **hyper)
+        in_gradient = group["error_feedback"] == "grad"
+        if not in_gradient:  # the gradients are put together where the error is added to them
+            alone = replace(alone, shared={**alone.shared, "accumulated": 4 * one.numel()})
         state = sum(spec.nbytes for spec in cls.state_specs(one, group).values())
-        stacks = 2 * one.numel() * one.dtype.itemsize + state
+        stacks = (1 + in_gradient) * one.numel() * one.dtype.itemsize + state
         if not rounds_stochastically(one, group):
             return alone.times(len(chunk), beside=stacks)
         stacks += 4 * one.numel()

@@ -42,6 +42,7 @@ from hf_lowmem_optim.compression.topk import MAX_BLOCK_SIZE, kept_per_block, win
 from hf_lowmem_optim.compression.workspace import Workspace
 from hf_lowmem_optim.kernels.block_topk import block_topk_
 from hf_lowmem_optim.kernels.sparse_window import SparseWindow, window_update_
+from hf_lowmem_optim.kernels.sparse_window.layout import update_scratch_bytes
 from hf_lowmem_optim.optimizers.adamw import DenseState, adamw_state
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
 from hf_lowmem_optim.optimizers.dense import WeightRounding
@@ -117,22 +118,37 @@ def microadam_state(
     }
 
 
-def microadam_temporaries(shape: Sequence[int], dtype: torch.dtype, *, window: int, **_other: Any) -> StepTemporaries:
+def microadam_temporaries(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    device: torch.device,
+    window: int,
+    density: float,
+    block_size: int,
+    **_other: Any,
+) -> StepTemporaries:
     """What :func:`microadam_update_` allocates for one tensor: the kernels work in place.
 
-    The Triton kernel takes at most 32 MiB of scratch, for windows too wide to sort, and the torch reference, where
-    neither Triton nor numba serve, some slices of 2^19 entries; both are the same for every tensor and not counted.
+    The torch reference, where neither Triton nor numba serve, takes some slices of 2^19 entries, the same for every
+    tensor and not counted.
 
     Args:
         shape: Shape of the parameter.
         dtype: Dtype of the parameter.
+        device: Device of the parameter.
         window: As in :class:`MicroAdam`.
+        density: As in :class:`MicroAdam`.
+        block_size: As in :class:`MicroAdam`.
         **_other: Hyper-parameters that do not matter here.
 
     Returns:
-        The float32 weights of the window's rows in both moments.
+        The float32 weights of the rows in both moments; on a GPU, for windows too wide to sort, scratch memory.
     """
-    return StepTemporaries({"weights": 4 * 2 * window})
+    kept = kept_per_block(block_size, density)
+    on_cpu = device.type == "cpu"
+    own = 0 if on_cpu else update_scratch_bytes(math.prod(shape), window, kept, block_size, torch.bfloat16)
+    return StepTemporaries({"weights": 4 * 2 * window}, own)
 
 
 @functools.lru_cache(maxsize=16)

@@ -44,12 +44,16 @@ def test_a_gpu_computes_what_a_cpu_computes(case: Case, dtype: torch.dtype) -> N
         run(case.build(params.values(), **hyper), params, gradients_on(device, 9, dtype))
         ends[device] = {key: param.detach().double().cpu() for key, param in params.items()}
     # one rounding of the weight more or less
-    spacing = torch.finfo(dtype).eps if dtype != torch.float32 else 0.0
+    tolerance, spacing = 1e-3, torch.finfo(dtype).eps if dtype != torch.float32 else 0.0
+    if case.hyper.get("dense_state") == "8bit":
+        # bitsandbytes' two kernels differ: in the last digits, and in how often they round a narrow weight
+        tolerance, spacing = 3e-3, 4 * spacing
     for key, before in start.items():
         moved = (ends["cpu"][key] - before.detach().double()).abs().max()
         difference = (ends["cpu"][key] - ends["cuda"][key]).abs()
         assert moved > 0
-        assert (difference <= 1e-3 * moved + 2 * spacing * ends["cpu"][key].abs()).all(), (key, difference.max(), moved)
+        allowed = tolerance * moved + 2 * spacing * ends["cpu"][key].abs()
+        assert (difference <= allowed).all(), (key, difference.max(), moved)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

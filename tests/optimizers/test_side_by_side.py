@@ -69,7 +69,7 @@ def test_a_failing_update_ends_the_step(monkeypatch: pytest.MonkeyPatch) -> None
         done.append(param.shape[0])
 
     monkeypatch.setattr(LDAdam, "update_function", staticmethod(broken))
-    monkeypatch.setattr(ldadam_module, "ldadam_update_batch_", broken)
+    monkeypatch.setattr(ldadam_module, "update_stacked_", broken)
     torch.set_num_threads(2)
     weights = [nn.Parameter(torch.zeros(size, 33)) for size in range(30, 10, -1)]
     optimizer = LDAdam(weights, rank=2)

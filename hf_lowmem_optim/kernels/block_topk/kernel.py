@@ -23,20 +23,22 @@ from hf_lowmem_optim.kernels.block_topk.layout import Selection
 
 __all__ = ["launch_options", "select_into"]
 
+#: Entries of a row where none are quantized.
+_ROW = 64
 _ENTRIES_PER_WARP = 512  # 16 per thread of a warp of 32
 
 
 @triton.jit
 def threshold_of(magnitude, k):
-    """A t with at least k of int32 [TILE] ≥ t, and fewer than k > t (entries below 0 never count)."""
+    """A t with at least k of int32 [ROWS, COLUMNS] ≥ t, and fewer than k > t (entries below 0 never count)."""
     lo = 0
-    count = tl.sum((magnitude >= lo).to(tl.int32), 0)  # of what is ≥ lo
-    hi = tl.max(magnitude, 0) + 1
+    count = tl.sum((magnitude >= lo).to(tl.int32))  # of what is ≥ lo
+    hi = tl.max(magnitude) + 1
     # down from the largest, by a factor of 2, 2^4, 2^16, ... until there are enough; then by halves
     step = 1 << 23
     while (hi - lo > 1) & (count != k):
         middle = tl.where(step > 0, tl.maximum(hi - step, lo + 1), lo + (hi - lo) // 2)
-        found = tl.sum((magnitude >= middle).to(tl.int32), 0)
+        found = tl.sum((magnitude >= middle).to(tl.int32))
         enough = found >= k
         lo = tl.where(enough, middle, lo)
         count = tl.where(enough, found, count)
@@ -70,12 +72,13 @@ def _block_topk_kernel(
     block = tl.program_id(0).to(tl.int64)
     base = block * BLOCK
     length = tl.minimum(n - base, BLOCK).to(tl.int32)
-    index = tl.arange(0, TILE)  # [TILE]
-    valid = index < length
+    # a quantization block a row, throughout: another order would have to go through shared memory
     ROWS: tl.constexpr = TILE // QUANT_BLOCK
     LEVELS: tl.constexpr = (1 << BITS) - 1
-    row = tl.arange(0, ROWS)  # quantization blocks, [ROWS]
+    row = tl.arange(0, ROWS)  # [ROWS]
     live = row * QUANT_BLOCK < length
+    index = row[:, None] * QUANT_BLOCK + tl.arange(0, QUANT_BLOCK)[None, :]  # [ROWS, QUANT_BLOCK]
+    valid = index < length
     grad_ptr += base
     if ERROR == "dense":
         error_ptr += base
@@ -92,7 +95,7 @@ def _block_topk_kernel(
         lo = tl.load(lo_ptr + row, mask=live, other=0.0).to(tl.float32)
         hi = tl.load(hi_ptr + row, mask=live, other=0.0).to(tl.float32)
         codes = load_codes(error_ptr, row, length, QUANT_BLOCK, QUANT_BLOCK, BITS)
-        a = a + error_scale * tl.reshape(decode(codes, lo, hi, LEVELS), (TILE,))
+        a = a + error_scale * decode(codes, lo, hi, LEVELS)
 
     # I ← the k entries of largest |a|: all above the threshold, then the lowest indices among those equal to it
     magnitude = tl.minimum(a.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0x7F800001)  # every NaN just above infinity
@@ -101,9 +104,11 @@ def _block_topk_kernel(
     threshold = threshold_of(magnitude, num_kept)
     above = (magnitude > threshold).to(tl.int32)
     equal = (magnitude == threshold).to(tl.int32)
-    room = num_kept - tl.sum(above, 0)
+    room = num_kept - tl.sum(above)
+    both = above | (equal << 16)
+    in_row = tl.sum(both, 1)
     # equal counts up to 2^15, so the upper half needs its sign bit: read it as unsigned
-    ranks = tl.cumsum(above | (equal << 16), 0).to(tl.uint32, bitcast=True)
+    ranks = (tl.cumsum(both, 1) + (tl.cumsum(in_row, 0) - in_row)[:, None]).to(tl.uint32, bitcast=True)
     equal_rank = (ranks >> 16).to(tl.int32)
     selected = (above > 0) | ((equal > 0) & (equal_rank <= room))
     place = (ranks & 0xFFFF).to(tl.int32) + tl.minimum(equal_rank, room) - 1
@@ -121,12 +126,9 @@ def _block_topk_kernel(
         if ERROR == "dense":
             tl.store(error_ptr + index, rest.to(error_ptr.dtype.element_ty), mask=valid)
         else:
-            rest = tl.reshape(rest, (ROWS, QUANT_BLOCK))
-            entry = row[:, None] * QUANT_BLOCK + tl.arange(0, QUANT_BLOCK)[None, :]
-            inside = entry < length
             BF16_STATS: tl.constexpr = lo_ptr.dtype.element_ty == tl.bfloat16
-            lo, hi = block_range(rest, inside, BF16_STATS)
-            codes = encode(rest, inside, lo, hi, base + entry, key0, key1, LEVELS, STOCHASTIC)
+            lo, hi = block_range(rest, valid, BF16_STATS)
+            codes = encode(rest, valid, lo, hi, base + index, key0, key1, LEVELS, STOCHASTIC)
             store_codes(error_ptr, codes, row, length, ROWS, QUANT_BLOCK, QUANT_BLOCK, BITS)
             tl.store(lo_ptr + row, lo.to(lo_ptr.dtype.element_ty), mask=live)
             tl.store(hi_ptr + row, hi.to(hi_ptr.dtype.element_ty), mask=live)
@@ -149,7 +151,7 @@ def select_into(out: Selection, grad: Tensor, error: Quantized | Tensor | None) 
         quant_block, bits = error.format.block_size, error.format.bits
     else:
         kind, buffer, lo, hi = "none" if error is None else "dense", error, None, None  # type: ignore[assignment]
-        quant_block, bits = tile, 8
+        quant_block, bits = min(tile, _ROW), 8
     with on_device(grad):
         _block_topk_kernel[(triton.cdiv(grad.numel(), out.block_size),)](
             grad,

@@ -1,9 +1,10 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """Orthonormal columns on a GPU: by Cholesky decomposition of YᵀY in float64 where that is accurate.
 
-A GPU does that for a whole batch and for ranks of some hundred in a fraction of the time of its QR
-(``benchmarks/orthonormalize.py --device cuda``). Where columns are dependent, zero or nearly so, they would not be
-orthogonal: Householder reflections follow, in a kernel that otherwise ends at once, so that the host need not know.
+A GPU does that for a whole batch and for ranks of some hundred in a fraction of the time of its QR, which is the faster
+one for few columns of one matrix (``benchmarks/orthonormalize.py --device cuda``). Where columns are dependent, zero or
+nearly so, they would not be orthogonal: Householder reflections follow, in a kernel that otherwise ends at once, so
+that the host need not know.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from torch import Tensor
 
 from hf_lowmem_optim.kernels.backend import on_device
 
-__all__ = ["orthonormal_columns"]
+__all__ = ["by_cholesky", "orthonormal_columns"]
 
 #: Columns with a squared pivot of this part of their own square are still orthogonal to 1e-7, smaller ones to less.
 _LEAST_PIVOT = 1e-7
+#: Columns of a single matrix up to which QR is faster.
+_FEW_COLUMNS = 32
 _ROWS, _COLUMNS, _NUM_WARPS = 1024, 16, 16
 
 
@@ -101,6 +104,13 @@ def reflect(A_ptr, tau, j, p, r, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 def orthonormal_columns(Y: Tensor) -> Tensor:
     """See :func:`hf_lowmem_optim.kernels.orthonormalize.orthonormalize`."""
+    if Y.numel() // (Y.shape[-2] * Y.shape[-1]) == 1 and Y.shape[-1] <= _FEW_COLUMNS:
+        return torch.linalg.qr(Y)[0]  # type: ignore[no-any-return]
+    return by_cholesky(Y)
+
+
+def by_cholesky(Y: Tensor) -> Tensor:
+    """The same by Cholesky decomposition, and reflections where that is not accurate."""
     columns = Y if Y.dim() == 3 else Y[None]
     wide = columns.double()
     gram = wide.mT @ wide

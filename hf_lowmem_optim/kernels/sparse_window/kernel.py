@@ -27,7 +27,7 @@ from hf_lowmem_optim.kernels.sparse_window.kernel_products import (
     gram_row,
     sparse_tile,
 )
-from hf_lowmem_optim.kernels.sparse_window.layout import SCRATCH_BYTES, SparseWindow
+from hf_lowmem_optim.kernels.sparse_window.layout import SCRATCH_BYTES, SparseWindow, sorted_slots
 
 __all__ = [
     "combine_",
@@ -37,9 +37,6 @@ __all__ = [
     "update_",
 ]
 
-SORTED_MAX_BLOCK_SIZE = 4096  # 12 bits of index
-SORTED_MAX_WINDOW = 15  # 4 bits of row; row 15 marks padding
-SORTED_MAX_SLOTS = 2048  # keys that one program sorts
 _NUM_WARPS = 4
 
 
@@ -224,18 +221,6 @@ def _dense_tile(param: Tensor, window: SparseWindow, num_warps: int) -> int:
     return int(min(16 * 64 * num_warps // param.itemsize, max(128, triton.next_power_of_2(window.block_size))))
 
 
-def sorted_slots(window: SparseWindow) -> int | None:
-    """Keys that the sorted kernel sorts for a block of this window, None where only the scratch kernel serves it."""
-    slots = int(max(128, triton.next_power_of_2(window.window * window.kept_per_block)))
-    fits = (
-        window.values.dtype == torch.bfloat16
-        and window.block_size <= SORTED_MAX_BLOCK_SIZE
-        and window.window <= SORTED_MAX_WINDOW
-        and slots <= SORTED_MAX_SLOTS
-    )
-    return slots if fits else None
-
-
 def update_(
     param: Tensor,
     window: SparseWindow,
@@ -247,7 +232,7 @@ def update_(
 ) -> None:
     """See :func:`hf_lowmem_optim.kernels.sparse_window.window_update_`."""
     with on_device(param):
-        slots = sorted_slots(window)
+        slots = sorted_slots(window.window, window.kept_per_block, window.block_size, window.values.dtype)
         if slots is not None:
             _launch_sorted(param, window, weights, slots, lr, eps, weight_decay)
         else:

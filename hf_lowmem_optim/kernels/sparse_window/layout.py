@@ -7,7 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["GRAM_ROWS", "MAX_BLOCK_SIZE", "SCRATCH_BYTES", "SparseWindow", "product_scratch_bytes"]
+__all__ = [
+    "GRAM_ROWS",
+    "MAX_BLOCK_SIZE",
+    "SCRATCH_BYTES",
+    "SparseWindow",
+    "product_scratch_bytes",
+    "sorted_slots",
+    "update_scratch_bytes",
+]
 
 MAX_BLOCK_SIZE = 32768
 """Indices are relative to their block and stored as int16."""
@@ -16,6 +24,8 @@ MAX_BLOCK_SIZE = 32768
 SCRATCH_BYTES = 1 << 25
 #: Rows that a program of a GPU multiplies with one of them, in scratch memory of its own.
 GRAM_ROWS = 32
+#: What a GPU's kernel sorts: 12 bits of index, 4 bits of row (row 15 marks padding), and keys of one program.
+_SORTED_BLOCK_SIZE, _SORTED_WINDOW, _SORTED_SLOTS = 4096, 15, 2048
 VALUE_DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -105,3 +115,24 @@ def product_scratch_bytes(numel: int, window: int) -> int:
         window: Number of rows.
     """
     return min(4 * numel * -(-window // GRAM_ROWS), SCRATCH_BYTES)
+
+
+def sorted_slots(window: int, kept_per_block: int, block_size: int, values: torch.dtype) -> int | None:
+    """Keys that a GPU's kernel sorts for a block, None where the rows are added up in scratch memory.
+
+    Args:
+        window: Number of rows.
+        kept_per_block: Kept entries of a full block.
+        block_size: Entries of a block.
+        values: Dtype of the values.
+    """
+    slots = max(128, 1 << (window * kept_per_block - 1).bit_length())
+    fits = block_size <= _SORTED_BLOCK_SIZE and window <= _SORTED_WINDOW and slots <= _SORTED_SLOTS
+    return slots if fits and values == torch.bfloat16 else None
+
+
+def update_scratch_bytes(numel: int, window: int, kept_per_block: int, block_size: int, values: torch.dtype) -> int:
+    """Scratch memory that Adam's statistics take on a GPU, in bytes, up to a block more; arguments as above."""
+    if sorted_slots(window, kept_per_block, block_size, values) is not None:
+        return 0
+    return min(8 * numel, SCRATCH_BYTES)

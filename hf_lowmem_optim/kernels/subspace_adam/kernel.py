@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_lowmem_optim.kernels.backend import on_device
-from hf_lowmem_optim.kernels.subspace_adam.layout import Buffers, Coefficients
+from hf_lowmem_optim.kernels.subspace_adam.layout import FEW_TERMS, Buffers, Coefficients
 from hf_lowmem_optim.kernels.subspace_adam.reference import descend_ as _descend_with_torch_
 from hf_lowmem_optim.kernels.subspace_adam.reference import move_with_, short_side_first
 
@@ -19,8 +19,6 @@ __all__ = ["descend_", "move_"]
 
 _MOMENT_COLUMNS, _MOMENT_TERMS = 32, 16
 _TILE = 64
-#: Torch's products are faster for more terms, for which reading and writing W is a small part.
-_FEW_TERMS = 32
 
 
 @triton.jit
@@ -154,7 +152,7 @@ def descend_(
 ) -> None:
     """Line 9 of :func:`~hf_lowmem_optim.kernels.subspace_adam.subspace_adam_`; narrow weights in one pass."""
     rank = basis.shape[-1]
-    if param.dtype == torch.float32 or rank > _FEW_TERMS or not param.is_contiguous():
+    if param.dtype == torch.float32 or rank > FEW_TERMS or not param.is_contiguous():
         _descend_with_torch_(param, basis, direction, coefficients, wide)
         return
     weight = short_side_first(param)

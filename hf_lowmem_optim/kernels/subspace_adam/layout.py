@@ -6,11 +6,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["PIECE", "Buffers", "Coefficients"]
+__all__ = ["FEW_TERMS", "PIECE", "Buffers", "Coefficients"]
 
 #: Columns, rows or entries of a piece are a multiple: so the same ones are left over after whole vectors, and no block
 #: of a quantized error is in two pieces.
 PIECE = 256
+#: Rank up to which a GPU adds to narrow weights in one pass; torch's products are faster for more terms, for which
+#: reading and writing W is a small part.
+FEW_TERMS = 32
 
 
 class Coefficients(NamedTuple):
