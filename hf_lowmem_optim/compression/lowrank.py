@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_lowmem_optim.kernels.orthonormalize import orthonormalize
+from hf_lowmem_optim.kernels.orthonormalize import orthonormalize, orthonormalize_entries
 
 __all__ = ["leading_left_singular_vectors", "seeded_sketch", "svd_entries"]
 
@@ -62,14 +62,14 @@ def svd_entries(p: int, q: int, rank: int, device: torch.device) -> int:
         device: Where the matrix lies.
 
     Returns:
-        The sketch, its product and three bases of ``rank`` + 8 columns, or on a GPU what finding one takes; or, for the
+        The sketch, its product and three bases of ``rank`` + 8 columns, or what finding one takes; or, for the
         exact decomposition, its factors, a copy of the matrix, LAPACK's workspace of some p × p and the result.
     """
     width = rank + _OVERSAMPLING
     if _is_small(p, width):
         return 2 * p * q + 5 * p * p + p * rank
-    on_cpu = 2 * q + 3 * p + width
-    return width * (on_cpu if device.type == "cpu" else max(on_cpu, q + 9 * p + 4 * width))
+    finding_one = width * (q + 2 * p) + orthonormalize_entries(p, width, device)
+    return max(width * (2 * q + 3 * p + width), finding_one)
 
 
 def _is_small(p: int, width: int) -> bool:

@@ -46,6 +46,7 @@ from hf_lowmem_optim.compression.error_feedback import (
 from hf_lowmem_optim.compression.lowrank import leading_left_singular_vectors, svd_entries
 from hf_lowmem_optim.compression.rounding import rounding_bytes
 from hf_lowmem_optim.compression.workspace import Workspace
+from hf_lowmem_optim.kernels.orthonormalize import orthonormalize_entries
 from hf_lowmem_optim.kernels.subspace_adam import Buffers, Coefficients, subspace_adam_
 from hf_lowmem_optim.kernels.subspace_adam.layout import FEW_TERMS
 from hf_lowmem_optim.optimizers.adamw import DenseState, adamw_state
@@ -142,9 +143,8 @@ def ldadam_temporaries(
 
     Returns:
         Shared: a and the wide copy of W, which take turns in one buffer; p̃, the bases and the two factors of line 6.
-        Own: the wide copies of U, m and v; then the four (p, r) matrices of line 3 and R, or on a GPU Y, three in
-        float64, what becomes U, YᵀY and its factor. In the first update p̃, bases and factors are the matrix's own,
-        after the factors of the SVD.
+        Own: the wide copies of U, m and v; then the four (p, r) matrices of line 3 and R, or Y and what it takes to
+        orthonormalize it. In the first update p̃, bases and factors are the matrix's own, after the factors of the SVD.
     """
     p, q = sorted((shape[0], math.prod(shape[1:])))
     a_has_place = error_feedback == "fp32" or (dtype == torch.float32 and error_feedback in ("param", "grad", "none"))
@@ -157,7 +157,7 @@ def ldadam_temporaries(
         own = max(svd_entries(p, q, rank, device), sum(buffers.values()) + rank * (2 * p + 2 * rank))
     else:
         shared.update(buffers)
-        own = rank * (8 * p + 4 * rank + 4) if device.type != "cpu" else rank * (4 * p + rank)
+        own = max(rank * (4 * p + rank), rank * p + orthonormalize_entries(p, rank, device))
     shared_bytes, own_bytes = {name: 4 * entries for name, entries in shared.items()}, 4 * (copies + own)
     if first and error_feedback == "grad":
         # before all that: the error's buffer is there beside the gradient that becomes it

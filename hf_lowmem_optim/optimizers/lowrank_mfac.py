@@ -32,7 +32,7 @@ from hf_lowmem_optim.compression.error_feedback import accumulate, error_state, 
 from hf_lowmem_optim.compression.lowrank import seeded_sketch
 from hf_lowmem_optim.compression.window import DenseRows, LowRankRows, widened_entries
 from hf_lowmem_optim.compression.workspace import Workspace
-from hf_lowmem_optim.kernels.orthonormalize import orthonormalize
+from hf_lowmem_optim.kernels.orthonormalize import orthonormalize, orthonormalize_entries
 from hf_lowmem_optim.optimizers.adamw import DenseState, adamw_state
 from hf_lowmem_optim.optimizers.dense import WeightRounding
 from hf_lowmem_optim.optimizers.hyperparameters import check_positive_int
@@ -106,6 +106,7 @@ def lowrank_mfac_temporaries(
     dtype: torch.dtype,
     *,
     first: bool,
+    device: torch.device,
     rank: int,
     window: int,
     error_feedback: str,
@@ -117,6 +118,7 @@ def lowrank_mfac_temporaries(
         shape: Shape of the parameter.
         dtype: Dtype of the parameter.
         first: Whether it is the first update, which draws the factor to start from.
+        device: Device of the parameter.
         rank: As in :class:`LowRankMFAC`.
         window: As in :class:`LowRankMFAC`.
         error_feedback: As in :class:`LowRankMFAC`.
@@ -132,7 +134,7 @@ def lowrank_mfac_temporaries(
         return StepTemporaries(own=max(8 * (widened_entries(window, numel) + numel), system), late=late)
     p, q = _matrix(shape)
     shared = {} if error_feedback == "fp32" else {"accumulated": 4 * numel}
-    factors = 4 * rank * (3 * p + q + (q if first else 0))
+    factors = 4 * (rank * (p + q + (q if first else 0)) + orthonormalize_entries(p, rank, device))
     widened = 8 * max(widened_entries(window, rank * size) + rank * size for size in (p, q))
     return StepTemporaries(shared, max(factors, widened, system), late, 4 * window * rank * p)
 

@@ -20,6 +20,7 @@ from hf_lowmem_optim.kernels import backend
 from hf_lowmem_optim.kernels.block_quant import QuantFormat, Quantized, dequantize_, dequantize_add_, quantize_
 from hf_lowmem_optim.kernels.block_topk import block_topk_, num_kept
 from hf_lowmem_optim.kernels.block_topk import kept_per_block as count_kept
+from hf_lowmem_optim.kernels.orthonormalize import orthonormalize
 from hf_lowmem_optim.kernels.sparse_window import (
     SparseWindow,
     window_combine_,
@@ -181,7 +182,7 @@ def _reflections(rows: int, rank: int) -> Launch:
     def prepare() -> tuple[Callable[[], object], list[Tensor]]:
         matrix = torch.randn(rows, rank)
         matrix[:, -1] = matrix[:, 0]  # else there would be nothing to do
-        return lambda: backend.implementation("orthonormalize", "triton").by_cholesky(matrix), [matrix, matrix]
+        return lambda: orthonormalize(matrix), [matrix, matrix]
 
     return Launch(f"householder {rows} × {rank}", rows * rank, prepare, 16)
 

@@ -6,11 +6,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from hf_lowmem_optim.kernels.backend import choose_backend, implementation
 
-__all__ = ["orthonormalize"]
+__all__ = ["orthonormalize", "orthonormalize_entries"]
 
 
 def orthonormalize(Y: Tensor) -> Tensor:
@@ -30,3 +31,15 @@ def orthonormalize(Y: Tensor) -> Tensor:
     triton = choose_backend("orthonormalize", Y.device) == "triton"
     columns: Tensor = implementation("orthonormalize", "triton" if triton else "reference").orthonormal_columns(Y)
     return columns
+
+
+def orthonormalize_entries(p: int, r: int, device: torch.device) -> int:
+    """Return how many float32 entries :func:`orthonormalize` allocates for a matrix at most, result included.
+
+    Args:
+        p: Number of rows.
+        r: Number of columns.
+        device: Where the matrix lies; the libraries' workspaces do not count.
+    """
+    # on a GPU: Y and what becomes U in float64, U, YᵀY and its factor
+    return 2 * p * r if device.type == "cpu" else r * (5 * p + 4 * r + 1)

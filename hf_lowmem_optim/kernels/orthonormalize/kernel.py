@@ -1,10 +1,10 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """Orthonormal columns on a GPU: by Cholesky decomposition of YᵀY in float64 where that is accurate.
 
-A GPU does that for a whole batch and for ranks of some hundred in a fraction of the time of its QR, which is the faster
-one for few columns of one matrix (``benchmarks/orthonormalize.py --device cuda``). Where columns are dependent, zero or
-nearly so, they would not be orthogonal: Householder reflections follow, in a kernel that otherwise ends at once, so
-that the host need not know.
+A GPU does that for a whole batch and for ranks of some hundred in a fraction of the time of its QR
+(``benchmarks/orthonormalize.py --device cuda``), and it needs no workspace of megabytes. Where columns are dependent,
+zero or nearly so, they would not be orthogonal: there a kernel, which otherwise ends at once, begins again with
+Householder reflections. So the host need not know.
 """
 
 from __future__ import annotations
@@ -16,31 +16,44 @@ from torch import Tensor
 
 from hf_lowmem_optim.kernels.backend import on_device
 
-__all__ = ["by_cholesky", "orthonormal_columns"]
+__all__ = ["orthonormal_columns"]
 
 #: Columns with a squared pivot of this part of their own square are still orthogonal to 1e-7, smaller ones to less.
 _LEAST_PIVOT = 1e-7
-#: Columns of a single matrix up to which QR is faster.
-_FEW_COLUMNS = 32
 _ROWS, _COLUMNS, _NUM_WARPS = 1024, 16, 16
 
 
 @triton.jit
 def _householder_kernel(
-    A_ptr,  # [batch, r, p]: a column of Y is a row here
+    A_ptr,  # [batch, r, p]: a column of the matrix is a row here; what Cholesky made of it
+    Y_ptr,  # [batch, p, r]
+    gram_ptr,  # [batch, r, r]
+    factor_ptr,  # [batch, r, r], any strides
     taus_ptr,
-    good_ptr,
     p,
     r,
-    P: tl.constexpr,
+    factor_batch,
+    factor_diagonal,
+    RANK: tl.constexpr,  # r rounded up
+    P: tl.constexpr,  # p rounded up
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    LEAST_PIVOT: tl.constexpr,
 ):
     batch = tl.program_id(0).to(tl.int64)
-    if tl.load(good_ptr + batch) == 0:
+    column = tl.arange(0, RANK)
+    pivot = tl.load(factor_ptr + batch * factor_batch + column * factor_diagonal, mask=column < r, other=1.0)
+    square = tl.load(gram_ptr + batch * r * r + column * (r + 1), mask=column < r, other=1.0)
+    # of a NaN, where the decomposition broke off, too
+    good = tl.sum((pivot * pivot > LEAST_PIVOT * square).to(tl.int32), 0)
+    if good < RANK:
         A_ptr += batch * p * r
+        Y_ptr += batch * p * r
         taus_ptr += batch * r
         row = tl.arange(0, P)
+        for j in range(r):
+            tl.store(A_ptr + j * p + row, tl.load(Y_ptr + row * r + j, mask=row < p), mask=row < p)
+        tl.debug_barrier()
         for j in range(r):
             x = tl.load(A_ptr + j * p + row, mask=row < p, other=0.0)
             v, tau = find_reflection(x, row, j)
@@ -104,35 +117,32 @@ def reflect(A_ptr, tau, j, p, r, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 def orthonormal_columns(Y: Tensor) -> Tensor:
     """See :func:`hf_lowmem_optim.kernels.orthonormalize.orthonormalize`."""
-    if Y.numel() // (Y.shape[-2] * Y.shape[-1]) == 1 and Y.shape[-1] <= _FEW_COLUMNS:
-        return torch.linalg.qr(Y)[0]  # type: ignore[no-any-return]
-    return by_cholesky(Y)
-
-
-def by_cholesky(Y: Tensor) -> Tensor:
-    """The same by Cholesky decomposition, and reflections where that is not accurate."""
-    columns = Y if Y.dim() == 3 else Y[None]
+    columns = (Y if Y.dim() == 3 else Y[None]).contiguous()
     wide = columns.double()
     gram = wide.mT @ wide
     factor = torch.linalg.cholesky_ex(gram)[0]
-    pivots = factor.diagonal(dim1=-2, dim2=-1).square()
-    # not where the decomposition broke off with NaN
-    good = (pivots > _LEAST_PIVOT * gram.diagonal(dim1=-2, dim2=-1)).all(-1)
     solved = torch.linalg.solve_triangular(factor, wide.mT, upper=False)  # [batch, r, p]
-    rows = torch.where(good[:, None, None], solved, wide.mT).to(torch.float32, memory_format=torch.contiguous_format)
+    rows = solved.to(torch.float32, memory_format=torch.contiguous_format)
     batch, r, p = rows.shape
     taus = torch.empty(batch, r, dtype=torch.float32, device=Y.device)
     P = triton.next_power_of_2(p)
     with on_device(Y):
         _householder_kernel[(batch,)](
             rows,
+            columns,
+            gram,
+            factor,
             taus,
-            good.view(torch.uint8),
             p,
             r,
+            factor.stride(0),
+            factor.stride(1) + factor.stride(2),
+            RANK=triton.next_power_of_2(r),
             P=P,
             ROWS=min(_ROWS, P),
             COLUMNS=_COLUMNS,
+            LEAST_PIVOT=_LEAST_PIVOT,
             num_warps=_NUM_WARPS,
         )
-    return (rows if Y.dim() == 3 else rows[0]).mT
+    basis: Tensor = rows if Y.dim() == 3 else rows[0]
+    return basis.mT
