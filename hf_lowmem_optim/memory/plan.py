@@ -94,8 +94,9 @@ def plan_groups(optimizer_class: type[LowMemoryOptimizer], groups: Groups, *, nu
 def plan_temporaries(optimizer_class: type[LowMemoryOptimizer], groups: Groups) -> int | None:
     """Predict how many bytes one ``step()`` allocates at most besides the state, in the first step or a later one.
 
-    With one tensor updated after the other, as on a GPU. On a CPU each further thread (``torch.get_num_threads()``, 16
-    at most) that updates another tensor at the same time takes up to as much again.
+    It depends on the parameters' device; those on none (``meta``) count as on a GPU. On a CPU it is what one thread
+    takes that updates one tensor after the other: each further one (``torch.get_num_threads()``, 16 at most) that
+    updates another at the same time takes up to as much again.
 
     Args:
         optimizer_class: The optimizer.

@@ -47,7 +47,8 @@ def plan_memory(
 ) -> MemoryPlan:
     """Plan the memory of a training run: weights, gradients, optimizer state and what ``step()`` allocates.
 
-    Activations are not in it: they depend on the batch.
+    Activations are not in it: they depend on the batch. What a step allocates is that of a GPU, or of the device that a
+    live model is on.
 
     Args:
         model: A preset (``"llama-2-7b"``), a model directory, a ``config.json``, a configuration, or a live model with

@@ -47,7 +47,7 @@ def test_a_gpu_computes_what_a_cpu_computes(case: Case, dtype: torch.dtype) -> N
     tolerance, spacing = 1e-3, torch.finfo(dtype).eps if dtype != torch.float32 else 0.0
     if case.hyper.get("dense_state") == "8bit":
         # bitsandbytes' two kernels differ: in the last digits, and in how often they round a narrow weight
-        tolerance, spacing = 3e-3, 4 * spacing
+        tolerance, spacing = (3e-3 if dtype == torch.float32 else 2e-2), 4 * spacing
     for key, before in start.items():
         moved = (ends["cpu"][key] - before.detach().double()).abs().max()
         difference = (ends["cpu"][key] - ends["cuda"][key]).abs()
