@@ -1,4 +1,4 @@
-"""Small matrices of one shape, updated together: a call costs as much as the arithmetic of a few thousand entries.
+"""Matrices of one shape, updated together: a call costs as much as the arithmetic of a few thousand entries.
 
 Parameters, gradients and states are stacked, updated as one three-dimensional tensor, and copied back. On the CPU the
 result is bit for bit that of updating each by itself (``kernels/subspace_adam``), so it does not depend on which
@@ -22,11 +22,13 @@ from hf_lowmem_optim.optimizers.pending import PendingUpdate
 __all__ = ["batch_entries", "chunks_by_key", "is_aligned", "matrix_entries", "update_stacked_"]
 
 _ALIGNMENT = 16
+#: Tensors of a batch at most: a dimension of a GPU's grid has room for 65535.
+_MOST_TENSORS = 1 << 12
 _T = TypeVar("_T")
 
 
 def matrix_entries(device: torch.device) -> int:
-    """Entries of the largest matrix that is updated with others (``benchmarks/step_time.py --shapes small``)."""
+    """Entries of the largest matrix updated with others (``benchmarks/step_time.py``, small; on a GPU, llama)."""
     return 1 << 16 if device.type == "cpu" else 1 << 22
 
 
@@ -46,7 +48,7 @@ def is_aligned(*shapes: Sequence[int]) -> bool:
 def chunks_by_key(
     items: Iterable[_T], key: Callable[[_T], Hashable], entries: Callable[[_T], int], limit: Callable[[_T], int]
 ) -> list[list[_T]]:
-    """Put items of one key together.
+    """Put items of one key together, some thousand at most.
 
     Args:
         items: The items.
@@ -62,7 +64,7 @@ def chunks_by_key(
     for item in items:
         of_item = key(item)
         chunk = None if of_item is None else open_chunks.get(of_item)
-        if chunk is None or (len(chunk) + 1) * entries(item) > limit(item):
+        if chunk is None or len(chunk) == _MOST_TENSORS or (len(chunk) + 1) * entries(item) > limit(item):
             chunk = []
             chunks.append(chunk)
             if of_item is not None:

@@ -1,7 +1,8 @@
 """Layer-wise mode: a parameter is updated in the backward pass as soon as its gradient is there, which is then freed.
 
-So the gradients never exist all at once. The update is the normal mode's, bit for bit, and so is the state: a
-checkpoint of one mode resumes in the other. What needs all gradients at once is not to be had: clipping by their global
+So the gradients never exist all at once. The update is the normal mode's, bit for bit, and so is the state (to rounding
+for LDAdam on a GPU, whose normal mode updates matrices of one shape together): a checkpoint of one mode resumes in the
+other. What needs all gradients at once is not to be had: clipping by their global
 norm, and a gradient scaler, which wants to look at all of them before any is used.
 
 Gradient accumulation puts the gradients of all micro-batches but the last into the error feedback of a compressed

@@ -138,7 +138,7 @@ def ldadam_temporaries(
         rank: As in :class:`LDAdam`.
         state_dtype: As in :class:`LDAdam`.
         error_feedback: As in :class:`LDAdam`.
-        device: Device of the parameter.
+        device: Device of the parameter; on a GPU with Triton, and contiguous.
         **_other: Hyper-parameters that do not matter here.
 
     Returns:
@@ -183,7 +183,8 @@ def ldadam_update_(
 
     Args:
         param: W, shape (out, in), any layout; float32, bfloat16 or float16. Several: (batch, out, in), t > 1.
-        grad: g, same shape; only read. It may be ``state["error"]`` itself, which then holds g + ξ.
+        grad: g, same shape; only read, unless it is the workspace's buffer for a, ``"accumulated"``. It may be
+            ``state["error"]`` itself, which then holds g + ξ.
         state: As :func:`ldadam_state` describes it; written. Several: each tensor stacked, (batch, ...).
         step: t, 1 for the first update of this tensor.
         lr: Learning rate.
@@ -275,7 +276,7 @@ def _batch_key(param: Tensor, group: Mapping[str, Any], step: int) -> Hashable:
     fits = p * q <= matrix_entries(param.device) and p * q % QUANTIZATION_BLOCK_SIZE == 0
     if step == 1 or not (fits and is_aligned((p, r), (r, q), (r, r))) or group["stochastic_rounding"]:
         return None
-    return id(group), _matrix_shape(param), param.dtype, param.device, step
+    return id(group), param.shape, param.dtype, param.device, step
 
 
 def _matrix_shape(param: Tensor) -> tuple[int, int]:

@@ -94,9 +94,16 @@ def sparse_mfac_state(
 
 
 def sparse_mfac_temporaries(
-    shape: Sequence[int], dtype: torch.dtype, *, device: torch.device, window: int, momentum: float, **_other: Any
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    device: torch.device,
+    window: int,
+    block_size: int,
+    momentum: float,
+    **_other: Any,
 ) -> StepTemporaries:
-    """What a step allocates for one tensor.
+    """What a step allocates for one tensor, if it is contiguous.
 
     The torch reference, where neither Triton nor numba serve, takes some slices besides, the same for every tensor.
 
@@ -105,6 +112,7 @@ def sparse_mfac_temporaries(
         dtype: Dtype of the parameter.
         device: Device of the parameter.
         window: As in :class:`SparseMFAC`.
+        block_size: As in :class:`SparseMFAC`.
         momentum: As in :class:`SparseMFAC`.
         **_other: Hyper-parameters that do not matter here.
 
@@ -112,7 +120,7 @@ def sparse_mfac_temporaries(
         First pass: the system of line 5, or on a GPU the scratch memory of line 4 if that is larger. Second pass: that
         of lines 5 and 7; with momentum u and a float32 copy of a narrower parameter, shared.
     """
-    scratch = product_scratch_bytes(math.prod(shape), window) if device.type != "cpu" else 0
+    scratch = product_scratch_bytes(math.prod(shape), window, block_size) if device.type != "cpu" else 0
     own = max(scratch, system_bytes(window))
     if momentum > 0:
         return StepTemporaries(own=own, late=descent_temporaries(shape, dtype))

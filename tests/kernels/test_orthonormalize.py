@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.kernels.test_block_quant import DEVICE, INTERPRETED, ON_GPU
 
 pytest.importorskip("triton")
-from hf_lowmem_optim.kernels.orthonormalize import kernel
+from hf_lowmem_optim.kernels.orthonormalize import kernel, orthonormalize
 
 pytestmark = [
     *([] if INTERPRETED else ON_GPU),
@@ -31,7 +31,15 @@ def columns(name: str, p: int, r: int) -> Tensor:
     elif name == "zero columns":
         Y[:, 2:5] = 0
     elif name == "as dependent as Cholesky serves":
-        Y[:, 2:] = Y[:, :1] + 4e-4 * Y[:, 2:]
+        Y[:, 2:] = Y[:, :1] + 1e-4 * Y[:, 2:]
+    elif name == "a chain of neighbours":
+        orthonormal = torch.linalg.qr(Y)[0]
+        for j in range(1, r):
+            Y[:, j] = (1 - 0.03**2) ** 0.5 * orthonormal[:, j - 1] + 0.03 * orthonormal[:, j]
+        Y[:, 0] = orthonormal[:, 0]
+    elif name == "a repeated column, large":
+        Y[:, 3] = Y[:, 1]
+        Y *= 1e13
     elif name == "nearly dependent":
         Y[:, 2:] = Y[:, :1] + 1e-6 * Y[:, 2:]
     elif name == "lengths of all sizes":
@@ -44,7 +52,9 @@ def columns(name: str, p: int, r: int) -> Tensor:
 
 BAD = (
     "as dependent as Cholesky serves",
+    "a chain of neighbours",
     "a repeated column",
+    "a repeated column, large",
     "zero columns",
     "nearly dependent",
     "lengths of all sizes",
@@ -57,7 +67,7 @@ def deviation(U: Tensor) -> float:
     return (wide.mT @ wide - torch.eye(U.shape[-1], device=DEVICE)).abs().max().item()
 
 
-@pytest.mark.parametrize(("p", "r"), [(7, 7), (40, 6), (90, 37)])
+@pytest.mark.parametrize(("p", "r"), [(7, 7), (40, 6), (90, 37), (70, 20)])
 @pytest.mark.parametrize("name", ["any", *BAD])
 def test_columns_are_orthonormal_and_span_the_same(name: str, p: int, r: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "_ROWS", 32)
@@ -94,3 +104,15 @@ def test_what_is_not_finite_stays_so(value: float, length: float) -> None:
     Y[7, 2] = value
     U = kernel.orthonormal_columns(Y)
     assert not U[:, 2:].isfinite().all(0).any()
+
+
+@pytest.mark.parametrize("length", [1.0, 0.0])
+def test_one_column(length: float) -> None:
+    U = kernel.orthonormal_columns(normal(2, 40, 1) * length)
+    assert U.shape == (2, 40, 1) and (U.norm(dim=1) - 1).abs().max() <= 1e-6
+
+
+def test_what_has_no_such_columns_is_refused() -> None:
+    for wrong in (normal(3, 4), normal(4), normal(4, 3).double()):
+        with pytest.raises(ValueError, match=r"p ≥ r; got"):
+            orthonormalize(wrong)

@@ -214,6 +214,20 @@ def test_one_of_a_batch_is_what_it_is_alone(backend: str, rows: int, rank: int) 
         assert all(torch.equal(a[i], b) for a, b in zip(together.results(), one.results(), strict=True))
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter's")
+def test_a_gpu_leaves_large_ranks_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from hf_lowmem_optim.kernels.subspace_adam import kernel
+
+    monkeypatch.setattr(kernel, "_MOST_ROWS", 12)
+    monkeypatch.setattr(kernel, "_moments_kernel", None)
+    one, other = Problem(40, 60, 13), Problem(40, 60, 13)
+    for each, backend in ((one, "triton"), (other, "reference")):
+        monkeypatch.setenv(ENVIRONMENT_VARIABLE, backend)
+        each.step()
+    assert all(torch.equal(a, b) for a, b in zip(one.results(), other.results(), strict=True))
+
+
 @pytest.mark.parametrize("backend", ["cpu"], indirect=True)
 @pytest.mark.parametrize("shape", [(520, 1030), (1030, 520)])
 @pytest.mark.parametrize("way", ["given", "moves", "with an error"])

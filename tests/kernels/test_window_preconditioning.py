@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from hf_lowmem_optim.kernels.sparse_window import SparseWindow, window_descend_, window_gram_row
+from hf_lowmem_optim.kernels.sparse_window import (
+    SparseWindow,
+    layout,
+    window_descend_,
+    window_gram_row,
+    window_update_,
+)
 from tests.kernels.test_sparse_window import CASES, DEVICE, FAST, Case, make_param, make_window, same
 from tests.reference import sparse_window as paper
 
@@ -37,6 +43,27 @@ def test_gram_row(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> 
         np.testing.assert_allclose(found.cpu().numpy(), G @ G[row], rtol=1e-10, atol=1e-10)
     with pytest.raises(IndexError, match="is not one of the window's"):
         window_gram_row(window, case.window)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("window", [1, 33, 70])
+@pytest.mark.parametrize("programs", [1, 3])
+def test_many_rows_and_several_blocks_a_program(
+    window: int, programs: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU rows go in groups, and a program has several blocks in its scratch memory, one after the other."""
+    case = Case(numel=64 * 4 + 7, block_size=64, kept_per_block=5, kept_in_last_block=2, window=window, step=window)
+    monkeypatch.setattr(layout, "_SCRATCH_BYTES", 4 * case.block_size * programs * -(-window // layout.GRAM_ROWS))
+    one, weights = filled(case), torch.linspace(-1, 1, window, device=DEVICE)
+    found = []
+    for each in ("reference", backend):
+        monkeypatch.setenv("HF_LOWMEM_OPTIM_BACKEND", each)
+        param, moved = make_param(case), make_param(case)
+        window_descend_(param, one, weights, lr=0.1, weight_decay=0.1)
+        window_update_(moved, one, torch.stack([weights.abs(), weights.abs()]), lr=0.1, eps=1e-8, weight_decay=0.1)
+        found.append((window_gram_row(one, window - 1), param, moved))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-12, atol=1e-12)
+    assert same(found[0][1], found[1][1]) and same(found[0][2], found[1][2])
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

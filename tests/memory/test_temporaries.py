@@ -82,7 +82,7 @@ def test_the_description_bounds_what_is_allocated_closely(
         pytest.importorskip("numba")  # without it the reference works, in slices
     if hyper.get("dense_state") == "8bit":
         pytest.importorskip("bitsandbytes")
-    if backend is not None:  # as on a GPU, where torch's own operations serve LDAdam
+    if backend is not None:  # torch's own operations
         monkeypatch.setattr(subspace_adam, "choose_backend", lambda *_: backend)
     if "weight_rounding" in hyper and dtype == torch.float32:
         pytest.skip("refused: float32 weights are not rounded")

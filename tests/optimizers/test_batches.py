@@ -73,6 +73,15 @@ def test_a_matrix_does_not_notice_the_others(
             assert torch.equal(value, other) if isinstance(value, Tensor) else value == other
 
 
+def test_matrices_of_one_size_and_different_shapes() -> None:
+    shapes = [(32, 64), (32, 64, 1, 1), (32, 16, 4), (32, 64)]
+    together, alone = ([nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    one, each = LDAdam(together, rank=4), [LDAdam([weight], rank=4) for weight in alone]
+    train([one], together, 3)
+    train(each, alone, 3)
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+
+
 @given(st.lists(st.tuples(st.sampled_from([None, "a", "b"]), st.integers(1, 1 << 18)), max_size=30))
 def test_chunks_hold_everything_once_and_stay_within_the_limit(items: list[tuple[str | None, int]]) -> None:
     numbered = list(enumerate(items))

@@ -102,6 +102,9 @@ def test_a_configuration_plans_as_the_live_model_does(model_name: str, tmp_path:
         planned = plan_memory(source)
         assert planned.weights == live.weights
         assert state_of(planned) == state_of(live)
+    with torch.device("meta"):
+        nowhere = plan_memory(MODELS[model_name]())
+    assert [row.temporary_bytes for row in planned.optimizers] == [row.temporary_bytes for row in nowhere.optimizers]
     targets = ["in_proj", "x_proj"] if model_name == "mamba" else "all-linear"
     lora = f"r=4,target={targets if isinstance(targets, str) else '+'.join(targets)}"
     adapted = plan_memory(model.config, options=ModelOptions(lora=lora))

@@ -100,7 +100,7 @@ def decode(codes, lo, hi, LEVELS: tl.constexpr):
 
 @triton.jit
 def load_codes(codes_ptr, row, n, COLS: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr):
-    """Codes of the blocks ``row`` (int64 [ROWS]) → int32 [ROWS, COLS]; every byte is loaded once."""
+    """Codes of the blocks ``row`` ([ROWS]) → int32 [ROWS, COLS]; every byte is loaded once."""
     if BITS == 8:
         col = tl.arange(0, COLS)[None, :]
         at = row[:, None] * BLOCK + col

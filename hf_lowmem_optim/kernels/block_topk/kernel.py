@@ -30,7 +30,7 @@ _ENTRIES_PER_WARP = 512  # 16 per thread of a warp of 32
 
 @triton.jit
 def threshold_of(magnitude, k):
-    """A t with at least k of int32 [ROWS, COLUMNS] ≥ t, and fewer than k > t (entries below 0 never count)."""
+    """A t with at least k of int32 [ROWS, COLUMNS] ≥ t, and at most k > t (entries below 0 never count)."""
     lo = 0
     count = tl.sum((magnitude >= lo).to(tl.int32))  # of what is ≥ lo
     hi = tl.max(magnitude) + 1

@@ -25,8 +25,13 @@ def orthonormalize(Y: Tensor) -> Tensor:
         dimensions. From the first column that is not finite on, or everywhere, not finite.
 
     Raises:
+        ValueError: Y is no such matrix, or the requested backend does not serve it.
         ImportError: The requested backend is not installed.
     """
+    if Y.dim() not in (2, 3) or Y.shape[-2] < Y.shape[-1] or Y.dtype != torch.float32:
+        raise ValueError(
+            f"Y must be float32 of shape (p, r) or (batch, p, r) with p ≥ r; got {Y.dtype} {tuple(Y.shape)}"
+        )
     # without a version of numba's: it is asked for, if at all, for all operations
     triton = choose_backend("orthonormalize", Y.device) == "triton"
     columns: Tensor = implementation("orthonormalize", "triton" if triton else "reference").orthonormal_columns(Y)
@@ -41,5 +46,5 @@ def orthonormalize_entries(p: int, r: int, device: torch.device) -> int:
         r: Number of columns.
         device: Where the matrix lies; the libraries' workspaces do not count.
     """
-    # on a GPU: Y and what becomes U in float64, U, YᵀY and its factor
+    # on a GPU: Y and what becomes U in float64, U, YᵀY or UᵀU, and the factor
     return 2 * p * r if device.type == "cpu" else r * (5 * p + 4 * r + 1)

@@ -3,7 +3,7 @@
 
 A GPU does that for a whole batch and for ranks of some hundred in a fraction of the time of its QR
 (``benchmarks/orthonormalize.py --device cuda``), and it needs no workspace of megabytes. Where columns are dependent,
-zero or nearly so, they would not be orthogonal: there a kernel, which otherwise ends at once, begins again with
+zero or nearly so, what comes out is not orthonormal: there a kernel, which otherwise ends at once, begins again with
 Householder reflections. So the host need not know.
 """
 
@@ -18,8 +18,8 @@ from hf_lowmem_optim.kernels.backend import on_device
 
 __all__ = ["orthonormal_columns"]
 
-#: Columns with a squared pivot of this part of their own square are still orthogonal to 1e-7, smaller ones to less.
-_LEAST_PIVOT = 1e-7
+#: How far an entry of UᵀU may be from that of the identity.
+_TOLERANCE = 1e-6
 _ROWS, _COLUMNS, _NUM_WARPS = 1024, 16, 16
 
 
@@ -27,38 +27,28 @@ _ROWS, _COLUMNS, _NUM_WARPS = 1024, 16, 16
 def _householder_kernel(
     A_ptr,  # [batch, r, p]: a column of the matrix is a row here; what Cholesky made of it
     Y_ptr,  # [batch, p, r]
-    gram_ptr,  # [batch, r, r]
-    factor_ptr,  # [batch, r, r], any strides
+    gram_ptr,  # [batch, r, r], of A
     taus_ptr,
     p,
     r,
-    factor_batch,
-    factor_diagonal,
     RANK: tl.constexpr,  # r rounded up
-    P: tl.constexpr,  # p rounded up
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    LEAST_PIVOT: tl.constexpr,
+    TOLERANCE: tl.constexpr,
 ):
     batch = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, RANK)
-    pivot = tl.load(factor_ptr + batch * factor_batch + column * factor_diagonal, mask=column < r, other=1.0)
-    square = tl.load(gram_ptr + batch * r * r + column * (r + 1), mask=column < r, other=1.0)
-    # of a NaN, where the decomposition broke off, too
-    good = tl.sum((pivot * pivot > LEAST_PIVOT * square).to(tl.int32), 0)
-    if good < RANK:
+    if not_orthonormal(gram_ptr + batch * r * r, r, RANK, COLUMNS, TOLERANCE) > 0:
         A_ptr += batch * p * r
         Y_ptr += batch * p * r
         taus_ptr += batch * r
-        row = tl.arange(0, P)
+        lane = tl.arange(0, ROWS)
         for j in range(r):
-            tl.store(A_ptr + j * p + row, tl.load(Y_ptr + row * r + j, mask=row < p), mask=row < p)
+            for top in range(0, p, ROWS):
+                y = tl.load(Y_ptr + (top + lane).to(tl.int64) * r + j, mask=top + lane < p, other=0.0)
+                tl.store(A_ptr + j * p + top + lane, y, mask=top + lane < p)
         tl.debug_barrier()
         for j in range(r):
-            x = tl.load(A_ptr + j * p + row, mask=row < p, other=0.0)
-            v, tau = find_reflection(x, row, j)
-            tl.debug_barrier()
-            tl.store(A_ptr + j * p + row, v, mask=row < p)
+            tau = find_reflection(A_ptr + j * p, j, p, ROWS)
             tl.store(taus_ptr + j, tau)
             tl.debug_barrier()
             reflect(A_ptr, tau, j, p, r, ROWS, COLUMNS)
@@ -68,29 +58,61 @@ def _householder_kernel(
             j = r - 1 - back
             tau = tl.load(taus_ptr + j)
             reflect(A_ptr, tau, j, p, r, ROWS, COLUMNS)
-            x = tl.load(A_ptr + j * p + row, mask=row < p, other=0.0)
             tl.debug_barrier()
-            tl.store(A_ptr + j * p + row, tl.where(row == j, 1.0, 0.0) - tau * x, mask=row < p)
+            for top in range(0, p, ROWS):
+                entry = top + lane
+                v = tl.load(A_ptr + j * p + entry, mask=entry < p, other=0.0)
+                tl.store(A_ptr + j * p + entry, tl.where(entry == j, 1.0, 0.0) - tau * v, mask=entry < p)
             tl.debug_barrier()
 
 
 @triton.jit
-def find_reflection(x, row, j):
-    """Return v, v[j] = 1 and zero above, and τ: I − τ·v·vᵀ reflects x[j:] onto an axis."""
-    x = tl.where(row >= j, x, 0.0)
-    square = tl.sum(x * x, 0)
-    largest = tl.max(tl.abs(x), 0)
+def not_orthonormal(gram_ptr, r, RANK: tl.constexpr, ROWS: tl.constexpr, TOLERANCE: tl.constexpr):
+    """Count the entries of a Gram matrix that are not those of the identity; a NaN is not."""
+    column = tl.arange(0, RANK)[None, :]
+    wrong = tl.zeros([ROWS, RANK], tl.int32)
+    for top in range(0, r, ROWS):
+        row = top + tl.arange(0, ROWS)[:, None]
+        inside = (row < r) & (column < r)
+        identity = tl.where(row == column, 1.0, 0.0)
+        entry = tl.load(gram_ptr + row * r + column, mask=inside, other=0.0)
+        near = tl.abs(entry - identity) <= TOLERANCE
+        wrong += (inside & (near == 0)).to(tl.int32)
+    return tl.sum(wrong)
+
+
+@triton.jit
+def find_reflection(x_ptr, j, p, ROWS: tl.constexpr):
+    """Overwrite x [p] with v, v[j] = 1 and zero above, and return τ: I − τ·v·vᵀ reflects x[j:] onto an axis."""
+    lane = tl.arange(0, ROWS)
+    first = j // ROWS * ROWS
+    square, largest = 0.0, 0.0
+    for top in range(first, p, ROWS):
+        entry = top + lane
+        x = tl.load(x_ptr + entry, mask=(entry >= j) & (entry < p), other=0.0)
+        square += tl.sum(x * x, 0)
+        largest = tl.maximum(largest, tl.max(tl.abs(x), 0))
     # where the square has all its digits, and is no overflow; of a NaN the length is NaN whatever the scale
     scale = tl.where(((square > 1e-18) & (square < 1e30)) | (largest == 0.0) | (largest == float("inf")), 1.0, largest)
-    x = x / scale
-    alpha = tl.sum(tl.where(row == j, x, 0.0), 0)
-    rest = tl.sum(tl.where(row > j, x * x, 0.0), 0)
+    rest = 0.0
+    for top in range(first, p, ROWS):
+        entry = top + lane
+        x = tl.load(x_ptr + entry, mask=(entry > j) & (entry < p), other=0.0) / scale
+        rest += tl.sum(x * x, 0)
+    alpha = tl.load(x_ptr + j) / scale
     length = tl.sqrt(alpha * alpha + rest)
     beta = tl.where(alpha >= 0.0, -length, length)
     flat = rest == 0.0
     tau = tl.where(flat, 0.0 * alpha, (beta - alpha) / tl.where(flat, 1.0, beta))
-    v = x / tl.where(flat, 1.0, alpha - beta)
-    return tl.where(row == j, 1.0, tl.where(row > j, v, 0.0)), tau
+    divisor = tl.where(flat, 1.0, alpha - beta)
+    tl.debug_barrier()
+    for top in range(0, p, ROWS):
+        entry = top + lane
+        x = tl.load(x_ptr + entry, mask=(entry > j) & (entry < p), other=0.0) / scale
+        v = tl.where(entry == j, 1.0, tl.where(entry > j, x / divisor, 0.0))
+        tl.store(x_ptr + entry, v, mask=entry < p)
+    tl.debug_barrier()
+    return tau
 
 
 @triton.jit
@@ -118,30 +140,26 @@ def reflect(A_ptr, tau, j, p, r, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def orthonormal_columns(Y: Tensor) -> Tensor:
     """See :func:`hf_lowmem_optim.kernels.orthonormalize.orthonormalize`."""
     columns = (Y if Y.dim() == 3 else Y[None]).contiguous()
-    wide = columns.double()
-    gram = wide.mT @ wide
-    factor = torch.linalg.cholesky_ex(gram)[0]
-    solved = torch.linalg.solve_triangular(factor, wide.mT, upper=False)  # [batch, r, p]
+    wide = columns.double().mT
+    factor = torch.linalg.cholesky_ex(wide @ wide.mT)[0]
+    solved = torch.linalg.solve_triangular(factor, wide, upper=False)  # [batch, r, p]
+    del wide, factor
+    gram = solved @ solved.mT
     rows = solved.to(torch.float32, memory_format=torch.contiguous_format)
     batch, r, p = rows.shape
     taus = torch.empty(batch, r, dtype=torch.float32, device=Y.device)
-    P = triton.next_power_of_2(p)
     with on_device(Y):
         _householder_kernel[(batch,)](
             rows,
             columns,
             gram,
-            factor,
             taus,
             p,
             r,
-            factor.stride(0),
-            factor.stride(1) + factor.stride(2),
             RANK=triton.next_power_of_2(r),
-            P=P,
-            ROWS=min(_ROWS, P),
+            ROWS=min(_ROWS, triton.next_power_of_2(p)),
             COLUMNS=_COLUMNS,
-            LEAST_PIVOT=_LEAST_PIVOT,
+            TOLERANCE=_TOLERANCE,
             num_warps=_NUM_WARPS,
         )
     basis: Tensor = rows if Y.dim() == 3 else rows[0]

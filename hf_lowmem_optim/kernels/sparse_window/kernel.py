@@ -27,7 +27,7 @@ from hf_lowmem_optim.kernels.sparse_window.kernel_products import (
     gram_row,
     sparse_tile,
 )
-from hf_lowmem_optim.kernels.sparse_window.layout import SCRATCH_BYTES, SparseWindow, sorted_slots
+from hf_lowmem_optim.kernels.sparse_window.layout import SparseWindow, num_programs, sorted_slots
 
 __all__ = [
     "combine_",
@@ -267,7 +267,7 @@ def _launch_sorted(
 def _launch_scratch(
     param: Tensor, window: SparseWindow, weights: Tensor, lr: float, eps: float, weight_decay: float
 ) -> None:
-    programs = max(1, min(window.num_blocks, SCRATCH_BYTES // (8 * window.block_size)))
+    programs = num_programs(window.numel, window.block_size, 2)
     has_decay = weight_decay != 0
     tile = _dense_tile(param, window, _NUM_WARPS) if has_decay else sparse_tile(window.kept_per_block)
     scratch = torch.empty(programs, 2, window.block_size, dtype=torch.float32, device=param.device)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_lowmem_optim.kernels.backend import on_device
-from hf_lowmem_optim.kernels.sparse_window.layout import GRAM_ROWS, SCRATCH_BYTES, SparseWindow
+from hf_lowmem_optim.kernels.sparse_window.layout import GRAM_ROWS, SparseWindow, num_programs
 
 __all__ = ["combine_", "descend_", "dots", "gram_row", "sparse_tile"]
 
@@ -234,7 +234,7 @@ def gram_row(window: SparseWindow, row: int) -> Tensor:
     """See :func:`hf_lowmem_optim.kernels.sparse_window.window_gram_row`."""
     device = window.indices.device
     parts = triton.cdiv(window.window, GRAM_ROWS)
-    programs = _num_programs(window, parts)
+    programs = num_programs(window.numel, window.block_size, parts)
     scratch = torch.empty(programs * parts * window.block_size, dtype=torch.float32, device=device)
     partial = torch.empty(window.window, programs, dtype=torch.float64, device=device)
     with on_device(window.indices):
@@ -260,7 +260,7 @@ def gram_row(window: SparseWindow, row: int) -> Tensor:
 
 def descend_(param: Tensor, window: SparseWindow, weights: Tensor, *, lr: float, weight_decay: float) -> None:
     """See :func:`hf_lowmem_optim.kernels.sparse_window.window_descend_`."""
-    programs = _num_programs(window)
+    programs = num_programs(window.numel, window.block_size)
     scratch = torch.empty(programs * window.block_size, dtype=torch.float32, device=param.device)
     with on_device(param):
         _descend_kernel[(programs,)](
@@ -283,8 +283,3 @@ def descend_(param: Tensor, window: SparseWindow, weights: Tensor, *, lr: float,
             num_warps=_NUM_WARPS,
             enable_fp_fusion=False,
         )
-
-
-def _num_programs(window: SparseWindow, parts: int = 1) -> int:
-    """Programs whose scratch memory stays in the second-level cache, in so many groups."""
-    return max(1, min(window.num_blocks, SCRATCH_BYTES // (4 * window.block_size * parts)))

@@ -10,8 +10,8 @@ from torch import Tensor
 __all__ = [
     "GRAM_ROWS",
     "MAX_BLOCK_SIZE",
-    "SCRATCH_BYTES",
     "SparseWindow",
+    "num_programs",
     "product_scratch_bytes",
     "sorted_slots",
     "update_scratch_bytes",
@@ -21,7 +21,7 @@ MAX_BLOCK_SIZE = 32768
 """Indices are relative to their block and stored as int16."""
 
 #: Scratch memory of a GPU's kernel at most, which stays in the second-level cache.
-SCRATCH_BYTES = 1 << 25
+_SCRATCH_BYTES = 1 << 25
 #: Rows that a program of a GPU multiplies with one of them, in scratch memory of its own.
 GRAM_ROWS = 32
 #: What a GPU's kernel sorts: 12 bits of index, 4 bits of row (row 15 marks padding), and keys of one program.
@@ -107,14 +107,22 @@ class SparseWindow:
         return self.kept - (self.num_blocks - 1) * self.kept_per_block
 
 
-def product_scratch_bytes(numel: int, window: int) -> int:
-    """Scratch memory that products of the rows of a window take on a GPU, in bytes, up to a block more.
+def product_scratch_bytes(numel: int, window: int, block_size: int) -> int:
+    """Scratch memory and partial sums that products of the rows of a window take on a GPU, in bytes.
 
     Args:
         numel: Number of entries of the tensor.
         window: Number of rows.
+        block_size: Entries of a block.
     """
-    return min(4 * numel * -(-window // GRAM_ROWS), SCRATCH_BYTES)
+    parts = -(-window // GRAM_ROWS)
+    programs = num_programs(numel, block_size, parts)
+    return programs * (4 * parts * block_size + 8 * window)
+
+
+def num_programs(numel: int, block_size: int, blocks: int = 1) -> int:
+    """Programs on a GPU with so many float32 blocks of scratch memory each that all stay in the second-level cache."""
+    return max(1, min(-(-numel // block_size), _SCRATCH_BYTES // (4 * block_size * blocks)))
 
 
 def sorted_slots(window: int, kept_per_block: int, block_size: int, values: torch.dtype) -> int | None:
@@ -132,7 +140,7 @@ def sorted_slots(window: int, kept_per_block: int, block_size: int, values: torc
 
 
 def update_scratch_bytes(numel: int, window: int, kept_per_block: int, block_size: int, values: torch.dtype) -> int:
-    """Scratch memory that Adam's statistics take on a GPU, in bytes, up to a block more; arguments as above."""
+    """Scratch memory that Adam's statistics take on a GPU, in bytes; arguments as above."""
     if sorted_slots(window, kept_per_block, block_size, values) is not None:
         return 0
-    return min(8 * numel, SCRATCH_BYTES)
+    return 8 * block_size * num_programs(numel, block_size, 2)

@@ -4,7 +4,7 @@
 m and v the moments, (r, q). ``subspace_adam_`` takes the matrices as they are stored, also those whose a is their
 transpose, and does, after a ← g + ξ for a quantized error (line 1),
 
-1. line 3: Vᵀ = s·m + (1 − ρ)·U₋ᵀa and Y = s·U₋(mV) + (1 − ρ)·aV; U is Q of a QR of Y;
+1. line 3: Vᵀ = s·m + (1 − ρ)·U₋ᵀa and Y = s·U₋(mV) + (1 − ρ)·aV; U has orthonormal columns that span those of Y;
 2. lines 4 to 8: with R = UᵀU₋, p̃ = Uᵀa and c = β1/(1 − β1)
 
        m̃ = R m;  x = β2·(R∘R)(v − k·m²)
@@ -16,7 +16,8 @@ transpose, and does, after a ← g + ξ for a quantized error (line 1),
 
 The first step, line 2, has a U of its own and moments that are zero: then s, k and U₋ do not matter.
 
-In float32; backends agree to rounding, as their products add in different orders. NaN and Inf are carried on. Several
+In float32; backends agree to rounding, as their products add in different orders, and but for the signs of U's columns,
+which m's rows then have, too (``kernels/orthonormalize``). NaN and Inf are carried on. Several
 matrices of one shape are tensors with a batch in front; on a CPU each comes out as it would by itself, provided that
 their sizes are multiples of 16.
 

@@ -11,13 +11,15 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_lowmem_optim.kernels.backend import on_device
+from hf_lowmem_optim.kernels.subspace_adam import reference
 from hf_lowmem_optim.kernels.subspace_adam.layout import FEW_TERMS, Buffers, Coefficients
-from hf_lowmem_optim.kernels.subspace_adam.reference import descend_ as _descend_with_torch_
 from hf_lowmem_optim.kernels.subspace_adam.reference import move_with_, short_side_first
 
 __all__ = ["descend_", "move_"]
 
 _MOMENT_COLUMNS, _MOMENT_TERMS = 32, 16
+#: A program has all rows of its columns, as it overwrites them; more would not fit into its shared memory.
+_MOST_ROWS = 256
 _TILE = 64
 
 
@@ -78,6 +80,9 @@ def update_moments_(
 ) -> None:
     """Lines 5 to 8 but the error; p̃ in ``projected`` becomes d, and ``right`` holds c·m and −(p̃ + c·m̃)."""
     r, q = m.shape[-2:]
+    if r > _MOST_ROWS:
+        reference.update_moments_(R, m, v, projected, right, coefficients)
+        return
     rank = max(16, triton.next_power_of_2(r))
     with on_device(m):
         _moments_kernel[(triton.cdiv(q, _MOMENT_COLUMNS), m.numel() // (r * q))](
@@ -132,9 +137,11 @@ def _descend_kernel(
     TERMS: tl.constexpr,  # r rounded up
     TILE: tl.constexpr,
 ):
-    batch = tl.program_id(2).to(tl.int64)
-    row = tl.program_id(1) * TILE + tl.arange(0, TILE)[:, None]
-    column = tl.program_id(0) * TILE + tl.arange(0, TILE)[None, :]
+    batch = tl.program_id(1).to(tl.int64)
+    # the only dimension of a grid that has room for the tiles of any matrix
+    across = tl.cdiv(m, TILE)
+    row = tl.program_id(0) // across * TILE + tl.arange(0, TILE)[:, None]
+    column = tl.program_id(0) % across * TILE + tl.arange(0, TILE)[None, :]
     term = tl.arange(0, TERMS)
     at_left = batch * n * r + row * left_row + term[None, :] * left_column
     at_right = batch * r * m + term[:, None] * right_row + column * right_column
@@ -153,13 +160,13 @@ def descend_(
     """Line 9 of :func:`~hf_lowmem_optim.kernels.subspace_adam.subspace_adam_`; narrow weights in one pass."""
     rank = basis.shape[-1]
     if param.dtype == torch.float32 or rank > FEW_TERMS or not param.is_contiguous():
-        _descend_with_torch_(param, basis, direction, coefficients, wide)
+        reference.descend_(param, basis, direction, coefficients, wide)
         return
     weight = short_side_first(param)
     left, right = (basis, direction) if weight is param else (direction.mT, basis.mT)
     n, m = param.shape[-2:]
     with on_device(param):
-        _descend_kernel[(triton.cdiv(m, _TILE), triton.cdiv(n, _TILE), param.numel() // (n * m))](
+        _descend_kernel[(triton.cdiv(m, _TILE) * triton.cdiv(n, _TILE), param.numel() // (n * m))](
             param,
             left,
             right,

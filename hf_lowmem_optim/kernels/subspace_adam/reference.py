@@ -11,7 +11,7 @@ from hf_lowmem_optim.kernels.orthonormalize import orthonormalize
 from hf_lowmem_optim.kernels.products import addmm, mm
 from hf_lowmem_optim.kernels.subspace_adam.layout import Buffers, Coefficients
 
-__all__ = ["descend_", "move_", "move_with_", "short_side_first"]
+__all__ = ["descend_", "move_", "move_with_", "short_side_first", "update_moments_"]
 
 
 def move_(
@@ -27,11 +27,11 @@ def move_(
 ) -> None:
     """Lines 3 to 8 of :func:`~hf_lowmem_optim.kernels.subspace_adam.subspace_adam_`, for ``new_basis`` 4 to 8."""
     tensors = (matrix, basis, m, v, buffers, coefficients)
-    move_with_(_update_moments, *tensors, new_basis=new_basis, keeps_rest=keeps_rest)
+    move_with_(update_moments_, *tensors, new_basis=new_basis, keeps_rest=keeps_rest)
 
 
 def move_with_(
-    update_moments: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Coefficients], None],
+    update_moments_: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Coefficients], None],
     matrix: Tensor,
     basis: Tensor,
     m: Tensor,
@@ -51,7 +51,7 @@ def move_with_(
     new.copy_(new_basis.mT)
     basis.copy_(new_basis)
     mm(new, a, out=buffers.projected)
-    update_moments(mm(new, old.mT), m, v, buffers.projected, buffers.right, coefficients)
+    update_moments_(mm(new, old.mT), m, v, buffers.projected, buffers.right, coefficients)
     if keeps_rest:
         addmm(a, buffers.bases.mT, buffers.right, out=a)
 
@@ -63,7 +63,7 @@ def _sketch(a: Tensor, basis: Tensor, m: Tensor, projected: Tensor, coefficients
     return addmm(mm(basis, mm(m, V)), a, V, beta=share, alpha=rest)
 
 
-def _update_moments(
+def update_moments_(
     R: Tensor, m: Tensor, v: Tensor, projected: Tensor, right: Tensor, coefficients: Coefficients
 ) -> None:
     """Lines 5 to 8 but the error; p̃ in ``projected`` becomes d, and ``right`` holds c·m and −(p̃ + c·m̃)."""
