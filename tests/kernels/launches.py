@@ -194,7 +194,7 @@ def _moments(rank: int, columns: int = 512) -> Launch:
         call = subspace_adam_kernel().update_moments_
         return lambda: call(mixing, m, v, projected, right, NUMBERS), [mixing, m, m, v, v, projected, projected, right]
 
-    return Launch(f"moments, rank {rank}", rank * columns, prepare, 16)
+    return Launch(f"moments, rank {rank}", rank * columns, prepare, 4)
 
 
 def _low_rank_descent(rows: int, columns: int, rank: int, param: torch.dtype) -> Launch:

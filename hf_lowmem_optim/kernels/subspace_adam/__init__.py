@@ -17,9 +17,9 @@ transpose, and does, after a ← g + ξ for a quantized error (line 1),
 The first step, line 2, has a U of its own and moments that are zero: then s, k and U₋ do not matter.
 
 In float32; backends agree to rounding, as their products add in different orders, and but for the signs of U's columns,
-which m's rows then have, too (``kernels/orthonormalize``). NaN and Inf are carried on. Several
-matrices of one shape are tensors with a batch in front; on a CPU each comes out as it would by itself, provided that
-their sizes are multiples of 16.
+which m's rows then have, too (``kernels/orthonormalize``). NaN and Inf are carried on. Several matrices of one shape
+are tensors with a batch in front; on a CPU each comes out as it would by itself, provided that their sizes are
+multiples of 16.
 
 Source: LDAdam, arXiv 2410.16103, Algorithm 1.
 """
