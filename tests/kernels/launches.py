@@ -238,8 +238,8 @@ LAUNCHES: list[Launch] = [
     _quantization("4-bit to fp32", "dequantize", FOUR, FP32, 2),  # loads codes only, half a byte an entry
     _quantization("4-bit to bf16", "dequantize_add", FOUR, BF16, 16),
     _quantization("8-bit to fp32", "dequantize_add", EIGHT, FP32, 16),
-    _reflections(1024, 16),
-    _reflections(40000, 128),
+    _reflections(1024, 128),
+    _reflections(40000, 16),
     _moments(16),
     _moments(20, 500),
     _moments(128),
