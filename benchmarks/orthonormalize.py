@@ -27,9 +27,8 @@ def numba_loops() -> Callable[[Tensor], Tensor]:
 
     from hf_lowmem_optim.kernels.householder import orthonormalize_rows
 
-    # numba has no annotations for its arrays: what it compiles is untyped here as in the package
     @numba.njit(nogil=True)
-    def compiled(address, r, p):  # type: ignore[no-untyped-def]
+    def compiled(address: int, r: int, p: int) -> None:
         orthonormalize_rows(address, r, p)
 
     def loops(matrices: Tensor) -> Tensor:

@@ -31,10 +31,10 @@ from hf_lowmem_optim.kernels.sparse_window import (
 )
 from hf_lowmem_optim.kernels.subspace_adam import Coefficients
 
+__all__ = ["LAUNCHES", "Launch", "force_triton"]
+
 #: Of a step of LDAdam.
 NUMBERS = Coefficients(0.8, 0.3, 0.9, 0.99, 0.7, 1e-4, 0.9, 0.4)
-
-__all__ = ["LAUNCHES", "Launch", "force_triton"]
 
 NUM_BLOCKS = 4
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16

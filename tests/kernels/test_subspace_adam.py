@@ -103,6 +103,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def skip_what_takes_long(backend: str, size: tuple[int, int, int, tuple[int, ...]]) -> None:
+    """In Triton's interpreter, where 500 × 1000 take seconds, only what is small is run; on a GPU everything is."""
     if backend == "triton" and INTERPRETED and size[0] * size[1] > 10_000:
         pytest.skip("the interpreter takes seconds for it, and smaller ones have several tiles, too")
 
@@ -139,11 +140,13 @@ def test_it_is_the_formulas(
     second = (beta2 * R**2 @ (v - k * m**2) + beta2 * k * moved**2).abs() + (1 - beta2) * p**2
     c = beta1 / (1 - beta1)
     close(one.exp_avg, beta1 * moved + (1 - beta1) * p, 1e-6)
-    close(one.exp_avg_sq, second, 2e-6)
+    # Triton rounds every product and sum, where the others contract some
+    close(one.exp_avg_sq, second, 2e-6 if backend == "triton" else 1e-6)
     # of the moments as they were rounded: next to v = 0 the quotient is ill-conditioned
     d = one.exp_avg.double() / (one.exp_avg_sq.double().sqrt() + NUMBERS.damping)
     close(one.buffers.projected, d, 1e-6)
-    close(one.short_side_first(one.matrix), a + old @ (c * m) - U @ (p + c * moved), 3e-6)
+    rest = 3e-6 if backend == "triton" else 2e-6
+    close(one.short_side_first(one.matrix), a + old @ (c * m) - U @ (p + c * moved), rest)
     close(one.short_side_first(one.param), NUMBERS.decay * W - NUMBERS.step_size * U @ d, 1e-6)
 
 

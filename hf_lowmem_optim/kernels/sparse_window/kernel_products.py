@@ -49,6 +49,23 @@ def _dots_kernel(
 
 
 @triton.jit
+def add_rows(dense_ptr, indices_ptr, values_ptr, weights_ptr, first, kept, window, kept_per_block, TILE: tl.constexpr):
+    """Add weighted rows of the block whose columns begin at ``first`` to a dense block, row after row."""
+    last = tl.minimum(first + kept_per_block, kept)
+    for row in range(window):
+        weight = tl.load(weights_ptr + row)
+        if weight != 0:
+            for tile in range(0, kept_per_block, TILE):
+                column = first + tile + tl.arange(0, TILE)
+                entry = row * kept + column
+                index = tl.load(indices_ptr + entry, mask=column < last, other=0)
+                value = tl.load(values_ptr + entry, mask=column < last, other=0.0).to(tl.float32)
+                dense = tl.load(dense_ptr + index, mask=column < last, other=0.0)
+                tl.store(dense_ptr + index, dense + weight * value, mask=column < last)
+        tl.debug_barrier()
+
+
+@triton.jit
 def _combine_kernel(
     out_ptr,
     indices_ptr,
@@ -62,20 +79,8 @@ def _combine_kernel(
 ):
     kept = tl.cast(kept, tl.int64)
     block = tl.program_id(0).to(tl.int64)
-    first = block * kept_per_block
-    last = tl.minimum(first + kept_per_block, kept)
-    block_ptr = out_ptr + block * BLOCK_SIZE
-    for row in range(window):
-        weight = tl.load(weights_ptr + row)
-        if weight != 0:
-            for tile in range(0, kept_per_block, TILE):
-                column = first + tile + tl.arange(0, TILE)
-                entry = row * kept + column
-                index = tl.load(indices_ptr + entry, mask=column < last, other=0)
-                value = tl.load(values_ptr + entry, mask=column < last, other=0.0).to(tl.float32)
-                out = tl.load(block_ptr + index, mask=column < last, other=0.0)
-                tl.store(block_ptr + index, out + weight * value, mask=column < last)
-        tl.debug_barrier()
+    first, block_ptr = block * kept_per_block, out_ptr + block * BLOCK_SIZE
+    add_rows(block_ptr, indices_ptr, values_ptr, weights_ptr, first, kept, window, kept_per_block, TILE)
 
 
 @triton.jit(do_not_specialize=["row"])
@@ -152,27 +157,16 @@ def _descend_kernel(
     kept = tl.cast(kept, tl.int64)
     program = tl.program_id(0)
     direction_ptr = scratch_ptr + program.to(tl.int64) * BLOCK_SIZE
-    lane = tl.arange(0, SPARSE)
     for block in range(program, num_blocks, tl.num_programs(0)):
         first = tl.cast(block, tl.int64) * kept_per_block
-        last = tl.minimum(first + kept_per_block, kept)
         start = tl.cast(block, tl.int64) * BLOCK_SIZE
         for tile in range(0, BLOCK_SIZE, DENSE):
             inner = tile + tl.arange(0, DENSE)
             tl.store(direction_ptr + inner, tl.zeros([DENSE], tl.float32), mask=inner < BLOCK_SIZE)
         tl.debug_barrier()
 
-        # u ← Gᵀw, row after row
-        for row in range(window):
-            weight = tl.load(weights_ptr + row)
-            if weight != 0:
-                for tile in range(0, kept_per_block, SPARSE):
-                    column = first + tile + lane
-                    index = tl.load(indices_ptr + row * kept + column, mask=column < last, other=0)
-                    value = tl.load(values_ptr + row * kept + column, mask=column < last, other=0.0).to(tl.float32)
-                    u = tl.load(direction_ptr + index, mask=column < last, other=0.0)
-                    tl.store(direction_ptr + index, u + weight * value, mask=column < last)
-            tl.debug_barrier()
+        # u ← Gᵀw
+        add_rows(direction_ptr, indices_ptr, values_ptr, weights_ptr, first, kept, window, kept_per_block, SPARSE)
 
         # W ← W·(1 − lr·wd) − lr·u
         for tile in range(0, BLOCK_SIZE, DENSE):

@@ -104,7 +104,8 @@ def subspace_adam_(
     if fast:
         backend.step_(param, *tensors, **options, gradient=gradient, error=fused, seed=seed)
     else:
-        backend.move_(*tensors, **options)
+        move_ = implementation("subspace_adam", "reference").move_
+        move_(*tensors, **options, update_moments_=backend.update_moments_)
     if store is not None:
         store()
     if not fast:

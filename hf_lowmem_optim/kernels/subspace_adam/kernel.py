@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""The operation on a GPU: torch's products, and Triton where a chain of short operations would be many launches."""
+"""What Triton does of the operation beside torch's products: short operations in a row that would be many launches."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from hf_lowmem_optim.kernels.backend import on_device
 from hf_lowmem_optim.kernels.subspace_adam import reference
-from hf_lowmem_optim.kernels.subspace_adam.layout import FEW_TERMS, Buffers, Coefficients
-from hf_lowmem_optim.kernels.subspace_adam.reference import move_with_, short_side_first
+from hf_lowmem_optim.kernels.subspace_adam.layout import FEW_TERMS, Coefficients
+from hf_lowmem_optim.kernels.subspace_adam.reference import short_side_first
 
-__all__ = ["descend_", "move_"]
+__all__ = ["descend_", "update_moments_"]
 
 _MOMENT_COLUMNS, _MOMENT_TERMS = 32, 16
 #: A program has all rows of its columns, as it overwrites them; more would not fit into its shared memory.
@@ -102,22 +102,6 @@ def update_moments_(
             COLUMNS=_MOMENT_COLUMNS,
             num_warps=4 if rank <= 64 else 8,
         )
-
-
-def move_(
-    matrix: Tensor,
-    basis: Tensor,
-    m: Tensor,
-    v: Tensor,
-    buffers: Buffers,
-    coefficients: Coefficients,
-    *,
-    new_basis: Tensor | None,
-    keeps_rest: bool,
-) -> None:
-    """Lines 3 to 8 of :func:`~hf_lowmem_optim.kernels.subspace_adam.subspace_adam_`, for ``new_basis`` 4 to 8."""
-    tensors = (matrix, basis, m, v, buffers, coefficients)
-    move_with_(update_moments_, *tensors, new_basis=new_basis, keeps_rest=keeps_rest)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from hf_lowmem_optim.kernels.orthonormalize import orthonormalize
 from hf_lowmem_optim.kernels.products import addmm, mm
 from hf_lowmem_optim.kernels.subspace_adam.layout import Buffers, Coefficients
 
-__all__ = ["descend_", "move_", "move_with_", "short_side_first", "update_moments_"]
+__all__ = ["descend_", "move_", "short_side_first", "update_moments_"]
 
 
 def move_(
@@ -24,25 +24,12 @@ def move_(
     *,
     new_basis: Tensor | None,
     keeps_rest: bool,
-) -> None:
-    """Lines 3 to 8 of :func:`~hf_lowmem_optim.kernels.subspace_adam.subspace_adam_`, for ``new_basis`` 4 to 8."""
-    tensors = (matrix, basis, m, v, buffers, coefficients)
-    move_with_(update_moments_, *tensors, new_basis=new_basis, keeps_rest=keeps_rest)
-
-
-def move_with_(
     update_moments_: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Coefficients], None],
-    matrix: Tensor,
-    basis: Tensor,
-    m: Tensor,
-    v: Tensor,
-    buffers: Buffers,
-    coefficients: Coefficients,
-    *,
-    new_basis: Tensor | None,
-    keeps_rest: bool,
 ) -> None:
-    """The same, given what does lines 5 to 8."""
+    """Lines 3 to 8 of :func:`~hf_lowmem_optim.kernels.subspace_adam.subspace_adam_`, for ``new_basis`` 4 to 8.
+
+    ``update_moments_`` is that of this file, or a backend's own.
+    """
     a = short_side_first(matrix)
     if new_basis is None:
         new_basis = orthonormalize(_sketch(a, basis, m, buffers.projected, coefficients))
