@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -180,19 +181,25 @@ VARIANTS = {
 }
 
 
-def make_params(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, nn.Parameter]:
+NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
+
+
+def make_params(dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu") -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
-    return {k: nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for k, s in SHAPES.items()}
+    return {k: nn.Parameter(torch.randn(s, generator=generator).to(device, dtype)) for k, s in SHAPES.items()}
 
 
-def gradients(num_steps: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Iterator[dict[str, Tensor]]:
+def gradients(
+    num_steps: int, dtype: torch.dtype = torch.float32, seed: int = 1, device: str = "cpu"
+) -> Iterator[dict[str, Tensor]]:
     """Gradients with a few strong directions that turn slowly, and noise."""
     generator = torch.Generator().manual_seed(seed)
     base = {k: torch.randn(s, generator=generator) for k, s in SHAPES.items()}
     for _ in range(num_steps):
         for key, shape in SHAPES.items():
             base[key] = 0.9 * base[key] + 0.4 * torch.randn(shape, generator=generator)
-        yield {k: (0.1 * v).to(dtype) for k, v in base.items()}
+        yield {k: (0.1 * v).to(device, dtype) for k, v in base.items()}
 
 
 def run(optimizer: LowMemoryOptimizer, params: dict[str, nn.Parameter], steps: Iterator[dict[str, Tensor]]) -> None:

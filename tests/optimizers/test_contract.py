@@ -17,6 +17,7 @@ from hf_lowmem_optim.optimizers import adamw8bit
 from hf_lowmem_optim.registry import OPTIMIZERS
 from tests.optimizers.cases import (
     CASES,
+    DEVICES,
     MIN_QUANTIZED,
     SHAPES,
     VARIANTS,
@@ -69,19 +70,21 @@ def test_state_is_what_the_specs_say_and_appears_at_the_first_gradient(case: Cas
         )
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_resume_is_bit_for_bit(case: Case, dtype: torch.dtype) -> None:
-    straight = make_params(dtype)
+def test_resume_is_bit_for_bit(case: Case, dtype: torch.dtype, device: str) -> None:
+    straight = make_params(dtype, device=device)
     optimizer = case.build(straight.values())
-    steps = list(gradients(13, dtype))
+    steps = list(gradients(13, dtype, device=device))
     run(optimizer, straight, iter(steps[:6]))
     file = io.BytesIO()
     torch.save({"model": {k: v.data for k, v in straight.items()}, "optimizer": optimizer.state_dict()}, file)
     run(optimizer, straight, iter(steps[6:]))
 
     file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    resumed = {k: nn.Parameter(v) for k, v in saved["model"].items()}
+    # as the Trainer does: what is loaded lies on the CPU first
+    saved = torch.load(file, weights_only=True, map_location="cpu")
+    resumed = {k: nn.Parameter(v.to(device)) for k, v in saved["model"].items()}
     second = case.build(resumed.values())
     second.load_state_dict(saved["optimizer"])
     run(second, resumed, iter(steps[6:]))
@@ -194,13 +197,14 @@ def test_probing_a_fresh_optimizer_leaves_no_trace(case: Case) -> None:
     assert_same_state(optimizer, untouched)
 
 
-def test_not_finite_gradients_show_in_the_parameter(case: Case) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_not_finite_gradients_show_in_the_parameter(case: Case, device: str) -> None:
     for bad in (float("nan"), float("inf")):
         for first in (0, 3):
-            params = make_params()
+            params = make_params(device=device)
             optimizer = case.build(params.values())
-            run(optimizer, params, gradients(first))
-            grads = next(gradients(1))
+            run(optimizer, params, gradients(first, device=device))
+            grads = next(gradients(1, device=device))
             for grad in grads.values():
                 grad.view(-1)[0] = bad
             run(optimizer, params, iter([grads]))
