@@ -53,9 +53,9 @@ def floats(tensor: Tensor | None) -> tuple[int, int]:
     return (0, 0) if tensor is None else (tensor.data_ptr(), _KIND[tensor.dtype])
 
 
-def num_pieces(num_blocks: int, block_size: int) -> int:
-    """Pieces to cut a loop over blocks into: one per thread that there is, each of some entries at least."""
-    most = min(num_blocks, num_blocks * block_size // _LEAST_ENTRIES)
+def num_pieces(num_blocks: int, entries: int) -> int:
+    """Pieces to cut a loop over blocks into: one per thread that there is, each of some of the entries at least."""
+    most = min(num_blocks, entries // _LEAST_ENTRIES)
     return num_workers(most) if most > 1 else 1
 
 

@@ -40,8 +40,9 @@ from hf_lowmem_optim.compression.quantization import (
 )
 from hf_lowmem_optim.compression.topk import MAX_BLOCK_SIZE, kept_per_block, window_specs
 from hf_lowmem_optim.compression.workspace import Workspace
-from hf_lowmem_optim.kernels.block_topk import block_topk_
-from hf_lowmem_optim.kernels.sparse_window import SparseWindow, window_update_
+from hf_lowmem_optim.kernels.block_topk import TopK, foreach_block_topk_
+from hf_lowmem_optim.kernels.sparse_steps import topk_update_
+from hf_lowmem_optim.kernels.sparse_window import SparseWindow, WindowStep, foreach_window_update_
 from hf_lowmem_optim.kernels.sparse_window.layout import update_scratch_bytes
 from hf_lowmem_optim.optimizers.adamw import DenseState, adamw_state
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
@@ -53,6 +54,9 @@ from hf_lowmem_optim.optimizers.hyperparameters import (
     check_positive_int,
     check_unit_interval,
 )
+from hf_lowmem_optim.optimizers.pending import PendingUpdate
+from hf_lowmem_optim.optimizers.side_by_side import Job
+from hf_lowmem_optim.optimizers.together import split_together
 from hf_lowmem_optim.state import StepTemporaries, TensorSpec
 
 __all__ = [
@@ -206,27 +210,46 @@ def microadam_update_(
         stochastic_rounding: Round the error stochastically, seeded by the step, instead of to nearest.
         workspace: Not needed; nothing of the gradient's size is allocated.
     """
-    error = quantized_state(state, param.numel(), QuantFormat(bits, quant_block_size))
-    # line 1; line 7 will decay what is added here, so that it is added undecayed
+    hyper = {
+        "lr": lr,
+        "betas": betas,
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "density": density,
+        "block_size": block_size,
+        "quant_block_size": quant_block_size,
+        "bits": bits,
+        "bias_correction": bias_correction,
+        "alpha": alpha,
+        "stochastic_rounding": stochastic_rounding,
+    }
+    selection, descent = _calls(param, grad, state, step, hyper)
+    foreach_block_topk_([selection])
+    foreach_window_update_([descent])
+
+
+def _calls(
+    param: Tensor, grad: Tensor, state: Mapping[str, Tensor], step: int, hyper: Mapping[str, Any]
+) -> tuple[TopK, WindowStep]:
+    """Do line 1, and return what lines 2 to 5 and lines 6 and 7 are, for a tensor."""
+    lr, alpha, block_size, density = hyper["lr"], hyper["alpha"], hyper["block_size"], hyper["density"]
+    numel, weight_decay = param.numel(), hyper["weight_decay"]
+    error = quantized_state(state, numel, _error_format(hyper["bits"], hyper["quant_block_size"]))
+    # line 7 will decay what is added here, so that it is added undecayed
     if alpha > 0:
         dequantize_add_(param, error, scale=-lr * alpha / (1 - lr * weight_decay))
-    # lines 2 to 5
     indices, values = state["indices"], state["values"]
-    row = (step - 1) % indices.shape[0]
-    block_topk_(
-        indices[row],
-        values[row],
-        grad,
-        error,
-        block_size=block_size,
-        density=density,
-        error_scale=1 - alpha,
-        seed=step if stochastic_rounding else None,
-    )
-    # lines 6 and 7
-    sparse = SparseWindow(indices, values, param.numel(), block_size, kept_per_block(block_size, density))
-    weights = _row_weights(step, indices.shape[0], tuple(betas), bias_correction, param.device)
-    window_update_(param, sparse, weights, lr=lr, eps=eps, weight_decay=weight_decay)
+    window = indices.shape[0]
+    seed = step if hyper["stochastic_rounding"] else None
+    selection = TopK(indices, values, (step - 1) % window, grad, error, block_size, density, 1 - alpha, seed)
+    rows = SparseWindow(indices, values, numel, block_size, kept_per_block(block_size, density))
+    weights = _row_weights(step, window, tuple(hyper["betas"]), hyper["bias_correction"], param.device)
+    return selection, WindowStep(param, rows, weights, lr, weight_decay, hyper["eps"])
+
+
+@functools.lru_cache(maxsize=16)
+def _error_format(bits: int, block_size: int) -> QuantFormat:
+    return QuantFormat(bits, block_size)
 
 
 def microadam_accumulate_(
@@ -356,6 +379,15 @@ class MicroAdam(LowMemoryOptimizer):
                 "weight_rounding": weight_rounding,
             },
         )
+
+    def _update_compressed_(self, updates: Sequence[PendingUpdate], beside: Sequence[Job]) -> None:
+        """Apply the compressed rule, as far as possible to all tensors together."""
+        together, others = split_together(updates)
+        super()._update_compressed_([updates[index] for index in others], beside)
+        if together:
+            all_ = [updates[index] for index in together]
+            calls = (_calls(u.param, u.grad, u.state, u.state["step"], u.group) for u in all_)
+            topk_update_([u.grad for u in all_], [u.group["block_size"] for u in all_], calls)
 
     @classmethod
     def compresses(cls, shape: Sequence[int], group: Mapping[str, Any]) -> bool:

@@ -37,7 +37,7 @@ from torch import Tensor
 from hf_lowmem_optim.compression.rounding import rounding_bytes
 from hf_lowmem_optim.compression.window import SparseRows, Window
 from hf_lowmem_optim.compression.workspace import Workspace
-from hf_lowmem_optim.kernels.sparse_window import window_descend_
+from hf_lowmem_optim.kernels.sparse_window import WindowStep, foreach_window_descend_, window_descend_
 from hf_lowmem_optim.kernels.workers import one_thread
 from hf_lowmem_optim.optimizers.adamw import adamw_state
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
@@ -51,6 +51,7 @@ from hf_lowmem_optim.optimizers.hyperparameters import (
 from hf_lowmem_optim.optimizers.pending import PendingUpdate, weight_to_update
 from hf_lowmem_optim.optimizers.resume import SHARED, shared_device
 from hf_lowmem_optim.optimizers.side_by_side import Job, run_jobs
+from hf_lowmem_optim.optimizers.together import split_together
 from hf_lowmem_optim.state import StepTemporaries, TensorSpec
 
 __all__ = [
@@ -64,7 +65,7 @@ __all__ = [
 
 SCOPES = ("model", "tensor")
 #: Matrices of the size of GGᵀ that solving a system takes: scaled copy, factor, their temporaries.
-_SYSTEM_MATRICES = 4
+_SYSTEM_MATRICES = 3
 _ERROR_FEEDBACK = ("fp32", "bf16", "8bit", "4bit")
 
 
@@ -117,12 +118,15 @@ class PreconditionedOptimizer(LowMemoryOptimizer):
 
     Attributes:
         compress_function: ``(grad, state, *, row, step, group, workspace) -> None``: lines 1 to 3 for one tensor.
+        products_function: ``(updates, windows, *, row) -> Tensor``: lines 1 to 4 for several tensors that go together,
+            where the method has a faster way than one by one.
         window_function: ``(state, shape, group) -> Window``: the tensor's window on the tensors of its state.
         weights_function: ``(gram, newest, *, damping) -> w``: line 5.
         shared_keys: Hyper-parameters on which all compressed groups must agree.
     """
 
     compress_function: ClassVar[Callable[..., None]]
+    products_function: ClassVar[Callable[..., Tensor] | None] = None
     window_function: ClassVar[Callable[..., Window]]
     weights_function: ClassVar[Callable[..., Tensor]]
     shared_keys: ClassVar[tuple[str, ...]] = ("window", "damping", "scope")
@@ -242,7 +246,9 @@ class PreconditionedOptimizer(LowMemoryOptimizer):
         window, damping = updates[0].group["window"], updates[0].group["damping"]
         row = (step - 1) % window
         windows = [self._window(update.state, update.param, update.group) for update in updates]
-        dots: list[Tensor | None] = [None] * len(updates)
+        products_of_all = type(self).products_function
+        together, others = ([], list(range(len(updates)))) if products_of_all is None else split_together(updates)
+        products: dict[int, Tensor] = {}
 
         def compress(index: int, workspace: Workspace) -> None:
             """Lines 1 to 3: the tensor's part of row (t − 1) mod m of G ← c; and its part of line 4."""
@@ -250,28 +256,30 @@ class PreconditionedOptimizer(LowMemoryOptimizer):
             type(self).compress_function(
                 update.grad, update.state, row=row, step=update.state["step"], group=update.group, workspace=workspace
             )
-            dots[index] = windows[index].gram_row(row)
+            products[index] = windows[index].gram_row(row)
 
         def descend(index: int, workspace: Workspace) -> None:
             """Lines 5 to 7, given the weights of the rows."""
             with weight_to_update(updates[index], workspace) as param:
                 _descend_(param, updates[index], windows[index], weights.to(param.device), workspace)
 
-        def run(function: Callable[[int, Workspace], None]) -> None:
-            run_jobs([Job([u.param], functools.partial(function, index)) for index, u in enumerate(updates)], workspace)
+        def run(function: Callable[[int, Workspace], None], indices: Sequence[int]) -> None:
+            run_jobs([Job([updates[i].param], functools.partial(function, i)) for i in indices], workspace)
 
-        run(compress)
+        run(compress, others)
+        parts = [products[index] for index in others]
+        if products_of_all is not None and together:
+            parts.append(products_of_all([updates[i] for i in together], [windows[i] for i in together], row=row))
         with one_thread():
-            weights = self._weights(gram, row, dots, damping=damping)
-        run(descend)
+            weights = self._weights(gram, row, parts, damping=damping)
+        left = _descend_together_([updates[i] for i in together], [windows[i] for i in together], weights)
+        run(descend, [*others, *(together[i] for i in left)])
 
     @classmethod
-    def _weights(cls, gram: Tensor, row: int, dots: Sequence[Tensor | None], *, damping: float) -> Tensor:
+    def _weights(cls, gram: Tensor, row: int, parts: Sequence[Tensor], *, damping: float) -> Tensor:
         """Lines 4 and 5: write row and column of GGᵀ, and return the weights in u ← Gᵀw."""
         # line 4: G c is a sum over tensors
-        parts = [part.to(gram.device) for part in dots if part is not None]
-        assert len(parts) == len(dots)
-        total = torch.stack(parts).sum(dim=0)
+        total = functools.reduce(torch.add, [part.to(gram.device) for part in parts])
         gram[row] = total
         gram[:, row] = total
         # line 5
@@ -279,6 +287,21 @@ class PreconditionedOptimizer(LowMemoryOptimizer):
 
     def _window(self, state: Mapping[str, Tensor], param: Tensor, group: Mapping[str, Any]) -> Window:
         return type(self).window_function(state, param.shape, group)
+
+
+def _descend_together_(updates: Sequence[PendingUpdate], windows: Sequence[Window], weights: Tensor) -> list[int]:
+    """Apply lines 5 to 7 to tensors that go together; return the indices of those for which u needs memory."""
+    steps: list[WindowStep] = []
+    left: list[int] = []
+    for index, (update, rows) in enumerate(zip(updates, windows, strict=True)):
+        group = update.group
+        if isinstance(rows, SparseRows) and group["momentum"] == 0:
+            update.state.pop("velocity", None)
+            steps.append(WindowStep(update.param, rows.entries, weights, group["lr"], group["weight_decay"]))
+        else:
+            left.append(index)
+    foreach_window_descend_(steps)
+    return left
 
 
 def _descend_(param: Tensor, update: PendingUpdate, rows: Window, weights: Tensor, workspace: Workspace) -> None:

@@ -30,12 +30,14 @@ from hf_lowmem_optim.compression.error_feedback import QUANTIZATION_BLOCK_SIZE, 
 from hf_lowmem_optim.compression.topk import MAX_BLOCK_SIZE, kept_per_block, window_specs
 from hf_lowmem_optim.compression.window import SparseRows
 from hf_lowmem_optim.compression.workspace import Workspace
-from hf_lowmem_optim.kernels.block_topk import block_topk_
+from hf_lowmem_optim.kernels.block_topk import TopK, foreach_block_topk_
+from hf_lowmem_optim.kernels.sparse_steps import topk_gram_row_
 from hf_lowmem_optim.kernels.sparse_window import SparseWindow
 from hf_lowmem_optim.kernels.sparse_window.layout import product_scratch_bytes
 from hf_lowmem_optim.optimizers.adamw import DenseState, adamw_state
 from hf_lowmem_optim.optimizers.dense import WeightRounding
 from hf_lowmem_optim.optimizers.hyperparameters import check_choice, check_fraction, check_positive_int
+from hf_lowmem_optim.optimizers.pending import PendingUpdate
 from hf_lowmem_optim.optimizers.preconditioned import (
     PreconditionedOptimizer,
     descent_temporaries,
@@ -146,16 +148,32 @@ def sparse_compress_(
         group: Hyper-parameters.
         workspace: Temporary buffers.
     """
-    flat = grad.reshape(-1)
-    error = state["error"] if "error" in state else quantized_error(state, flat.numel())
-    block_topk_(
-        state["indices"][row],
-        state["values"][row],
-        flat if flat.is_contiguous() else flat.contiguous(),
-        error,
-        block_size=group["block_size"],
-        density=group["density"],
+    foreach_block_topk_([_selection(grad.contiguous(), state, row, group)])
+
+
+def _selection(grad: Tensor, state: Mapping[str, Tensor], row: int, group: Mapping[str, Any]) -> TopK:
+    """What lines 1 to 3 are, for a tensor."""
+    error = state["error"] if "error" in state else quantized_error(state, grad.numel())
+    return TopK(state["indices"], state["values"], row, grad, error, group["block_size"], group["density"])
+
+
+def sparse_products_(updates: Sequence[PendingUpdate], windows: Sequence[SparseRows], *, row: int) -> Tensor:
+    """Do lines 1 to 4 for several tensors in one pass.
+
+    Args:
+        updates: Plain contiguous tensors of one device; their gradients are only read, their state is written.
+        windows: Their windows.
+        row: Row of the windows to write.
+
+    Returns:
+        float64 [m]: the inner products of all rows with the new one, over all of these tensors.
+    """
+    calls = (
+        (_selection(update.grad, update.state, row, update.group), window.entries)
+        for update, window in zip(updates, windows, strict=True)
     )
+    block_sizes = [update.group["block_size"] for update in updates]
+    return topk_gram_row_([update.grad for update in updates], block_sizes, calls, windows[0].entries.window)
 
 
 def _rows(state: Mapping[str, Tensor], shape: Sequence[int], group: Mapping[str, Any]) -> SparseRows:
@@ -220,6 +238,7 @@ class SparseMFAC(PreconditionedOptimizer):
     state_function = staticmethod(sparse_mfac_state)
     temporaries_function = staticmethod(sparse_mfac_temporaries)
     compress_function = staticmethod(sparse_compress_)
+    products_function = staticmethod(sparse_products_)
     window_function = staticmethod(_rows)
     weights_function = staticmethod(mfac_weights)
 

@@ -18,8 +18,8 @@ from hf_lowmem_optim.preconditioners.spectrum import spectral_weights
 
 __all__ = ["mfac_weights"]
 
-#: Below this squared pivot, for rows of unit length, a gradient counts as nearly a combination of the others.
-_DEPENDENT = 1e-6
+#: Below this pivot, for rows of unit length, a gradient counts as nearly a combination of the others.
+_DEPENDENT = 1e-3
 #: Damping relative to the largest S² from which on weights that cancel do no harm in float32.
 _HARMLESS = 1e-3
 
@@ -44,11 +44,11 @@ def mfac_weights(gram: Tensor, newest: int, *, damping: float) -> Tensor:
     window = gram.shape[0]
     norm = gram.diagonal().sqrt()
     alive = norm > 0
-    scale = torch.where(alive, 1 / norm, 0.0)  # [m]
+    scale = norm.reciprocal().where(alive, 0.0)  # [m]
     # K, rows of unit length; rows of zeros become rows of the identity, which couple with nothing
-    unit = gram * scale * scale[:, None] + torch.where(alive, 0.0, 1.0).diag()
-    factor = torch.linalg.cholesky_ex(unit)[0]
-    smallest_pivot = float(factor.diagonal().square().min())
+    unit = (gram * scale).mul_(scale[:, None])
+    unit.diagonal().masked_fill_(~alive, 1.0)
+    smallest_pivot = float(torch.linalg.cholesky_ex(unit)[0].diagonal().min())
     if not torch.isfinite(gram).all():
         return torch.full_like(norm, torch.nan)
     # not (a < b) also where the factorization broke off with NaN
@@ -58,7 +58,8 @@ def mfac_weights(gram: Tensor, newest: int, *, damping: float) -> Tensor:
             gram, newest, lambda squares: window / (total + squares), keep_all=lambda most: total > _HARMLESS * most
         )
     # w ← m·D⁻¹(K + mλD⁻²)⁻¹D⁻¹e_r
-    factor = torch.linalg.cholesky_ex(unit + (window * damping * scale * scale).diag())[0]
+    unit.diagonal().addcmul_(scale, scale, value=window * damping)
     target = torch.zeros_like(norm)
     target[newest] = scale[newest]
-    return window * scale * torch.cholesky_solve(target[:, None], factor)[:, 0]
+    factor = torch.linalg.cholesky_ex(unit)[0]
+    return torch.cholesky_solve(target[:, None], factor)[:, 0].mul_(scale).mul_(window)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -31,6 +32,10 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
 def threads_come_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small tensors are to go to several threads here."""
     monkeypatch.setattr(side_by_side, "_LEAST_ENTRIES", 0)
+    if importlib.util.find_spec("numba"):
+        cpu_calls = importlib.import_module("hf_lowmem_optim.kernels.cpu_calls")
+        monkeypatch.setattr(cpu_calls, "_LEAST_ENTRIES", 1)
+        monkeypatch.setattr(cpu_calls, "_GROUP_ENTRIES", 256)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

@@ -342,4 +342,4 @@ def buffer_arguments(quantized: Quantized) -> tuple[int, ...]:
 
 
 def _pieces(quantized: Quantized) -> int:
-    return num_pieces(quantized.lo.shape[0], quantized.format.block_size)
+    return num_pieces(quantized.lo.shape[0], quantized.numel)

@@ -21,18 +21,38 @@ Source: MicroAdam, arXiv 2405.15593, Algorithm 1, lines 5-9. The released code d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from hf_lowmem_optim.kernels.backend import Backend, choose_backend, flat, implementation
 from hf_lowmem_optim.kernels.block_quant.checks import check_dense
 from hf_lowmem_optim.kernels.block_quant.layout import Quantized
-from hf_lowmem_optim.kernels.block_topk.layout import MAX_BLOCK_SIZE, Selection, kept_per_block, num_kept
+from hf_lowmem_optim.kernels.block_topk.layout import (
+    MAX_BLOCK_SIZE,
+    Selection,
+    check_block_size,
+    kept_per_block,
+    num_kept,
+)
 
-__all__ = ["MAX_BLOCK_SIZE", "TRITON_MAX_BLOCK_SIZE", "block_topk_", "kept_per_block", "num_kept"]
+__all__ = [
+    "MAX_BLOCK_SIZE",
+    "TRITON_MAX_BLOCK_SIZE",
+    "TopK",
+    "block_topk_",
+    "check_topk",
+    "foreach_block_topk_",
+    "kept_per_block",
+    "num_kept",
+]
 
 TRITON_MAX_BLOCK_SIZE = 8192
 """The kernel takes 8 bytes of shared memory per entry, and some GPUs have 64 KiB; larger blocks go to the reference."""
+
+_INDEX_DTYPES, _VALUE_DTYPES = (torch.int16,), (torch.bfloat16, torch.float32)
 
 
 def block_topk_(
@@ -65,21 +85,87 @@ def block_topk_(
     Raises:
         ValueError: An argument is out of range, or a tensor has the wrong dtype, size or device or is not contiguous.
     """
-    numel = grad.numel()
-    grad = check_dense(grad, "grad", numel=numel, device=grad.device)
-    kept = num_kept(numel, block_size, density)
-    indices = check_dense(indices, "indices", numel=kept, device=grad.device, dtypes=(torch.int16,))
-    values = check_dense(values, "values", numel=kept, device=grad.device, dtypes=(torch.bfloat16, torch.float32))
-    error = _checked_error(error, grad, block_size)
-    backend = choose_backend("block_topk_", grad.device, unsupported=_unsupported(error, block_size))
-    if numel == 0:
+    call = TopK(indices.unsqueeze(0), values.unsqueeze(0), 0, grad, error, block_size, density, error_scale, seed)
+    foreach_block_topk_([call])
+
+
+class TopK(NamedTuple):
+    """One tensor of :func:`foreach_block_topk_`.
+
+    Attributes:
+        indices: int16 [window, kept], contiguous.
+        values: bfloat16 or float32 [window, kept], contiguous.
+        row: The row of both that is written.
+        grad: This and all others: the arguments of :func:`block_topk_`.
+        error: Likewise.
+        block_size: Likewise.
+        density: Likewise.
+        error_scale: Likewise.
+        seed: Likewise.
+    """
+
+    indices: Tensor
+    values: Tensor
+    row: int
+    grad: Tensor
+    error: Quantized | Tensor | None
+    block_size: int
+    density: float
+    error_scale: float = 1.0
+    seed: int | None = None
+
+
+def foreach_block_topk_(calls: Sequence[TopK]) -> None:
+    """Do :func:`block_topk_` for several tensors, to the bit what it does for each.
+
+    Args:
+        calls: The tensors, all on one device, none written for two of them, and how each is treated.
+
+    Raises:
+        ValueError: As :func:`block_topk_`, or there is no such row, or the tensors are on several devices. Nothing has
+            been written then.
+    """
+    if not calls:
         return
-    rest = numel % block_size or block_size
-    k, k_last = kept_per_block(block_size, density), kept_per_block(rest, density)
-    rows = flat(indices, backend), flat(values, backend)
-    out = Selection(*rows, block_size, k, k_last, float(error_scale), seed)
-    dense = flat(error, backend) if isinstance(error, Tensor) else error
-    implementation("block_topk", backend).select_into(out, flat(grad, backend), dense)
+    device = calls[0].grad.device
+    unsupported: dict[Backend, str] = {}
+    for call in calls:
+        if call.grad.device != device:
+            raise ValueError(f"grad is on {call.grad.device}, that of another tensor on {device}")
+        unsupported |= _unsupported(call.error, call.block_size)
+    backend = choose_backend("block_topk_", device, unsupported=unsupported)
+    selections = [check_topk(call, device, backend) for call in calls if call.grad.numel()]
+    implementation("block_topk", backend).select_all(selections)
+
+
+def check_topk(call: TopK, device: torch.device, backend: Backend) -> Selection:
+    """Check the arguments for one tensor, and return them as the backend takes them."""
+    block_size, density, numel = call.block_size, call.density, call.grad.numel()
+    check_block_size(block_size)
+    full, rest = divmod(numel, block_size)
+    k = kept_per_block(block_size, density)
+    k_last = kept_per_block(rest, density) if rest else k
+    kept = full * k + (k_last if rest else 0)
+    grad = check_dense(call.grad, "grad", numel=numel, device=device)
+    length = call.indices.shape[0]
+    if not 0 <= call.row < length:
+        raise ValueError(f"row {call.row} is not one of the window's {length}")
+    indices = check_dense(call.indices, "indices", numel=length * kept, device=device, dtypes=_INDEX_DTYPES)
+    values = check_dense(call.values, "values", numel=length * kept, device=device, dtypes=_VALUE_DTYPES)
+    error = _checked_error(call.error, grad, block_size)
+    return Selection(
+        indices,
+        values,
+        call.row,
+        kept,
+        flat(grad, backend),
+        flat(error, backend) if isinstance(error, Tensor) else error,
+        block_size,
+        k,
+        k_last,
+        float(call.error_scale),
+        call.seed,
+    )
 
 
 def _checked_error(error: Quantized | Tensor | None, grad: Tensor, block_size: int) -> Quantized | Tensor | None:

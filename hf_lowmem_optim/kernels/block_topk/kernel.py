@@ -11,6 +11,8 @@ are not autotuned (the kernel works in place).
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -21,7 +23,7 @@ from hf_lowmem_optim.kernels.block_quant.kernel import block_range, decode, enco
 from hf_lowmem_optim.kernels.block_quant.layout import Quantized, rounding_keys
 from hf_lowmem_optim.kernels.block_topk.layout import Selection
 
-__all__ = ["launch_options", "select_into"]
+__all__ = ["launch_options", "select_all"]
 
 #: Entries of a row where none are quantized.
 _ROW = 64
@@ -142,8 +144,13 @@ def launch_options(block_size: int) -> dict[str, int | bool]:
     return {"num_warps": max(1, min(most, tile // _ENTRIES_PER_WARP)), "enable_fp_fusion": False}
 
 
-def select_into(out: Selection, grad: Tensor, error: Quantized | Tensor | None) -> None:
-    """Triton version of :func:`~hf_lowmem_optim.kernels.block_topk.block_topk_`; the tensors are flat."""
+def select_all(selections: Sequence[Selection]) -> None:
+    """Triton version of :func:`~hf_lowmem_optim.kernels.block_topk.foreach_block_topk_`; all tensors are flat."""
+    for each in selections:
+        _select_into(each, each.grad, each.error)
+
+
+def _select_into(out: Selection, grad: Tensor, error: Quantized | Tensor | None) -> None:
     key0, key1 = rounding_keys(out.seed) if out.seed is not None else (0, 0)
     tile = max(2, triton.next_power_of_2(out.block_size))
     if isinstance(error, Quantized):
@@ -158,8 +165,8 @@ def select_into(out: Selection, grad: Tensor, error: Quantized | Tensor | None) 
             buffer,
             lo,
             hi,
-            out.indices,
-            out.values,
+            out.indices[out.row],
+            out.values[out.row],
             grad.numel(),
             out.k,
             out.k_last,

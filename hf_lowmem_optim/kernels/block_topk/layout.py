@@ -14,7 +14,9 @@ from fractions import Fraction
 
 from torch import Tensor
 
-__all__ = ["MAX_BLOCK_SIZE", "Selection", "kept_per_block", "num_kept"]
+from hf_lowmem_optim.kernels.block_quant.layout import Quantized
+
+__all__ = ["MAX_BLOCK_SIZE", "Selection", "check_block_size", "kept_per_block", "num_kept"]
 
 MAX_BLOCK_SIZE = 32768  # int16 indices hold 0 … 32767
 
@@ -51,13 +53,17 @@ def check_block_size(block_size: int) -> None:
         raise ValueError(f"block_size must be in [1, {MAX_BLOCK_SIZE}] (indices are int16), got {block_size!r}")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Selection:
-    """Where a selection is written, and how it is made: the checked arguments of one call, for the backends.
+    """One tensor of a call, its arguments checked, for the backends.
 
     Attributes:
-        indices: int16 [kept], one row of the window.
-        values: bfloat16 or float32 [kept].
+        indices: int16 [window, kept].
+        values: bfloat16 or float32 [window, kept].
+        row: The row of both that is written.
+        kept: Entries of a row.
+        grad: The gradient.
+        error: The error's buffer, dense or quantized, or None.
         block_size: Entries of a full block.
         k: Entries kept of a full block.
         k_last: Entries kept of the last block, which may be shorter.
@@ -67,8 +73,17 @@ class Selection:
 
     indices: Tensor
     values: Tensor
+    row: int
+    kept: int
+    grad: Tensor
+    error: Quantized | Tensor | None
     block_size: int
     k: int
     k_last: int
     error_scale: float
     seed: int | None
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks, the short one included."""
+        return -(-self.grad.numel() // self.block_size)

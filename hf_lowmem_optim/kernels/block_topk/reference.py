@@ -5,6 +5,8 @@ Works on slices of blocks, so that its temporaries do not grow with the tensor.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,14 +14,20 @@ from hf_lowmem_optim.kernels.block_quant.layout import Quantized
 from hf_lowmem_optim.kernels.block_quant.reference import dequantize_slice, quantize_slice_, slices
 from hf_lowmem_optim.kernels.block_topk.layout import Selection
 
-__all__ = ["select_into"]
+__all__ = ["select_all"]
 
 # magnitudes are compared as the bits of |a|; every NaN counts as one magnitude, above infinity
 _MAGNITUDE_MASK, _NAN_MAGNITUDE = 0x7FFFFFFF, 0x7F800001
 
 
-def select_into(out: Selection, grad: Tensor, error: Quantized | Tensor | None) -> None:
-    """Reference of :func:`~hf_lowmem_optim.kernels.block_topk.block_topk_`; ``grad`` and a dense ``error`` are flat."""
+def select_all(selections: Sequence[Selection]) -> None:
+    """Reference of :func:`~hf_lowmem_optim.kernels.block_topk.foreach_block_topk_`; all tensors are flat."""
+    for each in selections:
+        _select_into(each, each.grad, each.error)
+
+
+def _select_into(out: Selection, grad: Tensor, error: Quantized | Tensor | None) -> None:
+    indices, values = out.indices[out.row], out.values[out.row]
     for start, stop in slices(grad.numel(), out.block_size, grad.device):
         # a ← g + s·Q⁻¹(e)
         a = _accumulate(grad[start:stop], error, start, stop, out.error_scale)
@@ -28,10 +36,10 @@ def select_into(out: Selection, grad: Tensor, error: Quantized | Tensor | None) 
         # I ← the k entries of largest |a| per block;  V ← a[I], rounded to the storage of the values
         index = _largest(rows, k)
         kept = rows.gather(1, index)
-        value = kept.to(out.values.dtype)
+        value = kept.to(values.dtype)
         first = start // out.block_size * out.k
-        out.indices[first : first + index.numel()] = index.reshape(-1)
-        out.values[first : first + index.numel()] = value.view(-1)
+        indices[first : first + index.numel()] = index.reshape(-1)
+        values[first : first + index.numel()] = value.view(-1)
         if error is None:
             continue
         # e ← Q(a with a[I] ← a[I] − V):  what rounding cuts off the values belongs to the error

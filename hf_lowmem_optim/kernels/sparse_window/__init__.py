@@ -9,6 +9,8 @@ it, none of them changes it:
 - :func:`window_gram_row` — G·g for a row g of G;
 - :func:`window_descend_` — W ← W·(1 − lr·wd) − lr·Gᵀ·w.
 
+``foreach_…`` does an operation for several tensors in one call.
+
 ``reference.py`` is the specification. Rows are added in float32 in the order of their storage, so that the backends
 ``reference``, ``triton`` and ``cpu`` agree bit for bit in :func:`window_update_`, :func:`window_combine_` and
 :func:`window_descend_`; where a device's division or square root is not correctly rounded, the update (not the
@@ -21,15 +23,22 @@ the entry that it touches and nowhere else.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from hf_lowmem_optim.kernels.backend import choose_backend, flat, implementation
-from hf_lowmem_optim.kernels.sparse_window.layout import MAX_BLOCK_SIZE, SparseWindow
+from hf_lowmem_optim.kernels.backend import Backend, choose_backend, flat, implementation
+from hf_lowmem_optim.kernels.sparse_window.layout import MAX_BLOCK_SIZE, SparseWindow, WindowStep
 
 __all__ = [
     "MAX_BLOCK_SIZE",
     "SparseWindow",
+    "WindowStep",
+    "check_step",
+    "foreach_window_descend_",
+    "foreach_window_gram_row",
+    "foreach_window_update_",
     "window_combine_",
     "window_descend_",
     "window_dots",
@@ -75,14 +84,21 @@ def window_update_(
         ValueError: For shapes or devices that contradict each other, or a tensor that is not contiguous.
         ImportError: If the requested backend is not installed.
     """
-    if param.dtype not in PARAM_DTYPES:
-        raise TypeError(f"param must be float32, bfloat16 or float16, got {param.dtype}")
-    param = _check_dense("param", param, window)
-    _check_weights(weights, (2, window.window), window)
-    backend = choose_backend("window_update_", param.device)
-    implementation("sparse_window", backend).update_(
-        flat(param, backend), window, weights, lr=float(lr), eps=float(eps), weight_decay=float(weight_decay)
-    )
+    foreach_window_update_([WindowStep(param, window, weights, lr, weight_decay, eps)])
+
+
+def foreach_window_update_(steps: Sequence[WindowStep]) -> None:
+    """Do :func:`window_update_` for several tensors of one device; to the bit what it does for each.
+
+    Args:
+        steps: The tensors, with the arguments for each.
+
+    Raises:
+        TypeError: As :func:`window_update_`. Earlier tensors may have been changed then.
+        ValueError: As :func:`window_update_`, or the tensors are on several devices.
+        ImportError: If the requested backend is not installed.
+    """
+    _run("window_update_", steps, (2,))
 
 
 def window_dots(window: SparseWindow, dense: Tensor) -> Tensor:
@@ -147,10 +163,33 @@ def window_gram_row(window: SparseWindow, row: int) -> Tensor:
         IndexError: There is no such row.
         ImportError: If the requested backend is not installed.
     """
-    if not 0 <= row < window.window:
-        raise IndexError(f"row {row} is not one of the window's {window.window}")
-    backend = choose_backend("window_gram_row", window.indices.device)
-    products: Tensor = implementation("sparse_window", backend).gram_row(window, row)
+    return foreach_window_gram_row([window], row)
+
+
+def foreach_window_gram_row(windows: Sequence[SparseWindow], row: int) -> Tensor:
+    """Return the sum of what :func:`window_gram_row` does for several windows of one device, as if they were one.
+
+    Args:
+        windows: The windows, at least one, all of as many rows.
+        row: Which row of each.
+
+    Returns:
+        float64 ``[window]``.
+
+    Raises:
+        IndexError: There is no such row.
+        ValueError: The windows differ in their number of rows or are on several devices.
+        ImportError: If the requested backend is not installed.
+    """
+    length, device = windows[0].window, windows[0].indices.device
+    for each in windows:
+        if each.window != length:
+            raise ValueError(f"a window has {each.window} rows, another {length}")
+        _check_device("a window", each.indices.device, device)
+    if not 0 <= row < length:
+        raise IndexError(f"row {row} is not one of the window's {length}")
+    backend = choose_backend("window_gram_row", device)
+    products: Tensor = implementation("sparse_window", backend).gram_row(windows, row)
     return products
 
 
@@ -173,14 +212,55 @@ def window_descend_(
         ValueError: For shapes or devices that contradict each other, or a tensor that is not contiguous.
         ImportError: If the requested backend is not installed.
     """
+    foreach_window_descend_([WindowStep(param, window, weights, lr, weight_decay)])
+
+
+def foreach_window_descend_(steps: Sequence[WindowStep]) -> None:
+    """Do :func:`window_descend_` for several tensors of one device; to the bit what it does for each.
+
+    Args:
+        steps: The tensors, with the arguments for each.
+
+    Raises:
+        TypeError: As :func:`window_descend_`. Earlier tensors may have been changed then.
+        ValueError: As :func:`window_descend_`, or the tensors are on several devices.
+        ImportError: If the requested backend is not installed.
+    """
+    _run("window_descend_", steps, ())
+
+
+def _run(operation: str, steps: Sequence[WindowStep], leading: tuple[int, ...]) -> None:
+    """Run ``update_all_`` or ``descend_all_`` of a backend on steps that it checks one by one. ``leading``: below."""
+    if not steps:
+        return
+    device = steps[0].param.device
+    backend = choose_backend(operation, device)
+    function = {"window_update_": "update_all_", "window_descend_": "descend_all_"}[operation]
+    checked = (check_step(step, leading, device, backend) for step in steps)
+    getattr(implementation("sparse_window", backend), function)([step.rows for step in steps], checked)
+
+
+def check_step(step: WindowStep, leading: tuple[int, ...], device: torch.device, backend: Backend) -> WindowStep:
+    """Check a step, and return it as the backend takes it; for the operations on several tensors.
+
+    Args:
+        step: The step.
+        leading: Dimensions of the weights before that of the rows.
+        device: Where its tensors have to be.
+        backend: Which one.
+    """
+    param, rows, weights, lr, weight_decay, eps = step
     if param.dtype not in PARAM_DTYPES:
         raise TypeError(f"param must be float32, bfloat16 or float16, got {param.dtype}")
-    param = _check_dense("param", param, window)
-    _check_weights(weights, (window.window,), window)
-    backend = choose_backend("window_descend_", param.device)
-    implementation("sparse_window", backend).descend_(
-        flat(param, backend), window, weights, lr=float(lr), weight_decay=float(weight_decay)
-    )
+    _check_device("param", param.device, device)
+    param = _check_dense("param", param, rows)
+    _check_weights(weights, (*leading, rows.window), rows)
+    return WindowStep(flat(param, backend), rows, weights, float(lr), float(weight_decay), float(eps))
+
+
+def _check_device(name: str, device: torch.device, other: torch.device) -> None:
+    if device != other:
+        raise ValueError(f"{name} is on {device}, that of another tensor on {other}")
 
 
 def _check_dense(name: str, dense: Tensor, window: SparseWindow) -> Tensor:

@@ -9,7 +9,7 @@ vectors of all entries take less time than a list of those that the rows touch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,26 +17,32 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from hf_lowmem_optim.kernels.cpu_calls import FLOAT, INT, Record, Sizes, claimed_blocks, record, run_calls
 from hf_lowmem_optim.kernels.cpu_floats import (
     float32_at,
     floats,
     int16_at,
     load_floats,
     narrow,
-    num_pieces,
     prefetch,
     uint16_at,
     widen,
 )
-from hf_lowmem_optim.kernels.sparse_window.layout import SparseWindow
-from hf_lowmem_optim.kernels.workers import run_pieces
+from hf_lowmem_optim.kernels.sparse_window.layout import SparseWindow, WindowStep
 
 __all__ = [
+    "WINDOW_FORM",
     "combine_",
-    "descend_",
+    "descend_all_",
     "dots",
+    "gram_block",
     "gram_row",
-    "update_",
+    "gram_scratch",
+    "step_record",
+    "update_all_",
+    "update_block",
+    "update_scratch",
+    "window_record",
 ]
 
 _loop: Callable[..., Callable[..., Any]] = njit(cache=True, nogil=True, error_model="numpy")
@@ -47,17 +53,51 @@ _inlined: Callable[..., Callable[..., Any]] = njit(inline="always", error_model=
 _index = np.uint64
 _zero, _no_rows = np.float32(0.0), np.uint32(0x80000000)  # the bits of −0
 
+#: The record of a tensor for the loops over blocks.
+WINDOW_FORM = record(
+    indices=INT,
+    values=INT,
+    value_kind=INT,
+    window=INT,
+    kept=INT,
+    numel=INT,
+    block_size=INT,
+    kept_per_block=INT,
+    weights=INT,
+    dense=INT,
+    kind=INT,
+    newest=INT,
+    lr=FLOAT,
+    eps=FLOAT,
+    decay=FLOAT,
+)
+
 
 @_inlined
-def _load_row(indices, values, value_kind, kept, row, first, count, segment):
+def _matrix(call):
+    """What the rows lie in; taken out of the record once, since what is stored in between might be the record."""
+    return call.indices, call.values, call.value_kind, call.kept
+
+
+@_inlined
+def _bounds(call, block):
+    """A block's first column and the number of its columns; its first entry and the number of its entries."""
+    first, start = block * call.kept_per_block, block * call.block_size
+    return first, min(call.kept_per_block, call.kept - first), start, min(call.block_size, call.numel - start)
+
+
+@_inlined
+def _load_row(matrix, row, first, count, segment):
     """Write a row's values of a block to ``segment``, and return their indices."""
+    indices, values, value_kind, kept = matrix
     load_floats(values, value_kind, row * kept + first, count, segment)
     return int16_at(indices + 2 * (row * kept + first), count)
 
 
 @_inlined
-def _prefetch_row(indices, values, value_kind, kept, row, first):
+def _prefetch_row(matrix, row, first):
     """Ask for a row's entries of a block: some 80 bytes here, the next ones a row away, no stream is recognized."""
+    indices, values, value_kind, kept = matrix
     entry = row * kept + first
     for at in range(0, 128, 64):
         prefetch(indices + 2 * entry + at)
@@ -85,185 +125,188 @@ def _descend_narrow_block(update, count, decay, bits, kind):
         bits[i] = bits[i] if np.isnan(w) else narrow(w * decay - update[i], kind)
 
 
-@_loop
-def _update_blocks(
-    indices,
-    values,
-    value_kind,
-    window,
-    kept,
-    numel,
-    block_size,
-    kept_per_block,
-    weights,
-    param,
-    kind,
-    scalars,
-    begin,
-    end,
-):
-    weight = float32_at(weights, (2, window))
-    lr, eps, decay = scalars
-    z1, z2 = np.zeros(block_size, np.float32), np.full(block_size, np.float32(-0.0))
+@_inlined
+def update_scratch(block_size):
+    """Memory that :func:`update_block` works in, and leaves as it was."""
+    return np.zeros(block_size, np.float32), np.full(block_size, np.float32(-0.0)), np.empty(block_size, np.float32)
+
+
+@_jit
+def update_block(call, block, scratch):
+    """Adam's statistics of one block of one tensor, and the step there."""
+    z1, z2, segment = scratch
     z2_bits = z2.view(np.uint32)
-    segment = np.empty(kept_per_block, np.float32)
-    for block in range(begin, end):
-        first, last = block * kept_per_block, min((block + 1) * kept_per_block, kept)
-        start, stop = block * block_size, min((block + 1) * block_size, numel)
-        for row in range(window):
-            w1, w2 = weight[0, row], weight[1, row]
-            if w1 == 0 and w2 == 0:
-                continue
-            index = _load_row(indices, values, value_kind, kept, row, first, last - first, segment)
-            for j in range(_index(last - first)):
-                i, value = _index(index[j]), segment[j]
-                z1[i] += w1 * value
-                z2[i] += w2 * (value * value)
-        for i in range(_index(stop - start)):
-            update = lr * (z1[i] / (np.sqrt(z2[i]) + eps))
-            # an entry that no row has touched stays what it is, whatever eps: see reference.UNTOUCHED_BITS
-            z1[i] = _zero if z2_bits[i] == _no_rows else update
-        _descend_block(z1, stop - start, decay, param, kind, start)
-        for i in range(_index(stop - start)):
-            z1[i], z2[i] = _zero, -_zero
+    matrix, window, lr, eps = _matrix(call), call.window, call.lr, call.eps
+    weight = float32_at(call.weights, (2, window))
+    first, columns, start, count = _bounds(call, block)
+    for row in range(window):
+        w1, w2 = weight[0, row], weight[1, row]
+        if w1 == 0 and w2 == 0:
+            continue
+        index = _load_row(matrix, row, first, columns, segment)
+        for j in range(_index(columns)):
+            i, value = _index(index[j]), segment[j]
+            z1[i] += w1 * value
+            z2[i] += w2 * (value * value)
+    for i in range(_index(count)):
+        update = lr * (z1[i] / (np.sqrt(z2[i]) + eps))
+        # an entry that no row has touched stays what it is, whatever eps: see reference.UNTOUCHED_BITS
+        z1[i] = _zero if z2_bits[i] == _no_rows else update
+    _descend_block(z1, count, call.decay, call.dense, call.kind, start)
+    for i in range(_index(count)):
+        z1[i], z2[i] = _zero, -_zero
 
 
 @_loop
-def _dots(indices, values, value_kind, window, kept, numel, block_size, kept_per_block, dense, begin, end):
-    partial, segment = np.zeros(window), np.empty(kept_per_block, np.float32)
-    for block in range(begin, end):
-        first, last = block * kept_per_block, min((block + 1) * kept_per_block, kept)
-        start = block * block_size
-        x = float32_at(dense + 4 * start, min(block_size, numel - start))
-        for row in range(window):
-            _prefetch_row(indices, values, value_kind, kept, row, last)
-            index = _load_row(indices, values, value_kind, kept, row, first, last - first, segment)
-            total = 0.0
-            for j in range(_index(last - first)):
-                total += np.float64(x[_index(index[j])]) * np.float64(segment[j])
-            partial[row] += total
-    return partial
+def _update_blocks(calls, queue, group, own, largest, _):
+    scratch = update_scratch(largest)
+    for number, begin, end, _ in claimed_blocks(calls, queue, group, own):
+        for block in range(begin, end):
+            update_block(calls[number], block, scratch)
 
 
 @_loop
-def _combine(indices, values, value_kind, window, kept, numel, block_size, kept_per_block, weights, dense, begin, end):
-    weight, segment = float32_at(weights, window), np.empty(kept_per_block, np.float32)
-    for block in range(begin, end):
-        first, last = block * kept_per_block, min((block + 1) * kept_per_block, kept)
-        start = block * block_size
-        out = float32_at(dense + 4 * start, min(block_size, numel - start))
-        for row in range(window):
-            w = weight[row]
-            if w == 0:
-                continue
-            index = _load_row(indices, values, value_kind, kept, row, first, last - first, segment)
-            for j in range(_index(last - first)):
-                out[_index(index[j])] += w * segment[j]
+def _dots(calls, queue, group, own, largest, sums):
+    segment = np.empty(largest, np.float32)
+    for number, begin, end, place in claimed_blocks(calls, queue, group, own):
+        for block in range(begin, end):
+            call = calls[number]
+            matrix = _matrix(call)
+            first, columns, start, count = _bounds(call, block)
+            x = float32_at(call.dense + 4 * start, count)
+            for row in range(call.window):
+                _prefetch_row(matrix, row, first + columns)
+                index = _load_row(matrix, row, first, columns, segment)
+                total = 0.0
+                for j in range(_index(columns)):
+                    total += np.float64(x[_index(index[j])]) * np.float64(segment[j])
+                sums[place, row] += total
+
+
+@_inlined
+def _add_rows(call, first, columns, segment, out):
+    """Add the weighted rows of a block to ``out``."""
+    matrix, weight = _matrix(call), float32_at(call.weights, call.window)
+    for row in range(call.window):
+        w = weight[row]
+        if w == 0:
+            continue
+        index = _load_row(matrix, row, first, columns, segment)
+        for j in range(_index(columns)):
+            out[_index(index[j])] += w * segment[j]
 
 
 @_loop
-def _gram_row(indices, values, value_kind, window, kept, _, block_size, kept_per_block, newest, begin, end):
-    scratch, segment = np.zeros(block_size, np.float32), np.empty(kept_per_block, np.float32)
-    partial = np.zeros(window)
-    for block in range(begin, end):
-        first, last = block * kept_per_block, min((block + 1) * kept_per_block, kept)
-        own = _load_row(indices, values, value_kind, kept, newest, first, last - first, segment)
-        for j in range(_index(last - first)):
-            scratch[_index(own[j])] = segment[j]
-        for row in range(window):
-            _prefetch_row(indices, values, value_kind, kept, row, last)
-            index = _load_row(indices, values, value_kind, kept, row, first, last - first, segment)
-            total = 0.0
-            for j in range(_index(last - first)):
-                total += np.float64(scratch[_index(index[j])]) * np.float64(segment[j])
-            partial[row] += total
-        for j in range(_index(last - first)):
-            scratch[_index(own[j])] = _zero
-    return partial
+def _combine(calls, queue, group, own, largest, _):
+    segment = np.empty(largest, np.float32)
+    for number, begin, end, _ in claimed_blocks(calls, queue, group, own):
+        for block in range(begin, end):
+            call = calls[number]
+            first, columns, start, count = _bounds(call, block)
+            _add_rows(call, first, columns, segment, float32_at(call.dense + 4 * start, count))
+
+
+@_inlined
+def gram_scratch(block_size):
+    """Memory that :func:`gram_block` works in, and leaves as it was."""
+    return np.zeros(block_size, np.float32), np.empty(block_size, np.float32)
+
+
+@_jit
+def gram_block(call, block, scratch, sums):
+    """Add one block's share of the products of all rows with the newest one to ``sums``."""
+    newest, segment = scratch
+    matrix = _matrix(call)
+    first, columns, _, _ = _bounds(call, block)
+    own = _load_row(matrix, call.newest, first, columns, segment)
+    for j in range(_index(columns)):
+        newest[_index(own[j])] = segment[j]
+    for row in range(call.window):
+        _prefetch_row(matrix, row, first + columns)
+        index = _load_row(matrix, row, first, columns, segment)
+        total = 0.0
+        for j in range(_index(columns)):
+            total += np.float64(newest[_index(index[j])]) * np.float64(segment[j])
+        sums[row] += total
+    for j in range(_index(columns)):
+        newest[_index(own[j])] = _zero
 
 
 @_loop
-def _descend(
-    indices,
-    values,
-    value_kind,
-    window,
-    kept,
-    numel,
-    block_size,
-    kept_per_block,
-    weights,
-    param,
-    kind,
-    scalars,
-    begin,
-    end,
-):
-    weight, (lr, decay) = float32_at(weights, window), scalars
-    direction, segment = np.zeros(block_size, np.float32), np.empty(kept_per_block, np.float32)
-    for block in range(begin, end):
-        first, last = block * kept_per_block, min((block + 1) * kept_per_block, kept)
-        start, stop = block * block_size, min((block + 1) * block_size, numel)
-        for row in range(window):
-            w = weight[row]
-            if w == 0:
-                continue
-            index = _load_row(indices, values, value_kind, kept, row, first, last - first, segment)
-            for j in range(_index(last - first)):
-                direction[_index(index[j])] += w * segment[j]
-        for i in range(_index(stop - start)):
-            direction[i] *= lr
-        _descend_block(direction, stop - start, decay, param, kind, start)
-        for i in range(_index(stop - start)):
-            direction[i] = _zero
+def _gram_row(calls, queue, group, own, largest, sums):
+    scratch = gram_scratch(largest)
+    for number, begin, end, place in claimed_blocks(calls, queue, group, own):
+        for block in range(begin, end):
+            gram_block(calls[number], block, scratch, sums[place])
 
 
-def _run(loop: Callable[..., Any], window: SparseWindow, *arguments: object) -> list[Any]:
-    """Run a loop over the blocks of a window, in pieces; all loops begin with what describes it."""
-    described = (
-        window.indices.data_ptr(),
-        *floats(window.values),
-        *window.indices.shape,
-        window.numel,
-        window.block_size,
-        window.kept_per_block,
-    )
-    blocks = window.num_blocks
-    return run_pieces(loop, (*described, *arguments), blocks, num_pieces(blocks, window.block_size))
+@_loop
+def _descend(calls, queue, group, own, largest, _):
+    direction, segment = np.zeros(largest, np.float32), np.empty(largest, np.float32)
+    for number, begin, end, _ in claimed_blocks(calls, queue, group, own):
+        for block in range(begin, end):
+            call = calls[number]
+            lr = call.lr
+            first, columns, start, count = _bounds(call, block)
+            _add_rows(call, first, columns, segment, direction)
+            for i in range(_index(count)):
+                direction[i] *= lr
+            _descend_block(direction, count, call.decay, call.dense, call.kind, start)
+            for i in range(_index(count)):
+                direction[i] = _zero
 
 
-def update_(
-    param: Tensor,
-    window: SparseWindow,
-    weights: Tensor,
+def window_record(
+    rows: SparseWindow,
+    weights: Tensor | None = None,
+    dense: Tensor | None = None,
     *,
-    lr: float,
-    eps: float,
-    weight_decay: float,
-) -> None:
-    """See :func:`hf_lowmem_optim.kernels.sparse_window.window_update_`."""
+    newest: int = 0,
+    lr: float = 0.0,
+    eps: float = 0.0,
+    weight_decay: float = 0.0,
+) -> Record:
+    """The fields of :data:`WINDOW_FORM` for a tensor."""
+    window, kept = rows.indices.shape
+    matrix = (rows.indices.data_ptr(), *floats(rows.values), window, kept, rows.numel, rows.block_size)
+    operands = (0 if weights is None else weights.data_ptr(), *floats(dense), newest)
     decay = 1 - lr * weight_decay if weight_decay != 0 else 1.0
-    scalars = np.float32(lr), np.float32(eps), np.float32(decay)
-    _run(_update_blocks, window, weights.data_ptr(), *floats(param), scalars)
+    return (*matrix, rows.kept_per_block, *operands, lr, eps, decay, rows.num_blocks)
+
+
+def step_record(step: WindowStep) -> Record:
+    """The fields of :data:`WINDOW_FORM` for an update or a descent."""
+    param, rows, weights, lr, weight_decay, eps = step
+    return window_record(rows, weights, param, lr=lr, eps=eps, weight_decay=weight_decay)
+
+
+def _run(loop: Callable[..., Any], windows: Sequence[SparseWindow], calls: Iterable[Record], sums: int = 0) -> Any:
+    """Run a loop over all blocks of some windows."""
+    sizes = Sizes.of([rows.numel for rows in windows], [rows.block_size for rows in windows])
+    return run_calls(loop, WINDOW_FORM, calls, sizes, sums)
+
+
+def update_all_(windows: Sequence[SparseWindow], steps: Iterable[WindowStep]) -> None:
+    """See :func:`hf_lowmem_optim.kernels.sparse_window.foreach_window_update_`."""
+    _run(_update_blocks, windows, map(step_record, steps))
 
 
 def dots(window: SparseWindow, dense: Tensor) -> Tensor:
     """See :func:`hf_lowmem_optim.kernels.sparse_window.window_dots`."""
-    return torch.from_numpy(np.sum(_run(_dots, window, dense.data_ptr()), axis=0))
+    return torch.from_numpy(_run(_dots, [window], [window_record(window, dense=dense)], window.window))
 
 
 def combine_(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
     """See :func:`hf_lowmem_optim.kernels.sparse_window.window_combine_`."""
-    _run(_combine, window, weights.data_ptr(), out.data_ptr())
+    _run(_combine, [window], [window_record(window, weights, out)])
 
 
-def gram_row(window: SparseWindow, row: int) -> Tensor:
-    """See :func:`hf_lowmem_optim.kernels.sparse_window.window_gram_row`."""
-    return torch.from_numpy(np.sum(_run(_gram_row, window, row), axis=0))
+def gram_row(windows: Sequence[SparseWindow], row: int) -> Tensor:
+    """See :func:`hf_lowmem_optim.kernels.sparse_window.foreach_window_gram_row`."""
+    calls = (window_record(rows, newest=row) for rows in windows)
+    return torch.from_numpy(_run(_gram_row, windows, calls, windows[0].window))
 
 
-def descend_(param: Tensor, window: SparseWindow, weights: Tensor, *, lr: float, weight_decay: float) -> None:
-    """See :func:`hf_lowmem_optim.kernels.sparse_window.window_descend_`."""
-    decay = 1 - lr * weight_decay if weight_decay != 0 else 1.0
-    scalars = np.float32(lr), np.float32(decay)
-    _run(_descend, window, weights.data_ptr(), *floats(param), scalars)
+def descend_all_(windows: Sequence[SparseWindow], steps: Iterable[WindowStep]) -> None:
+    """See :func:`hf_lowmem_optim.kernels.sparse_window.foreach_window_descend_`."""
+    _run(_descend, windows, map(step_record, steps))

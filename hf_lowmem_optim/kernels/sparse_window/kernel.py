@@ -14,6 +14,8 @@ multiply-adds they agree with it bit for bit. Nothing is autotuned: these kernel
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -22,19 +24,19 @@ from torch import Tensor
 from hf_lowmem_optim.kernels.backend import on_device
 from hf_lowmem_optim.kernels.sparse_window.kernel_products import (
     combine_,
-    descend_,
+    descend_all_,
     dots,
     gram_row,
     sparse_tile,
 )
-from hf_lowmem_optim.kernels.sparse_window.layout import SparseWindow, num_programs, sorted_slots
+from hf_lowmem_optim.kernels.sparse_window.layout import SparseWindow, WindowStep, num_programs, sorted_slots
 
 __all__ = [
     "combine_",
-    "descend_",
+    "descend_all_",
     "dots",
     "gram_row",
-    "update_",
+    "update_all_",
 ]
 
 _NUM_WARPS = 4
@@ -221,22 +223,15 @@ def _dense_tile(param: Tensor, window: SparseWindow, num_warps: int) -> int:
     return int(min(16 * 64 * num_warps // param.itemsize, max(128, triton.next_power_of_2(window.block_size))))
 
 
-def update_(
-    param: Tensor,
-    window: SparseWindow,
-    weights: Tensor,
-    *,
-    lr: float,
-    eps: float,
-    weight_decay: float,
-) -> None:
-    """See :func:`hf_lowmem_optim.kernels.sparse_window.window_update_`."""
-    with on_device(param):
-        slots = sorted_slots(window.window, window.kept_per_block, window.block_size, window.values.dtype)
-        if slots is not None:
-            _launch_sorted(param, window, weights, slots, lr, eps, weight_decay)
-        else:
-            _launch_scratch(param, window, weights, lr, eps, weight_decay)
+def update_all_(windows: Sequence[SparseWindow], steps: Iterable[WindowStep]) -> None:
+    """See :func:`hf_lowmem_optim.kernels.sparse_window.foreach_window_update_`."""
+    for param, rows, weights, lr, weight_decay, eps in steps:
+        with on_device(param):
+            slots = sorted_slots(rows.window, rows.kept_per_block, rows.block_size, rows.values.dtype)
+            if slots is not None:
+                _launch_sorted(param, rows, weights, slots, lr, eps, weight_decay)
+            else:
+                _launch_scratch(param, rows, weights, lr, eps, weight_decay)
 
 
 def _launch_sorted(

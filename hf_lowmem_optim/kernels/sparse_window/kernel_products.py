@@ -7,15 +7,18 @@ of the parameter are read and written once.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable, Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from hf_lowmem_optim.kernels.backend import on_device
-from hf_lowmem_optim.kernels.sparse_window.layout import GRAM_ROWS, SparseWindow, num_programs
+from hf_lowmem_optim.kernels.sparse_window.layout import GRAM_ROWS, SparseWindow, WindowStep, num_programs
 
-__all__ = ["combine_", "descend_", "dots", "gram_row", "sparse_tile"]
+__all__ = ["combine_", "descend_all_", "dots", "gram_row", "sparse_tile"]
 
 SPARSE_TILE = 1024
 DOTS_PROGRAMS = 256
@@ -224,8 +227,12 @@ def combine_(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
         )
 
 
-def gram_row(window: SparseWindow, row: int) -> Tensor:
-    """See :func:`hf_lowmem_optim.kernels.sparse_window.window_gram_row`."""
+def gram_row(windows: Sequence[SparseWindow], row: int) -> Tensor:
+    """See :func:`hf_lowmem_optim.kernels.sparse_window.foreach_window_gram_row`."""
+    return functools.reduce(Tensor.add_, [_gram_row(window, row) for window in windows])
+
+
+def _gram_row(window: SparseWindow, row: int) -> Tensor:
     device = window.indices.device
     parts = triton.cdiv(window.window, GRAM_ROWS)
     programs = num_programs(window.numel, window.block_size, parts)
@@ -252,8 +259,13 @@ def gram_row(window: SparseWindow, row: int) -> Tensor:
     return partial.sum(dim=1)
 
 
-def descend_(param: Tensor, window: SparseWindow, weights: Tensor, *, lr: float, weight_decay: float) -> None:
-    """See :func:`hf_lowmem_optim.kernels.sparse_window.window_descend_`."""
+def descend_all_(windows: Sequence[SparseWindow], steps: Iterable[WindowStep]) -> None:
+    """See :func:`hf_lowmem_optim.kernels.sparse_window.foreach_window_descend_`."""
+    for param, rows, weights, lr, weight_decay, _ in steps:
+        _descend_(param, rows, weights, lr, weight_decay)
+
+
+def _descend_(param: Tensor, window: SparseWindow, weights: Tensor, lr: float, weight_decay: float) -> None:
     programs = num_programs(window.numel, window.block_size)
     scratch = torch.empty(programs * window.block_size, dtype=torch.float32, device=param.device)
     with on_device(param):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ __all__ = [
     "GRAM_ROWS",
     "MAX_BLOCK_SIZE",
     "SparseWindow",
+    "WindowStep",
     "num_programs",
     "product_scratch_bytes",
     "sorted_slots",
@@ -75,7 +77,9 @@ class SparseWindow:
             raise ValueError(f"block_size must be between 1 and {MAX_BLOCK_SIZE}, got {self.block_size}")
         if not 1 <= self.kept_per_block <= self.block_size:
             raise ValueError(f"kept_per_block must be between 1 and block_size, got {self.kept_per_block}")
-        if not 1 <= self.kept_in_last_block <= min(self.kept_per_block, self.last_block_size):
+        before = (self.numel - 1) // self.block_size  # blocks before the last one
+        last = self.numel - before * self.block_size
+        if not 1 <= indices.shape[1] - before * self.kept_per_block <= min(self.kept_per_block, last):
             raise ValueError(
                 f"{self.numel} entries in blocks of {self.block_size} with {self.kept_per_block} kept per block "
                 f"cannot give rows of {self.kept} entries"
@@ -96,15 +100,25 @@ class SparseWindow:
         """Number of blocks, the short one included."""
         return -(-self.numel // self.block_size)
 
-    @property
-    def last_block_size(self) -> int:
-        """Number of entries of the last block."""
-        return self.numel - (self.num_blocks - 1) * self.block_size
 
-    @property
-    def kept_in_last_block(self) -> int:
-        """Number of kept entries of the last block."""
-        return self.kept - (self.num_blocks - 1) * self.kept_per_block
+class WindowStep(NamedTuple):
+    """One tensor of ``foreach_window_update_`` or ``foreach_window_descend_``, and their arguments for it.
+
+    Attributes:
+        param: float32, bfloat16 or float16, contiguous; changed in place.
+        rows: The compressed gradients.
+        weights: float32 ``[2, window]`` for the update, ``[window]`` for the descent.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay.
+        eps: Added to the root of z2; for the update only.
+    """
+
+    param: Tensor
+    rows: SparseWindow
+    weights: Tensor
+    lr: float
+    weight_decay: float = 0.0
+    eps: float = 0.0
 
 
 def product_scratch_bytes(numel: int, window: int, block_size: int) -> int:

@@ -6,20 +6,21 @@ stay bounded. Rows are added in the order of their storage, which fixes the resu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hf_lowmem_optim.kernels.sparse_window.layout import SparseWindow
+from hf_lowmem_optim.kernels.sparse_window.layout import SparseWindow, WindowStep
 
 __all__ = [
     "combine_",
-    "descend_",
+    "descend_all_",
     "dots",
     "gram_row",
-    "update_",
+    "update_all_",
 ]
 
 CHUNK_ENTRIES = 3 << 15
@@ -58,16 +59,13 @@ def _chunks(window: SparseWindow) -> Iterator[_Chunk]:
         yield _Chunk(entries, columns, block_starts[: columns.stop - columns.start])
 
 
-def update_(
-    param: Tensor,
-    window: SparseWindow,
-    weights: Tensor,
-    *,
-    lr: float,
-    eps: float,
-    weight_decay: float,
-) -> None:
-    """See :func:`hf_lowmem_optim.kernels.sparse_window.window_update_`."""
+def update_all_(windows: Sequence[SparseWindow], steps: Iterable[WindowStep]) -> None:
+    """See :func:`hf_lowmem_optim.kernels.sparse_window.foreach_window_update_`."""
+    for param, rows, weights, lr, weight_decay, eps in steps:
+        _update_(param, rows, weights, lr, eps, weight_decay)
+
+
+def _update_(param: Tensor, window: SparseWindow, weights: Tensor, lr: float, eps: float, weight_decay: float) -> None:
     rows = [(row, w1, w2) for row, (w1, w2) in enumerate(weights.T.tolist()) if w1 != 0 or w2 != 0]
     if not rows and weight_decay == 0:
         return
@@ -113,8 +111,12 @@ def combine_(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
             piece.scatter_add_(0, chunk.positions(window.indices, row), weight * value)
 
 
-def gram_row(window: SparseWindow, row: int) -> Tensor:
-    """See :func:`hf_lowmem_optim.kernels.sparse_window.window_gram_row`."""
+def gram_row(windows: Sequence[SparseWindow], row: int) -> Tensor:
+    """See :func:`hf_lowmem_optim.kernels.sparse_window.foreach_window_gram_row`."""
+    return functools.reduce(Tensor.add_, [_gram_row(window, row) for window in windows])
+
+
+def _gram_row(window: SparseWindow, row: int) -> Tensor:
     dots = torch.zeros(window.window, dtype=torch.float64, device=window.indices.device)
     for chunk in _chunks(window):
         piece = torch.zeros(chunk.numel, dtype=torch.float64, device=dots.device)
@@ -125,8 +127,13 @@ def gram_row(window: SparseWindow, row: int) -> Tensor:
     return dots
 
 
-def descend_(param: Tensor, window: SparseWindow, weights: Tensor, *, lr: float, weight_decay: float) -> None:
-    """See :func:`hf_lowmem_optim.kernels.sparse_window.window_descend_`."""
+def descend_all_(windows: Sequence[SparseWindow], steps: Iterable[WindowStep]) -> None:
+    """See :func:`hf_lowmem_optim.kernels.sparse_window.foreach_window_descend_`."""
+    for param, rows, weights, lr, weight_decay, _ in steps:
+        _descend_(param, rows, weights, lr, weight_decay)
+
+
+def _descend_(param: Tensor, window: SparseWindow, weights: Tensor, lr: float, weight_decay: float) -> None:
     rows = [(row, weight) for row, weight in enumerate(weights.tolist()) if weight != 0]
     for chunk in _chunks(window):
         direction = torch.zeros(chunk.numel, device=param.device)

@@ -291,7 +291,7 @@ def step_(
     )
     # what the stages write; the first and the last are the entries of all matrices
     lengths = (stored[4], 1, q, p, 1, q, n, n, stored[4])
-    pieces = min(-(-p // PIECE), num_pieces(-(-n // ROWS), ROWS * columns)) if batch == 1 else 1
+    pieces = min(-(-p // PIECE), num_pieces(-(-n // ROWS), n * columns)) if batch == 1 else 1
     if pieces == 1:
         _step(*arguments, _ALL, 0, -(-max(lengths) // PIECE))
         return

@@ -1,0 +1,163 @@
+"""Compiled loops over the blocks of several tensors, each of which a record of one array describes.
+
+To enter a compiled loop costs little; to let go of Python's lock and to take it back, which every call does, makes
+threads wait for each other, and what Python needs is no longer in the cache after each tensor. So every thread enters
+a loop once for many tensors. There it takes the next group of blocks until none is left, while the calling thread may
+still be writing the records of later tensors. Which blocks are a group does not depend on the threads, nor does the
+order in which the groups' sums are added.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, attr-defined, call-arg, var-annotated, unreachable"
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from hf_lowmem_optim.kernels.workers import num_workers, run_workers
+
+__all__ = ["FLOAT", "INT", "Record", "Sizes", "claimed_blocks", "record", "run_calls"]
+
+INT, FLOAT = np.int64, np.float32
+
+#: Of a group: what takes much longer than to take it.
+_GROUP_ENTRIES = 1 << 16
+#: Groups at most, which bounds what their sums take.
+_MOST_GROUPS = 1 << 12
+# a second thread costs more than it gains below that
+_LEAST_ENTRIES = 1 << 18
+
+#: One tensor: the fields of its record, ``blocks`` being the last.
+Record = tuple[Any, ...]
+
+
+@intrinsic
+def _fetch_add(_, address, number):
+    """Add to an int64 that several threads share, and return what it was; what was written before is seen after."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", pointer, arguments[1], "acq_rel")
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@numba.njit(cache=True, error_model="numpy")
+def _tell(queue, tensors):
+    """Say that more tensors, or a negative number of them, are there."""
+    _fetch_add(np.int64(queue.ctypes.data) + 8, tensors)
+
+
+@numba.njit(error_model="numpy")
+def claimed_blocks(calls, queue, group, own):
+    """Take groups of blocks until there are none, and yield them tensor by tensor.
+
+    Args:
+        calls: The records.
+        queue: int64 [2]: blocks that are taken, tensors that are there; the latter negative to come to an end.
+        group: Blocks of a group.
+        own: The only group to do, which nobody takes and whose tensors are there; negative to take what is left.
+
+    Yields:
+        A tensor's number, its first block and the block after its last one in the group, and the group's number.
+    """
+    taken = np.int64(queue.ctypes.data)
+    number, before, there = 0, 0, 0
+    while True:
+        first = own * group if own >= 0 else _fetch_add(taken, group)
+        block, end = first, first + group
+        while block < end:
+            while number < there and before + calls[number].blocks <= block:
+                before += calls[number].blocks
+                number += 1
+            if number < there:
+                stop = min(end, before + calls[number].blocks)
+                yield number, block - before, stop - before, first // group
+                block = stop
+            elif number == len(calls) or there < 0:
+                return
+            else:
+                there = _fetch_add(taken + 8, 0)
+        if own >= 0:
+            return
+
+
+class Sizes(NamedTuple):
+    """What is known of some tensors before their records are made.
+
+    Attributes:
+        tensors: How many there are.
+        blocks: Their blocks.
+        entries: Their entries.
+        largest: The size of the largest block.
+    """
+
+    tensors: int
+    blocks: int
+    entries: int
+    largest: int
+
+    @classmethod
+    def of(cls, numels: Sequence[int], block_sizes: Sequence[int]) -> Sizes:
+        """Of tensors of so many entries each in blocks of such a size."""
+        blocks = sum([-(-numel // size) for numel, size in zip(numels, block_sizes, strict=True)])
+        return cls(len(numels), blocks, sum(numels), max(block_sizes))
+
+
+def record(**fields: Any) -> np.dtype[Any]:
+    """Describe a tensor's record: its fields, in the order in which they are given, and then ``blocks``, int64."""
+    return np.dtype([*fields.items(), ("blocks", INT)], align=True)
+
+
+def run_calls(
+    loop: Callable[..., None],
+    form: np.dtype[Any],
+    calls: Iterable[Record],
+    sizes: Sizes,
+    sums: int = 0,
+) -> Any:
+    """Run a compiled loop over the blocks of all tensors, on as many threads as pay.
+
+    Args:
+        loop: Takes the arguments of :func:`claimed_blocks`, the size of the largest block, and float64 [groups, sums]
+            of zeros for what it adds up in each group.
+        form: What :func:`record` returned.
+        calls: The tensors; other threads begin with the first ones while the calling one gets the others.
+        sizes: Of all of them.
+        sums: Numbers that the loop adds up.
+
+    Returns:
+        The sums over all groups, float64 [sums].
+    """
+    tensors, blocks, entries, largest = sizes
+    group = max(1, min(blocks, blocks * _GROUP_ENTRIES // max(1, entries)), -(-blocks // _MOST_GROUPS))
+    workers = num_workers(entries // _LEAST_ENTRIES)
+    table, queue = np.zeros(tensors, dtype=form), np.zeros(2, INT)
+    partial = np.zeros((-(-blocks // group) if sums else 0, sums))
+
+    def work(own: int = -1) -> None:
+        loop(table, queue, group, own, largest, partial)
+
+    def make() -> None:
+        there = 0
+        # as many as there are, or the others would wait for more
+        for number, call in zip(range(tensors), calls, strict=True):
+            table[number] = call
+            _tell(queue, 1)
+            if there < group <= there + call[-1] and workers > 1:
+                # the first group is this thread's: while it does it, without Python's lock, the others begin
+                work(own=0)
+            there += call[-1]
+        work()
+
+    if workers > 1:
+        queue[0] = group
+        run_workers([make, *[work] * (workers - 1)], lambda: _tell(queue, -tensors - 1))
+    else:
+        make()
+    return partial.sum(axis=0)
