@@ -22,10 +22,12 @@ __all__ = ["COLUMNS", "ROWS", "add_product", "add_product_at", "product_with_tra
 
 #: Columns of a tile, and rows.
 COLUMNS, ROWS = 512, 64
+#: Rows or columns of the thin factor.
+_THIN = 16
 
 # unsigned: an index that could be negative for all that the compiler knows would not be vectorized
 _index = np.uint64
-_columns, _rows, _thin = np.uint64(COLUMNS), np.uint64(ROWS), np.uint64(16)
+_columns, _rows, _thin = np.uint64(COLUMNS), np.uint64(ROWS), np.uint64(_THIN)
 #: Rows that are summed by themselves, as one long sum would lose more, and columns.
 _summed, _summed_columns = np.uint64(256), np.uint64(256)
 _0, _1, _2, _3, _4, _5, _6, _7, _8 = (np.uint64(i) for i in range(9))
@@ -103,12 +105,26 @@ def product_with_transposed(X, right, out, first, stop):
         stop: Row after the last one.
     """
     m, r, stop = _index(X.shape[1]), _index(right.shape[0]), _index(stop)
+    tile = np.empty((_thin, _columns), np.float32)
     for top in range(_index(first), stop, _rows):
         bottom = min(top + _rows, stop)
         for begin in range(_0, m, _columns):
             end = min(begin + _columns, m)
             for i in range(_0, r, _thin):
-                _sum_columns(X, right, out, top, bottom, i, min(i + _thin, r), begin, end)
+                last = min(i + _thin, r)
+                _sum_columns(X, _packed(right, tile, i, last, begin, end), out, top, bottom, i, last, begin, end)
+
+
+@_jit
+def _packed(right, tile, first, stop, begin, end):
+    """Copy rows ``first`` to ``stop`` and columns ``begin`` to ``end`` to a tile; return it with their indices.
+
+    Rows that are apart by a power of two would drive each other out of the cache.
+    """
+    for i in range(first, stop):
+        for t in range(begin, end):
+            tile[i - first, t - begin] = right[i, t]
+    return float32_at(tile.ctypes.data - 4 * np.int64(first * _columns + begin), (_THIN, COLUMNS))
 
 
 @_sums
@@ -199,8 +215,10 @@ def add_product_at(x, kind, n, m, left, right, beta, alpha, first, stop):
 def _add_tile(X, offset, left, right, beta, alpha, top, bottom, begin, end):
     """Rows ``top`` to ``bottom`` and columns ``begin`` to ``end``; row k is the row k − offset of X."""
     r = _index(right.shape[0])
+    tile = np.empty((_thin, _columns), np.float32)
     for middle in range(_0, r, _thin):
         stop = min(middle + _thin, r)
+        part = _packed(right, tile, middle, stop, begin, end)
         whole = middle + (stop - middle) // _8 * _8
         scale = beta if middle == _0 else np.float32(1.0)
         if whole == middle and scale != np.float32(1.0):  # nothing below scales
@@ -212,15 +230,15 @@ def _add_tile(X, offset, left, right, beta, alpha, top, bottom, begin, end):
             k1 = min(k + _1, bottom - _1)
             for c in range(middle, whole, _8):
                 factor = scale if c == middle else np.float32(1.0)
-                _add_terms(X, k - offset, k1 - offset, left, right, factor, alpha, k, k1, c, begin, end)
+                _add_terms(X, k - offset, k1 - offset, left, part, factor, alpha, k, k1, c, begin, end)
             for c in range(whole, stop):
                 a = alpha * left[k, c]
                 for t in range(begin, end):
-                    X[k - offset, t] += a * right[c, t]
+                    X[k - offset, t] += a * part[c, t]
                 if k1 != k:
                     a = alpha * left[k1, c]
                     for t in range(begin, end):
-                        X[k1 - offset, t] += a * right[c, t]
+                        X[k1 - offset, t] += a * part[c, t]
 
 
 @_inlined

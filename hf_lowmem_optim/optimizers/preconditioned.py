@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, cast
 
@@ -245,10 +245,13 @@ class PreconditionedOptimizer(LowMemoryOptimizer):
         """Do step number ``step`` of the system of these tensors."""
         window, damping = updates[0].group["window"], updates[0].group["damping"]
         row = (step - 1) % window
-        windows = [self._window(update.state, update.param, update.group) for update in updates]
         products_of_all = type(self).products_function
         together, others = ([], list(range(len(updates)))) if products_of_all is None else split_together(updates)
         products: dict[int, Tensor] = {}
+
+        @functools.cache
+        def window_of(index: int) -> Window:
+            return self._window(updates[index].state, updates[index].param, updates[index].group)
 
         def compress(index: int, workspace: Workspace) -> None:
             """Lines 1 to 3: the tensor's part of row (t − 1) mod m of G ← c; and its part of line 4."""
@@ -256,12 +259,12 @@ class PreconditionedOptimizer(LowMemoryOptimizer):
             type(self).compress_function(
                 update.grad, update.state, row=row, step=update.state["step"], group=update.group, workspace=workspace
             )
-            products[index] = windows[index].gram_row(row)
+            products[index] = window_of(index).gram_row(row)
 
         def descend(index: int, workspace: Workspace) -> None:
             """Lines 5 to 7, given the weights of the rows."""
             with weight_to_update(updates[index], workspace) as param:
-                _descend_(param, updates[index], windows[index], weights.to(param.device), workspace)
+                _descend_(param, updates[index], window_of(index), weights.to(param.device), workspace)
 
         def run(function: Callable[[int, Workspace], None], indices: Sequence[int]) -> None:
             run_jobs([Job([updates[i].param], functools.partial(function, i)) for i in indices], workspace)
@@ -269,10 +272,10 @@ class PreconditionedOptimizer(LowMemoryOptimizer):
         run(compress, others)
         parts = [products[index] for index in others]
         if products_of_all is not None and together:
-            parts.append(products_of_all([updates[i] for i in together], [windows[i] for i in together], row=row))
+            parts.append(products_of_all([updates[i] for i in together], map(window_of, together), row=row))
         with one_thread():
             weights = self._weights(gram, row, parts, damping=damping)
-        left = _descend_together_([updates[i] for i in together], [windows[i] for i in together], weights)
+        left = _descend_together_([updates[i] for i in together], map(window_of, together), weights)
         run(descend, [*others, *(together[i] for i in left)])
 
     @classmethod
@@ -289,7 +292,7 @@ class PreconditionedOptimizer(LowMemoryOptimizer):
         return type(self).window_function(state, param.shape, group)
 
 
-def _descend_together_(updates: Sequence[PendingUpdate], windows: Sequence[Window], weights: Tensor) -> list[int]:
+def _descend_together_(updates: Sequence[PendingUpdate], windows: Iterable[Window], weights: Tensor) -> list[int]:
     """Apply lines 5 to 7 to tensors that go together; return the indices of those for which u needs memory."""
     steps: list[WindowStep] = []
     left: list[int] = []

@@ -19,7 +19,7 @@ What rounding cuts off the values is part of ξ. Every tensor is compressed, als
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -157,12 +157,12 @@ def _selection(grad: Tensor, state: Mapping[str, Tensor], row: int, group: Mappi
     return TopK(state["indices"], state["values"], row, grad, error, group["block_size"], group["density"])
 
 
-def sparse_products_(updates: Sequence[PendingUpdate], windows: Sequence[SparseRows], *, row: int) -> Tensor:
+def sparse_products_(updates: Sequence[PendingUpdate], windows: Iterable[SparseRows], *, row: int) -> Tensor:
     """Do lines 1 to 4 for several tensors in one pass.
 
     Args:
         updates: Plain contiguous tensors of one device; their gradients are only read, their state is written.
-        windows: Their windows.
+        windows: Their windows, which may be made while the first tensors are worked on.
         row: Row of the windows to write.
 
     Returns:
@@ -173,7 +173,7 @@ def sparse_products_(updates: Sequence[PendingUpdate], windows: Sequence[SparseR
         for update, window in zip(updates, windows, strict=True)
     )
     block_sizes = [update.group["block_size"] for update in updates]
-    return topk_gram_row_([update.grad for update in updates], block_sizes, calls, windows[0].entries.window)
+    return topk_gram_row_([update.grad for update in updates], block_sizes, calls, updates[0].group["window"])
 
 
 def _rows(state: Mapping[str, Tensor], shape: Sequence[int], group: Mapping[str, Any]) -> SparseRows:

@@ -11,6 +11,8 @@ c, and float32 leaves little of it. Only the m × m Gram matrix enters, in float
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -49,7 +51,8 @@ def mfac_weights(gram: Tensor, newest: int, *, damping: float) -> Tensor:
     unit = (gram * scale).mul_(scale[:, None])
     unit.diagonal().masked_fill_(~alive, 1.0)
     smallest_pivot = float(torch.linalg.cholesky_ex(unit)[0].diagonal().min())
-    if not torch.isfinite(gram).all():
+    # entries are sums of products of float32 numbers: those that are finite do not overflow when they are added up
+    if not math.isfinite(float(gram.sum())):
         return torch.full_like(norm, torch.nan)
     # not (a < b) also where the factorization broke off with NaN
     if not smallest_pivot > _DEPENDENT:

@@ -12,15 +12,13 @@ __all__ = ["check_blocks", "check_rows"]
 
 def check_blocks(grad: Tensor, block_size: int, topk: TopK, rows: SparseWindow) -> None:
     """Raise ValueError if a call is not about this gradient, or its two parts about different blocks."""
-    said = (grad.numel(), block_size)
-    for name, found in (
-        ("the selection", (topk.grad.numel(), topk.block_size)),
-        ("the window", (rows.numel, rows.block_size)),
-    ):
-        if found != said:
-            raise ValueError(
-                f"a gradient has {said[0]} entries in blocks of {said[1]}, {name} {found[0]} in blocks of {found[1]}"
-            )
+    numel = grad.numel()
+    if topk.block_size == rows.block_size == block_size and topk.grad.numel() == rows.numel == numel:
+        return
+    raise ValueError(
+        f"a gradient has {numel} entries in blocks of {block_size}, the selection {topk.grad.numel()} in blocks of "
+        f"{topk.block_size}, the window {rows.numel} in blocks of {rows.block_size}"
+    )
 
 
 def check_rows(rows: SparseWindow, window: int) -> None:
