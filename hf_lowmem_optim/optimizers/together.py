@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from hf_lowmem_optim.kernels.backend import choose_backend
@@ -27,8 +26,6 @@ def split_together(updates: Sequence[PendingUpdate]) -> tuple[list[int], list[in
         Indices of those that go together: plain contiguous tensors of a CPU, with numba, whose weights are rounded to
         nearest. And of all others.
     """
-    if choose_backend("step", torch.device("cpu")) != "cpu":
-        return [], list(range(len(updates)))
     together: list[int] = []
     others: list[int] = []
     for index, update in enumerate(updates):
@@ -37,4 +34,7 @@ def split_together(updates: Sequence[PendingUpdate]) -> tuple[list[int], list[in
         plain = type(param) in (Tensor, nn.Parameter) and param.device.type == "cpu" and update.seed is None
         fits = plain and param.is_contiguous() and update.grad.is_contiguous()
         (together if fits else others).append(index)
+    # asked only where there is a tensor of a CPU: a backend that was demanded for a GPU's would be refused
+    if together and choose_backend("step", updates[together[0]].param.device) != "cpu":
+        return [], list(range(len(updates)))
     return together, others

@@ -108,6 +108,15 @@ def test_backends_agree_bit_for_bit(name, backend, monkeypatch):
             assert_same_bits(got, expected, f"tensor {i} of {case} from {dtype}")
 
 
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_a_tensor_without_entries_is_left_alone(backend, monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, backend)
+    case = CASES[0]
+    grad = torch.zeros(0, device=DEVICE if backend == "triton" else "cpu")
+    indices, values = case.select(grad, case.new_error(0, grad.device))
+    assert indices.shape == values.shape == (0,)
+
+
 @pytest.mark.parametrize("backend", FAST)
 def test_largest_block_and_default_block(backend, monkeypatch):
     device = DEVICE if backend == "triton" else "cpu"

@@ -135,7 +135,8 @@ def foreach_block_topk_(calls: Sequence[TopK]) -> None:
         unsupported |= _unsupported(call.error, call.block_size)
     backend = choose_backend("block_topk_", device, unsupported=unsupported)
     selections = [check_topk(call, device, backend) for call in calls if call.grad.numel()]
-    implementation("block_topk", backend).select_all(selections)
+    if selections:
+        implementation("block_topk", backend).select_all(selections)
 
 
 def check_topk(call: TopK, device: torch.device, backend: Backend) -> Selection:

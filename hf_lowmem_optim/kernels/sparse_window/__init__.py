@@ -9,7 +9,7 @@ it, none of them changes it:
 - :func:`window_gram_row` — G·g for a row g of G;
 - :func:`window_descend_` — W ← W·(1 − lr·wd) − lr·Gᵀ·w.
 
-``foreach_…`` does an operation for several tensors in one call.
+``foreach_…`` does an update or descent for several tensors in one call.
 
 ``reference.py`` is the specification. Rows are added in float32 in the order of their storage, so that the backends
 ``reference``, ``triton`` and ``cpu`` agree bit for bit in :func:`window_update_`, :func:`window_combine_` and
@@ -37,7 +37,6 @@ __all__ = [
     "WindowStep",
     "check_step",
     "foreach_window_descend_",
-    "foreach_window_gram_row",
     "foreach_window_update_",
     "window_combine_",
     "window_descend_",
@@ -163,33 +162,10 @@ def window_gram_row(window: SparseWindow, row: int) -> Tensor:
         IndexError: There is no such row.
         ImportError: If the requested backend is not installed.
     """
-    return foreach_window_gram_row([window], row)
-
-
-def foreach_window_gram_row(windows: Sequence[SparseWindow], row: int) -> Tensor:
-    """Return the sum of what :func:`window_gram_row` does for several windows of one device, as if they were one.
-
-    Args:
-        windows: The windows, at least one, all of as many rows.
-        row: Which row of each.
-
-    Returns:
-        float64 ``[window]``.
-
-    Raises:
-        IndexError: There is no such row.
-        ValueError: The windows differ in their number of rows or are on several devices.
-        ImportError: If the requested backend is not installed.
-    """
-    length, device = windows[0].window, windows[0].indices.device
-    for each in windows:
-        if each.window != length:
-            raise ValueError(f"a window has {each.window} rows, another {length}")
-        _check_device("a window", each.indices.device, device)
-    if not 0 <= row < length:
-        raise IndexError(f"row {row} is not one of the window's {length}")
-    backend = choose_backend("window_gram_row", device)
-    products: Tensor = implementation("sparse_window", backend).gram_row(windows, row)
+    if not 0 <= row < window.window:
+        raise IndexError(f"row {row} is not one of the window's {window.window}")
+    backend = choose_backend("window_gram_row", window.indices.device)
+    products: Tensor = implementation("sparse_window", backend).gram_row(window, row)
     return products
 
 

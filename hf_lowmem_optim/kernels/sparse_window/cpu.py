@@ -301,10 +301,9 @@ def combine_(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
     _run(_combine, [window], [window_record(window, weights, out)])
 
 
-def gram_row(windows: Sequence[SparseWindow], row: int) -> Tensor:
-    """See :func:`hf_lowmem_optim.kernels.sparse_window.foreach_window_gram_row`."""
-    calls = (window_record(rows, newest=row) for rows in windows)
-    return torch.from_numpy(_run(_gram_row, windows, calls, windows[0].window))
+def gram_row(window: SparseWindow, row: int) -> Tensor:
+    """See :func:`hf_lowmem_optim.kernels.sparse_window.window_gram_row`."""
+    return torch.from_numpy(_run(_gram_row, [window], [window_record(window, newest=row)], window.window))
 
 
 def descend_all_(windows: Sequence[SparseWindow], steps: Iterable[WindowStep]) -> None:

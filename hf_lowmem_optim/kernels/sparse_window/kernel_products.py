@@ -7,7 +7,6 @@ of the parameter are read and written once.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -227,12 +226,8 @@ def combine_(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
         )
 
 
-def gram_row(windows: Sequence[SparseWindow], row: int) -> Tensor:
-    """See :func:`hf_lowmem_optim.kernels.sparse_window.foreach_window_gram_row`."""
-    return functools.reduce(Tensor.add_, [_gram_row(window, row) for window in windows])
-
-
-def _gram_row(window: SparseWindow, row: int) -> Tensor:
+def gram_row(window: SparseWindow, row: int) -> Tensor:
+    """See :func:`hf_lowmem_optim.kernels.sparse_window.window_gram_row`."""
     device = window.indices.device
     parts = triton.cdiv(window.window, GRAM_ROWS)
     programs = num_programs(window.numel, window.block_size, parts)

@@ -6,7 +6,6 @@ stay bounded. Rows are added in the order of their storage, which fixes the resu
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -111,12 +110,8 @@ def combine_(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
             piece.scatter_add_(0, chunk.positions(window.indices, row), weight * value)
 
 
-def gram_row(windows: Sequence[SparseWindow], row: int) -> Tensor:
-    """See :func:`hf_lowmem_optim.kernels.sparse_window.foreach_window_gram_row`."""
-    return functools.reduce(Tensor.add_, [_gram_row(window, row) for window in windows])
-
-
-def _gram_row(window: SparseWindow, row: int) -> Tensor:
+def gram_row(window: SparseWindow, row: int) -> Tensor:
+    """See :func:`hf_lowmem_optim.kernels.sparse_window.window_gram_row`."""
     dots = torch.zeros(window.window, dtype=torch.float64, device=window.indices.device)
     for chunk in _chunks(window):
         piece = torch.zeros(chunk.numel, dtype=torch.float64, device=dots.device)
