@@ -282,7 +282,7 @@ class PreconditionedOptimizer(LowMemoryOptimizer):
     def _weights(cls, gram: Tensor, row: int, parts: Sequence[Tensor], *, damping: float) -> Tensor:
         """Lines 4 and 5: write row and column of GGᵀ, and return the weights in u ← Gᵀw."""
         # line 4: G c is a sum over tensors
-        total = functools.reduce(torch.add, [part.to(gram.device) for part in parts])
+        total = parts[0] if len(parts) == 1 else torch.stack([part.to(gram.device) for part in parts]).sum(dim=0)
         gram[row] = total
         gram[:, row] = total
         # line 5

@@ -56,6 +56,7 @@ def mfac_weights(gram: Tensor, newest: int, *, damping: float) -> Tensor:
         return torch.full_like(norm, torch.nan)
     # not (a < b) also where the factorization broke off with NaN
     if not smallest_pivot > _DEPENDENT:
+        del unit  # the decomposition takes as much again
         total = window * damping
         return spectral_weights(
             gram, newest, lambda squares: window / (total + squares), keep_all=lambda most: total > _HARMLESS * most

@@ -13,9 +13,17 @@ import torch
 from torch import Tensor
 
 from hf_lowmem_optim.kernels.block_quant import QuantFormat, Quantized
-from hf_lowmem_optim.kernels.block_topk import TopK, block_topk_, kept_per_block, num_kept
+from hf_lowmem_optim.kernels.block_topk import TopK, block_topk_, foreach_block_topk_, kept_per_block, num_kept
 from hf_lowmem_optim.kernels.sparse_steps import topk_gram_row_, topk_update_
-from hf_lowmem_optim.kernels.sparse_window import SparseWindow, WindowStep, window_gram_row, window_update_
+from hf_lowmem_optim.kernels.sparse_window import (
+    SparseWindow,
+    WindowStep,
+    foreach_window_descend_,
+    foreach_window_update_,
+    window_descend_,
+    window_gram_row,
+    window_update_,
+)
 from tests.kernels.test_block_quant import BF16, DEVICE, FAST, FP16, FP32
 
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
@@ -132,6 +140,42 @@ def check(device: str) -> list[Any]:
 def test_together_is_one_by_one(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_LOWMEM_OPTIM_BACKEND", backend)
     check(DEVICE if backend == "triton" else "cpu")
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_each_operation_for_several_tensors_is_that_for_each(
+    backend: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_LOWMEM_OPTIM_BACKEND", backend)
+    device = DEVICE if backend == "triton" else "cpu"
+    expected, found, weights = make_all(device), make_all(device), weights_on(device)
+    # a row counts when it has been written: until then its indices do not ascend
+    for tensors in (expected, found):
+        for row in range(WINDOW):
+            for t in tensors:
+                foreach_block_topk_([t.topk(row)])
+    for row in (0, 1):
+        one_by_one(expected, row)
+        for t in expected:
+            window_descend_(t.param, t.rows, weights[0], lr=0.1, weight_decay=0.2)
+        foreach_block_topk_([t.topk(row) for t in found])
+        foreach_window_update_([t.step(weights) for t in found])
+        foreach_window_descend_([WindowStep(t.param, t.rows, weights[0], 0.1, 0.2) for t in found])
+        for a, b in zip(expected, found, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a.written(), b.written(), strict=True))
+
+
+@pytest.mark.parametrize("operation", [foreach_block_topk_, foreach_window_update_, foreach_window_descend_])
+def test_tensors_of_several_devices_are_refused(operation: Callable[..., None]) -> None:
+    here, there = make(*TENSORS[0], 0, "cpu"), make(*TENSORS[0], 0, "meta")
+    if operation is foreach_block_topk_:
+        calls: list[Any] = [here.topk(0), there.topk(0)]
+    else:
+        weights = weights_on("cpu") if operation is foreach_window_update_ else weights_on("cpu")[0]
+        calls = [here.step(weights), there.step(weights)]
+    with pytest.raises(ValueError, match="is on meta, that of another tensor on cpu"):
+        operation(calls)
+    operation([])
 
 
 @pytest.mark.parametrize("backend", ["cpu"])

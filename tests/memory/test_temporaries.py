@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +14,9 @@ from hf_lowmem_optim import OPTIMIZERS, plan_optimizer
 from hf_lowmem_optim.kernels import subspace_adam
 from hf_lowmem_optim.memory.plan import plan_temporaries
 from hf_lowmem_optim.optimizers import LowMemoryOptimizer
+from hf_lowmem_optim.optimizers.preconditioned import system_bytes
+from hf_lowmem_optim.preconditioners.ggt import ggt_weights
+from hf_lowmem_optim.preconditioners.mfac import mfac_weights
 
 #: Slices of constant size that rounding and mixed dtypes need on the CPU.
 SLICES = 2**18
@@ -156,3 +159,15 @@ def test_the_description_is_what_a_gpu_allocates(
     workspaces = 2**21
     assert peak <= 1.02 * planned + workspaces
     assert planned <= 1.2 * peak + workspaces or hyper.get("error_feedback") == "grad"
+
+
+@pytest.mark.parametrize("dependent", [False, True])
+@pytest.mark.parametrize("solver", [mfac_weights, ggt_weights])
+def test_solving_a_system_stays_within_its_bound(solver: Callable[..., torch.Tensor], dependent: bool) -> None:
+    """Also where gradients repeat, which M-FAC solves otherwise; besides matrices there are some vectors."""
+    window = 200
+    rows = torch.randn(window, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rows[1] = rows[0] if dependent else rows[1]
+    gram = rows @ rows.T
+    peak = peak_bytes(lambda: solver(gram, 3, damping=1e-5))
+    assert gram.nbytes < peak <= system_bytes(window) + 12 * 8 * window

@@ -97,7 +97,7 @@ def foreach_window_update_(steps: Sequence[WindowStep]) -> None:
         ValueError: As :func:`window_update_`, or the tensors are on several devices.
         ImportError: If the requested backend is not installed.
     """
-    _run("window_update_", steps, (2,))
+    _run("window_update_", "update_all_", steps, (2,))
 
 
 def window_dots(window: SparseWindow, dense: Tensor) -> Tensor:
@@ -202,16 +202,15 @@ def foreach_window_descend_(steps: Sequence[WindowStep]) -> None:
         ValueError: As :func:`window_descend_`, or the tensors are on several devices.
         ImportError: If the requested backend is not installed.
     """
-    _run("window_descend_", steps, ())
+    _run("window_descend_", "descend_all_", steps, ())
 
 
-def _run(operation: str, steps: Sequence[WindowStep], leading: tuple[int, ...]) -> None:
-    """Run ``update_all_`` or ``descend_all_`` of a backend on steps that it checks one by one. ``leading``: below."""
+def _run(operation: str, function: str, steps: Sequence[WindowStep], leading: tuple[int, ...]) -> None:
+    """Run a backend's function on steps, which are checked one by one. ``leading``: as for :func:`check_step`."""
     if not steps:
         return
     device = steps[0].param.device
     backend = choose_backend(operation, device)
-    function = {"window_update_": "update_all_", "window_descend_": "descend_all_"}[operation]
     checked = (check_step(step, leading, device, backend) for step in steps)
     getattr(implementation("sparse_window", backend), function)([step.rows for step in steps], checked)
 

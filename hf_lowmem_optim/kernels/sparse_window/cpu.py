@@ -165,22 +165,27 @@ def _update_blocks(calls, queue, group, own, largest, _):
             update_block(calls[number], block, scratch)
 
 
+@_inlined
+def _add_products(matrix, window, first, columns, x, segment, sums):
+    """Add the products of a block's rows with ``x`` to ``sums``."""
+    for row in range(window):
+        _prefetch_row(matrix, row, first + columns)
+        index = _load_row(matrix, row, first, columns, segment)
+        total = 0.0
+        for j in range(_index(columns)):
+            total += np.float64(x[_index(index[j])]) * np.float64(segment[j])
+        sums[row] += total
+
+
 @_loop
 def _dots(calls, queue, group, own, largest, sums):
     segment = np.empty(largest, np.float32)
     for number, begin, end, place in claimed_blocks(calls, queue, group, own):
         for block in range(begin, end):
             call = calls[number]
-            matrix = _matrix(call)
             first, columns, start, count = _bounds(call, block)
             x = float32_at(call.dense + 4 * start, count)
-            for row in range(call.window):
-                _prefetch_row(matrix, row, first + columns)
-                index = _load_row(matrix, row, first, columns, segment)
-                total = 0.0
-                for j in range(_index(columns)):
-                    total += np.float64(x[_index(index[j])]) * np.float64(segment[j])
-                sums[place, row] += total
+            _add_products(_matrix(call), call.window, first, columns, x, segment, sums[place])
 
 
 @_inlined
@@ -216,18 +221,12 @@ def gram_scratch(block_size):
 def gram_block(call, block, scratch, sums):
     """Add one block's share of the products of all rows with the newest one to ``sums``."""
     newest, segment = scratch
-    matrix = _matrix(call)
+    matrix, window = _matrix(call), call.window
     first, columns, _, _ = _bounds(call, block)
     own = _load_row(matrix, call.newest, first, columns, segment)
     for j in range(_index(columns)):
         newest[_index(own[j])] = segment[j]
-    for row in range(call.window):
-        _prefetch_row(matrix, row, first + columns)
-        index = _load_row(matrix, row, first, columns, segment)
-        total = 0.0
-        for j in range(_index(columns)):
-            total += np.float64(newest[_index(index[j])]) * np.float64(segment[j])
-        sums[row] += total
+    _add_products(matrix, window, first, columns, newest, segment, sums)
     for j in range(_index(columns)):
         newest[_index(own[j])] = _zero
 
