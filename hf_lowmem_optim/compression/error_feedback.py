@@ -31,6 +31,7 @@ __all__ = [
     "ERROR_FEEDBACK",
     "QUANTIZATION_BLOCK_SIZE",
     "accumulate",
+    "error_buffer",
     "error_state",
     "fused_error",
     "keeps_error",
@@ -147,6 +148,26 @@ def _add_(out: Tensor, other: Tensor) -> Tensor:
 
 
 def quantized_error(state: Mapping[str, Tensor], numel: int) -> Quantized:
-    """Return the quantized error of a tensor of ``numel`` entries; a code a byte is 8 bit (so is a single entry)."""
-    storage = "8bit" if state["error_codes"].numel() == numel else "4bit"
-    return quantized_state(state, numel, _FORMATS[storage])
+    """Return the quantized error of a tensor of ``numel`` entries."""
+    return quantized_state(state, numel, _format(state["error_codes"], numel))
+
+
+def error_buffer(state: Mapping[str, Tensor], numel: int) -> tuple[tuple[Tensor, ...], QuantFormat | None]:
+    """Return the tensors that hold the error of a tensor of ``numel`` entries, and how they are quantized.
+
+    Args:
+        state: State of a tensor that keeps an error.
+        numel: Entries of the tensor.
+
+    Returns:
+        Codes, lo and hi, and their format; or the dense buffer, and None.
+    """
+    if "error" in state:
+        return (state["error"],), None
+    codes = state["error_codes"]
+    return (codes, state["error_lo"], state["error_hi"]), _format(codes, numel)
+
+
+def _format(codes: Tensor, numel: int) -> QuantFormat:
+    """A code a byte is 8 bit (so is a single entry)."""
+    return _FORMATS["8bit" if codes.numel() == numel else "4bit"]

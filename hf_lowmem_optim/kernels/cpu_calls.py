@@ -1,16 +1,16 @@
 """Compiled loops over the blocks of several tensors, each of which a record of one array describes.
 
-To enter a compiled loop costs little; to let go of Python's lock and to take it back, which every call does, makes
-threads wait for each other, and what Python needs is no longer in the cache after each tensor. So every thread enters
-a loop once for many tensors. There it takes the next group of blocks until none is left, while the calling thread may
-still be writing the records of later tensors. Which blocks are a group does not depend on the threads, nor does the
-order in which the groups' sums are added.
+A call for each tensor would make threads wait for each other, since every call lets go of Python's lock and takes it
+back, and after each tensor what Python needs is no longer in the cache. So every thread enters a loop once for many
+tensors. There it takes the next group of blocks until none is left, while the calling thread may still be writing the
+records of later tensors. Which blocks are a group does not depend on the threads, nor does the order in which the
+groups' sums are added.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, attr-defined, call-arg, var-annotated, unreachable"
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numba
@@ -19,7 +19,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from hf_lowmem_optim.kernels.workers import num_workers, run_workers
+from hf_lowmem_optim.kernels.native_loops import NativeLoop, num_threads, run_native
 
 __all__ = ["FLOAT", "INT", "Record", "Sizes", "claimed_blocks", "record", "run_calls"]
 
@@ -54,14 +54,13 @@ def _tell(queue, tensors):
 
 
 @numba.njit(error_model="numpy")
-def claimed_blocks(calls, queue, group, own):
+def claimed_blocks(calls, queue, group):
     """Take groups of blocks until there are none, and yield them tensor by tensor.
 
     Args:
         calls: The records.
         queue: int64 [2]: blocks that are taken, tensors that are there; the latter negative to come to an end.
         group: Blocks of a group.
-        own: The only group to do, which nobody takes and whose tensors are there; negative to take what is left.
 
     Yields:
         A tensor's number, its first block and the block after its last one in the group, and the group's number.
@@ -69,7 +68,7 @@ def claimed_blocks(calls, queue, group, own):
     taken = np.int64(queue.ctypes.data)
     number, before, there = 0, 0, 0
     while True:
-        first = own * group if own >= 0 else _fetch_add(taken, group)
+        first = _fetch_add(taken, group)
         block, end = first, first + group
         while block < end:
             while number < there and before + calls[number].blocks <= block:
@@ -83,8 +82,6 @@ def claimed_blocks(calls, queue, group, own):
                 return
             else:
                 there = _fetch_add(taken + 8, 0)
-        if own >= 0:
-            return
 
 
 class Sizes(NamedTuple):
@@ -115,20 +112,22 @@ def record(**fields: Any) -> np.dtype[Any]:
 
 
 def run_calls(
-    loop: Callable[..., None],
-    form: np.dtype[Any],
-    calls: Iterable[Record],
+    loop: NativeLoop,
+    table: np.ndarray[Any, Any],
     sizes: Sizes,
+    calls: Iterable[Record] | None = None,
     sums: int = 0,
 ) -> Any:
     """Run a compiled loop over the blocks of all tensors, on as many threads as pay.
 
     Args:
-        loop: Takes the arguments of :func:`claimed_blocks`, the size of the largest block, and float64 [groups, sums]
-            of zeros for what it adds up in each group.
-        form: What :func:`record` returned.
-        calls: The tensors; other threads begin with the first ones while the calling one gets the others.
+        loop: Finds at its address, int64: the records, the number of tensors, the queue of :func:`claimed_blocks`,
+            the blocks of a group, the size of the largest block, and float64 [groups, sums] of zeros for what it adds
+            up in each group, with that shape.
+        table: The records of all tensors.
         sizes: Of all of them.
+        calls: What to write to the records, one by one: other threads begin with the first ones while the calling
+            thread gets the others. None if it is there.
         sums: Numbers that the loop adds up.
 
     Returns:
@@ -136,28 +135,17 @@ def run_calls(
     """
     tensors, blocks, entries, largest = sizes
     group = max(1, min(blocks, blocks * _GROUP_ENTRIES // max(1, entries)), -(-blocks // _MOST_GROUPS))
-    workers = num_workers(entries // _LEAST_ENTRIES)
-    table, queue = np.zeros(tensors, dtype=form), np.zeros(2, INT)
+    queue = np.array([0, tensors if calls is None else 0], INT)
     partial = np.zeros((-(-blocks // group) if sums else 0, sums))
+    where = (table.ctypes.data, tensors, queue.ctypes.data)
+    arguments = np.array([*where, group, largest, partial.ctypes.data, *partial.shape], INT)
 
-    def work(own: int = -1) -> None:
-        loop(table, queue, group, own, largest, partial)
-
-    def make() -> None:
-        there = 0
+    def prepare() -> None:
         # as many as there are, or the others would wait for more
-        for number, call in zip(range(tensors), calls, strict=True):
+        for number, call in zip(range(tensors), () if calls is None else calls, strict=calls is not None):
             table[number] = call
             _tell(queue, 1)
-            if there < group <= there + call[-1] and workers > 1:
-                # the first group is this thread's: while it does it, without Python's lock, the others begin
-                work(own=0)
-            there += call[-1]
-        work()
 
-    if workers > 1:
-        queue[0] = group
-        run_workers([make, *[work] * (workers - 1)], lambda: _tell(queue, -tensors - 1))
-    else:
-        make()
+    threads = num_threads(entries // _LEAST_ENTRIES)
+    run_native(loop, arguments, threads, prepare, lambda: _tell(queue, -tensors - 1))
     return partial.sum(axis=0)

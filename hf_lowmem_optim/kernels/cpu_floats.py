@@ -24,9 +24,12 @@ from torch import Tensor
 from hf_lowmem_optim.kernels.workers import num_workers
 
 __all__ = [
+    "array_at",
     "float32_at",
+    "float64_at",
     "floats",
     "int16_at",
+    "int64_at",
     "load_float",
     "load_floats",
     "narrow",
@@ -59,8 +62,8 @@ def num_pieces(num_blocks: int, entries: int) -> int:
     return num_workers(most) if most > 1 else 1
 
 
-def _array_at(kind: Any) -> Callable[..., Any]:
-    """Make the compiled function that gives the array of a shape at an address."""
+def array_at(kind: Any) -> Callable[..., Any]:
+    """Make the compiled function that gives the array of a shape at an address, of numba's type ``kind``."""
 
     @intrinsic
     def pointer(_, address):
@@ -70,15 +73,15 @@ def _array_at(kind: Any) -> Callable[..., Any]:
         return types.CPointer(kind)(types.int64), generate
 
     @numba.njit(inline="always")
-    def array_at(address, shape):
+    def there(address, shape):
         return numba.carray(pointer(np.int64(address)), shape)
 
-    return array_at
+    return there
 
 
-float32_at, uint16_at = _array_at(types.float32), _array_at(types.uint16)
-int16_at, uint8_at = _array_at(types.int16), _array_at(types.uint8)
-uint64_at = _array_at(types.uint64)
+float32_at, float64_at = array_at(types.float32), array_at(types.float64)
+int16_at, int64_at = array_at(types.int16), array_at(types.int64)
+uint8_at, uint16_at, uint64_at = array_at(types.uint8), array_at(types.uint16), array_at(types.uint64)
 
 
 @intrinsic

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["MAX_WORKERS", "num_workers", "one_thread", "run_pieces", "run_workers"]
+__all__ = ["MAX_WORKERS", "has_openmp", "num_workers", "one_thread", "run_pieces", "run_workers"]
 
 #: Bounds what is there at once on machines with many cores.
 MAX_WORKERS = 16
@@ -36,7 +36,7 @@ def num_workers(num_jobs: int = MAX_WORKERS) -> int:
         1 where the calling thread does them alone.
     """
     # other builds of torch have one pool of threads for all callers, and no number of threads for each
-    threads = torch.get_num_threads() if _has_openmp() else 1
+    threads = torch.get_num_threads() if has_openmp() else 1
     return max(1, min(threads, num_jobs, MAX_WORKERS))
 
 
@@ -73,7 +73,7 @@ def run_workers(works: list[Callable[[], None]], stop: Callable[[], object]) -> 
 def one_thread() -> Iterator[None]:
     """Let torch use one thread, as workers do: its others would go on waiting actively, in the way of the workers."""
     threads = torch.get_num_threads()
-    if threads == 1 or not _has_openmp():
+    if threads == 1 or not has_openmp():
         yield
         return
     torch.set_num_threads(1)
@@ -119,13 +119,14 @@ def _end_waiting_threads() -> None:
 @functools.cache
 def _openmp_pause() -> Callable[[int], int] | None:
     """``omp_pause_resource_all`` (OpenMP 5.0) of the library that torch uses, None where there is none."""
-    if not _has_openmp() or os.name != "posix":
+    if not has_openmp() or os.name != "posix":
         return None
     return getattr(ctypes.CDLL(None), "omp_pause_resource_all", None)
 
 
 @functools.cache
-def _has_openmp() -> bool:
+def has_openmp() -> bool:
+    """Whether torch's own threads are those of OpenMP."""
     # torch has not annotated this function
     return bool(torch.backends.openmp.is_available())  # type: ignore[no-untyped-call]
 

@@ -40,9 +40,7 @@ from hf_lowmem_optim.compression.quantization import (
 )
 from hf_lowmem_optim.compression.topk import MAX_BLOCK_SIZE, kept_per_block, window_specs
 from hf_lowmem_optim.compression.workspace import Workspace
-from hf_lowmem_optim.kernels.block_topk import TopK, foreach_block_topk_
-from hf_lowmem_optim.kernels.sparse_steps import topk_update_
-from hf_lowmem_optim.kernels.sparse_window import SparseWindow, WindowStep, foreach_window_update_
+from hf_lowmem_optim.kernels.sparse_steps import SparseTensor, StepRule, sparse_steps
 from hf_lowmem_optim.kernels.sparse_window.layout import update_scratch_bytes
 from hf_lowmem_optim.optimizers.adamw import DenseState, adamw_state
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
@@ -223,28 +221,34 @@ def microadam_update_(
         "alpha": alpha,
         "stochastic_rounding": stochastic_rounding,
     }
-    selection, descent = _calls(param, grad, state, step, hyper)
-    foreach_block_topk_([selection])
-    foreach_window_update_([descent])
+    sparse_steps([(_tensor(param, grad, state, hyper), _rule(step, hyper, state["indices"]))]).topk_update_()
 
 
-def _calls(
-    param: Tensor, grad: Tensor, state: Mapping[str, Tensor], step: int, hyper: Mapping[str, Any]
-) -> tuple[TopK, WindowStep]:
-    """Do line 1, and return what lines 2 to 5 and lines 6 and 7 are, for a tensor."""
-    lr, alpha, block_size, density = hyper["lr"], hyper["alpha"], hyper["block_size"], hyper["density"]
-    numel, weight_decay = param.numel(), hyper["weight_decay"]
-    error = quantized_state(state, numel, _error_format(hyper["bits"], hyper["quant_block_size"]))
+def _tensor(param: Tensor, grad: Tensor, state: Mapping[str, Tensor], hyper: Mapping[str, Any]) -> SparseTensor:
+    """Do line 1 for a tensor, and return it for the other lines."""
+    fmt = _error_format(hyper["bits"], hyper["quant_block_size"])
+    lr, alpha = hyper["lr"], hyper["alpha"]
     # line 7 will decay what is added here, so that it is added undecayed
     if alpha > 0:
-        dequantize_add_(param, error, scale=-lr * alpha / (1 - lr * weight_decay))
-    indices, values = state["indices"], state["values"]
+        error = quantized_state(state, param.numel(), fmt)
+        dequantize_add_(param, error, scale=-lr * alpha / (1 - lr * hyper["weight_decay"]))
+    buffer = (state["error_codes"], state["error_lo"], state["error_hi"])
+    window = (state["indices"], state["values"])
+    return SparseTensor(param, grad, *window, buffer, fmt, hyper["block_size"], hyper["density"])
+
+
+def _rule(step: int, hyper: Mapping[str, Any], indices: Tensor) -> StepRule:
+    """What lines 2 to 7 are in a step, for windows as that of ``indices``."""
     window = indices.shape[0]
-    seed = step if hyper["stochastic_rounding"] else None
-    selection = TopK(indices, values, (step - 1) % window, grad, error, block_size, density, 1 - alpha, seed)
-    rows = SparseWindow(indices, values, numel, block_size, kept_per_block(block_size, density))
-    weights = _row_weights(step, window, tuple(hyper["betas"]), hyper["bias_correction"], param.device)
-    return selection, WindowStep(param, rows, weights, lr, weight_decay, hyper["eps"])
+    return StepRule(
+        row=(step - 1) % window,
+        lr=hyper["lr"],
+        weight_decay=hyper["weight_decay"],
+        eps=hyper["eps"],
+        weights=_row_weights(step, window, tuple(hyper["betas"]), hyper["bias_correction"], indices.device),
+        error_scale=1 - hyper["alpha"],
+        seed=step if hyper["stochastic_rounding"] else None,
+    )
 
 
 @functools.lru_cache(maxsize=16)
@@ -385,9 +389,15 @@ class MicroAdam(LowMemoryOptimizer):
         together, others = split_together(updates)
         super()._update_compressed_([updates[index] for index in others], beside)
         if together:
-            all_ = [updates[index] for index in together]
-            calls = (_calls(u.param, u.grad, u.state, u.state["step"], u.group) for u in all_)
-            topk_update_([u.grad for u in all_], [u.group["block_size"] for u in all_], calls)
+            rules: dict[tuple[int, int], StepRule] = {}
+            calls = []
+            for update in (updates[index] for index in together):
+                group, step = update.group, update.state["step"]
+                key = (id(group), step)
+                if key not in rules:
+                    rules[key] = _rule(step, group, update.state["indices"])
+                calls.append((_tensor(update.param, update.grad, update.state, group), rules[key]))
+            sparse_steps(calls).topk_update_()
 
     @classmethod
     def compresses(cls, shape: Sequence[int], group: Mapping[str, Any]) -> bool:

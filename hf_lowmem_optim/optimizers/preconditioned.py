@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, cast
 
@@ -37,7 +37,8 @@ from torch import Tensor
 from hf_lowmem_optim.compression.rounding import rounding_bytes
 from hf_lowmem_optim.compression.window import SparseRows, Window
 from hf_lowmem_optim.compression.workspace import Workspace
-from hf_lowmem_optim.kernels.sparse_window import WindowStep, foreach_window_descend_, window_descend_
+from hf_lowmem_optim.kernels.sparse_steps import SparseSteps, SparseTensor, StepRule, sparse_steps
+from hf_lowmem_optim.kernels.sparse_window import window_descend_
 from hf_lowmem_optim.kernels.workers import one_thread
 from hf_lowmem_optim.optimizers.adamw import adamw_state
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
@@ -118,15 +119,15 @@ class PreconditionedOptimizer(LowMemoryOptimizer):
 
     Attributes:
         compress_function: ``(grad, state, *, row, step, group, workspace) -> None``: lines 1 to 3 for one tensor.
-        products_function: ``(updates, windows, *, row) -> Tensor``: lines 1 to 4 for several tensors that go together,
-            where the method has a faster way than one by one.
+        sparse_function: ``(update) -> SparseTensor``: a tensor for lines 1 to 7 in the compiled loops of
+            ``kernels/sparse_steps``, which take all tensors together; None where rows are not sparse.
         window_function: ``(state, shape, group) -> Window``: the tensor's window on the tensors of its state.
         weights_function: ``(gram, newest, *, damping) -> w``: line 5.
         shared_keys: Hyper-parameters on which all compressed groups must agree.
     """
 
     compress_function: ClassVar[Callable[..., None]]
-    products_function: ClassVar[Callable[..., Tensor] | None] = None
+    sparse_function: ClassVar[Callable[..., SparseTensor] | None] = None
     window_function: ClassVar[Callable[..., Window]]
     weights_function: ClassVar[Callable[..., Tensor]]
     shared_keys: ClassVar[tuple[str, ...]] = ("window", "damping", "scope")
@@ -245,8 +246,7 @@ class PreconditionedOptimizer(LowMemoryOptimizer):
         """Do step number ``step`` of the system of these tensors."""
         window, damping = updates[0].group["window"], updates[0].group["damping"]
         row = (step - 1) % window
-        products_of_all = type(self).products_function
-        together, others = ([], list(range(len(updates)))) if products_of_all is None else split_together(updates)
+        light, heavy, others = self._split(updates)
         products: dict[int, Tensor] = {}
 
         @functools.cache
@@ -270,13 +270,39 @@ class PreconditionedOptimizer(LowMemoryOptimizer):
             run_jobs([Job([updates[i].param], functools.partial(function, i)) for i in indices], workspace)
 
         run(compress, others)
-        parts = [products[index] for index in others]
-        if products_of_all is not None and together:
-            parts.append(products_of_all([updates[i] for i in together], map(window_of, together), row=row))
+        steps = [self._steps([updates[i] for i in indices], row) for indices in (light, heavy) if indices]
+        parts = [*(products[index] for index in others), *(step.topk_gram_row_() for step in steps)]
         with one_thread():
             weights = self._weights(gram, row, parts, damping=damping)
-        left = _descend_together_([updates[i] for i in together], map(window_of, together), weights)
-        run(descend, [*others, *(together[i] for i in left)])
+        if light:
+            steps[0].descend_(weights.to(updates[light[0]].param.device))
+        run(descend, [*heavy, *others])
+
+    def _split(self, updates: Sequence[PendingUpdate]) -> tuple[list[int], list[int], list[int]]:
+        """Indices of tensors that go through compiled loops together, to the end or (with momentum) up to line 4.
+
+        The third list has all others.
+        """
+        if type(self).sparse_function is None:
+            return [], [], list(range(len(updates)))
+        together, others = split_together(updates)
+        heavy = {index for index in together if updates[index].group["momentum"] > 0}
+        return [index for index in together if index not in heavy], sorted(heavy), others
+
+    def _steps(self, updates: Sequence[PendingUpdate], row: int) -> SparseSteps:
+        """A step of tensors that go together."""
+        sparse_function = type(self).sparse_function
+        assert sparse_function is not None
+        rules: dict[int, StepRule] = {}
+        calls = []
+        for update in updates:
+            group = update.group
+            if id(group) not in rules:
+                rules[id(group)] = StepRule(row, group["lr"], group["weight_decay"])
+            if group["momentum"] == 0:
+                update.state.pop("velocity", None)
+            calls.append((sparse_function(update), rules[id(group)]))
+        return sparse_steps(calls)
 
     @classmethod
     def _weights(cls, gram: Tensor, row: int, parts: Sequence[Tensor], *, damping: float) -> Tensor:
@@ -290,21 +316,6 @@ class PreconditionedOptimizer(LowMemoryOptimizer):
 
     def _window(self, state: Mapping[str, Tensor], param: Tensor, group: Mapping[str, Any]) -> Window:
         return type(self).window_function(state, param.shape, group)
-
-
-def _descend_together_(updates: Sequence[PendingUpdate], windows: Iterable[Window], weights: Tensor) -> list[int]:
-    """Apply lines 5 to 7 to tensors that go together; return the indices of those for which u needs memory."""
-    steps: list[WindowStep] = []
-    left: list[int] = []
-    for index, (update, rows) in enumerate(zip(updates, windows, strict=True)):
-        group = update.group
-        if isinstance(rows, SparseRows) and group["momentum"] == 0:
-            update.state.pop("velocity", None)
-            steps.append(WindowStep(update.param, rows.entries, weights, group["lr"], group["weight_decay"]))
-        else:
-            left.append(index)
-    foreach_window_descend_(steps)
-    return left
 
 
 def _descend_(param: Tensor, update: PendingUpdate, rows: Window, weights: Tensor, workspace: Workspace) -> None:

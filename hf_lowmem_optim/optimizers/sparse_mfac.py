@@ -19,19 +19,24 @@ What rounding cuts off the values is part of ξ. Every tensor is compressed, als
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from hf_lowmem_optim.compression.error_feedback import QUANTIZATION_BLOCK_SIZE, error_state, quantized_error
+from hf_lowmem_optim.compression.error_feedback import (
+    QUANTIZATION_BLOCK_SIZE,
+    error_buffer,
+    error_state,
+    quantized_error,
+)
 from hf_lowmem_optim.compression.topk import MAX_BLOCK_SIZE, kept_per_block, window_specs
 from hf_lowmem_optim.compression.window import SparseRows
 from hf_lowmem_optim.compression.workspace import Workspace
 from hf_lowmem_optim.kernels.block_topk import TopK, foreach_block_topk_
-from hf_lowmem_optim.kernels.sparse_steps import topk_gram_row_
+from hf_lowmem_optim.kernels.sparse_steps import SparseTensor
 from hf_lowmem_optim.kernels.sparse_window import SparseWindow
 from hf_lowmem_optim.kernels.sparse_window.layout import product_scratch_bytes
 from hf_lowmem_optim.optimizers.adamw import DenseState, adamw_state
@@ -148,32 +153,17 @@ def sparse_compress_(
         group: Hyper-parameters.
         workspace: Temporary buffers.
     """
-    foreach_block_topk_([_selection(grad.contiguous(), state, row, group)])
-
-
-def _selection(grad: Tensor, state: Mapping[str, Tensor], row: int, group: Mapping[str, Any]) -> TopK:
-    """What lines 1 to 3 are, for a tensor."""
     error = state["error"] if "error" in state else quantized_error(state, grad.numel())
-    return TopK(state["indices"], state["values"], row, grad, error, group["block_size"], group["density"])
+    how = (group["block_size"], group["density"])
+    foreach_block_topk_([TopK(state["indices"], state["values"], row, grad.contiguous(), error, *how)])
 
 
-def sparse_products_(updates: Sequence[PendingUpdate], windows: Iterable[SparseRows], *, row: int) -> Tensor:
-    """Do lines 1 to 4 for several tensors in one pass.
-
-    Args:
-        updates: Plain contiguous tensors of one device; their gradients are only read, their state is written.
-        windows: Their windows, which may be made while the first tensors are worked on.
-        row: Row of the windows to write.
-
-    Returns:
-        float64 [m]: the inner products of all rows with the new one, over all of these tensors.
-    """
-    calls = (
-        (_selection(update.grad, update.state, row, update.group), window.entries)
-        for update, window in zip(updates, windows, strict=True)
-    )
-    block_sizes = [update.group["block_size"] for update in updates]
-    return topk_gram_row_([update.grad for update in updates], block_sizes, calls, updates[0].group["window"])
+def sparse_tensor(update: PendingUpdate) -> SparseTensor:
+    """A tensor's gradient, and the tensors of its state that lines 1 to 7 read and write."""
+    state, group = update.state, update.group
+    error, fmt = error_buffer(state, update.grad.numel())
+    window = (state["indices"], state["values"])
+    return SparseTensor(update.param, update.grad, *window, error, fmt, group["block_size"], group["density"])
 
 
 def _rows(state: Mapping[str, Tensor], shape: Sequence[int], group: Mapping[str, Any]) -> SparseRows:
@@ -238,7 +228,7 @@ class SparseMFAC(PreconditionedOptimizer):
     state_function = staticmethod(sparse_mfac_state)
     temporaries_function = staticmethod(sparse_mfac_temporaries)
     compress_function = staticmethod(sparse_compress_)
-    products_function = staticmethod(sparse_products_)
+    sparse_function = staticmethod(sparse_tensor)
     window_function = staticmethod(_rows)
     weights_function = staticmethod(mfac_weights)
 

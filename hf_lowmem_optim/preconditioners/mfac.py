@@ -16,6 +16,7 @@ import math
 import torch
 from torch import Tensor
 
+from hf_lowmem_optim.kernels.gram_solve import damped_inverse_column
 from hf_lowmem_optim.preconditioners.spectrum import spectral_weights
 
 __all__ = ["mfac_weights"]
@@ -44,26 +45,15 @@ def mfac_weights(gram: Tensor, newest: int, *, damping: float) -> Tensor:
     Source: arXiv 2107.03356, section 3; the closed form is Woodbury's identity.
     """
     window = gram.shape[0]
-    norm = gram.diagonal().sqrt()
-    alive = norm > 0
-    scale = norm.reciprocal().where(alive, 0.0)  # [m]
-    # K, rows of unit length; rows of zeros become rows of the identity, which couple with nothing
-    unit = (gram * scale).mul_(scale[:, None])
-    unit.diagonal().masked_fill_(~alive, 1.0)
-    smallest_pivot = float(torch.linalg.cholesky_ex(unit)[0].diagonal().min())
+    total = window * damping
+    # w ← m·(mλI + GGᵀ)⁻¹e_r
+    column, smallest_pivot = damped_inverse_column(gram, newest, total)
+    if smallest_pivot > _DEPENDENT:
+        return column.mul_(window)
+    del column
     # entries are sums of products of float32 numbers: those that are finite do not overflow when they are added up
     if not math.isfinite(float(gram.sum())):
-        return torch.full_like(norm, torch.nan)
-    # not (a < b) also where the factorization broke off with NaN
-    if not smallest_pivot > _DEPENDENT:
-        del unit  # the decomposition takes as much again
-        total = window * damping
-        return spectral_weights(
-            gram, newest, lambda squares: window / (total + squares), keep_all=lambda most: total > _HARMLESS * most
-        )
-    # w ← m·D⁻¹(K + mλD⁻²)⁻¹D⁻¹e_r
-    unit.diagonal().addcmul_(scale, scale, value=window * damping)
-    target = torch.zeros_like(norm)
-    target[newest] = scale[newest]
-    factor = torch.linalg.cholesky_ex(unit)[0]
-    return torch.cholesky_solve(target[:, None], factor)[:, 0].mul_(scale).mul_(window)
+        return torch.full((window,), torch.nan, dtype=gram.dtype, device=gram.device)
+    return spectral_weights(
+        gram, newest, lambda squares: window / (total + squares), keep_all=lambda most: total > _HARMLESS * most
+    )

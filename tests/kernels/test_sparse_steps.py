@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from hf_lowmem_optim.kernels.block_quant import QuantFormat, Quantized
 from hf_lowmem_optim.kernels.block_topk import TopK, block_topk_, foreach_block_topk_, kept_per_block, num_kept
-from hf_lowmem_optim.kernels.sparse_steps import topk_gram_row_, topk_update_
+from hf_lowmem_optim.kernels.sparse_steps import SparseSteps, SparseTensor, StepRule, sparse_steps
 from hf_lowmem_optim.kernels.sparse_window import (
     SparseWindow,
     WindowStep,
@@ -55,11 +56,18 @@ class Tensors:
     def step(self, weights: Tensor) -> WindowStep:
         return WindowStep(self.param, self.rows, weights, 1e-2, 0.1, 1e-8)
 
+    def sparse(self) -> SparseTensor:
+        e = self.error
+        return SparseTensor(
+            self.param, self.grad, self.indices, self.values, (e.codes, e.lo, e.hi), e.format, self.block_size, DENSITY
+        )
+
     def copy(self) -> Tensors:
-        """With a state of its own."""
+        """With a weight and a state of its own."""
         e = self.error
         error = Quantized(e.codes.clone(), e.lo.clone(), e.hi.clone(), e.numel, e.format)
-        return replace(self, error=error, indices=self.indices.clone(), values=self.values.clone())
+        indices, values, param = self.indices.clone(), self.values.clone(), self.param.clone()
+        return replace(self, param=param, error=error, indices=indices, values=values)
 
     def written(self) -> list[Tensor]:
         return [self.param, self.indices, self.values, self.error.codes, self.error.lo, self.error.hi]
@@ -96,14 +104,26 @@ def one_by_one(tensors: list[Tensors], row: int) -> Tensor:
     return total
 
 
+def steps(tensors: list[Tensors], row: int) -> SparseSteps:
+    rule = StepRule(row, 1e-2, 0.1, 1e-8, weights_on(tensors[0].param.device.type), seed=row)
+    return sparse_steps([(t.sparse(), rule) for t in tensors])
+
+
 def together(tensors: list[Tensors], row: int) -> Tensor:
-    """MicroAdam's operation; and M-FAC's on copies, for the inner products."""
-    grads, sizes = [t.grad for t in tensors], [t.block_size for t in tensors]
+    """MicroAdam's operation; and M-FAC's two on copies, for the inner products."""
     copies = [t.copy() for t in tensors]
-    products = topk_gram_row_(grads, sizes, ((t.topk(row), t.rows) for t in copies), WINDOW)
-    topk_update_(grads, sizes, ((t.topk(row), t.step(weights_on(t.param.device.type))) for t in tensors))
+    mfac = steps(copies, row)
+    products = mfac.topk_gram_row_()
+    # rows that were not written yet have no weight
+    weights = weights_on(tensors[0].param.device.type)[0] * copies[0].values.any(dim=1)
+    expected = [copy.param.clone() for copy in copies]
+    for param, copy in zip(expected, copies, strict=True):
+        window_descend_(param, copy.rows, weights, lr=1e-2, weight_decay=0.1)
+    mfac.descend_(weights)
+    assert all(torch.equal(copy.param, param) for copy, param in zip(copies, expected, strict=True))
+    steps(tensors, row).topk_update_()
     for copy, original in zip(copies, tensors, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(copy.written(), original.written(), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(copy.written()[1:], original.written()[1:], strict=True))
     return products
 
 
@@ -187,73 +207,103 @@ def test_the_number_of_threads_changes_nothing(backend: str, threads: int, monke
         assert all(torch.equal(a, b) for a, b in zip(products, expected, strict=True))
 
 
-def raising(tensors: list[Tensors], at: int) -> Iterator[tuple[TopK, WindowStep]]:
-    for number, t in enumerate(tensors):
-        if number == at:
-            raise ArithmeticError("on purpose")
-        yield t.topk(0), t.step(weights_on("cpu"))
+def breaking(tensors: list[Tensors], at: int) -> list[tuple[SparseTensor, StepRule]]:
+    """Good tensors, but for one."""
+    rule = StepRule(0, 1e-2, weights=weights_on("cpu"))
+    calls = [(t.sparse(), rule) for t in tensors]
+    calls[at] = (calls[at][0]._replace(grad=tensors[at].grad.double()), rule)
+    return calls
 
 
 @pytest.mark.parametrize("backend", ["cpu"])
 def test_a_failure_comes_out_and_ends_all_threads(backend: str, threads: int) -> None:
     for at in range(len(TENSORS)):
-        tensors = make_all()
-        with pytest.raises(ArithmeticError, match="on purpose"):
-            topk_update_([t.grad for t in tensors], [t.block_size for t in tensors], raising(tensors, at))
-
-
-def fewer(tensors: list[Tensors]) -> list[Tensors]:
-    return tensors[:-1]
-
-
-def more(tensors: list[Tensors]) -> list[Tensors]:
-    return [*tensors, tensors[0]]
-
-
-def other(tensors: list[Tensors]) -> list[Tensors]:
-    return [tensors[1], *tensors[1:]]
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize(("change", "said"), [(fewer, "shorter"), (more, "longer"), (other, "the selection 5 in")])
-def test_other_calls_than_gradients_are_refused(
-    backend: str, change: Callable[..., Any], said: str, threads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_LOWMEM_OPTIM_BACKEND", backend)
-    tensors = make_all()
-    grads, sizes, calls = [t.grad for t in tensors], [t.block_size for t in tensors], change(tensors)
-    with pytest.raises(ValueError, match=said):
-        topk_update_(grads, sizes, ((t.topk(0), t.step(weights_on("cpu"))) for t in calls))
-    with pytest.raises(ValueError, match=said):
-        topk_gram_row_(grads, sizes, ((t.topk(0), t.rows) for t in calls), WINDOW)
+        for operation in ("topk_update_", "topk_gram_row_"):
+            with pytest.raises(ValueError, match="grad must be one of"):
+                getattr(sparse_steps(breaking(make_all(), at)), operation)()
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_contradictions_are_refused(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_LOWMEM_OPTIM_BACKEND", backend)
-    one, two = make(*TENSORS[0], 0, "cpu"), make(*TENSORS[4], 1, "cpu")
-    with pytest.raises(ValueError, match="the window 3000 in blocks of 64"):
-        topk_update_([one.grad], [64], [(one.topk(0), two.step(weights_on("cpu")))])
-    with pytest.raises(ValueError, match="3 rows, not 4"):
-        topk_gram_row_([one.grad], [64], [(one.topk(0), one.rows)], 4)
-    with pytest.raises(ValueError, match="row 3 is not one of the window's 3"):
-        topk_update_([one.grad], [64], [(one.topk(3), one.step(weights_on("cpu")))])
+    one, two = make(*TENSORS[0], 0, "cpu").sparse(), make(*TENSORS[4], 1, "cpu").sparse()
+    rule = StepRule(0, 1e-2, weights=weights_on("cpu"))
+
+    def refused(said: str, operation: str, *calls: tuple[SparseTensor, StepRule]) -> None:
+        with pytest.raises((TypeError, ValueError), match=said):
+            getattr(sparse_steps(calls), operation)()
+
+    for operation in ("topk_update_", "topk_gram_row_"):
+        refused("row 3 is not one of the window's 3", operation, (one, rule._replace(row=3)))
+        refused("is on meta", operation, (one, rule), (one._replace(grad=one.grad.to("meta")), rule))
+        refused("indices must", operation, (one._replace(indices=one.indices.int()), rule))
+    refused("param has 3000 entries, the window is of 1000", "topk_update_", (one._replace(param=two.param), rule))
+    refused("weights=None", "topk_update_", (one, rule._replace(weights=None)))
+    refused("weights must be", "topk_update_", (one, rule._replace(weights=weights_on("cpu")[0])))
+    short = two._replace(indices=two.indices[:2].clone(), values=two.values[:2].clone())
+    refused("has 2 rows, that of another tensor 3", "topk_gram_row_", (one, rule), (short, rule))
+    steps = sparse_steps([(one, rule)])
+    steps.topk_gram_row_()
+    with pytest.raises(ValueError, match=r"weights must be contiguous and of shape \[3\]"):
+        steps.descend_(weights_on("cpu"))
+
+
+@pytest.mark.parametrize("backend", ["cpu"])
+def test_what_is_kept_of_a_tensor_is_dropped_when_it_changes(backend: str) -> None:
+    """State that is replaced, or moved in place, between two steps; and what is wrong only then."""
+    rule = StepRule(0, 1e-2, 0.1, 1e-8, weights_on("cpu"), seed=0)
+
+    def step(tensors: Tensors) -> None:
+        sparse_steps([(tensors.sparse(), rule)]).topk_update_()
+
+    found, expected = make(*TENSORS[4], 0, "cpu"), make(*TENSORS[4], 0, "cpu")
+    for number in range(3):
+        step(found)
+        one_by_one([expected], 0)
+        assert all(torch.equal(a, b) for a, b in zip(found.written(), expected.written(), strict=True))
+        for name in ("param", "grad", "indices", "values"):
+            tensor = getattr(found, name)
+            if number == 0:
+                setattr(found, name, tensor.clone())
+            else:
+                tensor.data = tensor.clone()
+    step(found)
+    found.values.data = found.values.float()
+    found.grad.data = found.grad.float()
+    one_by_one([expected], 0)
+    before = found.values.clone()
+    step(found)
+    assert found.values.dtype == FP32 and not torch.equal(found.values, before)
+    found.indices.data = found.indices.int()
+    with pytest.raises((TypeError, ValueError), match="indices must"):
+        step(found)
+    found.indices.data = found.indices.short()
+    found.error.codes.data = found.error.codes[:-1].clone()
+    with pytest.raises(ValueError, match="codes of 3000 entries"):
+        step(found)
+
+
+@pytest.mark.parametrize("backend", ["cpu"])
+def test_only_so_much_is_kept(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = importlib.import_module("hf_lowmem_optim.kernels.sparse_steps.cpu")
+    monkeypatch.setattr(cpu, "_MOST_LAYOUTS", 4)
+    for _ in range(3):
+        check("cpu")
+        assert 0 < len(cpu._layouts) <= 4
 
 
 @pytest.mark.parametrize("backend", ["cpu"])
 def test_other_threads_wait_for_tensors_that_are_not_there_yet(
     backend: str, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The calling thread must not take a group that only it can make: every group of the others' may come first."""
+    """The other threads may be done with all that is there before the calling one has described the next tensor."""
     done: list[int] = []
     tell = cpu_calls()._tell
 
     def slowly(queue: Any, tensors: int) -> None:
         tell(queue, tensors)
         if threads > 1 and tensors > 0:
-            # until the others have taken all that is there, and wait for more
-            for _ in range(50):
-                torch.zeros(1)  # lets go of Python's lock
+            time.sleep(1e-3)
         done.append(tensors)
 
     monkeypatch.setattr(cpu_calls(), "_tell", slowly)

@@ -9,22 +9,16 @@ entries that reach it, some 60, decide. Where k is not small against the number 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numba
 import numpy as np
+from torch import Tensor
 
-from hf_lowmem_optim.kernels.block_quant.cpu import (
-    block_range,
-    buffer_arguments,
-    decode,
-    encode,
-    random_argument,
-)
-from hf_lowmem_optim.kernels.block_quant.layout import Quantized
+from hf_lowmem_optim.kernels.block_quant.cpu import block_range, decode, encode
 from hf_lowmem_optim.kernels.block_topk.layout import Selection
-from hf_lowmem_optim.kernels.cpu_calls import FLOAT, INT, Record, Sizes, claimed_blocks, record, run_calls
+from hf_lowmem_optim.kernels.cpu_calls import Record, Sizes, claimed_blocks, run_calls
 from hf_lowmem_optim.kernels.cpu_floats import (
-    floats,
     int16_at,
     load_float,
     load_floats,
@@ -34,16 +28,24 @@ from hf_lowmem_optim.kernels.cpu_floats import (
     uint8_at,
     widen,
 )
+from hf_lowmem_optim.kernels.native_loops import native_loop
+from hf_lowmem_optim.kernels.sparse_records import (
+    DENSE,
+    FORM,
+    QUANTIZED,
+    layout_fields,
+    loop_arguments,
+    rule_fields,
+    sparse_record,
+)
 
-__all__ = ["TOPK_FORM", "select_all", "topk_block", "topk_record", "topk_scratch"]
+__all__ = ["select_all", "topk_block", "topk_layout", "topk_scratch"]
 
 _jit = numba.njit(cache=True, error_model="numpy")
-_loop = numba.njit(cache=True, nogil=True, error_model="numpy")
 
 _CHUNK = 16
 # unsigned: an index that could be negative for all that the compiler knows is checked, and not vectorized
 _index = np.uint64
-_NONE, _DENSE, _QUANTIZED = 0, 1, 2
 
 
 @_jit
@@ -118,74 +120,48 @@ def _take(a, chosen, k, first, indices, values, value_kind):
         a[i] = x - wide if np.isfinite(wide) else np.float32(0.0)
 
 
-#: The record of a tensor for :func:`topk_block`.
-TOPK_FORM = record(
-    grad=INT,
-    grad_kind=INT,
-    error=INT,
-    dense=INT,
-    dense_kind=INT,
-    codes=INT,
-    lows=INT,
-    highs=INT,
-    stat_kind=INT,
-    numel=INT,
-    quant_block=INT,
-    bits=INT,
-    stochastic=INT,
-    key0=INT,
-    key1=INT,
-    error_scale=FLOAT,
-    indices=INT,
-    values=INT,
-    value_kind=INT,
-    block_size=INT,
-    k_full=INT,
-    k_last=INT,
-)
-
-
 @_jit
 def _accumulate(call, start, count, a, e):
     """Write a ← g + s·Q⁻¹(e) for the ``count`` entries from ``start`` on; ``e`` is scratch memory."""
-    error_scale = call.error_scale
+    layout, grad, error_scale = call.layout, call.grad, call.rule.error_scale
     # elsewhere the gradient cannot be added to where it lies; and in ``a`` it would not be vectorized
-    direct = call.grad_kind == 0 and call.grad % 8 == 0
-    if call.error != _QUANTIZED:
-        load_floats(call.grad, call.grad_kind, start, count, a)
+    direct = layout.grad_kind == 0 and grad % 8 == 0
+    if layout.error != QUANTIZED:
+        load_floats(grad, layout.grad_kind, start, count, a)
     elif not direct:
-        load_floats(call.grad, call.grad_kind, start, count, e)
-    if call.error == _DENSE:
-        load_floats(call.dense, call.dense_kind, start, count, e)
+        load_floats(grad, layout.grad_kind, start, count, e)
+    if layout.error == DENSE:
+        load_floats(layout.error_at, layout.error_kind, start, count, e)
         for i in range(count):
             a[i] += error_scale * e[i]
-    elif call.error == _QUANTIZED:
-        bits, quant_block, stat_kind = call.bits, call.quant_block, call.stat_kind
-        packed = uint8_at(call.codes, (call.numel * bits + 7) // 8)
+    elif layout.error == QUANTIZED:
+        bits, quant_block, stat_kind = layout.bits, layout.quant_block, layout.stat_kind
+        packed = uint8_at(layout.codes, (layout.numel * bits + 7) // 8)
         for at in range(0, count, quant_block):
             q = (start + at) // quant_block
-            lo, hi = load_float(call.lows, stat_kind, q), load_float(call.highs, stat_kind, q)
+            lo, hi = load_float(layout.lows, stat_kind, q), load_float(layout.highs, stat_kind, q)
             x = a.ctypes.data + 4 * at
-            base = call.grad + 4 * (start + at) if direct else e.ctypes.data + 4 * at
+            base = grad + 4 * (start + at) if direct else e.ctypes.data + 4 * at
             decode(packed, start + at, lo, hi, bits, error_scale, base, True, x, min(quant_block, count - at))
 
 
 @_jit
 def _retain(call, start, count, a):
     """Write e ← Q(a) for the ``count`` entries from ``start`` on."""
-    if call.error == _DENSE:
-        store_floats(a, count, call.dense, call.dense_kind, start)
-    elif call.error == _QUANTIZED:
-        bits, quant_block, stat_kind = call.bits, call.quant_block, call.stat_kind
-        random = call.stochastic != 0, call.key0, call.key1
-        packed = uint8_at(call.codes, (call.numel * bits + 7) // 8)
+    layout, rule = call.layout, call.rule
+    if layout.error == DENSE:
+        store_floats(a, count, layout.error_at, layout.error_kind, start)
+    elif layout.error == QUANTIZED:
+        bits, quant_block, stat_kind = layout.bits, layout.quant_block, layout.stat_kind
+        random = rule.stochastic != 0, rule.key0, rule.key1
+        packed = uint8_at(layout.codes, (layout.numel * bits + 7) // 8)
         for at in range(0, count, quant_block):
             q, length = (start + at) // quant_block, min(quant_block, count - at)
             x = a.ctypes.data + 4 * at
             lo, hi = block_range(x, length, stat_kind != 0)
             encode(x, length, lo, hi, bits, random, packed, start + at)
-            store_float(lo, call.lows, stat_kind, q)
-            store_float(hi, call.highs, stat_kind, q)
+            store_float(lo, layout.lows, stat_kind, q)
+            store_float(hi, layout.highs, stat_kind, q)
 
 
 @numba.njit(inline="always", error_model="numpy")
@@ -205,41 +181,49 @@ def topk_scratch(block_size):
 def topk_block(call, block, scratch):
     """One block of one tensor, from the gradient and the error to the row and the error."""
     a, e, magnitude, chunk_max, candidate, reach = scratch
-    row = int16_at(call.indices, (call.blocks - 1) * call.k_full + call.k_last)
-    start = block * call.block_size
-    count = min(call.block_size, call.numel - start)
-    k = call.k_last if block == call.blocks - 1 else call.k_full
+    layout = call.layout
+    # entries before the row
+    before = call.rule.row * layout.kept
+    indices = int16_at(layout.indices + 2 * before, layout.kept)
+    values = layout.values + (4 if layout.value_kind == 0 else 2) * before
+    start, first = block * layout.block_size, block * layout.kept_per_block
+    count, k = min(layout.block_size, layout.numel - start), min(layout.kept_per_block, layout.kept - first)
     _accumulate(call, start, count, a, e)
     chunks = _magnitudes(a, count, magnitude, chunk_max)
     _select(magnitude, count, chunk_max, chunks, k, candidate, reach)
-    _take(a, candidate, k, block * call.k_full, row, call.values, call.value_kind)
+    _take(a, candidate, k, first, indices, values, layout.value_kind)
     _retain(call, start, count, a)
 
 
-@_loop
-def _topk_blocks(calls, queue, group, own, largest, _):
+@native_loop
+def _topk_blocks(arguments):
+    calls, queue, group, largest, _ = loop_arguments(arguments)
     scratch = topk_scratch(largest)
-    for number, begin, end, _ in claimed_blocks(calls, queue, group, own):
+    for number, begin, end, _ in claimed_blocks(calls, queue, group):
         for block in range(begin, end):
             topk_block(calls[number], block, scratch)
 
 
 def select_all(selections: Sequence[Selection]) -> None:
-    """Numba version of :func:`~hf_lowmem_optim.kernels.block_topk.foreach_block_topk_`."""
+    """Numba version of :func:`~hf_lowmem_optim.kernels.block_topk.foreach_block_topk_`; tensors may have any shape."""
     sizes = Sizes.of([each.grad.numel() for each in selections], [each.block_size for each in selections])
-    run_calls(_topk_blocks, TOPK_FORM, map(topk_record, selections), sizes)
+    run_calls(_topk_blocks, np.zeros(len(selections), FORM), sizes, map(_record, selections))
 
 
-def topk_record(each: Selection) -> Record:
-    """The fields of :data:`TOPK_FORM` for a tensor, which may have any shape."""
-    error, numel = each.error, each.grad.numel()
-    if isinstance(error, Quantized):
-        buffer = (_QUANTIZED, 0, 0, *buffer_arguments(error))
-    else:
-        # no codes of 8 bits, in blocks of two entries
-        buffer = (_NONE if error is None else _DENSE, *floats(error), 0, 0, 0, 0, numel, 2, 8)
-    # not a view of the row: a call of torch lets go of Python's lock, for which other threads wait
-    first, (values, value_kind) = each.row * each.kept, floats(each.values)
-    row = (each.indices.data_ptr() + 2 * first, values + each.values.itemsize * first, value_kind)
-    how = (*random_argument(each.seed), each.error_scale)
-    return (*floats(each.grad), *buffer, *how, *row, each.block_size, each.k, each.k_last, each.num_blocks)
+def _record(each: Selection) -> Record:
+    rule = rule_fields(row=each.row, seed=each.seed, error_scale=each.error_scale)
+    return sparse_record(topk_layout(each), rule, each.num_blocks, each.grad, None)
+
+
+def topk_layout(each: Selection, dense: Tensor | None = None) -> tuple[Any, ...]:
+    """The fields of a tensor's layout; with ``dense`` for what follows Top-K, too."""
+    return layout_fields(
+        each.indices,
+        each.values,
+        numel=each.grad.numel(),
+        block_size=each.block_size,
+        kept_per_block=each.k,
+        grad=each.grad,
+        dense=dense,
+        error=each.error,
+    )

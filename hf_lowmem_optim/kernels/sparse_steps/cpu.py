@@ -1,87 +1,157 @@
-"""Both operations with numba: the loops of ``block_topk`` and ``sparse_window``, block by block."""
+"""The step with numba: the loops of ``block_topk`` and ``sparse_window``, block by block.
+
+What a record has of a tensor's state is a function of where its tensors lie and of how they are made. It is kept for
+the next step: to find it takes a few microseconds, to check everything and to make it anew some twenty.
+"""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any, NamedTuple
 
-import numba
+import numpy as np
 import torch
 from torch import Tensor
 
-from hf_lowmem_optim.kernels.block_topk import TopK, check_topk
-from hf_lowmem_optim.kernels.block_topk.cpu import TOPK_FORM, topk_block, topk_record, topk_scratch
-from hf_lowmem_optim.kernels.cpu_calls import Record, Sizes, claimed_blocks, record, run_calls
-from hf_lowmem_optim.kernels.sparse_steps.checks import check_blocks, check_rows
-from hf_lowmem_optim.kernels.sparse_window import SparseWindow, WindowStep, check_step
+from hf_lowmem_optim.kernels.block_topk import check_topk
+from hf_lowmem_optim.kernels.block_topk.cpu import topk_block, topk_layout, topk_scratch
+from hf_lowmem_optim.kernels.cpu_calls import Record, Sizes, claimed_blocks, run_calls
+from hf_lowmem_optim.kernels.native_loops import native_loop
+from hf_lowmem_optim.kernels.sparse_records import FORM, LAYOUT, RULE, loop_arguments, rule_fields, sparse_record
+from hf_lowmem_optim.kernels.sparse_steps.composed import check_windows, moment_weights, selection, window
+from hf_lowmem_optim.kernels.sparse_steps.layout import SparseSteps, SparseTensor, StepRule
+from hf_lowmem_optim.kernels.sparse_window import check_param, check_weights
 from hf_lowmem_optim.kernels.sparse_window.cpu import (
-    WINDOW_FORM,
+    descend_blocks,
     gram_block,
     gram_scratch,
-    step_record,
     update_block,
     update_scratch,
-    window_record,
 )
 
-__all__ = ["topk_gram_row_", "topk_update_"]
+__all__ = ["CompiledSteps"]
 
-_FORM = record(topk=TOPK_FORM, window=WINDOW_FORM)
-_loop = numba.njit(cache=True, nogil=True, error_model="numpy")
+_CPU = torch.device("cpu")
+#: Tensors whose layouts are kept: some two kilobytes each.
+_MOST_LAYOUTS = 1 << 13
 
 
-@_loop
-def _topk_update(calls, queue, group, own, largest, _):
+@native_loop
+def _topk_update(arguments):
+    calls, queue, group, largest, _ = loop_arguments(arguments)
     topk, update = topk_scratch(largest), update_scratch(largest)
-    for number, begin, end, _ in claimed_blocks(calls, queue, group, own):
+    for number, begin, end, _ in claimed_blocks(calls, queue, group):
         for block in range(begin, end):
-            topk_block(calls[number].topk, block, topk)
+            topk_block(calls[number], block, topk)
         for block in range(begin, end):
-            update_block(calls[number].window, block, update)
+            update_block(calls[number], block, update)
 
 
-@_loop
-def _topk_gram_row(calls, queue, group, own, largest, sums):
+@native_loop
+def _topk_gram_row(arguments):
+    calls, queue, group, largest, sums = loop_arguments(arguments)
     topk, gram = topk_scratch(largest), gram_scratch(largest)
-    for number, begin, end, place in claimed_blocks(calls, queue, group, own):
+    for number, begin, end, place in claimed_blocks(calls, queue, group):
         for block in range(begin, end):
-            topk_block(calls[number].topk, block, topk)
+            topk_block(calls[number], block, topk)
         for block in range(begin, end):
-            gram_block(calls[number].window, block, gram, sums[place])
+            gram_block(calls[number], block, gram, sums[place])
 
 
-def topk_update_(grads: Sequence[Tensor], block_sizes: Sequence[int], calls: Iterable[tuple[TopK, WindowStep]]) -> None:
-    """See :func:`hf_lowmem_optim.kernels.sparse_steps.topk_update_`."""
-    device, sizes = grads[0].device, _sizes(grads, block_sizes)
-    held = []  # a record has only addresses, and the caller may make tensors for a call
+class CompiledSteps(SparseSteps):
+    """See :class:`~hf_lowmem_optim.kernels.sparse_steps.layout.SparseSteps`."""
 
-    def records() -> Iterator[Record]:
-        for grad, block_size, (topk, step) in zip(grads, block_sizes, calls, strict=True):
-            check_blocks(grad, block_size, topk, step.rows)
-            selection, checked = check_topk(topk, device, "cpu"), check_step(step, (2,), device, "cpu")
-            held.append((selection, checked))
-            yield topk_record(selection), step_record(checked), selection.num_blocks
+    def __init__(self, calls: Sequence[tuple[SparseTensor, StepRule]]) -> None:
+        # held until the end: a record has only addresses
+        self._calls = calls
+        self._sizes = Sizes.of([tensor.grad.numel() for tensor, _ in calls], [tensor.block_size for tensor, _ in calls])
+        self._table = np.zeros(len(calls), FORM)
 
-    run_calls(_topk_update, _FORM, records(), sizes)
+    def topk_update_(self) -> None:
+        """See the base class."""
+        run_calls(_topk_update, self._table, self._sizes, self._records(moments=True))
+
+    def topk_gram_row_(self) -> Tensor:
+        """See the base class."""
+        size = self._calls[0][0].indices.shape[0]
+        return torch.from_numpy(run_calls(_topk_gram_row, self._table, self._sizes, self._records(), size))
+
+    def descend_(self, weights: Tensor) -> None:
+        """See the base class."""
+        check_weights(weights, (self._calls[0][0].indices.shape[0],), _CPU)
+        self._table["rule"]["weights"] = weights.data_ptr()
+        run_calls(descend_blocks, self._table, self._sizes)
+
+    def _records(self, *, moments: bool = False) -> Iterator[Record]:
+        """Check the tensors one by one, and describe them; with MicroAdam's weights, or for one product of all rows."""
+        rules: dict[tuple[int, int], Any] = {}
+        first = self._calls[0][0].indices.shape[0]
+        for tensor, rule in self._calls:
+            known = _known(tensor)
+            if not moments:
+                check_windows([first, known.window])
+            key = (id(rule), known.window)
+            if key not in rules:
+                rules[key] = _rule_record(rule, known.window, moments)
+            yield sparse_record(known.layout, rules[key], known.num_blocks, tensor.grad, tensor.param)
 
 
-def topk_gram_row_(
-    grads: Sequence[Tensor], block_sizes: Sequence[int], calls: Iterable[tuple[TopK, SparseWindow]], window: int
-) -> Tensor:
-    """See :func:`hf_lowmem_optim.kernels.sparse_steps.topk_gram_row_`."""
-    device, sizes = grads[0].device, _sizes(grads, block_sizes)
-    held = []  # as above
+def _rule_record(rule: StepRule, size: int, moments: bool) -> Any:
+    """A record of :data:`RULE` for windows of ``size`` rows."""
+    if not 0 <= rule.row < size:
+        raise ValueError(f"row {rule.row} is not one of the window's {size}")
+    if moments:
+        check_weights(moment_weights(rule), (2, size), _CPU)
+    return np.array(
+        rule_fields(
+            row=rule.row,
+            seed=rule.seed,
+            weights=rule.weights,
+            error_scale=rule.error_scale,
+            lr=rule.lr,
+            eps=rule.eps,
+            weight_decay=rule.weight_decay,
+        ),
+        RULE,
+    )[()]
 
-    def records() -> Iterator[Record]:
-        for grad, block_size, (topk, rows) in zip(grads, block_sizes, calls, strict=True):
-            check_blocks(grad, block_size, topk, rows)
-            check_rows(rows, window)
-            selection = check_topk(topk, device, "cpu")
-            held.append((selection, rows))
-            yield topk_record(selection), window_record(rows, newest=topk.row), selection.num_blocks
 
-    return torch.from_numpy(run_calls(_topk_gram_row, _FORM, records(), sizes, window))
+class _Known(NamedTuple):
+    """What is known of a tensor: its record of :data:`LAYOUT`, the rows of its window, and its blocks."""
+
+    layout: Any
+    window: int
+    num_blocks: int
 
 
-def _sizes(grads: Sequence[Tensor], block_sizes: Sequence[int]) -> Sizes:
-    return Sizes.of([grad.numel() for grad in grads], block_sizes)
+_layouts: dict[Hashable, _Known] = {}
+
+
+def _known(tensor: SparseTensor) -> _Known:
+    """Find or make a tensor's layout."""
+    key = _facts(tensor)
+    known = _layouts.get(key)
+    if known is None:
+        if len(_layouts) >= _MOST_LAYOUTS:
+            _layouts.clear()
+        known = _layouts[key] = _describe(tensor)
+    return known
+
+
+def _facts(tensor: SparseTensor) -> Hashable:
+    """All that checks and layout depend on."""
+    param, grad, indices, values, error, fmt, block_size, density = tensor
+    facts: list[Hashable] = [fmt, block_size, density, param.dtype, param.numel(), param.is_contiguous(), param.is_cpu]
+    facts += grad.dtype, grad.numel(), grad.is_contiguous(), grad.is_cpu
+    for kept in (indices, values, *error):
+        facts += kept.data_ptr(), kept.dtype, kept.shape, kept.is_contiguous(), kept.is_cpu
+    return tuple(facts)
+
+
+def _describe(tensor: SparseTensor) -> _Known:
+    """Check a tensor, and make its layout."""
+    rows = window(tensor)
+    param = check_param(tensor.param, rows, _CPU)
+    selected = check_topk(selection(tensor, StepRule(row=0, lr=0.0)), _CPU, "cpu")
+    return _Known(np.array(topk_layout(selected, param), LAYOUT)[()], rows.window, rows.num_blocks)

@@ -35,7 +35,8 @@ __all__ = [
     "MAX_BLOCK_SIZE",
     "SparseWindow",
     "WindowStep",
-    "check_step",
+    "check_param",
+    "check_weights",
     "foreach_window_descend_",
     "foreach_window_update_",
     "window_combine_",
@@ -141,7 +142,7 @@ def window_combine_(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
     if out.dtype != torch.float32:
         raise TypeError(f"out must be float32, got {out.dtype}")
     out = _check_dense("out", out, window)
-    _check_weights(weights, (window.window,), window)
+    check_weights(weights, (window.window,), window.indices.device)
     backend = choose_backend("window_combine_", out.device)
     implementation("sparse_window", backend).combine_(flat(out, backend), window, weights)
 
@@ -206,17 +207,17 @@ def foreach_window_descend_(steps: Sequence[WindowStep]) -> None:
 
 
 def _run(operation: str, function: str, steps: Sequence[WindowStep], leading: tuple[int, ...]) -> None:
-    """Run a backend's function on steps, which are checked one by one. ``leading``: as for :func:`check_step`."""
+    """Run a backend's function on steps, which are checked one by one. ``leading``: as for :func:`_check_step`."""
     if not steps:
         return
     device = steps[0].param.device
     backend = choose_backend(operation, device)
-    checked = (check_step(step, leading, device, backend) for step in steps)
+    checked = (_check_step(step, leading, device, backend) for step in steps)
     getattr(implementation("sparse_window", backend), function)([step.rows for step in steps], checked)
 
 
-def check_step(step: WindowStep, leading: tuple[int, ...], device: torch.device, backend: Backend) -> WindowStep:
-    """Check a step, and return it as the backend takes it; for the operations on several tensors.
+def _check_step(step: WindowStep, leading: tuple[int, ...], device: torch.device, backend: Backend) -> WindowStep:
+    """Check a step, and return it as the backend takes it.
 
     Args:
         step: The step.
@@ -225,12 +226,17 @@ def check_step(step: WindowStep, leading: tuple[int, ...], device: torch.device,
         backend: Which one.
     """
     param, rows, weights, lr, weight_decay, eps = step
+    param = check_param(param, rows, device)
+    check_weights(weights, (*leading, rows.window), device)
+    return WindowStep(flat(param, backend), rows, weights, float(lr), float(weight_decay), float(eps))
+
+
+def check_param(param: Tensor, rows: SparseWindow, device: torch.device) -> Tensor:
+    """Check the parameter of a window, and return it, detached."""
     if param.dtype not in PARAM_DTYPES:
         raise TypeError(f"param must be float32, bfloat16 or float16, got {param.dtype}")
     _check_device("param", param.device, device)
-    param = _check_dense("param", param, rows)
-    _check_weights(weights, (*leading, rows.window), rows)
-    return WindowStep(flat(param, backend), rows, weights, float(lr), float(weight_decay), float(eps))
+    return _check_dense("param", param, rows)
 
 
 def _check_device(name: str, device: torch.device, other: torch.device) -> None:
@@ -249,10 +255,11 @@ def _check_dense(name: str, dense: Tensor, window: SparseWindow) -> Tensor:
     return dense.detach() if dense.requires_grad else dense
 
 
-def _check_weights(weights: Tensor, shape: tuple[int, ...], window: SparseWindow) -> None:
+def check_weights(weights: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Check the weights of the rows of windows on a device."""
     if weights.dtype != torch.float32:
         raise TypeError(f"weights must be float32, got {weights.dtype}")
     if tuple(weights.shape) != shape or not weights.is_contiguous():
         raise ValueError(f"weights must be contiguous and of shape {[*shape]}, got {[*weights.shape]}")
-    if weights.device != window.indices.device:
-        raise ValueError(f"weights are on {weights.device}, the window on {window.indices.device}")
+    if weights.device != device:
+        raise ValueError(f"weights are on {weights.device}, the window on {device}")

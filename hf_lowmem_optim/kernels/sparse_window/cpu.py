@@ -17,10 +17,9 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from hf_lowmem_optim.kernels.cpu_calls import FLOAT, INT, Record, Sizes, claimed_blocks, record, run_calls
+from hf_lowmem_optim.kernels.cpu_calls import Record, Sizes, claimed_blocks, run_calls
 from hf_lowmem_optim.kernels.cpu_floats import (
     float32_at,
-    floats,
     int16_at,
     load_floats,
     narrow,
@@ -28,24 +27,23 @@ from hf_lowmem_optim.kernels.cpu_floats import (
     uint16_at,
     widen,
 )
+from hf_lowmem_optim.kernels.native_loops import NativeLoop, native_loop
+from hf_lowmem_optim.kernels.sparse_records import FORM, layout_fields, loop_arguments, rule_fields, sparse_record
 from hf_lowmem_optim.kernels.sparse_window.layout import SparseWindow, WindowStep
 
 __all__ = [
-    "WINDOW_FORM",
     "combine_",
     "descend_all_",
+    "descend_blocks",
     "dots",
     "gram_block",
     "gram_row",
     "gram_scratch",
-    "step_record",
     "update_all_",
     "update_block",
     "update_scratch",
-    "window_record",
 ]
 
-_loop: Callable[..., Callable[..., Any]] = njit(cache=True, nogil=True, error_model="numpy")
 _jit: Callable[..., Callable[..., Any]] = njit(nogil=True, error_model="numpy")
 _inlined: Callable[..., Callable[..., Any]] = njit(inline="always", error_model="numpy")
 
@@ -53,37 +51,20 @@ _inlined: Callable[..., Callable[..., Any]] = njit(inline="always", error_model=
 _index = np.uint64
 _zero, _no_rows = np.float32(0.0), np.uint32(0x80000000)  # the bits of −0
 
-#: The record of a tensor for the loops over blocks.
-WINDOW_FORM = record(
-    indices=INT,
-    values=INT,
-    value_kind=INT,
-    window=INT,
-    kept=INT,
-    numel=INT,
-    block_size=INT,
-    kept_per_block=INT,
-    weights=INT,
-    dense=INT,
-    kind=INT,
-    newest=INT,
-    lr=FLOAT,
-    eps=FLOAT,
-    decay=FLOAT,
-)
-
 
 @_inlined
 def _matrix(call):
     """What the rows lie in; taken out of the record once, since what is stored in between might be the record."""
-    return call.indices, call.values, call.value_kind, call.kept
+    layout = call.layout
+    return layout.indices, layout.values, layout.value_kind, layout.kept
 
 
 @_inlined
 def _bounds(call, block):
     """A block's first column and the number of its columns; its first entry and the number of its entries."""
-    first, start = block * call.kept_per_block, block * call.block_size
-    return first, min(call.kept_per_block, call.kept - first), start, min(call.block_size, call.numel - start)
+    layout = call.layout
+    first, start = block * layout.kept_per_block, block * layout.block_size
+    return first, min(layout.kept_per_block, layout.kept - first), start, min(layout.block_size, layout.numel - start)
 
 
 @_inlined
@@ -136,8 +117,8 @@ def update_block(call, block, scratch):
     """Adam's statistics of one block of one tensor, and the step there."""
     z1, z2, segment = scratch
     z2_bits = z2.view(np.uint32)
-    matrix, window, lr, eps = _matrix(call), call.window, call.lr, call.eps
-    weight = float32_at(call.weights, (2, window))
+    matrix, window, rule = _matrix(call), call.layout.window, call.rule
+    lr, eps, weight = rule.lr, rule.eps, float32_at(rule.weights, (2, window))
     first, columns, start, count = _bounds(call, block)
     for row in range(window):
         w1, w2 = weight[0, row], weight[1, row]
@@ -152,15 +133,16 @@ def update_block(call, block, scratch):
         update = lr * (z1[i] / (np.sqrt(z2[i]) + eps))
         # an entry that no row has touched stays what it is, whatever eps: see reference.UNTOUCHED_BITS
         z1[i] = _zero if z2_bits[i] == _no_rows else update
-    _descend_block(z1, count, call.decay, call.dense, call.kind, start)
+    _descend_block(z1, count, rule.decay, call.dense, call.layout.dense_kind, start)
     for i in range(_index(count)):
         z1[i], z2[i] = _zero, -_zero
 
 
-@_loop
-def _update_blocks(calls, queue, group, own, largest, _):
+@native_loop
+def _update_blocks(arguments):
+    calls, queue, group, largest, _ = loop_arguments(arguments)
     scratch = update_scratch(largest)
-    for number, begin, end, _ in claimed_blocks(calls, queue, group, own):
+    for number, begin, end, _ in claimed_blocks(calls, queue, group):
         for block in range(begin, end):
             update_block(calls[number], block, scratch)
 
@@ -177,22 +159,24 @@ def _add_products(matrix, window, first, columns, x, segment, sums):
         sums[row] += total
 
 
-@_loop
-def _dots(calls, queue, group, own, largest, sums):
+@native_loop
+def _dots(arguments):
+    calls, queue, group, largest, sums = loop_arguments(arguments)
     segment = np.empty(largest, np.float32)
-    for number, begin, end, place in claimed_blocks(calls, queue, group, own):
+    for number, begin, end, place in claimed_blocks(calls, queue, group):
         for block in range(begin, end):
             call = calls[number]
             first, columns, start, count = _bounds(call, block)
             x = float32_at(call.dense + 4 * start, count)
-            _add_products(_matrix(call), call.window, first, columns, x, segment, sums[place])
+            _add_products(_matrix(call), call.layout.window, first, columns, x, segment, sums[place])
 
 
 @_inlined
 def _add_rows(call, first, columns, segment, out):
     """Add the weighted rows of a block to ``out``."""
-    matrix, weight = _matrix(call), float32_at(call.weights, call.window)
-    for row in range(call.window):
+    matrix, window = _matrix(call), call.layout.window
+    weight = float32_at(call.rule.weights, window)
+    for row in range(window):
         w = weight[row]
         if w == 0:
             continue
@@ -201,10 +185,11 @@ def _add_rows(call, first, columns, segment, out):
             out[_index(index[j])] += w * segment[j]
 
 
-@_loop
-def _combine(calls, queue, group, own, largest, _):
+@native_loop
+def _combine(arguments):
+    calls, queue, group, largest, _ = loop_arguments(arguments)
     segment = np.empty(largest, np.float32)
-    for number, begin, end, _ in claimed_blocks(calls, queue, group, own):
+    for number, begin, end, _ in claimed_blocks(calls, queue, group):
         for block in range(begin, end):
             call = calls[number]
             first, columns, start, count = _bounds(call, block)
@@ -221,9 +206,9 @@ def gram_scratch(block_size):
 def gram_block(call, block, scratch, sums):
     """Add one block's share of the products of all rows with the newest one to ``sums``."""
     newest, segment = scratch
-    matrix, window = _matrix(call), call.window
+    matrix, window = _matrix(call), call.layout.window
     first, columns, _, _ = _bounds(call, block)
-    own = _load_row(matrix, call.newest, first, columns, segment)
+    own = _load_row(matrix, call.rule.row, first, columns, segment)
     for j in range(_index(columns)):
         newest[_index(own[j])] = segment[j]
     _add_products(matrix, window, first, columns, newest, segment, sums)
@@ -231,80 +216,78 @@ def gram_block(call, block, scratch, sums):
         newest[_index(own[j])] = _zero
 
 
-@_loop
-def _gram_row(calls, queue, group, own, largest, sums):
+@native_loop
+def _gram_row(arguments):
+    calls, queue, group, largest, sums = loop_arguments(arguments)
     scratch = gram_scratch(largest)
-    for number, begin, end, place in claimed_blocks(calls, queue, group, own):
+    for number, begin, end, place in claimed_blocks(calls, queue, group):
         for block in range(begin, end):
             gram_block(calls[number], block, scratch, sums[place])
 
 
-@_loop
-def _descend(calls, queue, group, own, largest, _):
+@native_loop
+def descend_blocks(arguments):
+    """The descent along the weighted rows of each tensor; for :func:`~hf_lowmem_optim.kernels.cpu_calls.run_calls`."""
+    calls, queue, group, largest, _ = loop_arguments(arguments)
     direction, segment = np.zeros(largest, np.float32), np.empty(largest, np.float32)
-    for number, begin, end, _ in claimed_blocks(calls, queue, group, own):
+    for number, begin, end, _ in claimed_blocks(calls, queue, group):
         for block in range(begin, end):
             call = calls[number]
-            lr = call.lr
+            lr = call.rule.lr
             first, columns, start, count = _bounds(call, block)
             _add_rows(call, first, columns, segment, direction)
             for i in range(_index(count)):
                 direction[i] *= lr
-            _descend_block(direction, count, call.decay, call.dense, call.kind, start)
+            _descend_block(direction, count, call.rule.decay, call.dense, call.layout.dense_kind, start)
             for i in range(_index(count)):
                 direction[i] = _zero
 
 
-def window_record(
-    rows: SparseWindow,
-    weights: Tensor | None = None,
-    dense: Tensor | None = None,
-    *,
-    newest: int = 0,
-    lr: float = 0.0,
-    eps: float = 0.0,
-    weight_decay: float = 0.0,
-) -> Record:
-    """The fields of :data:`WINDOW_FORM` for a tensor."""
-    window, kept = rows.indices.shape
-    matrix = (rows.indices.data_ptr(), *floats(rows.values), window, kept, rows.numel, rows.block_size)
-    operands = (0 if weights is None else weights.data_ptr(), *floats(dense), newest)
-    decay = 1 - lr * weight_decay if weight_decay != 0 else 1.0
-    return (*matrix, rows.kept_per_block, *operands, lr, eps, decay, rows.num_blocks)
+def _record(rows: SparseWindow, dense: Tensor | None = None, **rule: Any) -> Record:
+    """The record of a tensor; ``rule`` are arguments of :func:`rule_fields`."""
+    layout = layout_fields(
+        rows.indices,
+        rows.values,
+        numel=rows.numel,
+        block_size=rows.block_size,
+        kept_per_block=rows.kept_per_block,
+        dense=dense,
+    )
+    return sparse_record(layout, rule_fields(**rule), rows.num_blocks, None, dense)
 
 
-def step_record(step: WindowStep) -> Record:
-    """The fields of :data:`WINDOW_FORM` for an update or a descent."""
+def _step_record(step: WindowStep) -> Record:
+    """The record of a tensor for an update or a descent."""
     param, rows, weights, lr, weight_decay, eps = step
-    return window_record(rows, weights, param, lr=lr, eps=eps, weight_decay=weight_decay)
+    return _record(rows, param, weights=weights, lr=lr, eps=eps, weight_decay=weight_decay)
 
 
-def _run(loop: Callable[..., Any], windows: Sequence[SparseWindow], calls: Iterable[Record], sums: int = 0) -> Any:
+def _run(loop: NativeLoop, windows: Sequence[SparseWindow], calls: Iterable[Record], sums: int = 0) -> Any:
     """Run a loop over all blocks of some windows."""
     sizes = Sizes.of([rows.numel for rows in windows], [rows.block_size for rows in windows])
-    return run_calls(loop, WINDOW_FORM, calls, sizes, sums)
+    return run_calls(loop, np.zeros(len(windows), FORM), sizes, calls, sums)
 
 
 def update_all_(windows: Sequence[SparseWindow], steps: Iterable[WindowStep]) -> None:
     """See :func:`hf_lowmem_optim.kernels.sparse_window.foreach_window_update_`."""
-    _run(_update_blocks, windows, map(step_record, steps))
+    _run(_update_blocks, windows, map(_step_record, steps))
 
 
 def dots(window: SparseWindow, dense: Tensor) -> Tensor:
     """See :func:`hf_lowmem_optim.kernels.sparse_window.window_dots`."""
-    return torch.from_numpy(_run(_dots, [window], [window_record(window, dense=dense)], window.window))
+    return torch.from_numpy(_run(_dots, [window], [_record(window, dense)], window.window))
 
 
 def combine_(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
     """See :func:`hf_lowmem_optim.kernels.sparse_window.window_combine_`."""
-    _run(_combine, [window], [window_record(window, weights, out)])
+    _run(_combine, [window], [_record(window, out, weights=weights)])
 
 
 def gram_row(window: SparseWindow, row: int) -> Tensor:
     """See :func:`hf_lowmem_optim.kernels.sparse_window.window_gram_row`."""
-    return torch.from_numpy(_run(_gram_row, [window], [window_record(window, newest=row)], window.window))
+    return torch.from_numpy(_run(_gram_row, [window], [_record(window, row=row)], window.window))
 
 
 def descend_all_(windows: Sequence[SparseWindow], steps: Iterable[WindowStep]) -> None:
     """See :func:`hf_lowmem_optim.kernels.sparse_window.foreach_window_descend_`."""
-    _run(_descend, windows, map(step_record, steps))
+    _run(descend_blocks, windows, map(_step_record, steps))

@@ -1,0 +1,131 @@
+"""Compiled loops on torch's own threads, or on ours where torch's cannot be had."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+np = pytest.importorskip("numpy")
+numba = pytest.importorskip("numba")
+
+from hf_lowmem_optim.kernels import native_loops  # noqa: E402  (needs numba)
+from hf_lowmem_optim.kernels.cpu_calls import _fetch_add  # noqa: E402
+from hf_lowmem_optim.kernels.cpu_floats import int64_at  # noqa: E402
+from hf_lowmem_optim.kernels.native_loops import NativeLoop, native_loop, num_threads, run_native  # noqa: E402
+
+THREADS = 3
+
+
+@native_loop
+def wait_and_count(address: int) -> None:
+    """Numbers there: threads that have begun, whether to go on, threads that have ended."""
+    _fetch_add(address, 1)
+    while _fetch_add(address + 8, 0) == 0:
+        pass
+    _fetch_add(address + 16, 1)
+
+
+@numba.njit  # type: ignore[untyped-decorator]
+def read(numbers, place):  # type: ignore[no-untyped-def]
+    """What is there now, for Python, which knows no atomic reads."""
+    return _fetch_add(np.int64(numbers.ctypes.data) + 8 * place, 0)
+
+
+@pytest.fixture(params=["torch's threads", "own threads"])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    if request.param == "own threads":
+        monkeypatch.setattr(native_loops, "_team", lambda: None)
+    elif native_loops._team() is None:
+        pytest.skip("torch's library has no such functions here")
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_all_threads_run_it_while_the_first_one_prepares(threads: str) -> None:
+    numbers, seen = np.zeros(3, np.int64), []
+
+    def prepare() -> None:
+        seen.append(threading.current_thread())
+        if threads == "torch's threads":  # which need not Python's lock to begin
+            while read(numbers, 0) < THREADS - 1:
+                pass
+        numbers[1] = 1
+
+    for _ in range(3):
+        numbers[:] = 0
+        run_native(wait_and_count, numbers, THREADS, prepare, lambda: None)
+        assert numbers.tolist() == [THREADS, 1, THREADS]
+        assert torch.get_num_threads() == THREADS
+    assert set(seen) == {threading.current_thread()}
+
+
+def test_the_threads_are_those_that_torch_has() -> None:
+    if native_loops._team() is None or not Path("/proc/self/task").exists():
+        pytest.skip("no such functions or no list of threads")
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    entries = torch.zeros(1 << 22)
+    entries.add_(1)
+
+    def listed() -> set[str]:
+        return {entry.name for entry in Path("/proc/self/task").iterdir()}
+
+    threads, numbers = listed(), np.array([0, 1, 0])
+    run_native(wait_and_count, numbers, num_threads(2), lambda: None, lambda: None)
+    assert numbers[2] == THREADS
+    entries.add_(1)
+    assert listed() == threads
+    torch.set_num_threads(before)
+
+
+def test_what_torch_does_meanwhile_is_right(threads: str) -> None:
+    numbers, sums = np.zeros(3, np.int64), []
+
+    def prepare() -> None:
+        sums.append(torch.ones(1 << 22).sum().item())
+        numbers[1] = 1
+
+    run_native(wait_and_count, numbers, THREADS, prepare, lambda: None)
+    assert sums == [1 << 22]
+    assert torch.ones(1 << 22).sum().item() == 1 << 22
+
+
+@pytest.mark.parametrize("error", [ArithmeticError, KeyboardInterrupt])
+def test_a_failure_comes_out_when_all_have_ended(threads: str, error: type[BaseException]) -> None:
+    numbers = np.zeros(3, np.int64)
+
+    def prepare() -> None:
+        raise error("on purpose")
+
+    def stop() -> None:
+        numbers[1] = 1
+
+    with pytest.raises(error, match="on purpose"):
+        run_native(wait_and_count, numbers, THREADS, prepare, stop)
+    assert numbers[0] == numbers[2] == THREADS - 1
+    assert torch.ones(1 << 22).sum().item() == 1 << 22
+
+
+def test_one_thread_needs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_loops, "run_workers", None)
+    monkeypatch.setattr(native_loops, "_team", None)
+    numbers = np.array([0, 1, 0])
+    run_native(wait_and_count, numbers, num_threads(1), lambda: None, lambda: None)
+    assert numbers.tolist() == [1, 1, 1]
+
+
+def test_it_is_compiled_when_it_is_used() -> None:
+    def function(address: int) -> None:
+        int64_at(address, 1)[0] = 7
+
+    loop = NativeLoop(function)
+    assert not vars(loop).keys() & {"_compiled", "run"}
+    numbers = np.zeros(1, np.int64)
+    loop.run(numbers.ctypes.data)
+    assert numbers.tolist() == [7]
