@@ -28,7 +28,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-__all__ = ["ENVIRONMENT_VARIABLE", "Backend", "choose_backend", "flat", "implementation", "on_device"]
+__all__ = ["ENVIRONMENT_VARIABLE", "Backend", "choose_backend", "flat", "implementation", "on_device", "serves"]
 
 Backend = Literal["reference", "triton", "cpu"]
 
@@ -66,6 +66,15 @@ def choose_backend(
     if fast is None or (unsupported and fast in unsupported) or not _importable(_MODULE[fast]):
         return "reference"
     return fast
+
+
+def serves(backend: Backend, device: torch.device) -> bool:
+    """Whether a backend is the one for tensors of a device, by itself or by request; nothing is refused.
+
+    For a part of a step that lies where it must, whatever backend was requested for the step's tensors.
+    """
+    requested = os.environ.get(ENVIRONMENT_VARIABLE, "").strip()
+    return requested in ("", backend) and _FAST.get(device.type) == backend and _importable(_MODULE[backend])
 
 
 def _check_request(requested: str, operation: str, device: torch.device, unsupported: Mapping[Backend, str]) -> Backend:

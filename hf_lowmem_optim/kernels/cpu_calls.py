@@ -10,6 +10,7 @@ groups' sums are added.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, attr-defined, call-arg, var-annotated, unreachable"
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,8 +21,9 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from hf_lowmem_optim.kernels.native_loops import NativeLoop, num_threads, run_native
+from hf_lowmem_optim.kernels.workers import MAX_WORKERS
 
-__all__ = ["FLOAT", "INT", "Record", "Sizes", "claimed_blocks", "record", "run_calls"]
+__all__ = ["ARGUMENTS", "FLOAT", "INT", "QUEUE", "Record", "Sizes", "claimed_blocks", "enters", "record", "run_calls"]
 
 INT, FLOAT = np.int64, np.float32
 
@@ -31,6 +33,14 @@ _GROUP_ENTRIES = 1 << 16
 _MOST_GROUPS = 1 << 12
 # a second thread costs more than it gains below that
 _LEAST_ENTRIES = 1 << 18
+# what threads share lies in lines of the cache of its own
+_THERE, _ENTERED, QUEUE = 8, 16, 24
+
+#: What a loop finds at its pointer: addresses of the records, of the queue and of float64 [groups, num_sums], zeros,
+#: for what it adds up in each group; how many threads are to work; blocks of a group; size of the largest block.
+ARGUMENTS = np.dtype(
+    [(name, INT) for name in ("calls", "tensors", "queue", "threads", "group", "largest", "sums", "groups", "num_sums")]
+)
 
 #: One tensor: the fields of its record, ``blocks`` being the last.
 Record = tuple[Any, ...]
@@ -47,10 +57,27 @@ def _fetch_add(_, address, number):
     return types.int64(types.int64, types.int64), generate
 
 
+@intrinsic
+def _load(_, address):
+    """Read an int64 that several threads share; what was written before it was is seen after."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.load_atomic(pointer, "acquire", 8)
+
+    return types.int64(types.int64), generate
+
+
 @numba.njit(cache=True, error_model="numpy")
 def _tell(queue, tensors):
     """Say that more tensors, or a negative number of them, are there."""
-    _fetch_add(np.int64(queue.ctypes.data) + 8, tensors)
+    _fetch_add(np.int64(queue.ctypes.data) + 8 * _THERE, tensors)
+
+
+@numba.njit(error_model="numpy")
+def enters(queue, most):
+    """Whether this thread is one of those that work: a team may have more than it pays for, or should have memory."""
+    return _fetch_add(np.int64(queue.ctypes.data) + 8 * _ENTERED, 1) < most
 
 
 @numba.njit(error_model="numpy")
@@ -59,13 +86,15 @@ def claimed_blocks(calls, queue, group):
 
     Args:
         calls: The records.
-        queue: int64 [2]: blocks that are taken, tensors that are there; the latter negative to come to an end.
+        queue: int64 [QUEUE]: at its start blocks that are taken, then tensors that are there; negative to come to an
+            end.
         group: Blocks of a group.
 
     Yields:
         A tensor's number, its first block and the block after its last one in the group, and the group's number.
     """
     taken = np.int64(queue.ctypes.data)
+    told = taken + 8 * _THERE
     number, before, there = 0, 0, 0
     while True:
         first = _fetch_add(taken, group)
@@ -81,7 +110,7 @@ def claimed_blocks(calls, queue, group):
             elif number == len(calls) or there < 0:
                 return
             else:
-                there = _fetch_add(taken + 8, 0)
+                there = _load(told)
 
 
 class Sizes(NamedTuple):
@@ -121,9 +150,7 @@ def run_calls(
     """Run a compiled loop over the blocks of all tensors, on as many threads as pay.
 
     Args:
-        loop: Finds at its address, int64: the records, the number of tensors, the queue of :func:`claimed_blocks`,
-            the blocks of a group, the size of the largest block, and float64 [groups, sums] of zeros for what it adds
-            up in each group, with that shape.
+        loop: Finds :data:`ARGUMENTS` at its pointer.
         table: The records of all tensors.
         sizes: Of all of them.
         calls: What to write to the records, one by one: other threads begin with the first ones while the calling
@@ -135,17 +162,22 @@ def run_calls(
     """
     tensors, blocks, entries, largest = sizes
     group = max(1, min(blocks, blocks * _GROUP_ENTRIES // max(1, entries)), -(-blocks // _MOST_GROUPS))
-    queue = np.array([0, tensors if calls is None else 0], INT)
-    partial = np.zeros((-(-blocks // group) if sums else 0, sums))
-    where = (table.ctypes.data, tensors, queue.ctypes.data)
-    arguments = np.array([*where, group, largest, partial.ctypes.data, *partial.shape], INT)
+    most = max(1, min(entries // _LEAST_ENTRIES, MAX_WORKERS))
+    queue, partial = np.zeros(QUEUE, INT), np.zeros((-(-blocks // group) if sums else 0, sums))
+    # compiled here, and not while others wait
+    _tell(queue, tensors if calls is None else 0)
+    where, sums_at = (table.ctypes.data, tensors, queue.ctypes.data), (partial.ctypes.data, *partial.shape)
+    arguments = np.array([(*where, most, group, largest, *sums_at)], ARGUMENTS)
 
     def prepare() -> None:
+        if calls is None:
+            return
         # as many as there are, or the others would wait for more
-        for number, call in zip(range(tensors), () if calls is None else calls, strict=calls is not None):
+        for number, call in zip(range(tensors), calls, strict=True):
             table[number] = call
             _tell(queue, 1)
 
-    threads = num_threads(entries // _LEAST_ENTRIES)
-    run_native(loop, arguments, threads, prepare, lambda: _tell(queue, -tensors - 1))
+    run_native(loop, arguments, num_threads(most), prepare, functools.partial(_tell, queue, -tensors - 1))
+    if queue[0] < blocks:
+        raise MemoryError("no thread had the memory for the blocks that it works in")
     return partial.sum(axis=0)

@@ -21,42 +21,41 @@ import numpy as np
 import torch
 from numba.core import types
 
-from hf_lowmem_optim.kernels.workers import has_openmp, num_workers, run_workers
+from hf_lowmem_optim.kernels.workers import num_workers, openmp_library, run_workers
 
-__all__ = ["NativeLoop", "native_loop", "num_threads", "run_native"]
-
-_SIGNATURE = types.void(types.int64)
+__all__ = ["NativeLoop", "num_threads", "run_native"]
 
 
 class NativeLoop:
-    """A function of one address, where its arguments are; compiled at its first use.
+    """A function of one pointer to its arguments; compiled at its first use.
 
-    It needs no Python, raises nothing, and may run on any thread.
+    It needs no Python, and may run on any thread. What it raises (numba checks that it has memory) is printed and goes
+    no further: it has to leave a trace of having run.
+
+    Args:
+        function: What numba is to compile.
+        arguments: Numba's type of what is at the pointer. It is part of the key of numba's cache on disk, which knows
+            nothing of other files: all that the function reads belongs there.
     """
 
-    def __init__(self, function: Callable[..., None]) -> None:
+    def __init__(self, function: Callable[..., None], arguments: Any) -> None:
         self._function = function
+        self._signature = types.void(types.CPointer(arguments))
 
     @functools.cached_property
     def _compiled(self) -> Any:
-        return numba.cfunc(_SIGNATURE, cache=True, error_model="numpy")(self._function)
+        return numba.cfunc(self._signature, cache=True, error_model="numpy")(self._function)
 
     @functools.cached_property
     def run(self) -> Callable[[int], None]:
-        """Run it on this thread, without Python's lock."""
-        run: Callable[[int], None] = self._compiled.ctypes
-        return run
+        """Run it on this thread, without Python's lock; takes the address of the arguments."""
+        return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.address)
 
     @property
     def address(self) -> int:
         """Where it is."""
         address: int = self._compiled.address
         return address
-
-
-def native_loop(function: Callable[..., None]) -> NativeLoop:
-    """Make a :class:`NativeLoop` of a function that numba can compile."""
-    return NativeLoop(function)
 
 
 def num_threads(most: int) -> int:
@@ -66,7 +65,7 @@ def num_threads(most: int) -> int:
         most: On how many it pays.
 
     Returns:
-        All that torch uses, or 1: OpenMP would end those that a smaller team leaves out.
+        All that torch uses, or 1: OpenMP would end those that a smaller team leaves out, so that the loop has to.
     """
     if most < 2:
         return 1
@@ -84,10 +83,11 @@ def run_native(
 
     Args:
         loop: The loop.
-        arguments: int64: what it finds at its address.
+        arguments: What it finds at its pointer.
         threads: How many; the calling one is the first.
         prepare: What the calling thread does before, while the others have begun.
-        stop: Called when that fails or is interrupted, to tell the others to come to an end.
+        stop: Called when that fails or is interrupted, to tell the others to come to an end. No function of Python's,
+            which a second interrupt could keep from doing so.
 
     Raises:
         Exception: What ``prepare`` raised; all threads have ended then, too.
@@ -127,12 +127,15 @@ class _Team(NamedTuple):
 @functools.cache
 def _team() -> _Team | None:
     """The functions of the library that torch uses; None where there are none."""
-    if not has_openmp() or os.name != "posix":
-        return None
-    library = ctypes.CDLL(None)
+    library = openmp_library()
     begin, end = (getattr(library, f"GOMP_parallel_{name}", None) for name in ("start", "end"))
     if begin is None or end is None:
         return None
     begin.argtypes, begin.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint), None
     end.argtypes, end.restype = (), None
     return _Team(begin, end)
+
+
+if hasattr(os, "register_at_fork"):
+    # the team is not there any more
+    os.register_at_fork(after_in_child=_team.cache_clear)

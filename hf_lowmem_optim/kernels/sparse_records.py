@@ -4,9 +4,10 @@ It has a part that is the same in every step (:data:`LAYOUT`: where the state li
 tensors share in a step (:data:`RULE`), so that neither is made anew for every tensor in every step.
 """
 
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined"
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -15,24 +16,25 @@ from torch import Tensor
 
 from hf_lowmem_optim.kernels.block_quant.cpu import buffer_arguments, random_argument
 from hf_lowmem_optim.kernels.block_quant.layout import Quantized
-from hf_lowmem_optim.kernels.cpu_calls import FLOAT, INT, Record, record
+from hf_lowmem_optim.kernels.cpu_calls import ARGUMENTS, FLOAT, INT, QUEUE, Record, record
 from hf_lowmem_optim.kernels.cpu_floats import array_at, float64_at, floats, int64_at
+from hf_lowmem_optim.kernels.native_loops import NativeLoop
 
 __all__ = [
     "DENSE",
     "FORM",
     "LAYOUT",
-    "NO_ERROR",
     "QUANTIZED",
     "RULE",
     "layout_fields",
     "loop_arguments",
     "rule_fields",
+    "sparse_loop",
     "sparse_record",
 ]
 
 #: ``error`` of a layout.
-NO_ERROR, DENSE, QUANTIZED = 0, 1, 2
+_NO_ERROR, DENSE, QUANTIZED = 0, 1, 2
 
 #: Addresses and kinds as :func:`~hf_lowmem_optim.kernels.cpu_floats.floats` gives them. The window is ``indices`` and
 #: ``values``, of ``window`` rows of ``kept`` entries; the error is ``error_at``, or ``codes``, ``lows`` and ``highs``.
@@ -75,14 +77,22 @@ RULE = np.dtype(
 FORM = record(layout=LAYOUT, rule=RULE, grad=INT, dense=INT)
 
 _records_at = array_at(numba.from_dtype(FORM))
+#: For the key of numba's cache the records, too, which lie elsewhere.
+_ARGUMENTS = np.dtype([("arguments", ARGUMENTS), ("record", FORM)])
+
+
+def sparse_loop(function: Callable[..., None]) -> NativeLoop:
+    """Make a loop for :func:`~hf_lowmem_optim.kernels.cpu_calls.run_calls` over records of :data:`FORM`."""
+    return NativeLoop(function, numba.from_dtype(_ARGUMENTS))
 
 
 @numba.njit(inline="always")
-def loop_arguments(address):
-    """What a loop of :func:`~hf_lowmem_optim.kernels.cpu_calls.run_calls` finds at its address."""
-    numbers = int64_at(address, 8)
-    calls, queue = _records_at(numbers[0], numbers[1]), int64_at(numbers[2], 2)
-    return calls, queue, numbers[3], numbers[4], float64_at(numbers[5], (numbers[6], numbers[7]))
+def loop_arguments(pointer):
+    """What such a loop finds at its pointer: records, queue, threads, blocks of a group, largest block, sums."""
+    there = numba.carray(pointer, 1)[0].arguments
+    calls, queue = _records_at(there.calls, there.tensors), int64_at(there.queue, QUEUE)
+    sums = float64_at(there.sums, (there.groups, there.num_sums))
+    return calls, queue, there.threads, there.group, there.largest, sums
 
 
 def layout_fields(
@@ -115,7 +125,7 @@ def layout_fields(
         buffer = (QUANTIZED, 0, 0, codes, lows, highs, stat_kind, quant_block, bits)
     else:
         # no codes of 8 bits, in blocks of two entries
-        buffer = (NO_ERROR if error is None else DENSE, *floats(error), 0, 0, 0, 0, 2, 8)
+        buffer = (_NO_ERROR if error is None else DENSE, *floats(error), 0, 0, 0, 0, 2, 8)
     return (indices.data_ptr(), *floats(values), *shape, *kinds, *buffer)
 
 

@@ -1,6 +1,6 @@
 """Work on a CPU on several threads, each of which has torch to itself with one thread.
 
-Compiled loops (``kernels/*/cpu.py``) and whole updates (``optimizers/side_by_side.py``) run on them. numba's own
+Pieces of compiled loops and whole updates (``optimizers/side_by_side.py``) run on them. numba's own
 parallel loops would bring a second set of OpenMP threads, which waits actively for work where torch's wants to run.
 """
 
@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
-__all__ = ["MAX_WORKERS", "has_openmp", "num_workers", "one_thread", "run_pieces", "run_workers"]
+__all__ = ["MAX_WORKERS", "num_workers", "one_thread", "openmp_library", "run_pieces", "run_workers"]
 
 #: Bounds what is there at once on machines with many cores.
 MAX_WORKERS = 16
 _POLL_SECONDS = 2e-5
 _PAUSE_SOFT = 1
+_PROCESS = os.getpid()
 
 
 def num_workers(num_jobs: int = MAX_WORKERS) -> int:
@@ -36,7 +37,7 @@ def num_workers(num_jobs: int = MAX_WORKERS) -> int:
         1 where the calling thread does them alone.
     """
     # other builds of torch have one pool of threads for all callers, and no number of threads for each
-    threads = torch.get_num_threads() if has_openmp() else 1
+    threads = torch.get_num_threads() if _has_openmp() else 1
     return max(1, min(threads, num_jobs, MAX_WORKERS))
 
 
@@ -73,7 +74,7 @@ def run_workers(works: list[Callable[[], None]], stop: Callable[[], object]) -> 
 def one_thread() -> Iterator[None]:
     """Let torch use one thread, as workers do: its others would go on waiting actively, in the way of the workers."""
     threads = torch.get_num_threads()
-    if threads == 1 or not has_openmp():
+    if threads == 1 or not _has_openmp():
         yield
         return
     torch.set_num_threads(1)
@@ -119,14 +120,16 @@ def _end_waiting_threads() -> None:
 @functools.cache
 def _openmp_pause() -> Callable[[int], int] | None:
     """``omp_pause_resource_all`` (OpenMP 5.0) of the library that torch uses, None where there is none."""
-    if not has_openmp() or os.name != "posix":
-        return None
-    return getattr(ctypes.CDLL(None), "omp_pause_resource_all", None)
+    return None if (library := openmp_library()) is None else getattr(library, "omp_pause_resource_all", None)
+
+
+def openmp_library() -> ctypes.CDLL | None:
+    """What has the functions of OpenMP's library; None in a forked process, where it waits for threads long gone."""
+    return ctypes.CDLL(None) if _has_openmp() and os.name == "posix" and os.getpid() == _PROCESS else None
 
 
 @functools.cache
-def has_openmp() -> bool:
-    """Whether torch's own threads are those of OpenMP."""
+def _has_openmp() -> bool:
     # torch has not annotated this function
     return bool(torch.backends.openmp.is_available())  # type: ignore[no-untyped-call]
 
@@ -156,3 +159,4 @@ def _executor(threads: int) -> ThreadPoolExecutor:
 if hasattr(os, "register_at_fork"):
     # a child has none of its parent's threads
     os.register_at_fork(after_in_child=_executor.cache_clear)
+    os.register_at_fork(after_in_child=_openmp_pause.cache_clear)

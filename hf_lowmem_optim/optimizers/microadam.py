@@ -221,20 +221,19 @@ def microadam_update_(
         "alpha": alpha,
         "stochastic_rounding": stochastic_rounding,
     }
+    # line 1; line 7 will decay what is added here, so that it is added undecayed
+    if alpha > 0:
+        error = quantized_state(state, param.numel(), _error_format(bits, quant_block_size))
+        dequantize_add_(param, error, scale=-lr * alpha / (1 - lr * weight_decay))
     sparse_steps([(_tensor(param, grad, state, hyper), _rule(step, hyper, state["indices"]))]).topk_update_()
 
 
 def _tensor(param: Tensor, grad: Tensor, state: Mapping[str, Tensor], hyper: Mapping[str, Any]) -> SparseTensor:
-    """Do line 1 for a tensor, and return it for the other lines."""
+    """A tensor, and the tensors of its state that lines 2 to 7 read and write."""
     fmt = _error_format(hyper["bits"], hyper["quant_block_size"])
-    lr, alpha = hyper["lr"], hyper["alpha"]
-    # line 7 will decay what is added here, so that it is added undecayed
-    if alpha > 0:
-        error = quantized_state(state, param.numel(), fmt)
-        dequantize_add_(param, error, scale=-lr * alpha / (1 - lr * hyper["weight_decay"]))
-    buffer = (state["error_codes"], state["error_lo"], state["error_hi"])
+    error = (state["error_codes"], state["error_lo"], state["error_hi"])
     window = (state["indices"], state["values"])
-    return SparseTensor(param, grad, *window, buffer, fmt, hyper["block_size"], hyper["density"])
+    return SparseTensor(param, grad, *window, error, fmt, hyper["block_size"], hyper["density"])
 
 
 def _rule(step: int, hyper: Mapping[str, Any], indices: Tensor) -> StepRule:
@@ -386,16 +385,19 @@ class MicroAdam(LowMemoryOptimizer):
 
     def _update_compressed_(self, updates: Sequence[PendingUpdate], beside: Sequence[Job]) -> None:
         """Apply the compressed rule, as far as possible to all tensors together."""
-        together, others = split_together(updates)
-        super()._update_compressed_([updates[index] for index in others], beside)
+        # with line 1 a tensor is not only what the loops know
+        plain = [update for update in updates if update.group["alpha"] == 0]
+        together, others = split_together(plain)
+        rest = [update for update in updates if update.group["alpha"] > 0]
+        super()._update_compressed_([*rest, *(plain[index] for index in others)], beside)
         if together:
-            rules: dict[tuple[int, int], StepRule] = {}
+            rules: dict[tuple[int, int, int], StepRule] = {}
             calls = []
-            for update in (updates[index] for index in together):
-                group, step = update.group, update.state["step"]
-                key = (id(group), step)
+            for update in (plain[index] for index in together):
+                group, step, indices = update.group, update.state["step"], update.state["indices"]
+                key = (id(group), step, indices.shape[0])
                 if key not in rules:
-                    rules[key] = _rule(step, group, update.state["indices"])
+                    rules[key] = _rule(step, group, indices)
                 calls.append((_tensor(update.param, update.grad, update.state, group), rules[key]))
             sparse_steps(calls).topk_update_()
 

@@ -245,6 +245,8 @@ class PreconditionedOptimizer(LowMemoryOptimizer):
     def _solve_system_(self, updates: Sequence[PendingUpdate], gram: Tensor, step: int, workspace: Workspace) -> None:
         """Do step number ``step`` of the system of these tensors."""
         window, damping = updates[0].group["window"], updates[0].group["damping"]
+        if gram.shape[0] != window:
+            raise ValueError(f"window={window!r}, but the state has {gram.shape[0]} rows: it cannot change in a run")
         row = (step - 1) % window
         light, heavy, others = self._split(updates)
         products: dict[int, Tensor] = {}
@@ -271,7 +273,7 @@ class PreconditionedOptimizer(LowMemoryOptimizer):
 
         run(compress, others)
         steps = [self._steps([updates[i] for i in indices], row) for indices in (light, heavy) if indices]
-        parts = [*(products[index] for index in others), *(step.topk_gram_row_() for step in steps)]
+        parts = [*(products[index] for index in others), *(each.topk_gram_row_(window) for each in steps)]
         with one_thread():
             weights = self._weights(gram, row, parts, damping=damping)
         if light:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_lowmem_optim.kernels.backend import ENVIRONMENT_VARIABLE
+from hf_lowmem_optim.kernels import gram_solve
+from hf_lowmem_optim.kernels.backend import ENVIRONMENT_VARIABLE, Backend, implementation
 from hf_lowmem_optim.kernels.gram_solve import CPU_MAX_SIZE, damped_inverse_column
 
 BACKENDS = ["reference", "cpu"]
@@ -45,7 +47,9 @@ def test_it_is_a_column_of_the_inverse(backend: str, size: int, shift: float, ze
     scale = torch.where(alive, gram.diagonal(), 1.0).rsqrt()
     unit = gram * scale * scale[:, None] + torch.diag(torch.where(alive, shift * scale**2, 1.0))
     expected = scale * torch.linalg.inv(unit)[:, column] * scale[column] * alive * alive[column]
-    torch.testing.assert_close(found / scale, expected / scale, rtol=1e-6, atol=1e-9)
+    # in units of the scaled system, whose entries are of size 1
+    inside, wanted = (torch.where(alive, each / scale / scale[column], 0.0) for each in (found, expected))
+    torch.testing.assert_close(inside, wanted, rtol=1e-6, atol=1e-6 * float(wanted.abs().max()))
     unit = gram * scale * scale[:, None] + torch.diag((~alive).double())
     assert pivot == pytest.approx(float(torch.linalg.cholesky(unit).diagonal().min()), rel=1e-6)
 
@@ -78,3 +82,22 @@ def test_bad_arguments_are_refused() -> None:
         damped_inverse_column(torch.zeros(2, 3, dtype=torch.float64), 0, 0.0)
     with pytest.raises(ValueError, match="column 2 is not one of 2"):
         damped_inverse_column(torch.eye(2, dtype=torch.float64), 2, 0.0)
+
+
+def test_numba_serves_small_systems_of_a_cpu_and_is_never_in_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Gram matrix lies where it must: a backend that was requested for tensors elsewhere is no error."""
+    pytest.importorskip("numba")
+    used: list[str] = []
+
+    def note(kernel: str, backend: Backend) -> ModuleType:
+        used.append(backend)
+        return implementation(kernel, backend)
+
+    monkeypatch.setattr(gram_solve, "implementation", note)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    for size in (CPU_MAX_SIZE, CPU_MAX_SIZE + 1):
+        damped_inverse_column(torch.eye(size, dtype=torch.float64), 0, 0.0)
+    for requested in ("cpu", "triton", "reference"):
+        monkeypatch.setenv(ENVIRONMENT_VARIABLE, requested)
+        damped_inverse_column(torch.eye(2, dtype=torch.float64), 0, 0.0)
+    assert used == ["cpu", "reference", "cpu", "reference", "reference"]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -113,7 +116,7 @@ def together(tensors: list[Tensors], row: int) -> Tensor:
     """MicroAdam's operation; and M-FAC's two on copies, for the inner products."""
     copies = [t.copy() for t in tensors]
     mfac = steps(copies, row)
-    products = mfac.topk_gram_row_()
+    products = mfac.topk_gram_row_(WINDOW)
     # rows that were not written yet have no weight
     weights = weights_on(tensors[0].param.device.type)[0] * copies[0].values.any(dim=1)
     expected = [copy.param.clone() for copy in copies]
@@ -218,9 +221,10 @@ def breaking(tensors: list[Tensors], at: int) -> list[tuple[SparseTensor, StepRu
 @pytest.mark.parametrize("backend", ["cpu"])
 def test_a_failure_comes_out_and_ends_all_threads(backend: str, threads: int) -> None:
     for at in range(len(TENSORS)):
-        for operation in ("topk_update_", "topk_gram_row_"):
-            with pytest.raises(ValueError, match="grad must be one of"):
-                getattr(sparse_steps(breaking(make_all(), at)), operation)()
+        with pytest.raises(ValueError, match="grad must be one of"):
+            sparse_steps(breaking(make_all(), at)).topk_update_()
+        with pytest.raises(ValueError, match="grad must be one of"):
+            sparse_steps(breaking(make_all(), at)).topk_gram_row_(WINDOW)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -229,58 +233,74 @@ def test_contradictions_are_refused(backend: str, monkeypatch: pytest.MonkeyPatc
     one, two = make(*TENSORS[0], 0, "cpu").sparse(), make(*TENSORS[4], 1, "cpu").sparse()
     rule = StepRule(0, 1e-2, weights=weights_on("cpu"))
 
-    def refused(said: str, operation: str, *calls: tuple[SparseTensor, StepRule]) -> None:
-        with pytest.raises((TypeError, ValueError), match=said):
-            getattr(sparse_steps(calls), operation)()
+    def update(*calls: tuple[SparseTensor, StepRule]) -> None:
+        sparse_steps(calls).topk_update_()
 
-    for operation in ("topk_update_", "topk_gram_row_"):
+    def gram_row(*calls: tuple[SparseTensor, StepRule]) -> None:
+        sparse_steps(calls).topk_gram_row_(WINDOW)
+
+    def refused(said: str, operation: Callable[..., None], *calls: tuple[SparseTensor, StepRule]) -> None:
+        with pytest.raises((TypeError, ValueError), match=said):
+            operation(*calls)
+
+    for operation in (update, gram_row):
         refused("row 3 is not one of the window's 3", operation, (one, rule._replace(row=3)))
         refused("is on meta", operation, (one, rule), (one._replace(grad=one.grad.to("meta")), rule))
         refused("indices must", operation, (one._replace(indices=one.indices.int()), rule))
-    refused("param has 3000 entries, the window is of 1000", "topk_update_", (one._replace(param=two.param), rule))
-    refused("weights=None", "topk_update_", (one, rule._replace(weights=None)))
-    refused("weights must be", "topk_update_", (one, rule._replace(weights=weights_on("cpu")[0])))
+        flat = one._replace(indices=one.indices[..., None], values=one.values[..., None])
+        refused(r"must( both)? be \[window, kept\], got", operation, (flat, rule))
+    refused("param has 3000 entries, the window is of 1000", update, (one._replace(param=two.param), rule))
+    refused("weights=None", update, (one, rule._replace(weights=None)))
+    refused("weights must be", update, (one, rule._replace(weights=weights_on("cpu")[0])))
     short = two._replace(indices=two.indices[:2].clone(), values=two.values[:2].clone())
-    refused("has 2 rows, that of another tensor 3", "topk_gram_row_", (one, rule), (short, rule))
+    refused("a window has 2 rows, not 3", gram_row, (one, rule), (short, rule))
     steps = sparse_steps([(one, rule)])
-    steps.topk_gram_row_()
+    with pytest.raises(RuntimeError, match=r"descend_\(\) before topk_gram_row_\(\)"):
+        steps.descend_(weights_on("cpu")[0])
+    steps.topk_gram_row_(WINDOW)
     with pytest.raises(ValueError, match=r"weights must be contiguous and of shape \[3\]"):
         steps.descend_(weights_on("cpu"))
 
 
 @pytest.mark.parametrize("backend", ["cpu"])
 def test_what_is_kept_of_a_tensor_is_dropped_when_it_changes(backend: str) -> None:
-    """State that is replaced, or moved in place, between two steps; and what is wrong only then."""
+    """State that is replaced, or moved in place, between two steps; other dtypes; and what is wrong only then."""
     rule = StepRule(0, 1e-2, 0.1, 1e-8, weights_on("cpu"), seed=0)
-
-    def step(tensors: Tensors) -> None:
-        sparse_steps([(tensors.sparse(), rule)]).topk_update_()
-
     found, expected = make(*TENSORS[4], 0, "cpu"), make(*TENSORS[4], 0, "cpu")
-    for number in range(3):
-        step(found)
+
+    def step_both() -> None:
+        sparse_steps([(found.sparse(), rule)]).topk_update_()
         one_by_one([expected], 0)
         assert all(torch.equal(a, b) for a, b in zip(found.written(), expected.written(), strict=True))
-        for name in ("param", "grad", "indices", "values"):
-            tensor = getattr(found, name)
-            if number == 0:
-                setattr(found, name, tensor.clone())
-            else:
-                tensor.data = tensor.clone()
-    step(found)
-    found.values.data = found.values.float()
-    found.grad.data = found.grad.float()
-    one_by_one([expected], 0)
-    before = found.values.clone()
-    step(found)
-    assert found.values.dtype == FP32 and not torch.equal(found.values, before)
-    found.indices.data = found.indices.int()
-    with pytest.raises((TypeError, ValueError), match="indices must"):
-        step(found)
-    found.indices.data = found.indices.short()
-    found.error.codes.data = found.error.codes[:-1].clone()
-    with pytest.raises(ValueError, match="codes of 3000 entries"):
-        step(found)
+
+    for number in range(3):
+        step_both()
+        e = found.error
+        if number == 0:
+            found = found.copy()
+        for tensor in (found.param, found.grad, found.indices, found.values, e.codes, e.lo, e.hi):
+            tensor.data = tensor.clone()
+    for tensors in (found, expected):
+        tensors.values.data = tensors.values.float()
+    step_both()
+    for tensors in (found, expected):
+        tensors.grad.data, tensors.param.data = tensors.grad.float(), tensors.param.float()
+    step_both()
+    assert found.values.dtype == found.param.dtype == FP32
+
+    def refused(said: str) -> None:
+        with pytest.raises((TypeError, ValueError), match=said):
+            sparse_steps([(found.sparse(), rule)]).topk_update_()
+
+    indices, codes, param = found.indices.data, found.error.codes.data, found.param.data
+    found.indices.data = indices.int()
+    refused("indices must")
+    found.indices.data, found.error.codes.data = indices, codes[:-1]
+    refused("codes of 3000 entries")
+    found.error.codes.data, found.param.data = codes, param.as_strided((1500, 2), (1, 1500))
+    refused("param must be contiguous")
+    found.param.data = param
+    step_both()
 
 
 @pytest.mark.parametrize("backend", ["cpu"])
@@ -297,15 +317,51 @@ def test_other_threads_wait_for_tensors_that_are_not_there_yet(
     backend: str, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other threads may be done with all that is there before the calling one has described the next tensor."""
-    done: list[int] = []
     tell = cpu_calls()._tell
 
     def slowly(queue: Any, tensors: int) -> None:
         tell(queue, tensors)
         if threads > 1 and tensors > 0:
             time.sleep(1e-3)
-        done.append(tensors)
 
     monkeypatch.setattr(cpu_calls(), "_tell", slowly)
     check("cpu")
-    assert done
+
+
+@pytest.mark.parametrize("backend", ["cpu"])
+def test_a_loop_that_did_not_run_is_an_error(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What numba raises in it, without memory, cannot come out."""
+    monkeypatch.setattr(cpu_calls(), "run_native", lambda loop, arguments, threads, prepare, stop: prepare())
+    tensors = make(*TENSORS[0], 0, "cpu")
+    with pytest.raises(MemoryError, match="no thread had the memory"):
+        steps([tensors], 0).topk_update_()
+
+
+@pytest.mark.parametrize("backend", ["cpu"])
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_process_does_not_wait_for_threads_of_its_parent(backend: str) -> None:
+    script = """
+import os, torch
+from hf_lowmem_optim import MicroAdam
+torch.set_num_threads(2)
+weight = torch.nn.Parameter(torch.zeros(1 << 20))
+weight.grad = torch.ones(1 << 20)
+optimizer = MicroAdam([weight])
+optimizer.step()
+child = os.fork()
+if child == 0:
+    optimizer.step()
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.strip() == "0", done.stderr
+
+
+@pytest.mark.parametrize("backend", ["cpu"])
+def test_the_records_are_part_of_the_key_of_compiled_loops(backend: str) -> None:
+    """Numba's cache on disk looks at the file of a loop only, and the records are in another one."""
+    records = importlib.import_module("hf_lowmem_optim.kernels.sparse_records")
+    described = str(records.sparse_loop(lambda pointer: None)._signature)
+    for form in (records.FORM, records.LAYOUT, records.RULE, cpu_calls().ARGUMENTS):
+        assert all(name in described for name in form.names)

@@ -149,6 +149,9 @@ def check_topk(call: TopK, device: torch.device, backend: Backend) -> Selection:
     kept = full * k + (k_last if rest else 0)
     grad = check_dense(call.grad, "grad", numel=numel, device=device)
     length = call.indices.shape[0]
+    if call.indices.dim() != 2 or call.values.dim() != 2:
+        shapes = f"{[*call.indices.shape]} and {[*call.values.shape]}"
+        raise ValueError(f"indices and values must be [window, kept], got {shapes}")
     if not 0 <= call.row < length:
         raise ValueError(f"row {call.row} is not one of the window's {length}")
     indices = check_dense(call.indices, "indices", numel=length * kept, device=device, dtypes=_INDEX_DTYPES)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_lowmem_optim.kernels.block_quant.cpu import block_range, decode, encode
 from hf_lowmem_optim.kernels.block_topk.layout import Selection
-from hf_lowmem_optim.kernels.cpu_calls import Record, Sizes, claimed_blocks, run_calls
+from hf_lowmem_optim.kernels.cpu_calls import Record, Sizes, claimed_blocks, enters, run_calls
 from hf_lowmem_optim.kernels.cpu_floats import (
     int16_at,
     load_float,
@@ -28,7 +28,6 @@ from hf_lowmem_optim.kernels.cpu_floats import (
     uint8_at,
     widen,
 )
-from hf_lowmem_optim.kernels.native_loops import native_loop
 from hf_lowmem_optim.kernels.sparse_records import (
     DENSE,
     FORM,
@@ -36,6 +35,7 @@ from hf_lowmem_optim.kernels.sparse_records import (
     layout_fields,
     loop_arguments,
     rule_fields,
+    sparse_loop,
     sparse_record,
 )
 
@@ -195,9 +195,11 @@ def topk_block(call, block, scratch):
     _retain(call, start, count, a)
 
 
-@native_loop
+@sparse_loop
 def _topk_blocks(arguments):
-    calls, queue, group, largest, _ = loop_arguments(arguments)
+    calls, queue, threads, group, largest, _ = loop_arguments(arguments)
+    if not enters(queue, threads):
+        return
     scratch = topk_scratch(largest)
     for number, begin, end, _ in claimed_blocks(calls, queue, group):
         for block in range(begin, end):

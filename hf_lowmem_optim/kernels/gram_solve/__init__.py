@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_lowmem_optim.kernels.backend import choose_backend, implementation
+from hf_lowmem_optim.kernels.backend import Backend, implementation, serves
 
-__all__ = ["damped_inverse_column"]
+__all__ = ["CPU_MAX_SIZE", "damped_inverse_column"]
 
 #: A larger matrix is worth what LAPACK's call costs.
 CPU_MAX_SIZE = 128
@@ -25,21 +25,17 @@ def damped_inverse_column(gram: Tensor, column: int, shift: float) -> tuple[Tens
         shift: Not negative.
 
     Returns:
-        float64 [m], zero for rows of zeros; and the least entry on the diagonal of K's Cholesky factor: NaN if K is not
-        positive definite in float64, or G not finite. The column is of no use then.
+        float64 [m], zero for rows of zeros; and the least entry on the diagonal of K's Cholesky factor. That is NaN or
+        not positive if K is not positive definite in float64, and NaN if G is not finite; then the column is of no use.
 
     Raises:
         ValueError: ``gram`` is no such matrix, or there is no such column.
-        ImportError: The requested backend is not installed.
     """
     size = gram.shape[0]
     if gram.dtype != torch.float64 or gram.shape != (size, size) or not gram.is_contiguous():
         raise ValueError(f"gram must be contiguous, float64 [m, m], got {gram.dtype} {[*gram.shape]}")
     if not 0 <= column < size:
         raise ValueError(f"column {column} is not one of {size}")
-    # without a version of Triton's: it is asked for, if at all, for all operations
-    fast = size <= CPU_MAX_SIZE and choose_backend("damped_inverse_column", gram.device) == "cpu"
-    found: tuple[Tensor, float] = implementation("gram_solve", "cpu" if fast else "reference").inverse_column(
-        gram, column, shift
-    )
+    backend: Backend = "cpu" if size <= CPU_MAX_SIZE and serves("cpu", gram.device) else "reference"
+    found: tuple[Tensor, float] = implementation("gram_solve", backend).inverse_column(gram, column, shift)
     return found

@@ -18,7 +18,7 @@ from hf_lowmem_optim.kernels.sparse_window import (
     window_gram_row,
 )
 
-__all__ = ["ComposedSteps", "check_windows", "moment_weights", "selection", "window"]
+__all__ = ["ComposedSteps", "check_order", "check_rows", "moment_weights", "rows_of", "selection"]
 
 
 class ComposedSteps(SparseSteps):
@@ -26,21 +26,25 @@ class ComposedSteps(SparseSteps):
 
     def __init__(self, calls: Sequence[tuple[SparseTensor, StepRule]]) -> None:
         self._calls = calls
+        self._described = False
 
     def topk_update_(self) -> None:
         """See the base class."""
         foreach_block_topk_([selection(tensor, rule) for tensor, rule in self._calls])
         foreach_window_update_([_step(tensor, rule, moment_weights(rule)) for tensor, rule in self._calls])
 
-    def topk_gram_row_(self) -> Tensor:
+    def topk_gram_row_(self, window: int) -> Tensor:
         """See the base class."""
-        check_windows([tensor.indices.shape[0] for tensor, _ in self._calls])
+        for tensor, _ in self._calls:
+            check_rows(tensor.indices.shape[0], window)
         foreach_block_topk_([selection(tensor, rule) for tensor, rule in self._calls])
-        products = [window_gram_row(window(tensor), rule.row) for tensor, rule in self._calls]
+        products = [window_gram_row(rows_of(tensor), rule.row) for tensor, rule in self._calls]
+        self._described = True
         return torch.stack(products).sum(dim=0)
 
     def descend_(self, weights: Tensor) -> None:
         """See the base class."""
+        check_order(self._described)
         foreach_window_descend_([_step(tensor, rule, weights) for tensor, rule in self._calls])
 
 
@@ -54,14 +58,14 @@ def selection(tensor: SparseTensor, rule: StepRule) -> TopK:
     return TopK(tensor.indices, tensor.values, rule.row, tensor.grad, error, *how)
 
 
-def window(tensor: SparseTensor) -> SparseWindow:
+def rows_of(tensor: SparseTensor) -> SparseWindow:
     """What the operations on the window take."""
     kept = kept_per_block(tensor.block_size, tensor.density)
     return SparseWindow(tensor.indices, tensor.values, tensor.grad.numel(), tensor.block_size, kept)
 
 
 def _step(tensor: SparseTensor, rule: StepRule, weights: Tensor) -> WindowStep:
-    return WindowStep(tensor.param, window(tensor), weights, rule.lr, rule.weight_decay, rule.eps)
+    return WindowStep(tensor.param, rows_of(tensor), weights, rule.lr, rule.weight_decay, rule.eps)
 
 
 def moment_weights(rule: StepRule) -> Tensor:
@@ -71,8 +75,13 @@ def moment_weights(rule: StepRule) -> Tensor:
     return rule.weights
 
 
-def check_windows(sizes: Sequence[int]) -> None:
-    """Raise ValueError if windows, whose rows are multiplied and added up, have not as many rows each."""
-    for size in sizes:
-        if size != sizes[0]:
-            raise ValueError(f"a window has {size} rows, that of another tensor {sizes[0]}")
+def check_rows(rows: int, window: int) -> None:
+    """Raise ValueError if a window has not as many rows as it is to have."""
+    if rows != window:
+        raise ValueError(f"a window has {rows} rows, not {window}")
+
+
+def check_order(described: bool) -> None:
+    """Raise RuntimeError if there is no row yet to descend along."""
+    if not described:
+        raise RuntimeError("descend_() before topk_gram_row_(): there is no new row in the windows")

@@ -16,10 +16,17 @@ from torch import Tensor
 
 from hf_lowmem_optim.kernels.block_topk import check_topk
 from hf_lowmem_optim.kernels.block_topk.cpu import topk_block, topk_layout, topk_scratch
-from hf_lowmem_optim.kernels.cpu_calls import Record, Sizes, claimed_blocks, run_calls
-from hf_lowmem_optim.kernels.native_loops import native_loop
-from hf_lowmem_optim.kernels.sparse_records import FORM, LAYOUT, RULE, loop_arguments, rule_fields, sparse_record
-from hf_lowmem_optim.kernels.sparse_steps.composed import check_windows, moment_weights, selection, window
+from hf_lowmem_optim.kernels.cpu_calls import Record, Sizes, claimed_blocks, enters, run_calls
+from hf_lowmem_optim.kernels.sparse_records import (
+    FORM,
+    LAYOUT,
+    RULE,
+    loop_arguments,
+    rule_fields,
+    sparse_loop,
+    sparse_record,
+)
+from hf_lowmem_optim.kernels.sparse_steps.composed import check_order, check_rows, moment_weights, rows_of, selection
 from hf_lowmem_optim.kernels.sparse_steps.layout import SparseSteps, SparseTensor, StepRule
 from hf_lowmem_optim.kernels.sparse_window import check_param, check_weights
 from hf_lowmem_optim.kernels.sparse_window.cpu import (
@@ -33,13 +40,15 @@ from hf_lowmem_optim.kernels.sparse_window.cpu import (
 __all__ = ["CompiledSteps"]
 
 _CPU = torch.device("cpu")
-#: Tensors whose layouts are kept: some two kilobytes each.
+#: Tensors whose layouts are kept, some two kilobytes each; in a step of more they are made anew.
 _MOST_LAYOUTS = 1 << 13
 
 
-@native_loop
+@sparse_loop
 def _topk_update(arguments):
-    calls, queue, group, largest, _ = loop_arguments(arguments)
+    calls, queue, threads, group, largest, _ = loop_arguments(arguments)
+    if not enters(queue, threads):
+        return
     topk, update = topk_scratch(largest), update_scratch(largest)
     for number, begin, end, _ in claimed_blocks(calls, queue, group):
         for block in range(begin, end):
@@ -48,9 +57,11 @@ def _topk_update(arguments):
             update_block(calls[number], block, update)
 
 
-@native_loop
+@sparse_loop
 def _topk_gram_row(arguments):
-    calls, queue, group, largest, sums = loop_arguments(arguments)
+    calls, queue, threads, group, largest, sums = loop_arguments(arguments)
+    if not enters(queue, threads):
+        return
     topk, gram = topk_scratch(largest), gram_scratch(largest)
     for number, begin, end, place in claimed_blocks(calls, queue, group):
         for block in range(begin, end):
@@ -67,37 +78,39 @@ class CompiledSteps(SparseSteps):
         self._calls = calls
         self._sizes = Sizes.of([tensor.grad.numel() for tensor, _ in calls], [tensor.block_size for tensor, _ in calls])
         self._table = np.zeros(len(calls), FORM)
+        self._described = False
 
     def topk_update_(self) -> None:
         """See the base class."""
-        run_calls(_topk_update, self._table, self._sizes, self._records(moments=True))
+        run_calls(_topk_update, self._table, self._sizes, self._records())
 
-    def topk_gram_row_(self) -> Tensor:
+    def topk_gram_row_(self, window: int) -> Tensor:
         """See the base class."""
-        size = self._calls[0][0].indices.shape[0]
-        return torch.from_numpy(run_calls(_topk_gram_row, self._table, self._sizes, self._records(), size))
+        products = run_calls(_topk_gram_row, self._table, self._sizes, self._records(window), window)
+        self._described = True
+        return torch.from_numpy(products)
 
     def descend_(self, weights: Tensor) -> None:
         """See the base class."""
+        check_order(self._described)
         check_weights(weights, (self._calls[0][0].indices.shape[0],), _CPU)
         self._table["rule"]["weights"] = weights.data_ptr()
         run_calls(descend_blocks, self._table, self._sizes)
 
-    def _records(self, *, moments: bool = False) -> Iterator[Record]:
-        """Check the tensors one by one, and describe them; with MicroAdam's weights, or for one product of all rows."""
+    def _records(self, window: int | None = None) -> Iterator[Record]:
+        """Check and describe the tensors one by one, for products of so many rows, or with MicroAdam's weights."""
         rules: dict[tuple[int, int], Any] = {}
-        first = self._calls[0][0].indices.shape[0]
         for tensor, rule in self._calls:
             known = _known(tensor)
-            if not moments:
-                check_windows([first, known.window])
+            if window is not None:
+                check_rows(known.window, window)
             key = (id(rule), known.window)
             if key not in rules:
-                rules[key] = _rule_record(rule, known.window, moments)
+                rules[key] = _rule_record(rule, known.window, moments=window is None)
             yield sparse_record(known.layout, rules[key], known.num_blocks, tensor.grad, tensor.param)
 
 
-def _rule_record(rule: StepRule, size: int, moments: bool) -> Any:
+def _rule_record(rule: StepRule, size: int, *, moments: bool) -> Any:
     """A record of :data:`RULE` for windows of ``size`` rows."""
     if not 0 <= rule.row < size:
         raise ValueError(f"row {rule.row} is not one of the window's {size}")
@@ -151,7 +164,7 @@ def _facts(tensor: SparseTensor) -> Hashable:
 
 def _describe(tensor: SparseTensor) -> _Known:
     """Check a tensor, and make its layout."""
-    rows = window(tensor)
+    rows = rows_of(tensor)
     param = check_param(tensor.param, rows, _CPU)
     selected = check_topk(selection(tensor, StepRule(row=0, lr=0.0)), _CPU, "cpu")
     return _Known(np.array(topk_layout(selected, param), LAYOUT)[()], rows.window, rows.num_blocks)

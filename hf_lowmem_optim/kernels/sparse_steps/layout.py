@@ -71,14 +71,17 @@ class SparseSteps(ABC):
         """
 
     @abstractmethod
-    def topk_gram_row_(self) -> Tensor:
+    def topk_gram_row_(self, window: int) -> Tensor:
         """Do ``block_topk_``, and then ``window_gram_row`` with the row just written, for each tensor.
+
+        Args:
+            window: Rows of every window.
 
         Returns:
             float64 [window]: the inner products of all rows with the newest one, over all tensors.
 
         Raises:
-            ValueError: As the two operations, or the tensors are on several devices or their windows of several sizes.
+            ValueError: As the two operations, or the tensors are on several devices, or a window has other rows.
         """
 
     @abstractmethod
@@ -91,4 +94,5 @@ class SparseSteps(ABC):
         Raises:
             TypeError: As the operation.
             ValueError: As the operation.
+            RuntimeError: The other one was not called.
         """

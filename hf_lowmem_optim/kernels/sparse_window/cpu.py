@@ -17,7 +17,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from hf_lowmem_optim.kernels.cpu_calls import Record, Sizes, claimed_blocks, run_calls
+from hf_lowmem_optim.kernels.cpu_calls import Record, Sizes, claimed_blocks, enters, run_calls
 from hf_lowmem_optim.kernels.cpu_floats import (
     float32_at,
     int16_at,
@@ -27,8 +27,15 @@ from hf_lowmem_optim.kernels.cpu_floats import (
     uint16_at,
     widen,
 )
-from hf_lowmem_optim.kernels.native_loops import NativeLoop, native_loop
-from hf_lowmem_optim.kernels.sparse_records import FORM, layout_fields, loop_arguments, rule_fields, sparse_record
+from hf_lowmem_optim.kernels.native_loops import NativeLoop
+from hf_lowmem_optim.kernels.sparse_records import (
+    FORM,
+    layout_fields,
+    loop_arguments,
+    rule_fields,
+    sparse_loop,
+    sparse_record,
+)
 from hf_lowmem_optim.kernels.sparse_window.layout import SparseWindow, WindowStep
 
 __all__ = [
@@ -138,9 +145,11 @@ def update_block(call, block, scratch):
         z1[i], z2[i] = _zero, -_zero
 
 
-@native_loop
+@sparse_loop
 def _update_blocks(arguments):
-    calls, queue, group, largest, _ = loop_arguments(arguments)
+    calls, queue, threads, group, largest, _ = loop_arguments(arguments)
+    if not enters(queue, threads):
+        return
     scratch = update_scratch(largest)
     for number, begin, end, _ in claimed_blocks(calls, queue, group):
         for block in range(begin, end):
@@ -159,9 +168,11 @@ def _add_products(matrix, window, first, columns, x, segment, sums):
         sums[row] += total
 
 
-@native_loop
+@sparse_loop
 def _dots(arguments):
-    calls, queue, group, largest, sums = loop_arguments(arguments)
+    calls, queue, threads, group, largest, sums = loop_arguments(arguments)
+    if not enters(queue, threads):
+        return
     segment = np.empty(largest, np.float32)
     for number, begin, end, place in claimed_blocks(calls, queue, group):
         for block in range(begin, end):
@@ -185,9 +196,11 @@ def _add_rows(call, first, columns, segment, out):
             out[_index(index[j])] += w * segment[j]
 
 
-@native_loop
+@sparse_loop
 def _combine(arguments):
-    calls, queue, group, largest, _ = loop_arguments(arguments)
+    calls, queue, threads, group, largest, _ = loop_arguments(arguments)
+    if not enters(queue, threads):
+        return
     segment = np.empty(largest, np.float32)
     for number, begin, end, _ in claimed_blocks(calls, queue, group):
         for block in range(begin, end):
@@ -216,19 +229,23 @@ def gram_block(call, block, scratch, sums):
         newest[_index(own[j])] = _zero
 
 
-@native_loop
+@sparse_loop
 def _gram_row(arguments):
-    calls, queue, group, largest, sums = loop_arguments(arguments)
+    calls, queue, threads, group, largest, sums = loop_arguments(arguments)
+    if not enters(queue, threads):
+        return
     scratch = gram_scratch(largest)
     for number, begin, end, place in claimed_blocks(calls, queue, group):
         for block in range(begin, end):
             gram_block(calls[number], block, scratch, sums[place])
 
 
-@native_loop
+@sparse_loop
 def descend_blocks(arguments):
     """The descent along the weighted rows of each tensor; for :func:`~hf_lowmem_optim.kernels.cpu_calls.run_calls`."""
-    calls, queue, group, largest, _ = loop_arguments(arguments)
+    calls, queue, threads, group, largest, _ = loop_arguments(arguments)
+    if not enters(queue, threads):
+        return
     direction, segment = np.zeros(largest, np.float32), np.empty(largest, np.float32)
     for number, begin, end, _ in claimed_blocks(calls, queue, group):
         for block in range(begin, end):
