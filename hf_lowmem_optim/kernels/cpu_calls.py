@@ -23,7 +23,19 @@ from numba.extending import intrinsic
 from hf_lowmem_optim.kernels.native_loops import NativeLoop, num_threads, run_native
 from hf_lowmem_optim.kernels.workers import MAX_WORKERS
 
-__all__ = ["ARGUMENTS", "FLOAT", "INT", "QUEUE", "Record", "Sizes", "claimed_blocks", "enters", "record", "run_calls"]
+__all__ = [
+    "ARGUMENTS",
+    "FLOAT",
+    "INT",
+    "QUEUE",
+    "Record",
+    "Sizes",
+    "claimed_blocks",
+    "enters",
+    "fetch_add",
+    "record",
+    "run_calls",
+]
 
 INT, FLOAT = np.int64, np.float32
 
@@ -47,7 +59,7 @@ Record = tuple[Any, ...]
 
 
 @intrinsic
-def _fetch_add(_, address, number):
+def fetch_add(_, address, number):
     """Add to an int64 that several threads share, and return what it was; what was written before is seen after."""
 
     def generate(context, builder, signature, arguments):
@@ -71,13 +83,13 @@ def _load(_, address):
 @numba.njit(cache=True, error_model="numpy")
 def _tell(queue, tensors):
     """Say that more tensors, or a negative number of them, are there."""
-    _fetch_add(np.int64(queue.ctypes.data) + 8 * _THERE, tensors)
+    fetch_add(np.int64(queue.ctypes.data) + 8 * _THERE, tensors)
 
 
 @numba.njit(error_model="numpy")
 def enters(queue, most):
     """Whether this thread is one of those that work: a team may have more than it pays for, or should have memory."""
-    return _fetch_add(np.int64(queue.ctypes.data) + 8 * _ENTERED, 1) < most
+    return fetch_add(np.int64(queue.ctypes.data) + 8 * _ENTERED, 1) < most
 
 
 @numba.njit(error_model="numpy")
@@ -97,7 +109,7 @@ def claimed_blocks(calls, queue, group):
     told = taken + 8 * _THERE
     number, before, there = 0, 0, 0
     while True:
-        first = _fetch_add(taken, group)
+        first = fetch_add(taken, group)
         block, end = first, first + group
         while block < end:
             while number < there and before + calls[number].blocks <= block:

@@ -219,6 +219,7 @@ class PreconditionedOptimizer(LowMemoryOptimizer):
         if group["scope"] == "tensor":
 
             def solve(update: PendingUpdate, workspace: Workspace) -> None:
+                _check_window(update.state["gram"], update.group)
                 self._solve_system_([update], update.state["gram"], update.state["step"], workspace)
 
             run_jobs([Job([update.param], functools.partial(solve, update)) for update in updates], workspace)
@@ -228,6 +229,7 @@ class PreconditionedOptimizer(LowMemoryOptimizer):
         if not shared:
             gram = gram_spec(group["window"]).allocate(shared_device(self.param_groups))
             shared.update(step=0, gram=gram)
+        _check_window(shared["gram"], group)
         shared["step"] += 1
         self._clear_absent_(updates, (shared["step"] - 1) % group["window"])
         self._solve_system_(updates, shared["gram"], shared["step"], workspace)
@@ -245,8 +247,6 @@ class PreconditionedOptimizer(LowMemoryOptimizer):
     def _solve_system_(self, updates: Sequence[PendingUpdate], gram: Tensor, step: int, workspace: Workspace) -> None:
         """Do step number ``step`` of the system of these tensors."""
         window, damping = updates[0].group["window"], updates[0].group["damping"]
-        if gram.shape[0] != window:
-            raise ValueError(f"window={window!r}, but the state has {gram.shape[0]} rows: it cannot change in a run")
         row = (step - 1) % window
         light, heavy, others = self._split(updates)
         products: dict[int, Tensor] = {}
@@ -318,6 +318,14 @@ class PreconditionedOptimizer(LowMemoryOptimizer):
 
     def _window(self, state: Mapping[str, Tensor], param: Tensor, group: Mapping[str, Any]) -> Window:
         return type(self).window_function(state, param.shape, group)
+
+
+def _check_window(gram: Tensor, group: Mapping[str, Any]) -> None:
+    """Refuse a window of another length than the state's, before a step of it is counted."""
+    if gram.shape[0] != group["window"]:
+        raise ValueError(
+            f"window={group['window']!r}, but the state has {gram.shape[0]} rows: it cannot change in a run"
+        )
 
 
 def _descend_(param: Tensor, update: PendingUpdate, rows: Window, weights: Tensor, workspace: Workspace) -> None:

@@ -14,9 +14,9 @@ import torch
 np = pytest.importorskip("numpy")
 numba = pytest.importorskip("numba")
 
-from hf_lowmem_optim.kernels import native_loops  # noqa: E402  (needs numba)
-from hf_lowmem_optim.kernels.cpu_calls import _fetch_add  # noqa: E402
-from hf_lowmem_optim.kernels.native_loops import NativeLoop, num_threads, run_native  # noqa: E402
+from hf_lowmem_optim.kernels import native_loops  # noqa: E402  # after the line that skips where numba is not
+from hf_lowmem_optim.kernels.cpu_calls import fetch_add  # noqa: E402  # as above
+from hf_lowmem_optim.kernels.native_loops import NativeLoop, num_threads, run_native  # noqa: E402  # as above
 
 THREADS = 3
 
@@ -24,19 +24,13 @@ THREADS = 3
 def wait_and_count_at(numbers: Any) -> None:
     """Numbers there: threads that have begun, whether to go on, threads that have ended."""
     address = numba.carray(numbers, 3).ctypes.data
-    _fetch_add(address, 1)
-    while _fetch_add(address + 8, 0) == 0:
+    fetch_add(address, 1)
+    while fetch_add(address + 8, 0) == 0:
         pass
-    _fetch_add(address + 16, 1)
+    fetch_add(address + 16, 1)
 
 
 wait_and_count = NativeLoop(wait_and_count_at, numba.types.int64)
-
-
-@numba.njit  # type: ignore[untyped-decorator]
-def read(numbers, place):  # type: ignore[no-untyped-def]
-    """What is there now, for Python, which knows no atomic reads."""
-    return _fetch_add(np.int64(numbers.ctypes.data) + 8 * place, 0)
 
 
 @pytest.fixture(params=["torch's threads", "own threads"])
@@ -46,6 +40,7 @@ def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "own threads":
         monkeypatch.setattr(native_loops, "_team", lambda: None)
     elif native_loops._team() is None:
+        # not every library of OpenMP has them, and not every build of torch has OpenMP
         pytest.skip("torch's library has no such functions here")
     yield request.param
     torch.set_num_threads(before)
@@ -58,7 +53,7 @@ def test_all_threads_run_it_while_the_first_one_prepares(threads: str) -> None:
         seen.append(threading.current_thread())
         if threads == "torch's threads":  # which need not Python's lock to begin
             deadline = time.monotonic() + 60
-            while read(numbers, 0) < THREADS - 1 and time.monotonic() < deadline:
+            while numbers[0] < THREADS - 1 and time.monotonic() < deadline:
                 pass
         numbers[1] = 1
 
@@ -71,6 +66,7 @@ def test_all_threads_run_it_while_the_first_one_prepares(threads: str) -> None:
 
 
 def test_the_threads_are_those_that_torch_has() -> None:
+    # as above; and threads are looked up by Linux's list of them
     if native_loops._team() is None or not Path("/proc/self/task").exists():
         pytest.skip("no such functions or no list of threads")
     before = torch.get_num_threads()

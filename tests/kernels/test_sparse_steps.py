@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -362,6 +363,13 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 def test_the_records_are_part_of_the_key_of_compiled_loops(backend: str) -> None:
     """Numba's cache on disk looks at the file of a loop only, and the records are in another one."""
     records = importlib.import_module("hf_lowmem_optim.kernels.sparse_records")
-    described = str(records.sparse_loop(lambda pointer: None)._signature)
-    for form in (records.FORM, records.LAYOUT, records.RULE, cpu_calls().ARGUMENTS):
-        assert all(name in described for name in form.names)
+    numba = importlib.import_module("numba")
+    fields = records.sparse_loop(lambda pointer: None)._signature.args[0].dtype.fields
+    found = {name: field.type for name, field in fields.items()}
+    assert found == {
+        "arguments": numba.from_dtype(cpu_calls().ARGUMENTS),
+        "record": numba.from_dtype(records.FORM),
+    }
+    # numba knows records by names, types and places
+    other = numpy.dtype([*[(name, records.FORM[name]) for name in records.FORM.names], ("one_more", numpy.int64)])
+    assert found["record"] != numba.from_dtype(other)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -18,15 +16,11 @@ from hf_lowmem_optim.kernels.sparse_window import (
     window_gram_row,
 )
 
-__all__ = ["ComposedSteps", "check_order", "check_rows", "moment_weights", "rows_of", "selection"]
+__all__ = ["ComposedSteps", "check_rows", "moment_weights", "rows_of", "selection"]
 
 
 class ComposedSteps(SparseSteps):
     """See :class:`~hf_lowmem_optim.kernels.sparse_steps.layout.SparseSteps`."""
-
-    def __init__(self, calls: Sequence[tuple[SparseTensor, StepRule]]) -> None:
-        self._calls = calls
-        self._described = False
 
     def topk_update_(self) -> None:
         """See the base class."""
@@ -39,12 +33,12 @@ class ComposedSteps(SparseSteps):
             check_rows(tensor.indices.shape[0], window)
         foreach_block_topk_([selection(tensor, rule) for tensor, rule in self._calls])
         products = [window_gram_row(rows_of(tensor), rule.row) for tensor, rule in self._calls]
-        self._described = True
+        self._has_row = True
         return torch.stack(products).sum(dim=0)
 
     def descend_(self, weights: Tensor) -> None:
         """See the base class."""
-        check_order(self._described)
+        self._check_order()
         foreach_window_descend_([_step(tensor, rule, weights) for tensor, rule in self._calls])
 
 
@@ -79,9 +73,3 @@ def check_rows(rows: int, window: int) -> None:
     """Raise ValueError if a window has not as many rows as it is to have."""
     if rows != window:
         raise ValueError(f"a window has {rows} rows, not {window}")
-
-
-def check_order(described: bool) -> None:
-    """Raise RuntimeError if there is no row yet to descend along."""
-    if not described:
-        raise RuntimeError("descend_() before topk_gram_row_(): there is no new row in the windows")

@@ -26,7 +26,7 @@ from hf_lowmem_optim.kernels.sparse_records import (
     sparse_loop,
     sparse_record,
 )
-from hf_lowmem_optim.kernels.sparse_steps.composed import check_order, check_rows, moment_weights, rows_of, selection
+from hf_lowmem_optim.kernels.sparse_steps.composed import check_rows, moment_weights, rows_of, selection
 from hf_lowmem_optim.kernels.sparse_steps.layout import SparseSteps, SparseTensor, StepRule
 from hf_lowmem_optim.kernels.sparse_window import check_param, check_weights
 from hf_lowmem_optim.kernels.sparse_window.cpu import (
@@ -74,11 +74,9 @@ class CompiledSteps(SparseSteps):
     """See :class:`~hf_lowmem_optim.kernels.sparse_steps.layout.SparseSteps`."""
 
     def __init__(self, calls: Sequence[tuple[SparseTensor, StepRule]]) -> None:
-        # held until the end: a record has only addresses
-        self._calls = calls
+        super().__init__(calls)
         self._sizes = Sizes.of([tensor.grad.numel() for tensor, _ in calls], [tensor.block_size for tensor, _ in calls])
         self._table = np.zeros(len(calls), FORM)
-        self._described = False
 
     def topk_update_(self) -> None:
         """See the base class."""
@@ -87,12 +85,12 @@ class CompiledSteps(SparseSteps):
     def topk_gram_row_(self, window: int) -> Tensor:
         """See the base class."""
         products = run_calls(_topk_gram_row, self._table, self._sizes, self._records(window), window)
-        self._described = True
+        self._has_row = True
         return torch.from_numpy(products)
 
     def descend_(self, weights: Tensor) -> None:
         """See the base class."""
-        check_order(self._described)
+        self._check_order()
         check_weights(weights, (self._calls[0][0].indices.shape[0],), _CPU)
         self._table["rule"]["weights"] = weights.data_ptr()
         run_calls(descend_blocks, self._table, self._sizes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -60,6 +61,16 @@ class StepRule(NamedTuple):
 
 class SparseSteps(ABC):
     """One step of several tensors of one device: see :func:`hf_lowmem_optim.kernels.sparse_steps.sparse_steps`."""
+
+    def __init__(self, calls: Sequence[tuple[SparseTensor, StepRule]]) -> None:
+        # held until the end: a compiled loop has only addresses
+        self._calls = calls
+        self._has_row = False
+
+    def _check_order(self) -> None:
+        """Raise RuntimeError if there is no new row yet to descend along."""
+        if not self._has_row:
+            raise RuntimeError("descend_() before topk_gram_row_(): there is no new row in the windows")
 
     @abstractmethod
     def topk_update_(self) -> None:
