@@ -1,0 +1,302 @@
+"""AdamW (Loshchilov & Hutter, arXiv 1711.05101): the dense rule, for everything that is not compressed.
+
+1. W ← W·(1 − lr·weight_decay)
+2. m ← β1·m + (1 − β1)·g
+3. v ← β2·v + (1 − β2)·g²
+4. W ← W − lr·m̂ / (√v̂ + eps)
+
+| letter | state key    | shape   | dtype         | bytes per parameter |
+|--------|--------------|---------|---------------|---------------------|
+| m      | `exp_avg`    | shape W | `dense_state` | 4 (fp32), 2 (bf16)  |
+| v      | `exp_avg_sq` | shape W | `dense_state` | 4 (fp32), 2 (bf16)  |
+
+``dense_state="param"`` stores the moments in the dtype of W, ``"fp32"`` in float32. torch's own functional AdamW does the
+arithmetic: with ``"param"`` the result is that of ``torch.optim.AdamW`` to the bit, with ``"fp32"`` that of
+``torch.optim.AdamW`` on a float32 copy of W, rounded to the dtype of W.
+
+``dense_state="8bit"`` (Dettmers et al., arXiv 2110.02861) is bitsandbytes' own operation, imported when first used: both
+moments in blocks of 256 entries, as codes of a dynamic map times the block's largest absolute value. Tensors below 4096
+entries keep float32 moments, as in bitsandbytes; a trajectory is bit for bit that of ``bitsandbytes.optim.AdamW8bit``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from hf_lowmem_optim.engine.buckets import TensorUpdate
+from hf_lowmem_optim.engine.rounding import StochasticRounding
+from hf_lowmem_optim.spec import TensorSpec
+
+__all__ = ["adamw_state", "adamw_update_", "require_bitsandbytes"]
+
+_BLOCK_SIZE = 256
+_MIN_QUANTIZED_ENTRIES = 4096
+#: bitsandbytes' kernels count entries in 32 bits; whole blocks.
+_MAX_8BIT_ENTRIES = 1 << 30
+_EXTRA = "pip install 'hf-lowmem-optim[bitsandbytes]'"
+# Fused is the fastest of torch's implementations on the CPU and torch's choice for CUDA.
+_FUSED_DEVICES = frozenset({"cpu", "cuda"})
+
+
+def adamw_state(shape: Sequence[int], dtype: torch.dtype, dense_state: str) -> dict[str, TensorSpec]:
+    """Describe both moments of one parameter.
+
+    Args:
+        shape: Shape of the parameter.
+        dtype: Dtype of the parameter.
+        dense_state: Storage of the moments: ``"param"``, ``"fp32"`` or ``"8bit"``.
+
+    Returns:
+        Specs by state key; allocated as zeros, all of it holds zeros.
+    """
+    numel = math.prod(shape)
+    if dense_state == "8bit" and numel >= _MIN_QUANTIZED_ENTRIES:
+        codes = TensorSpec((numel,), torch.uint8, "dense")
+        absmax = TensorSpec((-(-numel // _BLOCK_SIZE),), torch.float32, "dense statistics")
+        return {
+            "exp_avg_codes": codes,
+            "exp_avg_absmax": absmax,
+            "exp_avg_sq_codes": codes,
+            "exp_avg_sq_absmax": absmax,
+        }
+    moment = TensorSpec(tuple(shape), dtype if dense_state == "param" else torch.float32, "dense")
+    return {"exp_avg": moment, "exp_avg_sq": moment}
+
+
+def adamw_update_(updates: Sequence[TensorUpdate]) -> None:
+    """Take one AdamW step of tensors of one group, in place; the gradients are only read.
+
+    Where torch's kernel can work in place, it does, on all tensors at once. Elsewhere the tensors are cut into slices,
+    so that float32 copies do not grow with them; small tensors share a slice.
+
+    Args:
+        updates: The tensors, with states as :func:`adamw_state` describes them.
+    """
+    options = updates[0].options
+    if options.dense_state == "8bit":
+        for update in updates:
+            _update_8bit_(update)
+        return
+    in_place = [update for update in updates if not _needs_copies(update)]
+    if in_place:
+        moments = [(u.state["exp_avg"], u.state["exp_avg_sq"]) for u in in_place]
+        _adamw_(updates=in_place, W=[u.param for u in in_place], g=[u.grad for u in in_place], moments=moments)
+    rest = [update for update in updates if _needs_copies(update)]
+    for slices in _shared_slices(rest):
+        _update_slices_(slices)
+
+
+def _needs_copies(update: TensorUpdate) -> bool:
+    """Return whether the step needs float32 copies: to round stochastically, or for moments wider than the weight."""
+    mixed = update.options.dense_state == "fp32" and update.param.dtype != torch.float32
+    return mixed or update.rounding_seed is not None
+
+
+def _adamw_(
+    *,
+    updates: Sequence[TensorUpdate],
+    W: Sequence[Tensor],
+    g: Sequence[Tensor],
+    moments: Sequence[tuple[Tensor, Tensor]],
+) -> None:
+    """Run torch's functional AdamW; ``updates`` say the step and the options of each entry of the other lists."""
+    options = updates[0].options
+    # torch's fused kernel walks flat memory; another layout takes its plain loop
+    fusable = [
+        w.device.type in _FUSED_DEVICES and w.is_contiguous() and x.is_contiguous() for w, x in zip(W, g, strict=True)
+    ]
+    for fused in (True, False):
+        chosen = [i for i, f in enumerate(fusable) if f is fused]
+        if not chosen:
+            continue
+        weights = [W[i] for i in chosen]
+        adamw(
+            weights,
+            [g[i] for i in chosen],
+            [moments[i][0] for i in chosen],
+            [moments[i][1] for i in chosen],
+            [],
+            _step_tensors(weights, [updates[i].step for i in chosen], on_device=fused),
+            fused=fused,
+            foreach=False,
+            amsgrad=False,
+            beta1=options.betas[0],
+            beta2=options.betas[1],
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            eps=options.eps,
+            maximize=False,
+        )
+
+
+def _step_tensors(params: Sequence[Tensor], steps: Sequence[int], *, on_device: bool) -> list[Tensor]:
+    """Return the step counts before this update as the float32 scalars that torch's functional AdamW increments."""
+    by_device: dict[torch.device, list[int]] = {}
+    for index, param in enumerate(params):
+        by_device.setdefault(param.device if on_device else torch.device("cpu"), []).append(index)
+    tensors = [torch.empty(0)] * len(params)
+    for device, indices in by_device.items():
+        counts = [float(steps[i] - 1) for i in indices]
+        # one fill instead of a copy from the host where all counts are equal, the usual case
+        if len(set(counts)) == 1:
+            values = torch.full((len(counts),), counts[0], dtype=torch.float32, device=device)
+        else:
+            values = torch.tensor(counts, dtype=torch.float32, device=device)
+        for i, value in zip(indices, values.unbind(), strict=True):
+            tensors[i] = value
+    return tensors
+
+
+class _Slice(NamedTuple):
+    """Some consecutive entries of a tensor, flat."""
+
+    update: TensorUpdate
+    weight: Tensor
+    grad: Tensor
+    moments: tuple[Tensor, Tensor]
+    rounding: StochasticRounding | None
+
+
+def _slice_entries(device: torch.device) -> int:
+    """Return the entries of a slice, whole quantization blocks: a CPU's cache holds it; few launches elsewhere."""
+    return 1 << 16 if device.type == "cpu" else 1 << 21
+
+
+def _slices(update: TensorUpdate, length: int) -> Iterator[_Slice]:
+    """Cut a tensor into slices."""
+    rounding = update.rounding()
+    weight, grad = update.param.view(-1), update.grad.view(-1)
+    m, v = update.state["exp_avg"].view(-1), update.state["exp_avg_sq"].view(-1)
+    for start in range(0, weight.numel(), length):
+        part = slice(start, start + length)
+        yield _Slice(update, weight[part], grad[part], (m[part], v[part]), rounding)
+
+
+def _shared_slices(updates: Sequence[TensorUpdate]) -> Iterator[list[_Slice]]:
+    """Yield slices of tensors of one device together, as many as fit into one."""
+    by_device: dict[torch.device, list[TensorUpdate]] = {}
+    for update in updates:
+        by_device.setdefault(update.param.device, []).append(update)
+    for device, there in by_device.items():
+        limit = room = _slice_entries(device)
+        together: list[_Slice] = []
+        for piece in (piece for update in there for piece in _slices(update, limit)):
+            if piece.weight.numel() > room:
+                yield together
+                together, room = [], limit
+            together.append(piece)
+            room -= piece.weight.numel()
+        if together:
+            yield together
+
+
+def _update_slices_(slices: Sequence[_Slice]) -> None:
+    """Update slices in float32, with the moments that are float32 in place."""
+    weights, grads = [s.weight.float() for s in slices], [s.grad.float() for s in slices]
+    moments = [(s.moments[0].float(), s.moments[1].float()) for s in slices]
+    _adamw_(updates=[s.update for s in slices], W=weights, g=grads, moments=moments)
+    for piece, weight, wide in zip(slices, weights, moments, strict=True):
+        if piece.rounding is None:
+            piece.weight.copy_(weight)
+        else:
+            piece.rounding.round_(piece.weight, weight)
+        for stored, moment in zip(piece.moments, wide, strict=True):
+            if stored is not moment:
+                stored.copy_(moment)
+
+
+def require_bitsandbytes(params: Iterable[Tensor]) -> None:
+    """Refuse ``dense_state="8bit"`` where bitsandbytes cannot do it.
+
+    Args:
+        params: The parameters; those on the meta device are only planned with and need nothing.
+
+    Raises:
+        ImportError: bitsandbytes is missing, or has no such operation for the CPU.
+    """
+    devices = {param.device.type for param in params} - {"meta"}
+    if not devices:
+        return
+    version = _bitsandbytes().__version__
+    operation = "bitsandbytes::optimizer_update_8bit_blockwise"
+    if "cpu" in devices and not torch._C._dispatch_has_kernel_for_dispatch_key(operation, "CPU"):
+        raise ImportError(
+            f'dense_state="8bit" on the CPU needs a bitsandbytes with an 8-bit AdamW for it, which {version} has not; '
+            f"upgrade it: {_EXTRA}"
+        )
+
+
+def _update_8bit_(update: TensorUpdate) -> None:
+    """Update a tensor by bitsandbytes, which takes weights of any dtype and rounds to nearest."""
+    weights, grads, rounding = update.param.view(-1), update.grad.view(-1), update.rounding()
+    device = weights.device
+    in_one_kernel = device.type != "cpu" and rounding is None
+    length = _MAX_8BIT_ENTRIES if in_one_kernel else _slice_entries(device)
+    for start in range(0, weights.numel(), length):
+        part = slice(start, start + length)
+        weight, grad = weights[part], grads[part]
+        wide = weight if rounding is None else weight.float()
+        _adamw_8bit_slice_(wide, grad if rounding is None else grad.float(), update, start)
+        if rounding is not None:
+            rounding.round_(weight, wide)
+
+
+def _adamw_8bit_slice_(weight: Tensor, grad: Tensor, update: TensorUpdate, start: int) -> None:
+    """Take one step of consecutive entries, from entry ``start`` of the tensor, a multiple of 256."""
+    functional, options, state = _bitsandbytes().functional, update.options, update.state
+    (beta1, beta2), eps, step, lr = options.betas, options.eps, update.step, options.lr
+    stop = start + weight.numel()
+    with _on_the_default_stream(weight.device):
+        if "exp_avg" in state:
+            m, v = (state[key].view(-1)[start:stop] for key in ("exp_avg", "exp_avg_sq"))
+            functional.optimizer_update_32bit(
+                "adam", grad, weight, m, beta1, eps, step, lr, v, beta2, weight_decay=options.weight_decay
+            )
+            return
+        codes = [state[key][start:stop] for key in ("exp_avg_codes", "exp_avg_sq_codes")]
+        blocks = slice(start // _BLOCK_SIZE, -(-stop // _BLOCK_SIZE))
+        absmax = [state[key][blocks] for key in ("exp_avg_absmax", "exp_avg_sq_absmax")]
+        maps = (_dynamic_map(signed, weight.device) for signed in (True, False))
+        # β3 and α are of another optimizer that shares the operation
+        functional.optimizer_update_8bit_blockwise(
+            "adam", grad, weight, *codes, beta1, beta2, 0.0, 0.0, eps, step, lr, *maps, *absmax, options.weight_decay
+        )
+
+
+def _bitsandbytes() -> Any:
+    """Import the package at its first use."""
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ImportError(f'dense_state="8bit" needs bitsandbytes: {_EXTRA}') from error
+    return bitsandbytes
+
+
+@functools.lru_cache(maxsize=16)
+def _dynamic_map(signed: bool, device: torch.device) -> Tensor:
+    """Return bitsandbytes' map from codes to values, float32 [256]."""
+    table: Tensor = _bitsandbytes().functional.create_dynamic_map(signed=signed)
+    return table.to(device)
+
+
+@contextmanager
+def _on_the_default_stream(device: torch.device) -> Iterator[None]:
+    """Order bitsandbytes' kernels, which run on CUDA's default stream, after and before those of torch's stream."""
+    if device.type != "cuda":
+        yield
+        return
+    default, current = torch.cuda.default_stream(device), torch.cuda.current_stream(device)
+    if default == current:
+        yield
+        return
+    default.wait_stream(current)
+    yield
+    current.wait_stream(default)

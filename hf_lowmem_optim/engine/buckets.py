@@ -1,0 +1,230 @@
+"""Tensors of one shape, dtype, device, group and count: their state is stacked, and one call of an update serves them.
+
+A parameter's state tensors are views of tensors that have all of a bucket's side by side, from their first step on.
+Nothing else remembers a bucket: tensors that lie at equal distances in one storage are stacked, whoever made them.
+Parameters and gradients stay where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_lowmem_optim.engine.options import Options
+from hf_lowmem_optim.engine.rounding import StochasticRounding
+from hf_lowmem_optim.spec import TensorSpec
+
+__all__ = ["Batch", "TensorUpdate", "allocate_stacked", "batches"]
+
+#: CPU instructions, and with them the rounding, may depend on an address modulo this.
+_ALIGNMENT_BYTES = 64
+
+
+@dataclass(slots=True)
+class TensorUpdate:
+    """One tensor that this step updates.
+
+    Attributes:
+        param: The parameter, detached.
+        grad: Its gradient; only read.
+        state: Its state: ``"step"`` (already counted) and the tensors.
+        options: Those of its group.
+        step: t, 1 for the first update of this tensor.
+        rounding_seed: Seed with which its weights are rounded stochastically; None if they are rounded to nearest.
+    """
+
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Any]
+    options: Options
+    step: int
+    rounding_seed: int | None = None
+
+    @property
+    def key(self) -> Hashable:
+        """What the tensors of a bucket have in common."""
+        param = self.param
+        return id(self.options), param.shape, param.dtype, param.device, self.step
+
+    def rounding(self) -> StochasticRounding | None:
+        """Return the rounding of its weights in this step, from the start."""
+        return None if self.rounding_seed is None else StochasticRounding(self.rounding_seed, self.param.device)
+
+
+@dataclass(slots=True)
+class Batch:
+    """Tensors of one bucket that one call of an update serves.
+
+    Attributes:
+        updates: The tensors.
+        g: Their gradients, contiguous; tensors of three and more dimensions as matrices (out, rest).
+        state: Their state by key, stacked: [number of tensors, ...].
+        step: t, 1 for the first update of these tensors.
+        options: Those of their group.
+    """
+
+    updates: Sequence[TensorUpdate]
+    g: list[Tensor]
+    state: dict[str, Tensor]
+    step: int
+    options: Any
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors lie."""
+        return self.g[0].device
+
+    @contextmanager
+    def weights(self) -> Iterator[list[Tensor]]:
+        """Give the weights, in the shapes of the gradients, to be updated in place.
+
+        They are the parameters themselves where these are contiguous and rounded to nearest; else copies, which are
+        written back: float32 ones to be rounded stochastically.
+        """
+        W = [_weight(update) for update in self.updates]
+        yield W
+        for update, weight in zip(self.updates, W, strict=True):
+            param = update.param
+            if (rounding := update.rounding()) is not None:
+                rounding.round_(param, weight.view(param.shape))
+            elif not param.is_contiguous():
+                param.copy_(weight.view(param.shape))
+
+
+def _weight(update: TensorUpdate) -> Tensor:
+    param = update.param if update.rounding_seed is None else update.param.float()
+    return _matrix(param)
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """Return a contiguous tensor of at most two dimensions."""
+    tensor = tensor if tensor.is_contiguous() else tensor.contiguous()
+    return tensor if tensor.dim() <= 2 else tensor.view(tensor.shape[0], -1)
+
+
+def allocate_stacked(specs: Mapping[str, TensorSpec], count: int, device: torch.device) -> list[dict[str, Tensor]]:
+    """Allocate the state of equal tensors side by side, zeros.
+
+    Args:
+        specs: The state of one of them.
+        count: How many there are.
+        device: Where they lie.
+
+    Returns:
+        The state of each: contiguous views, aligned like tensors of their own.
+    """
+    states: list[dict[str, Tensor]] = [{} for _ in range(count)]
+    for key, spec in specs.items():
+        if spec.in_gradient:  # it will be a gradient's own buffer
+            parts = [spec.allocate(device) for _ in states]
+        else:
+            entries = spec.stored_bytes // spec.dtype.itemsize
+            padded = -(-spec.stored_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES // spec.dtype.itemsize
+            whole = torch.zeros(count, padded if count > 1 else entries, dtype=spec.dtype, device=device)
+            parts = [row[:entries].view(spec.shape) for row in whole.unbind()]
+        for state, part in zip(states, parts, strict=True):
+            state[key] = part
+    return states
+
+
+def batches(updates: Iterable[TensorUpdate], *, whole: bool) -> list[Batch]:
+    """Put tensors of one bucket together, as many as one call may serve.
+
+    Args:
+        updates: The tensors, all with state; state that is not stacked yet is moved where that is due.
+        whole: Whether a call may serve any number of tensors, because it allocates nothing of their size.
+
+    Returns:
+        The batches, in the order of their first tensors.
+    """
+    buckets: dict[Hashable, list[TensorUpdate]] = {}
+    for update in updates:
+        buckets.setdefault(update.key, []).append(update)
+    found = []
+    for bucket in buckets.values():
+        if len(bucket) == 1:
+            found.append(_batch(bucket))
+            continue
+        _stack_loose_(bucket)
+        most = _most_tensors(bucket[0], whole)
+        for run in _runs(bucket):
+            found += [_batch(run[start : start + most]) for start in range(0, len(run), most)]
+    return found
+
+
+def _most_tensors(update: TensorUpdate, whole: bool) -> int:
+    """Return how many tensors like this one a call may serve: what it allocates for them is to be bounded.
+
+    Larger matrices gain nothing from company: their arithmetic takes far longer than the call.
+    """
+    if whole and update.rounding_seed is None:
+        return 1 << 30
+    on_cpu, entries = update.param.device.type == "cpu", update.param.numel()
+    largest, together = (1 << 16, 1 << 18) if on_cpu else (1 << 22, 1 << 23)
+    return max(1, together // entries) if entries <= largest else 1
+
+
+def _batch(updates: Sequence[TensorUpdate]) -> Batch:
+    one = updates[0]
+    if len(updates) == 1:
+        state = {key: value[None] for key, value in one.state.items() if key != "step"}
+    else:
+        state = {key: _stacked([update.state[key] for update in updates]) for key in one.state if key != "step"}
+    return Batch(updates, [_matrix(update.grad) for update in updates], state, one.step, one.options)
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Return tensors that lie at equal distances in one storage as one, [number of tensors, ...]."""
+    first = parts[0]
+    distance = parts[1].storage_offset() - first.storage_offset()
+    return first.as_strided((len(parts), *first.shape), (distance, *first.stride()))
+
+
+def _runs(bucket: Sequence[TensorUpdate]) -> Iterator[list[TensorUpdate]]:
+    """Cut a bucket into tensors whose states lie at equal distances, one after the other."""
+    run = [bucket[0]]
+    for update in bucket[1:]:
+        if not _continues(run, update):
+            yield run
+            run = []
+        run.append(update)
+    yield run
+
+
+def _continues(run: Sequence[TensorUpdate], update: TensorUpdate) -> bool:
+    """Return whether a tensor's state lies as far behind the run's last as that lies behind the one before."""
+    last = run[-1]
+    for key, part in update.state.items():
+        if key == "step":
+            continue
+        before = last.state[key]
+        distance = part.data_ptr() - before.data_ptr()
+        if distance < part.nbytes or part.untyped_storage().data_ptr() != before.untyped_storage().data_ptr():
+            return False
+        if len(run) > 1 and distance != before.data_ptr() - run[-2].state[key].data_ptr():
+            return False
+    return True
+
+
+def _stack_loose_(bucket: Sequence[TensorUpdate]) -> None:
+    """Move states that have storages of their own, as after a load, into common ones."""
+    loose = [update for update in bucket if _is_loose(update)]
+    if len(loose) < 2:
+        return
+    for key in [key for key in loose[0].state if key != "step"]:
+        first = loose[0].state[key]
+        spec = {key: TensorSpec(tuple(first.shape), first.dtype, "")}
+        for update, new in zip(loose, allocate_stacked(spec, len(loose), first.device), strict=True):
+            update.state[key] = new[key].copy_(update.state[key])
+
+
+def _is_loose(update: TensorUpdate) -> bool:
+    """Return whether a state belongs to no stack; what is kept in a gradient's buffer never does."""
+    parts = [part for key, part in update.state.items() if key != "step"]
+    own = all(part.untyped_storage().nbytes() == part.nbytes for part in parts)
+    return own and all(part.untyped_storage().data_ptr() != update.grad.untyped_storage().data_ptr() for part in parts)

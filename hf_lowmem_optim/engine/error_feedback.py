@@ -1,0 +1,150 @@
+"""Where the compression error ξ is kept between two steps, and in which precision.
+
+``add_residual`` gives a = g + ξ in float32, ``save_residual_`` stores what is left of it. A float32 buffer is used in
+place: it *becomes* a, so that nothing of the gradient's size is allocated. With ``"grad"`` the buffer is the gradient's
+own, and g has been added to ξ in it before the step (``engine/backward.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hf_lowmem_optim.ops.block_quant import Quantized, dequantize_add_, quantize_
+from hf_lowmem_optim.spec import QuantFormat, TensorSpec, quantized_specs
+
+__all__ = [
+    "FORMATS",
+    "CompressedErrorFeedback",
+    "ErrorFeedback",
+    "add_residual",
+    "error_state",
+    "quantized_errors",
+    "save_residual_",
+    "stored_error",
+]
+
+ErrorFeedback = Literal["param", "fp32", "bf16", "8bit", "4bit", "grad", "none"]
+"""The storages of the error."""
+
+CompressedErrorFeedback = Literal["fp32", "bf16", "8bit", "4bit"]
+"""Those of a method that stores the error apart from parameter and gradient."""
+
+FORMATS = {"8bit": QuantFormat(8, 64), "4bit": QuantFormat(4, 64)}
+"""How a quantized error is quantized."""
+
+
+def error_state(shape: Sequence[int], dtype: torch.dtype, storage: str) -> dict[str, TensorSpec]:
+    """Describe the state that holds the error of one tensor.
+
+    Args:
+        shape: Shape of the parameter.
+        dtype: Dtype of the parameter.
+        storage: One of :data:`ErrorFeedback`.
+
+    Returns:
+        Specs by state key; empty for ``"none"``.
+    """
+    if storage == "none":
+        return {}
+    if storage in FORMATS:
+        return quantized_specs(math.prod(shape), FORMATS[storage])
+    stored = {"param": dtype, "grad": dtype, "fp32": torch.float32, "bf16": torch.bfloat16}[storage]
+    return {"error": TensorSpec(tuple(shape), stored, "error", in_gradient=storage == "grad")}
+
+
+def add_residual(g: Sequence[Tensor], state: Mapping[str, Tensor], fmt: QuantFormat | None) -> Tensor:
+    """Return a = g + ξ in float32.
+
+    Args:
+        g: Gradients of one shape, contiguous, any floating dtype; only read, unless one is the error's own buffer, which
+            then holds g + ξ already.
+        state: The stacked state of the tensors; a float32 error is overwritten, until :func:`save_residual_`.
+        fmt: How the error is quantized; None where it is not.
+
+    Returns:
+        [number of tensors, *shape of g]: the error's own float32 buffer; or, of one float32 gradient without an error,
+        the gradient itself, which the caller must not write to; or a new tensor.
+    """
+    error = state.get("error")
+    if error is None and fmt is None and len(g) == 1:
+        return g[0].float()[None]
+    if error is not None and error.data_ptr() == g[0].data_ptr():
+        return error.float().view(1, *g[0].shape)
+    if error is not None:
+        a = error.float().view(len(g), *g[0].shape)
+        for part, grad in zip(a.unbind(), g, strict=True):
+            part.add_(grad)
+        return a
+    a = torch.empty((len(g), *g[0].shape), dtype=torch.float32, device=g[0].device)
+    if fmt is not None and len(g) == 1:  # in one pass
+        dequantize_add_(a, quantized_errors(state, fmt, 1, a.numel())[0], onto=g[0])
+        return a
+    torch._foreach_copy_(list(a.unbind()), list(g))
+    if fmt is not None:
+        for buffer, part in _pairs(state, fmt, a):
+            dequantize_add_(part, buffer)
+    return a
+
+
+def save_residual_(
+    state: Mapping[str, Tensor], residual: Tensor, fmt: QuantFormat | None, *, seed: int | None = None
+) -> None:
+    """Store ξ ← residual in the precision of the buffer; nothing without one.
+
+    Args:
+        state: The stacked state of the tensors, with or without an error.
+        residual: What the compression cut off, float32, [number of tensors, ...].
+        fmt: How the error is quantized; None where it is not.
+        seed: For a quantized error: an integer rounds stochastically with that seed, None to nearest.
+    """
+    error = state.get("error")
+    if error is not None and error.data_ptr() != residual.data_ptr():
+        error.copy_(residual.view(error.shape))
+    elif fmt is not None:
+        for buffer, part in _pairs(state, fmt, residual, one_by_one=seed is not None):
+            quantize_(buffer, part, seed=seed)
+
+
+def stored_error(state: Mapping[str, Tensor], fmt: QuantFormat | None, index: int, numel: int) -> Tensor | Quantized:
+    """Return the error of one tensor of a batch, as an operation takes it.
+
+    Args:
+        state: The stacked state of the tensors.
+        fmt: How the error is quantized; None where it is not.
+        index: Which tensor.
+        numel: Entries of each.
+    """
+    if fmt is None:
+        return state["error"][index]
+    return Quantized(state["error_codes"][index], state["error_lo"][index], state["error_hi"][index], numel, fmt)
+
+
+def quantized_errors(state: Mapping[str, Tensor], fmt: QuantFormat, count: int, numel: int) -> list[Quantized]:
+    """Return the quantized errors of a batch of ``count`` tensors of ``numel`` entries each."""
+    parts = [state[f"error_{part}"].unbind() for part in ("codes", "lo", "hi")]
+    return [Quantized(parts[0][i], parts[1][i], parts[2][i], numel, fmt) for i in range(count)]
+
+
+def _pairs(
+    state: Mapping[str, Tensor], fmt: QuantFormat, dense: Tensor, *, one_by_one: bool = False
+) -> Iterator[tuple[Quantized, Tensor]]:
+    """Yield quantized errors with their parts of a float32 tensor: all as one buffer where no block spans two tensors.
+
+    Args:
+        state: The stacked state.
+        fmt: How the error is quantized.
+        dense: float32 [number of tensors, ...], contiguous.
+        one_by_one: Keep the tensors apart: what is drawn at random goes by an entry's place in the buffer.
+    """
+    count, numel = len(dense), dense[0].numel()
+    stacked = [state[f"error_{part}"] for part in ("codes", "lo", "hi")]
+    if numel % fmt.block_size == 0 and not one_by_one and all(part.is_contiguous() for part in stacked):
+        codes, lo, hi = (part.view(-1) for part in stacked)
+        yield Quantized(codes, lo, hi, count * numel, fmt), dense
+        return
+    yield from zip(quantized_errors(state, fmt, count, numel), dense.unbind(), strict=True)

@@ -1,0 +1,203 @@
+"""What an optimizer class is, apart from any instance: what planner, factory, checks and report ask of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hf_lowmem_optim.engine.adamw import adamw_state
+from hf_lowmem_optim.engine.buckets import Batch
+from hf_lowmem_optim.engine.options import Options
+from hf_lowmem_optim.spec import TensorSpec
+
+__all__ = ["CoupledUpdate", "Method", "StateFunction", "Update"]
+
+#: What a step allocates beside a multiple of its largest tensor: slices, factors, workspaces of libraries.
+SCRATCH_BYTES = 16 << 20
+
+
+class StateFunction(Protocol):
+    """Describes the state of one tensor; the only place where its sizes are written."""
+
+    def __call__(
+        self, shape: Sequence[int], dtype: torch.dtype, options: Any, /
+    ) -> dict[str, TensorSpec] | None:
+        """Return specs by state key; None for a tensor that the method leaves to AdamW."""
+
+
+class Update(Protocol):
+    """One step of equal tensors, each by itself."""
+
+    def __call__(
+        self, W: Sequence[Tensor], g: Sequence[Tensor], state: Mapping[str, Tensor], t: int, options: Any, /
+    ) -> None:
+        """Update weights and state in place.
+
+        Args:
+            W: The weights, contiguous, all of one shape; those of three and more dimensions as matrices (out, rest).
+            g: Their gradients, likewise; only read.
+            state: Their states stacked, [number of tensors, ...], by state key.
+            t: Which update of these tensors it is, 1 for the first.
+            options: The options of their group.
+        """
+
+
+class CoupledUpdate(Protocol):
+    """One step of all tensors that share a system, such as the Gram matrix of their gradients."""
+
+    def __call__(self, tensors: Sequence[Batch], shared: Mapping[str, Tensor], t: int, /) -> None:
+        """Update weights, state and shared state in place.
+
+        Args:
+            tensors: The tensors, those of one shape together.
+            shared: The state that belongs to all of them.
+            t: Which step of the system it is, 1 for the first.
+        """
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method: its options, its state, its update.
+
+    Attributes:
+        name: The string for ``TrainingArguments(optim=...)``.
+        options: Its options.
+        state: Describes the state of one tensor.
+        update_: Updates equal tensors; a method whose tensors depend on each other has ``coupled_update_`` instead.
+        switch: The option that sends a group to AdamW, and the value that does.
+        scratch: What a step allocates for a moment, at most, in float32 copies of the largest tensor that it
+            compresses; 0 for an update that works in place.
+        adam_like: Whether it is Adam with less state, so that AdamW is as good where compression saves nothing.
+        optional_state: State keys that an option which may change in a run adds and takes away.
+        coupled_update_: Updates all tensors that share a system.
+        shared_state: Describes the state of a system.
+        shared_options: The options on which all groups of a system must agree; the first is its ``scope``.
+        layerwise: Whether it updates during the backward pass.
+
+    Raises:
+        ValueError: There is no such switch, or not one update.
+    """
+
+    name: str
+    options: type[Options]
+    state: StateFunction
+    update_: Update | None = None
+    switch: tuple[str, Any] = ("compress", False)
+    scratch: float = 1.0
+    adam_like: bool = True
+    optional_state: frozenset[str] = field(default=frozenset())
+    coupled_update_: CoupledUpdate | None = None
+    shared_state: Callable[[Any], dict[str, TensorSpec]] | None = None
+    shared_options: tuple[str, ...] = ()
+    layerwise: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what a mistyped description would break later."""
+        key = self.switch[0]
+        if key not in self.options.defaults():
+            raise ValueError(
+                f"switch={self.switch!r} of the method {self.name!r} names no option of {self.options.__name__}: "
+                "declare one that sends a group to AdamW, such as "
+                "`compress: bool = option(True, 'False leaves the group to AdamW', shapes_state=True)`"
+            )
+        if (self.update_ is None) == (self.coupled_update_ is None):
+            raise ValueError(f"the method {self.name!r} needs update_ or coupled_update_, and not both")
+
+    # ------------------------------------------------------------------------------------------------- options
+
+    @property
+    def shaping(self) -> tuple[str, ...]:
+        """The options on which the shape of the state depends: they must be equal on resume."""
+        return self.options.shaping()
+
+    def check(self, values: Mapping[str, Any], owner: str) -> Options:
+        """Return the options that some values by name make; what is missing counts as its default.
+
+        Raises:
+            TypeError: A name is unknown or a value has the wrong type.
+            ValueError: A value is out of range.
+        """
+        return self.options.of(values, owner)
+
+    def options_of(self, group: Mapping[str, Any]) -> Options:
+        """Return the options of a parameter group, which may have other keys besides."""
+        return self.options(**{key: group[key] for key in self.options.defaults()})
+
+    def is_dense(self, group: Mapping[str, Any]) -> bool:
+        """Return whether a group is switched to AdamW as a whole."""
+        key, off = self.switch
+        return bool(group[key] == off if off is not None else group[key] is None)
+
+    # --------------------------------------------------------------------------------------------------- state
+
+    def compresses(self, shape: Sequence[int], group: Mapping[str, Any]) -> bool:
+        """Return whether a tensor of this shape takes the compressed rule in a group."""
+        return self.compressed_state(shape, torch.float32, self.options_of(group)) is not None
+
+    def compressed_state(
+        self, shape: Sequence[int], dtype: torch.dtype, options: Options
+    ) -> dict[str, TensorSpec] | None:
+        """Return the state of a tensor under the compressed rule; None where it takes AdamW."""
+        if 0 in shape or self.is_dense(vars(options)):
+            return None
+        return self.state(shape, dtype, options)
+
+    def state_specs(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, TensorSpec]:
+        """Describe the state of a parameter in a group: what will be, or was, allocated for it.
+
+        Args:
+            param: The parameter; only its shape and dtype matter.
+            group: Its group, or any mapping with the options.
+
+        Returns:
+            Specs by state key.
+        """
+        return self.specs(param.shape, param.dtype, self.options_of(group))
+
+    def specs(self, shape: Sequence[int], dtype: torch.dtype, options: Options) -> dict[str, TensorSpec]:
+        """Describe the state of a tensor, under whichever rule it takes."""
+        compressed = self.compressed_state(shape, dtype, options)
+        return adamw_state(shape, dtype, options.dense_state) if compressed is None else compressed
+
+    def shared_specs(self, groups: Sequence[Mapping[str, Any]]) -> dict[str, TensorSpec]:
+        """Describe the state that belongs to all parameters together, ``optimizer.state["shared"]``.
+
+        Args:
+            groups: The parameter groups, with ``"params"``.
+
+        Returns:
+            Specs by state key; empty for methods that treat each tensor by itself.
+        """
+        if self.shared_state is None:
+            return {}
+        for group in groups:
+            if group["scope"] == "model" and any(self.compresses(param.shape, group) for param in group["params"]):
+                return self.shared_state(self.options_of(group))
+        return {}
+
+    def scratch_bytes(self, groups: Sequence[Mapping[str, Any]]) -> int:
+        """Return the bytes that a step allocates for a moment, at most: :attr:`scratch` of the largest tensor."""
+        largest = max(
+            (
+                param.numel()
+                for group in groups
+                for param in group["params"]
+                if self.scratch and self.compresses(param.shape, group)
+            ),
+            default=0,
+        )
+        return int(self.scratch * 4 * largest) + SCRATCH_BYTES
+
+    # --------------------------------------------------------------------------------------------------- limits
+
+    def needs_one_process(self, group: Mapping[str, Any]) -> str | None:
+        """Return why a group cannot be trained by several processes, as a clause for a message; None if it can."""
+        if self.layerwise:
+            return "layer-wise mode uses a gradient before the processes have averaged it"
+        if group.get("error_feedback") == "grad":
+            return "error_feedback='grad' uses a gradient before the processes have averaged it"
+        return None
