@@ -11,16 +11,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_lowmem_optim.engine.backward import layerwise
+    from hf_lowmem_optim.engine.method import Method
+    from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
+    from hf_lowmem_optim.engine.options import Options, option
     from hf_lowmem_optim.memory.footprint import MemoryPlan
     from hf_lowmem_optim.memory.measure import StateReport, measure_state
     from hf_lowmem_optim.memory.plan import plan_optimizer, plan_state
-    from hf_lowmem_optim.optimizers.layerwise import LDAdamLayerwise, MicroAdamLayerwise
     from hf_lowmem_optim.optimizers.ldadam import LDAdam
     from hf_lowmem_optim.optimizers.lowrank_mfac import LowRankMFAC
     from hf_lowmem_optim.optimizers.microadam import MicroAdam
     from hf_lowmem_optim.optimizers.sparse_ggt import SparseGGT
     from hf_lowmem_optim.optimizers.sparse_mfac import SparseMFAC
-    from hf_lowmem_optim.registry import OPTIMIZERS, OptimizerEntry, get_entry
+    from hf_lowmem_optim.registry import (
+        OPTIMIZERS,
+        LDAdamLayerwise,
+        MicroAdamLayerwise,
+        OptimizerEntry,
+        get_entry,
+        register_optimizer,
+    )
+    from hf_lowmem_optim.spec import TensorSpec
     from hf_lowmem_optim.trainer.callbacks import OptimizerStateMemoryCallback
     from hf_lowmem_optim.trainer.factory import OptimizerFactory
     from hf_lowmem_optim.trainer.model_source import ModelOptions
@@ -33,45 +44,59 @@ __all__ = [
     "OPTIMIZERS",
     "LDAdam",
     "LDAdamLayerwise",
+    "LowMemoryOptimizer",
     "LowRankMFAC",
     "MemoryPlan",
+    "Method",
     "MicroAdam",
     "MicroAdamLayerwise",
     "ModelOptions",
+    "Options",
     "OptimizerEntry",
     "OptimizerFactory",
     "OptimizerStateMemoryCallback",
     "SparseGGT",
     "SparseMFAC",
     "StateReport",
+    "TensorSpec",
     "get_entry",
+    "layerwise",
     "measure_state",
+    "option",
     "plan_memory",
     "plan_optimizer",
     "plan_state",
+    "register_optimizer",
     "register_optimizer_strings",
 ]
 
 _HOME = {
     "OPTIMIZERS": "registry",
     "LDAdam": "optimizers.ldadam",
-    "LDAdamLayerwise": "optimizers.layerwise",
+    "LDAdamLayerwise": "registry",
+    "LowMemoryOptimizer": "engine.optimizer",
     "LowRankMFAC": "optimizers.lowrank_mfac",
     "MemoryPlan": "memory.footprint",
     "ModelOptions": "trainer.model_source",
     "MicroAdam": "optimizers.microadam",
-    "MicroAdamLayerwise": "optimizers.layerwise",
+    "MicroAdamLayerwise": "registry",
+    "Method": "engine.method",
+    "Options": "engine.options",
     "SparseGGT": "optimizers.sparse_ggt",
     "SparseMFAC": "optimizers.sparse_mfac",
     "OptimizerEntry": "registry",
     "OptimizerFactory": "trainer.factory",
     "OptimizerStateMemoryCallback": "trainer.callbacks",
     "StateReport": "memory.measure",
+    "TensorSpec": "spec",
     "get_entry": "registry",
+    "layerwise": "engine.backward",
     "measure_state": "memory.measure",
+    "option": "engine.options",
     "plan_memory": "trainer.plan_model",
     "plan_optimizer": "memory.plan",
     "plan_state": "memory.plan",
+    "register_optimizer": "registry",
     "register_optimizer_strings": "trainer.strings",
 }
 

@@ -1,21 +1,20 @@
-"""The one table of optimizers: what the strings, the factory, the planner and the command line read."""
+"""The table of methods: what the strings, the factory, the planner and the command line read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
 from dataclasses import dataclass
 
-from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
-from hf_lowmem_optim.optimizers.hyperparameters import nearest
-from hf_lowmem_optim.optimizers.layerwise import LDAdamLayerwise, MicroAdamLayerwise
-from hf_lowmem_optim.optimizers.ldadam import LDAdam, ldadam_state
-from hf_lowmem_optim.optimizers.lowrank_mfac import LowRankMFAC, lowrank_mfac_state
-from hf_lowmem_optim.optimizers.microadam import MicroAdam, microadam_state
-from hf_lowmem_optim.optimizers.sparse_ggt import SparseGGT, sparse_ggt_state
-from hf_lowmem_optim.optimizers.sparse_mfac import SparseMFAC, sparse_mfac_state
-from hf_lowmem_optim.state import TensorSpec
+from hf_lowmem_optim.engine.backward import layerwise
+from hf_lowmem_optim.engine.options import nearest
+from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
+from hf_lowmem_optim.optimizers.ldadam import LDAdam
+from hf_lowmem_optim.optimizers.lowrank_mfac import LowRankMFAC
+from hf_lowmem_optim.optimizers.microadam import MicroAdam
+from hf_lowmem_optim.optimizers.sparse_ggt import SparseGGT
+from hf_lowmem_optim.optimizers.sparse_mfac import SparseMFAC
 
-__all__ = ["OPTIMIZERS", "OptimizerEntry", "get_entry"]
+__all__ = ["OPTIMIZERS", "LDAdamLayerwise", "MicroAdamLayerwise", "OptimizerEntry", "get_entry", "register_optimizer"]
 
 
 @dataclass(frozen=True)
@@ -25,72 +24,57 @@ class OptimizerEntry:
     Attributes:
         name: The string for ``TrainingArguments(optim=...)``.
         optimizer_class: The class.
-        state_function: ``(shape, dtype, **hyper) -> dict[str, TensorSpec]``.
         paper: Where the method is published.
         summary: What it does, in a line.
     """
 
     name: str
     optimizer_class: type[LowMemoryOptimizer]
-    state_function: Callable[..., dict[str, TensorSpec]]
     paper: str
     summary: str
 
 
-OPTIMIZERS: dict[str, OptimizerEntry] = {
-    entry.name: entry
-    for entry in (
-        OptimizerEntry(
-            "ldadam",
-            LDAdam,
-            ldadam_state,
-            "arXiv 2410.16103 (ICLR 2025)",
-            "Adam in a low-rank subspace that follows the gradient, with error feedback",
-        ),
-        OptimizerEntry(
-            "microadam",
-            MicroAdam,
-            microadam_state,
-            "arXiv 2405.15593 (NeurIPS 2024)",
-            "Adam over a window of Top-K gradients, the rest fed back from a 4-bit error",
-        ),
-        OptimizerEntry(
-            "sparse_mfac",
-            SparseMFAC,
-            sparse_mfac_state,
-            "arXiv 2306.06098 (ICML 2024)",
-            "inverse Fisher matrix (M-FAC) of a window of sparse gradients, with error feedback",
-        ),
-        OptimizerEntry(
-            "lowrank_mfac",
-            LowRankMFAC,
-            lowrank_mfac_state,
-            "arXiv 2306.06098 (ICML 2024)",
-            "inverse Fisher matrix (M-FAC) of a window of low-rank gradients, with error feedback",
-        ),
-        OptimizerEntry(
-            "sparse_ggt",
-            SparseGGT,
-            sparse_ggt_state,
-            "arXiv 2306.06098 (ICML 2024)",
-            "full-matrix AdaGrad (GGT) over a window of sparse gradients, with error feedback",
-        ),
-        OptimizerEntry(
-            "ldadam_layerwise",
-            LDAdamLayerwise,
-            ldadam_state,
-            "arXiv 2410.16103 (ICLR 2025)",
-            "ldadam, each parameter updated in the backward pass as soon as its gradient is there",
-        ),
-        OptimizerEntry(
-            "microadam_layerwise",
-            MicroAdamLayerwise,
-            microadam_state,
-            "arXiv 2405.15593 (NeurIPS 2024)",
-            "microadam, each parameter updated in the backward pass as soon as its gradient is there",
-        ),
-    )
-}
+OPTIMIZERS: dict[str, OptimizerEntry] = {}
+"""Every optimizer by its string."""
+
+
+def register_optimizer(
+    name: str, optimizer_class: type[LowMemoryOptimizer], *, paper: str = "", summary: str = ""
+) -> None:
+    """Make an optimizer known under a string, and its layer-wise version under ``<name>_layerwise``.
+
+    It then has whatever the methods of this package have: the ``optim`` string and ``optim_args``, the factory, plan and
+    report, exact resume, layer-wise mode. Register before building ``TrainingArguments``.
+
+    Args:
+        name: The string, in lower case: the name of the class's :class:`~hf_lowmem_optim.engine.method.Method`.
+        optimizer_class: A subclass of :class:`~hf_lowmem_optim.engine.optimizer.LowMemoryOptimizer` with a ``method``.
+        paper: Where the method is published.
+        summary: What it does, in a line.
+
+    Raises:
+        TypeError: The class is no such subclass.
+        ValueError: The name is no identifier in lower case, is not the method's, or belongs to another class.
+    """
+    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, LowMemoryOptimizer)):
+        raise TypeError(
+            f"optimizer_class={optimizer_class!r} is no subclass of LowMemoryOptimizer: derive it from that, with a "
+            "class attribute `method = Method(...)`"
+        )
+    method = getattr(optimizer_class, "method", None)
+    if method is None:
+        raise TypeError(f"{optimizer_class.__name__} has no class attribute `method = Method(...)`")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name.endswith("_layerwise"):
+        raise ValueError(f"name={name!r} must be a lower-case identifier that does not end in '_layerwise'")
+    if name != method.name:
+        raise ValueError(f"name={name!r} is not the name of {optimizer_class.__name__}'s method, {method.name!r}")
+    known = OPTIMIZERS.get(name)
+    if known is not None and known.optimizer_class is not optimizer_class:
+        raise ValueError(f"name={name!r} is taken by {known.optimizer_class.__name__}; choose another one")
+    OPTIMIZERS[name] = OptimizerEntry(name, optimizer_class, paper, summary)
+    other = f"{name}_layerwise"
+    note = f"{name}, each parameter updated in the backward pass as soon as its gradient is there"
+    OPTIMIZERS[other] = OptimizerEntry(other, layerwise(optimizer_class), paper, note)
 
 
 def get_entry(name: str) -> OptimizerEntry:
@@ -111,3 +95,36 @@ def get_entry(name: str) -> OptimizerEntry:
             f"optim={name!r} is not an optimizer of this package{nearest(str(name), OPTIMIZERS)} ({known})"
         )
     return OPTIMIZERS[name]
+
+
+for _class, _paper, _summary in (
+    (
+        LDAdam,
+        "arXiv 2410.16103 (ICLR 2025)",
+        "Adam in a low-rank subspace that follows the gradient, with error feedback",
+    ),
+    (
+        MicroAdam,
+        "arXiv 2405.15593 (NeurIPS 2024)",
+        "Adam over a window of Top-K gradients, the rest fed back from a 4-bit error",
+    ),
+    (
+        SparseMFAC,
+        "arXiv 2306.06098 (ICML 2024)",
+        "inverse Fisher matrix (M-FAC) of a window of sparse gradients, with error feedback",
+    ),
+    (
+        LowRankMFAC,
+        "arXiv 2306.06098 (ICML 2024)",
+        "inverse Fisher matrix (M-FAC) of a window of low-rank gradients, with error feedback",
+    ),
+    (
+        SparseGGT,
+        "arXiv 2306.06098 (ICML 2024)",
+        "full-matrix AdaGrad (GGT) over a window of sparse gradients, with error feedback",
+    ),
+):
+    register_optimizer(_class.method.name, _class, paper=_paper, summary=_summary)
+
+LDAdamLayerwise = layerwise(LDAdam)
+MicroAdamLayerwise = layerwise(MicroAdam)

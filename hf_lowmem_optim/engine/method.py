@@ -72,10 +72,12 @@ class Method:
         scratch: What a step allocates for a moment, at most, in float32 copies of the largest tensor that it
             compresses; 0 for an update that works in place.
         adam_like: Whether it is Adam with less state, so that AdamW is as good where compression saves nothing.
-        optional_state: State keys that an option which may change in a run adds and takes away.
+        optional_state: State keys that exist only for some values of an option which may change in a run, with that
+            option: the state follows it.
         coupled_update_: Updates all tensors that share a system.
         shared_state: Describes the state of a system.
-        shared_options: The options on which all groups of a system must agree; the first is its ``scope``.
+        shared_options: The options on which all groups of a system must agree, ``"scope"`` among them.
+        absent_: Notes in a tensor's state that it had no gradient in a step of its system: ``(state, t) -> None``.
         layerwise: Whether it updates during the backward pass.
 
     Raises:
@@ -89,10 +91,11 @@ class Method:
     switch: tuple[str, Any] = ("compress", False)
     scratch: float = 1.0
     adam_like: bool = True
-    optional_state: frozenset[str] = field(default=frozenset())
+    optional_state: Mapping[str, str] = field(default_factory=dict)
     coupled_update_: CoupledUpdate | None = None
     shared_state: Callable[[Any], dict[str, TensorSpec]] | None = None
     shared_options: tuple[str, ...] = ()
+    absent_: Callable[[Mapping[str, Tensor], int], None] | None = None
     layerwise: bool = False
 
     def __post_init__(self) -> None:
@@ -113,6 +116,11 @@ class Method:
     def shaping(self) -> tuple[str, ...]:
         """The options on which the shape of the state depends: they must be equal on resume."""
         return self.options.shaping()
+
+    @property
+    def layout_options(self) -> tuple[str, ...]:
+        """The options that decide which state a tensor has."""
+        return (*self.shaping, *self.optional_state.values())
 
     def check(self, values: Mapping[str, Any], owner: str) -> Options:
         """Return the options that some values by name make; what is missing counts as its default.

@@ -1,32 +1,37 @@
 """SparseGGT: full-matrix AdaGrad with a window of sparse gradients (arXiv 2306.06098; GGT: arXiv 1806.02958).
 
-Window, compression and state are those of ``sparse_mfac.py``, the rest of the algorithm is in ``preconditioned.py``;
-only the preconditioner differs:
+Window, compression, state and the other lines are those of ``sparse_mfac.py``; only the preconditioner differs:
 
-5. u ← (eps·I + (GᵀG)^½)⁻¹c with the window's rows as G, eps = ``damping``
-
-The state is the table of ``sparse_mfac.py``.
+5. u ← (eps·I + (GᵀG)^½)⁻¹c = Gᵀw with the window's rows as G, eps = ``damping``, and the weights w from GGᵀ alone
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from hf_lowmem_optim.optimizers.sparse_mfac import SparseMFAC, sparse_mfac_state
-from hf_lowmem_optim.preconditioners.ggt import ggt_weights
+from torch import Tensor
 
-__all__ = ["SparseGGT", "sparse_ggt_state"]
+from hf_lowmem_optim.engine.buckets import Batch
+from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
+from hf_lowmem_optim.ops.gram import ggt_weights
+from hf_lowmem_optim.optimizers.sparse_mfac import SparseMFAC, sparse_update_
 
-sparse_ggt_state = sparse_mfac_state
+__all__ = ["SparseGGT"]
 
 
-class SparseGGT(SparseMFAC):
+def sparse_ggt_update_(tensors: Sequence[Batch], shared: Mapping[str, Tensor], t: int) -> None:
+    """Take one step of SparseGGT on the tensors of one system: see :func:`sparse_update_`."""
+    sparse_update_(tensors, shared["gram"], t, ggt_weights)
+
+
+class SparseGGT(LowMemoryOptimizer):
     """SparseGGT: the gradient, preconditioned by full-matrix AdaGrad over a window of sparse gradients.
 
-    The arguments are those of :class:`~hf_lowmem_optim.optimizers.sparse_mfac.SparseMFAC`, and so are parameter
-    groups, absent and non-finite gradients. ``damping`` is GGT's eps, added to the singular values of the window: it
-    has the unit of a gradient's norm, not of its square. The first step is c/(‖c‖ + eps): its length is the learning
-    rate, whatever the size of the gradient; later ones are at most as long.
+    Options, parameter groups, absent and non-finite gradients are as in
+    :class:`~hf_lowmem_optim.optimizers.sparse_mfac.SparseMFAC`. ``damping`` is GGT's eps, added to the singular values of
+    the window: it has the unit of a gradient's norm, not of its square. The first step is c/(‖c‖ + eps): its length is
+    the learning rate, whatever the size of the gradient; later ones are at most as long.
 
     Example:
         >>> optimizer = SparseGGT(model.parameters(), lr=1e-2, window=32, density=0.01)
@@ -36,5 +41,4 @@ class SparseGGT(SparseMFAC):
     Source: arXiv 2306.06098, algorithm 1 with GGT; arXiv 1806.02958, section 2.
     """
 
-    name: ClassVar[str] = "sparse_ggt"
-    weights_function = staticmethod(ggt_weights)
+    method = replace(SparseMFAC.method, name="sparse_ggt", coupled_update_=sparse_ggt_update_)

@@ -1,11 +1,15 @@
 """SparseMFAC: M-FAC with a window of sparse gradients (Modoranu et al., arXiv 2306.06098, ICML 2024).
 
-Per tensor of n entries in blocks of ``block_size``, window m; ``preconditioned.py`` has the rest of the algorithm:
+Over all compressed tensors of the optimizer as one vector (``scope="model"``) or over each by itself (``"tensor"``),
+window m, with the window's rows as the matrix G:
 
 1. acc ← ξ + g
 2. c ← the ⌈density·block⌉ entries of largest |acc| per block, rounded to ``value_dtype``;  ξ ← acc − c
-3. row (t − 1) mod m of the window ← c
-5. u ← F⁻¹c with F = λI + (1/m)·Σ gᵢgᵢᵀ over the rows gᵢ of the window, over all tensors
+3. row (t − 1) mod m of G ← c
+4. row and column (t − 1) mod m of GGᵀ ← G c
+5. u ← F⁻¹c = Gᵀw with F = λI + (1/m)·Σ gᵢgᵢᵀ over the rows gᵢ of G, and the weights w from GGᵀ alone
+6. vel ← μ·vel + u                                            if μ > 0
+7. W ← W·(1 − lr·weight_decay) − lr·(vel or u)
 
 | letter | state key | shape     | dtype            | bytes per parameter                          |
 |--------|-----------|-----------|------------------|----------------------------------------------|
@@ -13,198 +17,173 @@ Per tensor of n entries in blocks of ``block_size``, window m; ``preconditioned.
 | c      | `values`  | (m, kept) | `value_dtype`    | 2·m·density (bf16), 4·m·density (fp32)       |
 | ξ      | `error`…  | (n,)      | `error_feedback` | 4 (fp32), 2 (bf16), 1.06 (8bit), 0.56 (4bit) |
 
-What rounding cuts off the values is part of ξ. Every tensor is compressed, also small ones.
+and GGᵀ and vel as in ``preconditioned.py``. Every tensor is compressed, also small ones.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
-from hf_lowmem_optim.compression.error_feedback import (
-    QUANTIZATION_BLOCK_SIZE,
-    error_buffer,
-    error_state,
-    quantized_error,
+from hf_lowmem_optim.engine.buckets import Batch
+from hf_lowmem_optim.engine.error_feedback import FORMATS, error_state, stored_error
+from hf_lowmem_optim.engine.method import Method
+from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
+from hf_lowmem_optim.engine.options import FRACTION, count_up_to, option
+from hf_lowmem_optim.ops.block_topk import MAX_BLOCK_SIZE, TopK, foreach_block_topk_, kept_per_block, window_specs
+from hf_lowmem_optim.ops.gram import mfac_weights
+from hf_lowmem_optim.ops.sparse_window import (
+    SparseWindow,
+    WindowStep,
+    foreach_window_descend_,
+    foreach_window_gram_rows,
+    window_combine_,
 )
-from hf_lowmem_optim.compression.topk import MAX_BLOCK_SIZE, kept_per_block, window_specs
-from hf_lowmem_optim.compression.window import SparseRows
-from hf_lowmem_optim.compression.workspace import Workspace
-from hf_lowmem_optim.kernels.block_topk import TopK, foreach_block_topk_
-from hf_lowmem_optim.kernels.sparse_steps import SparseTensor
-from hf_lowmem_optim.kernels.sparse_window import SparseWindow
-from hf_lowmem_optim.kernels.sparse_window.layout import product_scratch_bytes
-from hf_lowmem_optim.optimizers.adamw import DenseState, adamw_state
-from hf_lowmem_optim.optimizers.dense import WeightRounding
-from hf_lowmem_optim.optimizers.hyperparameters import check_choice, check_fraction, check_positive_int
-from hf_lowmem_optim.optimizers.pending import PendingUpdate
 from hf_lowmem_optim.optimizers.preconditioned import (
-    PreconditionedOptimizer,
-    descent_temporaries,
-    preconditioner_state,
-    system_bytes,
+    PreconditionedOptions,
+    add_momentum_,
+    descend_,
+    gram_state,
+    own_state,
+    write_gram_row_,
 )
-from hf_lowmem_optim.preconditioners.mfac import mfac_weights
-from hf_lowmem_optim.state import StepTemporaries, TensorSpec
+from hf_lowmem_optim.spec import TensorSpec
 
-__all__ = ["SparseMFAC", "sparse_compress_", "sparse_mfac_state", "sparse_mfac_temporaries"]
+__all__ = ["SparseMFAC", "SparseMFACOptions", "clear_sparse_row_", "sparse_mfac_state", "sparse_update_"]
 
 _VALUE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def sparse_mfac_state(
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    *,
-    window: int = 32,
-    density: float | None = 0.01,
-    momentum: float = 0.0,
-    block_size: int = 4096,
-    value_dtype: str = "bf16",
-    error_feedback: str = "8bit",
-    scope: str = "model",
-    dense_state: str = "param",
-    **_other: Any,
-) -> dict[str, TensorSpec]:
-    """State of one parameter; with ``preconditioner_state`` the only place where its size is written.
+@dataclass(frozen=True)
+class SparseMFACOptions(PreconditionedOptions):
+    """The options of :class:`SparseMFAC` and of :class:`~hf_lowmem_optim.optimizers.sparse_ggt.SparseGGT`."""
+
+    density: float | None = option(
+        0.01,
+        "Fraction of the entries of each block that a gradient keeps.",
+        within=FRACTION,
+        none="dense AdamW",
+        shapes_state=True,
+    )
+    block_size: int = option(
+        4096,
+        "Entries of the blocks in which Top-K selects; a multiple of 64 for a quantized error.",
+        within=count_up_to(MAX_BLOCK_SIZE),
+        shapes_state=True,
+    )
+    value_dtype: Literal["bf16", "fp32"] = option("bf16", "Storage of the kept values.", shapes_state=True)
+
+    def check(self) -> None:
+        """Check that quantization blocks fit into blocks."""
+        fmt = FORMATS.get(self.error_feedback)
+        if fmt is not None and self.block_size % fmt.block_size:
+            raise ValueError(
+                f"block_size={self.block_size!r} must be a multiple of {fmt.block_size} for "
+                f'error_feedback={self.error_feedback!r}, or take error_feedback="bf16"'
+            )
+
+
+def sparse_mfac_state(shape: Sequence[int], dtype: torch.dtype, o: SparseMFACOptions) -> dict[str, TensorSpec] | None:
+    """Describe the state of one parameter: the table at the head of this file.
 
     Args:
         shape: Shape of the parameter.
         dtype: Dtype of the parameter.
-        window: As in :class:`SparseMFAC`.
-        density: As in :class:`SparseMFAC`.
-        momentum: As in :class:`SparseMFAC`.
-        block_size: As in :class:`SparseMFAC`.
-        value_dtype: As in :class:`SparseMFAC`.
-        error_feedback: As in :class:`SparseMFAC`.
-        scope: As in :class:`SparseMFAC`.
-        dense_state: As in :class:`SparseMFAC`.
-        **_other: Hyper-parameters that do not change the state.
+        o: The options.
 
     Returns:
-        Specs by state key: the table at the head of this file, or dense AdamW's.
+        Specs by state key; None with ``density=None``.
     """
-    if density is None or 0 in shape:
-        return adamw_state(shape, dtype, dense_state=dense_state)
-    numel = math.prod(shape)
-    stored = _VALUE_DTYPES[value_dtype]
+    if o.density is None:
+        return None
+    numel, stored = math.prod(shape), _VALUE_DTYPES[o.value_dtype]
     return {
-        **window_specs(numel, window=window, density=density, block_size=block_size, value_dtype=stored),
-        **error_state((numel,), dtype, error_feedback),
-        **preconditioner_state(shape, window=window, momentum=momentum, scope=scope),
+        **window_specs(numel, window=o.window, density=o.density, block_size=o.block_size, value_dtype=stored),
+        **error_state((numel,), dtype, o.error_feedback),
+        **own_state(shape, o),
     }
 
 
-def sparse_mfac_temporaries(
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    *,
-    device: torch.device,
-    window: int,
-    block_size: int,
-    momentum: float,
-    **_other: Any,
-) -> StepTemporaries:
-    """What a step allocates for one tensor, if it is contiguous.
-
-    The torch reference, where neither Triton nor numba serve, takes some slices besides, the same for every tensor.
-
-    Args:
-        shape: Shape of the parameter.
-        dtype: Dtype of the parameter.
-        device: Device of the parameter.
-        window: As in :class:`SparseMFAC`.
-        block_size: As in :class:`SparseMFAC`.
-        momentum: As in :class:`SparseMFAC`.
-        **_other: Hyper-parameters that do not matter here.
-
-    Returns:
-        First pass: the system of line 5, or on a GPU the scratch memory of line 4 if that is larger. Second pass: that
-        of lines 5 and 7; with momentum u and a float32 copy of a narrower parameter, shared.
-    """
-    scratch = product_scratch_bytes(math.prod(shape), window, block_size) if device.type != "cpu" else 0
-    own = max(scratch, system_bytes(window))
-    if momentum > 0:
-        return StepTemporaries(own=own, late=descent_temporaries(shape, dtype))
-    return StepTemporaries(own=own, late_own=scratch)
+def sparse_mfac_update_(tensors: Sequence[Batch], shared: Mapping[str, Tensor], t: int) -> None:
+    """Take one step of SparseMFAC on the tensors of one system: see :func:`sparse_update_`."""
+    sparse_update_(tensors, shared["gram"], t, mfac_weights)
 
 
-def sparse_compress_(
-    grad: Tensor,
-    state: Mapping[str, Tensor],
-    *,
-    row: int,
-    step: int,
-    group: Mapping[str, Any],
-    workspace: Workspace,
+def sparse_update_(
+    tensors: Sequence[Batch], gram: Tensor, t: int, row_weights: Callable[..., Tensor]
 ) -> None:
-    """Put the largest entries of ξ + g into a row of the window and the rest into ξ: lines 1 to 3, in one pass.
+    """Take one step on the tensors of one system, in place; without momentum nothing of their size is allocated.
 
     Args:
-        grad: g, any floating dtype, shape and layout; only read.
-        state: As :func:`sparse_mfac_state` describes it; written.
-        row: Row of the window to write.
-        step: Which update of this tensor this is; does not matter here.
-        group: Hyper-parameters.
-        workspace: Temporary buffers.
+        tensors: The tensors; their state as :func:`sparse_mfac_state` describes it.
+        gram: GGᵀ, float64 [m, m]; written.
+        t: 1 for the first step of this system.
+        row_weights: ``(gram, row, *, damping) -> w``, which line 5 is.
     """
-    error = state["error"] if "error" in state else quantized_error(state, grad.numel())
-    how = (group["block_size"], group["density"])
-    foreach_block_topk_([TopK(state["indices"], state["values"], row, grad.contiguous(), error, *how)])
+    o = tensors[0].options
+    row = (t - 1) % o.window
+    windows = [_windows(x) for x in tensors]
+    # 1. acc ← ξ + g   2. c ← largest entries of acc;  ξ ← acc − c   3. row of G ← c
+    for x in tensors:
+        foreach_block_topk_(_selections(x, row))
+    # 4. row and column of GGᵀ ← G c
+    write_gram_row_(gram, row, [foreach_window_gram_rows(each, row) for each in windows])
+    # 5. u ← Gᵀw
+    w = row_weights(gram, row, damping=o.damping).to(torch.float32)
+    for x, each in zip(tensors, windows, strict=True):
+        on_device = w.to(x.device)
+        with x.weights() as W:
+            if x.options.momentum == 0:
+                # 7. W ← W·(1 − lr·weight_decay) − lr·u, without ever forming u
+                lr, decay = x.options.lr, x.options.weight_decay
+                foreach_window_descend_(
+                    [WindowStep(weight, G, on_device, lr, decay) for weight, G in zip(W, each, strict=True)]
+                )
+                continue
+            for weight, G, velocity in zip(W, each, x.state["velocity"], strict=True):
+                u = torch.zeros(weight.numel(), dtype=torch.float32, device=x.device)
+                window_combine_(u, G, on_device)
+                # 6. vel ← μ·vel + u   7. W ← W·(1 − lr·weight_decay) − lr·vel
+                descend_(weight, add_momentum_(velocity, u, x.options.momentum), x.options)
 
 
-def sparse_tensor(update: PendingUpdate) -> SparseTensor:
-    """A tensor's gradient, and the tensors of its state that lines 1 to 7 read and write."""
-    state, group = update.state, update.group
-    error, fmt = error_buffer(state, update.grad.numel())
-    window = (state["indices"], state["values"])
-    return SparseTensor(update.param, update.grad, *window, error, fmt, group["block_size"], group["density"])
+def _windows(x: Batch) -> list[SparseWindow]:
+    """Return the windows of a batch."""
+    o, numel = x.options, x.g[0].numel()
+    kept = kept_per_block(o.block_size, o.density)
+    pairs = zip(x.state["indices"].unbind(), x.state["values"].unbind(), strict=True)
+    return [SparseWindow(indices, values, numel, o.block_size, kept) for indices, values in pairs]
 
 
-def _rows(state: Mapping[str, Tensor], shape: Sequence[int], group: Mapping[str, Any]) -> SparseRows:
-    """The window of one tensor."""
-    numel, block_size = math.prod(shape), group["block_size"]
-    kept = kept_per_block(block_size, group["density"])
-    return SparseRows(SparseWindow(state["indices"], state["values"], numel, block_size, kept))
+def _selections(x: Batch, row: int) -> list[TopK]:
+    """Return what lines 1 to 3 are of each tensor of a batch."""
+    o, numel, fmt = x.options, x.g[0].numel(), FORMATS.get(x.options.error_feedback)
+    parts = enumerate(zip(x.state["indices"].unbind(), x.state["values"].unbind(), x.g, strict=True))
+    return [
+        TopK(indices, values, row, g, stored_error(x.state, fmt, i, numel), o.block_size, o.density)
+        for i, (indices, values, g) in parts
+    ]
 
 
-class SparseMFAC(PreconditionedOptimizer):
+def clear_sparse_row_(state: Mapping[str, Tensor], t: int) -> None:
+    """Set a tensor's row of G to zero in a step without a gradient."""
+    values = state["values"]
+    values[(t - 1) % len(values)] = 0
+
+
+class SparseMFAC(LowMemoryOptimizer):
     """SparseMFAC: the gradient, preconditioned by the inverse Fisher matrix of a window of sparse gradients.
 
     One Fisher matrix spans all parameters, small tensors included. A group with ``density=None`` takes AdamW,
     bit-equal to torch's. A tensor without a gradient in a step counts as zero in that step's row and is not moved. A
-    non-finite gradient makes every parameter of the Fisher matrix non-finite, as the formula has it.
-
-    Args:
-        params: Parameters, named parameters or parameter groups, as in torch. A group may set any argument below, but
-            ``window``, ``damping`` and ``scope`` must be the same in all groups that share a Fisher matrix.
-        lr: Learning rate. The first step is about m·c/‖c‖² for small damping: larger for smaller gradients.
-        window: m, the number of gradients in the Fisher matrix, and its divisor also while there are fewer.
-        density: Fraction of the entries of each block that a gradient keeps, or None for dense AdamW.
-        damping: λ > 0 in F = λI + (1/m)·Σ gᵢgᵢᵀ. The larger, the closer to gradient descent at the rate lr/λ.
-        momentum: μ in [0, 1) of the heavy ball vel ← μ·vel + u; if it is not 0, four bytes per parameter.
-        weight_decay: Decoupled weight decay.
-        block_size: Entries of the blocks in which Top-K selects, at most 32768; a multiple of 64 for a quantized error.
-        value_dtype: Storage of the kept values: ``"bf16"`` or ``"fp32"``.
-        error_feedback: Storage of the error: ``"fp32"``, ``"bf16"``, ``"8bit"`` or ``"4bit"``.
-        scope: ``"model"`` for one Fisher matrix over all parameters, ``"tensor"`` for one per tensor: the coupling
-            between tensors is lost and each tensor has its own step size, but nothing is shared.
-        betas: Decay rates of AdamW, for groups with ``density=None``.
-        eps: Epsilon of AdamW, for groups with ``density=None``.
-        dense_state: Storage of AdamW's moments where the dense rule applies: ``"param"`` (the parameter's dtype, as in
-            torch), ``"fp32"``, or ``"8bit"``, bitsandbytes' blockwise quantization (the extra ``bitsandbytes``).
-        weight_rounding: How updated bfloat16 and float16 weights are rounded: ``"nearest"``, or ``"stochastic"``, which
-            keeps updates too small for the weight's dtype in the mean, seeded by step and parameter.
-
-    Raises:
-        TypeError: An argument has the wrong type, or a parameter an unsupported dtype.
-        ImportError: ``dense_state="8bit"`` without bitsandbytes.
-        ValueError: An argument is out of range, or groups differ in what they must share.
+    non-finite gradient makes every parameter of the Fisher matrix non-finite, as the formula has it. ``window``,
+    ``damping`` and ``scope`` must be the same in all groups that share a Fisher matrix. The first step is about
+    m·c/‖c‖² for small damping: larger for smaller gradients.
 
     Example:
         >>> optimizer = SparseMFAC(model.parameters(), lr=1e-3, window=32, density=0.01)
@@ -214,72 +193,16 @@ class SparseMFAC(PreconditionedOptimizer):
     Source: arXiv 2306.06098, algorithm 1 with Top-K as compressor; arXiv 2107.03356 for the preconditioner.
     """
 
-    name: ClassVar[str] = "sparse_mfac"
-    dense_key: ClassVar[str] = "density"
-    state_keys: ClassVar[tuple[str, ...]] = (
-        "density",
-        "window",
-        "block_size",
-        "value_dtype",
-        "error_feedback",
-        "scope",
-        "dense_state",
+    method = Method(
+        "sparse_mfac",
+        SparseMFACOptions,
+        sparse_mfac_state,
+        switch=("density", None),
+        scratch=0,
+        adam_like=False,
+        optional_state={"velocity": "momentum"},
+        coupled_update_=sparse_mfac_update_,
+        shared_state=gram_state,
+        shared_options=("scope", "window", "damping"),
+        absent_=clear_sparse_row_,
     )
-    state_function = staticmethod(sparse_mfac_state)
-    temporaries_function = staticmethod(sparse_mfac_temporaries)
-    compress_function = staticmethod(sparse_compress_)
-    sparse_function = staticmethod(sparse_tensor)
-    window_function = staticmethod(_rows)
-    weights_function = staticmethod(mfac_weights)
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 1e-3,
-        window: int = 32,
-        density: float | None = 0.01,
-        damping: float = 1e-5,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
-        block_size: int = 4096,
-        *,
-        value_dtype: Literal["bf16", "fp32"] = "bf16",
-        error_feedback: Literal["fp32", "bf16", "8bit", "4bit"] = "8bit",
-        scope: Literal["model", "tensor"] = "model",
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        dense_state: DenseState = "param",
-        weight_rounding: WeightRounding = "nearest",
-    ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "window": window,
-                "density": density,
-                "damping": damping,
-                "momentum": momentum,
-                "weight_decay": weight_decay,
-                "block_size": block_size,
-                "value_dtype": value_dtype,
-                "error_feedback": error_feedback,
-                "scope": scope,
-                "betas": betas,
-                "eps": eps,
-                "dense_state": dense_state,
-                "weight_rounding": weight_rounding,
-            },
-        )
-
-    @classmethod
-    def check_own(cls, hyper: Mapping[str, Any]) -> None:
-        """Check the sparse storage and what all preconditioned optimizers have."""
-        super().check_own(hyper)
-        check_fraction("density", hyper["density"], or_none="dense AdamW")
-        check_positive_int("block_size", hyper["block_size"], maximum=MAX_BLOCK_SIZE)
-        check_choice("value_dtype", hyper["value_dtype"], tuple(_VALUE_DTYPES))
-        if hyper["error_feedback"] in ("8bit", "4bit") and hyper["block_size"] % QUANTIZATION_BLOCK_SIZE:
-            raise ValueError(
-                f"block_size={hyper['block_size']!r} must be a multiple of {QUANTIZATION_BLOCK_SIZE} for "
-                f'error_feedback={hyper["error_feedback"]!r}, or take error_feedback="bf16"'
-            )

@@ -1,18 +1,19 @@
-"""Calls an optimizer when a parameter's gradient is complete, in the middle of the backward pass.
+"""Hooks that act on a parameter's gradient when it is complete, in the middle of the backward pass.
 
-A hook lives with its parameter. It knows the optimizer by a weak reference only, so that neither keeps the other alive,
-and goes when the optimizer goes.
+A hook lives with its parameter. It knows its owner by a weak reference only, so that neither keeps the other alive, and
+goes when the owner goes.
 """
 
 from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = ["GradientHooks", "is_hooked", "refuse_several_processes"]
@@ -23,23 +24,36 @@ logger = logging.getLogger(__name__)
 _HOOKED = WeakIdKeyDictionary()
 
 
+class Owner(Protocol):
+    """Whoever wants to be told."""
+
+    def on_gradient(self, param: Tensor) -> None:
+        """Act on the gradient of a parameter that autograd has just completed."""
+
+
 class GradientHooks:
     """The hooks of one optimizer.
 
     Args:
-        optimizer: Whose method is called.
-        method: Name of its method ``(parameter) -> None``.
+        optimizer: The optimizer, with which the hooks go.
+        owner: Is told of every gradient.
     """
 
-    def __init__(self, optimizer: Any, method: str) -> None:
-        self._optimizer = weakref.ref(optimizer)
-        self._method = method
+    def __init__(self, optimizer: Optimizer, owner: Owner) -> None:
+        self._owner, self._who = weakref.ref(owner), type(optimizer).__name__
         self._handles: list[Any] = []
         weakref.finalize(optimizer, _remove_all, self._handles)
 
     def add(self, parameters: Iterable[Tensor]) -> None:
         """Watch parameters; those that are frozen stay without. A parameter's older hook is taken off."""
-        call = _caller(self._optimizer, self._method)
+        owner = self._owner
+
+        def call(parameter: Tensor) -> None:
+            told = owner()
+            if told is not None:
+                with torch.no_grad():
+                    told.on_gradient(parameter)
+
         replaced = 0
         for parameter in parameters:
             if not parameter.requires_grad:
@@ -55,7 +69,7 @@ class GradientHooks:
                 "%d parameters had the hooks of another optimizer, which is still there; from now on only the new %s "
                 "acts on their gradients",
                 replaced,
-                type(self._optimizer()).__name__,
+                self._who,
             )
 
     def remove(self) -> None:
@@ -64,24 +78,12 @@ class GradientHooks:
 
 
 def is_hooked(parameter: Tensor) -> bool:
-    """Whether an optimizer watches a parameter."""
+    """Return whether an optimizer watches a parameter."""
     if parameter not in _HOOKED:
         return False
     handle = _HOOKED[parameter]
     hooks = handle.hooks_dict_ref()
     return hooks is not None and handle.id in hooks
-
-
-def _caller(optimizer: weakref.ref[Any], method: str) -> Callable[[Tensor], None]:
-    """The hook: a function that holds no more than the weak reference."""
-
-    def call(parameter: Tensor) -> None:
-        owner = optimizer()
-        if owner is not None:
-            with torch.no_grad():
-                getattr(owner, method)(parameter)
-
-    return call
 
 
 def _remove_all(handles: list[Any]) -> None:

@@ -1,0 +1,143 @@
+"""What parameters, gradients and state must be like, and what they are called in errors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from hf_lowmem_optim.engine.method import Method
+from hf_lowmem_optim.spec import TensorSpec
+
+__all__ = ["check_gradient", "check_parameter", "check_rounding", "check_state", "describe_parameter"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_parameter(param: Any, who: str, optimizer: str) -> None:
+    """Refuse at construction what could not be updated later; frozen parameters may be anything."""
+    if not isinstance(param, Tensor) or not param.requires_grad:
+        return
+    if param.dtype not in _DTYPES:
+        raise TypeError(f"{who} has dtype {param.dtype}; {optimizer} supports float32, bfloat16 and float16")
+    if not param.is_leaf:
+        raise ValueError(
+            f"{who} of shape {tuple(param.shape)} is not a leaf: it is the result of an operation, so that an update "
+            "of it would be lost; pass the tensors that it was computed from, such as model.parameters()"
+        )
+
+
+def describe_parameter(param: Tensor, group: Mapping[str, Any]) -> str:
+    """Name a parameter in an error: its own name if the group has names, else its place and shape."""
+    index = next(i for i, p in enumerate(group["params"]) if p is param)
+    names = group.get("param_names")
+    return f"parameter {names[index]!r}" if names else f"parameter {index} (shape {tuple(param.shape)})"
+
+
+def check_gradient(
+    param: Tensor, group: Mapping[str, Any], compressed: bool, optimizer: str, method: Method
+) -> None:
+    """Refuse what the optimizer's rules cannot do, before anything is touched.
+
+    Args:
+        param: A parameter that has a gradient.
+        group: Its group.
+        compressed: Whether it takes the compressed rule.
+        optimizer: Name of the optimizer's class.
+        method: Its method.
+
+    Raises:
+        RuntimeError: The gradient is sparse or complex, or for the dense rule of another dtype than the parameter.
+        NotImplementedError: The parameter is a sharded DTensor, which its group's options do not serve.
+    """
+    grad = param.grad
+    assert grad is not None
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"{describe_parameter(param, group)} has a sparse gradient, which {optimizer} does not support; "
+            "build its module with sparse=False"
+        )
+    if grad.is_complex() or param.dtype not in _DTYPES:
+        raise RuntimeError(
+            f"{describe_parameter(param, group)} is {param.dtype} with a gradient of {grad.dtype}; "
+            f"{optimizer} supports float32, bfloat16 and float16"
+        )
+    if grad.dtype != param.dtype and not compressed:
+        raise RuntimeError(
+            f"{describe_parameter(param, group)} is {param.dtype} with a gradient of {grad.dtype}; the dense rule "
+            "needs both alike"
+        )
+    if type(param) is Parameter or not hasattr(param, "placements"):
+        return
+    if compressed:
+        key, off = method.switch
+        raise NotImplementedError(
+            f"{describe_parameter(param, group)} is sharded (DTensor), which {optimizer} cannot compress; "
+            f"give its group {key}={off!r} for the dense rule, or train without FSDP or tensor parallelism"
+        )
+    for key, plain in (("dense_state", "param"), ("weight_rounding", "nearest")):
+        if group[key] != plain:
+            raise NotImplementedError(
+                f"{describe_parameter(param, group)} is sharded (DTensor), for which there is no "
+                f"{key}={group[key]!r}; give its group {key}={plain!r}"
+            )
+
+
+def check_state(
+    param: Tensor,
+    group: Mapping[str, Any],
+    state: Mapping[str, Any] | None,
+    specs: Mapping[str, TensorSpec],
+    method: Method,
+) -> None:
+    """Refuse a state that the options of the group no longer describe, before a kernel reads it as what it is not.
+
+    Args:
+        param: The parameter.
+        group: Its group.
+        state: Its state; None or empty before its first gradient.
+        specs: What the state is to be.
+        method: The optimizer's method.
+
+    Raises:
+        ValueError: They differ: an option was changed in a run that cannot be.
+    """
+    if not state:
+        return
+    for key, spec in specs.items():
+        part = state.get(key)
+        if part is None and key in method.optional_state:
+            continue
+        if part is None or part.shape != spec.shape or part.dtype != spec.dtype:
+            break
+    else:
+        if len(state) <= len(specs) + 1 or state.keys() - specs.keys() <= {"step", *method.optional_state}:
+            return
+        key, part, spec = next(iter(state.keys() - specs.keys())), None, None
+    settings = ", ".join(f"{name}={group[name]!r}" for name in method.shaping)
+    found = "missing" if part is None else f"{tuple(part.shape)}, {part.dtype}"
+    wanted = "nothing of that name" if spec is None else f"{tuple(spec.shape)}, {spec.dtype}"
+    raise ValueError(
+        f"the state of {describe_parameter(param, group)} does not fit the options of its group ({settings}): {key!r} is "
+        f"{found}, they need {wanted}. These options cannot change in a run; build a new optimizer"
+    )
+
+
+def check_rounding(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse stochastic rounding that would round nothing.
+
+    Args:
+        groups: Parameter groups, with ``"params"``.
+
+    Raises:
+        ValueError: It is asked for, and no weight is narrower than float32.
+    """
+    asked = [group for group in groups if group["weight_rounding"] == "stochastic"]
+    if asked and not any(param.dtype != torch.float32 for group in asked for param in group["params"]):
+        raise ValueError(
+            "weight_rounding='stochastic' has no effect here: every parameter is float32, and only bfloat16 and "
+            "float16 weights are rounded. Load the model in bfloat16, or leave weight_rounding='nearest'"
+        )

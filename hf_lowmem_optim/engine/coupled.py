@@ -1,0 +1,85 @@
+"""Methods whose tensors share a system: one over all parameters (``scope="model"``), or one for each (``"tensor"``).
+
+A system's state, such as the Gram matrix of a window of gradients, is in ``optimizer.state["shared"]`` or in the state of
+its tensor. A tensor that has no gradient in a step of the common system counts as zero there and is not moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
+
+from torch.optim.optimizer import Optimizer
+
+from hf_lowmem_optim.engine.buckets import TensorUpdate, batches
+from hf_lowmem_optim.engine.method import Method
+from hf_lowmem_optim.engine.state import SHARED, shared_device
+
+__all__ = ["Scope", "check_agreement", "coupled_step_"]
+
+Scope = Literal["model", "tensor"]
+"""``"model"`` for one system over all parameters, ``"tensor"`` for one for each."""
+
+
+def check_agreement(method: Method, groups: Sequence[Mapping[str, Any]], who: str) -> None:
+    """Refuse groups that cannot be in one system.
+
+    Args:
+        method: The optimizer's method.
+        groups: The parameter groups, with every option.
+        who: Name of the optimizer's class.
+
+    Raises:
+        ValueError: They differ in an option on which they must agree.
+    """
+    members = [group for group in groups if method.shared_options and not method.is_dense(group)]
+    for group in members[1:]:
+        for key in method.shared_options if members[0]["scope"] == "model" else ("scope",):
+            if group[key] != members[0][key]:
+                switch, off = method.switch
+                raise ValueError(
+                    f"{key}={group[key]!r} of a parameter group differs from {key}={members[0][key]!r} of another; "
+                    f"all groups share one preconditioner. Give them the same {key}, opt the group out with "
+                    f'{switch}={off!r}, or build {who} with scope="tensor"'
+                )
+
+
+def coupled_step_(optimizer: Optimizer, method: Method, updates: Sequence[TensorUpdate]) -> None:
+    """Take a step of the tensors' system, or of each one's own.
+
+    Args:
+        optimizer: The optimizer, whose state holds the common system.
+        method: Its method.
+        updates: The tensors that have a gradient.
+    """
+    if not updates:
+        return
+    update_, describe = method.coupled_update_, method.shared_state
+    assert update_ is not None and describe is not None
+    check_agreement(method, [vars(update.options) for update in updates], type(optimizer).__name__)
+    options: Any = updates[0].options
+    whole = method.scratch == 0
+    if options.scope == "tensor":
+        for update in updates:
+            update_(batches([update], whole=whole), {key: update.state[key] for key in describe(options)}, update.step)
+        return
+    # torch, too, keeps what belongs to no parameter under a string
+    shared = cast("dict[Any, dict[str, Any]]", optimizer.state)[SHARED]
+    if not shared:
+        device = shared_device(optimizer.param_groups)
+        shared.update(step=0, **{key: spec.allocate(device) for key, spec in describe(options).items()})
+    shared["step"] += 1
+    _note_absent_(optimizer, method, updates, shared["step"])
+    update_(batches(updates, whole=whole), shared, shared["step"])
+
+
+def _note_absent_(optimizer: Optimizer, method: Method, updates: Sequence[TensorUpdate], t: int) -> None:
+    """Tell the tensors of the system that have no gradient in this step."""
+    present = {id(update.state) for update in updates}
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            # `get`, because looking must not create entries
+            state = optimizer.state.get(param)
+            if state and id(state) not in present and method.compresses(param.shape, group):
+                assert method.absent_ is not None
+                method.absent_(state, t)

@@ -1,0 +1,395 @@
+"""The base class of all optimizers: groups, the step, checks, and resume; a method adds its :class:`Method`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from hf_lowmem_optim.engine.adamw import adamw_update_, require_bitsandbytes
+from hf_lowmem_optim.engine.backward import BackwardMode, LayerwiseMode
+from hf_lowmem_optim.engine.buckets import TensorUpdate, allocate_stacked, batches
+from hf_lowmem_optim.engine.checks import check_gradient, check_parameter, check_rounding, check_state
+from hf_lowmem_optim.engine.coupled import check_agreement, coupled_step_
+from hf_lowmem_optim.engine.gradient_error import GradientErrors
+from hf_lowmem_optim.engine.method import Method
+from hf_lowmem_optim.engine.options import Options, as_plain, check_group_keys
+from hf_lowmem_optim.engine.state import exact_load, pack_shared
+from hf_lowmem_optim.spec import TensorSpec
+
+__all__ = ["LowMemoryOptimizer"]
+
+#: Parameters of an optimizer that have seeds of their own for stochastic rounding.
+_MAX_PARAMETERS = 1 << 24
+#: Options that may be given by position, as to torch's AdamW.
+_POSITIONAL = ("lr", "betas", "eps", "weight_decay")
+
+
+class LowMemoryOptimizer(Optimizer):
+    """Base class: see :class:`~hf_lowmem_optim.optimizers.ldadam.LDAdam` for a subclass.
+
+    State is allocated at a parameter's first gradient, so that building the optimizer costs nothing and sharding
+    wrappers may still replace the parameters. Each tensor counts its own updates in ``state[param]["step"]``.
+
+    Attributes:
+        method: What a subclass is: its options, its state, its update.
+    """
+
+    method: ClassVar[Method]
+    #: What acts on gradients during the backward pass; None in the normal mode.
+    _backward: BackwardMode | None = None
+
+    def __init_subclass__(cls) -> None:
+        """Give a method's class the signature and the argument list of its options."""
+        super().__init_subclass__()
+        if "method" not in cls.__dict__:
+            return
+        types, parameters = cls.method.options.types(), []
+        for name, default in cls.method.options.defaults().items():
+            kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if name in _POSITIONAL else inspect.Parameter.KEYWORD_ONLY
+            parameters.append(inspect.Parameter(name, kind, default=default, annotation=types[name]))
+        first = inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=ParamsT)
+        cls.__signature__ = inspect.Signature([first, *parameters])  # type: ignore[attr-defined]
+        described = "".join(f"\n        {name}: {text}" for name, text in cls.method.options.help().items())
+        cls.__doc__ = f"{inspect.cleandoc(cls.__doc__ or cls.__name__)}\n\nArgs:\n    params: As in torch.{described}"
+
+    def __init__(self, params: ParamsT, *positional: Any, **options: Any) -> None:
+        """Build the optimizer.
+
+        Args:
+            params: Parameters, named parameters or parameter groups, as in torch. A group may set any option.
+            *positional: ``lr``, ``betas``, ``eps`` and ``weight_decay``, in this order.
+            **options: Any option by name; see the class.
+
+        Raises:
+            TypeError: An option is unknown or has the wrong type, or a parameter an unsupported dtype.
+            ValueError: An option is out of range, or a parameter is not a leaf.
+            ImportError: ``dense_state="8bit"`` without bitsandbytes.
+        """
+        who, method = type(self).__name__, getattr(type(self), "method", None)
+        if not isinstance(method, Method):
+            raise TypeError(f"{who} has no class attribute `method = Method(...)`, which says what it is")
+        if len(positional) > len(_POSITIONAL):
+            raise TypeError(f"{who} takes {', '.join(_POSITIONAL)} by position; give every other option by name")
+        given = dict(zip(_POSITIONAL, positional, strict=False))
+        if both := given.keys() & options.keys():
+            raise TypeError(f"{who} got {both.pop()!r} twice")
+        defaults = vars(method.check({**given, **options}, who))
+        self._start()
+        self._complete = False
+        try:
+            super().__init__(params, dict(defaults))
+            check_rounding(self.param_groups)
+        except BaseException:
+            # an exception that somebody keeps would keep the optimizer, too
+            self.remove_hooks()
+            raise
+        self._complete = True
+
+    def _start(self) -> None:
+        """Set up what lives beside parameters and state."""
+        self._complete = True
+        self._options: dict[int, tuple[tuple[Any, ...], Options]] = {}
+        self._specs: dict[tuple[Any, ...], tuple[bool, dict[str, TensorSpec]]] = {}
+        if self.method.layerwise:
+            self._backward = LayerwiseMode(self)
+
+    # ------------------------------------------------------------------------------------------------- groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, with its own values of any option.
+
+        Args:
+            param_group: ``"params"`` and overrides, as in torch.
+
+        Raises:
+            TypeError: A parameter is no float32, bfloat16 or float16 tensor, or an override is unknown or has the wrong
+                type.
+            ValueError: A parameter is not a leaf, or an override is out of range, has no effect, or differs from
+                another group's where all must agree.
+            ImportError: ``dense_state="8bit"`` without bitsandbytes.
+            NotImplementedError: The group's settings do not work with several processes.
+        """
+        who = type(self).__name__
+        check_group_keys(param_group, self.defaults, who)
+        param_group = {key: as_plain(value) if key in self.defaults else value for key, value in param_group.items()}
+        full = {**self.defaults, **param_group}
+        self.method.check({key: full[key] for key in self.defaults}, who)
+        check_agreement(self.method, [*self.param_groups, full], who)
+        # torch itself turns generators into lists; it must not find them used up.
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else params if isinstance(params, set) else list(params)
+        for item in params:
+            if isinstance(item, tuple):
+                check_parameter(item[1], f"parameter {item[0]!r}", who)
+            else:
+                check_parameter(item, "a parameter", who)
+        tensors = [each for each in (p[1] if isinstance(p, tuple) else p for p in params) if isinstance(each, Tensor)]
+        if self._complete and "weight_rounding" in param_group:
+            check_rounding([{**full, "params": tensors}])
+        if full["dense_state"] == "8bit":
+            require_bitsandbytes(tensors)
+        super().add_param_group({**param_group, "params": params})
+        self._watch(len(self.param_groups) - 1)
+
+    def _watch(self, index: int) -> None:
+        """Have gradients of a group acted on during the backward pass, where its options ask for that."""
+        if self._backward is None and GradientErrors.serves(self.method, self.param_groups[index]):
+            self._backward = GradientErrors(self)
+            for earlier in range(index):
+                self._backward.watch(earlier)
+        if self._backward is not None:
+            self._backward.watch(index)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+        if not hasattr(self, "_specs"):  # a copy, made without __init__
+            self._start()
+            for index in range(len(self.param_groups)):
+                self._watch(index)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._backward is not None:
+            self._backward.check_save("the optimizer cannot be copied between backward pass and step(): ")
+        return super().__getstate__()
+
+    # ------------------------------------------------------------------------------------------------------ step
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: Recomputes the loss and the gradients, as in torch.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            RuntimeError: A gradient is sparse or complex. Nothing has been updated then.
+            NotImplementedError: A parameter is a sharded DTensor, which its group's options do not serve. Nothing has
+                been updated then.
+            ValueError: An option was changed on which the state depends. Nothing has been updated then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._backward is not None:
+            self._backward.before_step()
+        params = [(param, group) for group in self.param_groups for param in group["params"]]
+        self._update_([(i, param, group) for i, (param, group) in enumerate(params) if param.grad is not None])
+        if self._backward is not None:
+            self._backward.after_step()
+        return loss
+
+    def _update_(self, live: Sequence[tuple[int, Tensor, dict[str, Any]]]) -> None:
+        """Update parameters that have a gradient: each with its place among all parameters, and its group."""
+        method = self.method
+        # every check comes before the first change
+        rules = []
+        for _, param, group in live:
+            options = self._options_of(group)
+            compressed, specs = self._rule(param, options)
+            check_gradient(param, group, compressed, type(self).__name__, method)
+            check_state(param, group, self.state.get(param), specs, method)
+            rules.append((options, compressed, specs))
+        self._allocate_([(param, rule) for (_, param, _), rule in zip(live, rules, strict=True) if not self.state.get(param)])
+        sparse: list[TensorUpdate] = []
+        dense: dict[int, list[TensorUpdate]] = {}
+        for (index, param, group), (options, compressed, specs) in zip(live, rules, strict=True):
+            grad, state = param.grad, self.state[param]
+            assert grad is not None
+            step = state["step"] + 1
+            # Wrappers probe fresh optimizers with lr = 0 and zero gradients to learn the layout of their state
+            # (torch.distributed.checkpoint): that allocates, but is no update and leaves no trace in the run.
+            if step == 1 and options.lr == 0 and not self._is_real(param) and not grad.any():
+                continue
+            state["step"] = step
+            if method.optional_state:
+                _follow_options_(state, specs, method.optional_state, param.device)
+            stochastic = options.weight_rounding == "stochastic" and param.dtype != torch.float32
+            seed = step * _MAX_PARAMETERS + index if stochastic else None
+            grad = grad.detach() if grad.requires_grad else grad
+            update = TensorUpdate(param.detach(), grad, state, options, step, seed)
+            (sparse if compressed else dense.setdefault(id(group), [])).append(update)
+        # fused and own kernels hide a change from autograd; a pass through an older graph must see it
+        torch.autograd.graph.increment_version([param for _, param, _ in live])
+        with full_precision():
+            if method.coupled_update_ is not None:
+                coupled_step_(self, method, sparse)
+            elif sparse:
+                assert method.update_ is not None
+                for batch in batches(sparse, whole=method.scratch == 0):
+                    with batch.weights() as W:
+                        method.update_(W, batch.g, batch.state, batch.step, batch.options)
+            for updates in dense.values():
+                adamw_update_(updates)
+
+    def _is_real(self, param: Tensor) -> bool:
+        """Return whether a gradient of zero is nevertheless one of training."""
+        return self._backward is not None and self._backward.has_more(param)
+
+    def _options_of(self, group: dict[str, Any]) -> Options:
+        """Return the options of a group, made anew and checked when one of them has changed."""
+        values = tuple([group[key] for key in self.defaults])
+        known = self._options.get(id(group))
+        if known is not None and known[0] == values:
+            return known[1]
+        options = self.method.options_of(group)
+        self._options[id(group)] = values, options
+        return options
+
+    def _rule(self, param: Tensor, options: Options) -> tuple[bool, dict[str, TensorSpec]]:
+        """Return whether a parameter is compressed, and the specs of its state."""
+        key = (param.shape, param.dtype, *[getattr(options, name) for name in self.method.layout_options])
+        rule = self._specs.get(key)
+        if rule is None:
+            compressed = self.method.compressed_state(param.shape, param.dtype, options)
+            specs = self.method.specs(param.shape, param.dtype, options) if compressed is None else compressed
+            rule = self._specs[key] = (compressed is not None, specs)
+        return rule
+
+    def _prepared(self, param: Tensor, group: dict[str, Any]) -> tuple[bool, dict[str, TensorSpec], dict[str, Any]]:
+        """Return whether a parameter is compressed, the specs of its state, and the state, allocated if need be."""
+        options = self._options_of(group)
+        compressed, specs = self._rule(param, options)
+        if not self.state.get(param):
+            self._allocate_([(param, (options, compressed, specs))])
+        return compressed, specs, self.state[param]
+
+    def _allocate_(self, fresh: Sequence[tuple[Tensor, tuple[Options, bool, dict[str, TensorSpec]]]]) -> None:
+        """Allocate the state of parameters that have their first gradient: that of equal ones side by side."""
+        equal: dict[tuple[Any, ...], list[Tensor]] = {}
+        specs_of: dict[tuple[Any, ...], dict[str, TensorSpec]] = {}
+        for param, (options, compressed, specs) in fresh:
+            if hasattr(param, "placements"):  # sharded as its parameter is, which takes the dense rule
+                parts = {key: torch.zeros_like(param, dtype=spec.dtype) for key, spec in specs.items()}
+                self.state[param] = {"step": 0, **parts}
+                continue
+            key = (id(options), param.shape, param.dtype, param.device, compressed)
+            equal.setdefault(key, []).append(param)
+            specs_of[key] = specs
+        for key, params in equal.items():
+            compressed, device = key[-1], key[-2]
+            if compressed:
+                states = allocate_stacked(specs_of[key], len(params), device)
+            else:
+                states = [{k: spec.allocate(device) for k, spec in specs_of[key].items()} for _ in params]
+            for param, state in zip(params, states, strict=True):
+                self.state[param] = {"step": 0, **state}
+
+    # ---------------------------------------------------------------------------------------------------- backward
+
+    def abandon_step(self) -> int:
+        """Go on without ``step()`` after a backward pass that failed half-way (out of memory).
+
+        Returns:
+            The number of parameters whose gradients of that pass have been used already; 0 in the normal mode.
+        """
+        if self._backward is None:
+            return 0
+        used = self._backward.abandon_step()
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.grad = None
+        return used
+
+    def remove_hooks(self) -> None:
+        """Take off the hooks that act on gradients during the backward pass; ``step()`` does everything then."""
+        if self._backward is not None:
+            self._backward.remove_hooks()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear what gradients there are, as in torch.
+
+        Raises:
+            RuntimeError: Gradients were used during the backward pass already.
+        """
+        if self._backward is not None:
+            self._backward.check_zero_grad()
+        super().zero_grad(set_to_none)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What a gradient scaler asks first."""
+        if self._backward is not None:
+            self._backward.refuse_scaler()
+        return False
+
+    # ---------------------------------------------------------------------------------------------------- resume
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as torch does; what belongs to all parameters is in ``["param_groups"][0]["shared"]``.
+
+        Raises:
+            RuntimeError: A step has begun whose gradients are in the state already.
+        """
+        if self._backward is not None:
+            self._backward.check_save("the state cannot be saved between backward pass and step(): ")
+        return pack_shared(super().state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict; tensors keep the dtypes in which they were saved, what a step had begun is forgotten.
+
+        As in torch, the options of the groups are those that were saved.
+
+        Args:
+            state_dict: What :meth:`state_dict` gave, also after ``torch.load(weights_only=True)``.
+
+        Raises:
+            ValueError: It was written by another optimizer, for other parameters, or with another value of an option
+                on which the shape of the state depends. Nothing has been changed then.
+        """
+        with exact_load(self, self.method):
+            super().load_state_dict(state_dict)
+        if self._backward is not None:
+            self._backward.after_load()
+
+
+def _follow_options_(
+    state: dict[str, Any], specs: Mapping[str, TensorSpec], optional: Iterable[str], device: torch.device
+) -> None:
+    """Add optional state that the options now ask for, as zeros, and drop what they no longer do."""
+    for key in optional:
+        if key in specs and key not in state:
+            state[key] = specs[key].allocate(device)
+        elif key not in specs:
+            state.pop(key, None)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Compute float32 products in float32, whatever TF32, bfloat16 or autocast setting training runs with."""
+    autocast = [torch.autocast(kind, enabled=False) for kind in ("cuda", "cpu") if torch.is_autocast_enabled(kind)]
+    changed = []
+    for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn):
+        owner: Any = getattr(backend, "matmul", backend)
+        name, full = ("fp32_precision", "ieee") if hasattr(owner, "fp32_precision") else ("allow_tf32", False)
+        before = getattr(owner, name, None)
+        if before in ("tf32", "bf16", True):
+            changed.append((owner, name, before))
+            setattr(owner, name, full)
+    for context in autocast:
+        context.__enter__()
+    try:
+        yield
+    finally:
+        for context in reversed(autocast):
+            context.__exit__(None, None, None)
+        for owner, name, before in changed:
+            setattr(owner, name, before)
