@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 
 from hf_lowmem_optim.engine.backward import layerwise
-from hf_lowmem_optim.engine.options import nearest
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
+from hf_lowmem_optim.engine.options import nearest
 from hf_lowmem_optim.optimizers.ldadam import LDAdam
 from hf_lowmem_optim.optimizers.lowrank_mfac import LowRankMFAC
 from hf_lowmem_optim.optimizers.microadam import MicroAdam

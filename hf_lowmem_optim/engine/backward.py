@@ -407,7 +407,9 @@ def layerwise(optimizer_class: _T) -> _T:
     fields: list[tuple[str, Any, Any]] = [("clip_tensor_norm", float | None, clip)]
     if "scope" in normal.options.defaults():
         metadata = next(f.metadata for f in dataclasses.fields(normal.options) if f.name == "scope")
-        fields.append(("scope", normal.options.types()["scope"], dataclasses.field(default="tensor", metadata=metadata)))
+        fields.append(
+            ("scope", normal.options.types()["scope"], dataclasses.field(default="tensor", metadata=metadata))
+        )
     bases = (_LayerwiseChecks, normal.options)
     options = dataclasses.make_dataclass(f"{normal.options.__name__}Layerwise", fields, bases=bases, frozen=True)
     method = dataclasses.replace(normal, name=f"{normal.name}_layerwise", options=options, layerwise=True)

@@ -37,9 +37,7 @@ def describe_parameter(param: Tensor, group: Mapping[str, Any]) -> str:
     return f"parameter {names[index]!r}" if names else f"parameter {index} (shape {tuple(param.shape)})"
 
 
-def check_gradient(
-    param: Tensor, group: Mapping[str, Any], compressed: bool, optimizer: str, method: Method
-) -> None:
+def check_gradient(param: Tensor, group: Mapping[str, Any], compressed: bool, optimizer: str, method: Method) -> None:
     """Refuse what the optimizer's rules cannot do, before anything is touched.
 
     Args:

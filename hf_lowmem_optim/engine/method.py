@@ -23,9 +23,7 @@ SCRATCH_BYTES = 16 << 20
 class StateFunction(Protocol):
     """Describes the state of one tensor; the only place where its sizes are written."""
 
-    def __call__(
-        self, shape: Sequence[int], dtype: torch.dtype, options: Any, /
-    ) -> dict[str, TensorSpec] | None:
+    def __call__(self, shape: Sequence[int], dtype: torch.dtype, options: Any, /) -> dict[str, TensorSpec] | None:
         """Return specs by state key; None for a tensor that the method leaves to AdamW."""
 
 

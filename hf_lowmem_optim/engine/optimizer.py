@@ -208,7 +208,9 @@ class LowMemoryOptimizer(Optimizer):
             check_gradient(param, group, compressed, type(self).__name__, method)
             check_state(param, group, self.state.get(param), specs, method)
             rules.append((options, compressed, specs))
-        self._allocate_([(param, rule) for (_, param, _), rule in zip(live, rules, strict=True) if not self.state.get(param)])
+        self._allocate_(
+            [(param, rule) for (_, param, _), rule in zip(live, rules, strict=True) if not self.state.get(param)]
+        )
         sparse: list[TensorUpdate] = []
         dense: dict[int, list[TensorUpdate]] = {}
         for (index, param, group), (options, compressed, specs) in zip(live, rules, strict=True):

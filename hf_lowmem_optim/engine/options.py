@@ -94,7 +94,7 @@ class Options:
     weight_decay: float = option(0.0, "Decoupled weight decay.", within=NOT_NEGATIVE)
     dense_state: DenseState = option(
         "param",
-        'Storage of AdamW\'s moments where the dense rule applies: ``"param"`` (the parameter\'s dtype, as in torch), '
+        "Storage of AdamW's moments where the dense rule applies: ``\"param\"`` (the parameter's dtype, as in torch), "
         '``"fp32"``, or ``"8bit"``, bitsandbytes\' blockwise quantization (the extra ``bitsandbytes``).',
         shapes_state=True,
     )
@@ -164,9 +164,7 @@ class Options:
         known = cls.defaults()
         for key in values:
             if key not in known:
-                raise TypeError(
-                    f"{owner} has no argument {key!r}{nearest(key, known)} (it has: {', '.join(known)})"
-                )
+                raise TypeError(f"{owner} has no argument {key!r}{nearest(key, known)} (it has: {', '.join(known)})")
         return cls(**{key: as_plain(value) for key, value in values.items()})
 
 

@@ -142,7 +142,9 @@ def _check_state(optimizer: Optimizer, method: Method, state_dict: dict[str, Any
             if not saved:
                 continue
             # the saved options hold after the load
-            options = method.options_of({**group, **{key: saved_group.get(key, group[key]) for key in optimizer.defaults}})
+            options = method.options_of(
+                {**group, **{key: saved_group.get(key, group[key]) for key in optimizer.defaults}}
+            )
             specs = method.specs(param.shape, param.dtype, options)
             expected, found = _layout(specs), _found_layout(saved)
             if found != expected or not isinstance(saved.get("step"), int):

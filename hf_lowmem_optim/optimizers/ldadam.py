@@ -49,12 +49,8 @@ class LDAdamOptions(Options):
     """The options of :class:`LDAdam`; the defaults of ``betas`` and ``rho`` are the paper's."""
 
     betas: tuple[float, float] = option((0.908, 0.99), "Decay rates of the moments, each in [0, 1).", within=UNIT)
-    rank: int | None = option(
-        16, "Rank r of the projection.", within=COUNT, none="dense AdamW", shapes_state=True
-    )
-    rho: float = option(
-        0.908, "ρ: share of the old momentum in the matrix whose subspace is tracked.", within=UNIT
-    )
+    rank: int | None = option(16, "Rank r of the projection.", within=COUNT, none="dense AdamW", shapes_state=True)
+    rho: float = option(0.908, "ρ: share of the old momentum in the matrix whose subspace is tracked.", within=UNIT)
     state_dtype: Literal["fp32", "param"] = option(
         "fp32",
         'Storage of moments and basis: ``"fp32"``, or ``"param"`` for the parameter\'s dtype (half the bytes for bf16 '

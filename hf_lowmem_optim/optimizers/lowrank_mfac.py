@@ -63,9 +63,7 @@ class LowRankMFACOptions(PreconditionedOptions):
     )
 
 
-def lowrank_mfac_state(
-    shape: Sequence[int], dtype: torch.dtype, o: LowRankMFACOptions
-) -> dict[str, TensorSpec] | None:
+def lowrank_mfac_state(shape: Sequence[int], dtype: torch.dtype, o: LowRankMFACOptions) -> dict[str, TensorSpec] | None:
     """Describe the state of one parameter: the table at the head of this file.
 
     Args:

@@ -74,9 +74,7 @@ class MicroAdamOptions(Options):
     alpha: float = option(
         0.0, "Share of the error that is added to the update at once instead of being fed back.", within=UNIT
     )
-    min_compress_size: int = option(
-        4096, "Tensors with fewer entries take AdamW.", within=COUNT, shapes_state=True
-    )
+    min_compress_size: int = option(4096, "Tensors with fewer entries take AdamW.", within=COUNT, shapes_state=True)
     stochastic_rounding: bool = option(
         False,
         "Round the error stochastically (unbiased, as the paper's proofs assume), seeded by the step, instead of to "
@@ -153,16 +151,11 @@ def microadam_update_(
 
 
 @functools.lru_cache(maxsize=16)
-def _row_weights(
-    t: int, window: int, betas: tuple[float, float], bias_correction: str, device: torch.device
-) -> Tensor:
+def _row_weights(t: int, window: int, betas: tuple[float, float], bias_correction: str, device: torch.device) -> Tensor:
     """Return (1 − β)/(1 − β^T)·β^age of every row for both moments, float32 [2, window]; the same for all tensors."""
     T = t if bias_correction == "step" else min(t, window)
     weights = [
-        [
-            (1 - β) / (1 - β**T) * β**age if age < t else 0.0
-            for age in ((t - 1 - row) % window for row in range(window))
-        ]
+        [(1 - β) / (1 - β**T) * β**age if age < t else 0.0 for age in ((t - 1 - row) % window for row in range(window))]
         for β in betas
     ]
     return torch.tensor(weights, dtype=torch.float32, device=device)

@@ -44,7 +44,9 @@ class PreconditionedOptions(Options):
         shapes_state=True,
     )
     damping: float = option(
-        1e-5, "λ in F = λI + (1/m)·Σ gᵢgᵢᵀ. The larger, the closer to gradient descent at the rate lr/λ.", within=POSITIVE
+        1e-5,
+        "λ in F = λI + (1/m)·Σ gᵢgᵢᵀ. The larger, the closer to gradient descent at the rate lr/λ.",
+        within=POSITIVE,
     )
     momentum: float = option(
         0.0, "μ of the heavy ball vel ← μ·vel + u; if it is not 0, four bytes per parameter.", within=UNIT

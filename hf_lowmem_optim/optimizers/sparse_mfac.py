@@ -114,9 +114,7 @@ def sparse_mfac_update_(tensors: Sequence[Batch], shared: Mapping[str, Tensor], 
     sparse_update_(tensors, shared["gram"], t, mfac_weights)
 
 
-def sparse_update_(
-    tensors: Sequence[Batch], gram: Tensor, t: int, row_weights: Callable[..., Tensor]
-) -> None:
+def sparse_update_(tensors: Sequence[Batch], gram: Tensor, t: int, row_weights: Callable[..., Tensor]) -> None:
     """Take one step on the tensors of one system, in place; without momentum nothing of their size is allocated.
 
     Args:
