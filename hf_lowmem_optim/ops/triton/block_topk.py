@@ -24,7 +24,7 @@ from hf_lowmem_optim.ops.dispatch import register
 from hf_lowmem_optim.ops.triton.block_quant import block_range, decode, encode, load_codes, store_codes
 from hf_lowmem_optim.ops.triton.device import on_device
 
-__all__ = ["MAX_BLOCK_SIZE"]
+__all__ = ["MAX_BLOCK_SIZE", "select_all"]
 
 #: The kernel takes 8 bytes of shared memory per entry, and some GPUs have 64 KiB.
 MAX_BLOCK_SIZE = 8192
