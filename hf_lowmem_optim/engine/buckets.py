@@ -7,7 +7,7 @@ Parameters and gradients stay where they are.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -86,25 +86,20 @@ class Batch:
         They are the parameters themselves where these are contiguous and rounded to nearest; else copies, which are
         written back: float32 ones to be rounded stochastically.
         """
-        W = [_weight(update) for update in self.updates]
+        W = _matrices([u.param if u.rounding_seed is None else u.param.float() for u in self.updates])
         yield W
         for update, weight in zip(self.updates, W, strict=True):
             param = update.param
-            if (rounding := update.rounding()) is not None:
-                rounding.round_(param, weight.view(param.shape))
+            if update.rounding_seed is not None:
+                StochasticRounding(update.rounding_seed, param.device).round_(param, weight.view(param.shape))
             elif not param.is_contiguous():
                 param.copy_(weight.view(param.shape))
 
 
-def _weight(update: TensorUpdate) -> Tensor:
-    param = update.param if update.rounding_seed is None else update.param.float()
-    return _matrix(param)
-
-
-def _matrix(tensor: Tensor) -> Tensor:
-    """Return a contiguous tensor of at most two dimensions."""
-    tensor = tensor if tensor.is_contiguous() else tensor.contiguous()
-    return tensor if tensor.dim() <= 2 else tensor.view(tensor.shape[0], -1)
+def _matrices(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return contiguous tensors of at most two dimensions: views where there are such."""
+    contiguous = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
+    return [tensor if tensor.dim() <= 2 else tensor.view(tensor.shape[0], -1) for tensor in contiguous]
 
 
 def allocate_stacked(specs: Mapping[str, TensorSpec], count: int, device: torch.device) -> list[dict[str, Tensor]]:
@@ -132,7 +127,7 @@ def allocate_stacked(specs: Mapping[str, TensorSpec], count: int, device: torch.
     return states
 
 
-def batches(updates: Iterable[TensorUpdate], *, whole: bool) -> list[Batch]:
+def batches(updates: Sequence[TensorUpdate], *, whole: bool) -> list[Batch]:
     """Put tensors of one bucket together, as many as one call may serve.
 
     Args:
@@ -142,6 +137,8 @@ def batches(updates: Iterable[TensorUpdate], *, whole: bool) -> list[Batch]:
     Returns:
         The batches, in the order of their first tensors.
     """
+    if len(updates) == 1:
+        return [_batch(updates)]
     buckets: dict[Hashable, list[TensorUpdate]] = {}
     for update in updates:
         buckets.setdefault(update.key, []).append(update)
@@ -175,7 +172,7 @@ def _batch(updates: Sequence[TensorUpdate]) -> Batch:
         state = {key: value[None] for key, value in one.state.items() if key != "step"}
     else:
         state = {key: _stacked([update.state[key] for update in updates]) for key in one.state if key != "step"}
-    return Batch(updates, [_matrix(update.grad) for update in updates], state, one.step, one.options)
+    return Batch(updates, _matrices([update.grad for update in updates]), state, one.step, one.options)
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:

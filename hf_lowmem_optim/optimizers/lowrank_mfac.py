@@ -36,7 +36,7 @@ from hf_lowmem_optim.engine.error_feedback import FORMATS, add_residual, error_s
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import COUNT, option
-from hf_lowmem_optim.ops.gram import mfac_weights
+from hf_lowmem_optim.ops.gram import mfac_weights, write_gram_row_
 from hf_lowmem_optim.ops.low_rank import orthonormalize, seeded_sketch
 from hf_lowmem_optim.optimizers.preconditioned import (
     PreconditionedOptions,
@@ -44,7 +44,6 @@ from hf_lowmem_optim.optimizers.preconditioned import (
     descend_,
     gram_state,
     own_state,
-    write_gram_row_,
 )
 from hf_lowmem_optim.spec import TensorSpec
 
