@@ -74,11 +74,6 @@ class Batch:
     step: int
     options: Any
 
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors lie."""
-        return self.g[0].device
-
     @contextmanager
     def weights(self) -> Iterator[list[Tensor]]:
         """Give the weights, in the shapes of the gradients, to be updated in place.

@@ -386,11 +386,11 @@ def full_precision() -> Iterator[None]:
             changed.append((owner, name, before))
             setattr(owner, name, full)
     for context in autocast:
-        context.__enter__()
+        context.__enter__()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         for context in reversed(autocast):
-            context.__exit__(None, None, None)
+            context.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         for owner, name, before in changed:
             setattr(owner, name, before)

@@ -25,6 +25,7 @@ All backends agree bit for bit. Source: MicroAdam, arXiv 2405.15593, section 3 (
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -68,10 +69,8 @@ class Quantized:
     numel: int
     format: QuantFormat
 
-    @property
-    def device(self) -> torch.device:
-        """The device of the tensors."""
-        return self.codes.device
+    #: The device of the tensors.
+    device = property(attrgetter("codes.device"))
 
     def check(self) -> None:
         """Raise if a tensor has not the dtype, shape, device and contiguity that the format demands."""
@@ -246,17 +245,13 @@ def _stored_range(lo: Tensor, hi: Tensor, fmt: QuantFormat) -> tuple[Tensor, Ten
     """Round the range outwards to what is stored, as float32; NaN where it is not finite; −0 becomes +0."""
     finite = (hi - lo) < torch.inf
     if fmt.stat_dtype == torch.bfloat16:
-        lo, hi = _round_to_bfloat16(lo, up=False), _round_to_bfloat16(hi, up=True)
+        # away from zero by adding to the bits that are cut off, towards zero by cutting them off; NaN becomes junk
+        low, high = lo.view(torch.int32), hi.view(torch.int32)
+        lo = (torch.where(low < 0, low + 0xFFFF, low) & -0x10000).view(torch.float32)
+        hi = (torch.where(high >= 0, high + 0xFFFF, high) & -0x10000).view(torch.float32)
         finite &= (hi - lo) < torch.inf
     nan = lo.new_tensor(torch.nan)
     return torch.where(finite, lo + 0.0, nan), torch.where(finite, hi + 0.0, nan)
-
-
-def _round_to_bfloat16(x: Tensor, *, up: bool) -> Tensor:
-    """Round to a bfloat16 value that is not less (``up``) or not greater than x; undefined for NaN."""
-    bits = x.view(torch.int32)
-    away_from_zero = bits >= 0 if up else bits < 0
-    return (torch.where(away_from_zero, bits + 0xFFFF, bits) & -0x10000).view(torch.float32)
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:

@@ -29,6 +29,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -236,10 +237,8 @@ class Selection:
     error_scale: float
     seed: int | None
 
-    @property
-    def device(self) -> torch.device:
-        """The device of the tensors."""
-        return self.grad.device
+    #: The device of the tensors.
+    device = property(attrgetter("grad.device"))
 
     @property
     def num_blocks(self) -> int:
@@ -252,14 +251,16 @@ def _checked(call: TopK) -> Selection:
     block_size, density, numel, device = call.block_size, call.density, call.grad.numel(), call.grad.device
     kept, k, k_last = _counts(numel, block_size, density)
     grad = check_dense(call.grad, "grad", numel=numel, device=device)
-    if call.indices.dim() != 2 or call.values.dim() != 2:
-        shapes = f"{[*call.indices.shape]} and {[*call.values.shape]}"
-        raise ValueError(f"indices and values must be [window, kept], got {shapes}")
-    length = call.indices.shape[0]
-    if not 0 <= call.row < length:
-        raise ValueError(f"row {call.row} is not one of the window's {length}")
-    indices = check_dense(call.indices, "indices", numel=length * kept, device=device, dtypes=(torch.int16,))
-    values = check_dense(call.values, "values", numel=length * kept, device=device, dtypes=VALUE_DTYPES)
+    shape = (len(call.indices), kept)
+    for name, tensor, dtypes in (("indices", call.indices, (torch.int16,)), ("values", call.values, VALUE_DTYPES)):
+        if tensor.shape != shape or not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, [window, kept] = {[*shape]}, got {[*tensor.shape]}")
+        if tensor.dtype not in dtypes:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, dtypes))}; got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, the other tensors on {device}")
+    if not 0 <= call.row < shape[0]:
+        raise ValueError(f"row {call.row} is not one of the window's {shape[0]}")
     error = call.error
     if isinstance(error, Tensor):
         error = check_dense(error, "error", numel=numel, device=device).view(-1)
@@ -273,8 +274,8 @@ def _checked(call: TopK) -> Selection:
                 f"({error.format.block_size})"
             )
     return Selection(
-        indices[call.row],
-        values[call.row],
+        call.indices[call.row],
+        call.values[call.row],
         grad.view(-1),
         error,
         block_size,

@@ -23,13 +23,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_lowmem_optim.ops.block_quant import FLOAT_DTYPES
-from hf_lowmem_optim.ops.block_topk import VALUE_DTYPES, check_block_size
+from hf_lowmem_optim.ops.block_topk import MAX_BLOCK_SIZE, VALUE_DTYPES
 from hf_lowmem_optim.ops.dispatch import Op
 
 __all__ = [
@@ -92,7 +93,8 @@ class SparseWindow:
             raise ValueError("indices and values must be contiguous")
         if values.device != indices.device:
             raise ValueError(f"values: on {values.device}, but indices is on {indices.device}")
-        check_block_size(self.block_size)
+        if not 1 <= self.block_size <= MAX_BLOCK_SIZE:
+            raise ValueError(f"block_size must be in [1, {MAX_BLOCK_SIZE}] (int16), got {self.block_size!r}")
         if not 1 <= self.kept_per_block <= self.block_size:
             raise ValueError(f"kept_per_block must be between 1 and block_size, got {self.kept_per_block}")
         before = (self.numel - 1) // self.block_size  # blocks before the last one
@@ -103,10 +105,8 @@ class SparseWindow:
                 f"cannot give rows of {self.kept} entries"
             )
 
-    @property
-    def device(self) -> torch.device:
-        """The device of the tensors."""
-        return self.indices.device
+    #: The device of the tensors.
+    device = property(attrgetter("indices.device"))
 
     @property
     def window(self) -> int:
@@ -244,9 +244,8 @@ def window_combine_(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
     """
     if out.dtype != torch.float32:
         raise TypeError(f"out must be float32, got {out.dtype}")
-    out = _check_dense("out", out, window)
-    _check_weights(weights, (window.window,), window.device)
-    _combine(out, window, weights)
+    step = _checked(WindowStep(out, window, weights, 0.0), (window.window,), out.device)
+    _combine(step.param, window, weights)
 
 
 def window_gram_row(window: SparseWindow, row: int) -> Tensor:
@@ -299,30 +298,19 @@ def _checked(step: WindowStep, weights_shape: tuple[int, ...], device: torch.dev
         raise TypeError(f"param must be float32, bfloat16 or float16, got {param.dtype}")
     if param.device != device:
         raise ValueError(f"param: on {param.device}, but another tensor is on {device}")
-    param = _check_dense("param", param, rows)
-    _check_weights(weights, weights_shape, device)
-    return WindowStep(param, rows, weights, float(lr), float(weight_decay), float(eps))
-
-
-def _check_dense(name: str, dense: Tensor, window: SparseWindow) -> Tensor:
-    """Check a dense tensor against the window and return it, detached and flat."""
-    if dense.numel() != window.numel:
-        raise ValueError(f"{name} has {dense.numel()} entries, the window is of {window.numel}")
-    if not dense.is_contiguous():
-        raise ValueError(f"{name} must be contiguous")
-    if dense.device != window.indices.device:
-        raise ValueError(f"{name}: on {dense.device}, but the window is on {window.indices.device}")
-    return dense.detach().view(-1)
-
-
-def _check_weights(weights: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    """Check the weights of the rows of windows on a device."""
+    if param.numel() != rows.numel:
+        raise ValueError(f"param has {param.numel()} entries, the window is of {rows.numel}")
+    if not param.is_contiguous():
+        raise ValueError("param must be contiguous")
+    if device != rows.indices.device:
+        raise ValueError(f"param: on {device}, but the window is on {rows.indices.device}")
     if weights.dtype != torch.float32:
         raise TypeError(f"weights must be float32, got {weights.dtype}")
-    if tuple(weights.shape) != shape or not weights.is_contiguous():
-        raise ValueError(f"weights must be contiguous and of shape {[*shape]}, got {[*weights.shape]}")
+    if weights.shape != weights_shape or not weights.is_contiguous():
+        raise ValueError(f"weights must be contiguous and of shape {[*weights_shape]}, got {[*weights.shape]}")
     if weights.device != device:
         raise ValueError(f"weights: on {weights.device}, but the window is on {device}")
+    return WindowStep(param.detach().view(-1), rows, weights, float(lr), float(weight_decay), float(eps))
 
 
 # ---- torch version: the specification --------------------------------------------------------------------------------

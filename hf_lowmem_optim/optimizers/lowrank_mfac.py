@@ -104,7 +104,7 @@ def lowrank_mfac_update_(tensors: Sequence[Batch], shared: Mapping[str, Tensor],
     # 5. u ← Gᵀw
     w = mfac_weights(gram, row, damping=o.damping).to(torch.float32)
     for x in tensors:
-        on_device = w.to(x.device)
+        on_device = w.to(x.g[0].device)
         with x.weights() as W:
             for i, weight in enumerate(W):
                 u = _combination({key: part[i] for key, part in x.state.items()}, on_device)

@@ -134,7 +134,7 @@ def sparse_update_(
     # 5. u ← Gᵀw
     w = row_weights(gram, row, damping=o.damping).to(torch.float32)
     for x, each in zip(tensors, windows, strict=True):
-        on_device = w.to(x.device)
+        on_device = w.to(x.g[0].device)
         with x.weights() as W:
             if x.options.momentum == 0:
                 # 7. W ← W·(1 − lr·weight_decay) − lr·u, without ever forming u
@@ -144,7 +144,7 @@ def sparse_update_(
                 )
                 continue
             for weight, G, velocity in zip(W, each, x.state["velocity"], strict=True):
-                u = torch.zeros(weight.numel(), dtype=torch.float32, device=x.device)
+                u = torch.zeros(weight.numel(), dtype=torch.float32, device=x.g[0].device)
                 window_combine_(u, G, on_device)
                 # 6. vel ← μ·vel + u   7. W ← W·(1 − lr·weight_decay) − lr·vel
                 descend_(weight, add_momentum_(velocity, u, x.options.momentum), x.options)
