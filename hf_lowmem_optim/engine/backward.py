@@ -352,7 +352,7 @@ class Layerwise:
 
 
 def _empty(normal: type[Any]) -> Any:
-    made = layerwise(normal)
+    made: Any = layerwise(normal)
     return made.__new__(made)
 
 

@@ -391,6 +391,6 @@ def full_precision() -> Iterator[None]:
         yield
     finally:
         for context in reversed(autocast):
-            context.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            context.__exit__(None, None, None)
         for owner, name, before in changed:
             setattr(owner, name, before)

@@ -298,7 +298,14 @@ def _select_all(selections: Sequence[Selection]) -> None:
     ]:
         grad, error = out.grad, out.error
         # a ← g + s·Q⁻¹(e)
-        a = _accumulate(grad[start:stop], error, start, stop, out.error_scale)
+        if error is None:
+            a = grad[start:stop].to(torch.float32, copy=True)
+        else:
+            if isinstance(error, Quantized):
+                e = dequantize_slice(error, start, stop)
+            else:
+                e = error[start:stop].to(torch.float32, copy=True)
+            a = e.mul_(out.error_scale).add_(grad[start:stop])
         rows = a.view(-1, min(out.block_size, stop - start))  # [blocks, entries]
         k = out.k if rows.shape[1] == out.block_size else out.k_last
         # I ← the k entries of largest |a| per block;  V ← a[I], rounded to the storage of the values
@@ -317,17 +324,6 @@ def _select_all(selections: Sequence[Selection]) -> None:
             quantize_slice_(error, a, start, seed=out.seed)
         else:
             error[start:stop] = a
-
-
-def _accumulate(grad: Tensor, error: Quantized | Tensor | None, start: int, stop: int, scale: float) -> Tensor:
-    """Return g + s·e of one slice as a new float32 tensor."""
-    if error is None:
-        return grad.to(torch.float32, copy=True)
-    if isinstance(error, Quantized):
-        e = dequantize_slice(error, start, stop)
-    else:
-        e = error[start:stop].to(torch.float32, copy=True)
-    return e.mul_(scale).add_(grad)
 
 
 def _largest(rows: Tensor, k: int) -> Tensor:
