@@ -1,0 +1,145 @@
+"""Inverses of full-matrix statistics, reduced to the small Gram matrix of a window of gradients.
+
+The window's rows g₁ … g_m are G, and the newest gradient c is its row r, that is c = Gᵀe_r. Both rules return weights w
+of the rows in u = Gᵀw, so that only the m × m matrix GGᵀ enters, in float64. That is the same vector as the papers'
+formulas give, without the difference of two nearly equal ones, of which float32 would leave little.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["damped_inverse_column", "ggt_weights", "mfac_weights", "spectral_weights"]
+
+#: Below this pivot, for rows of unit length, a gradient counts as nearly a combination of the others.
+_DEPENDENT = 1e-3
+#: Damping relative to the largest S² (M-FAC) or S (GGT) from which on weights that cancel do no harm in float32.
+_HARMLESS = 1e-3
+#: A direction whose squared singular value S² is below this part of the largest is a rounding error of the Gram matrix.
+_DROPPED = 1e-12
+
+
+def mfac_weights(gram: Tensor, newest: int, *, damping: float) -> Tensor:
+    """Return the weights w of the window's rows in M-FAC's u = F⁻¹c = Gᵀw, F = λI + GᵀG/m.
+
+    The paper's u = (1/λ)·[c − Gᵀ(mλI + GGᵀ)⁻¹Gc] becomes w = m·(mλI + GGᵀ)⁻¹e_r; for ‖c‖² ≫ mλ the bracket is a small
+    part of c. By Cholesky, scaled to rows of unit length so that the sizes of the gradients do not matter. Where rows
+    depend on each other (a gradient repeats), by eigendecomposition, which leaves out the directions without weight.
+
+    Args:
+        gram: GGᵀ, float64 [m, m], symmetric positive semidefinite. A row of zeros is a gradient of zero, as in a window
+            that is not full yet: m is the window's size from the first step on.
+        newest: Row r of the newest gradient, the one to which F⁻¹ is applied.
+        damping: λ > 0.
+
+    Returns:
+        float64 [m]. Zero for rows of zeros; all NaN if ``gram`` is not finite, which carries NaN on as AdamW does.
+
+    Source: arXiv 2107.03356, section 3; the closed form is Woodbury's identity.
+    """
+    window = gram.shape[0]
+    total = window * damping
+    # w ← m·(mλI + GGᵀ)⁻¹e_r
+    column, smallest_pivot = damped_inverse_column(gram, newest, total)
+    if smallest_pivot > _DEPENDENT:
+        return column.mul_(window)
+    del column
+    # entries are sums of products of float32 numbers: those that are finite do not overflow when they are added up
+    if not math.isfinite(float(gram.sum())):
+        return torch.full((window,), torch.nan, dtype=gram.dtype, device=gram.device)
+    return spectral_weights(
+        gram, newest, lambda squares: window / (total + squares), keep_all=lambda most: total > _HARMLESS * most
+    )
+
+
+def ggt_weights(gram: Tensor, newest: int, *, damping: float) -> Tensor:
+    """Return the weights w of the window's rows in GGT's u = (eps·I + (GᵀG)^½)⁻¹c = Gᵀw.
+
+    GGT is full-matrix AdaGrad over a window. With GGᵀ = K S² Kᵀ and B = GᵀKS⁻¹, the paper's
+    u = c/eps + B[(S + eps)⁻¹ − 1/eps]Bᵀc becomes w = K(S + eps)⁻¹Kᵀe_r, since c lies in the span of B.
+
+    Args:
+        gram: GGᵀ, float64 [m, m], symmetric positive semidefinite. A row of zeros is a gradient of zero.
+        newest: Row r of the newest gradient.
+        damping: eps > 0, added to the singular values S.
+
+    Returns:
+        float64 [m]. Zero for rows of zeros; all NaN if ``gram`` is not finite, which carries NaN on as AdamW does.
+
+    Source: arXiv 2306.06098 (its sparse GGT); arXiv 1806.02958, section 2.
+    """
+    if not torch.isfinite(gram).all():
+        return torch.full_like(gram[0], torch.nan)
+    return spectral_weights(
+        gram,
+        newest,
+        lambda squares: 1 / (squares.sqrt() + damping),
+        keep_all=lambda most: damping > _HARMLESS * most.sqrt(),
+    )
+
+
+def damped_inverse_column(gram: Tensor, column: int, shift: float) -> tuple[Tensor, float]:
+    """Return (G + shift·I)⁻¹e_c, and how far the rows of G are from depending on each other.
+
+    Computed from K = D·G·D with a diagonal of ones, D = diag(G)^(-1/2), so that the rows' sizes do not matter:
+    D·(K + shift·D²)⁻¹·D·e_c. A row of zeros couples with nothing.
+
+    Args:
+        gram: G, float64 [m, m], contiguous, symmetric positive semidefinite.
+        column: c.
+        shift: Not negative.
+
+    Returns:
+        float64 [m], zero for rows of zeros; and the least entry on the diagonal of K's Cholesky factor. That is NaN or
+        not positive if K is not positive definite in float64, and NaN if G is not finite; then the column is of no use.
+
+    Raises:
+        ValueError: ``gram`` is no such matrix, or there is no such column.
+    """
+    size = gram.shape[0]
+    if gram.dtype != torch.float64 or gram.shape != (size, size) or not gram.is_contiguous():
+        raise ValueError(f"gram must be contiguous, float64 [m, m], got {gram.dtype} {[*gram.shape]}")
+    if not 0 <= column < size:
+        raise ValueError(f"column {column} is not one of {size}")
+    norm = gram.diagonal().sqrt()
+    alive = norm > 0
+    scale = norm.reciprocal().where(alive, 0.0)  # D
+    # K; rows of zeros become rows of the identity
+    unit = (gram * scale).mul_(scale[:, None])
+    unit.diagonal().masked_fill_(~alive, 1.0)
+    # 0 · x is NaN if x is not finite; one number, so that a GPU is waited for once
+    smallest = float(torch.linalg.cholesky_ex(unit)[0].diagonal().min() + 0.0 * gram.sum())
+    unit.diagonal().addcmul_(scale, scale, value=shift)
+    target = torch.zeros_like(norm)
+    target[column] = scale[column]
+    factor = torch.linalg.cholesky_ex(unit)[0]
+    return torch.cholesky_solve(target[:, None], factor)[:, 0].mul_(scale), smallest
+
+
+def spectral_weights(
+    gram: Tensor, newest: int, response: Callable[[Tensor], Tensor], *, keep_all: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Return w = K·response(S²)·Kᵀe_r with GGᵀ = K S² Kᵀ, without directions that are noise.
+
+    For singular vectors bᵢ = GᵀKᵢ/Sᵢ this makes Gᵀw = Σ bᵢ·response(Sᵢ²)·⟨bᵢ, c⟩ for the newest gradient c = Gᵀe_r.
+    Repeated gradients give S = 0, where the weights of the rows cancel each other; if the response is large there, the
+    float32 rounding of Gᵀw is all that is left of them. So such directions are dropped, unless ``keep_all``.
+
+    Args:
+        gram: GGᵀ, finite, float64 [m, m].
+        newest: Row r.
+        response: Function of S², finite for every S² ≥ 0.
+        keep_all: Given the largest S², whether the response to zero is small enough to drop nothing.
+
+    Returns:
+        float64 [m], zero for rows of zeros.
+    """
+    squares, K = torch.linalg.eigh(gram)  # ascending
+    squares = squares.clamp(min=0)
+    kept = (squares > _DROPPED * squares[-1]) | keep_all(squares[-1])
+    weights = K @ (torch.where(kept, response(squares), 0.0) * K[newest])
+    return torch.where(gram.diagonal() > 0, weights, 0.0)

@@ -1,0 +1,152 @@
+"""Orthonormal bases of a few columns, by SVD once and by power iteration ever after, and the products around them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_lowmem_optim.ops.dispatch import Op
+
+__all__ = ["Coefficients", "addmm", "leading_left_singular_vectors", "mm", "orthonormalize", "seeded_sketch"]
+
+_OVERSAMPLING = 8
+_POWER_ITERATIONS = 2
+_SEED = 0
+
+
+class Coefficients(NamedTuple):
+    """The numbers of one step of LDAdam.
+
+    Attributes:
+        momentum_weight: s.
+        gradient_weight: 1 − ρ.
+        beta1: β1.
+        beta2: β2.
+        correction: k.
+        damping: δ.
+        decay: Factor of W.
+        step_size: Factor of U d.
+    """
+
+    momentum_weight: float
+    gradient_weight: float
+    beta1: float
+    beta2: float
+    correction: float
+    damping: float
+    decay: float
+    step_size: float
+
+
+def orthonormalize(Y: Tensor) -> Tensor:
+    """Return orthonormal columns that span those of a matrix, or of each of a batch, whatever its rank.
+
+    That is Q of a QR decomposition, but for the signs of its columns. ``benchmarks/orthonormalize.py`` has the ways
+    there are side by side.
+
+    Args:
+        Y: float32, shape (p, r) or (batch, p, r), p ≥ r.
+
+    Returns:
+        float32, the same shape, ‖UᵀU − I‖ ≤ 1e-5; the first i columns span what those of Y do, if that has i
+        dimensions. From the first column that is not finite on, or everywhere, not finite.
+
+    Raises:
+        ValueError: Y is no such matrix.
+    """
+    if Y.dim() not in (2, 3) or Y.shape[-2] < Y.shape[-1] or Y.dtype != torch.float32:
+        raise ValueError(
+            f"Y must be float32 of shape (p, r) or (batch, p, r) with p ≥ r; got {Y.dtype} {tuple(Y.shape)}"
+        )
+    return _orthonormal_columns(Y)
+
+
+@Op
+def _orthonormal_columns(Y: Tensor) -> Tensor:
+    """Return Q of the Householder QR decomposition."""
+    basis: Tensor = torch.linalg.qr(Y)[0]
+    return basis
+
+
+def seeded_sketch(rows: int, columns: int, device: torch.device) -> Tensor:
+    """Return a fixed Gaussian matrix, float32 (rows, columns), drawn on the CPU whatever the device."""
+    generator = torch.Generator().manual_seed(_SEED)
+    return torch.randn(rows, columns, generator=generator).to(device)
+
+
+def leading_left_singular_vectors(matrix: Tensor, rank: int) -> Tensor:
+    """Return the ``rank`` leading left singular vectors, in order of decreasing singular value.
+
+    Exact where the decomposition is small or the rank is a large part of it, else the randomized SVD of Halko,
+    Martinsson & Tropp (arXiv 0909.4061, algorithms 4.4 and 5.1) with a fixed sketch: the result depends neither on
+    the global random state nor on the device that draws it.
+
+    Args:
+        matrix: float32, shape (p, q) with p ≤ q.
+        rank: Number of vectors, at most p.
+
+    Returns:
+        float32, shape (p, rank), orthonormal columns. Columns of the identity if ``matrix`` is not finite, so that
+        the values themselves carry the fault on, as they do in AdamW.
+    """
+    # One of them is NaN or infinite if an entry is; unlike isfinite of all entries, this takes no memory.
+    if not torch.isfinite(torch.stack((matrix.amin(), matrix.amax()))).all():
+        return torch.eye(matrix.shape[0], rank, dtype=matrix.dtype, device=matrix.device)
+    width = rank + _OVERSAMPLING
+    if 2 * width >= matrix.shape[0]:  # the exact decomposition is as cheap as the randomized one
+        left: Tensor = torch.linalg.svd(matrix, full_matrices=False)[0]
+        return left[:, :rank].contiguous()
+    sketch = seeded_sketch(matrix.shape[1], width, matrix.device)
+    basis = orthonormalize(matrix @ sketch)
+    for _ in range(_POWER_ITERATIONS):
+        basis = orthonormalize(matrix @ (matrix.T @ basis))
+    projected = basis.T @ matrix
+    rotation: Tensor = torch.linalg.eigh(projected @ projected.T)[1]
+    # eigh sorts in ascending order
+    return basis @ rotation.flip(1)[:, :rank]
+
+
+# On the CPU a batch is a loop over the same calls as for single matrices: a batched routine may round otherwise, and an
+# update must not depend on which other tensors are there. On GPUs, where each call is a launch, it is one batched call.
+
+
+def mm(left: Tensor, right: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Return ``left @ right`` for one matrix or a batch of equal ones, written to ``out`` if given.
+
+    Args:
+        left: Shape (p, k) or (batch, p, k).
+        right: Shape (k, q) or (batch, k, q).
+        out: Shape (p, q) or (batch, p, q).
+
+    Returns:
+        ``out``, or a new tensor.
+    """
+    if left.dim() == 2:
+        return torch.mm(left, right, out=out)
+    if left.device.type != "cpu":
+        return torch.bmm(left, right, out=out)
+    if out is None:
+        out = left.new_empty(len(left), left.shape[1], right.shape[2])
+    for into, one, other in zip(out.unbind(), left.unbind(), right.unbind(), strict=True):
+        torch.mm(one, other, out=into)
+    return out
+
+
+def addmm(
+    onto: Tensor, left: Tensor, right: Tensor, *, beta: float = 1.0, alpha: float = 1.0, out: Tensor | None = None
+) -> Tensor:
+    """Return ``beta · onto + alpha · left @ right``, written to ``out`` if given, which may be ``onto``.
+
+    Shapes are those of :func:`mm`.
+    """
+    if left.dim() == 2:
+        return torch.addmm(onto, left, right, beta=beta, alpha=alpha, out=out)
+    if left.device.type != "cpu":
+        return torch.baddbmm(onto, left, right, beta=beta, alpha=alpha, out=out)
+    if out is None:
+        out = torch.empty_like(onto)
+    for into, base, one, other in zip(out.unbind(), onto.unbind(), left.unbind(), right.unbind(), strict=True):
+        torch.addmm(base, one, other, beta=beta, alpha=alpha, out=into)
+    return out

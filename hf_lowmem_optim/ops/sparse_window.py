@@ -1,0 +1,440 @@
+"""Sums over a window of sparse rows: MicroAdam's statistics and update, and the products that M-FAC needs.
+
+A :class:`SparseWindow` holds the last ``window`` block-Top-K compressed gradients of one tensor. These operations read
+it, none of them changes it:
+
+- :func:`window_update_` — Adam's statistics from the window, and the step at the entries that it touches;
+- :func:`window_gram_row` — G·g for a row g of G;
+- :func:`window_combine_` — out ← out + Gᵀ·w;
+- :func:`window_descend_` — W ← W·(1 − lr·wd) − lr·Gᵀ·w.
+
+``foreach_…`` takes several tensors in one call.
+
+The torch version is the specification. Rows are added in float32 in the order of their storage, so that all backends
+agree bit for bit in :func:`window_update_`, :func:`window_combine_` and :func:`window_descend_`; where a device's
+division or square root is not correctly rounded, the update (not the parameter) may differ in its last place.
+:func:`window_gram_row` adds in float64, in an order that depends on the backend.
+
+NaN and infinity propagate as in AdamW: an infinite value gives z1/√z2 = Inf/Inf = NaN, and a NaN value gives NaN, at
+the entry that it touches and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_lowmem_optim.ops.block_quant import FLOAT_DTYPES
+from hf_lowmem_optim.ops.block_topk import VALUE_DTYPES, check_block_size
+from hf_lowmem_optim.ops.dispatch import Op
+
+__all__ = [
+    "SparseWindow",
+    "WindowStep",
+    "foreach_window_descend_",
+    "foreach_window_gram_rows",
+    "foreach_window_update_",
+    "window_combine_",
+    "window_descend_",
+    "window_gram_row",
+    "window_update_",
+]
+
+#: Entries of the tensor that the torch version works on at a time.
+CHUNK_ENTRIES = 3 << 15
+#: The bits of −0.0, from which z2 starts: a sum that has met any w2·V² is +0.0 or more, or NaN, never −0.0.
+_UNTOUCHED_BITS = -(2**31)
+
+
+@dataclass(frozen=True)
+class SparseWindow:
+    """The last compressed gradients of one tensor of ``numel`` entries, one per row.
+
+    The tensor is cut into blocks of ``block_size`` entries, the last one shorter. Block ``b`` owns the columns from
+    ``b * kept_per_block`` on; the last block owns what is left, at most ``kept_per_block``. Within a row the indices of
+    a block ascend strictly. A row that was not written yet may hold anything that is in range (zeros, for example):
+    the operations skip a row whose weights are all zero.
+
+    Attributes:
+        indices: int16 ``[window, kept]``, contiguous; positions relative to the start of the block.
+        values: bfloat16 or float32 ``[window, kept]``, contiguous.
+        numel: Number of entries of the tensor.
+        block_size: Entries per block, 1 to 32768.
+        kept_per_block: Kept entries of a full block, 1 to ``block_size``.
+
+    Raises:
+        TypeError: For a dtype that is not listed above.
+        ValueError: For shapes that contradict each other, or tensors that are not contiguous or not on one device.
+    """
+
+    indices: Tensor
+    values: Tensor
+    numel: int
+    block_size: int
+    kept_per_block: int
+
+    def __post_init__(self) -> None:
+        """Check everything that can be checked without reading the tensors."""
+        indices, values = self.indices, self.values
+        if indices.dtype != torch.int16:
+            raise TypeError(f"indices must be int16, got {indices.dtype}")
+        if values.dtype not in VALUE_DTYPES:
+            raise TypeError(f"values must be bfloat16 or float32, got {values.dtype}")
+        if indices.ndim != 2 or indices.shape != values.shape:
+            raise ValueError(
+                f"indices and values must both be [window, kept], got {[*indices.shape]} and {[*values.shape]}"
+            )
+        if not (indices.is_contiguous() and values.is_contiguous()):
+            raise ValueError("indices and values must be contiguous")
+        _check_device("values", values.device, indices.device, "indices")
+        check_block_size(self.block_size)
+        if not 1 <= self.kept_per_block <= self.block_size:
+            raise ValueError(f"kept_per_block must be between 1 and block_size, got {self.kept_per_block}")
+        before = (self.numel - 1) // self.block_size  # blocks before the last one
+        last = self.numel - before * self.block_size
+        if not 1 <= indices.shape[1] - before * self.kept_per_block <= min(self.kept_per_block, last):
+            raise ValueError(
+                f"{self.numel} entries in blocks of {self.block_size} with {self.kept_per_block} kept per block "
+                f"cannot give rows of {self.kept} entries"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the tensors."""
+        return self.indices.device
+
+    @property
+    def window(self) -> int:
+        """Number of rows."""
+        return self.indices.shape[0]
+
+    @property
+    def kept(self) -> int:
+        """Number of entries of a row."""
+        return self.indices.shape[1]
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks, the short one included."""
+        return -(-self.numel // self.block_size)
+
+
+class WindowStep(NamedTuple):
+    """One tensor of :func:`foreach_window_update_` or :func:`foreach_window_descend_`, and its arguments.
+
+    Attributes:
+        param: float32, bfloat16 or float16, contiguous, ``rows.numel`` entries in any shape; changed in place.
+        rows: The compressed gradients.
+        weights: float32, contiguous, on the device of ``param``: ``[2, window]`` for the update, ``[window]`` for the
+            descent. A row of weight zero is skipped.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay.
+        eps: Added to the root of z2; for the update only.
+    """
+
+    param: Tensor
+    rows: SparseWindow
+    weights: Tensor
+    lr: float
+    weight_decay: float = 0.0
+    eps: float = 0.0
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the tensors."""
+        return self.param.device
+
+
+def window_update_(
+    param: Tensor,
+    window: SparseWindow,
+    weights: Tensor,
+    *,
+    lr: float,
+    eps: float,
+    weight_decay: float = 0.0,
+) -> None:
+    """Take MicroAdam's step from the statistics of a window (arXiv 2405.15593, algorithm 1).
+
+    With V the window's rows scattered to the size of the tensor::
+
+        z1 ← Σ_rows weights[0, row]·V_row
+        z2 ← Σ_rows weights[1, row]·(V_row·V_row)
+        W  ← W·(1 − lr·weight_decay) − lr·(z1/(√z2 + eps))      the second term at touched entries only
+
+    An entry is touched if it occurs in a row that counts; a row counts if one of its two weights is not zero. Without
+    weight decay the untouched entries are left as they are, bit for bit. Everything is computed in float32 and each
+    new entry is rounded once to the dtype of ``param``.
+
+    Args:
+        param: As in :class:`WindowStep`; changed in place.
+        window: The compressed gradients.
+        weights: float32 ``[2, window]``, not negative: for the first and the second moment, the weight of each row
+            with the bias correction in it. Zero for a row that was not written yet.
+        lr: Learning rate.
+        eps: Added to the root of z2.
+        weight_decay: Decoupled weight decay.
+
+    Raises:
+        TypeError: For a dtype that is not listed.
+        ValueError: For shapes or devices that contradict each other, or a tensor that is not contiguous.
+    """
+    foreach_window_update_([WindowStep(param, window, weights, lr, weight_decay, eps)])
+
+
+def foreach_window_update_(steps: Sequence[WindowStep]) -> None:
+    """Do :func:`window_update_` for several tensors of one device; to the bit what it does for each.
+
+    Raises:
+        TypeError: As :func:`window_update_`. Nothing has been written then.
+        ValueError: Likewise, or the tensors are on several devices.
+    """
+    if steps:
+        _update_all([_checked(step, (2, step.rows.window), steps[0].device) for step in steps])
+
+
+def window_descend_(
+    param: Tensor, window: SparseWindow, weights: Tensor, *, lr: float, weight_decay: float = 0.0
+) -> None:
+    """Descend along a linear combination of the window's rows: W ← W·(1 − lr·weight_decay) − lr·(Gᵀ·weights).
+
+    Gᵀ·weights and the new entries are computed in float32; each entry is rounded once to the dtype of ``param``.
+
+    Args:
+        param: As in :class:`WindowStep`; changed in place.
+        window: The compressed gradients, as rows of G.
+        weights: float32 ``[window]``. A row of weight zero is skipped.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay.
+
+    Raises:
+        TypeError: For a dtype that is not listed.
+        ValueError: For shapes or devices that contradict each other, or a tensor that is not contiguous.
+    """
+    foreach_window_descend_([WindowStep(param, window, weights, lr, weight_decay)])
+
+
+def foreach_window_descend_(steps: Sequence[WindowStep]) -> None:
+    """Do :func:`window_descend_` for several tensors of one device; to the bit what it does for each.
+
+    Raises:
+        TypeError: As :func:`window_descend_`. Nothing has been written then.
+        ValueError: Likewise, or the tensors are on several devices.
+    """
+    if steps:
+        _descend_all([_checked(step, (step.rows.window,), steps[0].device) for step in steps])
+
+
+def window_combine_(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
+    """Add a linear combination of the window's rows: out ← out + Gᵀ·weights (M-FAC, arXiv 2107.03356).
+
+    Args:
+        out: float32, contiguous, ``window.numel`` entries in any shape; changed in place.
+        window: The compressed gradients, as rows of G.
+        weights: float32 ``[window]`` on the device of ``out``. A row of weight zero is skipped.
+
+    Raises:
+        TypeError: If ``out`` is not float32.
+        ValueError: For shapes or devices that contradict each other, or a tensor that is not contiguous.
+    """
+    if out.dtype != torch.float32:
+        raise TypeError(f"out must be float32, got {out.dtype}")
+    out = _check_dense("out", out, window)
+    _check_weights(weights, (window.window,), window.device)
+    _combine(out, window, weights)
+
+
+def window_gram_row(window: SparseWindow, row: int) -> Tensor:
+    """Return the inner products of all rows with one of them: a row of the Gram matrix GGᵀ.
+
+    Args:
+        window: The compressed gradients, as rows of G. Rows that were not written yet must hold zeros as values.
+        row: Which row.
+
+    Returns:
+        float64 ``[window]``.
+
+    Raises:
+        IndexError: There is no such row.
+    """
+    return foreach_window_gram_rows([window], row)[0]
+
+
+def foreach_window_gram_rows(windows: Sequence[SparseWindow], row: int) -> Tensor:
+    """Return :func:`window_gram_row` of several tensors of one device.
+
+    Args:
+        windows: At least one window, all of as many rows.
+        row: Which row, the same for all.
+
+    Returns:
+        float64 ``[num_tensors, window]``; its sum over the tensors is the row of the Gram matrix of all of them.
+
+    Raises:
+        IndexError: There is no such row.
+        ValueError: The windows have different numbers of rows or are on several devices, or there is none.
+    """
+    if not windows:
+        raise ValueError("windows must be at least one window, got none")
+    length = windows[0].window
+    for window in windows:
+        _check_device("window", window.device, windows[0].device)
+        if window.window != length:
+            raise ValueError(f"a window has {window.window} rows, another one {length}")
+    if not 0 <= row < length:
+        raise IndexError(f"row {row} is not one of the window's {length}")
+    return _gram_rows(windows, row)
+
+
+def _checked(step: WindowStep, weights_shape: tuple[int, ...], device: torch.device) -> WindowStep:
+    """Check a step, and return it as the backends take it: with a flat parameter and numbers that are floats."""
+    param, rows, weights, lr, weight_decay, eps = step
+    if param.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"param must be float32, bfloat16 or float16, got {param.dtype}")
+    _check_device("param", param.device, device)
+    param = _check_dense("param", param, rows)
+    _check_weights(weights, weights_shape, device)
+    return WindowStep(param, rows, weights, float(lr), float(weight_decay), float(eps))
+
+
+def _check_dense(name: str, dense: Tensor, window: SparseWindow) -> Tensor:
+    """Check a dense tensor against the window and return it, detached and flat."""
+    if dense.numel() != window.numel:
+        raise ValueError(f"{name} has {dense.numel()} entries, the window is of {window.numel}")
+    if not dense.is_contiguous():
+        raise ValueError(f"{name} must be contiguous")
+    _check_device(name, dense.device, window.device, "the window")
+    return dense.detach().view(-1)
+
+
+def _check_weights(weights: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Check the weights of the rows of windows on a device."""
+    if weights.dtype != torch.float32:
+        raise TypeError(f"weights must be float32, got {weights.dtype}")
+    if tuple(weights.shape) != shape or not weights.is_contiguous():
+        raise ValueError(f"weights must be contiguous and of shape {[*shape]}, got {[*weights.shape]}")
+    _check_device("weights", weights.device, device, "the window")
+
+
+def _check_device(name: str, device: torch.device, other: torch.device, other_name: str = "another tensor") -> None:
+    if device != other:
+        raise ValueError(f"{name}: on {device}, but {other_name} is on {other}")
+
+
+# ---- torch version: the specification --------------------------------------------------------------------------------
+# Each row is scattered into a dense piece of at most CHUNK_ENTRIES entries (or one block), so that the temporaries stay
+# bounded. Rows are added in the order of their storage, which fixes the result to the last bit.
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Some neighbouring blocks: entries ``entries`` of the tensor, columns ``columns`` of the rows."""
+
+    window: SparseWindow
+    entries: slice
+    columns: slice
+    block_starts: Tensor  # int64 [columns]: start of each column's block, relative to the chunk
+
+    def positions(self, row: int) -> Tensor:
+        """Return the positions of a row's entries relative to the chunk, int64 ``[columns]``."""
+        return self.block_starts + self.window.indices[row, self.columns]
+
+    def values(self, row: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return a row's values ``[columns]``."""
+        return self.window.values[row, self.columns].to(dtype)
+
+    def zeros(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return a dense piece of zeros."""
+        return torch.zeros(self.entries.stop - self.entries.start, dtype=dtype, device=self.window.device)
+
+
+def _chunks(window: SparseWindow) -> Iterator[_Chunk]:
+    blocks_per_chunk = max(1, CHUNK_ENTRIES // window.block_size)
+    columns_per_chunk = blocks_per_chunk * window.kept_per_block
+    entries_per_chunk = blocks_per_chunk * window.block_size
+    column = torch.arange(min(columns_per_chunk, window.kept), device=window.device)
+    block_starts = column // window.kept_per_block * window.block_size
+    for number in range(-(-window.num_blocks // blocks_per_chunk)):
+        columns = slice(number * columns_per_chunk, min((number + 1) * columns_per_chunk, window.kept))
+        entries = slice(number * entries_per_chunk, min((number + 1) * entries_per_chunk, window.numel))
+        yield _Chunk(window, entries, columns, block_starts[: columns.stop - columns.start])
+
+
+@Op
+def _update_all(steps: Sequence[WindowStep]) -> None:
+    """Take MicroAdam's step for each tensor; parameters are flat."""
+    for step in steps:
+        _update(*step)
+
+
+def _update(param: Tensor, window: SparseWindow, weights: Tensor, lr: float, weight_decay: float, eps: float) -> None:
+    rows = [(row, w1, w2) for row, (w1, w2) in enumerate(weights.T.tolist()) if w1 != 0 or w2 != 0]
+    if not rows and weight_decay == 0:
+        return
+    for chunk in _chunks(window):
+        z1 = chunk.zeros()
+        z2 = torch.full_like(z1, -0.0)
+        for row, w1, w2 in rows:
+            positions, value = chunk.positions(row), chunk.values(row)
+            z1.scatter_add_(0, positions, w1 * value)
+            z2.scatter_add_(0, positions, w2 * (value * value))
+
+        z2.masked_fill_(z2.view(torch.int32) == _UNTOUCHED_BITS, 1)  # z1 is 0 there: no step, whatever eps is
+        root = z2.double().sqrt_().float()  # torch's float32 square root on the CPU is not correctly rounded
+        update = z1.div_(root.add_(eps)).mul_(lr)
+        piece = param[chunk.entries]
+        stepped = piece if piece.dtype == torch.float32 else piece.float()
+        if weight_decay != 0:
+            stepped.mul_(1 - lr * weight_decay)
+        stepped.sub_(update)
+        if stepped is not piece:
+            piece.copy_(stepped)
+
+
+@Op
+def _descend_all(steps: Sequence[WindowStep]) -> None:
+    """Descend for each tensor; parameters are flat."""
+    for param, window, weights, lr, weight_decay, _ in steps:
+        rows = _nonzero(weights)
+        for chunk in _chunks(window):
+            direction = chunk.zeros()
+            _add_rows(direction, chunk, rows)
+            piece = param[chunk.entries]
+            decayed = piece.float()
+            if weight_decay != 0:
+                decayed = decayed * (1 - lr * weight_decay)
+            piece.copy_(decayed - direction.mul_(lr))
+
+
+@Op
+def _combine(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
+    """Add the combination to the flat ``out``."""
+    rows = _nonzero(weights)
+    for chunk in _chunks(window):
+        _add_rows(out[chunk.entries], chunk, rows)
+
+
+def _nonzero(weights: Tensor) -> list[tuple[int, float]]:
+    return [(row, weight) for row, weight in enumerate(weights.tolist()) if weight != 0]
+
+
+def _add_rows(piece: Tensor, chunk: _Chunk, rows: Sequence[tuple[int, float]]) -> None:
+    for row, weight in rows:
+        piece.scatter_add_(0, chunk.positions(row), weight * chunk.values(row))
+
+
+@Op
+def _gram_rows(windows: Sequence[SparseWindow], row: int) -> Tensor:
+    """Return the products of every window's rows with its row ``row``, float64 [num_tensors, window]."""
+    products = torch.zeros(len(windows), windows[0].window, dtype=torch.float64, device=windows[0].device)
+    for dots, window in zip(products, windows, strict=True):
+        for chunk in _chunks(window):
+            piece = chunk.zeros(torch.float64)
+            piece[chunk.positions(row)] = chunk.values(row, torch.float64)
+            for other in range(window.window):
+                dots[other] += torch.dot(piece[chunk.positions(other)], chunk.values(other, torch.float64))
+    return products
