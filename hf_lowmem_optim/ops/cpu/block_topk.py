@@ -189,7 +189,7 @@ def _pieces(selections: Sequence[Selection]) -> Iterator[tuple[Any, ...]]:
 def _arguments(each: Selection) -> tuple[Any, ...]:
     grad, values, error = each.grad, each.values, each.error
     gradient = raw(grad), dtype_code(grad), grad.numel()
-    row = each.indices.numpy()[each.row], raw(values)[each.row], dtype_code(values), each.block_size, each.k
+    row = each.indices.numpy(), raw(values), dtype_code(values), each.block_size, each.k
     buffer: tuple[Any, ...]
     if error is None:
         form, buffer = _NO_ERROR, (NO_BYTES, NO_BYTES, NO_BYTES, 0, 8, 1)
