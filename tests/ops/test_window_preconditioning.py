@@ -13,7 +13,7 @@ from hf_lowmem_optim.kernels.sparse_window import (
     window_gram_row,
     window_update_,
 )
-from tests.kernels.test_sparse_window import CASES, DEVICE, FAST, Case, make_param, make_window, same
+from tests.ops.test_sparse_window import CASES, DEVICE, FAST, Case, make_param, make_window, same
 from tests.reference import sparse_window as paper
 
 

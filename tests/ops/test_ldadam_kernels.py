@@ -20,7 +20,7 @@ from hf_lowmem_optim.compression.quantization import (
 )
 from hf_lowmem_optim.kernels.backend import ENVIRONMENT_VARIABLE
 from hf_lowmem_optim.kernels.subspace_adam import Buffers, Coefficients, subspace_adam_
-from tests.kernels.test_block_quant import DEVICE, FAST, INTERPRETED
+from tests.ops.test_block_quant import DEVICE, FAST, INTERPRETED
 
 # the interpreter computes in numpy, which warns of what the cases are made for
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.test_block_quant import DEVICE, INTERPRETED, ON_GPU
+from tests.ops.test_block_quant import DEVICE, INTERPRETED, ON_GPU
 
 pytest.importorskip("triton")
 from hf_lowmem_optim.kernels.orthonormalize import kernel, orthonormalize

@@ -129,7 +129,7 @@ def test_bounds_are_those_of_the_view():
 def test_enable_refuses_a_triton_that_was_imported_without_the_variable():
     code = (
         "import os, triton\nos.environ['TRITON_INTERPRET'] = '1'\n"
-        "from tests.kernels import interpreter\ninterpreter.enable()"
+        "from tests.ops import interpreter\ninterpreter.enable()"
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     root = Path(__file__).parents[2]
