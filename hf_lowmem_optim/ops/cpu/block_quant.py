@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_lowmem_optim.ops.block_quant import Quantized, _dequantize_into, _quantize_into, rounding_keys
 from hf_lowmem_optim.ops.cpu.floats import BFLOAT16, NO_BYTES, dtype_code, load_floats, raw, store_floats
-from hf_lowmem_optim.ops.cpu.jit import inlined, loop
+from hf_lowmem_optim.ops.cpu.jit import called, inlined, loop
 from hf_lowmem_optim.ops.cpu.parallel import block_ranges, run_pieces
 from hf_lowmem_optim.ops.dispatch import register
 
@@ -130,7 +130,7 @@ def _encode_bytes(x, at, count, lo, unit, keys, codes, entry):
         codes[entry + i] = np.uint8(_code(x[at + i], lo, unit, np.int32(255), keys, entry + i))
 
 
-@inlined
+@called
 def encode_blocks(x, start, count, buffer, keys, scratch):
     """Quantize ``x[:count]`` into the entries of a buffer from ``start`` on, the begin of a block.
 
@@ -198,7 +198,7 @@ def _decode_bytes(codes, entry, count, lo, unit, scale, x, at):
         x[at + i] = scale * (np.float32(codes[entry + i]) * unit + lo)
 
 
-@inlined
+@called
 def decode_blocks(x, start, count, buffer, scale, scratch):
     """Write ``x[:count] ← scale · (code · u + lo)`` for the entries of a buffer from ``start`` on.
 

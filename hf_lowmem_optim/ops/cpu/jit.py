@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import numba
 
-__all__ = ["Loop", "inlined", "loop"]
+__all__ = ["Loop", "called", "inlined", "loop"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,10 @@ if numba.config.DISABLE_JIT:
 # "python" would test every division for zero. No fastmath: the torch versions are met bit for bit.
 _OPTIONS = {"error_model": "numpy", "nogil": True}
 
-#: For what a loop calls: becomes part of the loop, so that only loops are compiled, loaded and called.
+#: For what a loop calls; LLVM inlines it as it sees fit.
+called: Callable[[Callable[..., Any]], Callable[..., Any]] = numba.njit(error_model="numpy")
+#: For small things that a loop calls: numba inlines them itself. That makes slightly faster code, but a large function
+#: that is inlined in several places is compiled as many times.
 inlined: Callable[[Callable[..., Any]], Callable[..., Any]] = numba.njit(inline="always", error_model="numpy")
 
 
