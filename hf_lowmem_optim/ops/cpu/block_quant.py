@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_lowmem_optim.ops.block_quant import Quantized, _dequantize_into, _quantize_into, rounding_keys
 from hf_lowmem_optim.ops.cpu.floats import BFLOAT16, NO_BYTES, dtype_code, load_floats, raw, store_floats
-from hf_lowmem_optim.ops.cpu.jit import called, inlined, loop
+from hf_lowmem_optim.ops.cpu.jit import inlined, loop
 from hf_lowmem_optim.ops.cpu.parallel import block_ranges, run_pieces
 from hf_lowmem_optim.ops.dispatch import register
 
@@ -130,7 +130,7 @@ def _encode_bytes(x, at, count, lo, unit, keys, codes, entry):
         codes[entry + i] = np.uint8(_code(x[at + i], lo, unit, np.int32(255), keys, entry + i))
 
 
-@called
+@inlined
 def encode_blocks(x, start, count, buffer, keys, scratch):
     """Quantize ``x[:count]`` into the entries of a buffer from ``start`` on, the begin of a block.
 
@@ -198,7 +198,7 @@ def _decode_bytes(codes, entry, count, lo, unit, scale, x, at):
         x[at + i] = scale * (np.float32(codes[entry + i]) * unit + lo)
 
 
-@called
+@inlined
 def decode_blocks(x, start, count, buffer, scale, scratch):
     """Write ``x[:count] ← scale · (code · u + lo)`` for the entries of a buffer from ``start`` on.
 
@@ -238,15 +238,15 @@ def decode_blocks(x, start, count, buffer, scale, scratch):
 
 
 @inlined
-def _blocks_at_a_time(block_size):
-    return max(1, _ENTRIES_AT_A_TIME // block_size)
+def _blocks_at_a_time(block_size, blocks):
+    return min(max(1, _ENTRIES_AT_A_TIME // block_size), blocks)
 
 
 @loop
 def _quantize(
     source, source_code, numel, codes, lows, highs, stat_code, bits, block_size, stochastic, key0, key1, first, stop
 ):
-    blocks = _blocks_at_a_time(block_size)
+    blocks = _blocks_at_a_time(block_size, stop - first)
     # an even number of entries, so that they can be taken as words
     x, scratch = np.empty((blocks * block_size + 1) // 2 * 2, np.float32), np.empty((2, blocks), np.float32)
     buffer = codes, lows, highs, stat_code, bits, block_size
@@ -261,7 +261,7 @@ def _quantize(
 def _dequantize(
     out, out_code, numel, onto, onto_code, add, scale, codes, lows, highs, stat_code, bits, block_size, first, stop
 ):
-    blocks = _blocks_at_a_time(block_size)
+    blocks = _blocks_at_a_time(block_size, stop - first)
     size = (blocks * block_size + 1) // 2 * 2
     x, base, scratch = np.empty(size, np.float32), np.empty(size, np.float32), np.empty((2, blocks), np.float32)
     buffer = codes, lows, highs, stat_code, bits, block_size

@@ -27,7 +27,7 @@ from hf_lowmem_optim.ops.cpu.floats import (
     store_floats,
     widen,
 )
-from hf_lowmem_optim.ops.cpu.jit import called, loop
+from hf_lowmem_optim.ops.cpu.jit import inlined, loop
 from hf_lowmem_optim.ops.cpu.parallel import block_ranges, run_pieces
 from hf_lowmem_optim.ops.dispatch import register
 
@@ -39,7 +39,7 @@ _NO_ERROR, _DENSE, _QUANTIZED = 0, 1, 2
 _index = np.uint64
 
 
-@called
+@inlined
 def _kth_largest(magnitude, count, k):
     """A t that k of ``magnitude[:count]`` (int32, not negative) reach, or more only where others equal the k-th."""
     t, done = np.int32(0), False
@@ -55,7 +55,7 @@ def _kth_largest(magnitude, count, k):
     return t
 
 
-@called
+@inlined
 def _magnitudes(a, count, magnitude, chunk_max):
     """Bits of |a|, every NaN just above infinity, padded with 0 to whole chunks; and each chunk's maximum."""
     for i in range(count):
@@ -72,7 +72,7 @@ def _magnitudes(a, count, magnitude, chunk_max):
     return chunks
 
 
-@called
+@inlined
 def _select(magnitude, count, chunk_max, chunks, k, candidate, reach):
     """Write the ascending indices of the k largest magnitudes to ``candidate[:k]``, ties to the lowest index."""
     few = _index(2 * k) <= chunks
@@ -97,7 +97,7 @@ def _select(magnitude, count, chunk_max, chunks, k, candidate, reach):
             room -= 1 if tied else 0
 
 
-@called
+@inlined
 def _take(a, chosen, k, first, indices, values, value_code):
     """Store the chosen entries as index and value, and leave in ``a`` what rounding cut off the value."""
     wide_values = values.view(np.float32) if value_code == FLOAT32 else values[:0].view(np.float32)

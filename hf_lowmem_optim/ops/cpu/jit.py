@@ -10,27 +10,24 @@ import functools
 import logging
 import threading
 from collections.abc import Callable
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import numba
 
-__all__ = ["Loop", "called", "inlined", "loop"]
+__all__ = ["Loop", "inlined", "loop"]
 
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
-if numba.config.DISABLE_JIT:
+if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
     raise ImportError("NUMBA_DISABLE_JIT is set")
 
 # "python" would test every division for zero. No fastmath: the torch versions are met bit for bit.
-_OPTIONS = {"error_model": "numpy", "nogil": True}
+_ERROR_MODEL: Literal["numpy"] = "numpy"
 
-#: For what a loop calls; LLVM inlines it as it sees fit.
-called: Callable[[Callable[..., Any]], Callable[..., Any]] = numba.njit(error_model="numpy")
-#: For small things that a loop calls: numba inlines them itself. That makes slightly faster code, but a large function
-#: that is inlined in several places is compiled as many times.
-inlined: Callable[[Callable[..., Any]], Callable[..., Any]] = numba.njit(inline="always", error_model="numpy")
+#: For what a loop calls; becomes part of the loop's machine code.
+inlined: Callable[[Callable[..., Any]], Callable[..., Any]] = numba.njit(forceinline=True, error_model=_ERROR_MODEL)
 
 
 class Loop(Generic[R]):
@@ -76,7 +73,7 @@ loop = Loop
 
 
 def _compile(function: Callable[..., R], types: tuple[Any, ...], *, cache: bool) -> Callable[..., R]:
-    dispatcher = numba.njit(function, cache=cache, **_OPTIONS)
+    dispatcher = numba.njit(function, cache=cache, nogil=True, error_model=_ERROR_MODEL)
     dispatcher.compile(types)
     dispatcher.disable_compile()
     return dispatcher  # type: ignore[no-any-return]

@@ -44,8 +44,8 @@ _ZERO, _UNTOUCHED = np.float32(0.0), np.uint32(0x80000000)  # the bits of −0
 
 
 @inlined
-def _blocks_at_a_time(block_size):
-    return max(1, _ENTRIES_AT_A_TIME // block_size)
+def _blocks_at_a_time(block_size, blocks):
+    return min(max(1, _ENTRIES_AT_A_TIME // block_size), blocks)
 
 
 @inlined
@@ -142,7 +142,7 @@ def _update(
     indices = indices.reshape(-1)
     matrix = indices, values.reshape(-1), value_code, numel, kept, block_size, kept_per_block
     rate, epsilon, decay_ = np.float32(lr), np.float32(eps), np.float32(decay)
-    blocks, size, k = _blocks_at_a_time(block_size), _index(block_size), _index(kept_per_block)
+    blocks, size, k = _blocks_at_a_time(block_size, stop - first), _index(block_size), _index(kept_per_block)
     z1, z2 = np.zeros(blocks * block_size, np.float32), np.full(blocks * block_size, np.float32(-0.0))
     z2_bits, segment = z2.view(np.uint32), np.empty(blocks * kept_per_block, np.float32)
     for block in range(first, stop, blocks):
@@ -175,7 +175,7 @@ def _update(
 def _descend(
     param, param_code, numel, indices, values, value_code, block_size, kept_per_block, weights, lr, decay, first, stop
 ):
-    kept, blocks = indices.shape[1], _blocks_at_a_time(block_size)
+    kept, blocks = indices.shape[1], _blocks_at_a_time(block_size, stop - first)
     matrix = indices.reshape(-1), values.reshape(-1), value_code, numel, kept, block_size, kept_per_block
     rate, decay_ = np.float32(lr), np.float32(decay)
     direction, segment = np.zeros(blocks * block_size, np.float32), np.empty(blocks * kept_per_block, np.float32)
@@ -194,7 +194,7 @@ def _descend(
 
 @loop
 def _combine_rows(out, numel, indices, values, value_code, block_size, kept_per_block, weights, first, stop):
-    kept, blocks = indices.shape[1], _blocks_at_a_time(block_size)
+    kept, blocks = indices.shape[1], _blocks_at_a_time(block_size, stop - first)
     matrix = indices.reshape(-1), values.reshape(-1), value_code, numel, kept, block_size, kept_per_block
     segment = np.empty(blocks * kept_per_block, np.float32)
     for block in range(first, stop, blocks):
@@ -210,7 +210,7 @@ def _gram(numel, indices, values, value_code, block_size, kept_per_block, newest
     window, kept = indices.shape
     indices = indices.reshape(-1)
     matrix = indices, values.reshape(-1), value_code, numel, kept, block_size, kept_per_block
-    blocks, size, k = _blocks_at_a_time(block_size), _index(block_size), _index(kept_per_block)
+    blocks, size, k = _blocks_at_a_time(block_size, stop - first), _index(block_size), _index(kept_per_block)
     dense, segment = np.zeros(blocks * block_size, np.float32), np.empty(blocks * kept_per_block, np.float32)
     sums[:] = 0.0
     for block in range(first, stop, blocks):
@@ -307,10 +307,8 @@ def _out_of_range(window: SparseWindow, block: int) -> ValueError:
     first, entries = block * window.kept_per_block, min(window.block_size, window.numel - block * window.block_size)
     indices = window.indices[:, first : first + window.kept_per_block]
     row, column = ((indices < 0) | (indices >= entries)).nonzero()[0].tolist()
-    return ValueError(
-        f"index {int(indices[row, column])} in row {row} of the window is out of range: block {block} of the tensor has "
-        f"{entries} entries"
-    )
+    index = int(indices[row, column])
+    return ValueError(f"index {index} in row {row} of the window is out of range: block {block} has {entries} entries")
 
 
 def _window_arguments(window: SparseWindow) -> tuple[Any, ...]:
