@@ -90,7 +90,7 @@ def test_backends_agree_bit_for_bit(name: str, backend: str, use: Callable[[str]
         "nan payloads": (torch.arange(120, dtype=torch.int32) * 1001 + 0x7FC00000).view(FP32),
         "ties of the last bit": awkward("last bit").repeat(2) * torch.tensor([1.0, -1.0]).repeat(128),
     }
-    first = more[name] if name in more else awkward(name)
+    first = (more[name] if name in more else awkward(name))[:170]
     grads = [first, first.flip(0) * 0.125]
     for number, case in enumerate(CASES):
         dtype = (FP32, BF16, FP16)[number % 3] if name in ("odd", "ragged", "tied magnitudes") else FP32
