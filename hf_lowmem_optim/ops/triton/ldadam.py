@@ -173,9 +173,14 @@ def descend_(weights: Sequence[Tensor], left: Tensor, right: Tensor, decay: floa
         right: float32 [n, r, columns], any strides.
         decay: Factor of the weights.
         step_size: Factor of the product.
+
+    Raises:
+        ValueError: The weights differ in shape, strides or dtype, or the entries of neither rows nor columns are
+            neighbours.
     """
-    if weights[0].stride(1) != 1:  # columns lie together: the transposes are the matrices with rows that do
+    if weights[0].stride(1) != 1:  # columns are in one piece: the transposes are matrices whose rows are
         weights, left, right = [weight.mT for weight in weights], right.mT, left.mT
+    _check_alike(weights)
     rows, columns = weights[0].shape
     rank = left.shape[2]
     with on_device(left):
@@ -197,6 +202,19 @@ def descend_(weights: Sequence[Tensor], left: Tensor, right: Tensor, decay: floa
             TILE=_TILE,
             num_warps=4,
         )
+
+
+def _check_alike(weights: Sequence[Tensor]) -> None:
+    """Raise ValueError if one launch cannot address all weights alike."""
+    first = weights[0]
+    for weight in weights:
+        if weight.shape != first.shape or weight.stride() != first.stride() or weight.dtype != first.dtype:
+            raise ValueError(
+                f"weights must have one shape, strides and dtype; got {weight.dtype} {[*weight.shape]} with strides "
+                f"{weight.stride()} beside {first.dtype} {[*first.shape]} with strides {first.stride()}"
+            )
+    if first.stride(1) != 1:
+        raise ValueError(f"one of the weights' strides must be 1, got {first.stride()}")
 
 
 # ---- the whole update of the method, registered by its name ----------------------------------------------------------
