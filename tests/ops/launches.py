@@ -198,7 +198,9 @@ def _low_rank_descent(rows: int, columns: int, rank: int, dtype: torch.dtype) ->
         factors = (left, right) if rows <= columns else (right.mT, left.mT)
         return partial(descend_, [weight], *factors, 0.9, 0.4), [weight, weight, left, right]
 
-    return Launch(f"descend {rows} × {columns}, rank {rank}, {dtype}", rows * columns, prepare, 16)
+    return Launch(
+        f"descend {rows} × {columns}, rank {rank}, {dtype}", rows * columns, prepare, 16 if columns % 16 == 0 else 4
+    )
 
 
 FOUR, EIGHT, FOUR_FP32 = QuantFormat(), QuantFormat(bits=8), QuantFormat(stat_dtype=FP32)
@@ -242,4 +244,5 @@ LAUNCHES: list[Launch] = [
     _low_rank_descent(256, 512, 16, FP32),
     _low_rank_descent(256, 512, 128, BF16),
     _low_rank_descent(500, 1000, 20, BF16),
+    _low_rank_descent(500, 1000, 50, BF16),
 ]

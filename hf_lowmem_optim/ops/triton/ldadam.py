@@ -23,8 +23,8 @@ __all__ = ["MAX_RANK", "descend_", "update_moments_"]
 #: would not fit into its shared memory.
 MAX_RANK = 256
 _MOMENT_COLUMNS, _MOMENT_TERMS = 32, 16
-#: A weight's tile, and how many terms of the product it adds at a time.
-_TILE, _TERMS = 64, 32
+#: Rows and columns of a weight's tile, up to how many terms of the product it adds at once, and how many otherwise.
+_TILE, _MOST_TERMS, _FEW_TERMS = 64, 32, 16
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -118,6 +118,20 @@ def update_moments_(
 
 
 @triton.jit
+def load_factors(
+    left_ptr, right_ptr, row, column, first, rows, columns, r, left_row, left_term, right_term, right_column,
+    TERMS: tl.constexpr,
+):  # fmt: skip
+    """Load TERMS terms from ``first`` on of the product, for the tile of weights at ``row`` and ``column``."""
+    term = first + tl.arange(0, TERMS)
+    at_left = row * left_row + term[None, :] * left_term
+    at_right = term[:, None] * right_term + column * right_column
+    left = tl.load(left_ptr + at_left, mask=(row < rows) & (term[None, :] < r), other=0.0)
+    right = tl.load(right_ptr + at_right, mask=(term[:, None] < r) & (column < columns), other=0.0)
+    return left, right
+
+
+@triton.jit
 def _descend_kernel(
     table_ptr,  # [n]: addresses of weights [rows, columns]
     left_ptr,  # [n, rows, r]
@@ -136,6 +150,7 @@ def _descend_kernel(
     step_size,
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    MORE_TERMS: tl.constexpr,  # whether r > TERMS
     TERMS: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -147,19 +162,23 @@ def _descend_kernel(
     left_ptr += number * left_batch
     right_ptr += number * right_batch
     update = tl.zeros([TILE, TILE], tl.float32)
-    for first in range(0, r, TERMS):
-        term = first + tl.arange(0, TERMS)
-        at_left = row * left_row + term[None, :] * left_term
-        at_right = term[:, None] * right_term + column * right_column
-        left = tl.load(left_ptr + at_left, mask=(row < rows) & (term[None, :] < r), other=0.0)
-        right = tl.load(right_ptr + at_right, mask=(term[:, None] < r) & (column < columns), other=0.0)
-        update = tl.dot(left, right, update, input_precision="ieee")
+    if MORE_TERMS:
+        for first in tl.range(TERMS, r, TERMS, num_stages=1):
+            left, right = load_factors(
+                left_ptr, right_ptr, row, column, first, rows, columns, r, left_row, left_term, right_term,
+                right_column, TERMS,
+            )  # fmt: skip
+            update = tl.dot(left, right, update, input_precision="ieee")
+    left, right = load_factors(
+        left_ptr, right_ptr, row, column, 0, rows, columns, r, left_row, left_term, right_term, right_column, TERMS
+    )
     weight_ptr = tl.load(table_ptr + number).to(tl.pointer_type(DTYPE))
     at = weight_ptr + row.to(tl.int64) * weight_row + column
     if ALIGNED:
         at = tl.multiple_of(at, (1, 16))
     inside = (row < rows) & (column < columns)
-    weight = decay * tl.load(at, mask=inside, other=0.0).to(tl.float32) - step_size * update
+    weight = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    weight = decay * weight - step_size * tl.dot(left, right, update, input_precision="ieee")
     tl.store(at, weight.to(DTYPE), mask=inside)
 
 
@@ -198,7 +217,8 @@ def descend_(weights: Sequence[Tensor], left: Tensor, right: Tensor, decay: floa
             float(step_size),
             DTYPE=_TYPES[weights[0].dtype],
             ALIGNED=aligned(weights) and weights[0].stride(0) * weights[0].itemsize % 16 == 0,
-            TERMS=min(_TERMS, max(16, triton.next_power_of_2(rank))),
+            MORE_TERMS=rank > _MOST_TERMS,
+            TERMS=max(16, triton.next_power_of_2(rank)) if rank <= _MOST_TERMS else _FEW_TERMS,
             TILE=_TILE,
             num_warps=4,
         )
