@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -55,12 +55,14 @@ def run_pieces(loop: Callable[..., R], pieces: Iterable[tuple[Any, ...]], entrie
         return [loop(*piece) for piece in pieces]
     shared = _SharedPieces(loop, pieces)
     pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="hf_lowmem_optim")
+    futures: list[Future[None]] = []
     try:
-        futures = [pool.submit(shared.work) for _ in range(threads - 1)]
+        for _ in range(threads - 1):
+            futures.append(pool.submit(shared.work))
         shared.work()
     finally:
         shared.stop()
-        _close(pool)
+        _close(pool, futures)
     for future in futures:
         future.result()
     return shared.results
@@ -96,11 +98,13 @@ class _SharedPieces(Generic[R]):
         self._stopped = True
 
 
-def _close(pool: ThreadPoolExecutor) -> None:
+def _close(pool: ThreadPoolExecutor, futures: list[Future[None]]) -> None:
     """Wait for the threads to end; an interrupt meanwhile is raised when they have."""
     interrupt: BaseException | None = None
     while True:
         try:
+            # before the pool: in some versions of Python, a thread whose join was interrupted passes for ended
+            wait(futures)
             pool.shutdown()
             break
         except BaseException as error:

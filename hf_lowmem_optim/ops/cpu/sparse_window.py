@@ -118,7 +118,7 @@ def _add_rows(matrix, weights, bounds, segment, out, start):
     return valid
 
 
-# Each loop returns the first of the blocks at which it stopped for an index that is out of range, −1 if there was none.
+# Each loop returns −1, or the first of the blocks at which it stopped for an index that is out of range.
 
 
 @loop
@@ -303,12 +303,16 @@ def _run(
 
 
 def _out_of_range(window: SparseWindow, block: int) -> ValueError:
-    """Return the error for a block with an index that is out of range."""
-    first, entries = block * window.kept_per_block, min(window.block_size, window.numel - block * window.block_size)
-    indices = window.indices[:, first : first + window.kept_per_block]
+    """Return the error for an index that is out of range in this block or a later one."""
+    first = block * window.kept_per_block
+    blocks = torch.arange(first, window.kept) // window.kept_per_block
+    entries = (window.numel - blocks * window.block_size).clamp(max=window.block_size)
+    indices = window.indices[:, first:]
     row, column = ((indices < 0) | (indices >= entries)).nonzero()[0].tolist()
-    index = int(indices[row, column])
-    return ValueError(f"index {index} in row {row} of the window is out of range: block {block} has {entries} entries")
+    return ValueError(
+        f"index {int(indices[row, column])} in row {row} of the window is out of range: "
+        f"block {int(blocks[column])} has {int(entries[column])} entries"
+    )
 
 
 def _window_arguments(window: SparseWindow) -> tuple[Any, ...]:
