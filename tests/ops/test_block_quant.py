@@ -69,8 +69,8 @@ def awkward(name: str) -> Tensor:
 
 AWKWARD = [
     "one", "odd", "ragged", "sparse, with signed zeros", "constant", "zeros", "half-way", "last bit",
-    "bfloat16 boundary", "subnormal", "tiny range", "half-precision range", "huge", "overflowing range", "beyond bfloat16", "nan",
-    "negative nan", "inf",
+    "bfloat16 boundary", "subnormal", "tiny range", "half-precision range", "huge", "overflowing range",
+    "beyond bfloat16", "nan", "negative nan", "inf",
 ]  # fmt: skip
 
 
