@@ -81,7 +81,9 @@ class Batch:
         They are the parameters themselves where these are contiguous and rounded to nearest; else copies, which are
         written back: float32 ones to be rounded stochastically.
         """
-        W = _matrices([u.param if u.rounding_seed is None else u.param.float() for u in self.updates])
+        W = [update.param if update.rounding_seed is None else update.param.float() for update in self.updates]
+        if not all([weight.is_contiguous() and weight.dim() <= 2 for weight in W]):
+            W = _matrices(W)
         yield W
         for update, weight in zip(self.updates, W, strict=True):
             param = update.param

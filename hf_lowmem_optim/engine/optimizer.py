@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -15,11 +15,11 @@ from hf_lowmem_optim.engine.adamw import adamw_update_, require_bitsandbytes
 from hf_lowmem_optim.engine.backward import BackwardMode, LayerwiseMode
 from hf_lowmem_optim.engine.buckets import TensorUpdate, allocate_stacked, batches
 from hf_lowmem_optim.engine.checks import check_parameter, check_rounding, check_tensor
-from hf_lowmem_optim.engine.coupled import check_agreement, coupled_step_
+from hf_lowmem_optim.engine.coupled import check_agreement, note_absent_
 from hf_lowmem_optim.engine.gradient_error import GradientErrors
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.options import Options, as_plain, check_group_keys
-from hf_lowmem_optim.engine.state import exact_load, pack_shared
+from hf_lowmem_optim.engine.state import SHARED, exact_load, pack_shared, shared_device
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["LowMemoryOptimizer"]
@@ -232,7 +232,7 @@ class LowMemoryOptimizer(Optimizer):
         torch.autograd.graph.increment_version([param for _, param, _ in live])
         with full_precision():
             if method.coupled_update_ is not None:
-                coupled_step_(self, method, sparse)
+                self._coupled_update_(sparse)
             elif sparse:
                 assert method.update_ is not None
                 for batch in batches(sparse, whole=method.scratch == 0):
@@ -240,6 +240,32 @@ class LowMemoryOptimizer(Optimizer):
                         method.update_(W, batch.g, batch.state, batch.step, batch.options)
             for updates in dense.values():
                 adamw_update_(updates)
+
+    def _coupled_update_(self, updates: Sequence[TensorUpdate]) -> None:
+        """Take a step of the tensors' common system, or of each one's own."""
+        method = self.method
+        if not updates:
+            return
+        update_, describe = method.coupled_update_, method.shared_state
+        assert update_ is not None and describe is not None
+        if len(self.param_groups) > 1:  # they may have been changed
+            check_agreement(method, [vars(update.options) for update in updates], type(self).__name__)
+        options: Any = updates[0].options
+        whole = method.scratch == 0
+        if options.scope == "tensor":
+            for update in updates:
+                own = {key: update.state[key] for key in describe(options)}
+                update_(batches([update], whole=whole), own, update.step)
+            return
+        # torch, too, keeps what belongs to no parameter under a string
+        shared = cast("dict[Any, dict[str, Any]]", self.state)[SHARED]
+        if not shared:
+            device = shared_device(self.param_groups)
+            shared.update(step=0, **{key: spec.allocate(device) for key, spec in describe(options).items()})
+        shared["step"] += 1
+        if len(updates) < sum([len(group["params"]) for group in self.param_groups]):
+            note_absent_(self, method, updates, shared["step"])
+        update_(batches(updates, whole=whole), shared, shared["step"])
 
     def _is_real(self, param: Tensor) -> bool:
         """Return whether a gradient of zero is nevertheless one of training."""

@@ -35,7 +35,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_lowmem_optim.ops.block_quant import Quantized, check_dense, dequantize_slice, quantize_slice_, slices
+from hf_lowmem_optim.ops.block_quant import (
+    FLOAT_DTYPES,
+    Quantized,
+    check_dense,
+    dequantize_slice,
+    quantize_slice_,
+    slices,
+)
 from hf_lowmem_optim.ops.dispatch import Op
 from hf_lowmem_optim.spec import TensorSpec
 
@@ -250,7 +257,8 @@ def _checked(call: TopK) -> Selection:
     """Check the arguments for one tensor, and return them as the backends take them."""
     block_size, density, numel, device = call.block_size, call.density, call.grad.numel(), call.grad.device
     kept, k, k_last = _counts(numel, block_size, density)
-    grad = check_dense(call.grad, "grad", numel=numel, device=device)
+    if call.grad.dtype not in FLOAT_DTYPES or not call.grad.is_contiguous():
+        check_dense(call.grad, "grad", numel=numel, device=device)  # says what is wrong
     shape = (len(call.indices), kept)
     for name, tensor, dtypes in (("indices", call.indices, (torch.int16,)), ("values", call.values, VALUE_DTYPES)):
         if tensor.shape != shape or not tensor.is_contiguous():
@@ -276,7 +284,7 @@ def _checked(call: TopK) -> Selection:
     return Selection(
         call.indices[call.row],
         call.values[call.row],
-        grad.view(-1),
+        call.grad.detach().view(-1),
         error,
         block_size,
         k,

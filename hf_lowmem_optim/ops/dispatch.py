@@ -23,7 +23,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable
-from typing import Any, Generic, Literal, ParamSpec, TypeVar, get_args
+from typing import Any, Generic, Literal, ParamSpec, TypeVar, get_args, overload
 
 import torch
 
@@ -84,9 +84,19 @@ class Op(Generic[P, R]):
         return run(*args, **kwargs)  # type: ignore[no-any-return]
 
 
+@overload
 def register(
-    op: Op[P, R] | str, backend: Backend, *, why_not: Callable[P, str | None] | None = None
-) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    op: Op[P, R], backend: Backend, *, why_not: Callable[P, str | None] | None = None
+) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+
+
+@overload
+def register(
+    op: str, backend: Backend, *, why_not: Callable[..., str | None] | None = None
+) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+
+
+def register(op: Any, backend: Backend, *, why_not: Any = None) -> Any:
     """Register a faster version of an operation.
 
     Args:
@@ -99,7 +109,7 @@ def register(
         A decorator that leaves the function as it is.
     """
 
-    def add(version: Callable[P, R]) -> Callable[P, R]:
+    def add(version: Callable[..., Any]) -> Callable[..., Any]:
         _VERSIONS[op if isinstance(op, str) else op.name, backend] = version, why_not
         return version
 

@@ -8,16 +8,16 @@ they are vectorized whole.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from hf_lowmem_optim.ops.block_quant import Quantized, _dequantize_into, _quantize_into, rounding_keys
-from hf_lowmem_optim.ops.cpu.floats import BFLOAT16, NO_BYTES, dtype_code, load_floats, raw, store_floats
+from hf_lowmem_optim.ops.cpu.floats import BFLOAT16, load_floats, store_floats
 from hf_lowmem_optim.ops.cpu.jit import inlined, loop
-from hf_lowmem_optim.ops.cpu.parallel import block_ranges, run_pieces
+from hf_lowmem_optim.ops.cpu.launch import DTYPE_CODES, NO_BYTES, block_ranges, buffer_arguments, run_pieces
 from hf_lowmem_optim.ops.dispatch import register
 
 __all__ = ["decode_blocks", "dequantize_into", "encode_blocks", "quantize_into", "random_keys"]
@@ -284,27 +284,22 @@ def random_keys(seed: int | None) -> tuple[bool, int, int]:
     return True, key0 & 0xFFFFFFFF, key1 & 0xFFFFFFFF
 
 
-def buffer_arguments(buffer: Quantized) -> tuple[Any, ...]:
-    """Return what a loop takes a buffer apart into: codes, lo, hi, dtype code of both, bits, block size."""
-    fmt = buffer.format
-    return buffer.codes.numpy(), raw(buffer.lo), raw(buffer.hi), dtype_code(buffer.lo), fmt.bits, fmt.block_size
-
-
 @register(_quantize_into, "cpu")
 def quantize_into(out: Quantized, source: Tensor, seed: int | None) -> None:
     """See :func:`hf_lowmem_optim.ops.block_quant.quantize_`."""
-    arguments = raw(source), dtype_code(source), out.numel, *buffer_arguments(out), *random_keys(seed)
-    run_pieces(_quantize, ((*arguments, *piece) for piece in _pieces(out)), out.numel)
+    x = source.view(torch.uint8).numpy(), DTYPE_CODES[source.dtype], out.numel
+    arguments = *x, *buffer_arguments(out), *random_keys(seed)
+    ranges = block_ranges(out.numel, out.format.block_size)
+    run_pieces(_quantize.run, [(*arguments, *ends) for ends in ranges], out.numel)
 
 
 @register(_dequantize_into, "cpu")
 def dequantize_into(out: Tensor, quantized: Quantized, scale: float, onto: Tensor | None) -> None:
     """See :func:`hf_lowmem_optim.ops.block_quant.dequantize_add_`."""
-    base = (NO_BYTES, 0, False) if onto is None else (raw(onto), dtype_code(onto), True)
-    arguments = raw(out), dtype_code(out), out.numel(), *base, scale, *buffer_arguments(quantized)
-    run_pieces(_dequantize, ((*arguments, *piece) for piece in _pieces(quantized)), quantized.numel)
-
-
-def _pieces(buffer: Quantized) -> Iterator[tuple[int, int]]:
-    fmt = buffer.format
-    return block_ranges(fmt.num_blocks(buffer.numel), fmt.block_size)
+    x = out.view(torch.uint8).numpy(), DTYPE_CODES[out.dtype], quantized.numel
+    base: tuple[Any, ...] = NO_BYTES, 0, False
+    if onto is not None:
+        base = onto.view(torch.uint8).numpy(), DTYPE_CODES[onto.dtype], True
+    arguments = *x, *base, scale, *buffer_arguments(quantized)
+    ranges = block_ranges(quantized.numel, quantized.format.block_size)
+    run_pieces(_dequantize.run, [(*arguments, *ends) for ends in ranges], quantized.numel)

@@ -8,27 +8,25 @@ entries that reach it, some 60, decide. Where k is not small against the number 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from hf_lowmem_optim.ops.block_quant import Quantized
 from hf_lowmem_optim.ops.block_topk import Selection, _select_all
-from hf_lowmem_optim.ops.cpu.block_quant import buffer_arguments, decode_blocks, encode_blocks, random_keys
+from hf_lowmem_optim.ops.cpu.block_quant import decode_blocks, encode_blocks, random_keys
 from hf_lowmem_optim.ops.cpu.floats import (
     BFLOAT16,
     FLOAT32,
-    NO_BYTES,
-    dtype_code,
     load_floats,
     narrow,
-    raw,
     store_floats,
     widen,
 )
 from hf_lowmem_optim.ops.cpu.jit import inlined, loop
-from hf_lowmem_optim.ops.cpu.parallel import block_ranges, run_pieces
+from hf_lowmem_optim.ops.cpu.launch import DTYPE_CODES, NO_BYTES, block_ranges, buffer_arguments, run_pieces
 from hf_lowmem_optim.ops.dispatch import register
 
 __all__ = ["select_all"]
@@ -176,25 +174,21 @@ def _topk(
 @register(_select_all, "cpu")
 def select_all(selections: Sequence[Selection]) -> None:
     """See :func:`hf_lowmem_optim.ops.block_topk.foreach_block_topk_`."""
-    run_pieces(_topk, _pieces(selections), sum(each.grad.numel() for each in selections))
-
-
-def _pieces(selections: Sequence[Selection]) -> Iterator[tuple[Any, ...]]:
-    for each in selections:
-        arguments = _arguments(each)
-        for piece in block_ranges(each.num_blocks, each.block_size):
-            yield *arguments, *piece
+    tensors = [(_arguments(each), block_ranges(each.grad.numel(), each.block_size)) for each in selections]
+    pieces = [(*arguments, *ends) for arguments, ranges in tensors for ends in ranges]
+    run_pieces(_topk.run, pieces, sum([each.grad.numel() for each in selections]))
 
 
 def _arguments(each: Selection) -> tuple[Any, ...]:
+    """Return what the loop takes for a tensor."""
     grad, values, error = each.grad, each.values, each.error
-    gradient = raw(grad), dtype_code(grad), grad.numel()
-    row = each.indices.numpy(), raw(values), dtype_code(values), each.block_size, each.k
-    buffer: tuple[Any, ...]
-    if error is None:
-        form, buffer = _NO_ERROR, (NO_BYTES, NO_BYTES, NO_BYTES, 0, 8, 1)
-    elif isinstance(error, Quantized):
+    gradient = grad.view(torch.uint8).numpy(), DTYPE_CODES[grad.dtype], grad.numel()
+    row = each.indices.numpy(), values.view(torch.uint8).numpy(), DTYPE_CODES[values.dtype], each.block_size, each.k
+    form = _NO_ERROR
+    buffer: tuple[Any, ...] = NO_BYTES, NO_BYTES, NO_BYTES, 0, 8, 1
+    if isinstance(error, Quantized):
         form, buffer = _QUANTIZED, buffer_arguments(error)
-    else:
-        form, buffer = _DENSE, (raw(error), NO_BYTES, NO_BYTES, dtype_code(error), 8, 1)
-    return *gradient, *row, form, each.error_scale, *buffer, *random_keys(each.seed)
+    elif error is not None:
+        form, buffer = _DENSE, (error.view(torch.uint8).numpy(), NO_BYTES, NO_BYTES, DTYPE_CODES[error.dtype], 8, 1)
+    keys = (False, 0, 0) if each.seed is None else random_keys(each.seed)
+    return *gradient, *row, form, each.error_scale, *buffer, *keys

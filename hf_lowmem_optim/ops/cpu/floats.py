@@ -7,12 +7,7 @@ each combination of dtypes (a compilation takes seconds). All arithmetic is floa
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from hf_lowmem_optim.ops.cpu.jit import inlined
 
@@ -20,31 +15,13 @@ __all__ = [
     "BFLOAT16",
     "FLOAT16",
     "FLOAT32",
-    "NO_BYTES",
-    "dtype_code",
     "load_floats",
     "narrow",
-    "raw",
     "store_floats",
     "widen",
 ]
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
-
-_CODES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
-
-#: Stands for a tensor that is not there.
-NO_BYTES: NDArray[np.uint8] = np.empty(0, np.uint8)
-
-
-def dtype_code(tensor: Tensor) -> int:
-    """Return how a loop is told the dtype of a tensor of floats."""
-    return _CODES[tensor.dtype]
-
-
-def raw(tensor: Tensor) -> NDArray[Any]:
-    """Return the bytes of a contiguous tensor as an array that shares its memory; the last dimension is in bytes."""
-    return tensor.view(torch.uint8).numpy()
 
 
 @inlined

@@ -43,15 +43,16 @@ class Loop(Generic[R]):
     _reported: ClassVar[bool] = False
 
     def __init__(self, function: Callable[..., R]) -> None:
-        functools.update_wrapper(self, function)
+        functools.update_wrapper(self, function)  # type: ignore[arg-type]
         self._function = function
         self._compiled: Callable[..., R] | None = None
         self._lock = threading.Lock()
+        #: Runs the loop: compiles it first, until that is done.
+        self.run: Callable[..., R] = self._first_run
 
-    def __call__(self, *args: Any) -> R:
-        """Run the loop."""
-        run = self._compiled
-        return self._compile(args)(*args) if run is None else run(*args)
+    def _first_run(self, *args: Any) -> R:
+        self.run = self._compile(args)
+        return self.run(*args)
 
     def _compile(self, args: tuple[Any, ...]) -> Callable[..., R]:
         with self._lock:

@@ -11,7 +11,7 @@ before anything is read or written by them.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,14 +22,12 @@ from hf_lowmem_optim.ops.cpu.floats import (
     BFLOAT16,
     FLOAT16,
     FLOAT32,
-    dtype_code,
     load_floats,
     narrow,
-    raw,
     widen,
 )
-from hf_lowmem_optim.ops.cpu.jit import inlined, loop
-from hf_lowmem_optim.ops.cpu.parallel import block_ranges, num_pieces, run_pieces
+from hf_lowmem_optim.ops.cpu.jit import Loop, inlined, loop
+from hf_lowmem_optim.ops.cpu.launch import DTYPE_CODES, ENTRIES_PER_PIECE, block_ranges, run_pieces
 from hf_lowmem_optim.ops.dispatch import register
 from hf_lowmem_optim.ops.sparse_window import SparseWindow, WindowStep, _combine, _descend_all, _gram_rows, _update_all
 
@@ -205,14 +203,15 @@ def _combine_rows(out, numel, indices, values, value_code, block_size, kept_per_
 
 
 @loop
-def _gram(numel, indices, values, value_code, block_size, kept_per_block, newest, sums, first, stop):
-    """Write the products of all rows with row ``newest`` to ``sums`` (float64)."""
+def _gram(numel, indices, values, value_code, block_size, kept_per_block, newest, sums, step, first, stop):
+    """Write the products of all rows with row ``newest`` to the piece's row of ``sums`` (float64)."""
     window, kept = indices.shape
     indices = indices.reshape(-1)
     matrix = indices, values.reshape(-1), value_code, numel, kept, block_size, kept_per_block
     blocks, size, k = _blocks_at_a_time(block_size, stop - first), _index(block_size), _index(kept_per_block)
     dense, segment = np.zeros(blocks * block_size, np.float32), np.empty(blocks * kept_per_block, np.float32)
-    sums[:] = 0.0
+    own = sums[first // step]
+    own[:] = 0.0
     for block in range(first, stop, blocks):
         bounds = _bounds(matrix, block, min(block + blocks, stop))
         _, columns, _, count = bounds
@@ -233,7 +232,7 @@ def _gram(numel, indices, values, value_code, block_size, kept_per_block, newest
                 for j in range(left, min(left + k, columns)):
                     total += np.float64(dense[base + _index(indices[begin + j])]) * np.float64(segment[j])
                 base += size
-            sums[row] += total
+            own[row] += total
         for i in range(count):
             dense[i] = _ZERO
     return -1
@@ -242,15 +241,15 @@ def _gram(numel, indices, values, value_code, block_size, kept_per_block, newest
 @register(_update_all, "cpu")
 def update_all(steps: Sequence[WindowStep]) -> None:
     """See :func:`hf_lowmem_optim.ops.sparse_window.foreach_window_update_`."""
-    windows = [step.rows for step in steps]
-    _run(_update, windows, ((*_step_arguments(step), step.lr, step.eps, _decay(step)) for step in steps))
+    arguments = [(*_arguments(step), step.lr, step.eps, 1 - step.lr * step.weight_decay) for step in steps]
+    _run(_update, [step.rows for step in steps], arguments)
 
 
 @register(_descend_all, "cpu")
 def descend_all(steps: Sequence[WindowStep]) -> None:
     """See :func:`hf_lowmem_optim.ops.sparse_window.foreach_window_descend_`."""
-    windows = [step.rows for step in steps]
-    _run(_descend, windows, ((*_step_arguments(step), step.lr, _decay(step)) for step in steps))
+    arguments = [(*_arguments(step), step.lr, 1 - step.lr * step.weight_decay) for step in steps]
+    _run(_descend, [step.rows for step in steps], arguments)
 
 
 @register(_combine, "cpu")
@@ -262,44 +261,35 @@ def combine(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
 @register(_gram_rows, "cpu")
 def gram_rows(windows: Sequence[SparseWindow], row: int) -> Tensor:
     """See :func:`hf_lowmem_optim.ops.sparse_window.foreach_window_gram_rows`."""
-    counts = [num_pieces(window.num_blocks, window.block_size) for window in windows]
-    # each piece has sums of its own, which are added up in a fixed order
-    sums = np.empty((sum(counts), windows[0].window))
-    unused = iter(sums)
-    _run(_gram, windows, ((*_window_arguments(window), row) for window in windows), lambda: (next(unused),))
-    starts = np.cumsum([0, *counts[:-1]])
-    return torch.from_numpy(np.add.reduceat(sums, starts))
+    # each piece of so many blocks has sums of its own, which are added up in a fixed order
+    step = max(1, ENTRIES_PER_PIECE // windows[0].block_size)
+    starts = np.cumsum([0, *[-(-window.numel // (window.block_size * step)) for window in windows]])
+    sums = np.empty((starts[-1], windows[0].indices.shape[0]))
+    parts = zip(windows, starts[:-1], starts[1:], strict=True)
+    _run(_gram, windows, [(*_window_arguments(window), row, sums[a:b], step) for window, a, b in parts])
+    return torch.from_numpy(np.add.reduceat(sums, starts[:-1]))
 
 
-def _run(
-    loop: Callable[..., int],
-    windows: Sequence[SparseWindow],
-    arguments: Iterable[tuple[Any, ...]],
-    more: Callable[[], tuple[Any, ...]] = tuple,
-) -> None:
+def _run(loop: Loop[int], windows: Sequence[SparseWindow], arguments: Sequence[tuple[Any, ...]]) -> None:
     """Run a loop over all blocks of some windows.
 
     Args:
-        loop: Takes a window's arguments, those of the piece, its first block and the one after its last.
+        loop: Takes a window's arguments, the first block of a piece and the one after its last.
         windows: The windows.
         arguments: For each window.
-        more: Makes arguments of a piece.
 
     Raises:
         ValueError: An index is out of range.
     """
-
-    def checked(window: SparseWindow, *piece: Any) -> None:
-        block = loop(*piece)
+    pieces = [
+        (window, (*given, *ends))
+        for window, given in zip(windows, arguments, strict=True)
+        for ends in block_ranges(window.numel, window.block_size)
+    ]
+    blocks = run_pieces(loop.run, [piece for _, piece in pieces], sum([window.numel for window in windows]))
+    for (window, _), block in zip(pieces, blocks, strict=True):
         if block >= 0:
             raise _out_of_range(window, block)
-
-    pieces = (
-        (window, *given, *more(), *ends)
-        for window, given in zip(windows, arguments, strict=True)
-        for ends in block_ranges(window.num_blocks, window.block_size)
-    )
-    run_pieces(checked, pieces, sum(window.numel for window in windows))
 
 
 def _out_of_range(window: SparseWindow, block: int) -> ValueError:
@@ -316,14 +306,22 @@ def _out_of_range(window: SparseWindow, block: int) -> ValueError:
 
 
 def _window_arguments(window: SparseWindow) -> tuple[Any, ...]:
-    values = window.values
-    rows = window.indices.numpy(), raw(values), dtype_code(values)
-    return window.numel, *rows, window.block_size, window.kept_per_block
+    """Return what a loop takes for a window."""
+    indices, values = window.indices.numpy(), window.values.view(torch.uint8).numpy()
+    return window.numel, indices, values, DTYPE_CODES[window.values.dtype], window.block_size, window.kept_per_block
 
 
-def _step_arguments(step: WindowStep) -> tuple[Any, ...]:
-    return raw(step.param), dtype_code(step.param), *_window_arguments(step.rows), step.weights.numpy()
-
-
-def _decay(step: WindowStep) -> float:
-    return 1 - step.lr * step.weight_decay
+def _arguments(step: WindowStep) -> tuple[Any, ...]:
+    """Return what the loops of the update and of the descent take for a tensor."""
+    param, rows = step.param, step.rows
+    indices, values = rows.indices.numpy(), rows.values.view(torch.uint8).numpy()
+    weight = param.view(torch.uint8).numpy(), DTYPE_CODES[param.dtype], rows.numel
+    return (
+        *weight,
+        indices,
+        values,
+        DTYPE_CODES[rows.values.dtype],
+        rows.block_size,
+        rows.kept_per_block,
+        step.weights.numpy(),
+    )

@@ -14,10 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_lowmem_optim.ops.dispatch import register
 from hf_lowmem_optim.ops.low_rank import Coefficients
 from hf_lowmem_optim.ops.triton.device import address_table, aligned, on_device
 
-__all__ = ["MAX_RANK", "descend_", "update_moments_"]
+__all__ = ["MAX_RANK", "descend_", "descend_weights_", "move_moments_", "update_moments_"]
 
 #: Rank up to which ``update_moments_`` serves: a program has all rows of its columns, as it overwrites them, and more
 #: would not fit into its shared memory.
@@ -237,4 +238,31 @@ def _check_alike(weights: Sequence[Tensor]) -> None:
         raise ValueError(f"one of the weights' strides must be 1, got {first.stride()}")
 
 
-# ---- the whole update of the method, registered by its name ----------------------------------------------------------
+# ---- the method's own operations, which are registered by their names, since its module is in a higher layer ----------
+
+
+def _why_not(R: Tensor, *_: object) -> str | None:
+    rank = R.shape[1]
+    return None if rank <= MAX_RANK else f"rank {rank} does not fit into a program's shared memory (at most {MAX_RANK})"
+
+
+@register("ldadam_moments_", "triton", why_not=_why_not)
+def move_moments_(R: Tensor, m: Tensor, v: Tensor, p: Tensor, numbers: Coefficients) -> Tensor:
+    """See :func:`hf_lowmem_optim.optimizers.ldadam.ldadam_moments_`."""
+    n, r, q = m.shape
+    factors = torch.empty(n, 2 * r, q, dtype=torch.float32, device=m.device)
+    update_moments_(R, m, v, p, factors, numbers)
+    return factors
+
+
+@register("ldadam_descend_", "triton")
+def descend_weights_(W: Sequence[Tensor], U: Tensor, direction: Tensor, decay: float, step_size: float) -> None:
+    """See :func:`hf_lowmem_optim.optimizers.ldadam.ldadam_descend_`."""
+    if len(W) > 1 or (W[0].dtype != torch.float32 and U.shape[2] <= _MOST_TERMS):
+        descend_(W, U, direction, decay, step_size)
+        return
+    # one weight is one launch of the vendor's library, too, which is the faster the more terms there are
+    wide = W[0].float()
+    torch.addmm(wide, U[0], direction[0], beta=decay, alpha=-step_size, out=wide)
+    if wide is not W[0]:
+        W[0].copy_(wide)

@@ -1,4 +1,4 @@
-"""Pieces of work on several threads, which begin and end with the call.
+"""How tensors reach the loops: as arrays, and cut into pieces, on threads that begin and end with the call.
 
 A piece is one call of a compiled loop, which runs without the GIL. Where a tensor is cut into pieces depends on sizes
 only, so that no result depends on the number of threads.
@@ -7,33 +7,42 @@ only, so that no result depends on the number of threads.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-__all__ = ["block_ranges", "num_pieces", "run_pieces"]
+from hf_lowmem_optim.ops.block_quant import Quantized
+
+__all__ = ["DTYPE_CODES", "ENTRIES_PER_PIECE", "NO_BYTES", "block_ranges", "buffer_arguments", "run_pieces"]
 
 R = TypeVar("R")
+
+#: How a loop is told the dtype of a tensor of floats, which it takes as bytes; ``floats.py`` has the same numbers.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+#: Stands for a tensor that is not there.
+NO_BYTES: NDArray[np.uint8] = np.empty(0, np.uint8)
 
 _MAX_THREADS = 16
 #: Another thread costs more than it gains if it has fewer entries than that.
 _ENTRIES_PER_THREAD = 1 << 18
 #: Work for some 100 microseconds, of which the call of a loop is a few.
-_ENTRIES_PER_PIECE = 1 << 17
+ENTRIES_PER_PIECE = 1 << 17
 
 
-def num_pieces(num_blocks: int, block_size: int) -> int:
-    """Return into how many pieces blocks of so many entries are cut."""
-    return -(-num_blocks // max(1, _ENTRIES_PER_PIECE // block_size))
+def buffer_arguments(buffer: Quantized) -> tuple[Any, ...]:
+    """Return what a loop takes a buffer apart into: codes, lo, hi, dtype code of both, bits, block size."""
+    lo, hi, fmt = buffer.lo.view(torch.uint8).numpy(), buffer.hi.view(torch.uint8).numpy(), buffer.format
+    return buffer.codes.numpy(), lo, hi, DTYPE_CODES[buffer.lo.dtype], fmt.bits, fmt.block_size
 
 
-def block_ranges(num_blocks: int, block_size: int) -> Iterator[tuple[int, int]]:
-    """Cut blocks of so many entries into pieces: the first block of each, and the one after its last."""
-    step = max(1, _ENTRIES_PER_PIECE // block_size)
-    for first in range(0, num_blocks, step):
-        yield first, min(first + step, num_blocks)
+def block_ranges(numel: int, block_size: int) -> list[tuple[int, int]]:
+    """Cut a tensor into pieces of whole blocks: the first block of each, and the one after its last."""
+    num_blocks, step = -(-numel // block_size), max(1, ENTRIES_PER_PIECE // block_size)
+    return [(first, min(first + step, num_blocks)) for first in range(0, num_blocks, step)]
 
 
 def run_pieces(loop: Callable[..., R], pieces: Iterable[tuple[Any, ...]], entries: int) -> list[R]:
