@@ -48,12 +48,8 @@ TrainOne = Callable[[str, float, int, str], Row]
 def bracket(loss_at: Callable[[float], float], start: float) -> dict[float, float]:
     """Try rates by factors of two from ``start``, until both neighbours of the best one have been tried.
 
-    Args:
-        loss_at: Loss at a rate; what is not finite counts as worst.
-        start: Rate to start with.
-
     Returns:
-        Loss by rate, as tried.
+        Loss by rate, as tried; what is not finite counts as worst.
 
     Raises:
         RuntimeError: The best rate is :data:`MAX_DOUBLINGS` factors from the start, and not bracketed.
@@ -65,9 +61,9 @@ def bracket(loss_at: Callable[[float], float], start: float) -> dict[float, floa
             raise RuntimeError(f"best rate {start * 2.0**best:g} is an edge, {MAX_DOUBLINGS} doublings from {start:g}")
         loss = loss_at(start * 2.0 ** untried[0])
         tried[untried[0]] = loss if math.isfinite(loss) else math.inf
-        best = min(tried, key=lambda k: (tried[k], k))
+        best = min(tried, key=lambda k: tried[k])
         # where all diverged there is only a way down
-        neighbours = [best - 1] if math.isinf(tried[best]) else [best + 1, best - 1]
+        neighbours = [min(tried) - 1] if math.isinf(tried[best]) else [best + 1, best - 1]
         untried = [k for k in neighbours if k not in tried]
     return {start * 2.0**k: loss for k, loss in tried.items()}
 
@@ -166,8 +162,8 @@ def tune_and_report(
     Args:
         run: Trains and evaluates.
         entries: Where the grid of each entry starts.
-        tune_seed: The seed whose validation loss chooses the rate.
-        seeds: The seeds that are reported on the test set.
+        tune_seed: Its validation loss chooses the rate.
+        seeds: These are reported on the test set.
 
     Returns:
         The rate that was chosen for each entry.

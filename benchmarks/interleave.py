@@ -61,10 +61,6 @@ class Workload:
         """Return whether a gradient is not what it was."""
         return self._gradient_sums() != self._fingerprint
 
-    def is_finite(self) -> bool:
-        """Return whether every parameter is still a number."""
-        return all(bool(parameter.isfinite().all()) for parameter in self.parameters)
-
 
 def workload(shapes: str, dtype: str = "float32", device: str = "cpu") -> Workload:
     """Build a set of shapes with the benchmarks' seed."""
@@ -99,15 +95,7 @@ def timed_step_ms(optimizer: torch.optim.Optimizer, device: torch.device) -> flo
 
 
 def enter(candidate: Candidate, work: Workload) -> Contender | str:
-    """Build an optimizer and take its first steps.
-
-    Args:
-        candidate: The optimizer.
-        work: What it steps over.
-
-    Returns:
-        The contender; or, for an optimizer that is not ours, why it cannot take part.
-    """
+    """Build an optimizer and take its first steps; return the contender, or why a peer cannot take part."""
     if candidate.problem is not None:
         return candidate.problem
     if candidate.ours:
@@ -133,10 +121,10 @@ def enter(candidate: Candidate, work: Workload) -> Contender | str:
 
 
 def compare(contenders: Sequence[Contender], rounds: int, seconds: float) -> float:
-    """Run the rounds, each one step of everyone in an order of its own.
+    """Fill the times of the contenders by rounds, each one step of everyone in an order of its own.
 
     Args:
-        contenders: Who takes part; their ``times_ms`` are filled.
+        contenders: Who takes part.
         rounds: How many at most.
         seconds: Stop after this time, but not before five rounds.
 
@@ -152,7 +140,7 @@ def compare(contenders: Sequence[Contender], rounds: int, seconds: float) -> flo
         for contender in order:
             contender.times_ms.append(timed_step_ms(contender.optimizer, contender.workload.device))
     for work in {id(c.workload): c.workload for c in contenders}.values():
-        if not work.is_finite():
+        if not all(bool(parameter.isfinite().all()) for parameter in work.parameters):
             raise RuntimeError(f"a parameter of {work.name} is not finite any more: times of nonsense")
     return others.cores()
 
@@ -165,16 +153,7 @@ def ratio(numerator: Contender, denominator: Contender) -> tuple[float, float, f
 
 
 def summarize(contender: Contender, others: Sequence[Contender]) -> dict[str, Any]:
-    """Return one line of the table, with ratios round by round to the two AdamW among the contenders.
-
-    Args:
-        contender: Whose line.
-        others: All contenders of the workload.
-
-    Returns:
-        Median and spread (90th minus 10th percentile) in ms, ratios, first step, bytes of state per parameter, and the
-        most bytes that a step allocates on one thread.
-    """
+    """Return one line of the table: median and spread (90th minus 10th percentile), ratios to the two AdamW, …"""
     times, num_parameters = contender.times_ms, contender.workload.num_parameters
     median, deciles = statistics.median(times), statistics.quantiles(times, n=10)
     row: dict[str, Any] = {
@@ -205,10 +184,6 @@ def peak_bytes(action: Callable[[], object], device: torch.device | str = "cpu")
 
     On the CPU torch's profiler tells of every allocation of a tensor (not of what libraries allocate for themselves);
     on a GPU the device counts the peak, which is reset.
-
-    Args:
-        action: What to run.
-        device: Where it allocates.
     """
     device = torch.device(device)
     if device.type == "cuda":

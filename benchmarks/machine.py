@@ -73,9 +73,9 @@ def _commit() -> str | None:
     """Return the short hash of the checkout, with a plus sign if its Python files were changed; None outside of one."""
     # results are written into the checkout, which does not make it another program
     commands = (["git", "rev-parse", "--short", "HEAD"], ["git", "status", "--porcelain", "-uno", "--", ":(top)*.py"])
-    options: dict[str, Any] = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": True}
+    folder = Path(__file__).parent
     try:
-        head, changes = (subprocess.run(command, **options).stdout.strip() for command in commands)
+        head, changes = (subprocess.check_output(command, cwd=folder, text=True).strip() for command in commands)
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + "+" * bool(changes)
@@ -107,16 +107,11 @@ def wait_until_quiet(limit_cores: float = 0.2, patience_s: float = 300.0, calm_s
     A competitor for a core makes single steps a hundred times slower, and the load average still shows what ended a
     minute ago: so what others compute is measured, second by second.
 
-    Args:
-        limit_cores: How much of a core others may use.
-        patience_s: How long to wait for that.
-        calm_s: For how long it must be quiet.
-
     Returns:
         What others used in the last second.
 
     Raises:
-        BusyMachineError: It did not become quiet in time.
+        BusyMachineError: It did not become quiet within ``patience_s`` seconds.
     """
     deadline = time.monotonic() + patience_s
     calm, told = 0.0, False

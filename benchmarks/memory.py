@@ -74,19 +74,12 @@ class LayerwiseGaLore(Optimizer):
 
 @dataclass(frozen=True)
 class Entry:
-    """Describe an optimizer to measure.
-
-    Attributes:
-        build: Makes it from the model; None from "no optimizer".
-        planned: Its name in the planner; None if the planner does not know it.
-        ours: Whether it is of this package.
-        problem: Why it cannot be measured here, or None.
-    """
+    """Describe an optimizer to measure."""
 
     build: Callable[[nn.Module], Optimizer | None]
-    planned: str | None
+    planned: str | None  # its name in the planner, if that knows it
     ours: bool = False
-    problem: str | None = None
+    problem: str | None = None  # why it cannot be measured here
 
 
 def _peer(name: str, planned: str | None, build: Callable[[nn.Module], Optimizer] | None = None) -> Entry:
@@ -254,7 +247,7 @@ def main() -> None:
     parser.add_argument("--worker", choices=list(ENTRIES), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.steps < 2:
-        parser.error(f"--steps {arguments.steps}: the first step and a later one are told apart, so at least 2")
+        parser.error(f"--steps {arguments.steps}: a first and a later step are told apart, so at least 2")
     if arguments.worker:
         print(json.dumps(work(arguments.worker, arguments)))
         return

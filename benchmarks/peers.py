@@ -1,7 +1,7 @@
 """Build the optimizers that are compared: ours and other people's, each from a model.
 
-Other people's are set up as the Trainer sets them up, and low-rank ones get the very matrices that ours compress at
-that rank. What is not installed says so and how to install it; nothing is imported before it is used.
+Other people's are set up as the Trainer sets them up, and low-rank ones get the very matrices that ours compress. What
+is not installed says so and how to install it; nothing is imported before it is used.
 """
 
 from __future__ import annotations
@@ -30,23 +30,14 @@ APOLLO: Mapping[str, Any] = {**GALORE, "rank": 256, "scale": 1.0, "proj": "rando
 
 @dataclass(frozen=True)
 class Peer:
-    """Describe an optimizer that is not ours.
-
-    Attributes:
-        name: Its name in tables.
-        module: What must be importable.
-        install: What to give pip.
-        build: Makes it from the model and the rank (ignored by those that have none).
-        ranked: Whether there is one per rank.
-        compiles: Whether its first step compiles for tens of seconds.
-    """
+    """Describe an optimizer that is not ours."""
 
     name: str
-    module: str
-    install: str
-    build: Callable[[nn.Module, int], Optimizer]
-    ranked: bool = False
-    compiles: bool = False
+    module: str  # what must be importable
+    install: str  # what to give pip
+    build: Callable[[nn.Module, int], Optimizer]  # from the model and the rank, which those that have none ignore
+    ranked: bool = False  # there is one per rank
+    compiles: bool = False  # the first step compiles for tens of seconds
 
     @property
     def problem(self) -> str | None:
@@ -58,19 +49,12 @@ class Peer:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Describe one line of a table, before its optimizer is built.
+    """Describe one line of a table, before its optimizer is built."""
 
-    Attributes:
-        name: ``"ldadam rank=16"``.
-        build: Makes the optimizer from a model.
-        ours: Whether it is of this package; an error in one that is not is a line in the table, not a crash.
-        problem: Why it cannot be measured, or None.
-    """
-
-    name: str
+    name: str  # "ldadam rank=16"
     build: Callable[[nn.Module], Optimizer]
-    ours: bool = True
-    problem: str | None = None
+    ours: bool = True  # an error in one that is not ours is a line in the table, not a crash
+    problem: str | None = None  # why it cannot be measured here
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -78,9 +62,9 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def split_parameters(model: nn.Module, rank: int = 1) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Return the matrices that LDAdam compresses at this rank, and all other trainable parameters."""
-    groups = OptimizerFactory("ldadam", rank=rank, error_feedback="none")(model).param_groups
+def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return the matrices that our factory compresses where the rank allows it, and all other trainable parameters."""
+    groups = OptimizerFactory("ldadam", rank=1, error_feedback="none")(model).param_groups
     matrices = [p for group in groups if group["rank"] is not None for p in group["params"] if p.ndim == 2]
     compressed = {id(p) for p in matrices}
     return matrices, [p for p in trainable(model) if id(p) not in compressed]
@@ -88,7 +72,7 @@ def split_parameters(model: nn.Module, rank: int = 1) -> tuple[list[nn.Parameter
 
 def low_rank_groups(model: nn.Module, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return groups as GaLore and its successors want them: the settings on the group of matrices."""
-    matrices, others = split_parameters(model, settings["rank"])
+    matrices, others = split_parameters(model)
     return [group for group in ({"params": matrices, **settings}, {"params": others}) if group["params"]]
 
 
@@ -175,13 +159,9 @@ def peer(name: str, rank: int = 128) -> Candidate:
 
 
 def candidates(ranks: Sequence[int], *, compiled: bool) -> Iterator[Candidate]:
-    """Yield every peer and every optimizer of ours, those with a rank once per rank.
+    """Yield every peer (those that compile for tens of seconds only if ``compiled``) and every optimizer of ours.
 
-    The layer-wise ones are left out: their arithmetic is the normal mode's, and ``step()`` is not where it happens.
-
-    Args:
-        ranks: The ranks.
-        compiled: Whether those that compile for tens of seconds are wanted.
+    Those with a rank come once per rank; layer-wise ones are left out, as ``step()`` is not where they compute.
     """
     for found in PEERS.values():
         if compiled or not found.compiles:
@@ -211,22 +191,17 @@ def build_optimizer(entry: str, model: nn.Module, lr: float) -> Optimizer:
     if name in OPTIMIZERS:
         # the Trainer's own way, which reads optim_args; with max_grad_norm=0 it admits the layer-wise ones too
         found = {"optim": name, "optim_args": text or None, "learning_rate": lr, "max_grad_norm": 0.0}
-        return OptimizerFactory.from_training_args(TrainingArguments(output_dir="unused", report_to="none", **found))(
-            model
-        )
-    builders: dict[str, tuple[Callable[..., Optimizer], Mapping[str, Any]]] = {
-        "adamw": (adamw, {}),
-        "adamw_8bit": (adamw_8bit, {}),
-        "galore": (galore, GALORE),
-        "apollo": (apollo, APOLLO),
-    }
+        return OptimizerFactory.from_training_args(TrainingArguments(output_dir="unused", **found))(model)
+    builders: dict[str, tuple[Callable[..., Optimizer], Mapping[str, Any]]]
+    builders = {"adamw": (adamw, {}), "adamw_8bit": (adamw_8bit, {}), "galore": (galore, GALORE)}
+    builders["apollo"] = apollo, APOLLO
     if name not in builders:
         raise ValueError(f"entry {name!r} is none of {', '.join((*builders, *OPTIMIZERS))}")
     build, defaults = builders[name]
     settings = parse_settings(name, text, {**defaults, "dense_lr_ratio": 1.0})
     ratio = settings.pop("dense_lr_ratio")
     optimizer = build(model, lr, **settings)
-    matrices = {id(parameter) for parameter in split_parameters(model, settings.get("rank", 1))[0]}
+    matrices = {id(parameter) for parameter in split_parameters(model)[0]}
     for group in optimizer.param_groups:
         if id(group["params"][0]) not in matrices:
             group["lr"] *= ratio

@@ -44,9 +44,7 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str
 
 
 def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    return "–" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def _value(row: Row, key: str) -> Any:
@@ -123,26 +121,24 @@ def convergence_rows(rows: Sequence[Row]) -> str:
     baseline = {
         row["seed"]: row["held_out_loss"] for row in rows if (row["entry"], row["held_out"]) == ("adamw", "test")
     }
-    lines: list[Sequence[Any]] = []
+    lines: list[dict[str, Any]] = []
     for (entry, lr), runs in reported.items():
         rates = ", ".join(f"{rate:g}" for rate in sorted(rate for name, rate in tried if name == entry))
         paired = [100 * (r["held_out_loss"] / baseline[r["seed"]] - 1) for r in runs if r["seed"] in baseline]
-        losses = [_with_spread([row[key] for row in runs]) for key in ("train_loss", "held_out_loss", "accuracy")]
-        lines.append(
-            [
-                entry,
-                f"{lr:g}",
-                rates or None,
-                ", ".join(str(row["seed"]) for row in runs),
-                *losses[:2],
-                _with_spread(paired, "+.1f") if paired and entry != "adamw" else None,
-                losses[2],
-                runs[0]["state_bytes"] / runs[0]["parameters"],
-                f"{statistics.median(row['seconds'] for row in runs):.0f}",
-            ]
-        )
-    columns = ["optimizer", "rate", "tried", "seeds", "training loss", "test loss", "% to AdamW", "accuracy"]
-    return markdown_table([*columns, "B/param", "s"], lines)
+        cells = {
+            "optimizer": entry,
+            "rate": f"{lr:g}",
+            "tried": rates or None,
+            "seeds": ", ".join(str(row["seed"]) for row in runs),
+            "training loss": _with_spread([row["train_loss"] for row in runs]),
+            "test loss": _with_spread([row["held_out_loss"] for row in runs]),
+            "% to AdamW": _with_spread(paired, "+.1f") if paired and entry != "adamw" else None,
+            "accuracy": _with_spread([row["accuracy"] for row in runs]),
+            "B/param": runs[0]["state_bytes"] / runs[0]["parameters"],
+            "s": f"{statistics.median(row['seconds'] for row in runs):.0f}",
+        }
+        lines.append(cells)
+    return markdown_table(list(lines[0]), [list(cells.values()) for cells in lines])
 
 
 def rate_rows(rows: Sequence[Row]) -> str:
@@ -175,8 +171,8 @@ def convergence_report(run: Run) -> str:
 def report(run: Run) -> str:
     """Return every table of a result file."""
     if run.benchmark == "step_time":
-        names = dict.fromkeys(row["shapes"] for row in run.rows)
-        return "\n\n".join(labelled(partial(step_time_rows, shapes=name), run) for name in names)
+        sets = dict.fromkeys(row["shapes"] for row in run.rows)
+        return "\n\n".join(labelled(partial(step_time_rows, shapes=name), run) for name in sets)
     if run.benchmark == "convergence":
         return f"{convergence_report(run)}\n\n{rate_rows(run.rows)}"
     return labelled({"memory": memory_rows, "requirements": requirement_rows}[run.benchmark], run)
@@ -184,33 +180,23 @@ def report(run: Run) -> str:
 
 # --- the README
 
-
-def _tables() -> dict[str, tuple[Callable[[Run], str], str]]:
-    """Return the README's tables: how each is rendered, and from which file."""
-    tables: dict[str, tuple[Callable[[Run], str], str]] = {
-        "requirements": (partial(labelled, requirement_rows), "requirements.json"),
-        "memory": (partial(labelled, memory_rows), "memory.json"),
-        "memory_gpu": (partial(labelled, memory_rows), "memory_gpu.json"),
-    }
-    for kind, names in {"": ("minilm", "llama", "lora", "small"), "gpu_": ("minilm", "llama", "large")}.items():
-        for name in names:
-            rows = partial(step_time_rows, shapes=name)
-            tables[f"step_time_{kind}{name}"] = partial(labelled, rows), f"step_time{'_gpu' if kind else ''}.json"
-    for task in ("pretrain", "finetune"):
-        tables[f"convergence_{task}"] = convergence_report, f"convergence_{task}.json"
-    return tables
-
-
-TABLES = _tables()
+#: How each table is rendered, and from which file.
+TABLES: dict[str, tuple[Callable[[Run], str], str]] = {
+    "requirements": (partial(labelled, requirement_rows), "requirements.json"),
+    "memory": (partial(labelled, memory_rows), "memory.json"),
+    "memory_gpu": (partial(labelled, memory_rows), "memory_gpu.json"),
+    **{f"convergence_{task}": (convergence_report, f"convergence_{task}.json") for task in ("pretrain", "finetune")},
+}
+for _file, _names in {
+    "step_time": ("minilm", "llama", "lora", "small"),
+    "step_time_gpu": ("minilm", "llama", "large"),
+}.items():
+    for _name in _names:
+        TABLES[f"{_file}_{_name}"] = partial(labelled, partial(step_time_rows, shapes=_name)), f"{_file}.json"
 
 
 def render_table(name: str, results: Path = RESULTS) -> str:
-    """Return a table of the README.
-
-    Raises:
-        FileNotFoundError: Its result file is missing.
-        ValueError: There is no such table, or its file has no rows for it.
-    """
+    """Return a table of the README; ValueError if there is none of that name."""
     if name == "optimizers":
         return optimizer_table()
     if name not in TABLES:
@@ -220,12 +206,7 @@ def render_table(name: str, results: Path = RESULTS) -> str:
 
 
 def render_readme(text: str, results: Path = RESULTS) -> str:
-    """Return the README with every marked table rendered anew.
-
-    Raises:
-        FileNotFoundError: A marked table has no result file.
-        ValueError: A marked table is not registered, or its marker has no end.
-    """
+    """Return the README with every marked table rendered anew; ValueError if a marker has no table or no end."""
     if len(_MARKED.findall(text)) != len(_MARKER.findall(text)):
         raise ValueError("a '<!-- table: … -->' of the README has no '<!-- end -->' on a line of its own")
     return _MARKED.sub(lambda m: f"<!-- table: {m['name']} -->\n{render_table(m['name'], results)}\n<!-- end -->", text)
@@ -312,7 +293,7 @@ def plot_memory(run: Run, path: Path) -> None:
         starts = [start + count for start, count in zip(starts, counts, strict=True)]
     for place in places:
         _write(axes, f"{peaks[place]:.0f}", peaks[place], place - 0.2)
-        _write(axes, f"{starts[place]:.0f}", starts[place], place + 0.2)
+        _write(axes, f"{starts[place]:.0f}" if starts[place] else "not planned", starts[place], place + 0.2)
     axes.set_yticks(places, [row["optimizer"] for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("MiB above the process without model")

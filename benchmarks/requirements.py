@@ -29,24 +29,17 @@ from render import requirement_rows
 from results import describe_run, save_run
 from step_time import add_timing_options, wait_unless_told
 
-FIRST_STEPS = ("ldadam", "microadam", "sparse_mfac")
+NAMES = ("ldadam", "microadam", "sparse_mfac")
 _FIRST_STEP_LIMIT = 1.0  # seconds
 
 
 @dataclass(frozen=True)
 class Part:
-    """Describe optimizers that are timed together.
-
-    Attributes:
-        shapes: What they step over, a key of :data:`shapes.SHAPES`.
-        limits: Optimizer, what it is compared with, and the most that the ratio of their steps may be.
-        words: What a line says besides the names.
-        environment: Variables that its process gets.
-    """
+    """Describe optimizers that are timed together in one process."""
 
     shapes: str
-    limits: tuple[tuple[Candidate, Candidate, float], ...]
-    words: str = ""
+    limits: tuple[tuple[Candidate, Candidate, float], ...]  # two optimizers, and the most that their ratio may be
+    words: str = ""  # what a line says besides the names
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -61,11 +54,7 @@ PARTS: dict[str, Part] = {
             (ours("sparse_mfac"), _BASE, 0.7),
         ),
     ),
-    "small": Part(
-        "small",
-        tuple((ours(name), _BASE, 3.0) for name in ("ldadam", "microadam", "sparse_mfac")),
-        ", 1000 small tensors",
-    ),
+    "small": Part("small", tuple((ours(name), _BASE, 3.0) for name in NAMES), ", 1000 small tensors"),
     "reference": Part(
         "minilm",
         ((ours("microadam"), _BASE, 4.0), (ours("ldadam", rank=16), _BASE, 2.5)),
@@ -134,7 +123,7 @@ def main() -> int:
     parser.add_argument("--part", nargs="+", default=[*PARTS, "first step"], choices=[*PARTS, "first step"])
     parser.add_argument("--quick", action="store_true", help="seven rounds and one first step of each")
     parser.add_argument("--child", choices=list(PARTS), help=argparse.SUPPRESS)
-    parser.add_argument("--first-step", choices=FIRST_STEPS, help=argparse.SUPPRESS)
+    parser.add_argument("--first-step", choices=NAMES, help=argparse.SUPPRESS)
     add_timing_options(parser, "requirements")
     arguments = parser.parse_args()
     if arguments.child or arguments.first_step:
@@ -158,7 +147,7 @@ def main() -> int:
         if part_name in PARTS:
             rows = run_child(PARTS[part_name].environment, "--child", part_name, *options)
         else:
-            rows = [first_steps(name, 1 if arguments.quick else 5) for name in FIRST_STEPS]
+            rows = [first_steps(name, 1 if arguments.quick else 5) for name in NAMES]
         run = replace(run, rows=[*run.rows, *({"part": part_name, **row} for row in rows)])
         if arguments.save:
             save_run(run, arguments.save)
