@@ -124,8 +124,8 @@ def classify_task() -> Task:
 
     def build() -> nn.Module:
         sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
-        labels = {"num_labels": len(chapters), "vocab_size": 257, "pad_token_id": 256}
-        return BertForSequenceClassification(BertConfig(max_position_embeddings=length, **sizes, **labels))
+        labels: dict[str, Any] = {"num_labels": len(chapters), "vocab_size": 257, "pad_token_id": 256}
+        return BertForSequenceClassification(BertConfig(max_position_embeddings=length, **labels | sizes))
 
     sets = {
         name: [encode([pairs[k] for k in chosen[i : i + 64]]) for i in range(0, len(chosen), 64)]

@@ -88,7 +88,7 @@ def timed_step_ms(optimizer: torch.optim.Optimizer, device: torch.device) -> flo
         optimizer.step()
         end.record()
         torch.cuda.synchronize(device)
-        return begin.elapsed_time(end)
+        return float(begin.elapsed_time(end))
     start = time.perf_counter()
     optimizer.step()
     return 1e3 * (time.perf_counter() - start)
@@ -153,7 +153,7 @@ def ratio(numerator: Contender, denominator: Contender) -> tuple[float, float, f
 
 
 def summarize(contender: Contender, others: Sequence[Contender]) -> dict[str, Any]:
-    """Return one line of the table: median and spread (90th minus 10th percentile), ratios to the two AdamW, …"""
+    """Return one line of the table; its spread is the 90th minus the 10th percentile."""
     times, num_parameters = contender.times_ms, contender.workload.num_parameters
     median, deciles = statistics.median(times), statistics.quantiles(times, n=10)
     row: dict[str, Any] = {

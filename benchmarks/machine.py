@@ -17,8 +17,8 @@ import torch
 __all__ = ["BusyMachineError", "OtherLoad", "backend", "describe_machine", "describe_software", "wait_until_quiet"]
 
 #: Distributions whose version is recorded where they are installed.
-_DISTRIBUTIONS = ("torch", "transformers", "numpy", "numba", "triton", "bitsandbytes", "torchao", "galore-torch")
-_DISTRIBUTIONS += ("apollo-torch", "pytorch-optimizer", "peft")
+_DISTRIBUTIONS = ["torch", "transformers", "numpy", "numba", "triton", "bitsandbytes", "torchao", "galore-torch"]
+_DISTRIBUTIONS += ["apollo-torch", "pytorch-optimizer", "peft"]
 #: Environment variables that change allocation or the number of threads.
 _VARIABLES = ("MALLOC_", "OMP_", "MKL_", "NUMBA_", "GLIBC_TUNABLES", "LD_PRELOAD", "PYTORCH_", "HF_LOWMEM_OPTIM_")
 

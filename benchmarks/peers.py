@@ -104,13 +104,17 @@ def adamw_8bit(model: nn.Module, lr: float = LEARNING_RATE) -> Optimizer:
         if isinstance(module, nn.Embedding):
             GlobalOptimManager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})
     groups = [{"params": p} for p in split_parameters(model) if p]
-    return AdamW8bit(groups, lr=lr, weight_decay=0.0)  # type: ignore[no-any-return]
+    return AdamW8bit(groups, lr=lr, weight_decay=0.0)
 
 
 def _plain(module: str, name: str, model: nn.Module, _: int, **settings: Any) -> Optimizer:
     """Build an optimizer that treats all parameters alike."""
     found = getattr(importlib.import_module(module), name)
     return found(trainable(model), lr=LEARNING_RATE, **settings)  # type: ignore[no-any-return]
+
+
+def _at_rank(build: Callable[..., Optimizer], model: nn.Module, rank: int) -> Optimizer:
+    return build(model, rank=rank)
 
 
 def _low_rank(module: str, name: str, model: nn.Module, rank: int) -> Optimizer:
@@ -135,7 +139,7 @@ def _peers() -> Iterator[Peer]:
     at_rank: tuple[tuple[str, Callable[..., Optimizer]], ...] = (("galore", galore), ("apollo", apollo))
     for name, of_rank in at_rank:
         module, package = f"{name}_torch", f"{name}-torch"
-        yield Peer(package, module, f"--no-deps {package}", lambda m, rank, of=of_rank: of(m, rank=rank), ranked=True)
+        yield Peer(package, module, f"--no-deps {package}", partial(_at_rank, of_rank), ranked=True)
     collection = ("pytorch_optimizer", "pytorch-optimizer")
     for name in ("GaLore", "Fira"):
         yield Peer(f"{collection[1]} {name}", *collection, partial(_low_rank, collection[0], name), ranked=True)
@@ -190,7 +194,7 @@ def build_optimizer(entry: str, model: nn.Module, lr: float) -> Optimizer:
     name, _, text = entry.partition(":")
     if name in OPTIMIZERS:
         # the Trainer's own way, which reads optim_args; with max_grad_norm=0 it admits the layer-wise ones too
-        found = {"optim": name, "optim_args": text or None, "learning_rate": lr, "max_grad_norm": 0.0}
+        found: dict[str, Any] = {"optim": name, "optim_args": text or None, "learning_rate": lr, "max_grad_norm": 0.0}
         return OptimizerFactory.from_training_args(TrainingArguments(output_dir="unused", **found))(model)
     builders: dict[str, tuple[Callable[..., Optimizer], Mapping[str, Any]]]
     builders = {"adamw": (adamw, {}), "adamw_8bit": (adamw_8bit, {}), "galore": (galore, GALORE)}

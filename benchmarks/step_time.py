@@ -6,8 +6,7 @@
     HF_LOWMEM_OPTIM_BACKEND=reference python benchmarks/step_time.py    # without numba
 
 Install the peers with ``pip install -e '.[bench]'``, and with ``--no-deps`` galore-torch and apollo-torch, which ask
-for much that they do not use. What is missing is a line that says so. torchao compiles for 20 to 40 seconds, so it
-takes part only with ``--compiled``.
+for much that they do not use. What is missing is a line that says so. torchao compiles for 20 to 40 seconds: it takes part with ``--compiled``.
 
 Printed per optimizer: median milliseconds of a step, spread (90th minus 10th percentile), ratio to torch's AdamW
 foreach and fused (medians of the ratios round by round), the first step (which computes the SVD, or compiles), bytes of
