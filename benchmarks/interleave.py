@@ -24,8 +24,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from hf_lowmem_optim import measure_state
 
-__all__ = ["MIN_ROUNDS", "SEED", "Contender", "Workload", "compare", "enter", "peak_bytes", "summarize", "workload"]
-
 SEED = 0
 MIN_ROUNDS = 5
 #: Steps before the rounds at least: allocators settle in two, and a window is full only after its length.
@@ -182,8 +180,7 @@ def summarize(contender: Contender, others: Sequence[Contender]) -> dict[str, An
 def peak_bytes(action: Callable[[], object], device: torch.device | str = "cpu") -> int:
     """Return the most bytes that were allocated on top of what was there before, at any moment of an action.
 
-    On the CPU torch's profiler tells of every allocation of a tensor (not of what libraries allocate for themselves);
-    on a GPU the device counts the peak, which is reset.
+    On the CPU torch's profiler tells of every tensor (not of what libraries allocate); a GPU's peak is reset.
     """
     device = torch.device(device)
     if device.type == "cuda":

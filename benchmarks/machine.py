@@ -14,8 +14,6 @@ from typing import Any
 import psutil
 import torch
 
-__all__ = ["BusyMachineError", "OtherLoad", "backend", "describe_machine", "describe_software", "wait_until_quiet"]
-
 #: Distributions whose version is recorded where they are installed.
 _DISTRIBUTIONS = ["torch", "transformers", "numpy", "numba", "triton", "bitsandbytes", "torchao", "galore-torch"]
 _DISTRIBUTIONS += ["apollo-torch", "pytorch-optimizer", "peft"]

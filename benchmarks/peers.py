@@ -19,8 +19,6 @@ from transformers import TrainingArguments
 
 from hf_lowmem_optim import OPTIMIZERS, OptimizerFactory
 
-__all__ = ["FOREACH", "FUSED", "GALORE", "PEERS", "Candidate", "build_optimizer", "candidates", "ours", "peer"]
-
 LEARNING_RATE = 1e-4
 FOREACH, FUSED = "torch AdamW foreach", "torch AdamW fused"
 #: Settings of a compressed group, with the values that the authors' READMEs and transformers use.

@@ -27,7 +27,6 @@ from results import RESULTS, Row, Run, load_run
 
 from hf_lowmem_optim import OPTIMIZERS
 from hf_lowmem_optim.memory.table import optimizer_table
-from hf_lowmem_optim.memory.units import format_bytes
 
 README = Path(__file__).parent.parent / "README.md"
 _MARKED = re.compile(r"^<!-- table: (?P<name>\S+) -->\n(?P<content>.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
@@ -48,9 +47,13 @@ def _cell(value: Any) -> str:
 
 
 def _value(row: Row, key: str) -> Any:
-    """Return a cell's value; bytes in the unit that is easy to read."""
+    """Return a cell's value; bytes with three digits and a binary unit."""
     value = row.get(key)
-    return format_bytes(value) if key.endswith("_bytes") and value is not None else value
+    if not key.endswith("_bytes") or value is None:
+        return value
+    power = max(0, value.bit_length() - 1) // 10
+    size, unit = value / 1024**power, ("B", "KiB", "MiB", "GiB", "TiB")[power]
+    return f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
 
 
 _STEP_TIME = {

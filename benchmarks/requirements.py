@@ -141,11 +141,15 @@ def main() -> int:
     settings = {"device": "cpu", "dtype": "float32", "threads": torch.get_num_threads(), "seed": SEED, **timing}
     run = describe_run("requirements", settings)
     print(run.label(), flush=True)
-    options = [f"--{key}={value}" for key, value in timing.items()]
     for part_name in arguments.part:
         wait_unless_told(arguments, parser)
         if part_name in PARTS:
-            rows = run_child(PARTS[part_name].environment, "--child", part_name, *options)
+            rows = run_child(
+                PARTS[part_name].environment,
+                "--child",
+                part_name,
+                *(f"--{key}={value}" for key, value in timing.items()),
+            )
         else:
             rows = [first_steps(name, 1 if arguments.quick else 5) for name in NAMES]
         run = replace(run, rows=[*run.rows, *({"part": part_name, **row} for row in rows)])

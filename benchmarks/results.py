@@ -23,8 +23,6 @@ from typing import Any
 
 from machine import describe_machine, describe_software
 
-__all__ = ["RESULTS", "SCHEMA", "Row", "Run", "describe_run", "load_run", "save_run"]
-
 SCHEMA = "hf-lowmem-optim/benchmark/1"
 RESULTS = Path(__file__).parent / "results"
 

@@ -8,8 +8,6 @@ from typing import Any
 from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-__all__ = ["SHAPES"]
-
 
 def _minilm() -> nn.Module:
     """Return MiniLM-L6: 22.7 M parameters, half of them embeddings."""

@@ -6,7 +6,8 @@
     HF_LOWMEM_OPTIM_BACKEND=reference python benchmarks/step_time.py    # without numba
 
 Install the peers with ``pip install -e '.[bench]'``, and with ``--no-deps`` galore-torch and apollo-torch, which ask
-for much that they do not use. What is missing is a line that says so. torchao compiles for 20 to 40 seconds: it takes part with ``--compiled``.
+for much that they do not use. What is missing is a line that says so. torchao compiles for 20 to 40 seconds: it takes
+part with ``--compiled``.
 
 Printed per optimizer: median milliseconds of a step, spread (90th minus 10th percentile), ratio to torch's AdamW
 foreach and fused (medians of the ratios round by round), the first step (which computes the SVD, or compiles), bytes of
@@ -36,7 +37,6 @@ from transformers import logging as transformers_logging
 
 #: Above this others disturb the rounds noticeably.
 _DISTURBING_CORES = 0.2
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def _rounds(text: str) -> int:
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["minilm", "llama"], choices=list(SHAPES))
     parser.add_argument("--rank", nargs="+", type=int, default=[16, 128], help="of the low-rank methods")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES)
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--threads", nargs="+", type=int, default=[torch.get_num_threads()])
     parser.add_argument("--only", nargs="+", metavar="PART", help="optimizers whose names contain one of these")
     parser.add_argument("--compiled", action="store_true", help="torchao too")
