@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from interleave import peak_bytes
+from temporaries import peak_bytes
 from torch import nn
 
 from hf_lowmem_optim import measure_state

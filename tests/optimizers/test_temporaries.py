@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interleave import peak_bytes
+from temporaries import peak_bytes
 from torch import nn
 
 from hf_lowmem_optim.optimizers import LDAdam, LowMemoryOptimizer, MicroAdam
