@@ -12,8 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
 from hf_lowmem_optim.registry import get_entry
-from hf_lowmem_optim.trainer.gradient_error import check_gradient_error_arguments
-from hf_lowmem_optim.trainer.layerwise import check_layerwise_arguments
+from hf_lowmem_optim.trainer.backward import check_backward_arguments
 from hf_lowmem_optim.trainer.optim_args import hyperparameters_from_training_args
 from hf_lowmem_optim.trainer.overrides import (
     Overrides,
@@ -112,10 +111,9 @@ class OptimizerFactory:
             ValueError: ``optim`` is no optimizer of this package, or a value is wrong.
         """
         entry = get_entry(str(getattr(args.optim, "value", args.optim)))
-        check_layerwise_arguments(args, entry.optimizer_class)
         hyper = hyperparameters_from_training_args(args, entry.optimizer_class)
-        if hyper.get("error_feedback") == "grad":
-            check_gradient_error_arguments(args)
+        error_in_gradients = hyper.get("error_feedback") == "grad"
+        check_backward_arguments(args, entry.optimizer_class, error_in_gradients=error_in_gradients)
         return cls(entry.name, args.optim_target_modules, **hyper)
 
     @property
