@@ -41,7 +41,6 @@ def run(command: list[str], folder: Path, **environment: str) -> subprocess.Comp
     return subprocess.run(command, cwd=folder, env=env, text=True, capture_output=True, input="typed\n", timeout=300)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("as_module", [False, True], ids=["script", "module"])
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_it_is_as_if_run_by_python(name: str, as_module: bool, tmp_path: Path) -> None:
@@ -65,7 +64,8 @@ def test_it_is_as_if_run_by_python(name: str, as_module: bool, tmp_path: Path) -
         assert launched.stderr.splitlines() == kept
     else:
         assert launched.stderr == direct.stderr
-    if name == "interrupted":
+    # a job in the background of a shell ignores interrupts
+    if name == "interrupted" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         assert launched.returncode == -signal.SIGINT
 
 
@@ -113,7 +113,6 @@ def test_an_unmodified_script_trains_with_our_optimizers(tmp_path: Path) -> None
     assert "did you mean 'ldadam'" in wrong.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [([], "nothing to run"), (["-m"], "nothing to run"), (["-x", "job.py"], "'-x'"), (["job.py"], "no file 'job.py'")],
