@@ -72,8 +72,7 @@ def test_it_is_as_if_run_by_python(name: str, as_module: bool, tmp_path: Path) -
 TRAINING = """
 from dataclasses import dataclass, field
 
-import torch
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 
 
 @dataclass
@@ -83,6 +82,8 @@ class DataArguments:
 
 def main():
     data, args = HfArgumentParser((DataArguments, TrainingArguments)).parse_args_into_dataclasses()
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer
     config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1)
     rows = [{"input_ids": (r := torch.arange(i, i + 16) % 64), "labels": r} for i in range(data.num_rows)]
     trainer = Trainer(LlamaForCausalLM(config), args, train_dataset=rows)
