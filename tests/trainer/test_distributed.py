@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from hf_lowmem_optim.memory.report import REPORT_NAME
 from tests.optimizers.cases import CASES
+from tests.trainer.runs import assert_equal_to_the_bit
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests/trainer/distributed_script.py"
@@ -56,13 +57,6 @@ def ends(folder: Path) -> list[dict[str, Any]]:
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-def assert_equal(left: Any, right: Any) -> None:
-    (leaves, structure), (others, other_structure) = pytree.tree_flatten(left), pytree.tree_flatten(right)
-    assert structure == other_structure
-    for leaf, other in zip(leaves, others, strict=True):
-        assert torch.equal(leaf, other) if isinstance(leaf, torch.Tensor) else leaf == other
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.3"),
@@ -84,7 +78,7 @@ def test_an_unmodified_script_trains_in_two_processes(tmp_path: Path) -> None:
     assert {state["step"] for state in first["optimizer"]["state"].values()} == {4}
     for end in (second, *ends(tmp_path / "resumed")):
         for part in ("parameters", "optimizer"):
-            assert_equal(end[part], first[part])
+            assert_equal_to_the_bit(end[part], first[part])
 
 
 def replicas(rank: int, port: int) -> None:
