@@ -193,12 +193,12 @@ def add_to_log(state: TrainerState, logs: dict[str, Any], entries: Mapping[str, 
 
 
 def _predicted(optimizer: Optimizer) -> StateReport | None:
-    """What is planned for the optimizer, None if it is not of this package."""
+    """Return the planned state of the optimizer, None if it is not of this package."""
     return plan_optimizer(optimizer) if isinstance(unwrap_optimizer(optimizer), LowMemoryOptimizer) else None
 
 
 def _compare(optimizer: Optimizer, measured: StateReport) -> None:
-    """Warn where the state is not what was predicted, with the reason if it is a known one."""
+    """Warn if the state differs from the plan, with the reason if it is a known one."""
     predicted = _predicted(optimizer)
     if predicted is None or measured == predicted:
         return
@@ -226,7 +226,7 @@ def _compare(optimizer: Optimizer, measured: StateReport) -> None:
 
 
 def _log_entries(report: StateReport, predicted: StateReport | None, memory: StepMemory | None) -> dict[str, int]:
-    """The log's keys and values."""
+    """Return the log's keys and values."""
     entries = {"total": report.total_bytes, **report.component_bytes, "adamw_fp32": report.adamw_fp32_bytes}
     entries.update((f"group_{index}", count) for index, count in enumerate(report.group_bytes))
     if report.in_gradient_bytes:

@@ -118,7 +118,7 @@ class OptimizerFactory:
 
     @property
     def optimizer_class(self) -> type[LowMemoryOptimizer]:
-        """Class of the optimizers it makes."""
+        """Return the class of the optimizers it makes."""
         return get_entry(self.name).optimizer_class
 
     @overload
@@ -197,7 +197,7 @@ class OptimizerFactory:
 
 
 def _rule(optimizer_class: type[LowMemoryOptimizer], parameter: nn.Parameter, hyper: Mapping[str, Any]) -> str:
-    """Whether a targeted parameter is compressed, or why it is not."""
+    """Return "compressed" for a targeted parameter, or why it is not."""
     if hyper[optimizer_class.dense_key] is None:
         return SWITCHED_OFF
     if not optimizer_class.compresses(tuple(parameter.shape), hyper):
@@ -206,7 +206,7 @@ def _rule(optimizer_class: type[LowMemoryOptimizer], parameter: nn.Parameter, hy
 
 
 def _saves_state(optimizer_class: type[LowMemoryOptimizer], parameter: nn.Parameter, hyper: Mapping[str, Any]) -> bool:
-    """Whether the compressed state is smaller than AdamW's; for adapters, with one small dimension, it may not be."""
+    """Return whether compression saves state over AdamW; for adapters, with one small dimension, it may not."""
     if not optimizer_class.replaces_adamw:
         return True
     compressed, dense = (
@@ -241,6 +241,6 @@ def _report(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) -> N
 
 
 def _is_main_process() -> bool:
-    """Whether this process is the one that reports; asked without setting up any distributed state."""
+    """Return whether this process is the one that reports, without setting up any distributed state."""
     distributed = torch.distributed
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0

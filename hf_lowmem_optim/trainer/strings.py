@@ -115,7 +115,7 @@ def add_callbacks(trainer: ModuleType) -> None:
 
 
 def _make_factory(context: Any) -> tuple[Any, dict[str, Any]]:
-    """The handler: transformers' ``OptimizerContext`` in, a factory and its (no) keyword arguments out."""
+    """Handle transformers' ``OptimizerContext``: return a factory and its (no) keyword arguments."""
     from hf_lowmem_optim.trainer.factory import OptimizerFactory
 
     return OptimizerFactory.from_training_args(context.args), {}
