@@ -102,9 +102,6 @@ def test_an_unmodified_script_trains_with_our_optimizers(tmp_path: Path) -> None
     settings = ["--output_dir", "out", "--max_steps", "2", "--report_to", "none", "--use_cpu", "true"]
     arguments = [*settings, "--optim", "ldadam", "--optim_args", "rank=4"]
     assert run([sys.executable, "train.py", *arguments], tmp_path).returncode == 2
-    launched = run([*LAUNCHER, "train.py", *arguments], tmp_path)
-    assert launched.returncode == 0, launched.stderr
-    assert "trained with LDAdam 4" in launched.stdout
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     launched = run([*accelerate, "-m", "hf_lowmem_optim", "run", "train.py", *arguments], tmp_path)
     assert launched.returncode == 0, launched.stderr
