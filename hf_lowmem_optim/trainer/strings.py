@@ -108,10 +108,11 @@ def add_callbacks(trainer: ModuleType) -> None:
     defaults = getattr(trainer, "DEFAULT_CALLBACKS", None)
     if not isinstance(defaults, list):
         raise _unsupported(f"{TRAINER_MODULE}.DEFAULT_CALLBACKS is not a list of callbacks")
-    package = f"{__name__.partition('.')[0]}."
-    others = [callback for callback in defaults if not callback.__module__.startswith(package)]
-    # In place: other modules hold the same list.
-    defaults[:] = [*others, BackwardCallback, EarlyLogCallback]
+    ours: list[Any] = [BackwardCallback, EarlyLogCallback]
+    # By name, to find those of an earlier import; and in place, because other modules hold the same list.
+    names = {(callback.__module__, callback.__name__) for callback in ours}
+    others = [each for each in defaults if (each.__module__, getattr(each, "__name__", "")) not in names]
+    defaults[:] = [*others, *ours]
 
 
 def _make_factory(context: Any) -> tuple[Any, dict[str, Any]]:
