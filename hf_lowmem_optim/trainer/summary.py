@@ -47,7 +47,7 @@ def describe_placements(optimizer: LowMemoryOptimizer, placements: Sequence[Plac
 
 
 def _label(optimizer: LowMemoryOptimizer, placement: Placement) -> str:
-    """The rule of a parameter, with the settings that go with it and those of its own."""
+    """Describe the rule of a parameter, with the settings that go with it and those of its own."""
     settings = {**optimizer.defaults, **placement.settings}
     keys = optimizer.state_keys
     if placement.rule == COMPRESSED:

@@ -182,19 +182,20 @@ def test_the_papers_figures_for_llama_2_7b() -> None:
 @pytest.mark.parametrize("preset", ["llama-2-7b", "llama-2-70b"])
 def test_a_plan_takes_seconds_and_little_memory(preset: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(PRESETS[preset]))
-    # Seconds of the processor, so that a busy machine makes no difference.
+    # Seconds of the processor compared to those of the imports, so that a slow or busy machine makes no difference.
     code = (
         "import resource, sys, time; start = time.process_time();"
-        "from hf_lowmem_optim.__main__ import main;"
+        "from hf_lowmem_optim.__main__ import main; import hf_lowmem_optim.trainer.plan_model;"
+        "imported = time.process_time();"
         "status = main(['plan', sys.argv[1], '--budget', '500GiB']);"
         "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20;"
-        "print(status, time.process_time() - start, peak)"
+        "print(status, imported - start, time.process_time() - imported, peak)"
     )
     source = preset if preset == "llama-2-7b" else str(tmp_path)
     printed = subprocess.run([sys.executable, "-c", code, source], capture_output=True, text=True, check=True).stdout
-    status, seconds, peak_gib = printed.splitlines()[-1].split()
+    status, importing, planning, peak_gib = printed.splitlines()[-1].split()
     assert status == "0"
-    assert float(seconds) < 10
+    assert float(planning) < float(importing)
     assert float(peak_gib) < 1.5
 
 
