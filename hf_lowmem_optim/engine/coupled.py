@@ -58,10 +58,11 @@ def coupled_step_(optimizer: Optimizer, method: Method, updates: Sequence[Tensor
     assert update_ is not None and describe is not None
     check_agreement(method, [vars(update.options) for update in updates], type(optimizer).__name__)
     options: Any = updates[0].options
-    whole = method.scratch == 0
+    whole = method.scratch_copies(options) == 0
     if options.scope == "tensor":
         for update in updates:
-            update_(batches([update], whole=whole), {key: update.state[key] for key in describe(options)}, update.step)
+            system = {key: update.state[key] for key in describe(options)}
+            update_(list(batches([update], whole=whole)), system, update.step)
         return
     # torch, too, keeps what belongs to no parameter under a string
     shared = cast("dict[Any, dict[str, Any]]", optimizer.state)[SHARED]
@@ -70,7 +71,7 @@ def coupled_step_(optimizer: Optimizer, method: Method, updates: Sequence[Tensor
         shared.update(step=0, **{key: spec.allocate(device) for key, spec in describe(options).items()})
     shared["step"] += 1
     _note_absent_(optimizer, method, updates, shared["step"])
-    update_(batches(updates, whole=whole), shared, shared["step"])
+    update_(list(batches(updates, whole=whole)), shared, shared["step"])
 
 
 def _note_absent_(optimizer: Optimizer, method: Method, updates: Sequence[TensorUpdate], t: int) -> None:

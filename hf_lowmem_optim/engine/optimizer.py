@@ -235,8 +235,9 @@ class LowMemoryOptimizer(Optimizer):
             if method.coupled_update_ is not None:
                 coupled_step_(self, method, sparse)
             elif sparse:
+                whole = method.scratch_copies(sparse[0].options) == 0
                 assert method.update_ is not None
-                for batch in batches(sparse, whole=method.scratch == 0):
+                for batch in batches(sparse, whole=whole):
                     with batch.weights() as W:
                         method.update_(W, batch.g, batch.state, batch.step, batch.options)
             for updates in dense.values():
