@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
-from hf_lowmem_optim.state import TensorSpec
+from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
+from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["StateReport", "StateTally", "measure_state", "unwrap_optimizer"]
 
@@ -130,8 +130,8 @@ def measure_state(optimizer: Optimizer, *, local: bool = False) -> StateReport:
             # `get`, because torch's state is a defaultdict: looking must not create entries.
             state = optimizer.state.get(parameter)
             if state:
-                specs = optimizer.state_specs(parameter, group) if isinstance(optimizer, LowMemoryOptimizer) else {}
-                count(state, specs, parameter.grad)
+                method = optimizer.method if isinstance(optimizer, LowMemoryOptimizer) else None
+                count(state, {} if method is None else method.state_specs(parameter, group), parameter.grad)
     # What an optimizer keeps for all its parameters together belongs to no group.
     tally.end_groups()
     for key, state in optimizer.state.items():
@@ -155,12 +155,12 @@ def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
 
 
 def _is_or_becomes(tensor: Tensor, grad: Tensor | None) -> bool:
-    """Whether a state tensor is the buffer of the parameter's gradient, or waits to be it."""
+    """Return whether a state tensor is the buffer of the parameter's gradient, or waits to be it."""
     return grad is None or grad.data_ptr() == tensor.data_ptr()
 
 
 def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    """The tensors in a state value, each once, also inside containers and objects that some optimizers keep there."""
+    """Yield the tensors in a state value, each once, also inside containers and objects that some optimizers keep."""
     pending = [value]
     while pending:
         item = pending.pop()
@@ -180,7 +180,7 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
 
 
 def _stored(tensor: Tensor, local: bool) -> Iterator[tuple[torch.dtype, int]]:
-    """Dtype and bytes of what a tensor really stores: itself, or what a wrapper (quantized, DTensor) holds."""
+    """Yield dtype and bytes of what a tensor really stores: itself, or what a wrapper (quantized, DTensor) holds."""
     # A DTensor knows the shape of the whole: no need to ask the other processes.
     inner = _wrapped(tensor)
     whole = hasattr(tensor, "placements") and not local and not any(_wrapped(part) for part in inner)
@@ -192,13 +192,9 @@ def _stored(tensor: Tensor, local: bool) -> Iterator[tuple[torch.dtype, int]]:
 
 
 def _wrapped(tensor: Any) -> list[Tensor]:
-    """The tensors inside a wrapper subclass, none for a plain tensor."""
-    if not _is_wrapper(tensor):
+    """Return the tensors inside a wrapper subclass, none for a plain tensor."""
+    if not is_traceable_wrapper_subclass(tensor):
         return []
     inner = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
     # A DTensor names its mesh as well.
     return [part for part in inner if isinstance(part, Tensor)]
-
-
-def _is_wrapper(tensor: Any) -> bool:
-    return bool(is_traceable_wrapper_subclass(tensor))

@@ -184,4 +184,13 @@ class LDAdam(LowMemoryOptimizer):
     Source: arXiv 2410.16103, algorithm 1.
     """
 
-    method = Method("ldadam", LDAdamOptions, ldadam_state, ldadam_update_, switch=("rank", None), scratch=2.5)
+    method = Method(
+        "ldadam",
+        LDAdamOptions,
+        ldadam_state,
+        ldadam_update_,
+        switch=("rank", None),
+        # a; the first step's exact SVD copies a matrix of few rows twice, of which the factors of a low rank are little
+        scratch=lambda o: 1.0 if o.rank >= 4 else 3.0,
+        scratch_state=6.0,
+    )

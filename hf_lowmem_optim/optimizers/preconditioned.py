@@ -32,6 +32,7 @@ __all__ = [
     "write_gram_row_",
 ]
 
+
 @dataclass(frozen=True)
 class PreconditionedOptions(Options):
     """Options of all preconditioned optimizers; ``betas`` and ``eps`` are those of AdamW, for dense groups."""

@@ -151,9 +151,7 @@ def _descend_(x: Batch, windows: Sequence[SparseWindow], w: Tensor) -> None:
             _descend_with_momentum_(weight, G, velocity, w, o)
 
 
-def _descend_with_momentum_(
-    weight: Tensor, G: SparseWindow, velocity: Tensor, w: Tensor, o: SparseMFACOptions
-) -> None:
+def _descend_with_momentum_(weight: Tensor, G: SparseWindow, velocity: Tensor, w: Tensor, o: SparseMFACOptions) -> None:
     u = torch.zeros(weight.numel(), dtype=torch.float32, device=weight.device)
     window_combine_(u, G, w)
     # 6. vel ← μ·vel + u   7. W ← W·(1 − lr·weight_decay) − lr·vel

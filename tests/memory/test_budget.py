@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hf_lowmem_optim import OPTIMIZERS
 from hf_lowmem_optim.memory.budget import MAX_WINDOW, BudgetSearch
 from hf_lowmem_optim.memory.plan import plan_groups, plan_temporaries
-from hf_lowmem_optim.memory.units import format_bytes, parse_bytes
+from hf_lowmem_optim.memory.byte_sizes import format_bytes, parse_bytes
 from hf_lowmem_optim.state import TensorSpec
 
 

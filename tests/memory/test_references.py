@@ -12,7 +12,7 @@ from torch import nn
 
 from hf_lowmem_optim import measure_state
 from hf_lowmem_optim.memory.reference_steps import galore_step
-from hf_lowmem_optim.memory.references import REFERENCES, ParameterFacts, plan_reference
+from hf_lowmem_optim.memory.baselines import REFERENCES, ParameterFacts, plan_reference
 
 #: Above and under 4096 entries, divisible by block sizes and not, both orientations, vectors.
 FACTS = {

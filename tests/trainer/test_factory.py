@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from hf_lowmem_optim import OPTIMIZERS, OptimizerFactory, measure_state, plan_optimizer
-from hf_lowmem_optim.memory.units import format_bytes
+from hf_lowmem_optim.memory.byte_sizes import format_bytes
 from tests.trainer.tiny_models import tiny_bert_classifier, tiny_llama, token_rows
 
 EMBEDDING_SETTINGS: dict[str, dict[str, Any]] = {"ldadam": {"rank": 4}, "microadam": {"min_compress_size": 64}}
