@@ -96,7 +96,7 @@ def add_residual(g: Sequence[Tensor], state: Mapping[str, Tensor], fmt: QuantFor
 def _add_(out: Tensor, grad: Tensor) -> None:
     """Add a gradient in slices where it is narrower: a CPU would first copy the whole of it to float32."""
     length = _SLICE_ENTRIES if grad.device.type == "cpu" and grad.dtype != out.dtype else max(1, out.numel())
-    for into, part in zip(out.view(-1).split(length), grad.view(-1).split(length), strict=True):
+    for into, part in zip(torch.split(out.view(-1), length), torch.split(grad.view(-1), length), strict=True):
         into.add_(part)
 
 

@@ -190,7 +190,8 @@ class LDAdam(LowMemoryOptimizer):
         ldadam_state,
         ldadam_update_,
         switch=("rank", None),
-        # a; the first step's exact SVD copies a matrix of few rows twice, of which the factors of a low rank are little
-        scratch=lambda o: 1.0 if o.rank >= 4 else 3.0,
+        scratch=1.0,  # a
+        # Factors, at most 5.4; the first step's exact SVD, at most 6 if not for a rank below 4: of fewer than 24 rows,
+        # it takes 2 matrices, which the constant of every step covers up to 1.5 million entries.
         scratch_state=6.0,
     )

@@ -94,7 +94,7 @@ def descend_(weight: Tensor, direction: Tensor, o: PreconditionedOptions) -> Non
     """Write W ← W·(1 − lr·weight_decay) − lr·direction, in float32 and rounded once (line 7)."""
     # slices, so that a narrower weight is not copied as a whole
     length = 1 << 16 if weight.device.type == "cpu" else 1 << 21
-    pieces = (tensor.view(-1).split(length) for tensor in (weight, direction))
+    pieces = (torch.split(tensor.view(-1), length) for tensor in (weight, direction))
     for piece, step in zip(*pieces, strict=True):
         wide = piece.float()
         if o.weight_decay != 0:
