@@ -2,7 +2,7 @@
 
     python benchmarks/kernel_report.py [--json] [--targets sm90 gfx942]
 
-Two tables. *Resources*: every launch of ``tests/kernels/launches.py`` compiled ahead of time; registers, spills, shared
+Two tables. *Resources*: every launch of ``tests/ops/launches.py`` compiled ahead of time; registers, spills, shared
 memory, and the share of a multiprocessor's warps that these allow to be resident (an upper bound). *Traffic*: the same
 launches run in Triton's interpreter, with every load and store counted, in bytes per entry of the parameter:
 
@@ -44,12 +44,12 @@ def count_traffic() -> list[dict[str, Any]]:
     """Run every launch in the interpreter and count; needs TRITON_INTERPRET=1 from the start of the process."""
     import numpy as np
 
-    from tests.kernels import interpreter
+    from tests.ops import interpreter
 
     interpreter.enable()
     from triton.runtime.interpreter import InterpreterBuilder
 
-    from tests.kernels.launches import LAUNCHES, force_triton
+    from tests.ops.launches import LAUNCHES, force_triton
 
     force_triton()
     accesses: dict[str, list[tuple[Any, int]]] = {}
@@ -117,7 +117,7 @@ def main() -> None:
         print(json.dumps(count_traffic()))
         return
     traffic = run_json(["benchmarks.kernel_report", "--count-traffic"], interpret=True)
-    resources = run_json(["tests.kernels.ahead_of_time", *arguments.targets], interpret=False)
+    resources = run_json(["tests.ops.ahead_of_time", *arguments.targets], interpret=False)
     if arguments.json:
         report = {"note": NOT_MEASURED, "adamw_bytes": ADAMW_BYTES, "resources": resources, "traffic": traffic}
         print(json.dumps(report, indent=1))

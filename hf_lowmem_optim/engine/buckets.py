@@ -7,7 +7,7 @@ Parameters and gradients stay where they are.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -74,11 +74,6 @@ class Batch:
     step: int
     options: Any
 
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors lie."""
-        return self.g[0].device
-
     @contextmanager
     def weights(self) -> Iterator[list[Tensor]]:
         """Give the weights, in the shapes of the gradients, to be updated in place.
@@ -86,27 +81,22 @@ class Batch:
         They are the parameters themselves where these are contiguous and rounded to nearest; else copies, which are
         written back: float32 ones to be rounded stochastically.
         """
-        W = [_weight(update) for update in self.updates]
+        W = _matrices([u.param if u.rounding_seed is None else u.param.float() for u in self.updates])
         yield W
         for update, weight in zip(self.updates, W, strict=True):
             param = update.param
-            if (rounding := update.rounding()) is not None:
-                rounding.round_(param, weight.view(param.shape))
+            if update.rounding_seed is not None:
+                StochasticRounding(update.rounding_seed, param.device).round_(param, weight.view(param.shape))
             elif not param.is_contiguous():
                 param.copy_(weight.view(param.shape))
         # the caller's list would keep copies while those of the next batch are made
         W.clear()
 
 
-def _weight(update: TensorUpdate) -> Tensor:
-    param = update.param if update.rounding_seed is None else update.param.float()
-    return _matrix(param)
-
-
-def _matrix(tensor: Tensor) -> Tensor:
-    """Return a contiguous tensor of at most two dimensions."""
-    tensor = tensor if tensor.is_contiguous() else tensor.contiguous()
-    return tensor if tensor.dim() <= 2 else tensor.view(tensor.shape[0], -1)
+def _matrices(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return contiguous tensors of at most two dimensions: views where there are such."""
+    contiguous = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
+    return [tensor if tensor.dim() <= 2 else tensor.view(tensor.shape[0], -1) for tensor in contiguous]
 
 
 def allocate_stacked(specs: Mapping[str, TensorSpec], count: int, device: torch.device) -> list[dict[str, Tensor]]:
@@ -134,7 +124,7 @@ def allocate_stacked(specs: Mapping[str, TensorSpec], count: int, device: torch.
     return states
 
 
-def batches(updates: Iterable[TensorUpdate], *, whole: bool) -> Iterator[Batch]:
+def batches(updates: Sequence[TensorUpdate], *, whole: bool) -> Iterator[Batch]:
     """Put tensors of one bucket together, as many as one call may serve.
 
     One after the other, so that contiguous copies of gradients do not exist all at once.
@@ -146,6 +136,9 @@ def batches(updates: Iterable[TensorUpdate], *, whole: bool) -> Iterator[Batch]:
     Yields:
         The batches, in the order of their first tensors.
     """
+    if len(updates) == 1:
+        yield _batch(updates)
+        return
     buckets: dict[Hashable, list[TensorUpdate]] = {}
     for update in updates:
         buckets.setdefault(update.key, []).append(update)
@@ -183,7 +176,7 @@ def _batch(updates: Sequence[TensorUpdate]) -> Batch:
         state = {key: value[None] for key, value in one.state.items() if key != "step"}
     else:
         state = {key: _stacked([update.state[key] for update in updates]) for key in one.state if key != "step"}
-    return Batch(updates, [_matrix(update.grad) for update in updates], state, one.step, one.options)
+    return Batch(updates, _matrices([update.grad for update in updates]), state, one.step, one.options)
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:

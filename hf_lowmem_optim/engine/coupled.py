@@ -56,7 +56,8 @@ def coupled_step_(optimizer: Optimizer, method: Method, updates: Sequence[Tensor
         return
     update_, describe = method.coupled_update_, method.shared_state
     assert update_ is not None and describe is not None
-    check_agreement(method, [vars(update.options) for update in updates], type(optimizer).__name__)
+    if len(optimizer.param_groups) > 1:  # they may have been changed
+        check_agreement(method, [vars(update.options) for update in updates], type(optimizer).__name__)
     options: Any = updates[0].options
     whole = method.scratch_copies(options) == 0
     if options.scope == "tensor":
@@ -70,7 +71,8 @@ def coupled_step_(optimizer: Optimizer, method: Method, updates: Sequence[Tensor
         device = shared_device(optimizer.param_groups)
         shared.update(step=0, **{key: spec.allocate(device) for key, spec in describe(options).items()})
     shared["step"] += 1
-    _note_absent_(optimizer, method, updates, shared["step"])
+    if len(updates) < sum(len(group["params"]) for group in optimizer.param_groups):
+        _note_absent_(optimizer, method, updates, shared["step"])
     update_(list(batches(updates, whole=whole)), shared, shared["step"])
 
 

@@ -25,7 +25,6 @@ __all__ = [
     "error_state",
     "quantized_errors",
     "save_residual_",
-    "stored_error",
 ]
 
 ErrorFeedback = Literal["param", "fp32", "bf16", "8bit", "4bit", "grad", "none"]
@@ -117,20 +116,6 @@ def save_residual_(
     elif fmt is not None:
         for buffer, part in _pairs(state, fmt, residual, one_by_one=seed is not None):
             quantize_(buffer, part, seed=seed)
-
-
-def stored_error(state: Mapping[str, Tensor], fmt: QuantFormat | None, index: int, numel: int) -> Tensor | Quantized:
-    """Return the error of one tensor of a batch, as an operation takes it.
-
-    Args:
-        state: The stacked state of the tensors.
-        fmt: How the error is quantized; None where it is not.
-        index: Which tensor.
-        numel: Entries of each.
-    """
-    if fmt is None:
-        return state["error"][index]
-    return Quantized(state["error_codes"][index], state["error_lo"][index], state["error_hi"][index], numel, fmt)
 
 
 def quantized_errors(state: Mapping[str, Tensor], fmt: QuantFormat, count: int, numel: int) -> list[Quantized]:

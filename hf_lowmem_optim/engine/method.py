@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -116,12 +117,12 @@ class Method:
 
     # ------------------------------------------------------------------------------------------------- options
 
-    @property
+    @functools.cached_property
     def shaping(self) -> tuple[str, ...]:
         """The options on which the shape of the state depends: they must be equal on resume."""
         return self.options.shaping()
 
-    @property
+    @functools.cached_property
     def layout_options(self) -> tuple[str, ...]:
         """The options that decide which state a tensor has."""
         return (*self.shaping, *self.optional_state.values())

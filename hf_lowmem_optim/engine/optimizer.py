@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from hf_lowmem_optim.engine.adamw import adamw_update_, require_bitsandbytes
 from hf_lowmem_optim.engine.backward import BackwardMode, LayerwiseMode
 from hf_lowmem_optim.engine.buckets import TensorUpdate, allocate_stacked, batches
-from hf_lowmem_optim.engine.checks import check_gradient, check_parameter, check_rounding, check_state
+from hf_lowmem_optim.engine.checks import check_parameter, check_rounding, check_tensor
 from hf_lowmem_optim.engine.coupled import check_agreement, coupled_step_
 from hf_lowmem_optim.engine.gradient_error import GradientErrors
 from hf_lowmem_optim.engine.method import Method
@@ -205,12 +205,11 @@ class LowMemoryOptimizer(Optimizer):
         for _, param, group in live:
             options = self._options_of(group)
             compressed, specs = self._rule(param, options)
-            check_gradient(param, group, compressed, type(self).__name__, method)
-            check_state(param, group, self.state.get(param), specs, method)
+            check_tensor(param, group, self.state.get(param), rule=(compressed, specs), optimizer=self)
             rules.append((options, compressed, specs))
-        self._allocate_(
-            [(param, rule) for (_, param, _), rule in zip(live, rules, strict=True) if not self.state.get(param)]
-        )
+        fresh = [(param, rule) for (_, param, _), rule in zip(live, rules, strict=True) if not self.state.get(param)]
+        if fresh:
+            self._allocate_(fresh)
         sparse: list[TensorUpdate] = []
         dense: dict[int, list[TensorUpdate]] = {}
         for (index, param, group), (options, compressed, specs) in zip(live, rules, strict=True):
@@ -222,7 +221,7 @@ class LowMemoryOptimizer(Optimizer):
             if step == 1 and options.lr == 0 and not self._is_real(param) and not grad.any():
                 continue
             state["step"] = step
-            if method.optional_state:
+            if any((key in specs) != (key in state) for key in method.optional_state):
                 _follow_options_(state, specs, method.optional_state, param.device)
             stochastic = options.weight_rounding == "stochastic" and param.dtype != torch.float32
             seed = step * _MAX_PARAMETERS + index if stochastic else None
@@ -388,7 +387,7 @@ def full_precision() -> Iterator[None]:
             changed.append((owner, name, before))
             setattr(owner, name, full)
     for context in autocast:
-        context.__enter__()
+        context.__enter__()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:

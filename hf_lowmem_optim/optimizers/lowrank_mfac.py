@@ -36,7 +36,7 @@ from hf_lowmem_optim.engine.error_feedback import FORMATS, add_residual, error_s
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import COUNT, option
-from hf_lowmem_optim.ops.gram import mfac_weights
+from hf_lowmem_optim.ops.gram import mfac_weights, write_gram_row_
 from hf_lowmem_optim.ops.low_rank import orthonormalize, seeded_sketch
 from hf_lowmem_optim.optimizers.preconditioned import (
     PreconditionedOptions,
@@ -44,7 +44,6 @@ from hf_lowmem_optim.optimizers.preconditioned import (
     descend_,
     gram_state,
     own_state,
-    write_gram_row_,
 )
 from hf_lowmem_optim.spec import TensorSpec
 
@@ -105,7 +104,7 @@ def lowrank_mfac_update_(tensors: Sequence[Batch], shared: Mapping[str, Tensor],
     # 5. u ← Gᵀw
     w = mfac_weights(gram, row, damping=o.damping).to(torch.float32)
     for x in tensors:
-        _descend_(x, w.to(x.device))
+        _descend_(x, w.to(x.g[0].device))
 
 
 def _descend_(x: Batch, w: Tensor) -> None:

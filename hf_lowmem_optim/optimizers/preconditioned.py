@@ -29,7 +29,6 @@ __all__ = [
     "descend_",
     "gram_state",
     "own_state",
-    "write_gram_row_",
 ]
 
 
@@ -69,20 +68,6 @@ def own_state(shape: Sequence[int], o: PreconditionedOptions) -> dict[str, Tenso
     """Describe the part of a tensor's state that does not depend on the compression."""
     velocity = {"velocity": TensorSpec(tuple(shape), torch.float32, "velocity")} if o.momentum > 0 else {}
     return {**velocity, **(gram_state(o) if o.scope == "tensor" else {})}
-
-
-def write_gram_row_(gram: Tensor, row: int, products: Sequence[Tensor]) -> None:
-    """Write row and column of GGᵀ ← G c, a sum over tensors (line 4).
-
-    Args:
-        gram: GGᵀ, float64 [m, m].
-        row: The row of the newest gradient.
-        products: The tensors' shares, float64 [number of tensors, m] each.
-    """
-    shares = torch.cat([product.to(gram.device) for product in products])
-    total = shares[0] if len(shares) == 1 else shares.sum(dim=0)
-    gram[row] = total
-    gram[:, row] = total
 
 
 def add_momentum_(velocity: Tensor, u: Tensor, momentum: float) -> Tensor:

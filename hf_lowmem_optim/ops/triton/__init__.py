@@ -1,1 +1,21 @@
 """The Triton versions of the operations; importing this package registers all of them."""
+
+from hf_lowmem_optim.ops.triton.block_quant import dequantize_into, quantize_into
+from hf_lowmem_optim.ops.triton.block_topk import select_all
+from hf_lowmem_optim.ops.triton.ldadam import descend_, update_moments_
+from hf_lowmem_optim.ops.triton.low_rank import orthonormal_columns
+from hf_lowmem_optim.ops.triton.sparse_window import update_all
+from hf_lowmem_optim.ops.triton.window_products import combine, descend_all, gram_rows
+
+__all__ = [
+    "combine",
+    "dequantize_into",
+    "descend_",
+    "descend_all",
+    "gram_rows",
+    "orthonormal_columns",
+    "quantize_into",
+    "select_all",
+    "update_all",
+    "update_moments_",
+]

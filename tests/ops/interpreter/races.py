@@ -6,6 +6,9 @@ Per launch, each byte of each tensor remembers which program wrote it and which 
 - two programs write one address, or one reads what another writes (their order is undefined on a GPU),
 - a load or store touches an address outside the tensors passed to the launch. A view narrows the bounds to its own
   entries, so that a row of a matrix cannot be left unseen.
+
+A tensor that is reached through a table of addresses counts as passed: int64 arguments are searched for what
+``Tensor.data_ptr()`` returned last for each tensor.
 """
 
 from __future__ import annotations
@@ -14,11 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from triton.runtime import interpreter
 
 _stock_store = interpreter.InterpreterBuilder.create_masked_store
 _stock_load = interpreter.InterpreterBuilder.create_masked_load
 _stock_init = interpreter.GridExecutor._init_args_hst
+_stock_data_ptr = torch.Tensor.data_ptr
 
 _NOBODY, _MANY = -1, -2
 
@@ -34,6 +39,8 @@ class _Region:
 
 
 _regions: list[_Region] = []
+#: Bounds of tensors whose address was asked for, by that address.
+_asked_for: dict[int, tuple[int, int]] = {}
 
 
 def _program(builder: Any) -> int:
@@ -84,16 +91,26 @@ def _load(self: Any, pointers: Any, mask: Any, other: Any, cache_policy: Any, is
 
 def _extent(tensor: Any) -> tuple[int, int]:
     """First and one-past-last byte of a tensor's entries."""
+    start = _stock_data_ptr(tensor)
     if tensor.numel() == 0:
-        return tensor.data_ptr(), tensor.data_ptr()
+        return start, start
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+    return start, start + (last + 1) * tensor.element_size()
+
+
+def _data_ptr(self: torch.Tensor) -> int:
+    address = _stock_data_ptr(self)
+    if self.device.type == "cpu":
+        _asked_for[address] = _extent(self)
+    return address
 
 
 def _init(self: Any, args: Any, kwargs: Any) -> Any:
     host_args, host_kwargs = _stock_init(self, args, kwargs)
     _regions.clear()
-    extents = sorted(_extent(t) for t in [*host_args, *host_kwargs.values()] if hasattr(t, "untyped_storage"))
+    passed = [t for t in [*host_args, *host_kwargs.values()] if hasattr(t, "untyped_storage")]
+    in_tables = {address for t in passed if t.dtype == torch.int64 for address in t.reshape(-1).tolist()}
+    extents = sorted([_extent(t) for t in passed] + [_asked_for[at] for at in in_tables & _asked_for.keys()])
     merged: list[list[int]] = []
     for start, stop in extents:
         if merged and start < merged[-1][1]:
@@ -111,3 +128,4 @@ def enable() -> None:
     interpreter.InterpreterBuilder.create_masked_store = _store
     interpreter.InterpreterBuilder.create_masked_load = _load
     interpreter.GridExecutor._init_args_hst = _init
+    torch.Tensor.data_ptr = _data_ptr

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels.ahead_of_time import TARGETS, Compiled
+from tests.ops.ahead_of_time import TARGETS, Compiled
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("triton")
@@ -21,7 +21,7 @@ def compiled() -> list[Compiled]:
     """The whole table, from one process without the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.ahead_of_time"],
+        [sys.executable, "-m", "tests.ops.ahead_of_time"],
         cwd=Path(__file__).parents[2],
         env=environment,
         capture_output=True,

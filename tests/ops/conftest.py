@@ -1,6 +1,6 @@
-"""Kernel tests: Triton's interpreter, repaired, unless the run says that the kernels are to be compiled for a GPU.
+"""Tests of operations: Triton's interpreter, repaired, unless the run says that kernels are to be compiled for a GPU.
 
-``TRITON_INTERPRET=0 pytest -m gpu tests/kernels`` runs the same cases on the device. Tests that compile kernels ahead
+``TRITON_INTERPRET=0 pytest -m gpu tests/ops`` runs the same cases on the device. Tests that compile kernels ahead
 of time do it in a subprocess without the variable.
 """
 
@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,19 +18,19 @@ import pytest
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of triton
 
 # numba's cache does not notice a change in a jit function that another file calls: a cache per state of the sources
-_sources = sorted((Path(__file__).parents[2] / "hf_lowmem_optim" / "kernels").rglob("*.py"))
+_sources = sorted((Path(__file__).parents[2] / "hf_lowmem_optim" / "ops").rglob("*.py"))
 _digest = hashlib.sha256(b"".join(path.read_bytes() for path in _sources)).hexdigest()[:16]
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"hf-lowmem-optim-numba-{_digest}"))
 
 if os.environ["TRITON_INTERPRET"] == "1" and importlib.util.find_spec("triton"):
-    from tests.kernels import interpreter
+    from tests.ops import interpreter
 
     interpreter.enable()
 
 
 @pytest.fixture(autouse=True)
 def _backend_is_installed(request: pytest.FixtureRequest) -> None:
-    """Skip the cases of a backend whose package is not there; the reference's always run."""
+    """Skip the cases of a backend whose package is not there; the torch version's always run."""
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     module = {"triton": "triton", "cpu": "numba"}.get(parameters.get("backend"))  # type: ignore[arg-type]
     if module and not importlib.util.find_spec(module):
@@ -40,3 +41,15 @@ def _backend_is_installed(request: pytest.FixtureRequest) -> None:
 def _no_backend_override(monkeypatch: pytest.MonkeyPatch) -> None:
     """A variable set by whoever runs the tests must not decide which code they exercise."""
     monkeypatch.delenv("HF_LOWMEM_OPTIM_BACKEND", raising=False)
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Have a backend serve what follows; returns the device of its tensors."""
+    from tests.ops.backends import device_of
+
+    def choose(backend: str) -> str:
+        monkeypatch.setenv("HF_LOWMEM_OPTIM_BACKEND", backend)
+        return device_of(backend)
+
+    return choose

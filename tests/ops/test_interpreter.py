@@ -126,10 +126,35 @@ def test_bounds_are_those_of_the_view():
         _copy_kernel[(1,)](torch.zeros(16), matrix[0], 8, 0, 16, N=16)
 
 
+@triton.jit
+def _copy_by_table_kernel(x_ptr, table_ptr, n, N: tl.constexpr):
+    at = tl.arange(0, N)
+    y_ptr = tl.load(table_ptr + tl.program_id(0)).to(tl.pointer_type(tl.float32))
+    tl.store(y_ptr + at, tl.load(x_ptr + at), mask=at < n)
+
+
+def test_tensors_behind_a_table_of_addresses_are_guarded_too():
+    x, buffer = torch.arange(8.0), torch.zeros(3, 8)
+
+    def copy(*out: torch.Tensor, n: int = 8) -> None:
+        table = torch.tensor([t.data_ptr() for t in out])
+        _copy_by_table_kernel[(len(out),)](x, table, n, N=8)
+
+    copy(buffer[2], buffer[0])
+    assert torch.equal(buffer, torch.stack([x, torch.zeros(8), x]))
+    with pytest.raises(InterpreterError, match="two programs store to one address"):
+        copy(buffer[0], buffer[0])
+    copy(buffer[0], buffer[1, :4], n=4)
+    with pytest.raises(InterpreterError, match="store out of bounds: 3 of 8 lanes"):
+        copy(buffer[1, :5])
+    with pytest.raises(InterpreterError, match="out of bounds"):
+        _copy_by_table_kernel[(1,)](x, torch.tensor([12345 * 16]), 8, N=8)
+
+
 def test_enable_refuses_a_triton_that_was_imported_without_the_variable():
     code = (
         "import os, triton\nos.environ['TRITON_INTERPRET'] = '1'\n"
-        "from tests.kernels import interpreter\ninterpreter.enable()"
+        "from tests.ops import interpreter\ninterpreter.enable()"
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     root = Path(__file__).parents[2]

@@ -1,6 +1,6 @@
 """Compile every Triton launch for GPUs that are not there, and read what the compilers say about it.
 
-Run as ``python -m tests.kernels.ahead_of_time [target …]`` in a process without TRITON_INTERPRET (the interpreter
+Run as ``python -m tests.ops.ahead_of_time [target …]`` in a process without TRITON_INTERPRET (the interpreter
 replaces the kernels when triton is imported). Prints one JSON list: per launch and target the registers, spills, shared
 memory and widest global load. No GPU and no driver are needed: triton brings ptxas and LLVM's AMD backend along.
 """
@@ -200,7 +200,7 @@ def occupancy(target: Target, num_warps: int, registers: int, shared_bytes: int)
 
 def compile_launch(name: str, target_name: str) -> Compiled:
     """Compile one launch for one target; a failure becomes the ``error`` of the result."""
-    from tests.kernels.launches import LAUNCHES, force_triton
+    from tests.ops.launches import LAUNCHES, force_triton
 
     force_triton()
     target = TARGETS[target_name]
@@ -229,7 +229,7 @@ def main(names: list[str]) -> None:
     """Compile every launch for the targets ``names`` (all if empty), in two processes."""
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise SystemExit("TRITON_INTERPRET=1 replaces the kernels by interpreted ones: unset it")
-    from tests.kernels.launches import LAUNCHES
+    from tests.ops.launches import LAUNCHES
 
     jobs = [(launch.name, target) for launch in LAUNCHES for target in (names or TARGETS)]
     with tempfile.TemporaryDirectory() as cache:

@@ -1,0 +1,204 @@
+"""Error-feedback Top-K in Triton: one program per block, everything between load and store in registers.
+
+The threshold is found by bisection on the bits of |a|, which order as the numbers do; it ends where exactly k entries
+reach it, which saves most rounds. One prefix sum of "above" and "at the threshold" (in the two halves of an integer)
+gives each selected entry its place.
+
+As in ``block_quant``, launches pass ``enable_fp_fusion=False`` (s·(code·u + lo) + g must round at every operation), and
+are not autotuned (the kernel works in place).
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_lowmem_optim.ops.block_quant import Quantized, rounding_keys
+from hf_lowmem_optim.ops.block_topk import Selection, _select_all
+from hf_lowmem_optim.ops.dispatch import register
+from hf_lowmem_optim.ops.triton.block_quant import block_range, decode, encode, load_codes, store_codes
+from hf_lowmem_optim.ops.triton.device import on_device
+
+__all__ = ["MAX_BLOCK_SIZE", "select_all"]
+
+#: The kernel takes 8 bytes of shared memory per entry, and some GPUs have 64 KiB.
+MAX_BLOCK_SIZE = 8192
+
+#: Entries of a row where none are quantized.
+_ROW = 64
+_ENTRIES_PER_WARP = 512  # 16 per thread of a warp of 32
+
+
+@triton.jit
+def threshold_of(magnitude, k):
+    """A t with at least k of int32 [ROWS, COLUMNS] ≥ t, and at most k > t (entries below 0 never count)."""
+    lo = 0
+    count = tl.sum((magnitude >= lo).to(tl.int32))  # of what is ≥ lo
+    hi = tl.max(magnitude) + 1
+    # down from the largest, by a factor of 2, 2^4, 2^16, ... until there are enough; then by halves
+    step = 1 << 23
+    while (hi - lo > 1) & (count != k):
+        middle = tl.where(step > 0, tl.maximum(hi - step, lo + 1), lo + (hi - lo) // 2)
+        found = tl.sum((magnitude >= middle).to(tl.int32))
+        enough = found >= k
+        lo = tl.where(enough, middle, lo)
+        count = tl.where(enough, found, count)
+        hi = tl.where(enough, hi, middle)
+        step = tl.where(enough, 0, tl.minimum(step, 1 << 28) * 4)
+    return lo
+
+
+@triton.jit(do_not_specialize=["k", "k_last", "key0", "key1"])
+def _block_topk_kernel(
+    grad_ptr,
+    error_ptr,  # codes of a quantized error, or the dense error, or None
+    lo_ptr,
+    hi_ptr,
+    indices_ptr,
+    values_ptr,
+    n,
+    k,
+    k_last,
+    error_scale,
+    key0,
+    key1,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,  # BLOCK rounded up to a power of two
+    QUANT_BLOCK: tl.constexpr,
+    ERROR: tl.constexpr,  # "none", "dense", "quantized"
+    BITS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
+    # everything but the block's own place is in 32 bits: wide offsets would take most of the registers
+    block = tl.program_id(0).to(tl.int64)
+    base = block * BLOCK
+    length = tl.minimum(n - base, BLOCK).to(tl.int32)
+    # a quantization block a row, throughout: another order would have to go through shared memory
+    ROWS: tl.constexpr = TILE // QUANT_BLOCK
+    LEVELS: tl.constexpr = (1 << BITS) - 1
+    row = tl.arange(0, ROWS)  # [ROWS]
+    live = row * QUANT_BLOCK < length
+    index = row[:, None] * QUANT_BLOCK + tl.arange(0, QUANT_BLOCK)[None, :]  # [ROWS, QUANT_BLOCK]
+    valid = index < length
+    grad_ptr += base
+    if ERROR == "dense":
+        error_ptr += base
+    if ERROR == "quantized":
+        error_ptr += base * BITS // 8
+        lo_ptr += block * (BLOCK // QUANT_BLOCK)
+        hi_ptr += block * (BLOCK // QUANT_BLOCK)
+
+    # a ← g + s·Q⁻¹(e)
+    a = tl.load(grad_ptr + index, mask=valid, other=0.0).to(tl.float32)
+    if ERROR == "dense":
+        a = a + error_scale * tl.load(error_ptr + index, mask=valid, other=0.0).to(tl.float32)
+    if ERROR == "quantized":
+        lo = tl.load(lo_ptr + row, mask=live, other=0.0).to(tl.float32)
+        hi = tl.load(hi_ptr + row, mask=live, other=0.0).to(tl.float32)
+        codes = load_codes(error_ptr, row, length, QUANT_BLOCK, QUANT_BLOCK, BITS)
+        a = a + error_scale * decode(codes, lo, hi, LEVELS)
+
+    # I ← the k entries of largest |a|: all above the threshold, then the lowest indices among those equal to it
+    magnitude = tl.minimum(a.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0x7F800001)  # every NaN just above infinity
+    magnitude = tl.where(valid, magnitude, -1)
+    num_kept = tl.where(base + length == n, k_last, k)
+    threshold = threshold_of(magnitude, num_kept)
+    above = (magnitude > threshold).to(tl.int32)
+    equal = (magnitude == threshold).to(tl.int32)
+    room = num_kept - tl.sum(above)
+    both = above | (equal << 16)
+    in_row = tl.sum(both, 1)
+    # equal counts up to 2^15, so the upper half needs its sign bit: read it as unsigned
+    ranks = (tl.cumsum(both, 1) + (tl.cumsum(in_row, 0) - in_row)[:, None]).to(tl.uint32, bitcast=True)
+    equal_rank = (ranks >> 16).to(tl.int32)
+    selected = (above > 0) | ((equal > 0) & (equal_rank <= room))
+    place = (ranks & 0xFFFF).to(tl.int32) + tl.minimum(equal_rank, room) - 1
+
+    # V ← a[I] as stored
+    value = a.to(values_ptr.dtype.element_ty)
+    tl.store(indices_ptr + block * k + place, index.to(tl.int16), mask=selected)
+    tl.store(values_ptr + block * k + place, value, mask=selected)
+
+    # e ← Q(a with a[I] ← a[I] − V)
+    if ERROR != "none":
+        wide = value.to(tl.float32)
+        finite = (wide.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
+        rest = tl.where(selected, tl.where(finite, a - wide, 0.0), a)
+        if ERROR == "dense":
+            tl.store(error_ptr + index, rest.to(error_ptr.dtype.element_ty), mask=valid)
+        else:
+            BF16_STATS: tl.constexpr = lo_ptr.dtype.element_ty == tl.bfloat16
+            lo, hi = block_range(rest, valid, BF16_STATS)
+            codes = encode(rest, valid, lo, hi, base + index, key0, key1, LEVELS, STOCHASTIC)
+            store_codes(error_ptr, codes, row, length, ROWS, QUANT_BLOCK, QUANT_BLOCK, BITS)
+            tl.store(lo_ptr + row, lo.to(lo_ptr.dtype.element_ty), mask=live)
+            tl.store(hi_ptr + row, hi.to(hi_ptr.dtype.element_ty), mask=live)
+
+
+def _launch_options(block_size: int) -> dict[str, int | bool]:
+    """Return the launch parameters for blocks of this size, fixed by registers per thread, not tuned per device."""
+    tile = triton.next_power_of_2(block_size)
+    # With more warps of NVIDIA's a thread has 128 registers at most, and blocks of 8192 spill; AMD's would with 8.
+    most = 16 if torch.version.hip else 8
+    return {"num_warps": max(1, min(most, tile // _ENTRIES_PER_WARP)), "enable_fp_fusion": False}
+
+
+def _why_not(selections: Sequence[Selection]) -> str | None:
+    """Return which selection the kernel cannot make; the torch version makes all of such a call."""
+    for each in selections:
+        if each.block_size > MAX_BLOCK_SIZE:
+            return f"a block of {each.block_size} entries does not fit on a GPU (at most {MAX_BLOCK_SIZE})"
+        if isinstance(each.error, Quantized):
+            size = each.error.format.block_size
+            if size & (size - 1):
+                return f"quantization block size {size} is not a power of two"
+    return None
+
+
+@register(_select_all, "triton", why_not=_why_not)
+def select_all(selections: Sequence[Selection]) -> None:
+    """Do every selection, in one launch each."""
+    for each in selections:
+        _select(each)
+
+
+def _select(out: Selection) -> None:
+    grad, error = out.grad, out.error
+    key0, key1 = rounding_keys(out.seed) if out.seed is not None else (0, 0)
+    tile = max(2, triton.next_power_of_2(out.block_size))
+    buffer: Tensor | None
+    lo: Tensor | None
+    hi: Tensor | None
+    if isinstance(error, Quantized):
+        kind, buffer, lo, hi = "quantized", error.codes, error.lo, error.hi
+        quant_block, bits = error.format.block_size, error.format.bits
+    else:
+        kind, buffer, lo, hi = "none" if error is None else "dense", error, None, None
+        quant_block, bits = min(tile, _ROW), 8
+    with on_device(grad):
+        _block_topk_kernel[(out.num_blocks,)](
+            grad,
+            buffer,
+            lo,
+            hi,
+            out.indices,
+            out.values,
+            grad.numel(),
+            out.k,
+            out.k_last,
+            out.error_scale,
+            key0,
+            key1,
+            BLOCK=out.block_size,
+            TILE=tile,
+            QUANT_BLOCK=quant_block,
+            ERROR=kind,
+            BITS=bits,
+            STOCHASTIC=out.seed is not None,
+            **_launch_options(out.block_size),
+        )

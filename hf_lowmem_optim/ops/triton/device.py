@@ -1,0 +1,40 @@
+"""Where Triton launches, and how a kernel reaches several tensors in one launch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["address_table", "aligned", "on_device"]
+
+_HERE: AbstractContextManager[Any] = nullcontext()
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Make the GPU of a tensor the current one, where Triton launches; nothing to do if it is, or for a CPU tensor."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(tensor.device)
+
+
+def address_table(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the addresses of tensors of one device, int64 [tensors] on that device.
+
+    A table that was made before is used again, so that nothing is copied to the device while addresses stay.
+    """
+    return _table(tuple(tensor.data_ptr() for tensor in tensors), tensors[0].device)
+
+
+@functools.lru_cache(maxsize=256)
+def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(addresses, dtype=torch.int64, device=device)
+
+
+def aligned(tensors: Sequence[Tensor]) -> bool:
+    """Return whether every tensor begins at a multiple of 16 bytes, as vectorized loads demand."""
+    return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)

@@ -1,0 +1,168 @@
+"""Choice of backend: by device, by the environment variable, and clear errors for what cannot be served."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_lowmem_optim.ops import dispatch
+from hf_lowmem_optim.ops.dispatch import ENVIRONMENT_VARIABLE, Op, chosen_backend, register
+from tests.ops.backends import FAST
+
+CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
+Installed = Callable[..., None]
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Installed:
+    """Say which of triton and numba are installed."""
+
+    def say(*modules: str) -> None:
+        def loaded(backend: str) -> str | None:
+            package = dispatch._PACKAGE[backend]
+            return None if package in modules else f"{package} is not installed"
+
+        monkeypatch.setattr(dispatch, "_loaded", loaded)
+
+    return say
+
+
+def test_choice_by_device(installed: Installed) -> None:
+    installed("triton", "numba")
+    assert [chosen_backend(device) for device in (CPU, CUDA, MPS)] == ["cpu", "triton", "reference"]
+    installed()
+    assert chosen_backend(CPU) == chosen_backend(CUDA) == "reference"
+
+
+def test_override_is_read_at_each_call(installed: Installed, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed("triton", "numba")
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reference")
+    assert chosen_backend(CPU) == chosen_backend(CUDA) == "reference"
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, " triton ")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert chosen_backend(CPU) == "triton"
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "")
+    assert chosen_backend(CPU) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("value", "device", "modules", "says"),
+    [
+        ("cuda", CPU, ("numba",), "names no backend: set it to one of reference, triton, cpu"),
+        ("cpu", CPU, (), r"needs the package numba.*pip install 'hf-lowmem-optim\[cpu\]'"),
+        ("triton", CUDA, (), r"needs the package triton.*pip install 'hf-lowmem-optim\[gpu\]'"),
+        ("triton", CPU, ("triton",), "cannot serve tensors on cpu.*TRITON_INTERPRET=1"),
+        ("cpu", CUDA, ("numba",), "cannot serve tensors on cuda"),
+    ],
+)
+def test_unservable_request_raises(
+    installed: Installed, monkeypatch: pytest.MonkeyPatch, value: str, device: torch.device, modules: tuple[str, ...],
+    says: str,
+) -> None:  # fmt: skip
+    installed(*modules)
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, value)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises((ValueError, ImportError), match=rf"(?s){ENVIRONMENT_VARIABLE}='{value}'.*{says}"):
+        chosen_backend(device)
+
+
+@pytest.fixture
+def which(installed: Installed, monkeypatch: pytest.MonkeyPatch) -> Op[[Sequence[Tensor], int], str]:
+    """An operation that returns which version served the call; numba's has no time for odd numbers."""
+    installed("triton", "numba")
+    monkeypatch.setattr(dispatch, "_VERSIONS", {})
+
+    @Op
+    def which(tensors: Sequence[Tensor], number: int) -> str:
+        """Return it."""
+        return "torch"
+
+    @register(which, "cpu", why_not=lambda tensors, number: "odd number" if number % 2 else None)
+    def on_cpu(tensors: Sequence[Tensor], number: int) -> str:
+        return "numba"
+
+    return which
+
+
+def test_an_operation_takes_the_version_that_serves_the_call(
+    which: Op[[Sequence[Tensor], int], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = [torch.zeros(1)]
+    assert which(tensors, 2) == which(tensors[0], 2) == "numba"
+    assert which(tensors, 3) == "torch"
+    assert which(tensors, number=3) == "torch"
+    assert which([torch.zeros(1, device="meta")], 2) == "torch"
+    assert which.__doc__ == "Return it." and which.name == "which"
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "cpu")
+    assert which(tensors, 2) == "numba"
+    with pytest.raises(ValueError, match=r"BACKEND='cpu' cannot serve this call of which: odd number; set 'reference'"):
+        which(tensors, 3)
+    # one that has no version for an operation is no reason to refuse it
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "triton")
+    assert which(tensors, 3) == "torch"
+    register("which", "triton")(lambda tensors, number: "by name")
+    assert which(tensors, 3) == "by name"
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_every_operation_has_its_faster_versions(backend: str) -> None:
+    """Or the tests that compare backends would compare torch with itself."""
+    without = {("_orthonormal_columns", "cpu")}
+    ops = [
+        op
+        for file in ("block_quant", "block_topk", "low_rank", "sparse_window")
+        for op in vars(importlib.import_module(f"hf_lowmem_optim.ops.{file}")).values()
+        if isinstance(op, Op)
+    ]
+    assert len(ops) == 8
+    assert dispatch._loaded(backend) is None
+    assert {op.name for op in ops if (op.name, backend) not in dispatch._VERSIONS} == {
+        name for name, without_it in without if without_it == backend
+    }
+
+
+def test_a_package_that_cannot_be_imported_is_told_once_and_done_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(name: str) -> None:
+        raise ImportError("no driver")
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    problem = dispatch._loaded.__wrapped__("triton")
+    assert problem == "triton cannot be imported (no driver)"
+    assert "compute with plain torch" in caplog.text
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert dispatch._loaded.__wrapped__("cpu") == "numba is not installed"
+
+
+def test_importing_the_operations_imports_neither_triton_nor_numba() -> None:
+    code = (
+        "import sys\n"
+        "from hf_lowmem_optim.ops import block_quant, block_topk, dispatch, gram, low_rank, sparse_window\n"
+        "assert not {'triton', 'numba'} & set(sys.modules), 'imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_numba_leaves_torchs_number_of_threads_alone() -> None:
+    pytest.importorskip("numba")
+    code = """
+import torch
+from hf_lowmem_optim.ops.block_topk import TopK, foreach_block_topk_
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    indices, values = torch.zeros(1, 3000, dtype=torch.int16), torch.zeros(1, 3000)
+    foreach_block_topk_([TopK(indices, values, 0, torch.ones(300_000), None, 1000, 0.01)] * 2)
+    assert torch.get_num_threads() == threads, torch.get_num_threads()
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", ENVIRONMENT_VARIABLE: "cpu"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

@@ -1,0 +1,177 @@
+"""LDAdam's two Triton kernels: the moments in their new basis, and the descent of weights where they lie."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_lowmem_optim.ops.low_rank import Coefficients
+from tests.ops.backends import BF16, DEVICE, FP16, FP32, INTERPRETED, ON_GPU, QUIET
+
+ldadam = pytest.importorskip("hf_lowmem_optim.ops.triton.ldadam", exc_type=ImportError)
+pytestmark = [*([] if INTERPRETED else ON_GPU), QUIET]
+
+NUMBERS = Coefficients(
+    momentum_weight=0.8,
+    gradient_weight=0.3,
+    beta1=0.9,
+    beta2=0.99,
+    correction=0.7,
+    damping=1e-4,
+    decay=0.9,
+    step_size=0.4,
+)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(got.double() / scale, expected / scale, rtol=0, atol=tolerance)
+
+
+def state(n: int, r: int, q: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """R, m, v, p̃ and what is written: of bases that are not far from each other."""
+    R = torch.eye(r, device=DEVICE) + 0.3 * normal(n, r, r, seed=1)
+    right = torch.full((n, 2 * r, q), math.nan, device=DEVICE)
+    return R, normal(n, r, q, seed=2), normal(n, r, q, seed=3).abs(), normal(n, r, q, seed=4), right
+
+
+@pytest.mark.parametrize(("n", "r", "q"), [(1, 1, 7), (1, 3, 16), (3, 4, 64), (2, 13, 97), (1, 37, 70)])
+def test_moments_are_the_formulas(n: int, r: int, q: int) -> None:
+    R, m, v, projected, right = state(n, r, q)
+    wide_R, old_m, old_v, p = (tensor.double() for tensor in (R, m, v, projected))
+    ldadam.update_moments_(R, m, v, projected, right, NUMBERS)
+    beta1, beta2, k, c = NUMBERS.beta1, NUMBERS.beta2, NUMBERS.correction, NUMBERS.beta1 / (1 - NUMBERS.beta1)
+    moved = wide_R @ old_m
+    close(m, beta1 * moved + (1 - beta1) * p, 1e-6)
+    second = (beta2 * wide_R**2 @ (old_v - k * old_m**2) + beta2 * k * moved**2).abs() + (1 - beta2) * p**2
+    close(v, second, 2e-6)  # every product and sum is rounded
+    # of the moments as they were rounded: next to v = 0 the quotient is ill-conditioned
+    close(projected, m.double() / (v.double().sqrt() + NUMBERS.damping), 1e-6)
+    close(right, torch.cat([c * old_m, -(p + c * moved)], 1), 1e-6)
+
+
+def test_each_of_a_batch_is_what_it_is_alone() -> None:
+    together = state(3, 13, 40)
+    alone = [[tensor[i : i + 1].clone() for tensor in together] for i in range(3)]
+    ldadam.update_moments_(*together, NUMBERS)
+    for i, one in enumerate(alone):
+        ldadam.update_moments_(*one, NUMBERS)
+        assert all(torch.equal(a[i : i + 1], b) for a, b in zip(together, one, strict=True))
+
+
+@pytest.mark.parametrize("r", [6, 20])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_moments_carry_on_what_is_not_finite_and_nowhere_else(value: float, r: int) -> None:
+    R, m, v, projected, right = state(1, r, 100)
+    projected[0, 3, 7] = value
+    ldadam.update_moments_(R, m, v, projected, right, NUMBERS)
+    for tensor in (m, v, projected, right):
+        assert not tensor[..., 7].isfinite().all()
+        assert tensor[..., torch.arange(100) != 7].isfinite().all()
+
+
+def test_a_rank_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="r must be at most 256, got 257"):
+        ldadam.update_moments_(*state(1, 257, 4), NUMBERS)
+
+
+def weights_of(n: int, rows: int, columns: int, dtype: torch.dtype) -> list[Tensor]:
+    return [normal(rows, columns, seed=10 + i).to(dtype) for i in range(n)]
+
+
+def descended(weights: Sequence[Tensor], left: Tensor, right: Tensor) -> list[Tensor]:
+    """By the formula, in float64."""
+    return [
+        NUMBERS.decay * weight.double() - NUMBERS.step_size * a.double() @ b.double()
+        for weight, a, b in zip(weights, left, right, strict=True)
+    ]
+
+
+def check_descent(weights: Sequence[Tensor], left: Tensor, right: Tensor) -> None:
+    """Against the formula: half a unit of the last place, and what float32 rounded before."""
+    expected = descended(weights, left, right)
+    ldadam.descend_(weights, left, right, NUMBERS.decay, NUMBERS.step_size)
+    for weight, exact in zip(weights, expected, strict=True):
+        last_place = 0 if weight.dtype == FP32 else torch.finfo(weight.dtype).eps / 2
+        error = (weight.double() - exact).abs()
+        assert (error <= (last_place + 1e-6) * exact.abs() + 1e-6 * exact.abs().max()).all()
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@pytest.mark.parametrize(
+    ("n", "rows", "columns", "rank"),
+    [(1, 7, 5, 1), (3, 64, 128, 4), (2, 70, 150, 13), (1, 150, 70, 32), (2, 65, 80, 33), (1, 40, 64, 128)],
+)
+def test_weights_descend_and_are_rounded_once(n: int, rows: int, columns: int, rank: int, dtype: torch.dtype) -> None:
+    check_descent(weights_of(n, rows, columns, dtype), normal(n, rows, rank), normal(n, rank, columns))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_factors_and_weights_of_any_layout(dtype: torch.dtype) -> None:
+    left, right = normal(2, 6, 48), normal(2, 80, 6)
+    transposed = [weight.mT.contiguous().mT for weight in weights_of(2, 48, 80, dtype)]
+    check_descent(transposed, left.mT, right.mT)
+    # rows of a wider matrix, and what does not begin at a multiple of 16 bytes
+    wider = [normal(48, 96).to(dtype)[:, 16:] for _ in range(2)]
+    check_descent(wider, left.mT, right.mT)
+    odd = [normal(48 * 80 + 1).to(dtype)[1:].view(48, 80), *weights_of(1, 48, 80, dtype)]
+    check_descent(odd, left.mT, right.mT)
+    check_descent([normal(1, 64).to(dtype), normal(1, 64).to(dtype)], normal(2, 1, 3), normal(2, 3, 64))
+    check_descent([normal(64, 1).to(dtype), normal(64, 1).to(dtype)], normal(2, 64, 3), normal(2, 3, 1))
+
+
+def test_all_weights_are_one_launch_and_come_out_as_they_do_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches: list[tuple[int, ...]] = []
+    kernel = ldadam._descend_kernel
+
+    class Counting:
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            launches.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(ldadam, "_descend_kernel", Counting())
+    left, right = normal(5, 48, 6), normal(5, 6, 80)
+    together, alone = weights_of(5, 48, 80, BF16), weights_of(5, 48, 80, BF16)
+    ldadam.descend_(together, left, right, 0.9, 0.4)
+    assert launches == [(2, 5)]
+    for i, weight in enumerate(alone):
+        ldadam.descend_([weight], left[i : i + 1], right[i : i + 1], 0.9, 0.4)
+        assert torch.equal(weight, together[i])
+
+
+def test_what_is_not_finite_reaches_its_own_entries() -> None:
+    weights, left, right = weights_of(2, 20, 30, BF16), normal(2, 20, 4), normal(2, 4, 30)
+    weights[0][3, 5], right[1, 2, 7] = math.nan, math.inf
+    ldadam.descend_(weights, left, right, 0.9, 0.4)
+    at = [(~weight.isfinite()).nonzero().tolist() for weight in weights]
+    assert at == [[[3, 5]], [[row, 7] for row in range(20)]]
+
+
+def test_weights_that_one_launch_cannot_address_are_refused() -> None:
+    left, right = normal(2, 8, 3), normal(2, 3, 8)
+    wrong = {
+        r"got torch.float32 \[8, 4\]": [normal(8, 8), normal(8, 4)],
+        r"with strides \(1, 8\) beside": [normal(8, 8), normal(8, 8).mT],
+        r"got torch.bfloat16": [normal(8, 8), normal(8, 8).bfloat16()],
+        r"one of the weights' strides must be 1, got \(2, 16\)": [normal(8, 16)[:, ::2]] * 2,
+    }
+    for message, weights in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            ldadam.descend_(weights, left, right, 0.9, 0.4)
+
+
+def test_a_table_of_addresses_is_made_again_when_they_change() -> None:
+    device = pytest.importorskip("hf_lowmem_optim.ops.triton.device", exc_type=ImportError)
+    first, second = normal(4), normal(4)
+    table = device.address_table([first, second])
+    assert table.tolist() == [first.data_ptr(), second.data_ptr()] and table.device.type == DEVICE
+    assert device.address_table([first, second]) is table
+    assert device.address_table([second, first]).tolist() == [second.data_ptr(), first.data_ptr()]
