@@ -7,12 +7,12 @@ They are described as the Trainer sets them up: every trainable parameter, with 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from hf_lowmem_optim.memory.measure import StateReport, StateTally
+from hf_lowmem_optim.memory.measure import Piece, StateReport, add_up
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["BASELINES", "Baseline", "ParameterFacts", "plan_baseline"]
@@ -78,7 +78,7 @@ class Baseline:
 
 
 def plan_baseline(
-    baseline: Baseline, groups: Iterable[Iterable[ParameterFacts]], *, num_shards: int = 1
+    baseline: Baseline, groups: Sequence[Sequence[ParameterFacts]], *, num_shards: int = 1
 ) -> StateReport:
     """Sum the state of a baseline.
 
@@ -90,19 +90,12 @@ def plan_baseline(
     Returns:
         The report; components are the keys of the state, as in what is measured.
     """
-    tally, used, entries = StateTally(), set[str](), 0
-    for group in groups:
-        tally.start_group()
-        for parameter in group:
-            entries += parameter.numel
-            for key, spec in baseline.state(parameter).items():
-                used.add(key)
-                tally.add(spec.component, spec.dtype, spec.shard(num_shards).nbytes)
-    tally.end_groups()
-    for key, spec in baseline.shared.items():
-        if key in used:
-            tally.add(spec.component, spec.dtype, spec.nbytes)
-    return tally.report(entries)
+    members = [(index, parameter) for index, group in enumerate(groups) for parameter in group]
+    specs = [(index, key, spec) for index, parameter in members for key, spec in baseline.state(parameter).items()]
+    pieces = [Piece(index, s.component, s.dtype, s.shard(num_shards).nbytes) for index, _, s in specs]
+    used = {key for _, key, _ in specs}
+    pieces += [Piece(None, s.component, s.dtype, s.nbytes) for key, s in baseline.shared.items() if key in used]
+    return add_up(pieces, len(groups), sum(parameter.numel for _, parameter in members))
 
 
 def _moments(parameter: ParameterFacts, dtype: torch.dtype) -> Specs:

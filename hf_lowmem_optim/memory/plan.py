@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
-from hf_lowmem_optim.memory.measure import StateReport, StateTally, unwrap_optimizer
+from hf_lowmem_optim.memory.measure import Piece, StateReport, add_up, unwrap_optimizer
 from hf_lowmem_optim.registry import get_entry
 
 __all__ = ["compressed_bytes_per_parameter", "plan_groups", "plan_optimizer", "plan_state", "plan_temporaries"]
@@ -76,18 +76,15 @@ def plan_groups(optimizer_class: type[LowMemoryOptimizer], groups: Groups, *, nu
     Returns:
         The report.
     """
-    tally = StateTally()
-    for group in groups:
-        tally.start_group()
-        for param in group["params"]:
-            for spec in optimizer_class.method.state_specs(param, group).values():
-                part = spec.shard(num_shards)
-                tally.add(spec.component, spec.dtype, part.nbytes)
-                tally.add_in_gradient(part.in_gradient_bytes)
-    tally.end_groups()
-    for spec in optimizer_class.method.shared_specs(groups).values():
-        tally.add(spec.component, spec.dtype, spec.nbytes)
-    return tally.report(sum(param.numel() for group in groups for param in group["params"]))
+    method = optimizer_class.method
+    params = [(index, param) for index, group in enumerate(groups) for param in group["params"]]
+    pieces = []
+    for index, param in params:
+        for spec in method.state_specs(param, groups[index]).values():
+            nbytes = spec.shard(num_shards).stored_bytes
+            pieces.append(Piece(index, spec.component, spec.dtype, nbytes, spec.in_gradient))
+    pieces += [Piece(None, s.component, s.dtype, s.nbytes) for s in method.shared_specs(groups).values()]
+    return add_up(pieces, len(groups), sum(param.numel() for _, param in params))
 
 
 def plan_temporaries(optimizer_class: type[LowMemoryOptimizer], groups: Groups) -> int:
