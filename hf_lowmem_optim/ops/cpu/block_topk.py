@@ -42,16 +42,16 @@ _index = np.uint64
 @inlined
 def _kth_largest(magnitude, count, k):
     """A t that k of ``magnitude[:count]`` (int32, not negative) reach, or more only where others equal the k-th."""
-    t, done = np.int32(0), False
+    t = np.int32(0)
     for bit in range(30, -1, -1):
-        if not done:
-            candidate = np.int32(t | np.int32(1 << bit))
-            reached = np.int32(0)
-            for i in range(count):
-                reached = np.int32(reached + np.int32(magnitude[i] >= candidate))
-            if reached >= k:
-                t = candidate
-            done = reached == k  # no smaller step would take one in or leave one out
+        candidate = np.int32(t | np.int32(1 << bit))
+        reached = np.int32(0)
+        for i in range(count):
+            reached = np.int32(reached + np.int32(magnitude[i] >= candidate))
+        if reached == k:  # no smaller step would take one in or leave one out
+            return candidate
+        if reached > k:
+            t = candidate
     return t
 
 

@@ -59,8 +59,9 @@ class Loop(Generic[R]):
                 types = tuple(map(numba.typeof, args))
                 try:
                     compiled = _compile(self._function, types, cache=True)
-                # no folder to write to, a full disk, a damaged file: the cache raises whatever opening, writing or
-                # unpickling does. An error of the compilation itself is raised by the second attempt.
+                # No folder to write to, a full disk, a damaged file: the cache raises whatever opening, writing or
+                # unpickling does (only machine code that was changed in place goes unnoticed). An error of the
+                # compilation itself is raised by the second attempt.
                 except Exception as error:
                     compiled = _compile(self._function, types, cache=False)
                     _report(error)
