@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from machine import OtherLoad
 from peers import FOREACH, FUSED, Candidate, trainable
-from tests.memory.allocator import peak_bytes
+from temporaries import peak_bytes
 from torch import nn
 
 from hf_lowmem_optim.kernels.workers import one_thread
