@@ -19,7 +19,7 @@ from hf_lowmem_optim.engine.options import Options
 from hf_lowmem_optim.engine.rounding import StochasticRounding
 from hf_lowmem_optim.spec import TensorSpec
 
-__all__ = ["Batch", "TensorUpdate", "allocate_stacked", "batches"]
+__all__ = ["Batch", "TensorUpdate", "allocate_stacked", "batches", "most_tensors"]
 
 #: CPU instructions, and with them the rounding, may depend on an address modulo this.
 _ALIGNMENT_BYTES = 64
@@ -91,6 +91,8 @@ class Batch:
                 StochasticRounding(update.rounding_seed, param.device).round_(param, weight.view(param.shape))
             elif not param.is_contiguous():
                 param.copy_(weight.view(param.shape))
+        # the caller's list would keep copies while those of the next batch are made
+        W.clear()
 
 
 def _matrices(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -124,43 +126,50 @@ def allocate_stacked(specs: Mapping[str, TensorSpec], count: int, device: torch.
     return states
 
 
-def batches(updates: Sequence[TensorUpdate], *, whole: bool) -> list[Batch]:
+def batches(updates: Sequence[TensorUpdate], *, whole: bool) -> Iterator[Batch]:
     """Put tensors of one bucket together, as many as one call may serve.
+
+    One after the other, so that contiguous copies of gradients do not exist all at once.
 
     Args:
         updates: The tensors, all with state; state that is not stacked yet is moved where that is due.
         whole: Whether a call may serve any number of tensors, because it allocates nothing of their size.
 
-    Returns:
+    Yields:
         The batches, in the order of their first tensors.
     """
     if len(updates) == 1:
-        return [_batch(updates)]
+        yield _batch(updates)
+        return
     buckets: dict[Hashable, list[TensorUpdate]] = {}
     for update in updates:
         buckets.setdefault(update.key, []).append(update)
-    found = []
     for bucket in buckets.values():
         if len(bucket) == 1:
-            found.append(_batch(bucket))
+            yield _batch(bucket)
             continue
         _stack_loose_(bucket)
-        most = _most_tensors(bucket[0], whole)
+        param, in_place = bucket[0].param, whole and bucket[0].rounding_seed is None
+        most = most_tensors(param.numel(), param.device, whole=in_place)
         for run in _runs(bucket):
-            found += [_batch(run[start : start + most]) for start in range(0, len(run), most)]
-    return found
+            for start in range(0, len(run), most):
+                yield _batch(run[start : start + most])
 
 
-def _most_tensors(update: TensorUpdate, whole: bool) -> int:
-    """Return how many tensors like this one a call may serve: what it allocates for them is to be bounded.
+def most_tensors(entries: int, device: torch.device, *, whole: bool) -> int:
+    """Return how many tensors of a size one call may serve: what it allocates for them is to be bounded.
 
     Larger matrices gain nothing from company: their arithmetic takes far longer than the call.
+
+    Args:
+        entries: Entries of each tensor.
+        device: Where they lie; the meta device counts as a GPU.
+        whole: Whether nothing of their size is allocated.
     """
-    if whole and update.rounding_seed is None:
+    if whole:
         return 1 << 30
-    on_cpu, entries = update.param.device.type == "cpu", update.param.numel()
-    largest, together = (1 << 16, 1 << 18) if on_cpu else (1 << 22, 1 << 23)
-    return max(1, together // entries) if entries <= largest else 1
+    largest, together = (1 << 16, 1 << 18) if device.type == "cpu" else (1 << 22, 1 << 23)
+    return max(1, together // max(1, entries)) if entries <= largest else 1
 
 
 def _batch(updates: Sequence[TensorUpdate]) -> Batch:

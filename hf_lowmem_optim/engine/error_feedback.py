@@ -33,6 +33,8 @@ ErrorFeedback = Literal["param", "fp32", "bf16", "8bit", "4bit", "grad", "none"]
 CompressedErrorFeedback = Literal["fp32", "bf16", "8bit", "4bit"]
 """Those of a method that stores the error apart from parameter and gradient."""
 
+_SLICE_ENTRIES = 1 << 16
+
 FORMATS = {"8bit": QuantFormat(8, 64), "4bit": QuantFormat(4, 64)}
 """How a quantized error is quantized."""
 
@@ -77,7 +79,7 @@ def add_residual(g: Sequence[Tensor], state: Mapping[str, Tensor], fmt: QuantFor
     if error is not None:
         a = error.float().view(len(g), *g[0].shape)
         for part, grad in zip(a.unbind(), g, strict=True):
-            part.add_(grad)
+            _add_(part, grad)
         return a
     a = torch.empty((len(g), *g[0].shape), dtype=torch.float32, device=g[0].device)
     if fmt is not None and len(g) == 1:  # in one pass
@@ -88,6 +90,13 @@ def add_residual(g: Sequence[Tensor], state: Mapping[str, Tensor], fmt: QuantFor
         for buffer, part in _pairs(state, fmt, a):
             dequantize_add_(part, buffer)
     return a
+
+
+def _add_(out: Tensor, grad: Tensor) -> None:
+    """Add a gradient in slices where it is narrower: a CPU would first copy the whole of it to float32."""
+    length = _SLICE_ENTRIES if grad.device.type == "cpu" and grad.dtype != out.dtype else max(1, out.numel())
+    for into, part in zip(torch.split(out.view(-1), length), torch.split(grad.view(-1), length), strict=True):
+        into.add_(part)
 
 
 def save_residual_(

@@ -234,8 +234,9 @@ class LowMemoryOptimizer(Optimizer):
             if method.coupled_update_ is not None:
                 self._coupled_update_(sparse)
             elif sparse:
+                whole = method.scratch_copies(sparse[0].options) == 0
                 assert method.update_ is not None
-                for batch in batches(sparse, whole=method.scratch == 0):
+                for batch in batches(sparse, whole=whole):
                     with batch.weights() as W:
                         method.update_(W, batch.g, batch.state, batch.step, batch.options)
             for updates in dense.values():
@@ -251,11 +252,11 @@ class LowMemoryOptimizer(Optimizer):
         if len(self.param_groups) > 1:  # they may have been changed
             check_agreement(method, [vars(update.options) for update in updates], type(self).__name__)
         options: Any = updates[0].options
-        whole = method.scratch == 0
+        whole = method.scratch_copies(options) == 0
         if options.scope == "tensor":
             for update in updates:
                 own = {key: update.state[key] for key in describe(options)}
-                update_(batches([update], whole=whole), own, update.step)
+                update_(list(batches([update], whole=whole)), own, update.step)
             return
         # torch, too, keeps what belongs to no parameter under a string
         shared = cast("dict[Any, dict[str, Any]]", self.state)[SHARED]
@@ -265,7 +266,7 @@ class LowMemoryOptimizer(Optimizer):
         shared["step"] += 1
         if len(updates) < sum([len(group["params"]) for group in self.param_groups]):
             note_absent_(self, method, updates, shared["step"])
-        update_(batches(updates, whole=whole), shared, shared["step"])
+        update_(list(batches(updates, whole=whole)), shared, shared["step"])
 
     def _is_real(self, param: Tensor) -> bool:
         """Return whether a gradient of zero is nevertheless one of training."""

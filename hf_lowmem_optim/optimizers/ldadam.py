@@ -228,4 +228,14 @@ class LDAdam(LowMemoryOptimizer):
     Source: arXiv 2410.16103, algorithm 1.
     """
 
-    method = Method("ldadam", LDAdamOptions, ldadam_state, ldadam_update_, switch=("rank", None), scratch=2.5)
+    method = Method(
+        "ldadam",
+        LDAdamOptions,
+        ldadam_state,
+        ldadam_update_,
+        switch=("rank", None),
+        scratch=1.0,  # a
+        # Factors, at most 5.4; the first step's exact SVD, at most 6 if not for a rank below 4: of fewer than 24 rows,
+        # it takes 2 matrices, which the constant of every step covers up to 1.5 million entries.
+        scratch_state=6.0,
+    )

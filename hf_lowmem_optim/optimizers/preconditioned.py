@@ -77,9 +77,13 @@ def add_momentum_(velocity: Tensor, u: Tensor, momentum: float) -> Tensor:
 
 def descend_(weight: Tensor, direction: Tensor, o: PreconditionedOptions) -> None:
     """Write W ← W·(1 − lr·weight_decay) − lr·direction, in float32 and rounded once (line 7)."""
-    wide = weight.float()
-    if o.weight_decay != 0:
-        wide.mul_(1 - o.lr * o.weight_decay)
-    wide.add_(direction.view(wide.shape), alpha=-o.lr)
-    if wide is not weight:
-        weight.copy_(wide)
+    # slices, so that a narrower weight is not copied as a whole
+    length = 1 << 16 if weight.device.type == "cpu" else 1 << 21
+    pieces = (torch.split(tensor.view(-1), length) for tensor in (weight, direction))
+    for piece, step in zip(*pieces, strict=True):
+        wide = piece.float()
+        if o.weight_decay != 0:
+            wide.mul_(1 - o.lr * o.weight_decay)
+        wide.add_(step, alpha=-o.lr)
+        if wide is not piece:
+            piece.copy_(wide)

@@ -134,20 +134,28 @@ def sparse_update_(
     # 5. u ← Gᵀw
     w = row_weights(gram, row, damping=o.damping).to(torch.float32)
     for x, each in zip(tensors, windows, strict=True):
-        on_device = w.to(x.g[0].device)
-        with x.weights() as W:
-            if x.options.momentum == 0:
-                # 7. W ← W·(1 − lr·weight_decay) − lr·u, without ever forming u
-                lr, decay = x.options.lr, x.options.weight_decay
-                foreach_window_descend_(
-                    [WindowStep(weight, G, on_device, lr, decay) for weight, G in zip(W, each, strict=True)]
-                )
-                continue
-            for weight, G, velocity in zip(W, each, x.state["velocity"], strict=True):
-                u = torch.zeros(weight.numel(), dtype=torch.float32, device=x.g[0].device)
-                window_combine_(u, G, on_device)
-                # 6. vel ← μ·vel + u   7. W ← W·(1 − lr·weight_decay) − lr·vel
-                descend_(weight, add_momentum_(velocity, u, x.options.momentum), x.options)
+        _descend_(x, each, w.to(x.g[0].device))
+
+
+def _descend_(x: Batch, windows: Sequence[SparseWindow], w: Tensor) -> None:
+    """Move the tensors of a batch: u ← Gᵀw, and lines 6 and 7."""
+    o = x.options
+    with x.weights() as W:
+        if o.momentum == 0:
+            # 7. W ← W·(1 − lr·weight_decay) − lr·u, without ever forming u
+            foreach_window_descend_(
+                [WindowStep(weight, G, w, o.lr, o.weight_decay) for weight, G in zip(W, windows, strict=True)]
+            )
+            return
+        for weight, G, velocity in zip(W, windows, x.state["velocity"], strict=True):
+            _descend_with_momentum_(weight, G, velocity, w, o)
+
+
+def _descend_with_momentum_(weight: Tensor, G: SparseWindow, velocity: Tensor, w: Tensor, o: SparseMFACOptions) -> None:
+    u = torch.zeros(weight.numel(), dtype=torch.float32, device=weight.device)
+    window_combine_(u, G, w)
+    # 6. vel ← μ·vel + u   7. W ← W·(1 − lr·weight_decay) − lr·vel
+    descend_(weight, add_momentum_(velocity, u, o.momentum), o)
 
 
 def _windows(x: Batch) -> list[SparseWindow]:
@@ -199,7 +207,7 @@ class SparseMFAC(LowMemoryOptimizer):
         SparseMFACOptions,
         sparse_mfac_state,
         switch=("density", None),
-        scratch=0,
+        scratch=lambda o: 1.0 if o.momentum > 0 else 0.0,  # u
         adam_like=False,
         optional_state={"velocity": "momentum"},
         coupled_update_=sparse_update_,

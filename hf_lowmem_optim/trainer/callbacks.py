@@ -16,7 +16,7 @@ from hf_lowmem_optim.memory.measure import StateReport, measure_state, unwrap_op
 from hf_lowmem_optim.memory.plan import plan_optimizer
 from hf_lowmem_optim.memory.report import REPORT_NAME, build_report, report_text
 from hf_lowmem_optim.memory.step_memory import StepMemory, StepMemoryMeter
-from hf_lowmem_optim.memory.units import format_bytes
+from hf_lowmem_optim.memory.byte_sizes import format_bytes
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
 
 __all__ = ["EarlyLogCallback", "OptimizerStateMemoryCallback", "add_to_log"]

@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import nn
 
+from hf_lowmem_optim.memory.baselines import BASELINES, ParameterFacts, plan_baseline
 from hf_lowmem_optim.memory.budget import BudgetSearch
-from hf_lowmem_optim.memory.footprint import MemoryPlan, OptimizerPlan, Suggestion
+from hf_lowmem_optim.memory.byte_sizes import format_bytes, parse_bytes
 from hf_lowmem_optim.memory.plan import compressed_bytes_per_parameter, plan_groups, plan_temporaries
-from hf_lowmem_optim.memory.references import REFERENCES, ParameterFacts, plan_reference
-from hf_lowmem_optim.memory.units import format_bytes, parse_bytes
+from hf_lowmem_optim.memory.plan_types import MemoryPlan, OptimizerPlan, Suggestion
 from hf_lowmem_optim.memory.weights import Processes, WeightReport, plan_weights
 from hf_lowmem_optim.optimizers.hyperparameters import nearest
 from hf_lowmem_optim.registry import OPTIMIZERS, get_entry
@@ -88,13 +88,13 @@ def _optimizer_names(optim: str | Sequence[str] | None, optim_args: str | None) 
     if optim is None:
         if optim_args:
             raise ValueError(f"optim_args={optim_args!r} needs optim: say which optimizer they are for")
-        return [*OPTIMIZERS, *REFERENCES]
+        return [*OPTIMIZERS, *BASELINES]
     names = [optim] if isinstance(optim, str) else list(optim)
-    known = [*OPTIMIZERS, *REFERENCES]
+    known = [*OPTIMIZERS, *BASELINES]
     for name in names:
         if name not in known:
             raise ValueError(f"optim={name!r} cannot be planned{nearest(str(name), known)} ({', '.join(known)})")
-        if optim_args and name in REFERENCES:
+        if optim_args and name in BASELINES:
             raise ValueError(f"optim_args={optim_args!r} cannot be given for {name}, a reference with fixed settings")
     if not names:
         raise ValueError("optim=[] names no optimizer")
@@ -198,7 +198,7 @@ class _Request:
 
     def _reference(self, name: str, model: nn.Module) -> OptimizerPlan:
         """Plan an optimizer that is not ours."""
-        reference = REFERENCES[name]
+        reference = BASELINES[name]
         groups = _reference_groups(model, self.target_modules)
         everything = [facts for group in groups for facts in group]
         temporaries = reference.temporaries
@@ -207,7 +207,7 @@ class _Request:
             False,
             reference.summary,
             {},
-            plan_reference(reference, groups, num_shards=self.processes.num_shards),
+            plan_baseline(reference, groups, num_shards=self.processes.num_shards),
             None if temporaries is None else -(-temporaries(everything) // self.processes.num_shards),
         )
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hf_lowmem_optim import OPTIMIZERS, OptimizerFactory, measure_state, plan_optimizer
-from hf_lowmem_optim.memory.units import format_bytes
+from hf_lowmem_optim.memory.byte_sizes import format_bytes
 from tests.trainer.runs import make_trainer
 from tests.trainer.tiny_models import tiny_bert_classifier, tiny_llama
 

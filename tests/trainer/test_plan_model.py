@@ -18,7 +18,7 @@ from torch import nn
 
 from hf_lowmem_optim import OPTIMIZERS, ModelOptions, OptimizerFactory, measure_state, plan_memory
 from hf_lowmem_optim.memory.plan_table import plan_text
-from hf_lowmem_optim.memory.references import REFERENCES
+from hf_lowmem_optim.memory.baselines import BASELINES
 from hf_lowmem_optim.memory.weights import Processes, nf4_bytes, plan_weights
 from hf_lowmem_optim.trainer.presets import PRESETS
 from tests.memory.layout import layout
@@ -351,7 +351,7 @@ def test_a_live_model_is_taken_as_it_is() -> None:
 
 def test_an_optimizer_that_cannot_be_used_is_listed_with_the_reason() -> None:
     """LoRA+ without adapters."""
-    plan = plan_memory(tiny_llama(), [*OPTIMIZERS, *REFERENCES][:2], optim_args="lr_ratio=16")
+    plan = plan_memory(tiny_llama(), [*OPTIMIZERS, *BASELINES][:2], optim_args="lr_ratio=16")
     for row in plan.optimizers:
         assert "no trainable lora_B" in str(row.problem)
         assert plan.total_bytes(row) is None
@@ -372,7 +372,7 @@ def test_a_model_without_a_matrix_to_compress_is_planned_densely() -> None:
     adamw = plan["adamw_fp32"].state
     assert adamw is not None and adamw.total_bytes == 8 * plan.weights.num_trainable + 4
     assert set(plan.to_dict()["optimizers"][0]) == set(plan.to_dict()["optimizers"][-1])
-    assert len(plan.optimizers) == len(OPTIMIZERS) + len(REFERENCES)
+    assert len(plan.optimizers) == len(OPTIMIZERS) + len(BASELINES)
 
 
 def test_the_layout_of_the_plan() -> None:
