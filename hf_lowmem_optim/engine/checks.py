@@ -10,9 +10,17 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from hf_lowmem_optim.engine.method import Method
+from hf_lowmem_optim.engine.options import Options
 from hf_lowmem_optim.spec import TensorSpec
 
-__all__ = ["check_gradient", "check_parameter", "check_rounding", "check_state", "describe_parameter"]
+__all__ = [
+    "check_gradient",
+    "check_parameter",
+    "check_rounding",
+    "check_state",
+    "check_unchanged",
+    "describe_parameter",
+]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -122,6 +130,26 @@ def check_state(
         f"the state of {describe_parameter(param, group)} does not fit the options of its group ({settings}): {key!r} is "
         f"{found}, they need {wanted}. These options cannot change in a run; build a new optimizer"
     )
+
+
+def check_unchanged(before: Options, now: Options, method: Method) -> None:
+    """Refuse new values of options on which the state depends; their shapes need not tell.
+
+    Args:
+        before: The options with which the state of a group was made.
+        now: Those of this step.
+        method: The optimizer's method.
+
+    Raises:
+        ValueError: They differ in such an option.
+    """
+    for key in method.shaping:
+        was, value = getattr(before, key), getattr(now, key)
+        if value != was:
+            raise ValueError(
+                f"{key}={value!r} of a parameter group was {key}={was!r} when its state was made, which depends on it: "
+                "it cannot change in a run. Set it back, or build a new optimizer"
+            )
 
 
 def check_rounding(groups: Sequence[Mapping[str, Any]]) -> None:

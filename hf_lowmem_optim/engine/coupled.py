@@ -50,13 +50,12 @@ def coupled_step_(optimizer: Optimizer, method: Method, updates: Sequence[Tensor
     Args:
         optimizer: The optimizer, whose state holds the common system.
         method: Its method.
-        updates: The tensors that have a gradient.
+        updates: The tensors that have a gradient, of groups that agree.
     """
     if not updates:
         return
     update_, describe = method.coupled_update_, method.shared_state
     assert update_ is not None and describe is not None
-    check_agreement(method, [vars(update.options) for update in updates], type(optimizer).__name__)
     options: Any = updates[0].options
     whole = method.scratch == 0
     if options.scope == "tensor":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_lowmem_optim.engine.adamw import adamw_state
 from hf_lowmem_optim.engine.buckets import Batch
-from hf_lowmem_optim.engine.options import Options
+from hf_lowmem_optim.engine.options import Options, as_plain
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["CoupledUpdate", "Method", "StateFunction", "Update"]
@@ -131,7 +131,7 @@ class Method:
 
     def options_of(self, group: Mapping[str, Any]) -> Options:
         """Return the options of a parameter group, which may have other keys besides."""
-        return self.options(**{key: group[key] for key in self.options.defaults()})
+        return self.options(**{key: as_plain(group[key]) for key in self.options.defaults()})
 
     def is_dense(self, group: Mapping[str, Any]) -> bool:
         """Return whether a group is switched to AdamW as a whole."""

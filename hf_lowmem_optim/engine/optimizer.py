@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from hf_lowmem_optim.engine.adamw import adamw_update_, require_bitsandbytes
 from hf_lowmem_optim.engine.backward import BackwardMode, LayerwiseMode
 from hf_lowmem_optim.engine.buckets import TensorUpdate, allocate_stacked, batches
-from hf_lowmem_optim.engine.checks import check_gradient, check_parameter, check_rounding, check_state
+from hf_lowmem_optim.engine.checks import check_gradient, check_parameter, check_rounding, check_state, check_unchanged
 from hf_lowmem_optim.engine.coupled import check_agreement, coupled_step_
 from hf_lowmem_optim.engine.gradient_error import GradientErrors
 from hf_lowmem_optim.engine.method import Method
@@ -155,6 +155,11 @@ class LowMemoryOptimizer(Optimizer):
             self._start()
             for index in range(len(self.param_groups)):
                 self._watch(index)
+        # the options with which the state was made
+        self._options.clear()
+        for group in self.param_groups:
+            if any(self.state.get(param) for param in group["params"]):
+                self._options_of(group)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._backward is not None:
@@ -208,6 +213,9 @@ class LowMemoryOptimizer(Optimizer):
             check_gradient(param, group, compressed, type(self).__name__, method)
             check_state(param, group, self.state.get(param), specs, method)
             rules.append((options, compressed, specs))
+        if method.coupled_update_ is not None:
+            distinct = {id(options): vars(options) for options, compressed, _ in rules if compressed}
+            check_agreement(method, list(distinct.values()), type(self).__name__)
         self._allocate_(
             [(param, rule) for (_, param, _), rule in zip(live, rules, strict=True) if not self.state.get(param)]
         )
@@ -253,6 +261,8 @@ class LowMemoryOptimizer(Optimizer):
         if known is not None and known[0] == values:
             return known[1]
         options = self.method.options_of(group)
+        if known is not None and any(self.state.get(param) for param in group["params"]):
+            check_unchanged(known[1], options, self.method)
         self._options[id(group)] = values, options
         return options
 

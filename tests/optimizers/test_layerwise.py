@@ -17,7 +17,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from hf_lowmem_optim import OPTIMIZERS, LDAdam, get_entry
-from hf_lowmem_optim.optimizers.layerwise import Layerwise, LDAdamLayerwise
+from hf_lowmem_optim.engine.backward import Layerwise
+from hf_lowmem_optim.registry import LDAdamLayerwise
 from tests.optimizers.cases import CASES, Case, assert_same_state
 
 LAYERWISE = [case for case in CASES.values() if case.layerwise]
@@ -322,10 +323,10 @@ def test_copies_of_the_model_have_no_hooks_and_copies_of_the_optimizer_have() ->
 
 def test_every_layerwise_string_is_a_mode_of_another() -> None:
     for name, entry in OPTIMIZERS.items():
-        assert entry.optimizer_class.layerwise == name.endswith("_layerwise")
+        assert entry.optimizer_class.method.layerwise == name.endswith("_layerwise")
         if issubclass(entry.optimizer_class, Layerwise):
             assert get_entry(name.removesuffix("_layerwise")).optimizer_class is entry.optimizer_class.normal
-            assert entry.optimizer_class.state_keys == entry.optimizer_class.normal.state_keys
+            assert entry.optimizer_class.method.shaping == entry.optimizer_class.normal.method.shaping
 
 
 class Fails(torch.autograd.Function):

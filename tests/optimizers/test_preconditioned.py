@@ -347,7 +347,7 @@ def test_the_velocity_follows_the_momentum() -> None:
         has = all("velocity" in optimizer.state[p] for p in params.values())
         assert has is (3 <= step < 6)
         for param in params.values():
-            specs = optimizer.state_specs(param, optimizer.param_groups[0])
+            specs = optimizer.method.state_specs(param, optimizer.param_groups[0])
             assert set(specs) == set(optimizer.state[param]) - {"step"}
 
 

@@ -138,7 +138,7 @@ def test_dense_groups_alone_have_none(case: Case) -> None:
     params = make_params()
     optimizer = case.build(params.values(), **{case.dense_key: None})
     run(optimizer, params, gradients(2))
-    assert "shared" not in optimizer.state and not optimizer.shared_specs(optimizer.param_groups)
+    assert "shared" not in optimizer.state and not optimizer.method.shared_specs(optimizer.param_groups)
     second = case.build(make_params().values(), **{case.dense_key: None})
     second.load_state_dict(optimizer.state_dict())
     assert_same_state(optimizer, second)
@@ -148,8 +148,8 @@ def test_dense_groups_alone_have_none(case: Case) -> None:
 
 
 def planned_bytes(optimizer_class: type[LowMemoryOptimizer], groups: list[dict[str, Any]]) -> int:
-    own = (s.nbytes for g in groups for p in g["params"] for s in optimizer_class.state_specs(p, g).values())
-    return sum(own) + sum(spec.nbytes for spec in optimizer_class.shared_specs(groups).values())
+    own = (s.nbytes for g in groups for p in g["params"] for s in optimizer_class.method.state_specs(p, g).values())
+    return sum(own) + sum(spec.nbytes for spec in optimizer_class.method.shared_specs(groups).values())
 
 
 @pytest.mark.parametrize("error_feedback", ["fp32", "bf16", "8bit", "4bit"])
@@ -197,7 +197,7 @@ def test_bytes_per_parameter_on_llama_2_7b(cls: type[LowMemoryOptimizer], hyper:
     params = llama_2_7b()
     count = sum(p.numel() for p in params)
     assert 6.73e9 < count < 6.75e9
-    group = {**cls.default_hyperparameters(), **hyper, "params": params}
+    group = {**cls.method.options.defaults(), **hyper, "params": params}
     per_parameter = planned_bytes(cls, [group]) / count
     print(f"{cls.__name__} {hyper}: {per_parameter:.3f} bytes per parameter")
     assert per_parameter <= most
