@@ -206,13 +206,7 @@ class LowMemoryOptimizer(Optimizer):
         """Update parameters that have a gradient: each with its place among all parameters, and its group."""
         method = self.method
         # every check comes before the first change
-        rules = []
-        for _, param, group in live:
-            options = self._options_of(group)
-            compressed, specs = self._rule(param, options)
-            check_gradient(param, group, compressed, type(self).__name__, method)
-            check_state(param, group, self.state.get(param), specs, method)
-            rules.append((options, compressed, specs))
+        rules = [self._checked_rule(param, group) for _, param, group in live]
         if method.coupled_update_ is not None:
             distinct = {id(options): vars(options) for options, compressed, _ in rules if compressed}
             check_agreement(method, list(distinct.values()), type(self).__name__)
@@ -265,6 +259,14 @@ class LowMemoryOptimizer(Optimizer):
             check_unchanged(known[1], options, self.method)
         self._options[id(group)] = values, options
         return options
+
+    def _checked_rule(self, param: Tensor, group: dict[str, Any]) -> tuple[Options, bool, dict[str, TensorSpec]]:
+        """Return the rule of a parameter that has a gradient, if gradient and state are what it can serve."""
+        options = self._options_of(group)
+        compressed, specs = self._rule(param, options)
+        check_gradient(param, group, compressed, type(self).__name__, self.method)
+        check_state(param, group, self.state.get(param), specs, self.method)
+        return options, compressed, specs
 
     def _rule(self, param: Tensor, options: Options) -> tuple[bool, dict[str, TensorSpec]]:
         """Return whether a parameter is compressed, and the specs of its state."""

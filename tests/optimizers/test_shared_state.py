@@ -160,7 +160,7 @@ def test_planned_bytes_are_measured_bytes(
     cls: Callable[..., LowMemoryOptimizer], error_feedback: str, scope: str, momentum: float
 ) -> None:
     params = make_params(torch.bfloat16)
-    groups = [{"params": [params.pop("square"), params.pop("vector")], cls.dense_key: None}]  # type: ignore[attr-defined]
+    groups = [{"params": [params.pop("square"), params.pop("vector")], cls.method.switch[0]: None}]  # type: ignore[attr-defined]
     groups.append({"params": list(params.values())})
     optimizer = cls(groups, window=7, error_feedback=error_feedback, scope=scope, momentum=momentum)
     everything = [p for g in optimizer.param_groups for p in g["params"]]
@@ -170,8 +170,9 @@ def test_planned_bytes_are_measured_bytes(
     optimizer.step()
     tensors = [v for entry in optimizer.state.values() for v in entry.values() if isinstance(v, Tensor)]
     assert planned == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    # nothing is a view of something larger
-    assert planned == sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+    # nothing is a view of something larger but of equal tensors side by side, at multiples of 64 bytes
+    stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    assert planned <= sum(stored.values()) <= planned + 63 * len(tensors)
 
 
 def llama_2_7b() -> list[Tensor]:
