@@ -23,6 +23,8 @@ __all__ = ["Batch", "TensorUpdate", "allocate_stacked", "batches"]
 
 #: CPU instructions, and with them the rounding, may depend on an address modulo this.
 _ALIGNMENT_BYTES = 64
+#: Rows of a multiple of this many float32 numbers are all aligned.
+_EVEN = 16
 
 
 @dataclass(slots=True)
@@ -151,10 +153,22 @@ def batches(updates: Iterable[TensorUpdate], *, whole: bool) -> list[Batch]:
             found.append(_batch(bucket))
             continue
         _stack_loose_(bucket)
-        most = _most_tensors(bucket[0], whole)
+        most = _most_tensors(bucket[0], whole) if whole or _rounds_alike(bucket[0]) else 1
         for run in _runs(bucket):
             found += [_batch(run[start : start + most]) for start in range(0, len(run), most)]
     return found
+
+
+def _rounds_alike(update: TensorUpdate) -> bool:
+    """Return whether products of several tensors in one call are rounded like those of each alone.
+
+    A GPU's need not be. A CPU's are where every row is aligned; a product with a vector is another routine.
+    """
+    param = update.param
+    rows = param.shape[0] if param.dim() else 1
+    aligned = rows % _EVEN == 0 and param.numel() // rows % _EVEN == 0
+    vectors = any(1 in part.shape for key, part in update.state.items() if key != "step")
+    return param.device.type != "cpu" or (aligned and not vectors)
 
 
 def _most_tensors(update: TensorUpdate, whole: bool) -> int:
