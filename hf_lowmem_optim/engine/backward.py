@@ -47,6 +47,9 @@ class Host(Protocol):
     def _update_(self, live: Sequence[tuple[int, Tensor, dict[str, Any]]]) -> None:
         """Update parameters that have a gradient."""
 
+    def _checked_rule(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Refuse a gradient or a state that the parameter's rule cannot serve."""
+
     def _prepared(self, param: Tensor, group: dict[str, Any]) -> tuple[bool, dict[str, TensorSpec], dict[str, Any]]:
         """Return whether a parameter is compressed, the specs of its state, and the state, allocated if need be."""
 
@@ -143,6 +146,7 @@ class LayerwiseMode(BackwardMode):
         group, grad = self.host.param_groups[group_index], param.grad
         if grad is None:
             return
+        self.host._checked_rule(param, group)
         self._held[id(param)] = grad.numel() * grad.element_size()
         self.peak_gradient_bytes = max(self.peak_gradient_bytes, sum(self._held.values()))
         if id(param) in self._updated:
@@ -200,6 +204,7 @@ class LayerwiseMode(BackwardMode):
                 if id(param) in self._micro_batches and param.grad is None:
                     param.grad = torch.zeros_like(param)
                 if param.grad is not None:
+                    self.host._checked_rule(param, group)
                     left += param.grad.numel() * param.grad.element_size()
                     self._measure_and_clip(param, group)
         self.peak_gradient_bytes = max(self.peak_gradient_bytes, left)

@@ -23,6 +23,8 @@ __all__ = ["Batch", "TensorUpdate", "allocate_stacked", "batches", "most_tensors
 
 #: CPU instructions, and with them the rounding, may depend on an address modulo this.
 _ALIGNMENT_BYTES = 64
+#: Rows of a multiple of this many float32 numbers are all aligned.
+_EVEN = 16
 
 
 @dataclass(slots=True)
@@ -82,7 +84,7 @@ class Batch:
         written back: float32 ones to be rounded stochastically.
         """
         W = [update.param if update.rounding_seed is None else update.param.float() for update in self.updates]
-        if not all([weight.is_contiguous() and weight.dim() <= 2 for weight in W]):
+        if any(not weight.is_contiguous() or weight.dim() > 2 for weight in W):
             W = _matrices(W)
         yield W
         for update, weight in zip(self.updates, W, strict=True):
@@ -135,12 +137,13 @@ def batches(updates: Sequence[TensorUpdate], *, whole: bool) -> Iterator[Batch]:
         updates: The tensors, all with state; state that is not stacked yet is moved where that is due.
         whole: Whether a call may serve any number of tensors, because it allocates nothing of their size.
 
-    Yields:
+    Returns:
         The batches, in the order of their first tensors.
     """
-    if len(updates) == 1:
-        yield _batch(updates)
-        return
+    return iter([_batch(updates)]) if len(updates) == 1 else _bucketed(updates, whole)
+
+
+def _bucketed(updates: Sequence[TensorUpdate], whole: bool) -> Iterator[Batch]:
     buckets: dict[Hashable, list[TensorUpdate]] = {}
     for update in updates:
         buckets.setdefault(update.key, []).append(update)
@@ -149,14 +152,29 @@ def batches(updates: Sequence[TensorUpdate], *, whole: bool) -> Iterator[Batch]:
             yield _batch(bucket)
             continue
         _stack_loose_(bucket)
-        param, in_place = bucket[0].param, whole and bucket[0].rounding_seed is None
-        most = most_tensors(param.numel(), param.device, whole=in_place)
+        param = bucket[0].param
+        if whole and bucket[0].rounding_seed is None:
+            most = len(bucket)
+        else:
+            most = most_tensors(param.numel(), param.device) if whole or _rounds_alike(bucket[0]) else 1
         for run in _runs(bucket):
             for start in range(0, len(run), most):
                 yield _batch(run[start : start + most])
 
 
-def most_tensors(entries: int, device: torch.device, *, whole: bool) -> int:
+def _rounds_alike(update: TensorUpdate) -> bool:
+    """Return whether products of several tensors in one call are rounded like those of each alone.
+
+    A GPU's need not be. A CPU's are where every row is aligned; a product with a vector is another routine.
+    """
+    param = update.param
+    rows = param.shape[0] if param.dim() else 1
+    aligned = rows % _EVEN == 0 and param.numel() // rows % _EVEN == 0
+    vectors = any(1 in part.shape for key, part in update.state.items() if key != "step")
+    return param.device.type != "cpu" or (aligned and not vectors)
+
+
+def most_tensors(entries: int, device: torch.device) -> int:
     """Return how many tensors of a size one call may serve: what it allocates for them is to be bounded.
 
     Larger matrices gain nothing from company: their arithmetic takes far longer than the call.
@@ -164,10 +182,7 @@ def most_tensors(entries: int, device: torch.device, *, whole: bool) -> int:
     Args:
         entries: Entries of each tensor.
         device: Where they lie; the meta device counts as a GPU.
-        whole: Whether nothing of their size is allocated.
     """
-    if whole:
-        return 1 << 30
     largest, together = (1 << 16, 1 << 18) if device.type == "cpu" else (1 << 22, 1 << 23)
     return max(1, together // max(1, entries)) if entries <= largest else 1
 

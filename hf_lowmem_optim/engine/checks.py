@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from hf_lowmem_optim.engine.method import Method
+from hf_lowmem_optim.engine.options import Options
 from hf_lowmem_optim.spec import TensorSpec
 
-__all__ = ["check_parameter", "check_rounding", "check_tensor", "describe_parameter"]
+__all__ = ["check_parameter", "check_rounding", "check_tensor", "check_unchanged", "describe_parameter"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -119,6 +120,26 @@ def _refuse_state(
         f"is {found}, but they need {needed}. These options cannot change in a run: set them back, or build a new "
         "optimizer"
     )
+
+
+def check_unchanged(before: Options, now: Options, method: Method) -> None:
+    """Refuse new values of options on which the state depends; their shapes need not tell.
+
+    Args:
+        before: The options with which the state of a group was made.
+        now: Those of this step.
+        method: The optimizer's method.
+
+    Raises:
+        ValueError: They differ in such an option.
+    """
+    for key in method.shaping:
+        was, value = getattr(before, key), getattr(now, key)
+        if value != was:
+            raise ValueError(
+                f"{key}={value!r} of a parameter group was {key}={was!r} when its state was made, which depends on it: "
+                "it cannot change in a run. Set it back, or build a new optimizer"
+            )
 
 
 def check_rounding(groups: Sequence[Mapping[str, Any]]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_lowmem_optim.engine.adamw import adamw_state
 from hf_lowmem_optim.engine.buckets import Batch, most_tensors
-from hf_lowmem_optim.engine.options import Options
+from hf_lowmem_optim.engine.options import Options, as_plain
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["CoupledUpdate", "Method", "StateFunction", "Update"]
@@ -75,6 +75,7 @@ class Method:
         scratch: What an update allocates for a moment, at most, in float32 copies of a weight; 0 if it works in place.
             Or a function that returns it for the options.
         scratch_state: What it allocates beside, at most, in float32 copies of a weight's state, the error left out.
+        whole: Whether one call may serve any number of tensors, because it allocates for one after the other.
         adam_like: Whether it is Adam with less state, so that AdamW is as good where compression saves nothing.
         optional_state: State keys that exist only for some values of an option which may change in a run, with that
             option: the state follows it.
@@ -95,6 +96,7 @@ class Method:
     switch: tuple[str, Any] = ("compress", False)
     scratch: float | Callable[[Any], float] = 1.0
     scratch_state: float = 0.0
+    whole: bool = False
     adam_like: bool = True
     optional_state: Mapping[str, str] = field(default_factory=dict)
     coupled_update_: CoupledUpdate | None = None
@@ -138,7 +140,7 @@ class Method:
 
     def options_of(self, group: Mapping[str, Any]) -> Options:
         """Return the options of a parameter group, which may have other keys besides."""
-        return self.options(**{key: group[key] for key in self.options.defaults()})
+        return self.options(**{key: as_plain(group[key]) for key in self.options.defaults()})
 
     def is_dense(self, group: Mapping[str, Any]) -> bool:
         """Return whether a group is switched to AdamW as a whole."""
@@ -219,7 +221,7 @@ class Method:
                 rounded = options.weight_rounding == "stochastic" and dtype != torch.float32
                 state = sum(math.prod(spec.shape) for key, spec in specs.items() if not key.startswith("error"))
                 copies = self.scratch_copies(options)
-                together = most_tensors(math.prod(shape), device, whole=copies == 0 and not rounded)
+                together = 1 if self.whole and not rounded else most_tensors(math.prod(shape), device)
                 each = 4 * ((copies + rounded) * math.prod(shape) + self.scratch_state * state)
                 most = max(most, each * min(count, together))
         system = 0

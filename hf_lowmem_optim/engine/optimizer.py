@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from hf_lowmem_optim.engine.adamw import adamw_update_, require_bitsandbytes
 from hf_lowmem_optim.engine.backward import BackwardMode, LayerwiseMode
 from hf_lowmem_optim.engine.buckets import TensorUpdate, allocate_stacked, batches
-from hf_lowmem_optim.engine.checks import check_parameter, check_rounding, check_tensor
+from hf_lowmem_optim.engine.checks import check_parameter, check_rounding, check_tensor, check_unchanged
 from hf_lowmem_optim.engine.coupled import check_agreement, note_absent_
 from hf_lowmem_optim.engine.gradient_error import GradientErrors
 from hf_lowmem_optim.engine.method import Method
@@ -155,6 +155,11 @@ class LowMemoryOptimizer(Optimizer):
             self._start()
             for index in range(len(self.param_groups)):
                 self._watch(index)
+        # the options with which the state was made
+        self._options.clear()
+        for group in self.param_groups:
+            if any(self.state.get(param) for param in group["params"]):
+                self._options_of(group)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._backward is not None:
@@ -207,6 +212,9 @@ class LowMemoryOptimizer(Optimizer):
             compressed, specs = self._rule(param, options)
             check_tensor(param, group, self.state.get(param), rule=(compressed, specs), optimizer=self)
             rules.append((options, compressed, specs))
+        if method.shared_options and len(self.param_groups) > 1:
+            distinct = {id(options): vars(options) for options, compressed, _ in rules if compressed}
+            check_agreement(method, list(distinct.values()), type(self).__name__)
         fresh = [(param, rule) for (_, param, _), rule in zip(live, rules, strict=True) if not self.state.get(param)]
         if fresh:
             self._allocate_(fresh)
@@ -234,9 +242,8 @@ class LowMemoryOptimizer(Optimizer):
             if method.coupled_update_ is not None:
                 self._coupled_update_(sparse)
             elif sparse:
-                whole = method.scratch_copies(sparse[0].options) == 0
                 assert method.update_ is not None
-                for batch in batches(sparse, whole=whole):
+                for batch in batches(sparse, whole=method.whole):
                     with batch.weights() as W:
                         method.update_(W, batch.g, batch.state, batch.step, batch.options)
             for updates in dense.values():
@@ -249,14 +256,11 @@ class LowMemoryOptimizer(Optimizer):
             return
         update_, describe = method.coupled_update_, method.shared_state
         assert update_ is not None and describe is not None
-        if len(self.param_groups) > 1:  # they may have been changed
-            check_agreement(method, [vars(update.options) for update in updates], type(self).__name__)
         options: Any = updates[0].options
-        whole = method.scratch_copies(options) == 0
         if options.scope == "tensor":
             for update in updates:
                 own = {key: update.state[key] for key in describe(options)}
-                update_(list(batches([update], whole=whole)), own, update.step)
+                update_(list(batches([update], whole=method.whole)), own, update.step)
             return
         # torch, too, keeps what belongs to no parameter under a string
         shared = cast("dict[Any, dict[str, Any]]", self.state)[SHARED]
@@ -266,7 +270,7 @@ class LowMemoryOptimizer(Optimizer):
         shared["step"] += 1
         if len(updates) < sum([len(group["params"]) for group in self.param_groups]):
             note_absent_(self, method, updates, shared["step"])
-        update_(list(batches(updates, whole=whole)), shared, shared["step"])
+        update_(list(batches(updates, whole=method.whole)), shared, shared["step"])
 
     def _is_real(self, param: Tensor) -> bool:
         """Return whether a gradient of zero is nevertheless one of training."""
@@ -279,8 +283,15 @@ class LowMemoryOptimizer(Optimizer):
         if known is not None and known[0] == values:
             return known[1]
         options = self.method.options_of(group)
+        if known is not None and any(self.state.get(param) for param in group["params"]):
+            check_unchanged(known[1], options, self.method)
         self._options[id(group)] = values, options
         return options
+
+    def _checked_rule(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Refuse a gradient or a state that the parameter's rule cannot serve."""
+        rule = self._rule(param, self._options_of(group))
+        check_tensor(param, group, self.state.get(param), rule=rule, optimizer=self)
 
     def _rule(self, param: Tensor, options: Options) -> tuple[bool, dict[str, TensorSpec]]:
         """Return whether a parameter is compressed, and the specs of its state."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.optimizers import LowMemoryOptimizer
 from hf_lowmem_optim.registry import OPTIMIZERS
 
@@ -35,8 +36,14 @@ class Case:
     #: Wrong values of the optimizer's own hyper-parameters.
     wrong: tuple[tuple[str, Any], ...] = ()
 
-    #: Whether one tensor's update depends on the other tensors.
-    coupled: bool = False
+    @property
+    def method(self) -> Method:
+        return OPTIMIZERS[self.name].optimizer_class.method
+
+    @property
+    def coupled(self) -> bool:
+        """Whether one tensor's update depends on the other tensors."""
+        return self.method.coupled_update_ is not None and not self.layerwise
 
     @property
     def takes_gradients(self) -> bool:
@@ -45,16 +52,19 @@ class Case:
 
     @property
     def layerwise(self) -> bool:
-        return OPTIMIZERS[self.name].optimizer_class.layerwise
+        return self.method.layerwise
 
     @property
     def dense_key(self) -> str:
-        return OPTIMIZERS[self.name].optimizer_class.dense_key
+        """The option that sends a group to AdamW with None."""
+        key, off = self.method.switch
+        assert off is None
+        return key
 
     @property
     def shared_keys(self) -> tuple[str, ...]:
         """Hyper-parameters on which all compressed groups must agree."""
-        return getattr(OPTIMIZERS[self.name].optimizer_class, "shared_keys", ())
+        return self.method.shared_options
 
     def build(self, params: Any, **override: Any) -> LowMemoryOptimizer:
         return OPTIMIZERS[self.name].optimizer_class(params, **{**self.hyper, **override})
@@ -108,21 +118,18 @@ CASES = {
             {**PRECONDITIONED, "density": 0.1, "block_size": 64},
             {"density": 0.2},
             (*WRONG_PRECONDITIONED, *WRONG_SPARSE),
-            coupled=True,
         ),
         Case(
             "lowrank_mfac",
             {**PRECONDITIONED, "rank": 3},
             {"rank": 2},
             (*WRONG_PRECONDITIONED, ("rank", 0), ("rank", "x"), ("rank", True), ("rank", 2.0)),
-            coupled=True,
         ),
         Case(
             "sparse_ggt",
             {**PRECONDITIONED, "density": 0.1, "block_size": 64},
             {"window": 5},
             (*WRONG_PRECONDITIONED, *WRONG_SPARSE),
-            coupled=True,
         ),
         Case(
             "microadam",
@@ -159,9 +166,11 @@ CASES = {
 WRONG_EVERYWHERE = (("dense_state", "bf16"), ("dense_state", 8), ("weight_rounding", "up"))
 
 #: The layer-wise optimizers take what the normal ones take.
-for normal in ("ldadam", "microadam"):
+for normal in list(CASES):
     name = f"{normal}_layerwise"
     wrong = (*CASES[normal].wrong, ("clip_tensor_norm", 0.0), ("clip_tensor_norm", "1"), ("clip_tensor_norm", True))
+    if "scope" in OPTIMIZERS[name].optimizer_class.method.options.defaults():
+        wrong = (*wrong, ("scope", "model"))
     CASES[name] = replace(CASES[normal], name=name, wrong=wrong)
 
 #: Settings of an optimizer with which it works in another way.

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from hf_lowmem_optim.optimizers import adamw8bit
+from hf_lowmem_optim.engine import adamw
 from hf_lowmem_optim.registry import OPTIMIZERS
 from tests.optimizers.cases import (
     CASES,
@@ -41,7 +41,7 @@ def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cas
     chosen = {**CASES, **VARIANTS}[request.param]
     if chosen.hyper.get("dense_state") == "8bit":
         pytest.importorskip("bitsandbytes")
-        monkeypatch.setattr(adamw8bit, "_MIN_QUANTIZED_ENTRIES", MIN_QUANTIZED)
+        monkeypatch.setattr(adamw, "_MIN_QUANTIZED_ENTRIES", MIN_QUANTIZED)
     return chosen
 
 
@@ -53,20 +53,20 @@ def test_state_is_what_the_specs_say_and_appears_at_the_first_gradient(case: Cas
     del params["vector"]
     run(optimizer, params, gradients(3, dtype))
     group = optimizer.param_groups[0]
-    assert any(optimizer.compresses(p.shape, group) for p in params.values())
+    assert any(optimizer.method.compresses(p.shape, group) for p in params.values())
     for index, param in enumerate(group["params"]):
         if list(SHAPES)[index] == "vector":
             assert param not in optimizer.state
             continue
         state = dict(optimizer.state[param])
         assert state.pop("step") == 3 and type(optimizer.state[param]["step"]) is int
-        specs = optimizer.state_specs(param, group)
+        specs = optimizer.method.state_specs(param, group)
         assert {k: (tuple(v.shape), v.dtype, v.nbytes) for k, v in state.items()} == {
             k: (s.shape, s.dtype, s.nbytes + s.in_gradient_bytes) for k, s in specs.items()
         }
         in_gradient = {k for k, s in specs.items() if s.in_gradient_bytes}
         assert in_gradient == (
-            {"error"} if case.takes_gradients and optimizer.compresses(param.shape, group) else set()
+            {"error"} if case.takes_gradients and optimizer.method.compresses(param.shape, group) else set()
         )
 
 
@@ -124,7 +124,7 @@ def test_layout_does_not_matter_and_the_gradient_is_left_alone(case: Case) -> No
         for key, param in odd.items():
             given, address, value = before[key]
             assert given.data_ptr() == address and torch.equal(given, value)
-            taken = case.takes_gradients and second.compresses(param.shape, second.param_groups[0])
+            taken = case.takes_gradients and second.method.compresses(param.shape, second.param_groups[0])
             assert param.grad is (None if taken else given)
     for key in SHAPES:
         torch.testing.assert_close(plain[key], odd[key], rtol=1e-5, atol=1e-6)
@@ -281,7 +281,7 @@ def test_only_leaves_are_accepted(case: Case) -> None:
 
 
 def test_groups_override_every_hyperparameter(case: Case) -> None:
-    defaults = OPTIMIZERS[case.name].optimizer_class.default_hyperparameters()
+    defaults = OPTIMIZERS[case.name].optimizer_class.method.options.defaults()
     weight = nn.Parameter(torch.randn(12, 40))
     optimizer = case.build([{"params": [weight], "lr": 0.5}])
     second = nn.Parameter(torch.randn(12, 40))
@@ -324,7 +324,7 @@ COMMON_WRONG = (
 
 
 def test_wrong_values_name_the_argument(case: Case) -> None:
-    known = OPTIMIZERS[case.name].optimizer_class.default_hyperparameters()
+    known = OPTIMIZERS[case.name].optimizer_class.method.options.defaults()
     wrong = [(n, v) for n, v in COMMON_WRONG + WRONG_EVERYWHERE + case.wrong if n in known]
     assert len(wrong) > 5
     for name, value in wrong:

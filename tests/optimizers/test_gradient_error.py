@@ -502,7 +502,7 @@ def test_before_the_first_step_a_gradient_may_be_dropped(zero: str) -> None:
 
 
 def test_several_processes_and_layerwise_mode_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_lowmem_optim.optimizers.layerwise import LDAdamLayerwise
+    from hf_lowmem_optim.registry import LDAdamLayerwise
 
     with pytest.raises(ValueError, match=r"error_feedback='grad' .*layer-wise mode frees.*optim='ldadam'"):
         LDAdamLayerwise([nn.Parameter(torch.zeros(20, 30))], error_feedback="grad")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import gc
 import io
 import logging
@@ -17,7 +18,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from hf_lowmem_optim import OPTIMIZERS, LDAdam, get_entry
-from hf_lowmem_optim.optimizers.layerwise import Layerwise, LDAdamLayerwise
+from hf_lowmem_optim.engine.backward import Layerwise
+from hf_lowmem_optim.registry import LDAdamLayerwise
 from tests.optimizers.cases import CASES, Case, assert_same_state
 
 LAYERWISE = [case for case in CASES.values() if case.layerwise]
@@ -73,7 +75,10 @@ def train(model: Model, optimizer: Any, steps: range, schedule: bool = True) -> 
 
 
 def normal(case: Case) -> Case:
-    return CASES[case.name.removesuffix("_layerwise")]
+    """The normal mode's case, with a system for each tensor where the default is one for all."""
+    scope = {"scope": "tensor"} if "scope" in case.method.options.defaults() else {}
+    found = CASES[case.name.removesuffix("_layerwise")]
+    return dataclasses.replace(found, hyper={**found.hyper, **scope})
 
 
 @every_case
@@ -134,7 +139,8 @@ def test_there_is_one_gradient_at_a_time(case: Case) -> None:
 @every_case
 def test_accumulation_is_that_of_the_sum(case: Case) -> None:
     """Exactly with an exact error; with a quantized one, a tensor moves as the sum's quantization lets it."""
-    exact = {"error_feedback": "fp32"} if case.name == "ldadam_layerwise" else {"density": 1.0, "bits": 8}
+    microadam = case.name == "microadam_layerwise"
+    exact = {"density": 1.0, "bits": 8} if microadam else {"error_feedback": "fp32"}
     model, optimizer = build(case, **exact)
     other, reference = build(normal(case), **exact)
     for step in range(4):
@@ -151,7 +157,7 @@ def test_accumulation_is_that_of_the_sum(case: Case) -> None:
             each.step()
             each.zero_grad()
     # MicroAdam keeps the parts in 8 bits until the last one comes
-    tolerance = 1e-5 if case.name == "ldadam_layerwise" else 0.05
+    tolerance = 0.05 if microadam else 1e-5
     for mine, theirs, start in zip(model.parameters(), other.parameters(), build(case)[0].parameters(), strict=True):
         moved = (theirs - start).norm()
         assert moved > 0
@@ -205,8 +211,6 @@ def test_a_tensor_is_clipped_by_its_own_norm(case: Case) -> None:
 @every_case
 def test_what_cannot_be_right_is_refused_with_the_reason(case: Case) -> None:
     model, optimizer = build(case)
-    with pytest.raises(TypeError, match="takes no closure"):
-        optimizer.step(lambda: 0.0)
     loss_of(model, batch(0)).backward()
     with pytest.raises(RuntimeError, match=r"second gradient in one step.*accumulating"):
         loss_of(model, batch(1)).backward()
@@ -224,6 +228,37 @@ def test_what_cannot_be_right_is_refused_with_the_reason(case: Case) -> None:
     with pytest.raises(RuntimeError, match=r"'embedding.weight' has a sparse gradient"):
         embedding(torch.tensor([1, 2])).sum().backward()
     assert not sparse.state
+
+
+@every_case
+def test_a_closure_is_called_first_and_its_loss_returned(case: Case) -> None:
+    (model, optimizer), (other, reference) = build(case), build(case)
+    for step in range(3):
+
+        def closure(step: int = step) -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model, batch(step))
+            loss.backward()
+            return loss
+
+        assert optimizer.step(closure).item() == loss_of(other, batch(step)).item()
+        train(other, reference, range(step, step + 1))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(model.parameters(), other.parameters(), strict=True))
+    assert_same_state(optimizer, reference)
+
+
+@pytest.mark.parametrize("name", ["sparse_mfac", "lowrank_mfac", "sparse_ggt"])
+def test_a_system_over_all_tensors_is_refused(name: str) -> None:
+    """One for each tensor is the default; a checkpoint of a common system says so, too."""
+    case, weight = CASES[f"{name}_layerwise"], nn.Parameter(torch.randn(20, 30))
+    optimizer = case.build([weight])
+    assert optimizer.param_groups[0]["scope"] == "tensor" and CASES[name].method.options.defaults()["scope"] == "model"
+    with pytest.raises(ValueError, match=r"scope='model' needs the gradients of all parameters.*scope='tensor'"):
+        case.build([weight], scope="model")
+    with pytest.raises(ValueError, match="scope='model'"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))], "scope": "model"})
+    with pytest.raises(ValueError, match=r"saved with scope='model', this optimizer has scope='tensor'"):
+        optimizer.load_state_dict(CASES[name].build([nn.Parameter(torch.randn(20, 30))]).state_dict())
 
 
 @pytest.mark.parametrize(
@@ -245,7 +280,7 @@ def test_settings_that_leave_no_place_for_a_part_of_a_gradient(name: str, settin
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(NotImplementedError, match=r"LDAdamLayerwise .*before DDP or FSDP.*use 'ldadam'"):
+    with pytest.raises(NotImplementedError, match=r"optim='ldadam_layerwise' .*before DDP or FSDP.*use 'ldadam'"):
         LDAdamLayerwise([nn.Parameter(torch.randn(20, 30))])
 
 
@@ -322,10 +357,10 @@ def test_copies_of_the_model_have_no_hooks_and_copies_of_the_optimizer_have() ->
 
 def test_every_layerwise_string_is_a_mode_of_another() -> None:
     for name, entry in OPTIMIZERS.items():
-        assert entry.optimizer_class.layerwise == name.endswith("_layerwise")
+        assert entry.optimizer_class.method.layerwise == name.endswith("_layerwise")
         if issubclass(entry.optimizer_class, Layerwise):
             assert get_entry(name.removesuffix("_layerwise")).optimizer_class is entry.optimizer_class.normal
-            assert entry.optimizer_class.state_keys == entry.optimizer_class.normal.state_keys
+            assert entry.optimizer_class.method.shaping == entry.optimizer_class.normal.method.shaping
 
 
 class Fails(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from hf_lowmem_optim.compression.lowrank import leading_left_singular_vectors
-from hf_lowmem_optim.compression.quantization import QuantFormat, dequantize_, quantized_state
-from hf_lowmem_optim.kernels.orthonormalize import orthonormalize
-from hf_lowmem_optim.optimizers.ldadam import LDAdam, ldadam_state, ldadam_update_
+from hf_lowmem_optim.ops.block_quant import dequantize_, quantized_state
+from hf_lowmem_optim.ops.low_rank import leading_left_singular_vectors, orthonormalize
+from hf_lowmem_optim.optimizers.ldadam import LDAdam, LDAdamOptions, ldadam_state, ldadam_update_
+from hf_lowmem_optim.spec import QuantFormat
 from tests.reference.ldadam import ReferenceLDAdam
 
 
@@ -98,7 +99,9 @@ def test_conservation_and_orthonormality(
     rank = min(rank, rows, columns)
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator).to(dtype)
-    specs = ldadam_state((rows + rank, columns + rank), dtype, rank=rank, error_feedback="fp32")
+    options = LDAdamOptions(rank=rank, error_feedback="fp32", betas=(beta1, 0.99))
+    specs = ldadam_state((rows + rank, columns + rank), dtype, options)
+    assert specs is not None
     small, large = sorted((rows, columns))
     shapes = {"basis": (small, rank), "exp_avg": (rank, large), "exp_avg_sq": (rank, large), "error": (rows, columns)}
     state = {key: torch.zeros(shapes[key], dtype=spec.dtype) for key, spec in specs.items()}
@@ -109,17 +112,7 @@ def test_conservation_and_orthonormality(
             gradient = left @ torch.randn(gradient_rank, columns, generator=generator)
         gradient = gradient.to(dtype)
         momentum_before, error_before = _lifted(state, rows > columns), state["error"].double()
-        ldadam_update_(
-            weight,
-            gradient,
-            state,
-            step=step,
-            lr=1e-3,
-            betas=(beta1, 0.99),
-            eps=1e-8,
-            weight_decay=0.0,
-            rho=0.908,
-        )
+        update_(weight, gradient, state, step, options)
         right = beta1 * momentum_before + (1 - beta1) * (gradient.double() + error_before)
         left_side = _lifted(state, rows > columns) + (1 - beta1) * state["error"].double()
         scale = 1 + right.abs().max()
@@ -128,6 +121,11 @@ def test_conservation_and_orthonormality(
         assert torch.linalg.matrix_norm(basis.T @ basis - torch.eye(rank), 2) <= 1e-5
         assert (state["exp_avg_sq"] >= 0).all()
         assert torch.isfinite(weight).all()
+
+
+def update_(weight: torch.Tensor, grad: torch.Tensor, state: dict[str, torch.Tensor], t: int, o: LDAdamOptions) -> None:
+    """One matrix, whose state is stacked with nothing."""
+    ldadam_update_([weight], [grad], {key: value[None] for key, value in state.items()}, t, o)
 
 
 def _lifted(state: dict[str, torch.Tensor], tall: bool) -> torch.Tensor:
@@ -144,10 +142,11 @@ def test_full_rank_keeps_no_error_and_adams_momentum() -> None:
         "exp_avg_sq": torch.zeros(8, 20),
         "error": torch.zeros(shape),
     }
+    options = LDAdamOptions(lr=0.1, betas=(0.9, 0.99), rho=0.9, rank=8, error_feedback="fp32")
     weight, momentum = torch.zeros(shape), torch.zeros(shape, dtype=torch.float64)
     for step, gradient in enumerate(drifting_gradients(shape, 15, seed=2), start=1):
         grad = torch.tensor(gradient)
-        ldadam_update_(weight, grad, state, step=step, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, rho=0.9)
+        update_(weight, grad, state, step, options)
         momentum = 0.9 * momentum + 0.1 * grad.double()
         # c = β1/(1 − β1) = 9 multiplies the rounding of the momentum
         assert state["error"].abs().max() <= 9e-7 * 9 * grad.abs().max()
@@ -155,7 +154,7 @@ def test_full_rank_keeps_no_error_and_adams_momentum() -> None:
     # the first step is Adam in the basis U: every coordinate of the update is ±lr there
     first = torch.zeros(shape)
     fresh = {key: torch.zeros_like(value) for key, value in state.items()}
-    ldadam_update_(first, grad, fresh, step=1, lr=0.1, betas=(0.9, 0.99), eps=1e-12, weight_decay=0.0, rho=0.9)
+    update_(first, grad, fresh, 1, dataclasses.replace(options, eps=1e-12))
     torch.testing.assert_close((fresh["basis"].T @ first).abs(), torch.full((8, 20), 0.1), rtol=1e-4, atol=1e-5)
 
 

@@ -138,7 +138,7 @@ def test_dense_groups_alone_have_none(case: Case) -> None:
     params = make_params()
     optimizer = case.build(params.values(), **{case.dense_key: None})
     run(optimizer, params, gradients(2))
-    assert "shared" not in optimizer.state and not optimizer.shared_specs(optimizer.param_groups)
+    assert "shared" not in optimizer.state and not optimizer.method.shared_specs(optimizer.param_groups)
     second = case.build(make_params().values(), **{case.dense_key: None})
     second.load_state_dict(optimizer.state_dict())
     assert_same_state(optimizer, second)
@@ -148,8 +148,8 @@ def test_dense_groups_alone_have_none(case: Case) -> None:
 
 
 def planned_bytes(optimizer_class: type[LowMemoryOptimizer], groups: list[dict[str, Any]]) -> int:
-    own = (s.nbytes for g in groups for p in g["params"] for s in optimizer_class.state_specs(p, g).values())
-    return sum(own) + sum(spec.nbytes for spec in optimizer_class.shared_specs(groups).values())
+    own = (s.nbytes for g in groups for p in g["params"] for s in optimizer_class.method.state_specs(p, g).values())
+    return sum(own) + sum(spec.nbytes for spec in optimizer_class.method.shared_specs(groups).values())
 
 
 @pytest.mark.parametrize("error_feedback", ["fp32", "bf16", "8bit", "4bit"])
@@ -160,7 +160,7 @@ def test_planned_bytes_are_measured_bytes(
     cls: Callable[..., LowMemoryOptimizer], error_feedback: str, scope: str, momentum: float
 ) -> None:
     params = make_params(torch.bfloat16)
-    groups = [{"params": [params.pop("square"), params.pop("vector")], cls.dense_key: None}]  # type: ignore[attr-defined]
+    groups = [{"params": [params.pop("square"), params.pop("vector")], cls.method.switch[0]: None}]  # type: ignore[attr-defined]
     groups.append({"params": list(params.values())})
     optimizer = cls(groups, window=7, error_feedback=error_feedback, scope=scope, momentum=momentum)
     everything = [p for g in optimizer.param_groups for p in g["params"]]
@@ -170,8 +170,9 @@ def test_planned_bytes_are_measured_bytes(
     optimizer.step()
     tensors = [v for entry in optimizer.state.values() for v in entry.values() if isinstance(v, Tensor)]
     assert planned == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    # nothing is a view of something larger
-    assert planned == sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+    # nothing is a view of something larger but of equal tensors side by side, at multiples of 64 bytes
+    stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    assert planned <= sum(stored.values()) <= planned + 63 * len(tensors)
 
 
 def llama_2_7b() -> list[Tensor]:
@@ -197,7 +198,7 @@ def test_bytes_per_parameter_on_llama_2_7b(cls: type[LowMemoryOptimizer], hyper:
     params = llama_2_7b()
     count = sum(p.numel() for p in params)
     assert 6.73e9 < count < 6.75e9
-    group = {**cls.default_hyperparameters(), **hyper, "params": params}
+    group = {**cls.method.options.defaults(), **hyper, "params": params}
     per_parameter = planned_bytes(cls, [group]) / count
     print(f"{cls.__name__} {hyper}: {per_parameter:.3f} bytes per parameter")
     assert per_parameter <= most

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_lowmem_optim.optimizers import adamw8bit
+from hf_lowmem_optim.engine import adamw
 from hf_lowmem_optim.registry import OPTIMIZERS
 from tests.optimizers.cases import CASES, MIN_QUANTIZED, SHAPES, assert_same_state, gradients, make_params, run
 
@@ -73,7 +73,7 @@ def test_resume_is_bit_for_bit(name: str, storage: str, dtype: torch.dtype, monk
     """Also in a layout that has no flat view."""
     if storage == "8bit":
         pytest.importorskip("bitsandbytes")
-        monkeypatch.setattr(adamw8bit, "_MIN_QUANTIZED_ENTRIES", MIN_QUANTIZED)
+        monkeypatch.setattr(adamw, "_MIN_QUANTIZED_ENTRIES", MIN_QUANTIZED)
     settings = {"weight_rounding": "stochastic", "dense_state": storage}
     straight = make_params(dtype)
     optimizer = CASES[name].build(straight.values(), **settings)

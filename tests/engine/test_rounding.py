@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_lowmem_optim.compression.rounding import StochasticRounding
+from hf_lowmem_optim.engine.rounding import StochasticRounding
 
 NARROW = [torch.bfloat16, torch.float16]
 CPU = torch.device("cpu")

@@ -1,0 +1,211 @@
+"""Equal tensors, whose state is stacked: each comes out as if it were alone, to the last bit on a CPU."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_lowmem_optim import OPTIMIZERS, LDAdam
+from hf_lowmem_optim.engine import buckets
+from hf_lowmem_optim.engine.buckets import Batch, allocate_stacked
+from hf_lowmem_optim.spec import TensorSpec
+from tests.optimizers.cases import assert_same_state
+
+#: Of one size and several shapes; of odd sizes; a vector.
+SHAPES = [(32, 48)] * 7 + [(48, 32)] * 3 + [(16, 4, 4, 4)] * 2 + [(33, 20)] * 3 + [(20, 33)] * 2 + [(32, 48, 1)] + [(80,)]
+SPARSE = {"density": 0.1, "block_size": 64, "window": 3}
+MICROADAM: dict[str, Any] = {**SPARSE, "min_compress_size": 100}
+SETTINGS: list[tuple[str, dict[str, Any]]] = [
+    ("ldadam", {}),
+    ("ldadam", {"rank": 1}),
+    ("ldadam", {"error_feedback": "8bit", "weight_decay": 0.1}),
+    ("ldadam", {"error_feedback": "param", "state_dtype": "param"}),
+    ("ldadam", {"error_feedback": "grad"}),
+    ("ldadam", {"error_feedback": "none"}),
+    ("ldadam", {"stochastic_rounding": True}),
+    ("ldadam", {"rank": None, "dense_state": "fp32"}),
+    ("microadam", MICROADAM),
+    ("microadam", {**MICROADAM, "alpha": 0.5, "stochastic_rounding": True, "weight_decay": 0.1}),
+    ("sparse_mfac", {**SPARSE, "scope": "tensor", "momentum": 0.5}),
+    ("lowrank_mfac", {"rank": 2, "window": 3, "scope": "tensor", "error_feedback": "4bit"}),
+]
+
+
+@pytest.fixture
+def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tensors each batch has had."""
+    found: list[int] = []
+    original = buckets._batch
+
+    def counted(updates: Any) -> Batch:
+        found.append(len(updates))
+        return original(updates)
+
+    monkeypatch.setattr(buckets, "_batch", counted)
+    return found
+
+
+def weights_of(dtype: torch.dtype = torch.float32, shapes: list[tuple[int, ...]] = SHAPES) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+
+
+def train(optimizers: list[Any], weights: list[nn.Parameter], steps: range, absent: set[tuple[int, int]] = set()) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for index, weight in enumerate(weights):
+            grad = torch.randn(weight.shape, generator=generator).to(weight.dtype)
+            weight.grad = None if (step, index) in absent else grad
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "hyper"), SETTINGS, ids=str)
+def test_a_tensor_does_not_notice_the_others(
+    name: str, hyper: dict[str, Any], dtype: torch.dtype, sizes: list[int]
+) -> None:
+    """Also when one has its first gradient late, and others miss steps."""
+    hyper = {"rank": 4, **hyper} if name == "ldadam" else hyper
+    together, alone = weights_of(dtype), weights_of(dtype)
+    build = OPTIMIZERS[name].optimizer_class
+    one, each = build(together, **hyper), [build([weight], **hyper) for weight in alone]
+    absent = {(0, 3), (1, 3), (2, 1), (3, 5), (3, 6)}
+    train([one], together, range(5), absent)
+    batched = max(sizes, default=0)
+    if name == "microadam":
+        assert batched == 6
+    elif hyper.get("rank") == 4:
+        assert batched == (1 if hyper.get("error_feedback") == "grad" else 6)
+    else:  # products with vectors; systems for each tensor
+        assert batched <= 1
+    sizes.clear()
+    train(each, alone, range(5), absent)
+    assert set(sizes) <= {1}
+    for a, b, optimizer in zip(together, alone, each, strict=True):
+        assert torch.equal(a, b)
+        for key, value in one.state[a].items():
+            other = optimizer.state[b][key]
+            assert torch.equal(value, other) if isinstance(value, Tensor) else value == other
+
+
+EQUAL: list[tuple[int, ...]] = [(32, 48)] * 5
+
+
+def is_stacked(optimizer: Any, weights: list[nn.Parameter], key: str) -> bool:
+    parts = [optimizer.state[weight][key] for weight in weights]
+    distances = {b.data_ptr() - a.data_ptr() for a, b in zip(parts, parts[1:], strict=False)}
+    return len(distances) == 1 and len({part.untyped_storage().data_ptr() for part in parts}) == 1
+
+
+def reload(optimizer: LDAdam, weights: list[nn.Parameter]) -> LDAdam:
+    """Through a file, as training does."""
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    assert file.tell() < 5 * 48 * 32 * 4 * 2  # what is shared is saved once
+    file.seek(0)
+    again = LDAdam(weights, rank=4)
+    again.load_state_dict(torch.load(file, weights_only=True))
+    return again
+
+
+def as_separate_tensors(optimizer: LDAdam, weights: list[nn.Parameter]) -> LDAdam:
+    """As after a gather, or a checkpoint of a layout without stacks."""
+    saved = optimizer.state_dict()
+    for index, state in saved["state"].items():
+        saved["state"][index] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+    again = LDAdam(weights, rank=4)
+    again.load_state_dict(saved)
+    return again
+
+
+@pytest.mark.parametrize("restore", [reload, as_separate_tensors])
+def test_state_is_stacked_again_after_a_load(restore: Any, sizes: list[int]) -> None:
+    straight, other = weights_of(shapes=EQUAL), weights_of(shapes=EQUAL)
+    first, second = (LDAdam(weights, rank=4) for weights in (straight, other))
+    train([first], straight, range(6))
+    train([second], other, range(3))
+    again = restore(second, other)
+    assert_same_state(again, second)
+    sizes.clear()
+    train([again], other, range(3, 6))
+    assert set(sizes) == {5}
+    assert all(is_stacked(again, other, key) for key in ("basis", "exp_avg", "error_codes", "error_lo"))
+    assert all(torch.equal(a, b) for a, b in zip(straight, other, strict=True))
+    assert_same_state(first, again)
+
+
+def test_copies_are_stacked_and_apart_from_the_original(sizes: list[int]) -> None:
+    weights = weights_of(shapes=EQUAL)
+    optimizer = LDAdam(weights, rank=4)
+    train([optimizer], weights, range(3))
+    twins, twin = copy.deepcopy((weights, optimizer))
+    before = copy.deepcopy(optimizer.state_dict())
+    sizes.clear()
+    train([twin], twins, range(3, 5))
+    assert set(sizes) == {5} and is_stacked(twin, twins, "exp_avg")
+    now = optimizer.state_dict()
+    assert all(torch.equal(now["state"][i][k], v) for i, s in before["state"].items() for k, v in s.items() if k != "step")
+    train([optimizer], weights, range(3, 5))
+    assert_same_state(optimizer, twin)
+
+
+def test_a_state_dict_is_that_of_tensors_of_their_own() -> None:
+    weights, single = weights_of(shapes=EQUAL), weights_of(shapes=EQUAL)[:1]
+    optimizer, alone = LDAdam(weights, rank=4), LDAdam(single, rank=4)
+    train([optimizer], weights, range(2))
+    train([alone], single, range(2))
+    found, expected = optimizer.state_dict()["state"][0], alone.state_dict()["state"][0]
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        if isinstance(value, Tensor):
+            assert (found[key].shape, found[key].stride(), found[key].dtype) == (value.shape, value.stride(), value.dtype)
+            assert found[key].is_contiguous()
+
+
+@pytest.mark.parametrize("shape", [(33, 20), (7,), (1, 1), (16, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.float64], ids=str)
+def test_stacked_parts_are_aligned_zeros_and_do_not_overlap(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    spec = TensorSpec(shape, dtype, "part")
+    states = allocate_stacked({"part": spec}, 5, torch.device("cpu"))
+    parts = [state["part"] for state in states]
+    assert all(part.shape == shape and part.dtype == dtype and part.is_contiguous() for part in parts)
+    assert all(part.data_ptr() % 64 == 0 and not part.any() for part in parts)
+    for index, part in enumerate(parts):
+        part.fill_(index + 1)
+    assert all((part == index + 1).all() for index, part in enumerate(parts))
+    (lone,) = allocate_stacked({"part": spec}, 1, torch.device("cpu"))
+    assert lone["part"].untyped_storage().nbytes() == spec.stored_bytes
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "hyper"), [s for s in SETTINGS if "stochastic_rounding" not in s[1]], ids=str)
+def test_the_number_of_threads_changes_nothing(name: str, hyper: dict[str, Any], dtype: torch.dtype) -> None:
+    """Above what one thread or one slice of the dense rule takes as well."""
+    shapes = [(48, 200), (200, 48), (40, 40), (40, 40), (96, 70), (33,), (7, 3, 3, 3), (5,)]
+    shapes += [(530, 525)] if hyper.get("rank", 0) is None or name == "microadam" else []
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        weights = weights_of(dtype, shapes)
+        optimizer = OPTIMIZERS[name].optimizer_class(weights, lr=1e-2, **hyper)
+        train([optimizer], weights, range(4))
+        assert torch.get_num_threads() == count
+        tensors = [v for entry in optimizer.state.values() for v in entry.values() if isinstance(v, Tensor)]
+        results.append([*weights, *tensors])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
