@@ -17,7 +17,14 @@ from torch import Tensor
 from hf_lowmem_optim.ops.block_quant import Quantized, _dequantize_into, _quantize_into, rounding_keys
 from hf_lowmem_optim.ops.cpu.floats import BFLOAT16, load_floats, store_floats
 from hf_lowmem_optim.ops.cpu.jit import inlined, loop
-from hf_lowmem_optim.ops.cpu.launch import DTYPE_CODES, NO_BYTES, block_ranges, buffer_arguments, run_pieces
+from hf_lowmem_optim.ops.cpu.launch import (
+    DTYPE_CODES,
+    ENTRIES_PER_THREAD_BETWEEN,
+    NO_BYTES,
+    block_ranges,
+    buffer_arguments,
+    run_pieces,
+)
 from hf_lowmem_optim.ops.dispatch import register
 
 __all__ = ["decode_blocks", "dequantize_into", "encode_blocks", "quantize_into", "random_keys"]
@@ -290,7 +297,7 @@ def quantize_into(out: Quantized, source: Tensor, seed: int | None) -> None:
     x = source.view(torch.uint8).numpy(), DTYPE_CODES[source.dtype], out.numel
     arguments = *x, *buffer_arguments(out), *((False, 0, 0) if seed is None else random_keys(seed))
     ranges = block_ranges(out.numel, out.format.block_size)
-    run_pieces(_quantize.run, [(*arguments, *ends) for ends in ranges], out.numel)
+    run_pieces(_quantize.run, [(*arguments, *ends) for ends in ranges], out.numel, each=ENTRIES_PER_THREAD_BETWEEN)
 
 
 @register(_dequantize_into, "cpu")
@@ -302,4 +309,5 @@ def dequantize_into(out: Tensor, quantized: Quantized, scale: float, onto: Tenso
         base = onto.view(torch.uint8).numpy(), DTYPE_CODES[onto.dtype], True
     arguments = *x, *base, scale, *buffer_arguments(quantized)
     ranges = block_ranges(quantized.numel, quantized.format.block_size)
-    run_pieces(_dequantize.run, [(*arguments, *ends) for ends in ranges], quantized.numel)
+    pieces = [(*arguments, *ends) for ends in ranges]
+    run_pieces(_dequantize.run, pieces, quantized.numel, each=ENTRIES_PER_THREAD_BETWEEN)

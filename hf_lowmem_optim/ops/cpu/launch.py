@@ -29,6 +29,8 @@ NO_BYTES: NDArray[np.uint8] = np.empty(0, np.uint8)
 _MAX_THREADS = 16
 #: Another thread costs more than it gains if it has fewer entries than that.
 _ENTRIES_PER_THREAD = 1 << 18
+#: Between operations of torch, whose OpenMP threads spin on the other cores for some milliseconds after each.
+ENTRIES_PER_THREAD_BETWEEN = 1 << 21
 #: Work for some 100 microseconds, of which the call of a loop is a few.
 ENTRIES_PER_PIECE = 1 << 17
 
@@ -45,13 +47,20 @@ def block_ranges(numel: int, block_size: int) -> list[tuple[int, int]]:
     return [(first, min(first + step, num_blocks)) for first in range(0, num_blocks, step)]
 
 
-def run_pieces(loop: Callable[..., R], pieces: Iterable[tuple[Any, ...]], entries: int) -> list[R]:
+def run_pieces(
+    loop: Callable[..., R],
+    pieces: Iterable[tuple[Any, ...]],
+    entries: int,
+    *,
+    each: int | None = None,
+) -> list[R]:
     """Call a loop for every piece, on as many threads as torch may use and the entries are worth.
 
     Args:
         loop: The loop.
         pieces: Its arguments, piece by piece; taken one at a time by whichever thread is free.
         entries: Entries of all pieces together.
+        each: Entries that are worth a thread; some default if None.
 
     Returns:
         What the loop returned, in the order of the pieces.
@@ -59,7 +68,7 @@ def run_pieces(loop: Callable[..., R], pieces: Iterable[tuple[Any, ...]], entrie
     Raises:
         BaseException: What a piece, or the making of one, has raised. No other is begun then, and none still runs.
     """
-    threads = min(torch.get_num_threads(), _MAX_THREADS, entries // _ENTRIES_PER_THREAD)
+    threads = min(torch.get_num_threads(), _MAX_THREADS, entries // (each or _ENTRIES_PER_THREAD))
     if threads <= 1:
         return [loop(*piece) for piece in pieces]
     shared = _SharedPieces(loop, pieces)
