@@ -17,7 +17,6 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from hf_lowmem_optim import LDAdam, measure_state, plan_optimizer
-from hf_lowmem_optim.memory.plan import plan_temporaries
 from tests.optimizers.cases import assert_same_state
 from tests.optimizers.test_temporaries import peak_bytes
 
@@ -86,7 +85,7 @@ def assert_equal(model: nn.Module, other: nn.Module) -> None:
 
 def kept_in_gradient(optimizer: LDAdam) -> list[nn.Parameter]:
     group = optimizer.param_groups[0]
-    kept = [p for p in group["params"] if optimizer.keeps_error_in_gradient(p, group)]
+    kept = [p for p in group["params"] if group["error_feedback"] == "grad" and optimizer.method.compresses(p.shape, group)]
     assert len(kept) == 4
     return kept
 
@@ -290,8 +289,7 @@ def test_there_is_one_buffer_a_parameter_and_for_a_moment_one_gradient(
     activations = 2**17
     first = peak_bytes(step)
     planned = plan_optimizer(optimizer)
-    temporaries = plan_temporaries(LDAdam, optimizer.param_groups)
-    assert temporaries is not None
+    temporaries = LDAdam.method.scratch_bytes(optimizer.param_groups)
     # all gradients, state, and the first buffer beside the first gradient; then never more than one gradient
     assert 6 * gradient < first <= 6 * gradient + planned.total_bytes + temporaries + activations
     for _ in range(3):
@@ -504,7 +502,7 @@ def test_before_the_first_step_a_gradient_may_be_dropped(zero: str) -> None:
 def test_several_processes_and_layerwise_mode_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_lowmem_optim.registry import LDAdamLayerwise
 
-    with pytest.raises(ValueError, match=r"error_feedback='grad' .*layer-wise mode frees.*optim='ldadam'"):
+    with pytest.raises(ValueError, match=r"error_feedback='grad' .*layer-wise mode frees.*'4bit', or the normal mode"):
         LDAdamLayerwise([nn.Parameter(torch.zeros(20, 30))], error_feedback="grad")
     model, optimizer = build("grad")
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
@@ -534,3 +532,18 @@ def test_a_failed_backward_pass_can_be_abandoned() -> None:
     assert optimizer.abandon_step() == 0
     train(model, optimizer, range(4, 6))
     optimizer.state_dict()
+
+
+def test_optimizers_that_keep_no_error_in_gradients_have_nothing_to_do_with_them() -> None:
+    """No hook, no bookkeeping; a group that comes later brings it."""
+    for error_feedback in ("4bit", "param", "none"):
+        model, optimizer = build(error_feedback)
+        assert optimizer._backward is None
+        assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    # where nothing is compressed there is no error
+    dense = LDAdam([nn.Parameter(torch.zeros(20, 30))], rank=None, error_feedback="grad")
+    assert dense._backward is None
+    late = nn.Parameter(torch.zeros(20, 30))
+    optimizer.add_param_group({"params": [late], "error_feedback": "grad"})
+    assert optimizer._backward is not None
+    assert len(late._post_accumulate_grad_hooks) == 1
