@@ -1,18 +1,19 @@
-"""Does it learn as well? The same model on the same batches, each optimizer at the best of its own learning rates.
+"""Compare how well optimizers learn: the same model on the same batches, each at the best of its own learning rates.
 
     python benchmarks/convergence.py pretrain --entry adamw@5e-4 ldadam@4e-3 galore:rank=16@1e-2 --results a.json
     python benchmarks/convergence.py finetune --entry adamw microadam --lr 3e-5 1e-4 --seeds 0 1 2
-    python benchmarks/convergence.py pretrain --results a.json --table --plot a.png
+    python benchmarks/render.py a.json --plot a.png
 
-The tasks are described in ``convergence_tasks.py``, the optimizers in ``convergence_peers.py``. An entry is a name,
+The tasks are described in ``convergence_tasks.py``, the optimizers in ``peers.build_optimizer``. An entry is a name,
 with settings after a colon and the rate where its grid starts after an @. The grid doubles and halves until the best
 rate is not at an edge; it is chosen on the validation set with ``--tune-seed``, and ``--seeds`` (other starts and data
 orders, the same for all) at that rate are reported on the test set. ``--lr`` reports those rates instead, without
 choosing.
 
 Cosine schedule with 5% warm-up, gradients clipped at norm 1, weight decay 0; a run whose loss is not finite stops
-there. Each run goes to ``--results`` (JSON, and CSV beside it) as soon as it is done, and is not run again when it is
-there. Seconds are wall time, on whatever else the machine had to do. ``--table`` and ``--plot`` only read the results.
+there. GaLore multiplies the update of its matrices by 0.25, so that all else has four times their rate; the setting
+``dense_lr_ratio=4`` gives any entry what GaLore has. Each run goes to ``--results`` as soon as it is done, and is not
+run again when it is there. Seconds are wall time, on whatever else the machine had to do.
 """
 
 from __future__ import annotations
@@ -23,59 +24,52 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from convergence_peers import build_optimizer, state_bytes
-from convergence_plots import plot_convergence
-from convergence_results import ConvergenceRow, RunStore, read_rows
-from convergence_tables import convergence_table, rates_table
 from convergence_tasks import TASKS, Batch, Task
-from results import load_run
+from peers import build_optimizer
+from render import plot_convergence, report
+from results import Row, describe_run, load_run, save_run
 from torch import nn
 from transformers import logging as transformers_logging
+
+from hf_lowmem_optim import measure_state
 
 FINAL_STEPS = 50
 CURVE_STEPS = 10
 MAX_DOUBLINGS = 8
 
+#: Trains an entry at a rate from a seed, and evaluates it on the set of that name.
+TrainOne = Callable[[str, float, int, str], Row]
+
 
 def bracket(loss_at: Callable[[float], float], start: float) -> dict[float, float]:
     """Try rates by factors of two from ``start``, until both neighbours of the best one have been tried.
 
-    Args:
-        loss_at: Loss at a rate; what is not finite counts as worst.
-        start: Rate to start with.
-
     Returns:
-        Loss by rate, as tried.
+        Loss by rate, as tried; what is not finite counts as worst.
 
     Raises:
         RuntimeError: The best rate is :data:`MAX_DOUBLINGS` factors from the start, and not bracketed.
     """
     tried: dict[int, float] = {}
-
-    def attempt(exponent: int) -> None:
-        loss = loss_at(start * 2.0**exponent)
-        tried[exponent] = loss if math.isfinite(loss) else math.inf
-
-    attempt(0)
-    while True:
-        best = min(tried, key=lambda k: tried[k])
-        neighbours = [best + 1, best - 1]
-        if math.isinf(tried[best]):  # all diverged: only down
-            best = min(tried)
-            neighbours = [best - 1]
-        untried = [k for k in neighbours if k not in tried]
-        if not untried:
-            return {start * 2.0**k: loss for k, loss in tried.items()}
+    best, untried = 0, [0]
+    while untried:
         if abs(untried[0]) > MAX_DOUBLINGS:
             raise RuntimeError(f"best rate {start * 2.0**best:g} is an edge, {MAX_DOUBLINGS} doublings from {start:g}")
-        attempt(untried[0])
+        loss = loss_at(start * 2.0 ** untried[0])
+        tried[untried[0]] = loss if math.isfinite(loss) else math.inf
+        best = min(tried, key=lambda k: tried[k])
+        # where all diverged there is only a way down
+        neighbours = [min(tried) - 1] if math.isinf(tried[best]) else [best + 1, best - 1]
+        untried = [k for k in neighbours if k not in tried]
+    return {start * 2.0**k: loss for k, loss in tried.items()}
 
 
-def train(task: Task, entry: str, lr: float, seed: int, steps: int, held_out: str, precision: str) -> ConvergenceRow:
-    """One run, from the same start on the same batches for every optimizer.
+def train(task: Task, entry: str, lr: float, seed: int, steps: int, held_out: str, precision: str) -> Row:
+    """Train once, from the same start on the same batches for every optimizer.
 
     Args:
         task: What is trained.
@@ -87,7 +81,8 @@ def train(task: Task, entry: str, lr: float, seed: int, steps: int, held_out: st
         precision: ``"fp32"``, or ``"bf16"`` for autocast as the Trainer's ``bf16=True`` has it.
 
     Returns:
-        The results.
+        The arguments; ``train_loss`` (mean of the last 50 steps), ``held_out_loss`` and ``accuracy`` on that set,
+        ``state_bytes``, ``parameters``, ``seconds``, and ``curve``, training losses as means of ten steps.
     """
     torch.manual_seed(seed)
     model = task.build().train()
@@ -117,29 +112,28 @@ def train(task: Task, entry: str, lr: float, seed: int, steps: int, held_out: st
     seconds = time.perf_counter() - start
     with autocast:
         held_out_loss, accuracy = evaluate(model, task.held_out[held_out])
-    if not math.isfinite(losses[-1]):
-        held_out_loss = math.inf  # the weights may still give a number: not one to be chosen for
-    return ConvergenceRow(
-        task=task.name,
-        entry=entry,
-        lr=lr,
-        seed=seed,
-        steps=steps,
-        precision=precision,
-        held_out=held_out,
-        train_loss=statistics.mean(losses[-FINAL_STEPS:]),
-        held_out_loss=held_out_loss,
-        accuracy=accuracy,
-        state_bytes=state_bytes(optimizer),
-        parameters=sum(p.numel() for p in model.parameters()),
-        seconds=round(seconds, 1),
-        curve=[round(statistics.mean(losses[i : i + CURVE_STEPS]), 4) for i in range(0, len(losses), CURVE_STEPS)],
-    )
+    return {
+        "task": task.name,
+        "entry": entry,
+        "lr": lr,
+        "seed": seed,
+        "steps": steps,
+        "precision": precision,
+        "held_out": held_out,
+        "train_loss": statistics.mean(losses[-FINAL_STEPS:]),
+        # weights that diverged may still give a number: not one to be chosen for
+        "held_out_loss": held_out_loss if math.isfinite(losses[-1]) else math.inf,
+        "accuracy": accuracy,
+        "state_bytes": measure_state(optimizer).total_bytes,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": round(seconds, 1),
+        "curve": [round(statistics.mean(losses[i : i + CURVE_STEPS]), 4) for i in range(0, len(losses), CURVE_STEPS)],
+    }
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Sequence[Batch]) -> tuple[float, float]:
-    """Loss and accuracy (of the class, or of the next byte)."""
+    """Return loss and accuracy (of the class, or of the next byte)."""
     model.eval()
     loss, right, count, total = 0.0, 0, 0, 0
     for batch in batches:
@@ -155,24 +149,21 @@ def evaluate(model: nn.Module, batches: Sequence[Batch]) -> tuple[float, float]:
 
 
 def parse_entry(text: str) -> tuple[str, float]:
-    """``name:settings@rate`` → entry and rate where the grid starts, 1e-3 if none is given."""
+    """Return entry and starting rate of ``name:settings@rate``, 1e-3 if none is given."""
     entry, _, rate = text.partition("@")
     return entry, float(rate or 1e-3)
 
 
 def tune_and_report(
-    run: Callable[[str, float, int, str], ConvergenceRow],
-    entries: Mapping[str, float],
-    tune_seed: int,
-    seeds: Sequence[int],
+    run: TrainOne, entries: Mapping[str, float], tune_seed: int, seeds: Sequence[int]
 ) -> dict[str, float]:
-    """All grids first, then the seeds in turn, so that an interrupted run has the same seeds for every entry.
+    """Run all grids first, then the seeds in turn: an interrupted run has the same seeds for every entry.
 
     Args:
-        run: Trains an entry at a rate from a seed and evaluates it on the set of that name.
+        run: Trains and evaluates.
         entries: Where the grid of each entry starts.
-        tune_seed: The seed whose validation loss chooses the rate.
-        seeds: The seeds that are reported on the test set.
+        tune_seed: Its validation loss chooses the rate.
+        seeds: These are reported on the test set.
 
     Returns:
         The rate that was chosen for each entry.
@@ -186,7 +177,7 @@ def tune_and_report(
     for entry, start in entries.items():
 
         def loss_at(lr: float, entry: str = entry) -> float:
-            return run(entry, lr, tune_seed, "validation").held_out_loss
+            return float(run(entry, lr, tune_seed, "validation")["held_out_loss"])
 
         losses = bracket(loss_at, start)
         chosen[entry] = min(losses, key=lambda lr: losses[lr])
@@ -197,36 +188,57 @@ def tune_and_report(
     return chosen
 
 
-def resumable(
-    store: RunStore, train_one: Callable[[str, float, int, str], ConvergenceRow]
-) -> Callable[[str, float, int, str], ConvergenceRow]:
-    """Look a run up in the store before it is run, and keep it there afterwards.
+class RunStore:
+    """Keep the runs of one task in memory, and in a file if there is one.
 
     Args:
-        store: The runs that are done.
-        train_one: Trains an entry at a rate from a seed and evaluates it on the set of that name.
+        path: The file (``….json``); continued if it exists, and written after every run.
+        settings: Task, steps and precision (``dtype``) of all runs.
+        note: What a reader must know about the runs; by default what the file says.
 
-    Returns:
-        The same function, which trains only what has not been trained.
+    Raises:
+        ValueError: The file has figures of another task, machine or versions, or with other settings: they cannot
+            stand in one table.
     """
 
-    def run(entry: str, lr: float, seed: int, held_out: str) -> ConvergenceRow:
-        row = store.find(entry, lr, seed, held_out)
-        if row is None:
+    def __init__(self, path: Path | None, settings: Row, note: str = "") -> None:
+        self.path = path
+        self.run = describe_run("convergence", {**settings, "threads": torch.get_num_threads(), "device": "cpu"}, note)
+        if path is None or not path.exists():
+            return
+        old, new = load_run(path), self.run
+        for what, before, now in (
+            ("benchmark", old.benchmark, new.benchmark),
+            ("machine", old.machine, new.machine),
+            ("versions", old.software["versions"], new.software["versions"]),
+            ("settings", old.settings, new.settings),
+        ):
+            if before != now:
+                raise ValueError(f"{path} has another {what}, {before}, than this process, {now}: choose another file")
+        commands = dict.fromkeys((*old.command.split("\n"), new.command))
+        self.run = replace(new, command="\n".join(commands), note=note or old.note, rows=old.rows)
+
+    def resumable(self, train_one: TrainOne) -> TrainOne:
+        """Return the same function, which trains only what has not been trained."""
+
+        def run(entry: str, lr: float, seed: int, held_out: str) -> Row:
+            wanted = {"entry": entry, "lr": lr, "seed": seed, "held_out": held_out}
+            for row in self.run.rows:
+                if wanted.items() <= {key: row[key] for key in wanted}.items():
+                    return row
             row = train_one(entry, lr, seed, held_out)
-            store.add(row)
-            print(
-                f"{entry} lr {lr:g} seed {seed}: training {row.train_loss:.3f}, {held_out} {row.held_out_loss:.3f}, "
-                f"{row.seconds:.0f} s",
-                flush=True,
-            )
-        return row
+            self.run = replace(self.run, rows=[*self.run.rows, row])
+            if self.path is not None:
+                save_run(self.run, self.path)
+            losses = f"training {row['train_loss']:.3f}, {held_out} {row['held_out_loss']:.3f}"
+            print(f"{entry} lr {lr:g} seed {seed}: {losses}, {row['seconds']:.0f} s", flush=True)
+            return row
 
-    return run
+        return run
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+def main() -> None:
+    """Train what the command line asks for, print and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=list(TASKS))
     parser.add_argument("--entry", nargs="+", default=["adamw@5e-4", "ldadam@4e-3"], metavar="NAME[:SETTINGS][@RATE]")
@@ -237,23 +249,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
     parser.add_argument("--results", type=Path, help="write runs to this ….json, and skip those that are there")
     parser.add_argument("--note", default="", help="what a reader must know about these runs")
-    parser.add_argument("--table", action="store_true", help="print the tables of --results")
-    parser.add_argument("--plot", type=Path, help="draw --results to this file")
+    parser.add_argument("--plot", type=Path, help="draw the runs to this file")
     args = parser.parse_args()
-    if (args.table or args.plot) and not (args.results and args.results.exists()):
-        parser.error(f"--table and --plot need results, and --results is {args.results}")
-    return args
-
-
-def train_all(args: argparse.Namespace) -> list[ConvergenceRow]:
-    """Run what the command line asks for, and return all runs there are."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     transformers_logging.set_verbosity_error()
     task = TASKS[args.task]()
-    store = RunStore(args.results, task.name, args.steps, args.precision, args.note)
-    run = resumable(
-        store,
-        lambda entry, lr, seed, held_out: train(task, entry, lr, seed, args.steps, held_out, args.precision),
+    store = RunStore(args.results, {"task": task.name, "steps": args.steps, "dtype": args.precision}, args.note)
+    run = store.resumable(
+        lambda entry, lr, seed, held_out: train(task, entry, lr, seed, args.steps, held_out, args.precision)
     )
     entries = dict(parse_entry(text) for text in args.entry)
     if args.lr:
@@ -263,21 +266,9 @@ def train_all(args: argparse.Namespace) -> list[ConvergenceRow]:
                     run(entry, lr, seed, "test")
     else:
         tune_and_report(run, entries, args.tune_seed, args.seeds)
-    store.finish()
-    return store.rows
-
-
-def main() -> None:
-    """Train and print, or only print and draw."""
-    args = parse_arguments()
-    reading = args.table or args.plot
-    rows = read_rows(load_run(args.results)) if reading else train_all(args)
+    print(report(store.run))
     if args.plot:
-        plot_convergence(load_run(args.results), args.plot)
-    if args.table or not reading:
-        print(convergence_table(rows))
-        if any(row.held_out == "validation" for row in rows):
-            print(f"\nValidation loss by learning rate:\n\n{rates_table(rows)}")
+        plot_convergence(store.run, args.plot)
 
 
 if __name__ == "__main__":

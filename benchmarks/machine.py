@@ -1,8 +1,9 @@
-"""What a figure depends on besides the code: the machine, the versions, the allocator, and who else computes."""
+"""Describe what a figure depends on besides the code: machine, versions, allocator, and other processes."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import subprocess
@@ -13,23 +14,10 @@ from typing import Any
 import psutil
 import torch
 
-__all__ = ["BusyMachineError", "OtherLoad", "describe_machine", "describe_software", "wait_until_quiet"]
-
-#: Distributions whose version is worth recording where they are installed.
-_DISTRIBUTIONS = (
-    "torch",
-    "transformers",
-    "numpy",
-    "numba",
-    "triton",
-    "bitsandbytes",
-    "torchao",
-    "galore-torch",
-    "apollo-torch",
-    "pytorch-optimizer",
-    "peft",
-)
-#: What changes allocation or the number of threads.
+#: Distributions whose version is recorded where they are installed.
+_DISTRIBUTIONS = ["torch", "transformers", "numpy", "numba", "triton", "bitsandbytes", "torchao", "galore-torch"]
+_DISTRIBUTIONS += ["apollo-torch", "pytorch-optimizer", "peft"]
+#: Environment variables that change allocation or the number of threads.
 _VARIABLES = ("MALLOC_", "OMP_", "MKL_", "NUMBA_", "GLIBC_TUNABLES", "LD_PRELOAD", "PYTORCH_", "HF_LOWMEM_OPTIM_")
 
 
@@ -37,8 +25,15 @@ class BusyMachineError(RuntimeError):
     """Other processes kept the machine busy for longer than one was willing to wait."""
 
 
+def backend(device: str) -> str:
+    """Return the backend of our optimizers on a device: the requested one, else the fastest that is installed."""
+    fast, package = {"cuda": ("triton", "triton"), "cpu": ("cpu", "numba")}.get(device, ("reference", "torch"))
+    requested = os.environ.get("HF_LOWMEM_OPTIM_BACKEND", "").strip()
+    return requested or (fast if importlib.util.find_spec(package) else "reference")
+
+
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores, memory and GPU, without names that tell whose machine it is."""
+    """Return processor, cores, memory and GPU, without names that tell whose machine it is."""
     return {
         "processor": _processor(),
         "architecture": platform.machine(),
@@ -50,7 +45,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def describe_software() -> dict[str, Any]:
-    """Versions, the commit, and the environment variables that change timings or memory."""
+    """Return versions, the commit, and the environment variables that change timings or memory."""
     versions = {"python": platform.python_version()}
     for name in _DISTRIBUTIONS:
         try:
@@ -58,17 +53,12 @@ def describe_software() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     environment = {key: value for key, value in sorted(os.environ.items()) if key.startswith(_VARIABLES)}
-    malloc = {key: value for key, value in environment.items() if key.startswith("MALLOC_")}
-    return {
-        "versions": versions,
-        "commit": _commit(),
-        "environment": environment,
-        "malloc": " ".join(f"{key}={value}" for key, value in malloc.items()) or "default",
-    }
+    malloc = " ".join(f"{key}={value}" for key, value in environment.items() if key.startswith("MALLOC_"))
+    return {"versions": versions, "commit": _commit(), "environment": environment, "malloc": malloc or "default"}
 
 
 def _processor() -> str:
-    """The processor's name as Linux has it, else what Python knows."""
+    """Return the processor's name as Linux has it, else what Python knows."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -78,29 +68,25 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Short hash of the checkout, with a plus sign if its Python files were changed; None outside of a checkout."""
-    # a benchmark writes its results into the checkout, which does not make it another program
+    """Return the short hash of the checkout, with a plus sign if its Python files were changed; None outside of one."""
+    # results are written into the checkout, which does not make it another program
     commands = (["git", "rev-parse", "--short", "HEAD"], ["git", "status", "--porcelain", "-uno", "--", ":(top)*.py"])
+    folder = Path(__file__).parent
     try:
-        head, changes = (
-            subprocess.run(
-                command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-            ).stdout.strip()
-            for command in commands
-        )
+        head, changes = (subprocess.check_output(command, cwd=folder, text=True).strip() for command in commands)
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + "+" * bool(changes)
 
 
 def _busy_seconds() -> float:
-    """Processor time of everyone since boot, what the hypervisor took for others included."""
+    """Return the processor time of everyone since boot, what the hypervisor took for others included."""
     times = psutil.cpu_times()
     return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))
 
 
 class OtherLoad:
-    """How much processor time others took while a measurement ran."""
+    """Measure how much processor time other processes take while something runs."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
@@ -108,7 +94,7 @@ class OtherLoad:
         self._own = time.process_time()
 
     def cores(self) -> float:
-        """Cores that others kept busy on average since this object was made; 0.02 is an idle system."""
+        """Return the cores that others kept busy on average since this object was made; an idle system has 0.02."""
         seconds = max(time.perf_counter() - self._began, 1e-9)
         return max(0.0, (_busy_seconds() - self._busy - (time.process_time() - self._own)) / seconds)
 
@@ -116,19 +102,14 @@ class OtherLoad:
 def wait_until_quiet(limit_cores: float = 0.2, patience_s: float = 300.0, calm_s: float = 3.0) -> float:
     """Wait until other processes together use less than ``limit_cores`` for ``calm_s`` seconds.
 
-    A process that competes for a core makes single steps a hundred times slower, and the load average still shows what
-    ended a minute ago: so what others compute is measured, second by second.
-
-    Args:
-        limit_cores: How much of a core others may use.
-        patience_s: How long to wait for that.
-        calm_s: For how long it must be quiet.
+    A competitor for a core makes single steps a hundred times slower, and the load average still shows what ended a
+    minute ago: so what others compute is measured, second by second.
 
     Returns:
         What others used in the last second.
 
     Raises:
-        BusyMachineError: It did not become quiet in time.
+        BusyMachineError: It did not become quiet within ``patience_s`` seconds.
     """
     deadline = time.monotonic() + patience_s
     calm, told = 0.0, False

@@ -1,49 +1,41 @@
-"""The optimizers that are compared: ours and other people's, each behind an adapter that takes a model.
+"""Build the optimizers that are compared: ours and other people's, each from a model.
 
-An adapter sets its optimizer up as the Trainer does (GaLore's and APOLLO's settings are those of its strings) and gives
-low-rank methods the very matrices that ours compress. What is not installed says so and how to install it; nothing is
-imported before it is used.
+Other people's are set up as the Trainer sets them up, and low-rank ones get the very matrices that ours compress. What
+is not installed says so and how to install it; nothing is imported before it is used.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from transformers import TrainingArguments
 
 from hf_lowmem_optim import OPTIMIZERS, OptimizerFactory
-from hf_lowmem_optim.trainer.param_groups import COMPRESSED, place_parameters
-
-__all__ = ["FOREACH", "FUSED", "PEERS", "Candidate", "Peer", "candidates", "split_parameters"]
 
 LEARNING_RATE = 1e-4
 FOREACH, FUSED = "torch AdamW foreach", "torch AdamW fused"
+#: Settings of a compressed group, with the values that the authors' READMEs and transformers use.
+GALORE: Mapping[str, Any] = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+APOLLO: Mapping[str, Any] = {**GALORE, "rank": 256, "scale": 1.0, "proj": "random", "scale_type": "channel"}
 
 
 @dataclass(frozen=True)
 class Peer:
-    """An optimizer that is not ours.
-
-    Attributes:
-        name: Its name in tables.
-        module: What must be importable.
-        install: What to give pip.
-        build: Makes it from the model and the rank (ignored by those that have none).
-        ranked: Whether there is one per rank.
-        compiles: Whether its first step compiles for tens of seconds.
-    """
+    """Describe an optimizer that is not ours."""
 
     name: str
-    module: str
-    install: str
-    build: Callable[[nn.Module, int], Optimizer]
-    ranked: bool = False
-    compiles: bool = False
+    module: str  # what must be importable
+    install: str  # what to give pip
+    build: Callable[[nn.Module, int], Optimizer]  # from the model and the rank, which those that have none ignore
+    ranked: bool = False  # there is one per rank
+    compiles: bool = False  # the first step compiles for tens of seconds
 
     @property
     def problem(self) -> str | None:
@@ -55,164 +47,175 @@ class Peer:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One line of a table, before it is built.
+    """Describe one line of a table, before its optimizer is built."""
 
-    Attributes:
-        name: ``"ldadam rank=16"``.
-        build: Makes the optimizer from a model.
-        ours: Whether it is of this package; an error in one that is not is a line in the table, not a crash.
-        problem: Why it cannot be measured, or None.
-        compiles: As in :class:`Peer`.
-    """
-
-    name: str
+    name: str  # "ldadam rank=16"
     build: Callable[[nn.Module], Optimizer]
-    ours: bool = True
-    problem: str | None = None
-    compiles: bool = False
+    ours: bool = True  # an error in one that is not ours is a line in the table, not a crash
+    problem: str | None = None  # why it cannot be measured here
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """What an optimizer gets."""
+    """Return what an optimizer gets."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The matrices that our factory would compress, whatever the rank, and all other trainable parameters."""
-    placements = place_parameters(model, None, lambda parameter, settings: COMPRESSED)
-    matrices = [p.parameter for p in placements if p.targeted and p.parameter.ndim == 2]
-    others = [p.parameter for p in placements if not (p.targeted and p.parameter.ndim == 2)]
-    return matrices, others
+    """Return the matrices that our factory compresses where the rank allows it, and all other trainable parameters."""
+    groups = OptimizerFactory("ldadam", rank=1, error_feedback="none")(model).param_groups
+    matrices = [p for group in groups if group["rank"] is not None for p in group["params"] if p.ndim == 2]
+    compressed = {id(p) for p in matrices}
+    return matrices, [p for p in trainable(model) if id(p) not in compressed]
 
 
-def low_rank_groups(model: nn.Module, **settings: Any) -> list[dict[str, Any]]:
-    """Groups as GaLore and those after it want them: the settings on the group of matrices."""
+def low_rank_groups(model: nn.Module, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return groups as GaLore and its successors want them: the settings on the group of matrices."""
     matrices, others = split_parameters(model)
-    groups = [{"params": matrices, **settings}, {"params": others}]
-    return [group for group in groups if group["params"]]
+    return [group for group in ({"params": matrices, **settings}, {"params": others}) if group["params"]]
 
 
-def _adamw_foreach(model: nn.Module, _: int) -> Optimizer:
-    return torch.optim.AdamW(trainable(model), lr=LEARNING_RATE, foreach=True)
-
-
-def _adamw_fused(model: nn.Module, _: int) -> Optimizer:
-    return torch.optim.AdamW(trainable(model), lr=LEARNING_RATE, fused=True)
-
-
-def _adafactor(model: nn.Module, _: int) -> Optimizer:
-    from transformers import Adafactor
-
-    return Adafactor(trainable(model), lr=LEARNING_RATE, scale_parameter=False, relative_step=False)
-
-
-def _bitsandbytes_8bit(model: nn.Module, _: int) -> Optimizer:
-    from bitsandbytes.optim import AdamW8bit
-
-    return AdamW8bit(trainable(model), lr=LEARNING_RATE)
-
-
-def _bitsandbytes_32bit(model: nn.Module, _: int) -> Optimizer:
-    from bitsandbytes.optim import AdamW32bit
-
-    return AdamW32bit(trainable(model), lr=LEARNING_RATE)
-
-
-def _torchao_8bit(model: nn.Module, _: int) -> Optimizer:
-    from torchao.optim import AdamW8bit
-
-    return AdamW8bit(trainable(model), lr=LEARNING_RATE)
-
-
-def _torchao_4bit(model: nn.Module, _: int) -> Optimizer:
-    from torchao.optim import AdamW4bit
-
-    return AdamW4bit(trainable(model), lr=LEARNING_RATE)
-
-
-def _galore(model: nn.Module, rank: int) -> Optimizer:
+def galore(model: nn.Module, lr: float = LEARNING_RATE, **settings: Any) -> Optimizer:
+    """Build the authors' GaLore."""
     from galore_torch import GaLoreAdamW
 
-    groups = low_rank_groups(model, rank=rank, update_proj_gap=200, scale=0.25, proj_type="std")
-    return GaLoreAdamW(groups, lr=LEARNING_RATE, no_deprecation_warning=True)
+    groups = low_rank_groups(model, {**GALORE, **settings})
+    return GaLoreAdamW(groups, lr=lr, no_deprecation_warning=True)  # type: ignore[no-any-return]
 
 
-def _apollo(model: nn.Module, rank: int) -> Optimizer:
+def apollo(model: nn.Module, lr: float = LEARNING_RATE, **settings: Any) -> Optimizer:
+    """Build the authors' APOLLO."""
     from apollo_torch import APOLLOAdamW
 
-    settings = {"proj": "random", "scale_type": "channel", "scale": 1.0, "update_proj_gap": 200, "proj_type": "std"}
-    return APOLLOAdamW(low_rank_groups(model, rank=rank, **settings), lr=LEARNING_RATE)
+    return APOLLOAdamW(low_rank_groups(model, {**APOLLO, **settings}), lr=lr)  # type: ignore[no-any-return]
 
 
-def _pytorch_optimizer_low_rank(name: str) -> Callable[[nn.Module, int], Optimizer]:
-    def build(model: nn.Module, rank: int) -> Optimizer:
-        import pytorch_optimizer
-
-        groups = low_rank_groups(model, rank=rank, update_proj_gap=200, scale=0.25, projection_type="std")
-        return getattr(pytorch_optimizer, name)(groups, lr=LEARNING_RATE)  # type: ignore[no-any-return]
-
-    return build
+def adamw(model: nn.Module, lr: float = LEARNING_RATE) -> Optimizer:
+    """Build torch's AdamW with the matrices in a group of their own."""
+    return torch.optim.AdamW([{"params": p} for p in split_parameters(model) if p], lr=lr, weight_decay=0.0)
 
 
-def _came(model: nn.Module, _: int) -> Optimizer:
-    from pytorch_optimizer import CAME
+def adamw_8bit(model: nn.Module, lr: float = LEARNING_RATE) -> Optimizer:
+    """Build bitsandbytes' AdamW as the Trainer sets it up: embeddings keep their state in 32 bits."""
+    from bitsandbytes.optim import AdamW8bit, GlobalOptimManager
 
-    return CAME(trainable(model), lr=LEARNING_RATE)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            GlobalOptimManager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})
+    groups = [{"params": p} for p in split_parameters(model) if p]
+    return AdamW8bit(groups, lr=lr, weight_decay=0.0)
 
 
-_COLLECTION = ("pytorch_optimizer", "pytorch-optimizer")
-_GALORE = ("galore_torch", "--no-deps galore-torch")
-_APOLLO = ("apollo_torch", "--no-deps apollo-torch")
+def _plain(module: str, name: str, model: nn.Module, _: int, **settings: Any) -> Optimizer:
+    """Build an optimizer that treats all parameters alike."""
+    found = getattr(importlib.import_module(module), name)
+    return found(trainable(model), lr=LEARNING_RATE, **settings)  # type: ignore[no-any-return]
 
-#: The two AdamW come first: everything is compared with them.
-PEERS: dict[str, Peer] = {
-    peer.name: peer
-    for peer in (
-        Peer(FOREACH, "torch", "torch", _adamw_foreach),
-        Peer(FUSED, "torch", "torch", _adamw_fused),
-        Peer("transformers Adafactor", "transformers", "transformers", _adafactor),
-        Peer("bitsandbytes AdamW8bit", "bitsandbytes", "bitsandbytes", _bitsandbytes_8bit),
-        Peer("bitsandbytes AdamW32bit", "bitsandbytes", "bitsandbytes", _bitsandbytes_32bit),
-        Peer("torchao AdamW8bit", "torchao", "torchao", _torchao_8bit, compiles=True),
-        Peer("torchao AdamW4bit", "torchao", "torchao", _torchao_4bit, compiles=True),
-        Peer("galore-torch", *_GALORE, _galore, ranked=True),
-        Peer("apollo-torch", *_APOLLO, _apollo, ranked=True),
-        Peer("pytorch-optimizer GaLore", *_COLLECTION, _pytorch_optimizer_low_rank("GaLore"), ranked=True),
-        Peer("pytorch-optimizer Fira", *_COLLECTION, _pytorch_optimizer_low_rank("Fira"), ranked=True),
-        Peer("pytorch-optimizer CAME", *_COLLECTION, _came),
-    )
-}
+
+def _at_rank(build: Callable[..., Optimizer], model: nn.Module, rank: int) -> Optimizer:
+    return build(model, rank=rank)
+
+
+def _low_rank(module: str, name: str, model: nn.Module, rank: int) -> Optimizer:
+    """Build one of pytorch-optimizer's low-rank optimizers with GaLore's settings."""
+    settings = {**GALORE, "rank": rank}
+    settings["projection_type"] = settings.pop("proj_type")
+    found = getattr(importlib.import_module(module), name)
+    return found(low_rank_groups(model, settings), lr=LEARNING_RATE)  # type: ignore[no-any-return]
+
+
+def _peers() -> Iterator[Peer]:
+    """Yield all peers; the two AdamW come first, as everything is compared with them."""
+    yield Peer(FOREACH, "torch", "torch", partial(_plain, "torch.optim", "AdamW", foreach=True))
+    yield Peer(FUSED, "torch", "torch", partial(_plain, "torch.optim", "AdamW", fused=True))
+    adafactor = partial(_plain, "transformers", "Adafactor", scale_parameter=False, relative_step=False)
+    yield Peer("transformers Adafactor", "transformers", "transformers", adafactor)
+    for name in ("AdamW8bit", "AdamW32bit"):
+        build = partial(_plain, "bitsandbytes.optim", name)
+        yield Peer(f"bitsandbytes {name}", "bitsandbytes", "bitsandbytes", build)
+    for name in ("AdamW8bit", "AdamW4bit"):
+        yield Peer(f"torchao {name}", "torchao", "torchao", partial(_plain, "torchao.optim", name), compiles=True)
+    at_rank: tuple[tuple[str, Callable[..., Optimizer]], ...] = (("galore", galore), ("apollo", apollo))
+    for name, of_rank in at_rank:
+        module, package = f"{name}_torch", f"{name}-torch"
+        yield Peer(package, module, f"--no-deps {package}", partial(_at_rank, of_rank), ranked=True)
+    collection = ("pytorch_optimizer", "pytorch-optimizer")
+    for name in ("GaLore", "Fira"):
+        yield Peer(f"{collection[1]} {name}", *collection, partial(_low_rank, collection[0], name), ranked=True)
+    yield Peer(f"{collection[1]} CAME", *collection, partial(_plain, collection[0], "CAME"))
+
+
+PEERS: dict[str, Peer] = {found.name: found for found in _peers()}
 
 
 def ours(name: str, **hyper: Any) -> Candidate:
-    """One of our optimizers with settings; the name says them."""
+    """Return one of our optimizers with settings; the name says them."""
     label = " ".join([name, *(f"{key}={value}" for key, value in hyper.items())])
     return Candidate(label, OptimizerFactory(name, lr=LEARNING_RATE, **hyper))
 
 
 def peer(name: str, rank: int = 128) -> Candidate:
-    """A peer at a rank."""
+    """Return a peer at a rank."""
     found = PEERS[name]
     label = f"{name} rank={rank}" if found.ranked else name
-    return Candidate(label, lambda model: found.build(model, rank), False, found.problem, found.compiles)
+    return Candidate(label, lambda model: found.build(model, rank), False, found.problem)
 
 
 def candidates(ranks: Sequence[int], *, compiled: bool) -> Iterator[Candidate]:
-    """Every peer and every optimizer of ours, those with a rank once per rank.
+    """Yield every peer (those that compile for tens of seconds only if ``compiled``) and every optimizer of ours.
 
-    The layer-wise ones are left out: their arithmetic is the normal mode's, and ``step()`` is not where it happens.
-
-    Args:
-        ranks: The ranks.
-        compiled: Whether those that compile for tens of seconds are wanted.
+    Those with a rank come once per rank; layer-wise ones are left out, as ``step()`` is not where they compute.
     """
     for found in PEERS.values():
         if compiled or not found.compiles:
             yield from (peer(found.name, rank) for rank in (ranks if found.ranked else ranks[:1]))
-    for entry in OPTIMIZERS.values():
-        if entry.optimizer_class.layerwise:
-            continue
-        if entry.name == "ldadam":
-            yield from (ours(entry.name, rank=rank) for rank in ranks)
-        else:
-            yield ours(entry.name)
+    for name in OPTIMIZERS:
+        if name == "ldadam":
+            yield from (ours(name, rank=rank) for rank in ranks)
+        elif not name.endswith("_layerwise"):
+            yield ours(name)
+
+
+def build_optimizer(entry: str, model: nn.Module, lr: float) -> Optimizer:
+    """Build an optimizer from a line of text, with weight decay 0 and each one's default betas.
+
+    Args:
+        entry: ``adamw`` (torch's), ``adamw_8bit`` (bitsandbytes), ``galore``, ``apollo`` or one of ours; after a colon
+            settings as in ``optim_args``, for peers those of :data:`GALORE` and :data:`APOLLO`. Any entry takes
+            ``dense_lr_ratio``, the rate of all else relative to the matrices'.
+        model: The model.
+        lr: Learning rate of the matrices, and of all else without ``dense_lr_ratio``.
+
+    Raises:
+        ImportError: The package of a peer is not installed.
+        ValueError: There is no such optimizer or setting.
+    """
+    name, _, text = entry.partition(":")
+    if name in OPTIMIZERS:
+        # the Trainer's own way, which reads optim_args; with max_grad_norm=0 it admits the layer-wise ones too
+        found: dict[str, Any] = {"optim": name, "optim_args": text or None, "learning_rate": lr, "max_grad_norm": 0.0}
+        return OptimizerFactory.from_training_args(TrainingArguments(output_dir="unused", **found))(model)
+    builders: dict[str, tuple[Callable[..., Optimizer], Mapping[str, Any]]]
+    builders = {"adamw": (adamw, {}), "adamw_8bit": (adamw_8bit, {}), "galore": (galore, GALORE)}
+    builders["apollo"] = apollo, APOLLO
+    if name not in builders:
+        raise ValueError(f"entry {name!r} is none of {', '.join((*builders, *OPTIMIZERS))}")
+    build, defaults = builders[name]
+    settings = parse_settings(name, text, {**defaults, "dense_lr_ratio": 1.0})
+    ratio = settings.pop("dense_lr_ratio")
+    optimizer = build(model, lr, **settings)
+    matrices = {id(parameter) for parameter in split_parameters(model)[0]}
+    for group in optimizer.param_groups:
+        if id(group["params"][0]) not in matrices:
+            group["lr"] *= ratio
+    return optimizer
+
+
+def parse_settings(name: str, text: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``rank=16,scale=1`` over defaults, whose types the values take."""
+    settings = dict(defaults)
+    for part in filter(None, text.split(",")):
+        key, _, value = part.partition("=")
+        if key not in defaults:
+            raise ValueError(f"{name} has no setting {key!r}; there are {', '.join(defaults)}")
+        settings[key] = type(defaults[key])(value)
+    return settings

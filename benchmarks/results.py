@@ -1,6 +1,6 @@
-"""Result files: rows, and everything that their figures depend on, as JSON and as CSV.
+"""Read and write result files: rows, and everything that their figures depend on, as JSON and as CSV.
 
-``benchmarks/results/NAME.json`` is what the README's tables and the pictures are made from (see readme_tables.py):
+``benchmarks/results/NAME.json`` is what tables and pictures are made from (see render.py):
 
     {"schema": "hf-lowmem-optim/benchmark/1", "benchmark": "step_time", "command": "python benchmarks/step_time.py …",
      "date": "2026-11-24", "machine": {…}, "software": {"versions": {…}, "malloc": …}, "settings": {…}, "rows": [{…}]}
@@ -17,13 +17,11 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from machine import describe_machine, describe_software
-
-__all__ = ["RESULTS", "SCHEMA", "Run", "describe_run", "load_run", "resume_run", "save_run"]
 
 SCHEMA = "hf-lowmem-optim/benchmark/1"
 RESULTS = Path(__file__).parent / "results"
@@ -33,7 +31,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """What a benchmark found, and under which circumstances.
+    """Hold what a benchmark found, and under which circumstances.
 
     Attributes:
         benchmark: Its name: ``"step_time"``.
@@ -55,12 +53,8 @@ class Run:
     rows: Sequence[Row] = field(default_factory=list)
     note: str = ""
 
-    def comparable_with(self, other: Run) -> bool:
-        """Whether rows of both may stand in one table: same machine, software and settings."""
-        return (self.machine, self.software, self.settings) == (other.machine, other.software, other.settings)
-
     def label(self) -> str:
-        """Where and when, in a line: what a table of machine-dependent figures is headed with."""
+        """Return where and when, in a line: the heading of figures that depend on the machine."""
         machine, versions = self.machine, self.software["versions"]
         where = f"{machine['processor']} ({machine['architecture']}, {machine['cores']} cores)"
         if self.settings.get("device", "cpu") != "cpu":
@@ -73,7 +67,7 @@ class Run:
 
 
 def describe_run(benchmark: str, settings: Mapping[str, Any], note: str = "") -> Run:
-    """A run that starts now, still without rows; its command is that of this process."""
+    """Return a run that starts now, still without rows; its command is that of this process."""
     # a script in a folder that imports its neighbours is run by its path
     command = f"python benchmarks/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}".strip()
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
@@ -83,14 +77,13 @@ def describe_run(benchmark: str, settings: Mapping[str, Any], note: str = "") ->
 def save_run(run: Run, path: Path) -> None:
     """Write ``path`` (``….json``) and the CSV beside it; each file is complete or as it was before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"schema": SCHEMA, **{key: getattr(run, key) for key in Run.__dataclass_fields__}}
+    content = {"schema": SCHEMA, **asdict(run)}
     _replace(path.with_suffix(".json"), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    header = {key: content[key] for key in ("benchmark", "command", "date", "machine", "software", "settings", "note")}
     text = io.StringIO()
-    for key, value in header.items():
+    for key in ("benchmark", "command", "date", "machine", "software", "settings", "note"):
+        value = content[key]
         text.write(f"# {key}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}\n")
-    columns = list(dict.fromkeys(key for row in run.rows for key in row))
-    writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\n")
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in run.rows for key in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(run.rows)
     _replace(path.with_suffix(".csv"), text.getvalue())
@@ -109,29 +102,10 @@ def load_run(path: Path) -> Run:
         raise ValueError(f"{path.name} is not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise ValueError(f"{path.name} is no result file: its schema is not {SCHEMA!r}")
-    missing = set(Run.__dataclass_fields__) - set(content) - {"note"}
-    if missing:
+    names = {each.name for each in fields(Run)}
+    if missing := names - set(content) - {"note"}:
         raise ValueError(f"{path.name} lacks {', '.join(sorted(missing))}")
-    return Run(**{key: content[key] for key in Run.__dataclass_fields__ if key in content})
-
-
-def resume_run(run: Run, path: Path | None) -> Run:
-    """The run with the rows that an interrupted one left, to go on with what is missing.
-
-    Args:
-        run: The run that starts now.
-        path: Where it is saved; without a file there is nothing to resume.
-
-    Raises:
-        SystemExit: The rows may not stand beside new ones: another machine, version or setting.
-    """
-    if path is None or not path.exists():
-        return run
-    old = load_run(path)
-    if not old.comparable_with(run):
-        raise SystemExit(f"--resume: {path.name} is of another machine, version or setting; measure it anew")
-    # the command that began it is the one that measures it again
-    return replace(run, rows=old.rows, command=old.command, date=old.date)
+    return Run(**{key: content[key] for key in names & set(content)})
 
 
 def _replace(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Time of ``optimizer.step()``: ours and every peer that is installed, interleaved in one process.
+"""Time ``optimizer.step()``: ours and every peer that is installed, interleaved in one process.
 
     python benchmarks/step_time.py --save                        # MiniLM and Llama shapes, into benchmarks/results
     python benchmarks/step_time.py --shapes lora matrix small --rank 16 --only ldadam galore foreach
@@ -6,8 +6,8 @@
     HF_LOWMEM_OPTIM_BACKEND=reference python benchmarks/step_time.py    # without numba
 
 Install the peers with ``pip install -e '.[bench]'``, and with ``--no-deps`` galore-torch and apollo-torch, which ask
-for much that they do not use. What is missing is a line that says so. torchao compiles for 20 to 40 seconds, so it
-takes part only with ``--compiled``.
+for much that they do not use. What is missing is a line that says so. torchao compiles for 20 to 40 seconds: it takes
+part with ``--compiled``.
 
 Printed per optimizer: median milliseconds of a step, spread (90th minus 10th percentile), ratio to torch's AdamW
 foreach and fused (medians of the ratios round by round), the first step (which computes the SVD, or compiles), bytes of
@@ -15,58 +15,49 @@ state per parameter, and the most that a step allocated. A window is full before
 new projections, every 200 steps, are in no round.
 
 Page faults of temporaries can change a ratio by 1.4: the malloc setting is printed; try MALLOC_MMAP_MAX_=0
-MALLOC_TRIM_THRESHOLD_=17179869184. It waits until the machine is quiet. Rows are saved after each set of shapes;
-``--resume`` goes on where a run was interrupted.
+MALLOC_TRIM_THRESHOLD_=17179869184. It waits until the machine is quiet. Rows are saved after each set of shapes.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from interleave import MIN_ROUNDS, SEED, Contender, Workload, compare, enter, summarize
-from machine import BusyMachineError, wait_until_quiet
+from interleave import MIN_ROUNDS, SEED, Contender, compare, enter, summarize, workload
+from machine import BusyMachineError, backend, wait_until_quiet
 from peers import FOREACH, FUSED, candidates
-from plots import plot_step_time
-from results import RESULTS, describe_run, resume_run, save_run
+from render import plot_step_time, step_time_rows
+from results import RESULTS, describe_run, save_run
 from shapes import SHAPES
-from tables import step_time_rows
 from transformers import logging as transformers_logging
-
-from hf_lowmem_optim.kernels.backend import choose_backend
 
 #: Above this others disturb the rounds noticeably.
 _DISTURBING_CORES = 0.2
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def _rounds(text: str) -> int:
-    """A number of rounds of which a median means something."""
+    """Parse a number of rounds of which a median means something."""
     if not text.isdigit() or int(text) < MIN_ROUNDS:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {MIN_ROUNDS}")
     return int(text)
 
 
 def add_timing_options(parser: argparse.ArgumentParser, name: str) -> None:
-    """The options of everything that measures time; what the factory logs about each model is of no interest here."""
-    transformers_logging.set_verbosity_error()
-    parser.add_argument("--device", default="cpu")
+    """Add the options of everything that measures time."""
+    transformers_logging.set_verbosity_error()  # what the factory logs about each model is of no interest here
     parser.add_argument("--rounds", type=_rounds, default=25, help="at most")
     parser.add_argument("--seconds", type=float, default=120.0, help="for the rounds of one set, five rounds at least")
     parser.add_argument("--wait", type=float, default=300.0, help="seconds to wait for a quiet machine")
     parser.add_argument("--ignore-load", action="store_true", help="measure although others are computing")
     parser.add_argument("--save", type=Path, nargs="?", const=RESULTS / f"{name}.json", metavar="PATH.json")
-    parser.add_argument("--resume", action="store_true", help="with --save: keep what the file has already")
-    parser.add_argument("--plot", type=Path, metavar="PATH.png", help="draw the rows (extra plot)")
 
 
 def wait_unless_told(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Wait for a quiet machine, or stop with the reason."""
+    """Wait for a quiet machine, or exit with the reason."""
     if not arguments.ignore_load:
         try:
             wait_until_quiet(patience_s=arguments.wait)
@@ -74,14 +65,8 @@ def wait_unless_told(arguments: argparse.Namespace, parser: argparse.ArgumentPar
             parser.exit(3, f"{parser.prog}: {error}\n")
 
 
-def workload(shapes: str, dtype: str, device: str) -> Workload:
-    """The parameters of a shape set with the benchmark's seed."""
-    torch.manual_seed(SEED)
-    return Workload(shapes, SHAPES[shapes]().to(device=device, dtype=getattr(torch, dtype)))
-
-
 def measure(arguments: argparse.Namespace, shapes: str, dtype: str, threads: int) -> list[dict[str, Any]]:
-    """Every optimizer on one set of shapes."""
+    """Return the rows of every optimizer on one set of shapes."""
     torch.set_num_threads(threads)
     work = workload(shapes, dtype, arguments.device)
     entered: dict[str, Contender | str] = {}
@@ -98,53 +83,39 @@ def measure(arguments: argparse.Namespace, shapes: str, dtype: str, threads: int
         row: dict[str, Any] = {"shapes": shapes, "dtype": dtype, "threads": threads, "optimizer": name}
         if isinstance(contender, str):
             rows.append({**row, "problem": contender})
+            print(f"{name}: {contender}")
         else:
             rows.append({**row, **summarize(contender, contenders), "others_cores": round(cores, 3)})
+    print(f"\n{shapes}, {dtype}, {threads} threads\n\n{step_time_rows(rows)}")
     return rows
 
 
-def print_rows(rows: Sequence[dict[str, Any]]) -> None:
-    """Print a table under the set that it is of, and below it what could not be measured."""
-    print(f"\n{rows[0]['shapes']}, {rows[0]['dtype']}, {rows[0]['threads']} threads\n\n{step_time_rows(rows)}")
-    for row in rows:
-        if "problem" in row:
-            print(f"{row['optimizer']}: {row['problem']}")
-
-
 def main() -> None:
-    """Parse the command line, measure, print, write."""
+    """Measure, print and write what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["minilm", "llama"], choices=list(SHAPES))
     parser.add_argument("--rank", nargs="+", type=int, default=[16, 128], help="of the low-rank methods")
-    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--threads", nargs="+", type=int, default=[torch.get_num_threads()])
     parser.add_argument("--only", nargs="+", metavar="PART", help="optimizers whose names contain one of these")
     parser.add_argument("--compiled", action="store_true", help="torchao too")
+    parser.add_argument("--plot", type=Path, metavar="PATH.png", help="draw the rows (extra plot)")
     add_timing_options(parser, "step_time")
     arguments = parser.parse_args()
     settings = {
         "device": arguments.device,
-        "backend": str(choose_backend("step", torch.device(arguments.device))),
+        "backend": backend(torch.device(arguments.device).type),
         "dtype": " ".join(arguments.dtype),
         "threads": " ".join(map(str, arguments.threads)),
         "seed": SEED,
-        "rounds": arguments.rounds,
-        "seconds": arguments.seconds,
-        "only": arguments.only,
+        **{key: getattr(arguments, key) for key in ("rounds", "seconds", "only")},
     }
     run = describe_run("step_time", settings)
-    if arguments.resume:
-        run = resume_run(run, arguments.save)
     print(f"{run.label()}, kernels {settings['backend']}")
-    done = {(row["shapes"], row["dtype"], row["threads"]) for row in run.rows}
-    for key in itertools.product(arguments.shapes, arguments.dtype, arguments.threads):
-        if key in done:
-            print(f"{' '.join(map(str, key))}: kept from {arguments.save}")
-            continue
+    for shapes, dtype, threads in itertools.product(arguments.shapes, arguments.dtype, arguments.threads):
         wait_unless_told(arguments, parser)
-        rows = measure(arguments, *key)
-        print_rows(rows)
-        run = replace(run, rows=[*run.rows, *rows])
+        run = replace(run, rows=[*run.rows, *measure(arguments, shapes, dtype, threads)])
         if arguments.save:
             save_run(run, arguments.save)
     if arguments.plot:

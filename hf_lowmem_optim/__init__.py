@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hf_lowmem_optim.engine.method import Method
     from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
     from hf_lowmem_optim.engine.options import Options, option
-    from hf_lowmem_optim.memory.footprint import MemoryPlan
+    from hf_lowmem_optim.memory.plan_types import MemoryPlan
     from hf_lowmem_optim.memory.measure import StateReport, measure_state
     from hf_lowmem_optim.memory.plan import plan_optimizer, plan_state
     from hf_lowmem_optim.optimizers.ldadam import LDAdam
@@ -76,7 +76,7 @@ _HOME = {
     "LDAdamLayerwise": "registry",
     "LowMemoryOptimizer": "engine.optimizer",
     "LowRankMFAC": "optimizers.lowrank_mfac",
-    "MemoryPlan": "memory.footprint",
+    "MemoryPlan": "memory.plan_types",
     "ModelOptions": "trainer.model_source",
     "MicroAdam": "optimizers.microadam",
     "MicroAdamLayerwise": "registry",

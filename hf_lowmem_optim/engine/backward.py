@@ -13,7 +13,6 @@ step: it updates what has a gradient left, and computes ``grad_norm``.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -358,7 +357,7 @@ class Layerwise:
 
 
 def _empty(normal: type[Any]) -> Any:
-    made = layerwise(normal)
+    made: Any = layerwise(normal)
     return made.__new__(made)
 
 
@@ -381,9 +380,10 @@ class _LayerwiseChecks:
 
 
 _T = TypeVar("_T", bound=type[Any])
+#: The layer-wise classes made so far, by the normal one.
+_MADE: dict[type[Any], Any] = {}
 
 
-@functools.cache
 def layerwise(optimizer_class: _T) -> _T:
     """Make the layer-wise version of an optimizer: a class with the same options, and ``clip_tensor_norm``.
 
@@ -401,6 +401,8 @@ def layerwise(optimizer_class: _T) -> _T:
         >>> loss.backward()  # updates the parameters
         >>> optimizer.step()  # ends the step
     """
+    if optimizer_class in _MADE:
+        return cast("_T", _MADE[optimizer_class])
     normal: Method = optimizer_class.method
     clip = option(
         None,
@@ -410,7 +412,7 @@ def layerwise(optimizer_class: _T) -> _T:
         none="leave gradients as they are",
     )
     fields: list[tuple[str, Any, Any]] = [("clip_tensor_norm", float | None, clip)]
-    if "scope" in normal.options.defaults():
+    if "scope" in normal.options.defaults():  # a common system is not to be had
         metadata = next(f.metadata for f in dataclasses.fields(normal.options) if f.name == "scope")
         fields.append(
             ("scope", normal.options.types()["scope"], dataclasses.field(default="tensor", metadata=metadata))
@@ -423,4 +425,6 @@ def layerwise(optimizer_class: _T) -> _T:
         f"\n\nSee :func:`layerwise`, and :class:`{optimizer_class.__name__}` for the method."
     )
     body = {"__doc__": doc, "__module__": __name__, "method": method, "normal": optimizer_class}
-    return cast("_T", type(f"{optimizer_class.__name__}Layerwise", (Layerwise, optimizer_class), body))
+    made = type(f"{optimizer_class.__name__}Layerwise", (Layerwise, optimizer_class), body)
+    _MADE[optimizer_class] = made
+    return cast("_T", made)

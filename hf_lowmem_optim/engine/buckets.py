@@ -7,7 +7,7 @@ Parameters and gradients stay where they are.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from hf_lowmem_optim.engine.options import Options
 from hf_lowmem_optim.engine.rounding import StochasticRounding
 from hf_lowmem_optim.spec import TensorSpec
 
-__all__ = ["Batch", "TensorUpdate", "allocate_stacked", "batches"]
+__all__ = ["Batch", "TensorUpdate", "allocate_stacked", "batches", "most_tensors"]
 
 #: CPU instructions, and with them the rounding, may depend on an address modulo this.
 _ALIGNMENT_BYTES = 64
@@ -76,11 +76,6 @@ class Batch:
     step: int
     options: Any
 
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors lie."""
-        return self.g[0].device
-
     @contextmanager
     def weights(self) -> Iterator[list[Tensor]]:
         """Give the weights, in the shapes of the gradients, to be updated in place.
@@ -88,25 +83,24 @@ class Batch:
         They are the parameters themselves where these are contiguous and rounded to nearest; else copies, which are
         written back: float32 ones to be rounded stochastically.
         """
-        W = [_weight(update) for update in self.updates]
+        W = [update.param if update.rounding_seed is None else update.param.float() for update in self.updates]
+        if not all([weight.is_contiguous() and weight.dim() <= 2 for weight in W]):
+            W = _matrices(W)
         yield W
         for update, weight in zip(self.updates, W, strict=True):
             param = update.param
-            if (rounding := update.rounding()) is not None:
-                rounding.round_(param, weight.view(param.shape))
+            if update.rounding_seed is not None:
+                StochasticRounding(update.rounding_seed, param.device).round_(param, weight.view(param.shape))
             elif not param.is_contiguous():
                 param.copy_(weight.view(param.shape))
+        # the caller's list would keep copies while those of the next batch are made
+        W.clear()
 
 
-def _weight(update: TensorUpdate) -> Tensor:
-    param = update.param if update.rounding_seed is None else update.param.float()
-    return _matrix(param)
-
-
-def _matrix(tensor: Tensor) -> Tensor:
-    """Return a contiguous tensor of at most two dimensions."""
-    tensor = tensor if tensor.is_contiguous() else tensor.contiguous()
-    return tensor if tensor.dim() <= 2 else tensor.view(tensor.shape[0], -1)
+def _matrices(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return contiguous tensors of at most two dimensions: views where there are such."""
+    contiguous = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
+    return [tensor if tensor.dim() <= 2 else tensor.view(tensor.shape[0], -1) for tensor in contiguous]
 
 
 def allocate_stacked(specs: Mapping[str, TensorSpec], count: int, device: torch.device) -> list[dict[str, Tensor]]:
@@ -134,29 +128,34 @@ def allocate_stacked(specs: Mapping[str, TensorSpec], count: int, device: torch.
     return states
 
 
-def batches(updates: Iterable[TensorUpdate], *, whole: bool) -> list[Batch]:
+def batches(updates: Sequence[TensorUpdate], *, whole: bool) -> Iterator[Batch]:
     """Put tensors of one bucket together, as many as one call may serve.
+
+    One after the other, so that contiguous copies of gradients do not exist all at once.
 
     Args:
         updates: The tensors, all with state; state that is not stacked yet is moved where that is due.
         whole: Whether a call may serve any number of tensors, because it allocates nothing of their size.
 
-    Returns:
+    Yields:
         The batches, in the order of their first tensors.
     """
+    if len(updates) == 1:
+        yield _batch(updates)
+        return
     buckets: dict[Hashable, list[TensorUpdate]] = {}
     for update in updates:
         buckets.setdefault(update.key, []).append(update)
-    found = []
     for bucket in buckets.values():
         if len(bucket) == 1:
-            found.append(_batch(bucket))
+            yield _batch(bucket)
             continue
         _stack_loose_(bucket)
-        most = _most_tensors(bucket[0], whole) if whole or _rounds_alike(bucket[0]) else 1
+        param, in_place = bucket[0].param, whole and bucket[0].rounding_seed is None
+        most = most_tensors(param.numel(), param.device, whole=in_place) if whole or _rounds_alike(bucket[0]) else 1
         for run in _runs(bucket):
-            found += [_batch(run[start : start + most]) for start in range(0, len(run), most)]
-    return found
+            for start in range(0, len(run), most):
+                yield _batch(run[start : start + most])
 
 
 def _rounds_alike(update: TensorUpdate) -> bool:
@@ -171,16 +170,20 @@ def _rounds_alike(update: TensorUpdate) -> bool:
     return param.device.type != "cpu" or (aligned and not vectors)
 
 
-def _most_tensors(update: TensorUpdate, whole: bool) -> int:
-    """Return how many tensors like this one a call may serve: what it allocates for them is to be bounded.
+def most_tensors(entries: int, device: torch.device, *, whole: bool) -> int:
+    """Return how many tensors of a size one call may serve: what it allocates for them is to be bounded.
 
     Larger matrices gain nothing from company: their arithmetic takes far longer than the call.
+
+    Args:
+        entries: Entries of each tensor.
+        device: Where they lie; the meta device counts as a GPU.
+        whole: Whether nothing of their size is allocated.
     """
-    if whole and update.rounding_seed is None:
+    if whole:
         return 1 << 30
-    on_cpu, entries = update.param.device.type == "cpu", update.param.numel()
-    largest, together = (1 << 16, 1 << 18) if on_cpu else (1 << 22, 1 << 23)
-    return max(1, together // entries) if entries <= largest else 1
+    largest, together = (1 << 16, 1 << 18) if device.type == "cpu" else (1 << 22, 1 << 23)
+    return max(1, together // max(1, entries)) if entries <= largest else 1
 
 
 def _batch(updates: Sequence[TensorUpdate]) -> Batch:
@@ -189,7 +192,7 @@ def _batch(updates: Sequence[TensorUpdate]) -> Batch:
         state = {key: value[None] for key, value in one.state.items() if key != "step"}
     else:
         state = {key: _stacked([update.state[key] for update in updates]) for key in one.state if key != "step"}
-    return Batch(updates, [_matrix(update.grad) for update in updates], state, one.step, one.options)
+    return Batch(updates, _matrices([update.grad for update in updates]), state, one.step, one.options)
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:

@@ -13,14 +13,7 @@ from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.options import Options
 from hf_lowmem_optim.spec import TensorSpec
 
-__all__ = [
-    "check_gradient",
-    "check_parameter",
-    "check_rounding",
-    "check_state",
-    "check_unchanged",
-    "describe_parameter",
-]
+__all__ = ["check_parameter", "check_rounding", "check_tensor", "check_unchanged", "describe_parameter"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -45,43 +38,68 @@ def describe_parameter(param: Tensor, group: Mapping[str, Any]) -> str:
     return f"parameter {names[index]!r}" if names else f"parameter {index} (shape {tuple(param.shape)})"
 
 
-def check_gradient(param: Tensor, group: Mapping[str, Any], compressed: bool, optimizer: str, method: Method) -> None:
-    """Refuse what the optimizer's rules cannot do, before anything is touched.
+def check_tensor(
+    param: Tensor,
+    group: Mapping[str, Any],
+    state: Mapping[str, Any] | None,
+    *,
+    rule: tuple[bool, Mapping[str, TensorSpec]],
+    optimizer: Any,
+) -> None:
+    """Refuse what the rules of an optimizer cannot do with a parameter, before anything is touched.
 
     Args:
         param: A parameter that has a gradient.
         group: Its group.
-        compressed: Whether it takes the compressed rule.
-        optimizer: Name of the optimizer's class.
-        method: Its method.
+        state: Its state; None or empty before its first gradient.
+        rule: Whether it takes the compressed rule, and what its state is to be.
+        optimizer: The optimizer.
 
     Raises:
         RuntimeError: The gradient is sparse or complex, or for the dense rule of another dtype than the parameter.
         NotImplementedError: The parameter is a sharded DTensor, which its group's options do not serve.
+        ValueError: The options of the group no longer describe the state, which a kernel would read as what it is not.
     """
-    grad = param.grad
+    grad, (compressed, specs), method, who = param.grad, rule, optimizer.method, type(optimizer).__name__
     assert grad is not None
     if grad.layout != torch.strided:
         raise RuntimeError(
-            f"{describe_parameter(param, group)} has a sparse gradient, which {optimizer} does not support; "
+            f"{describe_parameter(param, group)} has a sparse gradient, which {who} does not support; "
             "build its module with sparse=False"
         )
     if grad.is_complex() or param.dtype not in _DTYPES:
         raise RuntimeError(
             f"{describe_parameter(param, group)} is {param.dtype} with a gradient of {grad.dtype}; "
-            f"{optimizer} supports float32, bfloat16 and float16"
+            f"{who} supports float32, bfloat16 and float16"
         )
     if grad.dtype != param.dtype and not compressed:
         raise RuntimeError(
             f"{describe_parameter(param, group)} is {param.dtype} with a gradient of {grad.dtype}; the dense rule "
             "needs both alike"
         )
-    if type(param) is Parameter or not hasattr(param, "placements"):
+    if type(param) is not Parameter and hasattr(param, "placements"):
+        _check_sharded(param, group, compressed, method, who)
+    if not state:
         return
+    for key, spec in specs.items():
+        part = state.get(key)
+        if part is None:
+            if key not in method.optional_state:
+                _refuse_state(param, group, method, key, "missing", spec)
+        elif part.shape != spec.shape or part.dtype != spec.dtype:
+            _refuse_state(param, group, method, key, f"{tuple(part.shape)}, {part.dtype}", spec)
+    if len(state) > len(specs) + 1:
+        superfluous = [key for key in state if key not in specs and key != "step" and key not in method.optional_state]
+        if superfluous:
+            _refuse_state(param, group, method, superfluous[0], "there", None)
+
+
+def _check_sharded(param: Tensor, group: Mapping[str, Any], compressed: bool, method: Method, who: str) -> None:
+    """Raise NotImplementedError where the rules cannot update a DTensor."""
     if compressed:
         key, off = method.switch
         raise NotImplementedError(
-            f"{describe_parameter(param, group)} is sharded (DTensor), which {optimizer} cannot compress; "
+            f"{describe_parameter(param, group)} is sharded (DTensor), which {who} cannot compress; "
             f"give its group {key}={off!r} for the dense rule, or train without FSDP or tensor parallelism"
         )
     for key, plain in (("dense_state", "param"), ("weight_rounding", "nearest")):
@@ -92,43 +110,15 @@ def check_gradient(param: Tensor, group: Mapping[str, Any], compressed: bool, op
             )
 
 
-def check_state(
-    param: Tensor,
-    group: Mapping[str, Any],
-    state: Mapping[str, Any] | None,
-    specs: Mapping[str, TensorSpec],
-    method: Method,
+def _refuse_state(
+    param: Tensor, group: Mapping[str, Any], method: Method, key: str, found: str, wanted: TensorSpec | None
 ) -> None:
-    """Refuse a state that the options of the group no longer describe, before a kernel reads it as what it is not.
-
-    Args:
-        param: The parameter.
-        group: Its group.
-        state: Its state; None or empty before its first gradient.
-        specs: What the state is to be.
-        method: The optimizer's method.
-
-    Raises:
-        ValueError: They differ: an option was changed in a run that cannot be.
-    """
-    if not state:
-        return
-    for key, spec in specs.items():
-        part = state.get(key)
-        if part is None and key in method.optional_state:
-            continue
-        if part is None or part.shape != spec.shape or part.dtype != spec.dtype:
-            break
-    else:
-        if len(state) <= len(specs) + 1 or state.keys() - specs.keys() <= {"step", *method.optional_state}:
-            return
-        key, part, spec = next(iter(state.keys() - specs.keys())), None, None
     settings = ", ".join(f"{name}={group[name]!r}" for name in method.shaping)
-    found = "missing" if part is None else f"{tuple(part.shape)}, {part.dtype}"
-    wanted = "nothing of that name" if spec is None else f"{tuple(spec.shape)}, {spec.dtype}"
+    needed = "nothing of that name" if wanted is None else f"{tuple(wanted.shape)}, {wanted.dtype}"
     raise ValueError(
-        f"the state of {describe_parameter(param, group)} does not fit the options of its group ({settings}): {key!r} is "
-        f"{found}, they need {wanted}. These options cannot change in a run; build a new optimizer"
+        f"the state of {describe_parameter(param, group)} does not fit the options of its group ({settings}): {key!r} "
+        f"is {found}, but they need {needed}. These options cannot change in a run: set them back, or build a new "
+        "optimizer"
     )
 
 

@@ -7,15 +7,14 @@ its tensor. A tensor that has no gradient in a step of the common system counts 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from torch.optim.optimizer import Optimizer
 
-from hf_lowmem_optim.engine.buckets import TensorUpdate, batches
+from hf_lowmem_optim.engine.buckets import TensorUpdate
 from hf_lowmem_optim.engine.method import Method
-from hf_lowmem_optim.engine.state import SHARED, shared_device
 
-__all__ = ["Scope", "check_agreement", "coupled_step_"]
+__all__ = ["Scope", "check_agreement", "note_absent_"]
 
 Scope = Literal["model", "tensor"]
 """``"model"`` for one system over all parameters, ``"tensor"`` for one for each."""
@@ -44,35 +43,7 @@ def check_agreement(method: Method, groups: Sequence[Mapping[str, Any]], who: st
                 )
 
 
-def coupled_step_(optimizer: Optimizer, method: Method, updates: Sequence[TensorUpdate]) -> None:
-    """Take a step of the tensors' system, or of each one's own.
-
-    Args:
-        optimizer: The optimizer, whose state holds the common system.
-        method: Its method.
-        updates: The tensors that have a gradient, of groups that agree.
-    """
-    if not updates:
-        return
-    update_, describe = method.coupled_update_, method.shared_state
-    assert update_ is not None and describe is not None
-    options: Any = updates[0].options
-    whole = method.scratch == 0
-    if options.scope == "tensor":
-        for update in updates:
-            update_(batches([update], whole=whole), {key: update.state[key] for key in describe(options)}, update.step)
-        return
-    # torch, too, keeps what belongs to no parameter under a string
-    shared = cast("dict[Any, dict[str, Any]]", optimizer.state)[SHARED]
-    if not shared:
-        device = shared_device(optimizer.param_groups)
-        shared.update(step=0, **{key: spec.allocate(device) for key, spec in describe(options).items()})
-    shared["step"] += 1
-    _note_absent_(optimizer, method, updates, shared["step"])
-    update_(batches(updates, whole=whole), shared, shared["step"])
-
-
-def _note_absent_(optimizer: Optimizer, method: Method, updates: Sequence[TensorUpdate], t: int) -> None:
+def note_absent_(optimizer: Optimizer, method: Method, updates: Sequence[TensorUpdate], t: int) -> None:
     """Tell the tensors of the system that have no gradient in this step."""
     present = {id(update.state) for update in updates}
     for group in optimizer.param_groups:

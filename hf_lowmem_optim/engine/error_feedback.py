@@ -25,7 +25,6 @@ __all__ = [
     "error_state",
     "quantized_errors",
     "save_residual_",
-    "stored_error",
 ]
 
 ErrorFeedback = Literal["param", "fp32", "bf16", "8bit", "4bit", "grad", "none"]
@@ -33,6 +32,8 @@ ErrorFeedback = Literal["param", "fp32", "bf16", "8bit", "4bit", "grad", "none"]
 
 CompressedErrorFeedback = Literal["fp32", "bf16", "8bit", "4bit"]
 """Those of a method that stores the error apart from parameter and gradient."""
+
+_SLICE_ENTRIES = 1 << 16
 
 FORMATS = {"8bit": QuantFormat(8, 64), "4bit": QuantFormat(4, 64)}
 """How a quantized error is quantized."""
@@ -78,7 +79,7 @@ def add_residual(g: Sequence[Tensor], state: Mapping[str, Tensor], fmt: QuantFor
     if error is not None:
         a = error.float().view(len(g), *g[0].shape)
         for part, grad in zip(a.unbind(), g, strict=True):
-            part.add_(grad)
+            _add_(part, grad)
         return a
     a = torch.empty((len(g), *g[0].shape), dtype=torch.float32, device=g[0].device)
     if fmt is not None and len(g) == 1:  # in one pass
@@ -89,6 +90,13 @@ def add_residual(g: Sequence[Tensor], state: Mapping[str, Tensor], fmt: QuantFor
         for buffer, part in _pairs(state, fmt, a):
             dequantize_add_(part, buffer)
     return a
+
+
+def _add_(out: Tensor, grad: Tensor) -> None:
+    """Add a gradient in slices where it is narrower: a CPU would first copy the whole of it to float32."""
+    length = _SLICE_ENTRIES if grad.device.type == "cpu" and grad.dtype != out.dtype else max(1, out.numel())
+    for into, part in zip(torch.split(out.view(-1), length), torch.split(grad.view(-1), length), strict=True):
+        into.add_(part)
 
 
 def save_residual_(
@@ -108,20 +116,6 @@ def save_residual_(
     elif fmt is not None:
         for buffer, part in _pairs(state, fmt, residual, one_by_one=seed is not None):
             quantize_(buffer, part, seed=seed)
-
-
-def stored_error(state: Mapping[str, Tensor], fmt: QuantFormat | None, index: int, numel: int) -> Tensor | Quantized:
-    """Return the error of one tensor of a batch, as an operation takes it.
-
-    Args:
-        state: The stacked state of the tensors.
-        fmt: How the error is quantized; None where it is not.
-        index: Which tensor.
-        numel: Entries of each.
-    """
-    if fmt is None:
-        return state["error"][index]
-    return Quantized(state["error_codes"][index], state["error_lo"][index], state["error_hi"][index], numel, fmt)
 
 
 def quantized_errors(state: Mapping[str, Tensor], fmt: QuantFormat, count: int, numel: int) -> list[Quantized]:

@@ -28,7 +28,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_lowmem_optim.engine.backward import BackwardMode, Host
-from hf_lowmem_optim.engine.checks import check_gradient, describe_parameter
+from hf_lowmem_optim.engine.checks import check_tensor, describe_parameter
 from hf_lowmem_optim.engine.hooks import is_hooked, refuse_several_processes
 from hf_lowmem_optim.engine.method import Method
 
@@ -110,7 +110,7 @@ class GradientErrors(BackwardMode):
 
     def _check_fresh(self, param: Tensor, group: Mapping[str, Any]) -> None:
         """Refuse a gradient that cannot be added to the error."""
-        check_gradient(param, group, True, type(self.host).__name__, self.host.method)
+        check_tensor(param, group, None, rule=(True, {}), optimizer=self.host)
         grad = param.grad
         assert grad is not None
         if grad.dtype != param.dtype:

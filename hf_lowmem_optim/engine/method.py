@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,14 +13,16 @@ import torch
 from torch import Tensor
 
 from hf_lowmem_optim.engine.adamw import adamw_state
-from hf_lowmem_optim.engine.buckets import Batch
+from hf_lowmem_optim.engine.buckets import Batch, most_tensors
 from hf_lowmem_optim.engine.options import Options, as_plain
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["CoupledUpdate", "Method", "StateFunction", "Update"]
 
-#: What a step allocates beside a multiple of its largest tensor: slices, factors, workspaces of libraries.
-SCRATCH_BYTES = 16 << 20
+#: Slices and small factors that a step allocates whatever the sizes of its tensors, on a CPU and on other devices.
+_CPU_SLICES_BYTES, _DEVICE_SLICES_BYTES = 16 << 20, 80 << 20
+#: Copies of a system's matrix that solving it takes, the eigenvectors' workspace included.
+_SYSTEM_COPIES = 6
 
 
 class StateFunction(Protocol):
@@ -67,8 +72,9 @@ class Method:
         state: Describes the state of one tensor.
         update_: Updates equal tensors; a method whose tensors depend on each other has ``coupled_update_`` instead.
         switch: The option that sends a group to AdamW, and the value that does.
-        scratch: What a step allocates for a moment, at most, in float32 copies of the largest tensor that it
-            compresses; 0 for an update that works in place.
+        scratch: What an update allocates for a moment, at most, in float32 copies of a weight; 0 if it works in place.
+            Or a function that returns it for the options.
+        scratch_state: What it allocates beside, at most, in float32 copies of a weight's state, the error left out.
         adam_like: Whether it is Adam with less state, so that AdamW is as good where compression saves nothing.
         optional_state: State keys that exist only for some values of an option which may change in a run, with that
             option: the state follows it.
@@ -87,7 +93,8 @@ class Method:
     state: StateFunction
     update_: Update | None = None
     switch: tuple[str, Any] = ("compress", False)
-    scratch: float = 1.0
+    scratch: float | Callable[[Any], float] = 1.0
+    scratch_state: float = 0.0
     adam_like: bool = True
     optional_state: Mapping[str, str] = field(default_factory=dict)
     coupled_update_: CoupledUpdate | None = None
@@ -110,12 +117,12 @@ class Method:
 
     # ------------------------------------------------------------------------------------------------- options
 
-    @property
+    @functools.cached_property
     def shaping(self) -> tuple[str, ...]:
         """The options on which the shape of the state depends: they must be equal on resume."""
         return self.options.shaping()
 
-    @property
+    @functools.cached_property
     def layout_options(self) -> tuple[str, ...]:
         """The options that decide which state a tensor has."""
         return (*self.shaping, *self.optional_state.values())
@@ -185,18 +192,41 @@ class Method:
                 return self.shared_state(self.options_of(group))
         return {}
 
+    # ------------------------------------------------------------------------------------------------- scratch
+
+    def scratch_copies(self, options: Any) -> float:
+        """Return :attr:`scratch` with some options."""
+        return self.scratch(options) if callable(self.scratch) else self.scratch
+
     def scratch_bytes(self, groups: Sequence[Mapping[str, Any]]) -> int:
-        """Return the bytes that a step allocates for a moment, at most: :attr:`scratch` of the largest tensor."""
-        largest = max(
-            (
-                param.numel()
-                for group in groups
-                for param in group["params"]
-                if self.scratch and self.compresses(param.shape, group)
-            ),
-            default=0,
-        )
-        return int(self.scratch * 4 * largest) + SCRATCH_BYTES
+        """Return the bytes that a step allocates for a moment beside the state, at most.
+
+        Those are what the method declares, of the tensors that one call of its update serves, the float32 copies of
+        weights that are rounded stochastically, and a constant for what works in slices, AdamW included. Contiguous
+        copies that the layout of a gradient makes necessary, and workspaces of libraries, are not counted.
+
+        Args:
+            groups: The parameter groups, with ``"params"``; parameters on the meta device count as on a GPU.
+        """
+        most, all_on_cpu = 0.0, True
+        for group in groups:
+            options = self.options_of(group)
+            all_on_cpu &= all(param.device.type == "cpu" for param in group["params"])
+            for (shape, dtype, device), count in _equal_tensors(group["params"]).items():
+                specs = self.compressed_state(shape, dtype, options)
+                if specs is None:
+                    continue
+                rounded = options.weight_rounding == "stochastic" and dtype != torch.float32
+                state = sum(math.prod(spec.shape) for key, spec in specs.items() if not key.startswith("error"))
+                copies = self.scratch_copies(options)
+                together = most_tensors(math.prod(shape), device, whole=copies == 0 and not rounded)
+                each = 4 * ((copies + rounded) * math.prod(shape) + self.scratch_state * state)
+                most = max(most, each * min(count, together))
+        system = 0
+        if self.shared_state is not None and groups:
+            matrices = (self.shared_state(self.options_of(group)).values() for group in groups)
+            system = max(sum(spec.stored_bytes for spec in specs) for specs in matrices)
+        return math.ceil(most) + _SYSTEM_COPIES * system + (_CPU_SLICES_BYTES if all_on_cpu else _DEVICE_SLICES_BYTES)
 
     # --------------------------------------------------------------------------------------------------- limits
 
@@ -207,3 +237,7 @@ class Method:
         if group.get("error_feedback") == "grad":
             return "error_feedback='grad' uses a gradient before the processes have averaged it"
         return None
+
+
+def _equal_tensors(params: Sequence[Tensor]) -> Counter[tuple[torch.Size, torch.dtype, torch.device]]:
+    return Counter((param.shape, param.dtype, param.device) for param in params)

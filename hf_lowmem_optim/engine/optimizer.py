@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -14,12 +14,12 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from hf_lowmem_optim.engine.adamw import adamw_update_, require_bitsandbytes
 from hf_lowmem_optim.engine.backward import BackwardMode, LayerwiseMode
 from hf_lowmem_optim.engine.buckets import TensorUpdate, allocate_stacked, batches
-from hf_lowmem_optim.engine.checks import check_gradient, check_parameter, check_rounding, check_state, check_unchanged
-from hf_lowmem_optim.engine.coupled import check_agreement, coupled_step_
+from hf_lowmem_optim.engine.checks import check_parameter, check_rounding, check_tensor, check_unchanged
+from hf_lowmem_optim.engine.coupled import check_agreement, note_absent_
 from hf_lowmem_optim.engine.gradient_error import GradientErrors
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.options import Options, as_plain, check_group_keys
-from hf_lowmem_optim.engine.state import exact_load, pack_shared
+from hf_lowmem_optim.engine.state import SHARED, exact_load, pack_shared, shared_device
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["LowMemoryOptimizer"]
@@ -207,12 +207,12 @@ class LowMemoryOptimizer(Optimizer):
         method = self.method
         # every check comes before the first change
         rules = [self._checked_rule(param, group) for _, param, group in live]
-        if method.coupled_update_ is not None:
-            distinct = {id(options): vars(options) for options, compressed, _ in rules if compressed}
-            check_agreement(method, list(distinct.values()), type(self).__name__)
-        self._allocate_(
-            [(param, rule) for (_, param, _), rule in zip(live, rules, strict=True) if not self.state.get(param)]
-        )
+        if method.coupled_update_ is not None and len(self.param_groups) > 1:  # they may have been changed
+            members = {id(options): vars(options) for options, compressed, _ in rules if compressed}
+            check_agreement(method, list(members.values()), type(self).__name__)
+        fresh = [(param, rule) for (_, param, _), rule in zip(live, rules, strict=True) if not self.state.get(param)]
+        if fresh:
+            self._allocate_(fresh)
         sparse: list[TensorUpdate] = []
         dense: dict[int, list[TensorUpdate]] = {}
         for (index, param, group), (options, compressed, specs) in zip(live, rules, strict=True):
@@ -224,7 +224,7 @@ class LowMemoryOptimizer(Optimizer):
             if step == 1 and options.lr == 0 and not self._is_real(param) and not grad.any():
                 continue
             state["step"] = step
-            if method.optional_state:
+            if any((key in specs) != (key in state) for key in method.optional_state):
                 _follow_options_(state, specs, method.optional_state, param.device)
             stochastic = options.weight_rounding == "stochastic" and param.dtype != torch.float32
             seed = step * _MAX_PARAMETERS + index if stochastic else None
@@ -235,14 +235,39 @@ class LowMemoryOptimizer(Optimizer):
         torch.autograd.graph.increment_version([param for _, param, _ in live])
         with full_precision():
             if method.coupled_update_ is not None:
-                coupled_step_(self, method, sparse)
+                self._coupled_update_(sparse)
             elif sparse:
+                whole = method.scratch_copies(sparse[0].options) == 0
                 assert method.update_ is not None
-                for batch in batches(sparse, whole=method.scratch == 0):
+                for batch in batches(sparse, whole=whole):
                     with batch.weights() as W:
                         method.update_(W, batch.g, batch.state, batch.step, batch.options)
             for updates in dense.values():
                 adamw_update_(updates)
+
+    def _coupled_update_(self, updates: Sequence[TensorUpdate]) -> None:
+        """Take a step of the tensors' common system, or of each one's own."""
+        method = self.method
+        if not updates:
+            return
+        update_, describe = method.coupled_update_, method.shared_state
+        assert update_ is not None and describe is not None
+        options: Any = updates[0].options
+        whole = method.scratch_copies(options) == 0
+        if options.scope == "tensor":
+            for update in updates:
+                own = {key: update.state[key] for key in describe(options)}
+                update_(list(batches([update], whole=whole)), own, update.step)
+            return
+        # torch, too, keeps what belongs to no parameter under a string
+        shared = cast("dict[Any, dict[str, Any]]", self.state)[SHARED]
+        if not shared:
+            device = shared_device(self.param_groups)
+            shared.update(step=0, **{key: spec.allocate(device) for key, spec in describe(options).items()})
+        shared["step"] += 1
+        if len(updates) < sum([len(group["params"]) for group in self.param_groups]):
+            note_absent_(self, method, updates, shared["step"])
+        update_(list(batches(updates, whole=whole)), shared, shared["step"])
 
     def _is_real(self, param: Tensor) -> bool:
         """Return whether a gradient of zero is nevertheless one of training."""
@@ -264,8 +289,7 @@ class LowMemoryOptimizer(Optimizer):
         """Return the rule of a parameter that has a gradient, if gradient and state are what it can serve."""
         options = self._options_of(group)
         compressed, specs = self._rule(param, options)
-        check_gradient(param, group, compressed, type(self).__name__, self.method)
-        check_state(param, group, self.state.get(param), specs, self.method)
+        check_tensor(param, group, self.state.get(param), rule=(compressed, specs), optimizer=self)
         return options, compressed, specs
 
     def _rule(self, param: Tensor, options: Options) -> tuple[bool, dict[str, TensorSpec]]:
@@ -399,7 +423,7 @@ def full_precision() -> Iterator[None]:
             changed.append((owner, name, before))
             setattr(owner, name, full)
     for context in autocast:
-        context.__enter__()
+        context.__enter__()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:

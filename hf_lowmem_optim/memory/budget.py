@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
+from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.memory.plan import Groups, plan_groups, plan_temporaries
-from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
 
 __all__ = ["MAX_WINDOW", "BudgetSearch"]
 
@@ -46,7 +46,7 @@ class BudgetSearch:
         of_dense = {key: value for key, value in changes.items() if key in DENSE_KEYS}
         groups = [{**group, **(changes if self._is_targeted(group) else of_dense)} for group in self.groups]
         state = plan_groups(self.optimizer_class, groups, num_shards=self.num_shards)
-        return state.total_bytes + (plan_temporaries(self.optimizer_class, groups) or 0)
+        return state.total_bytes + plan_temporaries(self.optimizer_class, groups)
 
     def largest(self, allowed_bytes: int) -> dict[str, int]:
         """Return the largest value within ``allowed_bytes`` of each hyper-parameter that scales the state.
@@ -81,39 +81,41 @@ class BudgetSearch:
             yield best, together
 
     def _settings(self) -> Mapping[str, Any]:
-        """The hyper-parameters of the targeted groups, or of any group if there is none."""
+        """Return the hyper-parameters of the targeted groups, or of any group if there is none."""
         return next((group for group in self.groups if self._is_targeted(group)), self.groups[0])
 
     def _is_targeted(self, group: Mapping[str, Any]) -> bool:
-        return group[self.optimizer_class.dense_key] is not None
+        return not self.optimizer_class.method.is_dense(group)
 
     def _size_if_valid(self, changes: Mapping[str, Any]) -> int | None:
-        """Bytes with the changes, None where the optimizer refuses them together."""
-        keys = self.optimizer_class.default_hyperparameters()
-        settings = {key: value for key, value in self._settings().items() if key in keys}
+        """Return the bytes with the changes, None where the optimizer refuses them together."""
+        method, settings = self.optimizer_class.method, self._settings()
+        values = {key: settings[key] for key in method.options.defaults()}
         try:
-            self.optimizer_class.check_hyperparameters({**settings, **changes})
+            method.check({**values, **changes}, self.optimizer_class.__name__)
         except (TypeError, ValueError):
             return None
-        if self.num_processes > 1 and self.optimizer_class.needs_one_process({**self._settings(), **changes}):
+        if self.num_processes > 1 and method.needs_one_process({**settings, **changes}):
             return None
         return self.added_bytes(changes)
 
     def _choices(self) -> Iterator[tuple[str, tuple[Any, ...]]]:
-        """Hyper-parameters of the state with a few choices, as their annotations say."""
-        kinds = self.optimizer_class.hyperparameter_types()
-        for key in self.optimizer_class.state_keys:
+        """Yield the hyper-parameters of the state that have a few choices."""
+        method = self.optimizer_class.method
+        kinds = method.options.types()
+        for key in method.shaping:
             if get_origin(kinds[key]) is Literal:
                 yield key, get_args(kinds[key])
 
     def _limits(self) -> Iterator[tuple[str, int]]:
-        """Hyper-parameters that scale the state, with the largest value to look at."""
+        """Yield the hyper-parameters that scale the state, with the largest value to look at."""
+        method = self.optimizer_class.method
         targeted = [(p.shape, group) for group in self.groups if self._is_targeted(group) for p in group["params"]]
         matrices = [(shape, group) for shape, group in targeted if len(shape) >= 2]
-        compressed = [shape for shape, group in matrices if self.optimizer_class.compresses(shape, group)]
+        compressed = [shape for shape, group in matrices if method.compresses(shape, group)]
         shapes = compressed or [shape for shape, _ in matrices]
         for key in SIZE_KEYS:
-            if key not in self.optimizer_class.state_keys or not targeted:
+            if key not in method.shaping or not targeted:
                 continue
             limit = MAX_WINDOW
             if key == "rank":

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
-from hf_lowmem_optim.state import TensorSpec
+from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
+from hf_lowmem_optim.spec import TensorSpec
 
-__all__ = ["StateReport", "StateTally", "measure_state", "unwrap_optimizer"]
+__all__ = ["Piece", "StateReport", "add_up", "measure_state", "unwrap_optimizer"]
 
 ADAMW_FP32_BYTES_PER_PARAMETER = 8
 """Two float32 moments."""
@@ -53,43 +53,36 @@ class StateReport:
         return ADAMW_FP32_BYTES_PER_PARAMETER * self.num_parameters
 
 
-class StateTally:
-    """Adds up bytes by component, group and dtype; planning and measuring both count with it."""
+class Piece(NamedTuple):
+    """Bytes of state of one kind; planning and measuring both count such.
 
-    def __init__(self) -> None:
-        self._components: Counter[str] = Counter()
-        self._dtypes: Counter[str] = Counter()
-        self._groups: list[int] = []
-        self._in_group = False
-        self._in_gradient = 0
+    Attributes:
+        group: Index of the parameter group; None for what belongs to all parameters together.
+        component: What they are counted under.
+        dtype: Their storage.
+        nbytes: How many.
+        in_gradient: Whether they are in a gradient's buffer.
+    """
 
-    def start_group(self) -> None:
-        """Count what follows under the next parameter group."""
-        self._groups.append(0)
-        self._in_group = True
+    group: int | None
+    component: str
+    dtype: torch.dtype
+    nbytes: int
+    in_gradient: bool = False
 
-    def end_groups(self) -> None:
-        """Count what follows under no group."""
-        self._in_group = False
 
-    def add(self, component: str, dtype: torch.dtype, nbytes: int) -> None:
-        """Count some bytes; none are no entry."""
-        if not nbytes:
-            return
-        self._components[component] += nbytes
-        self._dtypes[str(dtype).removeprefix("torch.")] += nbytes
-        if self._in_group:
-            self._groups[-1] += nbytes
-
-    def add_in_gradient(self, nbytes: int) -> None:
-        """Count some bytes of what is kept in a gradient's buffer."""
-        self._in_gradient += nbytes
-
-    def report(self, num_parameters: int) -> StateReport:
-        """Return what was counted."""
-        return StateReport(
-            dict(self._components), tuple(self._groups), num_parameters, dict(self._dtypes), self._in_gradient
-        )
+def add_up(pieces: Iterable[Piece], num_groups: int, num_parameters: int) -> StateReport:
+    """Return the report of some pieces of state; those of no bytes have no entry."""
+    components, dtypes, groups, in_gradient = Counter[str](), Counter[str](), [0] * num_groups, 0
+    for piece in pieces:
+        if piece.in_gradient:
+            in_gradient += piece.nbytes
+        elif piece.nbytes:
+            components[piece.component] += piece.nbytes
+            dtypes[str(piece.dtype).removeprefix("torch.")] += piece.nbytes
+            if piece.group is not None:
+                groups[piece.group] += piece.nbytes
+    return StateReport(dict(components), tuple(groups), num_parameters, dict(dtypes), in_gradient)
 
 
 def measure_state(optimizer: Optimizer, *, local: bool = False) -> StateReport:
@@ -108,36 +101,46 @@ def measure_state(optimizer: Optimizer, *, local: bool = False) -> StateReport:
         The report.
     """
     optimizer = unwrap_optimizer(optimizer)
-    tally, seen = StateTally(), set[int]()
+    groups = optimizer.param_groups
+    numel = sum(parameter.numel() for group in groups for parameter in group["params"])
+    return add_up(_pieces(optimizer, local), len(groups), numel)
 
-    def count(state: Mapping[str, Any], specs: Mapping[str, TensorSpec], grad: Tensor | None = None) -> None:
-        """Count one parameter's state; a key without a component counts under its own name."""
-        for key, value in state.items():
-            spec = specs.get(key)
-            for tensor in _tensors(value, seen):
-                in_gradient = spec is not None and spec.in_gradient and _is_or_becomes(tensor, grad)
-                for dtype, nbytes in _stored(tensor, local):
-                    if in_gradient:
-                        tally.add_in_gradient(nbytes)
-                    else:
-                        tally.add(spec.component if spec else str(key), dtype, nbytes)
 
-    in_groups = set()
-    for group in optimizer.param_groups:
-        tally.start_group()
+def _pieces(optimizer: Optimizer, local: bool) -> Iterator[Piece]:
+    """Yield the state of every parameter, and what an optimizer keeps for all of them together."""
+    seen, in_groups = set[int](), set()
+    method = optimizer.method if isinstance(optimizer, LowMemoryOptimizer) else None
+    for index, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
             in_groups.add(parameter)
             # `get`, because torch's state is a defaultdict: looking must not create entries.
             state = optimizer.state.get(parameter)
             if state:
-                specs = optimizer.state_specs(parameter, group) if isinstance(optimizer, LowMemoryOptimizer) else {}
-                count(state, specs, parameter.grad)
-    # What an optimizer keeps for all its parameters together belongs to no group.
-    tally.end_groups()
+                specs = {} if method is None else method.state_specs(parameter, group)
+                yield from _pieces_of(state, index, specs, parameter.grad, seen, local)
     for key, state in optimizer.state.items():
         if key not in in_groups:
-            count(state if isinstance(state, Mapping) else {str(key): state}, {})
-    return tally.report(sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"]))
+            entry = state if isinstance(state, Mapping) else {str(key): state}
+            yield from _pieces_of(entry, None, {}, None, seen, local)
+
+
+def _pieces_of(
+    state: Mapping[str, Any],
+    group: int | None,
+    specs: Mapping[str, TensorSpec],
+    grad: Tensor | None,
+    seen: set[int],
+    local: bool,
+) -> Iterator[Piece]:
+    """Yield one parameter's state; a key without a component counts under its own name."""
+    for key, value in state.items():
+        spec = specs.get(key)
+        for tensor in _tensors(value, seen):
+            # it is the buffer of the gradient, or waits to be it
+            is_gradient = grad is None or grad.data_ptr() == tensor.data_ptr()
+            in_gradient = spec is not None and spec.in_gradient and is_gradient
+            for dtype, nbytes in _stored(tensor, local):
+                yield Piece(group, spec.component if spec else str(key), dtype, nbytes, in_gradient)
 
 
 def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
@@ -154,13 +157,8 @@ def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def _is_or_becomes(tensor: Tensor, grad: Tensor | None) -> bool:
-    """Whether a state tensor is the buffer of the parameter's gradient, or waits to be it."""
-    return grad is None or grad.data_ptr() == tensor.data_ptr()
-
-
 def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    """The tensors in a state value, each once, also inside containers and objects that some optimizers keep there."""
+    """Yield the tensors in a state value, each once, also inside containers and objects that some optimizers keep."""
     pending = [value]
     while pending:
         item = pending.pop()
@@ -180,7 +178,7 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
 
 
 def _stored(tensor: Tensor, local: bool) -> Iterator[tuple[torch.dtype, int]]:
-    """Dtype and bytes of what a tensor really stores: itself, or what a wrapper (quantized, DTensor) holds."""
+    """Yield dtype and bytes of what a tensor really stores: itself, or what a wrapper (quantized, DTensor) holds."""
     # A DTensor knows the shape of the whole: no need to ask the other processes.
     inner = _wrapped(tensor)
     whole = hasattr(tensor, "placements") and not local and not any(_wrapped(part) for part in inner)
@@ -192,13 +190,9 @@ def _stored(tensor: Tensor, local: bool) -> Iterator[tuple[torch.dtype, int]]:
 
 
 def _wrapped(tensor: Any) -> list[Tensor]:
-    """The tensors inside a wrapper subclass, none for a plain tensor."""
-    if not _is_wrapper(tensor):
+    """Return the tensors inside a wrapper subclass, none for a plain tensor."""
+    if not is_traceable_wrapper_subclass(tensor):
         return []
     inner = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
     # A DTensor names its mesh as well.
     return [part for part in inner if isinstance(part, Tensor)]
-
-
-def _is_wrapper(tensor: Any) -> bool:
-    return bool(is_traceable_wrapper_subclass(tensor))

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from hf_lowmem_optim.memory.measure import StateReport, StateTally, unwrap_optimizer
-from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
+from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
+from hf_lowmem_optim.memory.measure import Piece, StateReport, add_up, unwrap_optimizer
 from hf_lowmem_optim.registry import get_entry
-from hf_lowmem_optim.state import StepTemporaries
 
 __all__ = ["compressed_bytes_per_parameter", "plan_groups", "plan_optimizer", "plan_state", "plan_temporaries"]
 
@@ -59,10 +58,10 @@ def plan_state(
         ValueError: A hyper-parameter is out of range, or there is no optimizer of that name.
     """
     optimizer_class = get_entry(optimizer).optimizer_class if isinstance(optimizer, str) else optimizer
-    optimizer_class.check_hyperparameters(hyper)
+    optimizer_class.method.check(hyper, optimizer_class.__name__)
     # On the meta device a tensor is a description: nothing is allocated for a model of any size.
     params = [torch.empty(tuple(shape), dtype=dtype, device="meta") for shape, dtype in tensors.values()]
-    return plan_groups(optimizer_class, [{**optimizer_class.default_hyperparameters(), **hyper, "params": params}])
+    return plan_groups(optimizer_class, [{**optimizer_class.method.options.defaults(), **hyper, "params": params}])
 
 
 def plan_groups(optimizer_class: type[LowMemoryOptimizer], groups: Groups, *, num_shards: int = 1) -> StateReport:
@@ -77,47 +76,28 @@ def plan_groups(optimizer_class: type[LowMemoryOptimizer], groups: Groups, *, nu
     Returns:
         The report.
     """
-    tally = StateTally()
-    for group in groups:
-        tally.start_group()
-        for param in group["params"]:
-            for spec in optimizer_class.state_specs(param, group).values():
-                part = spec.shard(num_shards)
-                tally.add(spec.component, spec.dtype, part.nbytes)
-                tally.add_in_gradient(part.in_gradient_bytes)
-    tally.end_groups()
-    for spec in optimizer_class.shared_specs(groups).values():
-        tally.add(spec.component, spec.dtype, spec.nbytes)
-    return tally.report(sum(param.numel() for group in groups for param in group["params"]))
+    method = optimizer_class.method
+    params = [(index, param) for index, group in enumerate(groups) for param in group["params"]]
+    pieces = []
+    for index, param in params:
+        for spec in method.state_specs(param, groups[index]).values():
+            nbytes = spec.shard(num_shards).stored_bytes
+            pieces.append(Piece(index, spec.component, spec.dtype, nbytes, spec.in_gradient))
+    pieces += [Piece(None, s.component, s.dtype, s.nbytes) for s in method.shared_specs(groups).values()]
+    return add_up(pieces, len(groups), sum(param.numel() for _, param in params))
 
 
-def plan_temporaries(optimizer_class: type[LowMemoryOptimizer], groups: Groups) -> int | None:
-    """Predict how many bytes one ``step()`` allocates at most besides the state, in the first step or a later one.
-
-    It depends on the parameters' device; those on none (``meta``) count as on a GPU. On a CPU it is what one thread
-    takes that updates one tensor after the other: each further one (``torch.get_num_threads()``, 16 at most) that
-    updates another at the same time takes up to as much again.
+def plan_temporaries(optimizer_class: type[LowMemoryOptimizer], groups: Groups) -> int:
+    """Bound the bytes that one ``step()`` allocates for a moment besides the state, the first step or a later one.
 
     Args:
         optimizer_class: The optimizer.
-        groups: Its parameter groups.
+        groups: Its parameter groups; parameters on no device (``meta``) count as on a GPU.
 
     Returns:
-        Bytes, or None if the optimizer does not describe what it allocates.
+        Bytes; see :meth:`~hf_lowmem_optim.engine.method.Method.scratch_bytes`.
     """
-    peaks = []
-    for first in (True, False):
-        together = StepTemporaries()
-        for group in groups:
-            for param in group["params"]:
-                described = optimizer_class.step_temporaries(param, group, first=first)
-                if described is None:
-                    return None
-                together = together.largest(described)
-        if not first:
-            together = together.largest(optimizer_class.batch_temporaries(groups))
-        peaks.append(together.peak_bytes)
-    return max(peaks)
+    return optimizer_class.method.scratch_bytes(groups)
 
 
 def compressed_bytes_per_parameter(optimizer_class: type[LowMemoryOptimizer], groups: Groups) -> float | None:
@@ -125,7 +105,7 @@ def compressed_bytes_per_parameter(optimizer_class: type[LowMemoryOptimizer], gr
     nbytes = entries = 0
     for group in groups:
         for param in group["params"]:
-            if optimizer_class.compresses(param.shape, group):
+            if optimizer_class.method.compresses(param.shape, group):
                 entries += param.numel()
-                nbytes += sum(spec.nbytes for spec in optimizer_class.state_specs(param, group).values())
+                nbytes += sum(spec.nbytes for spec in optimizer_class.method.state_specs(param, group).values())
     return nbytes / entries if entries else None

@@ -8,8 +8,8 @@ import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 
-from hf_lowmem_optim.memory.footprint import NOT_COUNTED, MemoryPlan, OptimizerPlan
-from hf_lowmem_optim.memory.units import format_bytes
+from hf_lowmem_optim.memory.byte_sizes import format_bytes
+from hf_lowmem_optim.memory.plan_types import NOT_COUNTED, MemoryPlan, OptimizerPlan
 
 __all__ = ["align", "plan_csv", "plan_text"]
 
@@ -52,7 +52,7 @@ def plan_text(plan: MemoryPlan) -> str:
         *_optimizer_lines(plan),
         "",
         "B/param: state per trained parameter, and per parameter that is compressed. Step: what step() allocates and",
-        "frees (–: not known). Total: weights, gradients, state, step.",
+        "frees, at most (–: not known). Total: weights, gradients, state, step.",
         f"Not counted: {NOT_COUNTED}.",
     ]
     if plan.suggestions:
@@ -68,7 +68,7 @@ def plan_text(plan: MemoryPlan) -> str:
 
 
 def _optimizer_lines(plan: MemoryPlan) -> Iterator[str]:
-    """The table of optimizers, each of ours with its settings and components below it."""
+    """Yield the table of optimizers, each of ours with its settings and components below it."""
     header = ["optimizer", "state", "B/param", "compressed", "step", "total"]
     if plan.budget_bytes is not None:
         header += [f"≤ {format_bytes(plan.budget_bytes)}", "largest that fits"]
@@ -94,12 +94,12 @@ def _optimizer_lines(plan: MemoryPlan) -> Iterator[str]:
 
 
 def _indented(text: str) -> list[str]:
-    """Lines below an optimizer's own, no wider than a terminal of 120 columns."""
+    """Return lines below an optimizer's own, no wider than a terminal of 120 columns."""
     return textwrap.wrap(text, 116, initial_indent="    ", subsequent_indent="      ", break_on_hyphens=False)
 
 
 def _cells(plan: MemoryPlan, row: OptimizerPlan) -> list[str]:
-    """One optimizer's line."""
+    """Return one optimizer's line."""
     total = plan.total_bytes(row)
     cells = [
         row.name,
@@ -120,7 +120,7 @@ def _number(value: float | None) -> str:
 
 
 def _parts(counts: Mapping[str, int]) -> str:
-    """Names with bytes, the largest first."""
+    """Return names with bytes, the largest first."""
     ordered = sorted(counts.items(), key=lambda item: -item[1])
     return ", ".join(f"{name} {format_bytes(count)}" for name, count in ordered)
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_lowmem_optim.memory.footprint import MemoryPlan, OptimizerPlan
-from hf_lowmem_optim.memory.units import format_bytes
+from hf_lowmem_optim.memory.byte_sizes import format_bytes
+from hf_lowmem_optim.memory.plan_types import MemoryPlan, OptimizerPlan
 
 __all__ = ["plot_plan", "plot_report"]
 
@@ -25,7 +25,7 @@ _PALETTE = ("#2f6db5", "#5aa0dc", "#2a9d8f", "#86c06c", "#7a5195", "#c58bd0", "#
 
 
 def _pyplot() -> Any:
-    """Matplotlib without a window system, loaded only where a picture is wanted."""
+    """Load matplotlib without a window system, only where a picture is wanted."""
     try:
         import matplotlib
     except ImportError as error:
@@ -99,13 +99,13 @@ def plot_report(report: Mapping[str, Any], path: str | Path) -> None:
 
 
 def _label(row: OptimizerPlan) -> str:
-    """Name of a bar, with the setting that scales the state."""
+    """Return the name of a bar, with the setting that scales the state."""
     sizes = [f"{key} {row.settings[key]}" for key in ("rank", "window") if row.settings.get(key) is not None]
     return f"{row.name} ({', '.join(sizes)})" if sizes else row.name
 
 
 def _stack(plan: MemoryPlan, row: OptimizerPlan) -> dict[str, int]:
-    """The parts of one bar, from the axis outwards."""
+    """Return the parts of one bar, from the axis outwards."""
     weights = plan.weights
     stack = {"weights": sum(weights.weight_bytes.values()), "gradients": sum(plan.gradient_bytes(row).values())}
     components = {} if row.state is None else dict(row.state.component_bytes)
@@ -116,7 +116,7 @@ def _stack(plan: MemoryPlan, row: OptimizerPlan) -> dict[str, int]:
 
 
 def _unit(stacks: Iterable[Mapping[str, int]]) -> tuple[int, str]:
-    """Bytes and name of the unit in which the largest bar is easy to read."""
+    """Return bytes and name of the unit in which the largest bar is easy to read."""
     largest = max(sum(stack.values()) for stack in stacks)
     for power, name in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
         if largest >= 2 * 1024**power:

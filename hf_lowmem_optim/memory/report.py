@@ -10,12 +10,12 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from hf_lowmem_optim.engine.backward import Layerwise
+from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
+from hf_lowmem_optim.memory.byte_sizes import format_bytes
 from hf_lowmem_optim.memory.measure import StateReport, measure_state, unwrap_optimizer
 from hf_lowmem_optim.memory.plan_table import align
 from hf_lowmem_optim.memory.step_memory import StepMemory
-from hf_lowmem_optim.memory.units import format_bytes
-from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
-from hf_lowmem_optim.optimizers.layerwise import Layerwise
 
 __all__ = ["REPORT_NAME", "REPORT_SCHEMA", "build_report", "load_report", "report_text"]
 
@@ -43,11 +43,11 @@ def build_report(
         JSON values; the layout is fixed by ``"schema"``.
     """
     inner = unwrap_optimizer(optimizer)
-    settings = {key: inner.defaults[key] for key in inner.state_keys} if isinstance(inner, LowMemoryOptimizer) else {}
+    shaping = inner.method.shaping if isinstance(inner, LowMemoryOptimizer) else ()
     return {
         "schema": REPORT_SCHEMA,
         "optimizer": type(inner).__name__,
-        "settings": settings,
+        "settings": {key: inner.defaults[key] for key in shaping},
         "num_parameters": measured.num_parameters,
         "adamw_fp32_bytes": measured.adamw_fp32_bytes,
         "predicted": None if predicted is None else _state_dict(predicted),
@@ -125,7 +125,7 @@ def report_text(report: Mapping[str, Any]) -> str:
 
 
 def _gradients(optimizer: Optimizer) -> dict[str, int] | None:
-    """Gradients at once and in all, for an optimizer that uses each as it comes."""
+    """Return the gradients at once and in all, for an optimizer that uses each as it comes."""
     if not isinstance(optimizer, Layerwise):
         return None
     everything = sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
@@ -133,14 +133,14 @@ def _gradients(optimizer: Optimizer) -> dict[str, int] | None:
 
 
 def _row(name: str, planned: int, found: int, predicted: Any) -> tuple[str, str, str]:
-    """One line of the table; what differs is marked."""
+    """Return one line of the table; what differs is marked."""
     if predicted is None:
         return name, "–", format_bytes(found)
     return name, format_bytes(planned), format_bytes(found) + ("" if planned == found else f" ({found - planned:+,} B)")
 
 
 def _step_memory_lines(memory: Mapping[str, Any] | None) -> list[str]:
-    """What the device told."""
+    """Return what the device told."""
     if memory is None:
         return []
     if memory["process_rss_bytes"] is not None:
@@ -151,7 +151,7 @@ def _step_memory_lines(memory: Mapping[str, Any] | None) -> list[str]:
 
 
 def _state_dict(state: StateReport) -> dict[str, Any]:
-    """A state report as JSON values."""
+    """Return a state report as JSON values."""
     return {
         "total_bytes": state.total_bytes,
         "component_bytes": dict(state.component_bytes),
@@ -162,13 +162,13 @@ def _state_dict(state: StateReport) -> dict[str, Any]:
 
 
 def _describe_group(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter group's size and what sets it apart."""
+    """Return a parameter group's size and what sets it apart."""
     words = [f"weight_decay {group['weight_decay']:g}"] if "weight_decay" in group else []
     if isinstance(optimizer, LowMemoryOptimizer):
-        dense = group[optimizer.dense_key] is None
+        dense, switch = optimizer.method.is_dense(group), optimizer.method.switch[0]
         words.insert(0, "dense" if dense else "compressed")
         # the schedule changes lr itself
         now = {**group, "lr": group.get("initial_lr", group["lr"])}
-        skipped = {"weight_decay", *((optimizer.dense_key,) if dense else ())}
+        skipped = {"weight_decay", *((switch,) if dense else ())}
         words += [f"{k}={now[k]}" for k, v in optimizer.defaults.items() if k not in skipped and now[k] != v]
     return {"num_parameters": sum(p.numel() for p in group["params"]), "description": ", ".join(words) or "no settings"}

@@ -79,13 +79,13 @@ class StepMemoryMeter:
 
 
 def _device(optimizer: Optimizer) -> torch.device:
-    """The device of the first parameter."""
+    """Return the device of the first parameter."""
     parameters: Iterable[Tensor] = (p for group in optimizer.param_groups for p in group["params"])
     return next((p.device for p in parameters), torch.device("cpu"))
 
 
 def _counters(device: torch.device) -> Any | None:
-    """The module of the device (``torch.cuda``, ...) if it counts peaks."""
+    """Return the module of the device (``torch.cuda``, ...) if it counts peaks."""
     if device.type in ("cpu", "meta"):
         return None
     module = torch.get_device_module(device)

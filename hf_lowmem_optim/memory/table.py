@@ -28,7 +28,7 @@ def llama_2_7b_tensors() -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[in
 
 
 def _llama_2_7b_linear() -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The seven linear weights of every layer."""
+    """Yield the seven linear weights of every layer."""
     for layer in range(_LAYERS):
         for name in ("q", "k", "v", "o"):
             yield f"{layer}.{name}", (_HIDDEN, _HIDDEN)
@@ -38,7 +38,7 @@ def _llama_2_7b_linear() -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def bytes_per_parameter(entry: OptimizerEntry, dtype: torch.dtype) -> float:
-    """Bytes of state per parameter of the whole Llama-2-7B at the optimizer's defaults.
+    """Return the bytes of state per parameter of the whole Llama-2-7B at the optimizer's defaults.
 
     Args:
         entry: The optimizer.
@@ -53,7 +53,7 @@ def bytes_per_parameter(entry: OptimizerEntry, dtype: torch.dtype) -> float:
         plan_state(
             entry.name,
             {name: (shape, dtype) for name, shape in dense.items()},
-            **{entry.optimizer_class.dense_key: None},
+            **dict([entry.optimizer_class.method.switch]),
         ),
     )
     return sum(plan.total_bytes for plan in plans) / sum(plan.num_parameters for plan in plans)

@@ -104,7 +104,7 @@ def plan_weights(model: nn.Module, processes: Processes, quantized: Set[int] = f
 
 
 def nf4_bytes(numel: int) -> int:
-    """Bytes of a weight in bitsandbytes' 4-bit formats without double quantization.
+    """Return the bytes of a weight in bitsandbytes' 4-bit formats without double quantization.
 
     Args:
         numel: Entries of the weight.
@@ -116,7 +116,7 @@ def nf4_bytes(numel: int) -> int:
 
 
 def _stored(parameter: Tensor) -> tuple[int, int, str]:
-    """Entries, bytes and dtype of a parameter, also of one that bitsandbytes has quantized already."""
+    """Return entries, bytes and dtype of a parameter, also of one that bitsandbytes has quantized already."""
     quant_state = getattr(parameter, "quant_state", None)
     nbytes = parameter.numel() * parameter.element_size()
     row_maxima = getattr(parameter, "SCB", None)
@@ -131,7 +131,7 @@ def _stored(parameter: Tensor) -> tuple[int, int, str]:
 
 
 def _largest_part(shape: torch.Size, nbytes: int, num_shards: int) -> int:
-    """Bytes of the largest of the parts into which the first dimension is split."""
+    """Return the bytes of the largest of the parts into which the first dimension is split."""
     if num_shards == 1 or not shape:
         return nbytes
     return -(-shape[0] // num_shards) * -(-nbytes // shape[0]) if shape[0] else 0

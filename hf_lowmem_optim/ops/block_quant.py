@@ -24,8 +24,8 @@ All backends agree bit for bit. Source: MicroAdam, arXiv 2405.15593, section 3 (
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -42,7 +42,6 @@ __all__ = [
     "dequantize_slice",
     "quantize_",
     "quantize_slice_",
-    "quantized_state",
     "rounding_keys",
     "slices",
 ]
@@ -70,31 +69,25 @@ class Quantized:
     numel: int
     format: QuantFormat
 
-    @property
-    def device(self) -> torch.device:
-        """The device of the tensors."""
-        return self.codes.device
+    #: The device of the tensors.
+    device = property(attrgetter("codes.device"))
 
     def check(self) -> None:
         """Raise if a tensor has not the dtype, shape, device and contiguity that the format demands."""
-        fmt, blocks = self.format, self.format.num_blocks(self.numel)
-        self._check_one("codes", self.codes, torch.uint8, fmt.num_code_bytes(self.numel))
-        self._check_one("lo", self.lo, fmt.stat_dtype, blocks)
-        self._check_one("hi", self.hi, fmt.stat_dtype, blocks)
-
-    def _check_one(self, name: str, tensor: Tensor, dtype: torch.dtype, length: int) -> None:
-        if tensor.dtype != dtype or tensor.shape != (length,) or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} of {self.numel} entries at {self.format} must be contiguous, {dtype}, of shape ({length},); "
-                f"got {tensor.dtype} and {tuple(tensor.shape)}"
-            )
-        if tensor.device != self.device:
-            raise ValueError(f"{name} is on {tensor.device}, codes on {self.device}")
-
-
-def quantized_state(state: Mapping[str, Tensor], numel: int, fmt: QuantFormat, *, prefix: str = "error") -> Quantized:
-    """Return the buffer that ``spec.quantized_specs`` described, on the tensors of ``state`` (shared, not copied)."""
-    return Quantized(state[f"{prefix}_codes"], state[f"{prefix}_lo"], state[f"{prefix}_hi"], numel, fmt)
+        fmt, device = self.format, self.codes.device
+        blocks = -(-self.numel // fmt.block_size)
+        for name, tensor, dtype, length in (
+            ("codes", self.codes, torch.uint8, -(-self.numel * fmt.bits // 8)),
+            ("lo", self.lo, fmt.stat_dtype, blocks),
+            ("hi", self.hi, fmt.stat_dtype, blocks),
+        ):
+            if tensor.dtype != dtype or tensor.shape != (length,) or not tensor.is_contiguous():
+                raise ValueError(
+                    f"{name} of {self.numel} entries at {fmt} must be contiguous, {dtype}, of shape ({length},); "
+                    f"got {tensor.dtype} and {tuple(tensor.shape)}"
+                )
+            if tensor.device != device:
+                raise ValueError(f"{name} is on {tensor.device}, codes on {device}")
 
 
 def quantize_(out: Quantized, source: Tensor, *, seed: int | None = None) -> None:
@@ -108,7 +101,8 @@ def quantize_(out: Quantized, source: Tensor, *, seed: int | None = None) -> Non
     Raises:
         ValueError: A tensor has the wrong dtype, size or device, or is not contiguous.
     """
-    source = _check_sides(source, out, "source")
+    out.check()
+    source = check_dense(source, "source", numel=out.numel, device=out.codes.device)
     if out.numel:
         _quantize_into(out, source.view(-1), seed)
 
@@ -124,7 +118,8 @@ def dequantize_(out: Tensor, quantized: Quantized, *, scale: float = 1.0) -> Non
     Raises:
         ValueError: A tensor has the wrong dtype, size or device, or is not contiguous.
     """
-    out = _check_sides(out, quantized, "out")
+    quantized.check()
+    out = check_dense(out, "out", numel=quantized.numel, device=quantized.codes.device)
     if quantized.numel:
         _dequantize_into(out.view(-1), quantized, float(scale), None)
 
@@ -141,7 +136,8 @@ def dequantize_add_(out: Tensor, quantized: Quantized, *, scale: float = 1.0, on
     Raises:
         ValueError: A tensor has the wrong dtype, size or device, or is not contiguous.
     """
-    out = _check_sides(out, quantized, "out")
+    quantized.check()
+    out = check_dense(out, "out", numel=quantized.numel, device=quantized.codes.device)
     base = out if onto is None else check_dense(onto, "onto", numel=quantized.numel, device=out.device)
     if quantized.numel:
         _dequantize_into(out.view(-1), quantized, float(scale), base.view(-1))
@@ -171,12 +167,6 @@ def check_dense(
     return tensor.detach() if tensor.requires_grad else tensor
 
 
-def _check_sides(dense: Tensor, quantized: Quantized, name: str) -> Tensor:
-    """Check both sides and return the dense one."""
-    quantized.check()
-    return check_dense(dense, name, numel=quantized.numel, device=quantized.device)
-
-
 # ---- torch version: the specification --------------------------------------------------------------------------------
 # Works on slices of blocks, so that its temporaries do not grow with the buffer. All arithmetic is float32 with one
 # rounding per written operation: no fused multiply-add (``torch.add(alpha=...)`` and ``addcmul`` may fuse).
@@ -198,16 +188,14 @@ def _dequantize_into(out: Tensor, quantized: Quantized, scale: float, onto: Tens
         out[start:stop] = scaled if onto is None else scaled.add_(onto[start:stop])
 
 
-def slices(numel: int, block_size: int, device: torch.device) -> Iterator[tuple[int, int]]:
+def slices(numel: int, block_size: int, device: torch.device) -> list[tuple[int, int]]:
     """Cut ``numel`` entries into (start, stop) of whole blocks; a shorter last block comes alone."""
     # few enough at a time that a CPU's cache holds the temporaries
     entries = 1 << 17 if device.type == "cpu" else 1 << 22
     length = max(1, entries // block_size) * block_size
     whole = numel // block_size * block_size
-    for start in range(0, whole, length):
-        yield start, min(start + length, whole)
-    if whole < numel:
-        yield whole, numel
+    bounds = [(start, min(start + length, whole)) for start in range(0, whole, length)]
+    return bounds if whole == numel else [*bounds, (whole, numel)]
 
 
 def dequantize_slice(quantized: Quantized, start: int, stop: int) -> Tensor:
@@ -219,7 +207,8 @@ def dequantize_slice(quantized: Quantized, start: int, stop: int) -> Tensor:
     codes = _unpack(quantized.codes[start * fmt.bits // 8 : -(-stop * fmt.bits // 8)], fmt.bits)[: stop - start]
     blocks = slice(start // fmt.block_size, -(-stop // fmt.block_size))
     lo, hi = quantized.lo[blocks].float(), quantized.hi[blocks].float()
-    unit = _unit(lo, hi, fmt)
+    # by a true division: on CUDA torch turns a division by a number into a product
+    unit = (hi - lo).div_(torch.full_like(lo, (1 << fmt.bits) - 1))
     rows = codes.view(len(lo), -1)
     # x̂ ← code · u + lo
     return rows.mul_(unit[:, None]).add_(lo[:, None]).view(-1)
@@ -236,14 +225,15 @@ def quantize_slice_(out: Quantized, x: Tensor, start: int, *, seed: int | None) 
     rows = x.view(-1, min(fmt.block_size, x.numel()))  # [blocks, entries]
     # lo, hi ← min, max as stored;  u ← (hi − lo) / levels
     lo, hi = _stored_range(rows.amin(1), rows.amax(1), fmt)
-    unit = _unit(lo, hi, fmt)
+    levels = (1 << fmt.bits) - 1
+    unit = (hi - lo).div_(torch.full_like(lo, levels))
     # code ← clamp(⌊(x − lo)/u + r⌋, 0, levels), r = ½ or uniform in [0, 1);  u = 0 ⇒ 0;  a NaN range ⇒ 0
     t = (rows - lo[:, None]).div_(torch.where(unit > 0, unit, torch.inf)[:, None]).nan_to_num_(nan=0.0)
     if seed is None:
         t.add_(0.5)
     else:
         t.view(-1).add_(_uniform(seed, start, x.numel(), x.device))
-    codes = t.floor_().clamp_(0, fmt.levels).to(torch.uint8).view(-1)
+    codes = t.floor_().clamp_(0, levels).to(torch.uint8).view(-1)
     packed = _pack(codes, fmt.bits)
     first_byte, first_block = start * fmt.bits // 8, start // fmt.block_size
     out.codes[first_byte : first_byte + len(packed)] = packed
@@ -251,26 +241,17 @@ def quantize_slice_(out: Quantized, x: Tensor, start: int, *, seed: int | None) 
     out.hi[first_block : first_block + len(hi)] = hi
 
 
-def _unit(lo: Tensor, hi: Tensor, fmt: QuantFormat) -> Tensor:
-    """Return u = (hi − lo) / levels, by a true division: on CUDA torch turns a division by a number into a product."""
-    return (hi - lo).div_(torch.full_like(lo, fmt.levels))
-
-
 def _stored_range(lo: Tensor, hi: Tensor, fmt: QuantFormat) -> tuple[Tensor, Tensor]:
     """Round the range outwards to what is stored, as float32; NaN where it is not finite; −0 becomes +0."""
     finite = (hi - lo) < torch.inf
     if fmt.stat_dtype == torch.bfloat16:
-        lo, hi = _round_to_bfloat16(lo, up=False), _round_to_bfloat16(hi, up=True)
+        # away from zero by adding to the bits that are cut off, towards zero by cutting them off; NaN becomes junk
+        low, high = lo.view(torch.int32), hi.view(torch.int32)
+        lo = (torch.where(low < 0, low + 0xFFFF, low) & -0x10000).view(torch.float32)
+        hi = (torch.where(high >= 0, high + 0xFFFF, high) & -0x10000).view(torch.float32)
         finite &= (hi - lo) < torch.inf
     nan = lo.new_tensor(torch.nan)
     return torch.where(finite, lo + 0.0, nan), torch.where(finite, hi + 0.0, nan)
-
-
-def _round_to_bfloat16(x: Tensor, *, up: bool) -> Tensor:
-    """Round to a bfloat16 value that is not less (``up``) or not greater than x; undefined for NaN."""
-    bits = x.view(torch.int32)
-    away_from_zero = bits >= 0 if up else bits < 0
-    return (torch.where(away_from_zero, bits + 0xFFFF, bits) & -0x10000).view(torch.float32)
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:

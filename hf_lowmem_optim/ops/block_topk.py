@@ -29,12 +29,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hf_lowmem_optim.ops.block_quant import Quantized, check_dense, dequantize_slice, quantize_slice_, slices
+from hf_lowmem_optim.ops.block_quant import (
+    FLOAT_DTYPES,
+    Quantized,
+    check_dense,
+    dequantize_slice,
+    quantize_slice_,
+    slices,
+)
 from hf_lowmem_optim.ops.dispatch import Op
 from hf_lowmem_optim.spec import TensorSpec
 
@@ -82,6 +90,13 @@ def num_kept(numel: int, block_size: int, density: float) -> int:
     num_full, rest = divmod(numel, block_size)
     kept = num_full * kept_per_block(block_size, density)
     return kept + (kept_per_block(rest, density) if rest else 0)
+
+
+@functools.lru_cache(maxsize=4096)
+def _counts(numel: int, block_size: int, density: float) -> tuple[int, int, int]:
+    """Return how many entries are kept of a tensor, of a full block, and of the last one."""
+    kept, last = num_kept(numel, block_size, density), (numel - 1) % block_size + 1
+    return kept, kept_per_block(block_size, density), kept_per_block(last, density)
 
 
 def check_block_size(block_size: int) -> None:
@@ -229,10 +244,8 @@ class Selection:
     error_scale: float
     seed: int | None
 
-    @property
-    def device(self) -> torch.device:
-        """The device of the tensors."""
-        return self.grad.device
+    #: The device of the tensors.
+    device = property(attrgetter("grad.device"))
 
     @property
     def num_blocks(self) -> int:
@@ -243,23 +256,35 @@ class Selection:
 def _checked(call: TopK) -> Selection:
     """Check the arguments for one tensor, and return them as the backends take them."""
     block_size, density, numel, device = call.block_size, call.density, call.grad.numel(), call.grad.device
-    kept = num_kept(numel, block_size, density)
-    k = kept_per_block(block_size, density)
-    grad = check_dense(call.grad, "grad", numel=numel, device=device)
-    if call.indices.dim() != 2 or call.values.dim() != 2:
-        shapes = f"{[*call.indices.shape]} and {[*call.values.shape]}"
-        raise ValueError(f"indices and values must be [window, kept], got {shapes}")
-    length = call.indices.shape[0]
-    if not 0 <= call.row < length:
-        raise ValueError(f"row {call.row} is not one of the window's {length}")
-    indices = check_dense(call.indices, "indices", numel=length * kept, device=device, dtypes=(torch.int16,))
-    values = check_dense(call.values, "values", numel=length * kept, device=device, dtypes=VALUE_DTYPES)
-    error = _checked_error(call.error, grad, block_size)
-    k_last = kept_per_block((numel - 1) % block_size + 1, density)
+    kept, k, k_last = _counts(numel, block_size, density)
+    if call.grad.dtype not in FLOAT_DTYPES or not call.grad.is_contiguous():
+        check_dense(call.grad, "grad", numel=numel, device=device)  # says what is wrong
+    shape = (len(call.indices), kept)
+    for name, tensor, dtypes in (("indices", call.indices, (torch.int16,)), ("values", call.values, VALUE_DTYPES)):
+        if tensor.shape != shape or not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, [window, kept] = {[*shape]}, got {[*tensor.shape]}")
+        if tensor.dtype not in dtypes:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, dtypes))}; got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, the other tensors on {device}")
+    if not 0 <= call.row < shape[0]:
+        raise ValueError(f"row {call.row} is not one of the window's {shape[0]}")
+    error = call.error
+    if isinstance(error, Tensor):
+        error = check_dense(error, "error", numel=numel, device=device).view(-1)
+    elif error is not None:
+        error.check()
+        if error.numel != numel or error.codes.device != device:
+            raise ValueError(f"error has {error.numel} entries on {error.codes.device}, grad {numel} on {device}")
+        if block_size % error.format.block_size:
+            raise ValueError(
+                f"block_size ({block_size}) must be a multiple of the error's quantization block size "
+                f"({error.format.block_size})"
+            )
     return Selection(
-        indices[call.row],
-        values[call.row],
-        grad.view(-1),
+        call.indices[call.row],
+        call.values[call.row],
+        call.grad.detach().view(-1),
         error,
         block_size,
         k,
@@ -269,23 +294,6 @@ def _checked(call: TopK) -> Selection:
     )
 
 
-def _checked_error(error: Quantized | Tensor | None, grad: Tensor, block_size: int) -> Quantized | Tensor | None:
-    """Check the error against the gradient, and return it, flat if it is dense."""
-    if error is None:
-        return None
-    if isinstance(error, Tensor):
-        return check_dense(error, "error", numel=grad.numel(), device=grad.device).view(-1)
-    error.check()
-    if error.numel != grad.numel() or error.device != grad.device:
-        raise ValueError(f"error has {error.numel} entries on {error.device}, grad {grad.numel()} on {grad.device}")
-    if block_size % error.format.block_size:
-        raise ValueError(
-            f"block_size ({block_size}) must be a multiple of the error's quantization block size "
-            f"({error.format.block_size})"
-        )
-    return error
-
-
 # ---- torch version: the specification --------------------------------------------------------------------------------
 # Works on slices of blocks, so that its temporaries do not grow with the tensor.
 
@@ -293,15 +301,19 @@ def _checked_error(error: Quantized | Tensor | None, grad: Tensor, block_size: i
 @Op
 def _select_all(selections: Sequence[Selection]) -> None:
     """Do every selection."""
-    for each in selections:
-        _select(each)
-
-
-def _select(out: Selection) -> None:
-    grad, error = out.grad, out.error
-    for start, stop in slices(grad.numel(), out.block_size, grad.device):
+    for out, start, stop in [
+        (s, *ends) for s in selections for ends in slices(len(s.grad), s.block_size, s.grad.device)
+    ]:
+        grad, error = out.grad, out.error
         # a ← g + s·Q⁻¹(e)
-        a = _accumulate(grad[start:stop], error, start, stop, out.error_scale)
+        if error is None:
+            a = grad[start:stop].to(torch.float32, copy=True)
+        else:
+            if isinstance(error, Quantized):
+                e = dequantize_slice(error, start, stop)
+            else:
+                e = error[start:stop].to(torch.float32, copy=True)
+            a = e.mul_(out.error_scale).add_(grad[start:stop])
         rows = a.view(-1, min(out.block_size, stop - start))  # [blocks, entries]
         k = out.k if rows.shape[1] == out.block_size else out.k_last
         # I ← the k entries of largest |a| per block;  V ← a[I], rounded to the storage of the values
@@ -320,17 +332,6 @@ def _select(out: Selection) -> None:
             quantize_slice_(error, a, start, seed=out.seed)
         else:
             error[start:stop] = a
-
-
-def _accumulate(grad: Tensor, error: Quantized | Tensor | None, start: int, stop: int, scale: float) -> Tensor:
-    """Return g + s·e of one slice as a new float32 tensor."""
-    if error is None:
-        return grad.to(torch.float32, copy=True)
-    if isinstance(error, Quantized):
-        e = dequantize_slice(error, start, stop)
-    else:
-        e = error[start:stop].to(torch.float32, copy=True)
-    return e.mul_(scale).add_(grad)
 
 
 def _largest(rows: Tensor, k: int) -> Tensor:

@@ -22,8 +22,8 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Sequence
-from typing import Any, Generic, Literal, ParamSpec, TypeVar, get_args
+from collections.abc import Callable
+from typing import Any, Generic, Literal, ParamSpec, TypeVar, get_args, overload
 
 import torch
 
@@ -72,9 +72,9 @@ class Op(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the version that serves these arguments."""
         first: Any = args[0]
-        device = first[0].device if isinstance(first, Sequence) else first.device
-        backend = chosen_backend(device)
-        version = None if backend == "reference" else _fast_version(self.name, backend)
+        device = first[0].device if isinstance(first, (list, tuple)) else first.device
+        backend = _resolve(os.environ.get(ENVIRONMENT_VARIABLE, ""), device.type)
+        version = _VERSIONS.get((self.name, backend))
         if version is None:
             return self.torch_version(*args, **kwargs)
         run, why_not = version
@@ -84,9 +84,19 @@ class Op(Generic[P, R]):
         return run(*args, **kwargs)  # type: ignore[no-any-return]
 
 
+@overload
 def register(
-    op: Op[P, R] | str, backend: Backend, *, why_not: Callable[P, str | None] | None = None
-) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    op: Op[P, R], backend: Backend, *, why_not: Callable[P, str | None] | None = None
+) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+
+
+@overload
+def register(
+    op: str, backend: Backend, *, why_not: Callable[..., str | None] | None = None
+) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+
+
+def register(op: Any, backend: Backend, *, why_not: Any = None) -> Any:
     """Register a faster version of an operation.
 
     Args:
@@ -99,7 +109,7 @@ def register(
         A decorator that leaves the function as it is.
     """
 
-    def add(version: Callable[P, R]) -> Callable[P, R]:
+    def add(version: Callable[..., Any]) -> Callable[..., Any]:
         _VERSIONS[op if isinstance(op, str) else op.name, backend] = version, why_not
         return version
 
@@ -113,10 +123,15 @@ def chosen_backend(device: torch.device) -> Backend:
         ValueError: The environment variable names no backend, or one that cannot serve this device.
         ImportError: The environment variable names a backend whose package cannot be imported.
     """
-    requested = os.environ.get(ENVIRONMENT_VARIABLE, "").strip()
-    if requested:
-        return _check_request(requested, device)
-    fast = _FAST.get(device.type, "reference")
+    return _resolve(os.environ.get(ENVIRONMENT_VARIABLE, ""), device.type)
+
+
+@functools.cache
+def _resolve(requested: str, device_type: str) -> Backend:
+    """Return the backend for a kind of device, given the environment variable; see :func:`chosen_backend`."""
+    if requested.strip():
+        return _check_request(requested.strip(), device_type)
+    fast = _FAST.get(device_type, "reference")
     return fast if fast == "reference" or _loaded(fast) is None else "reference"
 
 
@@ -129,11 +144,7 @@ def refuse_override(operation: str, backend: Backend, reason: str) -> None:
         )
 
 
-def _fast_version(operation: str, backend: str) -> tuple[Callable[..., Any], Callable[..., str | None] | None] | None:
-    return _VERSIONS.get((operation, backend))
-
-
-def _check_request(requested: str, device: torch.device) -> Backend:
+def _check_request(requested: str, device: str) -> Backend:
     """Return the requested backend, or raise saying what would be right."""
     said = f"{ENVIRONMENT_VARIABLE}={requested!r}"
     backend: Backend | None = next((known for known in get_args(Backend) if known == requested), None)
@@ -142,12 +153,12 @@ def _check_request(requested: str, device: torch.device) -> Backend:
         raise ValueError(f"{said} names no backend: set it to one of {choices}, or unset it to choose by device")
     if backend == "reference":
         return backend
-    if backend == "triton" and device.type != "cuda" and not (device.type == "cpu" and _triton_interprets()):
+    if backend == "triton" and device != "cuda" and not (device == "cpu" and _triton_interprets()):
         raise ValueError(
             f"{said} cannot serve tensors on {device}: Triton runs on a GPU "
             "(or on CPU tensors with TRITON_INTERPRET=1, for tests); move the tensors or unset the variable"
         )
-    if backend == "cpu" and device.type != "cpu":
+    if backend == "cpu" and device != "cpu":
         raise ValueError(
             f"{said} cannot serve tensors on {device}: it runs on CPU tensors only; "
             "set 'triton' or 'reference', or unset the variable"

@@ -8,12 +8,12 @@ formulas give, without the difference of two nearly equal ones, of which float32
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["damped_inverse_column", "ggt_weights", "mfac_weights", "spectral_weights"]
+__all__ = ["damped_inverse_column", "ggt_weights", "mfac_weights", "spectral_weights", "write_gram_row_"]
 
 #: Below this pivot, for rows of unit length, a gradient counts as nearly a combination of the others.
 _DEPENDENT = 1e-3
@@ -21,6 +21,20 @@ _DEPENDENT = 1e-3
 _HARMLESS = 1e-3
 #: A direction whose squared singular value S² is below this part of the largest is a rounding error of the Gram matrix.
 _DROPPED = 1e-12
+
+
+def write_gram_row_(gram: Tensor, row: int, products: Sequence[Tensor]) -> None:
+    """Write row and column of GGᵀ ← G c, a sum over tensors.
+
+    Args:
+        gram: GGᵀ, float64 [m, m].
+        row: The row of the newest gradient.
+        products: The tensors' shares, float64 [number of tensors, m] each.
+    """
+    shares = torch.cat([product.to(gram.device) for product in products])
+    total = shares[0] if len(shares) == 1 else shares.sum(dim=0)
+    gram[row] = total
+    gram[:, row] = total
 
 
 def mfac_weights(gram: Tensor, newest: int, *, damping: float) -> Tensor:

@@ -21,15 +21,16 @@ the entry that it touches and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_lowmem_optim.ops.block_quant import FLOAT_DTYPES
-from hf_lowmem_optim.ops.block_topk import VALUE_DTYPES, check_block_size
+from hf_lowmem_optim.ops.block_topk import MAX_BLOCK_SIZE, VALUE_DTYPES
 from hf_lowmem_optim.ops.dispatch import Op
 
 __all__ = [
@@ -90,8 +91,10 @@ class SparseWindow:
             )
         if not (indices.is_contiguous() and values.is_contiguous()):
             raise ValueError("indices and values must be contiguous")
-        _check_device("values", values.device, indices.device, "indices")
-        check_block_size(self.block_size)
+        if values.device != indices.device:
+            raise ValueError(f"values: on {values.device}, but indices is on {indices.device}")
+        if not 1 <= self.block_size <= MAX_BLOCK_SIZE:
+            raise ValueError(f"block_size must be in [1, {MAX_BLOCK_SIZE}] (int16), got {self.block_size!r}")
         if not 1 <= self.kept_per_block <= self.block_size:
             raise ValueError(f"kept_per_block must be between 1 and block_size, got {self.kept_per_block}")
         before = (self.numel - 1) // self.block_size  # blocks before the last one
@@ -102,10 +105,8 @@ class SparseWindow:
                 f"cannot give rows of {self.kept} entries"
             )
 
-    @property
-    def device(self) -> torch.device:
-        """The device of the tensors."""
-        return self.indices.device
+    #: The device of the tensors.
+    device = property(attrgetter("indices.device"))
 
     @property
     def window(self) -> int:
@@ -194,7 +195,7 @@ def foreach_window_update_(steps: Sequence[WindowStep]) -> None:
         ValueError: Likewise, or the tensors are on several devices.
     """
     if steps:
-        _update_all([_checked(step, (2, step.rows.window), steps[0].device) for step in steps])
+        _update_all([_checked(step, (2, len(step.rows.indices)), steps[0].param.device) for step in steps])
 
 
 def window_descend_(
@@ -226,7 +227,7 @@ def foreach_window_descend_(steps: Sequence[WindowStep]) -> None:
         ValueError: Likewise, or the tensors are on several devices.
     """
     if steps:
-        _descend_all([_checked(step, (step.rows.window,), steps[0].device) for step in steps])
+        _descend_all([_checked(step, (len(step.rows.indices),), steps[0].param.device) for step in steps])
 
 
 def window_combine_(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
@@ -243,9 +244,8 @@ def window_combine_(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
     """
     if out.dtype != torch.float32:
         raise TypeError(f"out must be float32, got {out.dtype}")
-    out = _check_dense("out", out, window)
-    _check_weights(weights, (window.window,), window.device)
-    _combine(out, window, weights)
+    step = _checked(WindowStep(out, window, weights, 0.0), (window.window,), out.device)
+    _combine(step.param, window, weights)
 
 
 def window_gram_row(window: SparseWindow, row: int) -> Tensor:
@@ -280,10 +280,11 @@ def foreach_window_gram_rows(windows: Sequence[SparseWindow], row: int) -> Tenso
     """
     if not windows:
         raise ValueError("windows must be at least one window, got none")
-    length = windows[0].window
+    length = len(windows[0].indices)
     for window in windows:
-        _check_device("window", window.device, windows[0].device)
-        if window.window != length:
+        if window.indices.device != windows[0].indices.device:
+            raise ValueError(f"window: on {window.device}, but another tensor is on {windows[0].device}")
+        if len(window.indices) != length:
             raise ValueError(f"a window has {window.window} rows, another one {length}")
     if not 0 <= row < length:
         raise IndexError(f"row {row} is not one of the window's {length}")
@@ -295,34 +296,21 @@ def _checked(step: WindowStep, weights_shape: tuple[int, ...], device: torch.dev
     param, rows, weights, lr, weight_decay, eps = step
     if param.dtype not in FLOAT_DTYPES:
         raise TypeError(f"param must be float32, bfloat16 or float16, got {param.dtype}")
-    _check_device("param", param.device, device)
-    param = _check_dense("param", param, rows)
-    _check_weights(weights, weights_shape, device)
-    return WindowStep(param, rows, weights, float(lr), float(weight_decay), float(eps))
-
-
-def _check_dense(name: str, dense: Tensor, window: SparseWindow) -> Tensor:
-    """Check a dense tensor against the window and return it, detached and flat."""
-    if dense.numel() != window.numel:
-        raise ValueError(f"{name} has {dense.numel()} entries, the window is of {window.numel}")
-    if not dense.is_contiguous():
-        raise ValueError(f"{name} must be contiguous")
-    _check_device(name, dense.device, window.device, "the window")
-    return dense.detach().view(-1)
-
-
-def _check_weights(weights: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    """Check the weights of the rows of windows on a device."""
+    if param.device != device:
+        raise ValueError(f"param: on {param.device}, but another tensor is on {device}")
+    if param.numel() != rows.numel:
+        raise ValueError(f"param has {param.numel()} entries, the window is of {rows.numel}")
+    if not param.is_contiguous():
+        raise ValueError("param must be contiguous")
+    if device != rows.indices.device:
+        raise ValueError(f"param: on {device}, but the window is on {rows.indices.device}")
     if weights.dtype != torch.float32:
         raise TypeError(f"weights must be float32, got {weights.dtype}")
-    if tuple(weights.shape) != shape or not weights.is_contiguous():
-        raise ValueError(f"weights must be contiguous and of shape {[*shape]}, got {[*weights.shape]}")
-    _check_device("weights", weights.device, device, "the window")
-
-
-def _check_device(name: str, device: torch.device, other: torch.device, other_name: str = "another tensor") -> None:
-    if device != other:
-        raise ValueError(f"{name}: on {device}, but {other_name} is on {other}")
+    if weights.shape != weights_shape or not weights.is_contiguous():
+        raise ValueError(f"weights must be contiguous and of shape {[*weights_shape]}, got {[*weights.shape]}")
+    if weights.device != device:
+        raise ValueError(f"weights: on {weights.device}, but the window is on {device}")
+    return WindowStep(param.detach().view(-1), rows, weights, float(lr), float(weight_decay), float(eps))
 
 
 # ---- torch version: the specification --------------------------------------------------------------------------------
@@ -330,80 +318,60 @@ def _check_device(name: str, device: torch.device, other: torch.device, other_na
 # bounded. Rows are added in the order of their storage, which fixes the result to the last bit.
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """Some neighbouring blocks: entries ``entries`` of the tensor, columns ``columns`` of the rows."""
+def _chunks(window: SparseWindow) -> list[tuple[slice, slice, Tensor]]:
+    """Cut a window into chunks of neighbouring blocks.
 
-    window: SparseWindow
-    entries: slice
-    columns: slice
-    block_starts: Tensor  # int64 [columns]: start of each column's block, relative to the chunk
-
-    def positions(self, row: int) -> Tensor:
-        """Return the positions of a row's entries relative to the chunk, int64 ``[columns]``."""
-        return self.block_starts + self.window.indices[row, self.columns]
-
-    def values(self, row: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return a row's values ``[columns]``."""
-        return self.window.values[row, self.columns].to(dtype)
-
-    def zeros(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return a dense piece of zeros."""
-        return torch.zeros(self.entries.stop - self.entries.start, dtype=dtype, device=self.window.device)
-
-
-def _chunks(window: SparseWindow) -> Iterator[_Chunk]:
-    blocks_per_chunk = max(1, CHUNK_ENTRIES // window.block_size)
-    columns_per_chunk = blocks_per_chunk * window.kept_per_block
-    entries_per_chunk = blocks_per_chunk * window.block_size
-    column = torch.arange(min(columns_per_chunk, window.kept), device=window.device)
-    block_starts = column // window.kept_per_block * window.block_size
-    for number in range(-(-window.num_blocks // blocks_per_chunk)):
-        columns = slice(number * columns_per_chunk, min((number + 1) * columns_per_chunk, window.kept))
-        entries = slice(number * entries_per_chunk, min((number + 1) * entries_per_chunk, window.numel))
-        yield _Chunk(window, entries, columns, block_starts[: columns.stop - columns.start])
+    Returns:
+        Of each chunk its entries of the tensor; its columns of the rows; and where each column's block starts, relative
+        to the chunk, int64 [columns]: with the column's index that is the place of its entry.
+    """
+    indices, block_size, kept_per_block = window.indices, window.block_size, window.kept_per_block
+    kept, num_blocks = indices.shape[1], -(-window.numel // block_size)
+    blocks = max(1, CHUNK_ENTRIES // block_size)
+    column = torch.arange(min(blocks * kept_per_block, kept), device=indices.device)
+    starts = column // kept_per_block * block_size
+    chunks = []
+    for first in range(0, num_blocks, blocks):
+        columns = slice(first * kept_per_block, min((first + blocks) * kept_per_block, kept))
+        entries = slice(first * block_size, min((first + blocks) * block_size, window.numel))
+        chunks.append((entries, columns, starts[: columns.stop - columns.start]))
+    return chunks
 
 
 @Op
 def _update_all(steps: Sequence[WindowStep]) -> None:
     """Take MicroAdam's step for each tensor; parameters are flat."""
-    for step in steps:
-        _update(*step)
-
-
-def _update(param: Tensor, window: SparseWindow, weights: Tensor, lr: float, weight_decay: float, eps: float) -> None:
-    rows = [(row, w1, w2) for row, (w1, w2) in enumerate(weights.T.tolist()) if w1 != 0 or w2 != 0]
-    if not rows and weight_decay == 0:
-        return
-    for chunk in _chunks(window):
-        z1 = chunk.zeros()
-        z2 = torch.full_like(z1, -0.0)
-        for row, w1, w2 in rows:
-            positions, value = chunk.positions(row), chunk.values(row)
-            z1.scatter_add_(0, positions, w1 * value)
-            z2.scatter_add_(0, positions, w2 * (value * value))
-
-        z2.masked_fill_(z2.view(torch.int32) == _UNTOUCHED_BITS, 1)  # z1 is 0 there: no step, whatever eps is
-        root = z2.double().sqrt_().float()  # torch's float32 square root on the CPU is not correctly rounded
-        update = z1.div_(root.add_(eps)).mul_(lr)
-        piece = param[chunk.entries]
-        stepped = piece if piece.dtype == torch.float32 else piece.float()
-        if weight_decay != 0:
-            stepped.mul_(1 - lr * weight_decay)
-        stepped.sub_(update)
-        if stepped is not piece:
-            piece.copy_(stepped)
+    for param, window, weights, lr, weight_decay, eps in steps:
+        rows = [(row, w1, w2) for row, (w1, w2) in enumerate(weights.T.tolist()) if w1 != 0 or w2 != 0]
+        if not rows and weight_decay == 0:
+            continue
+        for entries, columns, starts in _chunks(window):
+            piece = param[entries]
+            z1 = torch.zeros(piece.shape, dtype=torch.float32, device=piece.device)
+            z2 = torch.full_like(z1, -0.0)
+            for row, w1, w2 in rows:
+                positions, value = starts + window.indices[row, columns], window.values[row, columns].float()
+                z1.scatter_add_(0, positions, w1 * value)
+                z2.scatter_add_(0, positions, w2 * (value * value))
+            z2.masked_fill_(z2.view(torch.int32) == _UNTOUCHED_BITS, 1)  # z1 is 0 there: no step, whatever eps is
+            root = z2.double().sqrt_().float()  # torch's float32 square root on the CPU is not correctly rounded
+            update = z1.div_(root.add_(eps)).mul_(lr)
+            stepped = piece if piece.dtype == torch.float32 else piece.float()
+            if weight_decay != 0:
+                stepped.mul_(1 - lr * weight_decay)
+            stepped.sub_(update)
+            if stepped is not piece:
+                piece.copy_(stepped)
 
 
 @Op
 def _descend_all(steps: Sequence[WindowStep]) -> None:
     """Descend for each tensor; parameters are flat."""
     for param, window, weights, lr, weight_decay, _ in steps:
-        rows = _nonzero(weights)
-        for chunk in _chunks(window):
-            direction = chunk.zeros()
-            _add_rows(direction, chunk, rows)
-            piece = param[chunk.entries]
+        for entries, columns, starts in _chunks(window):
+            piece = param[entries]
+            direction = torch.zeros(piece.shape, dtype=torch.float32, device=piece.device)
+            _add_rows(direction, window, weights, columns, starts)
             decayed = piece.float()
             if weight_decay != 0:
                 decayed = decayed * (1 - lr * weight_decay)
@@ -413,28 +381,28 @@ def _descend_all(steps: Sequence[WindowStep]) -> None:
 @Op
 def _combine(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
     """Add the combination to the flat ``out``."""
-    rows = _nonzero(weights)
-    for chunk in _chunks(window):
-        _add_rows(out[chunk.entries], chunk, rows)
+    for entries, columns, starts in _chunks(window):
+        _add_rows(out[entries], window, weights, columns, starts)
 
 
-def _nonzero(weights: Tensor) -> list[tuple[int, float]]:
-    return [(row, weight) for row, weight in enumerate(weights.tolist()) if weight != 0]
-
-
-def _add_rows(piece: Tensor, chunk: _Chunk, rows: Sequence[tuple[int, float]]) -> None:
-    for row, weight in rows:
-        piece.scatter_add_(0, chunk.positions(row), weight * chunk.values(row))
+def _add_rows(piece: Tensor, window: SparseWindow, weights: Tensor, columns: slice, starts: Tensor) -> None:
+    """Add the weighted rows of one chunk to a dense piece; a row of weight zero is skipped."""
+    for row, weight in enumerate(weights.tolist()):
+        if weight != 0:
+            value = window.values[row, columns].float()
+            piece.scatter_add_(0, starts + window.indices[row, columns], weight * value)
 
 
 @Op
 def _gram_rows(windows: Sequence[SparseWindow], row: int) -> Tensor:
     """Return the products of every window's rows with its row ``row``, float64 [num_tensors, window]."""
-    products = torch.zeros(len(windows), windows[0].window, dtype=torch.float64, device=windows[0].device)
+    first = windows[0].indices
+    products = torch.zeros(len(windows), len(first), dtype=torch.float64, device=first.device)
     for dots, window in zip(products, windows, strict=True):
-        for chunk in _chunks(window):
-            piece = chunk.zeros(torch.float64)
-            piece[chunk.positions(row)] = chunk.values(row, torch.float64)
-            for other in range(window.window):
-                dots[other] += torch.dot(piece[chunk.positions(other)], chunk.values(other, torch.float64))
+        indices, values = window.indices, window.values
+        for entries, columns, starts in _chunks(window):
+            piece = torch.zeros(entries.stop - entries.start, dtype=torch.float64, device=first.device)
+            piece[starts + indices[row, columns]] = values[row, columns].double()
+            for other in range(len(indices)):
+                dots[other] += torch.dot(piece[starts + indices[other, columns]], values[other, columns].double())
     return products

@@ -38,7 +38,7 @@ from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import COUNT, UNIT, Options, option
 from hf_lowmem_optim.ops.dispatch import Op
-from hf_lowmem_optim.ops.low_rank import leading_left_singular_vectors, orthonormalize
+from hf_lowmem_optim.ops.low_rank import Coefficients, leading_left_singular_vectors, orthonormalize
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["LDAdam", "LDAdamOptions", "ldadam_state", "ldadam_update_"]
@@ -102,7 +102,6 @@ def ldadam_state(shape: Sequence[int], dtype: torch.dtype, o: LDAdamOptions) -> 
     }
 
 
-@Op
 def ldadam_update_(
     W: Sequence[Tensor], g: Sequence[Tensor], state: Mapping[str, Tensor], t: int, o: LDAdamOptions
 ) -> None:
@@ -117,21 +116,18 @@ def ldadam_update_(
         o: The options.
     """
     tall = W[0].shape[0] > W[0].shape[1]
-    m, v, old = (state[key].float() for key in ("exp_avg", "exp_avg_sq", "basis"))  # [n, r, q] twice, [n, p, r]
-    β1, β2 = o.betas
-    # c1 and c2 are of the old moments; in the first step these are zero, and nothing needs them
-    c1, c2 = 1 - β1 ** (t - 1), 1 - β2 ** (t - 1)
-    k = c2 / c1**2 if t > 1 else 0.0
+    m, v, old = (state[key].float().contiguous() for key in ("exp_avg", "exp_avg_sq", "basis"))  # [n, r, q], [n, p, r]
+    numbers = _numbers(t, o)
     # 1. a ← g + ξ
     fmt = FORMATS.get(o.error_feedback)
     residual = add_residual(g, state, fmt)
     a = residual.mT if tall else residual  # [n, p, q]
     if t == 1:
-        # 2. U ← r leading left singular vectors of a; R = 0, because U₋ is zero
+        # 2. U ← r leading left singular vectors of a; R will be 0, because U₋ is
         U = torch.stack([leading_left_singular_vectors(each, m.shape[1]) for each in a])
     else:
         # 3. V ← bᵀU₋;  Y ← bV;  U ← orthonormalize(Y), with b = s·U₋m + (1 − ρ)·a
-        s = o.rho / c1
+        s = numbers.momentum_weight
         V = torch.baddbmm(m, old.mT, a, beta=s, alpha=1 - o.rho).mT
         U = orthonormalize(torch.baddbmm(old @ (m @ V), a, V, beta=s, alpha=1 - o.rho))
     bases = torch.cat((old.mT, U.mT), dim=1)  # U₋ᵀ over Uᵀ, [n, 2r, p]
@@ -139,34 +135,82 @@ def ldadam_update_(
     R = rows @ old_rows.mT
     # 4. p̃ ← Uᵀa
     p = rows @ a
-    # 5. m̃ ← R m
-    m_moved = R @ m
-    # 7. v ← c2·|(R∘R)(v/c2 − (m/c1)²) + (m̃/c1)²|, times the β2 of line 8
-    v_moved = torch.baddbmm(v, R * R, v.addcmul(m, m, value=-k), beta=0, alpha=β2)
-    v_moved.addcmul_(m_moved, m_moved, value=β2 * k).abs_()
-    # 8. m ← β1·m̃ + (1 − β1)·p̃;  v ← β2·v + (1 − β2)·p̃²
-    m_new = torch.add(m_moved * β1, p, alpha=1 - β1)
-    v_new = v_moved.addcmul_(p, p, value=1 - β2)
-    # 6. ξ ← a − U(p̃ + c·m̃) + c·U₋m; by line 8, p̃ + c·m̃ is m/(1 − β1)
+    # 5. to 8. m̃, v, m; p becomes the direction of line 9, and the factors are c·m over −(p̃ + c·m̃)
+    factors = ldadam_moments_(R, m, v, p, numbers)
     if o.error_feedback != "none":
-        c = β1 / (1 - β1)
-        factors = torch.cat((m * c, m_new * (-1 / (1 - β1))), dim=1)  # [n, 2r, q]
+        # 6. ξ ← a − U(p̃ + c·m̃) + c·U₋m
         torch.baddbmm(a, bases.mT, factors, out=a)
         save_residual_(state, residual, fmt, seed=t if o.stochastic_rounding else None)
     del a, residual
-    # 9. W ← W·(1 − lr·weight_decay) − lr·U[m̂ / (√v̂ + eps)]; m̂/(√v̂ + eps) is m/(√v + eps·√(1 − β2ᵗ)) but for a factor
-    root = math.sqrt(1 - β2**t)
-    direction = m_new / v_new.sqrt().add_(o.eps * root)
-    decay, step_size = 1 - o.lr * o.weight_decay, o.lr * root / (1 - β1**t)
+    # 9. W ← W·(1 − lr·weight_decay) − lr·U[m̂ / (√v̂ + eps)]
     U = U.contiguous()
+    ldadam_descend_([weight.mT if tall else weight for weight in W], U, p, numbers.decay, numbers.step_size)
+    for key, value in (("basis", U), ("exp_avg", m), ("exp_avg_sq", v)):
+        if state[key] is not value:
+            state[key].copy_(value)
+
+
+def _numbers(t: int, o: LDAdamOptions) -> Coefficients:
+    """Return the numbers of a step; c1 and c2 are of the old moments, and zero in the first step, which needs none."""
+    (β1, β2), c1, c2 = o.betas, 1 - o.betas[0] ** (t - 1), 1 - o.betas[1] ** (t - 1)
+    # line 9: m̂/(√v̂ + eps) is m/(√v + eps·√(1 − β2ᵗ)) up to a factor that joins the step size
+    root = math.sqrt(1 - β2**t)
+    return Coefficients(
+        momentum_weight=o.rho / c1 if t > 1 else 0.0,
+        gradient_weight=1 - o.rho,
+        beta1=β1,
+        beta2=β2,
+        correction=c2 / c1**2 if t > 1 else 0.0,
+        damping=o.eps * root,
+        decay=1 - o.lr * o.weight_decay,
+        step_size=o.lr * root / (1 - β1**t),
+    )
+
+
+@Op
+def ldadam_moments_(R: Tensor, m: Tensor, v: Tensor, p: Tensor, numbers: Coefficients) -> Tensor:
+    """Move the moments to the new basis and update them: lines 5, 7 and 8.
+
+    Args:
+        R: UᵀU₋, float32 [n, r, r]; contiguous, as all tensors here.
+        m: First moments, float32 [n, r, q]; written.
+        v: Second moments, likewise.
+        p: p̃, likewise; overwritten with the direction m/(√v + δ).
+        numbers: The numbers of this step.
+
+    Returns:
+        float32 [n, 2r, q]: c·m of the old moment over −(p̃ + c·m̃), the right factors of line 6.
+    """
+    β1, β2, k = numbers.beta1, numbers.beta2, numbers.correction
+    # 5. m̃ ← R m
+    m_moved = R @ m
+    # 7. v ← c2·|(R∘R)(v/c2 − (m/c1)²) + (m̃/c1)²|, times the β2 of line 8: with k = c2/c1², c1 and c2 cancel
+    v_moved = torch.baddbmm(v, R * R, v.addcmul(m, m, value=-k), beta=0, alpha=β2)
+    v_moved.addcmul_(m_moved, m_moved, value=β2 * k).abs_()
+    # 8. m ← β1·m̃ + (1 − β1)·p̃;  v ← β2·v + (1 − β2)·p̃²; so that p̃ + c·m̃ is m/(1 − β1)
+    kept = m * (β1 / (1 - β1))
+    torch.add(m_moved * β1, p, alpha=1 - β1, out=m)
+    torch.addcmul(v_moved, p, p, value=1 - β2, out=v)
+    torch.div(m, v.sqrt().add_(numbers.damping), out=p)
+    return torch.cat((kept, m * (-1 / (1 - β1))), dim=1)
+
+
+@Op
+def ldadam_descend_(W: Sequence[Tensor], U: Tensor, direction: Tensor, decay: float, step_size: float) -> None:
+    """Write W ← decay·W − step_size·U·direction for each of n weights, rounded once: line 9.
+
+    Args:
+        W: Matrices [p, q] or transposes of such, of one shape and dtype.
+        U: float32 [n, p, r].
+        direction: float32 [n, r, q].
+        decay: Factor of the weights.
+        step_size: Factor of the product.
+    """
     for weight, left, right in zip(W, U, direction, strict=True):
         wide = weight.float()
-        target = wide.mT if tall else wide
-        torch.addmm(target, left, right, beta=decay, alpha=-step_size, out=target)
+        torch.addmm(wide, left, right, beta=decay, alpha=-step_size, out=wide)
         if wide is not weight:
-            weight.copy_(wide)  # rounded once
-    for key, value in (("basis", U), ("exp_avg", m_new), ("exp_avg_sq", v_new)):
-        state[key].copy_(value)
+            weight.copy_(wide)
 
 
 class LDAdam(LowMemoryOptimizer):
@@ -184,4 +228,14 @@ class LDAdam(LowMemoryOptimizer):
     Source: arXiv 2410.16103, algorithm 1.
     """
 
-    method = Method("ldadam", LDAdamOptions, ldadam_state, ldadam_update_, switch=("rank", None), scratch=2.5)
+    method = Method(
+        "ldadam",
+        LDAdamOptions,
+        ldadam_state,
+        ldadam_update_,
+        switch=("rank", None),
+        scratch=1.0,  # a
+        # Factors, at most 5.4; the first step's exact SVD, at most 6 if not for a rank below 4: of fewer than 24 rows,
+        # it takes 2 matrices, which the constant of every step covers up to 1.5 million entries.
+        scratch_state=6.0,
+    )

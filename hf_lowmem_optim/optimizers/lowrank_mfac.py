@@ -36,7 +36,7 @@ from hf_lowmem_optim.engine.error_feedback import FORMATS, add_residual, error_s
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import COUNT, option
-from hf_lowmem_optim.ops.gram import mfac_weights
+from hf_lowmem_optim.ops.gram import mfac_weights, write_gram_row_
 from hf_lowmem_optim.ops.low_rank import orthonormalize, seeded_sketch
 from hf_lowmem_optim.optimizers.preconditioned import (
     PreconditionedOptions,
@@ -44,14 +44,13 @@ from hf_lowmem_optim.optimizers.preconditioned import (
     descend_,
     gram_state,
     own_state,
-    write_gram_row_,
 )
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["LowRankMFAC", "LowRankMFACOptions", "lowrank_mfac_state", "lowrank_mfac_update_"]
 
 #: Entries of a window that are widened to float64 at a time.
-_CHUNK_ENTRIES = 1 << 22
+_CHUNK_ENTRIES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -105,15 +104,23 @@ def lowrank_mfac_update_(tensors: Sequence[Batch], shared: Mapping[str, Tensor],
     # 5. u ← Gᵀw
     w = mfac_weights(gram, row, damping=o.damping).to(torch.float32)
     for x in tensors:
-        on_device = w.to(x.device)
-        with x.weights() as W:
-            for i, weight in enumerate(W):
-                u = _combination({key: part[i] for key, part in x.state.items()}, on_device)
-                if x.options.momentum > 0:
-                    # 6. vel ← μ·vel + u
-                    u = add_momentum_(x.state["velocity"][i], u, x.options.momentum)
-                # 7. W ← W·(1 − lr·weight_decay) − lr·(vel or u)
-                descend_(weight, u, x.options)
+        _descend_(x, w.to(x.g[0].device))
+
+
+def _descend_(x: Batch, w: Tensor) -> None:
+    """Move the tensors of a batch: u ← Gᵀw, and lines 6 and 7."""
+    with x.weights() as W:
+        for i, weight in enumerate(W):
+            _descend_one_(weight, {key: part[i] for key, part in x.state.items()}, w, x.options)
+
+
+def _descend_one_(weight: Tensor, state: Mapping[str, Tensor], w: Tensor, o: LowRankMFACOptions) -> None:
+    u = _combination(state, w)
+    if o.momentum > 0:
+        # 6. vel ← μ·vel + u
+        u = add_momentum_(state["velocity"], u, o.momentum)
+    # 7. W ← W·(1 − lr·weight_decay) − lr·(vel or u)
+    descend_(weight, u, o)
 
 
 def _compress_(x: Batch, row: int) -> None:
@@ -198,7 +205,8 @@ class LowRankMFAC(LowMemoryOptimizer):
         LowRankMFACOptions,
         lowrank_mfac_state,
         switch=("rank", None),
-        scratch=3.5,
+        scratch=1.0,  # acc, or u
+        scratch_state=1.0,
         adam_like=False,
         optional_state={"velocity": "momentum"},
         coupled_update_=lowrank_mfac_update_,

@@ -107,7 +107,7 @@ def microadam_state(shape: Sequence[int], dtype: torch.dtype, o: MicroAdamOption
         return None
     return {
         **window_specs(numel, window=o.window, density=o.density, block_size=o.block_size),
-        **quantized_specs(numel, QuantFormat(o.bits, o.quant_block_size)),
+        **quantized_specs(numel, _format(o.bits, o.quant_block_size)),
     }
 
 
@@ -125,7 +125,7 @@ def microadam_update_(
     """
     assert o.density is not None
     numel, row = W[0].numel(), (t - 1) % o.window
-    errors = quantized_errors(state, QuantFormat(o.bits, o.quant_block_size), len(W), numel)
+    errors = quantized_errors(state, _format(o.bits, o.quant_block_size), len(W), numel)
     indices, values = state["indices"].unbind(), state["values"].unbind()
     # 1. W ← W − lr·alpha·Q⁻¹(e); line 7 will decay what is added here, so that it is added undecayed
     if o.alpha > 0:
@@ -135,19 +135,24 @@ def microadam_update_(
     seed = t if o.stochastic_rounding else None
     foreach_block_topk_(
         [
-            TopK(I, V, row, grad, e, o.block_size, o.density, 1 - o.alpha, seed)
-            for I, V, grad, e in zip(indices, values, g, errors, strict=True)
+            TopK(index, value, row, grad, e, o.block_size, o.density, 1 - o.alpha, seed)
+            for index, value, grad, e in zip(indices, values, g, errors, strict=True)
         ]
     )
     # 6. z1, z2 ← sums over the rows, each with its weight   7. W ← W·(1 − lr·weight_decay) − lr·z1/(√z2 + eps)
     weights = _row_weights(t, o.window, o.betas, o.bias_correction, W[0].device)
-    kept = kept_per_block(o.block_size, o.density)
+    kept, rates = kept_per_block(o.block_size, o.density), (o.lr, o.weight_decay, o.eps)
     foreach_window_update_(
         [
-            WindowStep(weight, SparseWindow(I, V, numel, o.block_size, kept), weights, o.lr, o.weight_decay, o.eps)
-            for weight, I, V in zip(W, indices, values, strict=True)
+            WindowStep(weight, SparseWindow(index, value, numel, o.block_size, kept), weights, *rates)
+            for weight, index, value in zip(W, indices, values, strict=True)
         ]
     )
+
+
+@functools.cache
+def _format(bits: int, block_size: int) -> QuantFormat:
+    return QuantFormat(bits, block_size)
 
 
 @functools.lru_cache(maxsize=16)

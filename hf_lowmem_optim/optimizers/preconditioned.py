@@ -29,7 +29,6 @@ __all__ = [
     "descend_",
     "gram_state",
     "own_state",
-    "write_gram_row_",
 ]
 
 
@@ -71,20 +70,6 @@ def own_state(shape: Sequence[int], o: PreconditionedOptions) -> dict[str, Tenso
     return {**velocity, **(gram_state(o) if o.scope == "tensor" else {})}
 
 
-def write_gram_row_(gram: Tensor, row: int, products: Sequence[Tensor]) -> None:
-    """Write row and column of GGᵀ ← G c, a sum over tensors (line 4).
-
-    Args:
-        gram: GGᵀ, float64 [m, m].
-        row: The row of the newest gradient.
-        products: The tensors' shares, float64 [number of tensors, m] each.
-    """
-    shares = torch.cat([product.to(gram.device) for product in products])
-    total = shares[0] if len(shares) == 1 else shares.sum(dim=0)
-    gram[row] = total
-    gram[:, row] = total
-
-
 def add_momentum_(velocity: Tensor, u: Tensor, momentum: float) -> Tensor:
     """Return vel ← μ·vel + u (line 6)."""
     return velocity.mul_(momentum).add_(u.view(velocity.shape))
@@ -92,9 +77,13 @@ def add_momentum_(velocity: Tensor, u: Tensor, momentum: float) -> Tensor:
 
 def descend_(weight: Tensor, direction: Tensor, o: PreconditionedOptions) -> None:
     """Write W ← W·(1 − lr·weight_decay) − lr·direction, in float32 and rounded once (line 7)."""
-    wide = weight.float()
-    if o.weight_decay != 0:
-        wide.mul_(1 - o.lr * o.weight_decay)
-    wide.add_(direction.view(wide.shape), alpha=-o.lr)
-    if wide is not weight:
-        weight.copy_(wide)
+    # slices, so that a narrower weight is not copied as a whole
+    length = 1 << 16 if weight.device.type == "cpu" else 1 << 21
+    pieces = (torch.split(tensor.view(-1), length) for tensor in (weight, direction))
+    for piece, step in zip(*pieces, strict=True):
+        wide = piece.float()
+        if o.weight_decay != 0:
+            wide.mul_(1 - o.lr * o.weight_decay)
+        wide.add_(step, alpha=-o.lr)
+        if wide is not piece:
+            piece.copy_(wide)

@@ -7,22 +7,17 @@ Window, compression, state and the other lines are those of ``sparse_mfac.py``; 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
 from dataclasses import replace
 
-from torch import Tensor
-
-from hf_lowmem_optim.engine.buckets import Batch
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.ops.gram import ggt_weights
 from hf_lowmem_optim.optimizers.sparse_mfac import SparseMFAC, sparse_update_
 
-__all__ = ["SparseGGT"]
+__all__ = ["SparseGGT", "sparse_ggt_update_"]
 
-
-def sparse_ggt_update_(tensors: Sequence[Batch], shared: Mapping[str, Tensor], t: int) -> None:
-    """Take one step of SparseGGT on the tensors of one system: see :func:`sparse_update_`."""
-    sparse_update_(tensors, shared["gram"], t, ggt_weights)
+sparse_ggt_update_ = functools.partial(sparse_update_, row_weights=ggt_weights)
+"""One step of SparseGGT on the tensors of one system: see :func:`sparse_update_`."""
 
 
 class SparseGGT(LowMemoryOptimizer):

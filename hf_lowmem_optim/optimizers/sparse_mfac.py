@@ -31,12 +31,13 @@ import torch
 from torch import Tensor
 
 from hf_lowmem_optim.engine.buckets import Batch
-from hf_lowmem_optim.engine.error_feedback import FORMATS, error_state, stored_error
+from hf_lowmem_optim.engine.error_feedback import FORMATS, error_state
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import FRACTION, count_up_to, option
+from hf_lowmem_optim.ops.block_quant import Quantized
 from hf_lowmem_optim.ops.block_topk import MAX_BLOCK_SIZE, TopK, foreach_block_topk_, kept_per_block, window_specs
-from hf_lowmem_optim.ops.gram import mfac_weights
+from hf_lowmem_optim.ops.gram import mfac_weights, write_gram_row_
 from hf_lowmem_optim.ops.sparse_window import (
     SparseWindow,
     WindowStep,
@@ -50,7 +51,6 @@ from hf_lowmem_optim.optimizers.preconditioned import (
     descend_,
     gram_state,
     own_state,
-    write_gram_row_,
 )
 from hf_lowmem_optim.spec import TensorSpec
 
@@ -109,21 +109,21 @@ def sparse_mfac_state(shape: Sequence[int], dtype: torch.dtype, o: SparseMFACOpt
     }
 
 
-def sparse_mfac_update_(tensors: Sequence[Batch], shared: Mapping[str, Tensor], t: int) -> None:
-    """Take one step of SparseMFAC on the tensors of one system: see :func:`sparse_update_`."""
-    sparse_update_(tensors, shared["gram"], t, mfac_weights)
-
-
-def sparse_update_(tensors: Sequence[Batch], gram: Tensor, t: int, row_weights: Callable[..., Tensor]) -> None:
+def sparse_update_(
+    tensors: Sequence[Batch],
+    shared: Mapping[str, Tensor],
+    t: int,
+    row_weights: Callable[..., Tensor] = mfac_weights,
+) -> None:
     """Take one step on the tensors of one system, in place; without momentum nothing of their size is allocated.
 
     Args:
         tensors: The tensors; their state as :func:`sparse_mfac_state` describes it.
-        gram: GGᵀ, float64 [m, m]; written.
+        shared: ``"gram"``, GGᵀ, float64 [m, m]; written.
         t: 1 for the first step of this system.
         row_weights: ``(gram, row, *, damping) -> w``, which line 5 is.
     """
-    o = tensors[0].options
+    o, gram = tensors[0].options, shared["gram"]
     row = (t - 1) % o.window
     windows = [_windows(x) for x in tensors]
     # 1. acc ← ξ + g   2. c ← largest entries of acc;  ξ ← acc − c   3. row of G ← c
@@ -134,20 +134,28 @@ def sparse_update_(tensors: Sequence[Batch], gram: Tensor, t: int, row_weights: 
     # 5. u ← Gᵀw
     w = row_weights(gram, row, damping=o.damping).to(torch.float32)
     for x, each in zip(tensors, windows, strict=True):
-        on_device = w.to(x.device)
-        with x.weights() as W:
-            if x.options.momentum == 0:
-                # 7. W ← W·(1 − lr·weight_decay) − lr·u, without ever forming u
-                lr, decay = x.options.lr, x.options.weight_decay
-                foreach_window_descend_(
-                    [WindowStep(weight, G, on_device, lr, decay) for weight, G in zip(W, each, strict=True)]
-                )
-                continue
-            for weight, G, velocity in zip(W, each, x.state["velocity"], strict=True):
-                u = torch.zeros(weight.numel(), dtype=torch.float32, device=x.device)
-                window_combine_(u, G, on_device)
-                # 6. vel ← μ·vel + u   7. W ← W·(1 − lr·weight_decay) − lr·vel
-                descend_(weight, add_momentum_(velocity, u, x.options.momentum), x.options)
+        _descend_(x, each, w.to(x.g[0].device))
+
+
+def _descend_(x: Batch, windows: Sequence[SparseWindow], w: Tensor) -> None:
+    """Move the tensors of a batch: u ← Gᵀw, and lines 6 and 7."""
+    o = x.options
+    with x.weights() as W:
+        if o.momentum == 0:
+            # 7. W ← W·(1 − lr·weight_decay) − lr·u, without ever forming u
+            foreach_window_descend_(
+                [WindowStep(weight, G, w, o.lr, o.weight_decay) for weight, G in zip(W, windows, strict=True)]
+            )
+            return
+        for weight, G, velocity in zip(W, windows, x.state["velocity"], strict=True):
+            _descend_with_momentum_(weight, G, velocity, w, o)
+
+
+def _descend_with_momentum_(weight: Tensor, G: SparseWindow, velocity: Tensor, w: Tensor, o: SparseMFACOptions) -> None:
+    u = torch.zeros(weight.numel(), dtype=torch.float32, device=weight.device)
+    window_combine_(u, G, w)
+    # 6. vel ← μ·vel + u   7. W ← W·(1 − lr·weight_decay) − lr·vel
+    descend_(weight, add_momentum_(velocity, u, o.momentum), o)
 
 
 def _windows(x: Batch) -> list[SparseWindow]:
@@ -161,11 +169,14 @@ def _windows(x: Batch) -> list[SparseWindow]:
 def _selections(x: Batch, row: int) -> list[TopK]:
     """Return what lines 1 to 3 are of each tensor of a batch."""
     o, numel, fmt = x.options, x.g[0].numel(), FORMATS.get(x.options.error_feedback)
-    parts = enumerate(zip(x.state["indices"].unbind(), x.state["values"].unbind(), x.g, strict=True))
-    return [
-        TopK(indices, values, row, g, stored_error(x.state, fmt, i, numel), o.block_size, o.density)
-        for i, (indices, values, g) in parts
-    ]
+    errors: Sequence[Tensor | Quantized]
+    if fmt is None:
+        errors = x.state["error"].unbind()
+    else:
+        parts = zip(*(x.state[f"error_{part}"].unbind() for part in ("codes", "lo", "hi")), strict=True)
+        errors = [Quantized(codes, lo, hi, numel, fmt) for codes, lo, hi in parts]
+    tensors = zip(x.state["indices"].unbind(), x.state["values"].unbind(), x.g, errors, strict=True)
+    return [TopK(indices, values, row, g, e, o.block_size, o.density) for indices, values, g, e in tensors]
 
 
 def clear_sparse_row_(state: Mapping[str, Tensor], t: int) -> None:
@@ -196,10 +207,10 @@ class SparseMFAC(LowMemoryOptimizer):
         SparseMFACOptions,
         sparse_mfac_state,
         switch=("density", None),
-        scratch=0,
+        scratch=lambda o: 1.0 if o.momentum > 0 else 0.0,  # u
         adam_like=False,
         optional_state={"velocity": "momentum"},
-        coupled_update_=sparse_mfac_update_,
+        coupled_update_=sparse_update_,
         shared_state=gram_state,
         shared_options=("scope", "window", "damping"),
         absent_=clear_sparse_row_,

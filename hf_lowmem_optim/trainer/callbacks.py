@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
+from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
 
 from hf_lowmem_optim.memory.measure import StateReport, measure_state, unwrap_optimizer
 from hf_lowmem_optim.memory.plan import plan_optimizer
 from hf_lowmem_optim.memory.report import REPORT_NAME, build_report, report_text
 from hf_lowmem_optim.memory.step_memory import StepMemory, StepMemoryMeter
-from hf_lowmem_optim.memory.units import format_bytes
+from hf_lowmem_optim.memory.byte_sizes import format_bytes
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
-from hf_lowmem_optim.optimizers.layerwise import Layerwise
 
-__all__ = ["OptimizerStateMemoryCallback"]
+__all__ = ["EarlyLogCallback", "OptimizerStateMemoryCallback", "add_to_log"]
 
 logger = logging.getLogger(__name__)
+
+#: The callback that accounts for an optimizer in the run that it is in.
+_callback_of: WeakKeyDictionary[Optimizer, OptimizerStateMemoryCallback] = WeakKeyDictionary()
 
 
 class OptimizerStateMemoryCallback(TrainerCallback):
@@ -36,7 +37,8 @@ class OptimizerStateMemoryCallback(TrainerCallback):
     ``error_feedback="grad"`` ``optimizer_state/in_gradient_bytes``, the gradients that keep errors, never freed;
     and ``optimizer_state/step_peak_bytes`` where the device told the peak of a step, or
     ``optimizer_state/process_rss_bytes`` on the CPU. They are in ``log_history``, in what is printed and in what every
-    ``report_to`` service gets. It works with any torch optimizer; components are then the keys of its state.
+    ``report_to`` service gets; only where the callback is added during training, the callbacks before it do not get
+    them. It works with any torch optimizer; components are then the keys of its state.
 
     After the first step it warns if what is measured is not what was predicted. At the end of training it prints a
     table and writes ``optimizer_state_report.json`` to the output directory (``hf-lowmem-optim report DIR`` reads it).
@@ -58,16 +60,18 @@ class OptimizerStateMemoryCallback(TrainerCallback):
         self._step_memory: StepMemory | None = None
         self._compared = False
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Move to the front of the callbacks."""
-        self._move_to_front()
-
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Optimizer | None = None,
+        **kwargs: Any,
     ) -> None:
-        """Move to the front if this callback was added after the Trainer was made, or another took its place."""
-        self._move_to_front()
+        """Begin a run, and make this callback known to the one that comes before the reporters."""
         self._step_memory, self._compared = None, False
+        if optimizer is not None:
+            _callback_of[optimizer] = self
 
     def on_pre_optimizer_step(
         self,
@@ -126,53 +130,75 @@ class OptimizerStateMemoryCallback(TrainerCallback):
         optimizer: Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the bytes to a training log, before the reporters see it."""
+        """Add the bytes to a training log, unless that is done."""
         if optimizer is None or not logs or not state.is_world_process_zero:
             return
-        if "loss" not in logs and "train_loss" not in logs:
+        if ("loss" not in logs and "train_loss" not in logs) or "optimizer_state/total_bytes" in logs:
             return
         report = measure_state(optimizer)
         if not report.total_bytes:
             return
         entries = _log_entries(report, _predicted(optimizer), self._step_memory)
-        inner = unwrap_optimizer(optimizer)
-        if isinstance(inner, Layerwise):
-            entries["optimizer_state/gradient_peak_bytes"] = inner.peak_gradient_bytes
-        logs.update(entries)
-        # The Trainer copied its logs into the history before it called the callbacks.
-        if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1].update(entries)
+        # layer-wise optimizers count what gradients take at once
+        if (peak := getattr(unwrap_optimizer(optimizer), "peak_gradient_bytes", None)) is not None:
+            entries["optimizer_state/gradient_peak_bytes"] = peak
+        add_to_log(state, logs, entries)
 
-    def _move_to_front(self) -> None:
-        """Become the first callback, so that what `on_log` adds reaches the reporters too.
 
-        The Trainer puts the reporters before the user's callbacks, and offers a callback neither itself nor its place
-        in the list. So the handler is taken from the frames that are calling us: the one whose `self` is a
-        CallbackHandler with this very callback. The list gets replaced and not changed, because the handler is
-        iterating over it.
-        """
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
-            handler = frame.f_locals.get("self")
-            if isinstance(handler, CallbackHandler) and any(callback is self for callback in handler.callbacks):
-                if handler.callbacks[0] is not self:
-                    others = [callback for callback in handler.callbacks if callback is not self]
-                    handler.callbacks = [self, *others]
-                return
-            frame = frame.f_back
-        logger.warning(
-            "OptimizerStateMemoryCallback was not called by a transformers CallbackHandler, so it cannot move before "
-            "the reporters: the bytes are in log_history, but callbacks before this one do not get them."
-        )
+class EarlyLogCallback(TrainerCallback):
+    """Adds to a log what an :class:`OptimizerStateMemoryCallback` has for it, before the reporters get it.
+
+    The Trainer calls its default callbacks first, then the reporters of ``report_to``, then the user's callbacks.
+    ``import hf_lowmem_optim`` makes this a default one.
+    """
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Forget an earlier run; the user's callback, which comes after this one, makes itself known again."""
+        if optimizer is not None:
+            _callback_of.pop(optimizer, None)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        optimizer: Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Let the user's callback have its turn."""
+        callback = None if optimizer is None else _callback_of.get(optimizer)
+        if callback is not None:
+            callback.on_log(args, state, control, logs=logs, optimizer=optimizer, **kwargs)
+
+
+def add_to_log(state: TrainerState, logs: dict[str, Any], entries: Mapping[str, Any]) -> None:
+    """Add entries to a log and to the history, for which the Trainer copied the log before it called the callbacks.
+
+    Args:
+        state: The Trainer's state, with the history.
+        logs: What ``on_log`` was given.
+        entries: What to add.
+    """
+    logs.update(entries)
+    if state.log_history and state.log_history[-1].get("step") == state.global_step:
+        state.log_history[-1].update(entries)
 
 
 def _predicted(optimizer: Optimizer) -> StateReport | None:
-    """What is planned for the optimizer, None if it is not of this package."""
+    """Return the planned state of the optimizer, None if it is not of this package."""
     return plan_optimizer(optimizer) if isinstance(unwrap_optimizer(optimizer), LowMemoryOptimizer) else None
 
 
 def _compare(optimizer: Optimizer, measured: StateReport) -> None:
-    """Warn where the state is not what was predicted, with the reason if it is a known one."""
+    """Warn if the state differs from the plan, with the reason if it is a known one."""
     predicted = _predicted(optimizer)
     if predicted is None or measured == predicted:
         return
@@ -200,7 +226,7 @@ def _compare(optimizer: Optimizer, measured: StateReport) -> None:
 
 
 def _log_entries(report: StateReport, predicted: StateReport | None, memory: StepMemory | None) -> dict[str, int]:
-    """The log's keys and values."""
+    """Return the log's keys and values."""
     entries = {"total": report.total_bytes, **report.component_bytes, "adamw_fp32": report.adamw_fp32_bytes}
     entries.update((f"group_{index}", count) for index, count in enumerate(report.group_bytes))
     if report.in_gradient_bytes:

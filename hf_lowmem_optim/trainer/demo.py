@@ -84,7 +84,7 @@ def run_demo(
 
 
 def _train(optim: str, learning_rate: float, num_steps: int, seed: int, optim_args: str | None) -> DemoResult:
-    """One run."""
+    """Train and evaluate once."""
     set_seed(seed)
     model = demo_model()
     training_set, held_out_set = documentation()
@@ -157,6 +157,6 @@ def documentation(sequence_length: int = _SEQUENCE_LENGTH) -> tuple[TensorDatase
 
 
 def _collate(rows: Sequence[tuple[torch.Tensor]]) -> dict[str, Any]:
-    """Causal language modelling: the model itself shifts the labels."""
+    """Return a batch for causal language modelling; the model itself shifts the labels."""
     batch = torch.stack([row[0] for row in rows])
     return {"input_ids": batch, "labels": batch}

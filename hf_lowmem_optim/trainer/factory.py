@@ -12,8 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
 from hf_lowmem_optim.registry import get_entry
-from hf_lowmem_optim.trainer.gradient_error import check_gradient_error_arguments
-from hf_lowmem_optim.trainer.layerwise import check_layerwise_arguments
+from hf_lowmem_optim.trainer.backward import check_backward_arguments
 from hf_lowmem_optim.trainer.optim_args import hyperparameters_from_training_args
 from hf_lowmem_optim.trainer.overrides import (
     Overrides,
@@ -112,15 +111,14 @@ class OptimizerFactory:
             ValueError: ``optim`` is no optimizer of this package, or a value is wrong.
         """
         entry = get_entry(str(getattr(args.optim, "value", args.optim)))
-        check_layerwise_arguments(args, entry.optimizer_class)
         hyper = hyperparameters_from_training_args(args, entry.optimizer_class)
-        if hyper.get("error_feedback") == "grad":
-            check_gradient_error_arguments(args)
+        error_in_gradients = hyper.get("error_feedback") == "grad"
+        check_backward_arguments(args, entry.optimizer_class, error_in_gradients=error_in_gradients)
         return cls(entry.name, args.optim_target_modules, **hyper)
 
     @property
     def optimizer_class(self) -> type[LowMemoryOptimizer]:
-        """Class of the optimizers it makes."""
+        """Return the class of the optimizers it makes."""
         return get_entry(self.name).optimizer_class
 
     @overload
@@ -199,7 +197,7 @@ class OptimizerFactory:
 
 
 def _rule(optimizer_class: type[LowMemoryOptimizer], parameter: nn.Parameter, hyper: Mapping[str, Any]) -> str:
-    """Whether a targeted parameter is compressed, or why it is not."""
+    """Return "compressed" for a targeted parameter, or why it is not."""
     if hyper[optimizer_class.dense_key] is None:
         return SWITCHED_OFF
     if not optimizer_class.compresses(tuple(parameter.shape), hyper):
@@ -208,7 +206,7 @@ def _rule(optimizer_class: type[LowMemoryOptimizer], parameter: nn.Parameter, hy
 
 
 def _saves_state(optimizer_class: type[LowMemoryOptimizer], parameter: nn.Parameter, hyper: Mapping[str, Any]) -> bool:
-    """Whether the compressed state is smaller than AdamW's; for adapters, with one small dimension, it may not be."""
+    """Return whether compression saves state over AdamW; for adapters, with one small dimension, it may not."""
     if not optimizer_class.replaces_adamw:
         return True
     compressed, dense = (
@@ -243,6 +241,6 @@ def _report(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) -> N
 
 
 def _is_main_process() -> bool:
-    """Whether this process is the one that reports; asked without setting up any distributed state."""
+    """Return whether this process is the one that reports, without setting up any distributed state."""
     distributed = torch.distributed
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0

@@ -80,8 +80,9 @@ def _call_after_execution(spec: ModuleSpec) -> None:
 
 def install() -> None:
     """Register now in what is already imported, and later in what is not. Calling it again changes nothing."""
-    if not any(isinstance(finder, _PostImportFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _PostImportFinder())
+    # By name: where this module has been imported anew, the finder there is of a class that is not this one.
+    others = [f for f in sys.meta_path if (type(f).__module__, type(f).__name__) != (__name__, "_PostImportFinder")]
+    sys.meta_path[:] = [_PostImportFinder(), *others]
     for name in _WATCHED:
         module = sys.modules.get(name)
         # A module that is still being executed (someone imports us from inside transformers) has not got its names yet.

@@ -20,9 +20,6 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
-from hf_lowmem_optim.optimizers.hyperparameters import nearest
-from hf_lowmem_optim.registry import OPTIMIZERS
-
 __all__ = ["run_script"]
 
 USAGE = """usage: hf-lowmem-optim run SCRIPT [args ...]
@@ -97,7 +94,12 @@ def _suggest_names() -> None:
 
     @functools.wraps(complain)
     def error(self: argparse.ArgumentParser, message: str) -> Any:
-        refused = _REFUSED.match(message)
-        complain(self, message + (nearest(refused[1], OPTIMIZERS) if refused else ""))
+        if refused := _REFUSED.match(message):
+            # here, so that a script starts as fast as without us
+            from hf_lowmem_optim.optimizers.hyperparameters import nearest
+            from hf_lowmem_optim.registry import OPTIMIZERS
+
+            message += nearest(refused[1], OPTIMIZERS)
+        complain(self, message)
 
     argparse.ArgumentParser.error = error  # type: ignore[method-assign]

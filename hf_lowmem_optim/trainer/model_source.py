@@ -9,7 +9,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,14 +31,8 @@ __all__ = ["ModelOptions", "OpenedModel", "open_model"]
 
 Source = str | Path | PreTrainedConfig | nn.Module
 
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES.update((str(dtype).removeprefix("torch."), dtype) for dtype in list(DTYPES.values()))
 
 
 @dataclass(frozen=True)
@@ -72,11 +66,6 @@ class ModelOptions:
             raise ValueError("quantize='4bit' needs lora as well: weights in 4 bits cannot be trained")
         if self.lora:
             LoraOptions.parse(self.lora)
-
-    @property
-    def is_default(self) -> bool:
-        """Whether nothing was asked for."""
-        return self == ModelOptions()
 
 
 @dataclass(frozen=True)
@@ -114,7 +103,7 @@ def open_model(source: Source, options: ModelOptions) -> OpenedModel:
             for a live model.
     """
     if isinstance(source, nn.Module):
-        if not options.is_default:
+        if options != ModelOptions():
             raise ValueError(
                 f"{type(source).__name__} is a live model, whose dtypes, adapters and frozen parts are taken as they "
                 "are; prepare it first, or plan for its configuration: plan_memory(model.config, ...)"
@@ -140,7 +129,7 @@ def open_model(source: Source, options: ModelOptions) -> OpenedModel:
 
 
 def _read_config(source: Any) -> tuple[PreTrainedConfig, str]:
-    """The configuration that a source names, and what to call it."""
+    """Return the configuration that a source names, and what to call it."""
     if isinstance(source, PreTrainedConfig):
         return source, type(source).__name__
     if not isinstance(source, (str, Path)):
@@ -191,7 +180,7 @@ def _config_from_dict(content: Any, where: str) -> PreTrainedConfig:
 
 
 def _own_dtype(config: PreTrainedConfig) -> torch.dtype:
-    """The dtype that the configuration names, which is what ``from_pretrained`` loads; float32 if it names none."""
+    """Return the configuration's dtype, which ``from_pretrained`` loads; float32 if it names none."""
     dtype = getattr(config, "dtype", None)
     found = DTYPES.get(dtype, torch.float32) if isinstance(dtype, str) else dtype
     return found if isinstance(found, torch.dtype) else torch.float32
@@ -201,7 +190,7 @@ def _build(config: PreTrainedConfig, dtype: torch.dtype, name: str) -> PreTraine
     """Make the model on the meta device, in the class that the configuration names."""
     model_class = _model_class(config, name)
     try:
-        with torch.device("meta"), _default_dtype(dtype), _quiet():
+        with _building(dtype):
             model: PreTrainedModel = model_class(config)
     except (TypeError, ValueError, AttributeError, KeyError, ZeroDivisionError, RuntimeError) as error:
         raise ValueError(f"{name!r} cannot be built as {model_class.__name__}: {error}") from error
@@ -209,7 +198,7 @@ def _build(config: PreTrainedConfig, dtype: torch.dtype, name: str) -> PreTraine
 
 
 def _model_class(config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:
-    """The class in ``architectures``, else the one for training the bare model type."""
+    """Return the class in ``architectures``, else the one for training the bare model type."""
     for architecture in getattr(config, "architectures", None) or ():
         found = getattr(transformers, architecture, None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
@@ -230,27 +219,18 @@ def _model_class(config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Any:
-    """Create modules in a dtype, as ``from_pretrained(dtype=...)`` does."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
-def _quiet() -> Any:
-    """Keep transformers' hints about running a model away from a plan, which runs none."""
-    log = logging.getLogger("transformers")
+def _building(dtype: torch.dtype) -> Iterator[None]:
+    """Create modules on the meta device, in a dtype, and keep hints about running them away from a plan."""
+    before, log = torch.get_default_dtype(), logging.getLogger("transformers")
     level = log.level
+    torch.set_default_dtype(dtype)
     log.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        torch.set_default_dtype(before)
         log.setLevel(level)
 
 
@@ -279,7 +259,7 @@ def _freeze(model: nn.Module, entries: Sequence[str]) -> int:
 
 
 def _quantizable(model: nn.Module) -> list[int]:
-    """Ids of the weights that transformers would load in 4 bits: linear layers except the output head."""
+    """Return ids of the weights that transformers would load in 4 bits: linear layers except the head."""
     head = cast(Any, model).get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     modules = [m for m in model.modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}

@@ -56,12 +56,8 @@ def hyperparameters_from_training_args(
         ValueError: ``optim_args`` is malformed, or has an unknown, doubled or mistyped entry.
     """
     defaults = optimizer_class.default_hyperparameters()
-    hyper = parse_optim_args(args.optim_args, optimizer_class)
-    explicit = [hyper.pop(key, None) for key in _BETAS]
-    from_fields = [_field_if_changed(args, f"adam_{key}") for key in _BETAS]
-    if "betas" in defaults:
-        betas = zip(explicit, from_fields, defaults["betas"], strict=True)
-        hyper["betas"] = tuple(next(beta for beta in given if beta is not None) for given in betas)
+    betas = (_field_if_changed(args, "adam_beta1"), _field_if_changed(args, "adam_beta2"))
+    hyper = hyperparameters_from_text(args.optim_args, optimizer_class, betas)
     epsilon = _field_if_changed(args, _FIELDS["eps"])
     if "eps" in defaults and epsilon is not None:
         hyper["eps"] = epsilon
@@ -72,12 +68,17 @@ def hyperparameters_from_training_args(
     return {"lr": args.learning_rate, "weight_decay": args.weight_decay, **hyper}
 
 
-def hyperparameters_from_text(text: str | None, optimizer_class: type[LowMemoryOptimizer]) -> dict[str, Any]:
-    """Collect the hyper-parameters that ``optim_args`` alone sets, for use without training arguments.
+def hyperparameters_from_text(
+    text: str | None,
+    optimizer_class: type[LowMemoryOptimizer],
+    betas: tuple[float | None, float | None] = (None, None),
+) -> dict[str, Any]:
+    """Collect the hyper-parameters that ``optim_args`` sets, for use with or without training arguments.
 
     Args:
         text: As in :func:`parse_optim_args`.
         optimizer_class: The optimizer.
+        betas: Those that were set elsewhere, None for the optimizer's own; the text wins.
 
     Returns:
         Keyword arguments for ``OptimizerFactory``; what is not set is left out.
@@ -86,10 +87,10 @@ def hyperparameters_from_text(text: str | None, optimizer_class: type[LowMemoryO
         ValueError: As :func:`parse_optim_args`.
     """
     hyper = parse_optim_args(text, optimizer_class)
-    explicit = [hyper.pop(key, None) for key in _BETAS]
-    if any(beta is not None for beta in explicit):
-        own = optimizer_class.default_hyperparameters()["betas"]
-        hyper["betas"] = tuple(default if beta is None else beta for beta, default in zip(explicit, own, strict=True))
+    given = [hyper.pop(key, beta) for key, beta in zip(_BETAS, betas, strict=True)]
+    own = optimizer_class.default_hyperparameters().get("betas")
+    if own is not None and given != [None, None]:
+        hyper["betas"] = tuple(default if beta is None else beta for beta, default in zip(given, own, strict=True))
     return hyper
 
 
@@ -137,14 +138,14 @@ def parse_optim_args(text: str | None, optimizer_class: type[LowMemoryOptimizer]
 
 
 def _field_if_changed(args: TrainingArguments, name: str) -> Any:
-    """The value of a field of the arguments, or None where it equals the default of their class."""
+    """Return a field of the arguments, or None where it equals the default of their class."""
     default = next(field.default for field in dataclasses.fields(args) if field.name == name)
     value = getattr(args, name)
     return None if value == default else value
 
 
 def _example(allowed: dict[str, Any]) -> str:
-    """An entry that would be right."""
+    """Return an entry that would be right."""
     integers = [key for key, kind in allowed.items() if kind is int or int in get_args(kind)]
     return f"{integers[0]}=8" if integers else "beta1=0.9"
 
@@ -172,7 +173,7 @@ def _parse(value: str, kind: Any) -> Any:
 
 
 def _describe(kind: Any) -> str:
-    """The annotated type in words."""
+    """Return the annotated type in words."""
     if get_origin(kind) in (Union, types.UnionType):
         return " or ".join("none" if option is type(None) else _describe(option) for option in get_args(kind))
     if get_origin(kind) is Literal:

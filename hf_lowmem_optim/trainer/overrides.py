@@ -43,7 +43,7 @@ class OwnSettings:
     entries: dict[int, str] = field(default_factory=dict)
 
     def with_value(self, key: str) -> set[int]:
-        """Ids of the parameters to which an override gives ``key`` a value other than None."""
+        """Return ids of the parameters to which an override gives ``key`` a value other than None."""
         return {parameter for parameter, values in self.values.items() if values.get(key) is not None}
 
 

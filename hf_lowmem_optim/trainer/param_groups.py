@@ -66,7 +66,7 @@ class Placement:
 
     @property
     def targeted(self) -> bool:
-        """Whether it goes to a group with compression (where the optimizer may find it too small)."""
+        """Return whether it goes to a group with compression (where the optimizer may find it too small)."""
         return self.rule in (COMPRESSED, TOO_SMALL)
 
 
@@ -153,7 +153,7 @@ def build_param_groups(
 
 
 def _default_targets(model: nn.Module) -> set[int]:
-    """Ids of the weights compressed by default."""
+    """Return ids of the weights compressed by default."""
     excluded = _dense_reasons(model)
     return {
         id(module.weight)
@@ -163,7 +163,7 @@ def _default_targets(model: nn.Module) -> set[int]:
 
 
 def _selected_targets(model: nn.Module, target_modules: str | Sequence[str]) -> set[int]:
-    """Ids of the parameters which ``optim_target_modules`` selects; every entry must select something."""
+    """Return ids of the parameters which ``optim_target_modules`` selects; every entry must select something."""
     entries = [target_modules] if isinstance(target_modules, str) else target_modules
     if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, str) for entry in entries):
         raise TypeError(
@@ -225,12 +225,12 @@ def matching_modules(
 
 
 def _matrices(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of two or more dimensions that ``module`` holds itself."""
+    """Return the parameters of two or more dimensions that ``module`` holds itself."""
     return (parameter for parameter in module.parameters(recurse=False) if parameter.ndim >= 2)
 
 
 def _examples(model: nn.Module, held: Callable[[nn.Module], Iterable[nn.Parameter]], count: int = 4) -> str:
-    """Some names of modules with a trainable parameter that counts, each kind once."""
+    """Return some names of modules with a trainable parameter that counts, each kind once."""
     by_kind: dict[str, str] = {}
     for name, module in model.named_modules():
         if any(parameter.requires_grad for parameter in held(module)):
@@ -239,7 +239,7 @@ def _examples(model: nn.Module, held: Callable[[nn.Module], Iterable[nn.Paramete
 
 
 def _dense_reasons(model: nn.Module) -> Mapping[int, str]:
-    """Ids of all parameters that belong to an embedding or an output head, and which of the two.
+    """Return ids of all parameters of embeddings and output heads, and which of the two they belong to.
 
     Both count through every owner: a head tied to the embedding is found as either.
     """
@@ -256,7 +256,7 @@ def _dense_reasons(model: nn.Module) -> Mapping[int, str]:
 
 
 def _heads(model: nn.Module) -> Iterator[nn.Module]:
-    """Output heads of every transformers model inside ``model``, so that wrappers (PEFT, DDP) make no difference.
+    """Find the output heads of every transformers model inside ``model``, also under wrappers (PEFT, DDP).
 
     The output embeddings; and in a model made of a base model and a head (classification, question answering, ...)
     everything outside the base model.
@@ -274,7 +274,7 @@ def _heads(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _outside(module: nn.Module, inside: set[nn.Module]) -> Iterator[nn.Module]:
-    """The largest submodules of ``module`` that share no module with ``inside``."""
+    """Find the largest submodules of ``module`` that share no module with ``inside``."""
     for child in module.children():
         if inside.isdisjoint(child.modules()):
             yield child

@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import nn
 
+from hf_lowmem_optim.memory.baselines import BASELINES, ParameterFacts, plan_baseline
 from hf_lowmem_optim.memory.budget import BudgetSearch
-from hf_lowmem_optim.memory.footprint import MemoryPlan, OptimizerPlan, Suggestion
+from hf_lowmem_optim.memory.byte_sizes import format_bytes, parse_bytes
 from hf_lowmem_optim.memory.plan import compressed_bytes_per_parameter, plan_groups, plan_temporaries
-from hf_lowmem_optim.memory.references import REFERENCES, ParameterFacts, plan_reference
-from hf_lowmem_optim.memory.units import format_bytes, parse_bytes
+from hf_lowmem_optim.memory.plan_types import MemoryPlan, OptimizerPlan, Suggestion
 from hf_lowmem_optim.memory.weights import Processes, WeightReport, plan_weights
 from hf_lowmem_optim.optimizers.hyperparameters import nearest
 from hf_lowmem_optim.registry import OPTIMIZERS, get_entry
@@ -84,17 +84,17 @@ def plan_memory(
 
 
 def _optimizer_names(optim: str | Sequence[str] | None, optim_args: str | None) -> list[str]:
-    """The optimizers to plan for."""
+    """Return the optimizers to plan for."""
     if optim is None:
         if optim_args:
             raise ValueError(f"optim_args={optim_args!r} needs optim: say which optimizer they are for")
-        return [*OPTIMIZERS, *REFERENCES]
+        return [*OPTIMIZERS, *BASELINES]
     names = [optim] if isinstance(optim, str) else list(optim)
-    known = [*OPTIMIZERS, *REFERENCES]
+    known = [*OPTIMIZERS, *BASELINES]
     for name in names:
         if name not in known:
             raise ValueError(f"optim={name!r} cannot be planned{nearest(str(name), known)} ({', '.join(known)})")
-        if optim_args and name in REFERENCES:
+        if optim_args and name in BASELINES:
             raise ValueError(f"optim_args={optim_args!r} cannot be given for {name}, a reference with fixed settings")
     if not names:
         raise ValueError("optim=[] names no optimizer")
@@ -198,7 +198,7 @@ class _Request:
 
     def _reference(self, name: str, model: nn.Module) -> OptimizerPlan:
         """Plan an optimizer that is not ours."""
-        reference = REFERENCES[name]
+        reference = BASELINES[name]
         groups = _reference_groups(model, self.target_modules)
         everything = [facts for group in groups for facts in group]
         temporaries = reference.temporaries
@@ -207,12 +207,12 @@ class _Request:
             False,
             reference.summary,
             {},
-            plan_reference(reference, groups, num_shards=self.processes.num_shards),
+            plan_baseline(reference, groups, num_shards=self.processes.num_shards),
             None if temporaries is None else -(-temporaries(everything) // self.processes.num_shards),
         )
 
     def _model_suggestions(self, plan: MemoryPlan, budget: int) -> Iterator[Suggestion]:
-        """Other ways to load or share the model, each with the optimizer that takes the least."""
+        """Try other ways to load or share the model, each with the optimizer that takes the least."""
         lora = self.options.lora or "r=16,target=all-linear"
         alternatives: list[tuple[str, ModelOptions, Processes]] = []
         if not isinstance(self.source, nn.Module):
@@ -243,13 +243,13 @@ _SHARDABLE = ("param", "nearest")
 
 
 def _one_gradient(groups: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """The gradients that are there at once in layer-wise mode: the largest one."""
+    """Return the gradients that exist at once in layer-wise mode: the largest one."""
     sizes = (param.numel() * param.element_size() for group in groups for param in group["params"])
     return {"largest gradient": max(sizes)}
 
 
 def _reference_groups(model: nn.Module, target_modules: TargetModules) -> list[list[ParameterFacts]]:
-    """The parameters in the groups in which the Trainer's optimizers get them: decaying or not."""
+    """Return the parameters in the groups of the Trainer's own optimizers: decaying or not."""
     placements = place_parameters(model, target_modules, lambda parameter, settings: COMPRESSED)
     groups = build_param_groups(placements, "dense", 1.0)
     by_parameter = {id(placement.parameter): placement for placement in placements}
@@ -266,7 +266,7 @@ def _reference_groups(model: nn.Module, target_modules: TargetModules) -> list[l
 def _setting_suggestions(
     plan: MemoryPlan, searches: dict[str, BudgetSearch], optim_args: str | None
 ) -> Iterator[Suggestion]:
-    """For each of our optimizers that does not fit: the least change of its settings that does, else the smallest."""
+    """Find for each optimizer that does not fit the least change of settings that does, else the smallest."""
     for row in plan.optimizers:
         if row.name not in searches or plan.fits(row):
             continue
@@ -283,7 +283,7 @@ def _setting_suggestions(
 
 
 def _as_arguments(name: str, changes: dict[str, Any], optim_args: str | None) -> str:
-    """A change of settings, beside those that were given, as it is written on the command line."""
+    """Write a change of settings, beside those that were given, as on the command line."""
     given = dict(entry.split("=") for entry in (optim_args or "").replace(" ", "").split(",") if entry)
     settings = {**given, **changes}
     return f"--optim {name} --optim-args {','.join(f'{key}={value}' for key, value in settings.items())}"

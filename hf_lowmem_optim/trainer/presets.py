@@ -11,7 +11,7 @@ __all__ = ["PRESETS"]
 
 
 def _llama(hidden: int, intermediate: int, layers: int, heads: int, **other: Any) -> dict[str, Any]:
-    """Llama and its relatives, by default with Llama 2's vocabulary and bfloat16 weights."""
+    """Describe Llama and its relatives, by default with Llama 2's vocabulary and bfloat16 weights."""
     config = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -28,13 +28,13 @@ def _llama(hidden: int, intermediate: int, layers: int, heads: int, **other: Any
 
 
 def _qwen2(hidden: int, intermediate: int, layers: int, heads: int, **other: Any) -> dict[str, Any]:
-    """Qwen 2.5."""
+    """Describe Qwen 2.5."""
     kind = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 151936}
     return _llama(hidden, intermediate, layers, heads, **{**kind, **other})
 
 
 def _gemma2(hidden: int, intermediate: int, layers: int, heads: int, **other: Any) -> dict[str, Any]:
-    """Gemma 2, whose head is tied to the embedding."""
+    """Describe Gemma 2, whose head is tied to the embedding."""
     kind = {
         "model_type": "gemma2",
         "architectures": ["Gemma2ForCausalLM"],
@@ -46,7 +46,7 @@ def _gemma2(hidden: int, intermediate: int, layers: int, heads: int, **other: An
 
 
 def _encoder(model_type: str, architecture: str, hidden: int, layers: int, **other: Any) -> dict[str, Any]:
-    """BERT and its relatives, float32."""
+    """Describe BERT and its relatives, float32."""
     config = {
         "model_type": model_type,
         "architectures": [architecture],
@@ -60,7 +60,7 @@ def _encoder(model_type: str, architecture: str, hidden: int, layers: int, **oth
 
 
 def _gpt2(width: int, layers: int, heads: int) -> dict[str, Any]:
-    """GPT-2, float32, head tied to the embedding."""
+    """Describe GPT-2, float32, head tied to the embedding."""
     kind = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 50257, "dtype": "float32"}
     return {**kind, "n_embd": width, "n_layer": layers, "n_head": heads}
 

@@ -3,17 +3,15 @@
 ``TrainingArguments`` and ``set_optimizer`` call ``OptimizerNames(value)``, an Enum, and command lines list its members,
 so each name becomes a real member of that Enum; and the Trainer looks the member up in a table of handlers, so each
 gets a handler there. Both are additions, and a value which transformers has or gains itself stays transformers' own.
-Besides, two error messages of transformers get a hint; what it accepts and rejects stays as it is.
+Registering again replaces what is there of ours: this package may have been removed from ``sys.modules`` and imported
+anew, and then the functions and classes that were registered first are not those in use.
 """
 
 from __future__ import annotations
 
-import difflib
-import functools
 import importlib
 import logging
 import pickle
-import sys
 from types import ModuleType
 from typing import Any
 
@@ -59,17 +57,21 @@ def add_members(training_args: ModuleType) -> None:
     if names is None or not issubclass(names, str):
         raise _unsupported(f"{MEMBERS_MODULE}.OptimizerNames is not an Enum of strings")
     for name in OPTIMIZERS:
-        existing = names._value2member_map_.get(name)
-        if existing is None:
-            _check_member(names, _insert_member(names, name))
-        elif not hasattr(existing, _MARK):
+        member = names._value2member_map_.get(name)
+        if member is None:
+            member = _insert_member(names, name)
+        if hasattr(member, _MARK):
+            # On the instance, where pickle and copy look it up: `training_args.bin` then loads in a process that has
+            # not imported this package, because unpickling the member does.
+            member.__reduce_ex__ = lambda protocol, name=name: (_restore_member, (name,))
+            _check_member(names, member)
+        else:
             logger.warning(
                 "transformers has an optimizer named optim=%r of its own, which stays in use. For the one of "
                 "hf_lowmem_optim pass Trainer(..., optimizer_cls_and_kwargs=(OptimizerFactory(%r), {})).",
                 name,
                 name,
             )
-    _name_near_misses(names)
 
 
 def add_handlers(trainer_optimizer: ModuleType) -> None:
@@ -88,12 +90,11 @@ def add_handlers(trainer_optimizer: ModuleType) -> None:
     names = importlib.import_module(MEMBERS_MODULE).OptimizerNames
     for name in OPTIMIZERS:
         if hasattr(names(name), _MARK):
-            handlers.setdefault(names(name), _make_factory)
-    _explain_malformed_arguments(trainer_optimizer)
+            handlers[names(name)] = _make_factory
 
 
 def add_callbacks(trainer: ModuleType) -> None:
-    """Add the callbacks that some optimizers need to the default ones in the module ``transformers.trainer``.
+    """Add our callbacks to the default ones in the module ``transformers.trainer``, which come before the reporters.
 
     Args:
         trainer: The imported module.
@@ -101,17 +102,21 @@ def add_callbacks(trainer: ModuleType) -> None:
     Raises:
         UnsupportedTransformersError: There is no such list.
     """
-    from hf_lowmem_optim.trainer.gradient_error import GradientErrorCallback
-    from hf_lowmem_optim.trainer.layerwise import LayerwiseCallback
+    from hf_lowmem_optim.trainer.backward import BackwardCallback
+    from hf_lowmem_optim.trainer.callbacks import EarlyLogCallback
 
     defaults = getattr(trainer, "DEFAULT_CALLBACKS", None)
     if not isinstance(defaults, list):
         raise _unsupported(f"{TRAINER_MODULE}.DEFAULT_CALLBACKS is not a list of callbacks")
-    defaults.extend(callback for callback in (LayerwiseCallback, GradientErrorCallback) if callback not in defaults)
+    ours: list[Any] = [BackwardCallback, EarlyLogCallback]
+    # By name, to find those of an earlier import; and in place, because other modules hold the same list.
+    names = {(callback.__module__, callback.__name__) for callback in ours}
+    others = [each for each in defaults if (each.__module__, getattr(each, "__name__", "")) not in names]
+    defaults[:] = [*others, *ours]
 
 
 def _make_factory(context: Any) -> tuple[Any, dict[str, Any]]:
-    """The handler: transformers' ``OptimizerContext`` in, a factory and its (no) keyword arguments out."""
+    """Handle transformers' ``OptimizerContext``: return a factory and its (no) keyword arguments."""
     from hf_lowmem_optim.trainer.factory import OptimizerFactory
 
     return OptimizerFactory.from_training_args(context.args), {}
@@ -128,9 +133,6 @@ def _insert_member(names: Any, name: str) -> Any:
     member._sort_order_ = len(names._member_names_)
     member.__objclass__ = names
     setattr(member, _MARK, True)
-    # On the instance, where pickle and copy look it up: `training_args.bin` then loads in a process that has not
-    # imported this package, because unpickling the member does.
-    member.__reduce_ex__ = lambda protocol: (_restore_member, (name,))
     # Before the maps know it: afterwards the metaclass takes it for the reassignment of a member and refuses.
     setattr(names, member_name, member)
     names._member_names_.append(member_name)
@@ -160,55 +162,6 @@ def _check_member(names: Any, member: Any) -> None:
     )
     if not works:
         raise _unsupported(f"OptimizerNames did not take the new member {member.value!r}")
-
-
-def _name_near_misses(names: Any) -> None:
-    """Add "did you mean" to the error for an unknown value which resembles one of ours.
-
-    Nothing else changes: transformers' own ``_missing_`` runs first and decides, and what it raises without a
-    resemblance passes as it is. Command lines check against the list of members before they get here.
-    """
-    complain = names._missing_
-    if hasattr(complain, _MARK):
-        return
-
-    def _missing_(cls: Any, value: object) -> Any:
-        try:
-            return complain(value)
-        except ValueError as error:
-            close = difflib.get_close_matches(str(value), OPTIMIZERS, n=1)
-            if not close:
-                raise
-            raise ValueError(f"optim={str(value)!r}: did you mean {close[0]!r}? ({error})") from None
-
-    setattr(_missing_, _MARK, True)
-    names._missing_ = classmethod(_missing_)
-
-
-def _explain_malformed_arguments(trainer_optimizer: ModuleType) -> None:
-    """Say what is wrong with ``optim_args="rank"``, which transformers itself parses before any handler runs.
-
-    Nothing else changes: its parser decides, and only the text of its "not enough values to unpack" is replaced.
-    """
-    parse = getattr(trainer_optimizer, "_parse_optim_args", None)
-    if parse is None or hasattr(parse, _MARK):
-        return
-
-    @functools.wraps(parse)
-    def explained(text: str | None) -> Any:
-        try:
-            return parse(text)
-        except ValueError as error:
-            wrong = next((entry for entry in str(text).split(",") if entry.count("=") != 1), text)
-            raise ValueError(
-                f"optim_args={text!r}: {wrong!r} is not of the form key=value, such as rank=8 ({error})"
-            ) from None
-
-    setattr(explained, _MARK, True)
-    # transformers.trainer holds the function under the same name, if it is imported already.
-    for module in (trainer_optimizer, sys.modules.get("transformers.trainer")):
-        if module is not None and vars(module).get("_parse_optim_args") is parse:
-            vars(module)["_parse_optim_args"] = explained
 
 
 def _unsupported(reason: str) -> UnsupportedTransformersError:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from hf_lowmem_optim.memory.budget import SIZE_KEYS
 from hf_lowmem_optim.memory.plan import plan_optimizer
-from hf_lowmem_optim.memory.units import format_bytes
+from hf_lowmem_optim.memory.byte_sizes import format_bytes
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
 from hf_lowmem_optim.trainer.param_groups import COMPRESSED, SWITCHED_OFF, Placement
 
@@ -47,7 +47,7 @@ def describe_placements(optimizer: LowMemoryOptimizer, placements: Sequence[Plac
 
 
 def _label(optimizer: LowMemoryOptimizer, placement: Placement) -> str:
-    """The rule of a parameter, with the settings that go with it and those of its own."""
+    """Describe the rule of a parameter, with the settings that go with it and those of its own."""
     settings = {**optimizer.defaults, **placement.settings}
     keys = optimizer.state_keys
     if placement.rule == COMPRESSED:

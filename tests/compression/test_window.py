@@ -1,4 +1,4 @@
-"""The three kinds of windows against the matrix G that they stand for."""
+"""The dense and the low-rank windows against the matrix G that they stand for."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_lowmem_optim.compression import window as window_module
-from hf_lowmem_optim.compression.topk import kept_per_block, window_specs
-from hf_lowmem_optim.compression.window import DenseRows, LowRankRows, SparseRows, Window
-from hf_lowmem_optim.kernels.block_topk import block_topk_
-from hf_lowmem_optim.kernels.sparse_window import SparseWindow
+from hf_lowmem_optim.compression.window import DenseRows, LowRankRows, Window
 
 NUM_ROWS, ROWS, COLUMNS = 5, 12, 30
 
@@ -25,20 +22,7 @@ def lowrank() -> tuple[Window, Tensor]:
     return LowRankRows(left, right), torch.einsum("mrp,mrq->mpq", left.double(), right.double()).flatten(1)
 
 
-def sparse() -> tuple[Window, Tensor]:
-    numel, block_size, density = ROWS * COLUMNS, 64, 0.1
-    specs = window_specs(numel, window=NUM_ROWS, density=density, block_size=block_size)
-    indices, values = (specs[key].allocate("cpu") for key in ("indices", "values"))
-    full = torch.zeros(NUM_ROWS, numel)
-    for row in range(NUM_ROWS):
-        gradient = torch.randn(numel)
-        error = torch.zeros(numel)
-        block_topk_(indices[row], values[row], gradient, error, block_size=block_size, density=density)
-        full[row] = gradient - error
-    return SparseRows(SparseWindow(indices, values, numel, block_size, kept_per_block(block_size, density))), full
-
-
-@pytest.mark.parametrize("build", [dense, lowrank, sparse])
+@pytest.mark.parametrize("build", [dense, lowrank])
 def test_a_window_is_its_matrix(build, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
     window, full = build()

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from hf_lowmem_optim import OPTIMIZERS
 from hf_lowmem_optim.memory.budget import MAX_WINDOW, BudgetSearch
+from hf_lowmem_optim.memory.byte_sizes import format_bytes, parse_bytes
 from hf_lowmem_optim.memory.plan import plan_groups, plan_temporaries
-from hf_lowmem_optim.memory.units import format_bytes, parse_bytes
-from hf_lowmem_optim.state import TensorSpec
+from hf_lowmem_optim.spec import TensorSpec
 
 
 @pytest.mark.parametrize(
@@ -44,13 +44,11 @@ def test_shards_cover_the_tensor() -> None:
 
 def search(name: str) -> BudgetSearch:
     optimizer_class = OPTIMIZERS[name].optimizer_class
+    method = optimizer_class.method
     compressed = [torch.empty(shape, device="meta") for shape in ((96, 128), (128, 80), (8192,))]
     dense = [torch.empty(50, 40, device="meta")]
-    defaults = optimizer_class.default_hyperparameters()
-    groups = [
-        {**defaults, "params": compressed},
-        {**defaults, "params": dense, optimizer_class.dense_key: None},
-    ]
+    defaults = method.options.defaults()
+    groups = [{**defaults, "params": compressed}, {**defaults, "params": dense, **dict([method.switch])}]
     return BudgetSearch(optimizer_class, groups)
 
 
@@ -80,8 +78,8 @@ def test_smaller_settings_are_sized_as_they_would_be_built(name: str) -> None:
     assert min(size for _, size in changes) < finder.added_bytes({})
     for change, size in changes:
         assert finder.added_bytes(change) == size
-        finder.optimizer_class.check_hyperparameters(change)
-    if finder.optimizer_class.layerwise:
+        finder.optimizer_class.method.check(change, name)
+    if finder.optimizer_class.method.layerwise:
         return
     # with several processes what needs a single one is left out, and nothing else
     choices = [change for change, _ in changes if change.get("error_feedback") != "grad"]
@@ -97,7 +95,7 @@ def test_the_storage_of_dense_moments_is_one_of_the_settings(name: str) -> None:
     finder = search(name)
     finder.groups[1]["params"].append(torch.empty(512, 100, device="meta"))
     sizes = [size for change, size in finder.smaller() if change == {"dense_state": "8bit"}]
-    temporaries = plan_temporaries(finder.optimizer_class, finder.groups) or 0
+    temporaries = plan_temporaries(finder.optimizer_class, finder.groups)
     saved = 2 * 51200 * 3 - 2 * 4 * 200
     groups = [{**group, "dense_state": "8bit"} for group in finder.groups]
     assert sizes == [finder.added_bytes({"dense_state": "8bit"})]

@@ -40,7 +40,7 @@ def test_planned_equals_measured(name: str, dtype: torch.dtype) -> None:
     assert measured == planned
     assert measured.num_parameters == sum(p.numel() for p in given)
     assert measured.adamw_fp32_bytes == 8 * measured.num_parameters
-    shared = sum(spec.nbytes for spec in optimizer.shared_specs(optimizer.param_groups).values())
+    shared = sum(spec.nbytes for spec in optimizer.method.shared_specs(optimizer.param_groups).values())
     assert sum(measured.group_bytes) + shared == measured.total_bytes
     assert measured.total_bytes == sum(
         v.numel() * v.element_size()

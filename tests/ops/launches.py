@@ -11,25 +11,22 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from hf_lowmem_optim.kernels import backend
-from hf_lowmem_optim.kernels.block_quant import QuantFormat, Quantized, dequantize_, dequantize_add_, quantize_
-from hf_lowmem_optim.kernels.block_topk import block_topk_, num_kept
-from hf_lowmem_optim.kernels.block_topk import kept_per_block as count_kept
-from hf_lowmem_optim.kernels.orthonormalize import orthonormalize
-from hf_lowmem_optim.kernels.sparse_window import (
+from hf_lowmem_optim.ops import dispatch
+from hf_lowmem_optim.ops.block_quant import Quantized, dequantize_, dequantize_add_, quantize_
+from hf_lowmem_optim.ops.block_topk import block_topk_, num_kept
+from hf_lowmem_optim.ops.low_rank import Coefficients, orthonormalize
+from hf_lowmem_optim.ops.sparse_window import (
     SparseWindow,
     window_combine_,
     window_descend_,
-    window_dots,
     window_gram_row,
     window_update_,
 )
-from hf_lowmem_optim.kernels.subspace_adam import Coefficients
+from hf_lowmem_optim.spec import QuantFormat
 
 __all__ = ["LAUNCHES", "Launch", "force_triton"]
 
@@ -61,13 +58,8 @@ class Launch:
 
 def force_triton() -> None:
     """Have every operation of this process served by its Triton kernel, also on CPU tensors."""
-    os.environ[backend.ENVIRONMENT_VARIABLE] = "triton"
-    backend._triton_interprets = lambda: True
-
-
-def subspace_adam_kernel() -> ModuleType:
-    """The kernels of LDAdam's step, of which one call of the operation launches several."""
-    return backend.implementation("subspace_adam", "triton")
+    os.environ[dispatch.ENVIRONMENT_VARIABLE] = "triton"
+    dispatch._triton_interprets = lambda: True
 
 
 def _window(numel: int, block_size: int, kept: int, window: int, values: torch.dtype) -> SparseWindow:
@@ -109,8 +101,6 @@ def _window_product(name: str) -> Launch:
     def prepare() -> tuple[Callable[[], object], list[Tensor]]:
         rows, weights = _window(numel, 4096, 41, 32, BF16), torch.rand(32)
         dense = torch.randn(numel)
-        if name == "window_dots":
-            return lambda: window_dots(rows, dense), [dense, rows.indices, rows.values]
         if name == "window_gram_row":
             return lambda: window_gram_row(rows, 5), [rows.indices, rows.values]
         if name.startswith("window_descend"):
@@ -161,7 +151,6 @@ def _topk(
 
     def prepare() -> tuple[Callable[[], object], list[Tensor]]:
         kept = num_kept(numel, block_size, density)
-        assert kept == NUM_BLOCKS * count_kept(block_size, density)
         indices, chosen = torch.zeros(kept, dtype=torch.int16), torch.zeros(kept, dtype=values)
         gradient = torch.randn(numel).to(grad)
         if isinstance(error, QuantFormat):
@@ -189,22 +178,29 @@ def _reflections(rows: int, rank: int) -> Launch:
 
 def _moments(rank: int, columns: int = 512) -> Launch:
     def prepare() -> tuple[Callable[[], object], list[Tensor]]:
-        m, v, projected = (torch.rand(rank, columns) for _ in range(3))
-        mixing, right = torch.rand(rank, rank), torch.empty(2 * rank, columns)
-        call = subspace_adam_kernel().update_moments_
-        return lambda: call(mixing, m, v, projected, right, NUMBERS), [mixing, m, m, v, v, projected, projected, right]
+        from hf_lowmem_optim.ops.triton.ldadam import update_moments_
+
+        m, v, projected = (torch.rand(1, rank, columns) for _ in range(3))
+        R, right = torch.rand(1, rank, rank), torch.empty(1, 2 * rank, columns)
+        call = partial(update_moments_, R, m, v, projected, right, NUMBERS)
+        return call, [R, m, m, v, v, projected, projected, right]
 
     return Launch(f"moments, rank {rank}", rank * columns, prepare, 4)
 
 
-def _low_rank_descent(rows: int, columns: int, rank: int, param: torch.dtype) -> Launch:
+def _low_rank_descent(rows: int, columns: int, rank: int, dtype: torch.dtype) -> Launch:
     def prepare() -> tuple[Callable[[], object], list[Tensor]]:
-        short, long = sorted((rows, columns))
-        weight, basis, direction = torch.randn(rows, columns).to(param), torch.rand(short, rank), torch.rand(rank, long)
-        call = subspace_adam_kernel().descend_
-        return lambda: call(weight, basis, direction, NUMBERS, None), [weight, weight, basis, direction]
+        from hf_lowmem_optim.ops.triton.ldadam import descend_
 
-    return Launch(f"descend {rows} × {columns}, rank {rank}, {param}", rows * columns, prepare, 16)
+        weight = torch.randn(rows, columns).to(dtype)
+        # as LDAdam has them: the basis is [short, rank], the direction [rank, long]
+        left, right = torch.rand(1, min(rows, columns), rank), torch.rand(1, rank, max(rows, columns))
+        factors = (left, right) if rows <= columns else (right.mT, left.mT)
+        return partial(descend_, [weight], *factors, 0.9, 0.4), [weight, weight, left, right]
+
+    return Launch(
+        f"descend {rows} × {columns}, rank {rank}, {dtype}", rows * columns, prepare, 16 if columns % 16 == 0 else 4
+    )
 
 
 FOUR, EIGHT, FOUR_FP32 = QuantFormat(), QuantFormat(bits=8), QuantFormat(stat_dtype=FP32)
@@ -227,7 +223,6 @@ LAUNCHES: list[Launch] = [
     _window_update("32 rows (scratch)", window=32),
     _window_update("fp32 values (scratch), weight decay", values=FP32, weight_decay=0.1),
     _window_update("block of 32768 (scratch), bf16 parameter", block_size=32768, kept=328, param=BF16),
-    _window_product("window_dots"),
     _window_product("window_combine"),
     _window_product("window_gram_row"),
     _window_product("window_descend"),
@@ -246,4 +241,8 @@ LAUNCHES: list[Launch] = [
     _moments(256),
     _low_rank_descent(256, 512, 16, BF16),
     _low_rank_descent(512, 256, 32, FP16),
+    _low_rank_descent(256, 512, 16, FP32),
+    _low_rank_descent(256, 512, 128, BF16),
+    _low_rank_descent(500, 1000, 20, BF16),
+    _low_rank_descent(500, 1000, 50, BF16),
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -151,18 +150,3 @@ def test_importing_the_operations_imports_neither_triton_nor_numba() -> None:
         "assert not {'triton', 'numba'} & set(sys.modules), 'imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_numba_leaves_torchs_number_of_threads_alone() -> None:
-    pytest.importorskip("numba")
-    code = """
-import torch
-from hf_lowmem_optim.ops.block_topk import TopK, foreach_block_topk_
-for threads in (1, 2):
-    torch.set_num_threads(threads)
-    indices, values = torch.zeros(1, 3000, dtype=torch.int16), torch.zeros(1, 3000)
-    foreach_block_topk_([TopK(indices, values, 0, torch.ones(300_000), None, 1000, 0.01)] * 2)
-    assert torch.get_num_threads() == threads, torch.get_num_threads()
-"""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", ENVIRONMENT_VARIABLE: "cpu"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

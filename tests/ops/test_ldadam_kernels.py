@@ -1,29 +1,19 @@
-"""What LDAdam does with a matrix in a step: every backend against float64, both ways round."""
+"""LDAdam's two Triton kernels: the moments in their new basis, and the descent of weights where they lie."""
 
 from __future__ import annotations
 
-import copy
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from hf_lowmem_optim.compression.quantization import (
-    QuantFormat,
-    Quantized,
-    dequantize_add_,
-    quantize_,
-    quantized_specs,
-    quantized_state,
-)
-from hf_lowmem_optim.kernels.backend import ENVIRONMENT_VARIABLE
-from hf_lowmem_optim.kernels.subspace_adam import Buffers, Coefficients, subspace_adam_
-from tests.ops.test_block_quant import DEVICE, FAST, INTERPRETED
+from hf_lowmem_optim.ops.low_rank import Coefficients
+from tests.ops.backends import BF16, DEVICE, FP16, FP32, INTERPRETED, ON_GPU, QUIET
 
-# the interpreter computes in numpy, which warns of what the cases are made for
-pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+ldadam = pytest.importorskip("hf_lowmem_optim.ops.triton.ldadam", exc_type=ImportError)
+pytestmark = [*([] if INTERPRETED else ON_GPU), QUIET]
 
 NUMBERS = Coefficients(
     momentum_weight=0.8,
@@ -36,76 +26,9 @@ NUMBERS = Coefficients(
     step_size=0.4,
 )
 
-#: Rows, columns, rank, batch.
-SIZES = {
-    "one column": (7, 5, 1, ()),
-    "square": (16, 16, 3, ()),
-    "wide, no multiple of anything": (150, 597, 13, ()),
-    "tall, no multiple of anything": (597, 151, 13, ()),
-    "a rank of several tiles": (70, 90, 37, ()),
-    "tall, of several tiles": (91, 70, 37, ()),
-    "a batch": (12, 64, 4, (3,)),
-    "a tall batch": (64, 12, 4, (3,)),
-    "wide, in pieces": (520, 1030, 8, ()),
-    "tall, in pieces": (1030, 520, 8, ()),
-}
-RESULTS = ("param", "matrix", "basis", "exp_avg", "exp_avg_sq")
 
-
-class Problem:
-    """A matrix with its state."""
-
-    def __init__(self, rows: int, columns: int, rank: int, batch: tuple[int, ...] = ()) -> None:
-        generator = torch.Generator().manual_seed(0)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*batch, *shape, generator=generator).to(DEVICE)
-
-        p, q = sorted((rows, columns))
-        self.tall = rows > columns
-        self.matrix, self.param = normal(rows, columns), normal(rows, columns)
-        self.basis, self.new_basis = (torch.linalg.qr(normal(p, rank))[0].contiguous() for _ in range(2))
-        self.exp_avg, self.exp_avg_sq = normal(rank, q), normal(rank, q).abs()
-        both, right = (torch.full((*batch, 2 * rank, size), math.nan, device=DEVICE) for size in (p, q))
-        self.buffers = Buffers(both, torch.full_like(self.exp_avg, math.nan), right)
-
-    def short_side_first(self, matrix: Tensor) -> Tensor:
-        return matrix.mT if self.tall else matrix
-
-    def step(self, *, moves: bool = False, **changes: Any) -> None:
-        """Do it, with the power iteration or to the basis that is given."""
-        tensors = {name: getattr(self, name) for name in RESULTS}
-        given = {"new_basis": None if moves else self.new_basis, "store": None if "error" in changes else _nowhere}
-        usual = {"buffers": self.buffers, "coefficients": NUMBERS, "wide": lambda: torch.empty_like(self.matrix)}
-        subspace_adam_(**{**tensors, **given, **usual, **changes})
-
-    def results(self) -> list[Tensor]:
-        return [*(getattr(self, name) for name in RESULTS), self.buffers.projected]
-
-
-def quantized(matrix: Tensor, fmt: QuantFormat) -> Quantized:
-    """A matrix, quantized."""
-    specs = quantized_specs(matrix.numel(), fmt)
-    state = {key: torch.zeros(spec.shape, dtype=spec.dtype, device=DEVICE) for key, spec in specs.items()}
-    stored = quantized_state(state, matrix.numel(), fmt)
-    quantize_(stored, matrix)
-    return stored
-
-
-def _nowhere() -> None:
-    """What is left of the matrix stays where it is."""
-
-
-@pytest.fixture(params=["reference", *FAST])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, request.param)
-    return str(request.param)
-
-
-def skip_what_takes_long(backend: str, size: tuple[int, int, int, tuple[int, ...]]) -> None:
-    """In Triton's interpreter, where 500 × 1000 take seconds, only what is small is run; on a GPU everything is."""
-    if backend == "triton" and INTERPRETED and size[0] * size[1] > 10_000:
-        pytest.skip("the interpreter takes seconds for it, and smaller ones have several tiles, too")
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -113,203 +36,142 @@ def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(got.double() / scale, expected / scale, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("moves", [True, False])
-@pytest.mark.parametrize("contiguous", [True, False])
-def test_it_is_the_formulas(
-    backend: str, size: tuple[int, int, int, tuple[int, ...]], moves: bool, contiguous: bool
-) -> None:
-    skip_what_takes_long(backend, size)
-    one = Problem(*size)
-    if not contiguous:
-        one.matrix, one.param = (matrix.mT.contiguous().mT for matrix in (one.matrix, one.param))
-    a, W = (one.short_side_first(matrix.double()) for matrix in (one.matrix, one.param))
-    old, U, m, v = (tensor.double() for tensor in (one.basis, one.new_basis, one.exp_avg, one.exp_avg_sq))
-    if moves:
-        b = NUMBERS.momentum_weight * old @ m + NUMBERS.gradient_weight * a
-        U = torch.linalg.qr(b @ (b.mT @ old))[0]
-    one.step(moves=moves)
+def state(n: int, r: int, q: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """R, m, v, p̃ and what is written: of bases that are not far from each other."""
+    R = torch.eye(r, device=DEVICE) + 0.3 * normal(n, r, r, seed=1)
+    right = torch.full((n, 2 * r, q), math.nan, device=DEVICE)
+    return R, normal(n, r, q, seed=2), normal(n, r, q, seed=3).abs(), normal(n, r, q, seed=4), right
 
-    if backend == "triton":  # no QR: its columns have signs of their own
-        U = U * (U * one.basis).sum(-2, keepdim=True).sign()
-    close(one.basis, U, 3e-6)
-    U = one.basis.double()  # as it was rounded
-    beta1, beta2, k = NUMBERS.beta1, NUMBERS.beta2, NUMBERS.correction
-    R, p = U.mT @ old, U.mT @ a
-    moved = R @ m
-    second = (beta2 * R**2 @ (v - k * m**2) + beta2 * k * moved**2).abs() + (1 - beta2) * p**2
-    c = beta1 / (1 - beta1)
-    close(one.exp_avg, beta1 * moved + (1 - beta1) * p, 1e-6)
-    # Triton rounds every product and sum, where the others contract some
-    close(one.exp_avg_sq, second, 2e-6 if backend == "triton" else 1e-6)
+
+@pytest.mark.parametrize(("n", "r", "q"), [(1, 1, 7), (1, 3, 16), (3, 4, 64), (2, 13, 97), (1, 37, 70)])
+def test_moments_are_the_formulas(n: int, r: int, q: int) -> None:
+    R, m, v, projected, right = state(n, r, q)
+    wide_R, old_m, old_v, p = (tensor.double() for tensor in (R, m, v, projected))
+    ldadam.update_moments_(R, m, v, projected, right, NUMBERS)
+    beta1, beta2, k, c = NUMBERS.beta1, NUMBERS.beta2, NUMBERS.correction, NUMBERS.beta1 / (1 - NUMBERS.beta1)
+    moved = wide_R @ old_m
+    close(m, beta1 * moved + (1 - beta1) * p, 1e-6)
+    second = (beta2 * wide_R**2 @ (old_v - k * old_m**2) + beta2 * k * moved**2).abs() + (1 - beta2) * p**2
+    close(v, second, 2e-6)  # every product and sum is rounded
     # of the moments as they were rounded: next to v = 0 the quotient is ill-conditioned
-    d = one.exp_avg.double() / (one.exp_avg_sq.double().sqrt() + NUMBERS.damping)
-    close(one.buffers.projected, d, 1e-6)
-    rest = 3e-6 if backend == "triton" else 2e-6
-    close(one.short_side_first(one.matrix), a + old @ (c * m) - U @ (p + c * moved), rest)
-    close(one.short_side_first(one.param), NUMBERS.decay * W - NUMBERS.step_size * U @ d, 1e-6)
+    close(projected, m.double() / (v.double().sqrt() + NUMBERS.damping), 1e-6)
+    close(right, torch.cat([c * old_m, -(p + c * moved)], 1), 1e-6)
 
 
-@pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("size", [(150, 597, 13), (597, 151, 16)])
-def test_a_narrow_weight_is_rounded_once(size: tuple[int, int, int], dtype: torch.dtype) -> None:
-    one = Problem(*size)
-    one.param = one.param.to(dtype)
-    W = one.short_side_first(one.param.double())
-    one.step()
-    exact = NUMBERS.decay * W - NUMBERS.step_size * one.basis.double() @ one.buffers.projected.double()
-    # half a unit of the last place, and what float32 rounded before
-    error = (one.short_side_first(one.param.double()) - exact).abs()
-    assert (error <= (torch.finfo(dtype).eps / 2 + 1e-6) * exact.abs() + 1e-6).all()
-
-
-@pytest.mark.parametrize("fmt", [QuantFormat(4, 64), QuantFormat(8, 64), QuantFormat(4, 48)], ids=str)
-@pytest.mark.parametrize("size", [(21, 37, 3, ()), (520, 1030, 8, ()), (64, 12, 4, (3,))], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("seed", [None, 5])
-def test_a_quantized_error_is_added_and_stored_to_the_bit(
-    backend: str, size: tuple[int, int, int, tuple[int, ...]], fmt: QuantFormat, dtype: torch.dtype, seed: int | None
-) -> None:
-    skip_what_takes_long(backend, size)
-    fused = Problem(*size)
-    fused.param = fused.param.to(dtype)
-    apart, gradient = copy.deepcopy(fused), fused.param.clone()
-    one, other = (quantized(apart.matrix, fmt) for _ in range(2))
-    fused.matrix = torch.full_like(fused.matrix, math.nan)
-    # a wide copy of a narrow weight takes the matrix's place: what is left of that must be stored by then
-    fused.step(moves=True, gradient=gradient, error=one, seed=seed, wide=lambda: fused.matrix)
-    dequantize_add_(apart.matrix, other, onto=gradient)
-    apart.step(moves=True)
-    quantize_(other, apart.matrix, seed=seed)
-    if dtype != torch.float32 and (backend == "reference" or (backend == "triton" and size[2] > 32)):
-        assert not torch.equal(fused.matrix, apart.matrix)  # the wide copy is there now
-        fused.matrix = apart.matrix
-    assert all(torch.equal(a, b) for a, b in zip(fused.results(), apart.results(), strict=True))
-    assert all(torch.equal(getattr(one, part), getattr(other, part)) for part in ("codes", "lo", "hi"))
-
-
-@pytest.mark.usefixtures("backend")
-def test_what_is_left_is_stored_before_its_memory_serves_the_weight() -> None:
-    one = Problem(30, 40, 4)
-    other = copy.deepcopy(one)
-    other.step()
-    one.param = one.param.bfloat16()
-    kept: list[Tensor] = []
-    one.step(wide=lambda: one.matrix, store=lambda: kept.append(one.matrix.clone()))
-    assert torch.equal(kept[0], other.matrix)
-
-
-@pytest.mark.parametrize("rank", [8, 32, 40])
-@pytest.mark.parametrize("rows", [48, 640])
-@pytest.mark.parametrize("backend", ["reference", "cpu"], indirect=True)
-def test_one_of_a_batch_is_what_it_is_alone(backend: str, rows: int, rank: int) -> None:
-    # sizes of which batches are made: ``is_aligned``
-    together = Problem(rows, 160, rank, (3,))
-    alone = [Problem(rows, 160, rank) for _ in range(3)]
+def test_each_of_a_batch_is_what_it_is_alone() -> None:
+    together = state(3, 13, 40)
+    alone = [[tensor[i : i + 1].clone() for tensor in together] for i in range(3)]
+    ldadam.update_moments_(*together, NUMBERS)
     for i, one in enumerate(alone):
-        for name, tensor in vars(together).items():
-            if isinstance(tensor, Tensor):
-                setattr(one, name, tensor[i].clone())
-        one.step(moves=True)
-    together.step(moves=True)
-    for i, one in enumerate(alone):
-        assert all(torch.equal(a[i], b) for a, b in zip(together.results(), one.results(), strict=True))
+        ldadam.update_moments_(*one, NUMBERS)
+        assert all(torch.equal(a[i : i + 1], b) for a, b in zip(together, one, strict=True))
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="the interpreter's")
-def test_a_gpu_leaves_large_ranks_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
-    from hf_lowmem_optim.kernels.subspace_adam import kernel
-
-    monkeypatch.setattr(kernel, "_MOST_ROWS", 12)
-    monkeypatch.setattr(kernel, "_moments_kernel", None)
-    one, other = Problem(40, 60, 13), Problem(40, 60, 13)
-    for each, backend in ((one, "triton"), (other, "reference")):
-        monkeypatch.setenv(ENVIRONMENT_VARIABLE, backend)
-        each.step()
-    assert all(torch.equal(a, b) for a, b in zip(one.results(), other.results(), strict=True))
-
-
-@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
-@pytest.mark.parametrize("shape", [(520, 1030), (1030, 520)])
-@pytest.mark.parametrize("way", ["given", "moves", "with an error"])
-def test_the_pieces_change_nothing(
-    backend: str, shape: tuple[int, int], way: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("numba")
-    from hf_lowmem_optim.kernels.subspace_adam import cpu
-
-    def run(pieces: int) -> list[Tensor]:
-        monkeypatch.setattr(cpu, "num_pieces", lambda *_: pieces)
-        one = Problem(*shape, 8)
-        if way != "with an error":
-            one.step(moves=way == "moves")
-            return one.results()
-        one.param = one.param.bfloat16()
-        error = quantized(one.matrix, QuantFormat(4, 64))
-        one.step(moves=True, gradient=one.param.clone(), error=error)
-        return [*one.results(), error.codes, error.lo, error.hi]
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        assert all(torch.equal(a, b) for a, b in zip(run(1), run(3), strict=True))
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
-def test_integers_among_the_numbers_compile_nothing_anew(backend: str) -> None:
-    pytest.importorskip("numba")
-    from hf_lowmem_optim.kernels.subspace_adam import cpu
-
-    Problem(30, 40, 4).step()
-    compiled = len(cpu._step.signatures)
-    Problem(30, 40, 4).step(coefficients=NUMBERS._replace(beta1=0, decay=1))
-    assert len(cpu._step.signatures) == compiled
-
-
-@pytest.mark.usefixtures("backend")
-def test_without_a_place_for_the_rest_the_gradient_is_only_read() -> None:
-    one = Problem(30, 40, 4)
-    before = one.matrix.clone()
-    one.step(moves=True, store=None)
-    assert torch.equal(one.matrix, before)
-
-
-@pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("rank", [6, 20])
+@pytest.mark.parametrize("r", [6, 20])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_not_finite_is_carried_on_and_nowhere_else(value: float, rank: int) -> None:
-    one = Problem(50, 100, rank)
-    one.matrix[3, 7] = value
-    one.step()
-    rest = torch.arange(100) != 7
-    for tensor in (one.exp_avg, one.exp_avg_sq, one.buffers.projected, one.matrix, one.param):
-        assert not tensor[:, 7].isfinite().all()
-        assert tensor[:, rest].isfinite().all()
+def test_moments_carry_on_what_is_not_finite_and_nowhere_else(value: float, r: int) -> None:
+    R, m, v, projected, right = state(1, r, 100)
+    projected[0, 3, 7] = value
+    ldadam.update_moments_(R, m, v, projected, right, NUMBERS)
+    for tensor in (m, v, projected, right):
+        assert not tensor[..., 7].isfinite().all()
+        assert tensor[..., torch.arange(100) != 7].isfinite().all()
 
 
-def test_wrong_tensors_are_refused() -> None:
-    one = Problem(3, 4, 2)
-    buffers = one.buffers
+def test_a_rank_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="r must be at most 256, got 257"):
+        ldadam.update_moments_(*state(1, 257, 4), NUMBERS)
+
+
+def weights_of(n: int, rows: int, columns: int, dtype: torch.dtype) -> list[Tensor]:
+    return [normal(rows, columns, seed=10 + i).to(dtype) for i in range(n)]
+
+
+def descended(weights: Sequence[Tensor], left: Tensor, right: Tensor) -> list[Tensor]:
+    """By the formula, in float64."""
+    return [
+        NUMBERS.decay * weight.double() - NUMBERS.step_size * a.double() @ b.double()
+        for weight, a, b in zip(weights, left, right, strict=True)
+    ]
+
+
+def check_descent(weights: Sequence[Tensor], left: Tensor, right: Tensor) -> None:
+    """Against the formula: half a unit of the last place, and what float32 rounded before."""
+    expected = descended(weights, left, right)
+    ldadam.descend_(weights, left, right, NUMBERS.decay, NUMBERS.step_size)
+    for weight, exact in zip(weights, expected, strict=True):
+        last_place = 0 if weight.dtype == FP32 else torch.finfo(weight.dtype).eps / 2
+        error = (weight.double() - exact).abs()
+        assert (error <= (last_place + 1e-6) * exact.abs() + 1e-6 * exact.abs().max()).all()
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@pytest.mark.parametrize(
+    ("n", "rows", "columns", "rank"),
+    [(1, 7, 5, 1), (3, 64, 128, 4), (2, 70, 150, 13), (1, 150, 70, 32), (2, 65, 80, 33), (1, 40, 64, 128)],
+)
+def test_weights_descend_and_are_rounded_once(n: int, rows: int, columns: int, rank: int, dtype: torch.dtype) -> None:
+    check_descent(weights_of(n, rows, columns, dtype), normal(n, rows, rank), normal(n, rank, columns))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_factors_and_weights_of_any_layout(dtype: torch.dtype) -> None:
+    left, right = normal(2, 6, 48), normal(2, 80, 6)
+    transposed = [weight.mT.contiguous().mT for weight in weights_of(2, 48, 80, dtype)]
+    check_descent(transposed, left.mT, right.mT)
+    # rows of a wider matrix, and what does not begin at a multiple of 16 bytes
+    wider = [normal(48, 96).to(dtype)[:, 16:] for _ in range(2)]
+    check_descent(wider, left.mT, right.mT)
+    odd = [normal(48 * 80 + 1).to(dtype)[1:].view(48, 80), *weights_of(1, 48, 80, dtype)]
+    check_descent(odd, left.mT, right.mT)
+    check_descent([normal(1, 64).to(dtype), normal(1, 64).to(dtype)], normal(2, 1, 3), normal(2, 3, 64))
+    check_descent([normal(64, 1).to(dtype), normal(64, 1).to(dtype)], normal(2, 64, 3), normal(2, 3, 1))
+
+
+def test_all_weights_are_one_launch_and_come_out_as_they_do_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches: list[tuple[int, ...]] = []
+    kernel = ldadam._descend_kernel
+
+    class Counting:
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            launches.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(ldadam, "_descend_kernel", Counting())
+    left, right = normal(5, 48, 6), normal(5, 6, 80)
+    together, alone = weights_of(5, 48, 80, BF16), weights_of(5, 48, 80, BF16)
+    ldadam.descend_(together, left, right, 0.9, 0.4)
+    assert launches == [(2, 5)]
+    for i, weight in enumerate(alone):
+        ldadam.descend_([weight], left[i : i + 1], right[i : i + 1], 0.9, 0.4)
+        assert torch.equal(weight, together[i])
+
+
+def test_what_is_not_finite_reaches_its_own_entries() -> None:
+    weights, left, right = weights_of(2, 20, 30, BF16), normal(2, 20, 4), normal(2, 4, 30)
+    weights[0][3, 5], right[1, 2, 7] = math.nan, math.inf
+    ldadam.descend_(weights, left, right, 0.9, 0.4)
+    at = [(~weight.isfinite()).nonzero().tolist() for weight in weights]
+    assert at == [[[3, 5]], [[row, 7] for row in range(20)]]
+
+
+def test_weights_that_one_launch_cannot_address_are_refused() -> None:
+    left, right = normal(2, 8, 3), normal(2, 3, 8)
     wrong = {
-        "basis must have 6 entries, got 9": {"basis": torch.zeros(3, 3)},
-        "new_basis must have 6 entries, got 4": {"new_basis": torch.zeros(2, 2)},
-        "exp_avg_sq must have 8 entries": {"exp_avg_sq": torch.zeros(2, 5)},
-        "at most 3 rows, of 4 entries": {"exp_avg": torch.zeros(4, 4)},
-        "rows, of 4 entries; got": {"exp_avg": torch.zeros(2, 2, 2)},
-        "param must have 12 entries, got 9": {"param": torch.zeros(3, 3)},
-        "matrix must be one of torch.float32; got torch.float16": {"matrix": one.matrix.half()},
-        "bases must have 12 entries, got 6": {"buffers": buffers._replace(bases=torch.zeros(2, 3))},
-        "right must be one of torch.float32; got torch.bfloat16": {
-            "buffers": buffers._replace(right=torch.zeros(4, 4).bfloat16())
-        },
-        "projected must be contiguous": {"buffers": buffers._replace(projected=torch.zeros(4, 2).mT)},
-        "pass gradient": {"error": object()},
-        "no other way to store": {"error": object(), "gradient": one.matrix, "store": _nowhere},
+        r"got torch.float32 \[8, 4\]": [normal(8, 8), normal(8, 4)],
+        r"with strides \(1, 8\) beside": [normal(8, 8), normal(8, 8).mT],
+        r"got torch.bfloat16": [normal(8, 8), normal(8, 8).bfloat16()],
+        r"one of the weights' strides must be 1, got \(2, 16\)": [normal(8, 16)[:, ::2]] * 2,
     }
-    for message, changes in wrong.items():
+    for message, weights in wrong.items():
         with pytest.raises(ValueError, match=message):
-            one.step(**changes)
+            ldadam.descend_(weights, left, right, 0.9, 0.4)
+
+
+def test_a_table_of_addresses_is_made_again_when_they_change() -> None:
+    device = pytest.importorskip("hf_lowmem_optim.ops.triton.device", exc_type=ImportError)
+    first, second = normal(4), normal(4)
+    table = device.address_table([first, second])
+    assert table.tolist() == [first.data_ptr(), second.data_ptr()] and table.device.type == DEVICE
+    assert device.address_table([first, second]) is table
+    assert device.address_table([second, first]).tolist() == [second.data_ptr(), first.data_ptr()]

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_lowmem_optim import LDAdam, measure_state, plan_optimizer
 from tests.optimizers.cases import assert_same_state
-from tests.optimizers.test_temporaries import peak_bytes
+from tests.memory.allocator import peak_bytes
 
 ZEROING: dict[str, Callable[[nn.Module, torch.optim.Optimizer], None]] = {
     "model.zero_grad()": lambda model, optimizer: model.zero_grad(),

@@ -1,11 +1,12 @@
-"""Trains tiny models in a process of its own: `python -m tests.trainer.resume_worker begin|resume FOLDER CASE...`.
+"""Trains tiny models in a process of its own: `python -m tests.trainer.resume_worker begin|resume FOLDER CASE NAME...`.
 
-`begin` trains every case for 12 steps without a stop, and again for 6 steps with a checkpoint at the end. `resume`, a
-new process, goes on from that checkpoint to step 12. Both write parameters and optimizer state to FOLDER/CASE/*.pt.
+`begin` trains for 12 steps without a stop, and again for 6 steps with a checkpoint at the end. `resume`, a new process,
+goes on from that checkpoint to step 12. Both write parameters and optimizer state to FOLDER/NAME-CASE/*.pt.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from dataclasses import dataclass, field
@@ -15,23 +16,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_lowmem_optim import OPTIMIZERS, measure_state, plan_optimizer
-from tests.trainer.tiny_models import tiny_llama, token_rows
+from tests.trainer.runs import ARGUMENTS, LEARNING_RATES, STOP, StopAt, logged, make_trainer
+from tests.trainer.tiny_models import tiny_llama
 
-STEPS, STOP = 12, 6
-#: With the defaults the tensors of the tiny models are too small to be compressed, or gain nothing by it.
-ARGUMENTS = {
-    "ldadam": "rank=4",
-    "microadam": "density=0.05,min_compress_size=64,quant_block_size=32",
-    "sparse_mfac": "density=0.05",
-    "lowrank_mfac": "rank=4",
-    "sparse_ggt": "density=0.05",
-}
-ARGUMENTS.update({f"{name}_layerwise": text for name, text in ARGUMENTS.items() if f"{name}_layerwise" in OPTIMIZERS})
-#: A step of GGT is at most as long as the rate, over all parameters together.
-LEARNING_RATES = {"sparse_ggt": 0.3}
+STEPS = 12
+# As in conftest.py: the Trainer's collections of garbage would take longer than training.
+gc.freeze()
 CLIP_TENSOR_NORM = 0.02
 
 
@@ -63,15 +55,6 @@ CASES = {
 }
 
 
-class StopAt(TrainerCallback):
-    """Ends training as an interruption would: the schedule is still that of the whole run."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == STOP:
-            control.should_training_stop = True
-            control.should_save = True
-
-
 def build_model(case: Case) -> nn.Module:
     model = tiny_llama().to(case.dtype)
     if case.adapters is None:
@@ -86,18 +69,12 @@ def train(name: str, case: Case, folder: Path, *, stop: bool = False, resume: bo
     """Train one case from the start or from its checkpoint, and write where it ended."""
     settings: dict[str, Any] = {
         "max_steps": STEPS,
-        "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
         "max_grad_norm": 0.5,
         "learning_rate": LEARNING_RATES.get(name, 1e-2),
         "lr_scheduler_type": "cosine",
         "warmup_steps": 3,
         "weight_decay": 0.1,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
         **case.settings,
     }
     optim_args = None if case.defaults else ARGUMENTS[name]
@@ -108,11 +85,10 @@ def train(name: str, case: Case, folder: Path, *, stop: bool = False, resume: bo
             optim_args = f"clip_tensor_norm={CLIP_TENSOR_NORM}"
             # A norm of all tensors beyond this is that of at least one which is clipped.
             clipped_at = CLIP_TENSOR_NORM * len(list(build_model(case).parameters())) ** 0.5
-    args = TrainingArguments(str(folder), optim=name, optim_args=optim_args, **settings)
     model = build_model(case)
-    trainer = Trainer(model, args, train_dataset=token_rows(24), callbacks=[StopAt()] if stop else [])
+    given = {"callbacks": [StopAt()] if stop else []}
+    trainer = make_trainer(folder, model, rows=24, given=given, optim=name, optim_args=optim_args, **settings)
     trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{STOP}") if resume else None)
-    history = trainer.state.log_history
     torch.save(
         {
             "initial": dict(build_model(case).named_parameters()),
@@ -120,8 +96,8 @@ def train(name: str, case: Case, folder: Path, *, stop: bool = False, resume: bo
             "trainable": [n for n, p in model.named_parameters() if p.requires_grad],
             "optimizer": trainer.optimizer.state_dict(),
             "steps": trainer.state.global_step,
-            "losses": [entry["loss"] for entry in history if "loss" in entry],
-            "grad_norms": [float(entry["grad_norm"]) for entry in history if "grad_norm" in entry],
+            "losses": logged(trainer, "loss"),
+            "grad_norms": logged(trainer, "grad_norm"),
             "clipped_at": clipped_at,
             "planned": plan_optimizer(trainer.optimizer).component_bytes,
             "measured": measure_state(trainer.optimizer).component_bytes,
@@ -131,18 +107,17 @@ def train(name: str, case: Case, folder: Path, *, stop: bool = False, resume: bo
     )
 
 
-def main() -> None:
-    phase, root, *chosen = sys.argv[1:]
-    for name in OPTIMIZERS:
-        for key in chosen:
-            folder = Path(root) / f"{name}-{key}"
-            folder.mkdir(parents=True, exist_ok=True)
-            if phase == "begin":
-                train(name, CASES[key], folder)
-                train(name, CASES[key], folder, stop=True)
-            else:
-                train(name, CASES[key], folder, resume=True)
+def run_phase(phase: str, root: str, name: str, key: str) -> None:
+    """Train one optimizer in one way: from the start, or from the checkpoint."""
+    folder = Path(root) / f"{name}-{key}"
+    folder.mkdir(parents=True, exist_ok=True)
+    if phase == "begin":
+        train(name, CASES[key], folder)
+        train(name, CASES[key], folder, stop=True)
+    else:
+        train(name, CASES[key], folder, resume=True)
 
 
 if __name__ == "__main__":
-    main()
+    for each in sys.argv[4:]:
+        run_phase(*sys.argv[1:3], each, sys.argv[3])

@@ -7,69 +7,56 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from hf_lowmem_optim import OPTIMIZERS, measure_state, plan_optimizer
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
-from tests.trainer.resume_worker import ARGUMENTS, LEARNING_RATES
-from tests.trainer.tiny_models import tiny_llama, token_rows
+from tests.trainer.runs import ARGUMENTS, LEARNING_RATES, assert_same_parameters, logged, make_trainer
 
 BEFORE, STEPS = 2, 6
 
 
-class OutOfMemory:
+class Failing(Trainer):
     """Fails once, as CUDA does, in the step after `BEFORE` steps: before it, or in its backward pass at layer 1."""
 
-    def __init__(self, where: str) -> None:
-        self.where = where
+    where = "forward"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.batches: list[int] = []
 
-    def trainer(self, *args: Any, **kwargs: Any) -> Trainer:
-        outer = self
-
-        class Failing(Trainer):
-            def training_step(self, model: Any, inputs: Any, *rest: Any, **more: Any) -> Tensor:
-                outer.batches.append(len(inputs["input_ids"]))
-                if len(outer.batches) != BEFORE * self.args.gradient_accumulation_steps + 1:
-                    return super().training_step(model, inputs, *rest, **more)
-                if outer.where == "forward":
-                    outer.fail()
-                handle = model.model.layers[1].register_full_backward_hook(outer.fail)
-                try:
-                    return super().training_step(model, inputs, *rest, **more)
-                finally:
-                    handle.remove()
-
-        return Failing(*args, **kwargs)
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        self.batches.append(len(inputs["input_ids"]))
+        if len(self.batches) != BEFORE * self.args.gradient_accumulation_steps + 1:
+            return super().training_step(model, inputs, *args, **kwargs)
+        if self.where == "forward":
+            self.fail()
+        handle = model.model.layers[1].register_full_backward_hook(self.fail)
+        try:
+            return super().training_step(model, inputs, *args, **kwargs)
+        finally:
+            handle.remove()
 
     def fail(self, *_: Any) -> None:
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
 def run(name: str, where: str, folder: Path, **settings: Any) -> tuple[Trainer, list[int]]:
-    failure = OutOfMemory(where)
-    args = TrainingArguments(
-        str(folder),
-        optim=name,
-        optim_args=settings.pop("optim_args", ARGUMENTS[name]),
-        learning_rate=LEARNING_RATES.get(name, 3e-3),
-        lr_scheduler_type="linear",
-        max_steps=STEPS,
-        max_grad_norm=0.0,
-        per_device_train_batch_size=8,
-        auto_find_batch_size=True,
-        logging_steps=1,
-        save_strategy="no",
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        **settings,
-    )
-    trainer = failure.trainer(tiny_llama(), args, train_dataset=token_rows(64))
+    defaults: dict[str, Any] = {
+        "optim": name,
+        "optim_args": ARGUMENTS[name],
+        "learning_rate": LEARNING_RATES.get(name, 3e-3),
+        "lr_scheduler_type": "linear",
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 8,
+        "auto_find_batch_size": True,
+    }
+    trainer = make_trainer(folder, rows=64, trainer_class=Failing, **{**defaults, **settings})
+    assert isinstance(trainer, Failing)
+    trainer.where = where
     trainer.train()
-    return trainer, failure.batches
+    return trainer, trainer.batches
 
 
 def updates(trainer: Trainer) -> dict[str, int]:
@@ -87,7 +74,7 @@ def test_training_begins_anew_with_a_smaller_batch(
     assert len(batches) == BEFORE + 1 + STEPS
     assert len({*batches[BEFORE + 1 :]}) == 1 and batches[-1] < 8
     assert trainer.state.global_step == STEPS
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = logged(trainer, "loss")
     assert losses[-1] < losses[0]
     # The schedule begins anew as well, from the rate of the arguments.
     assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {trainer.args.learning_rate}
@@ -112,8 +99,7 @@ def test_layerwise_ends_where_the_normal_mode_does(normal: str, tmp_path: Path) 
     """Nothing steps twice, and nothing is lost."""
     one, other = (run(name, "forward", tmp_path)[0] for name in (normal, f"{normal}_layerwise"))
     assert updates(one) == updates(other)
-    for mine, theirs in zip(one.model.parameters(), other.model.parameters(), strict=True):
-        assert torch.equal(mine, theirs)
+    assert_same_parameters(one, other)
 
 
 def test_pieces_of_an_abandoned_step_do_not_count_as_micro_batches(
@@ -135,5 +121,5 @@ def test_what_has_reached_an_error_in_the_gradient_stays_there(
     assert len(batches) == BEFORE + 1 + STEPS
     assert set(updates(trainer).values()) == {BEFORE + STEPS}
     assert "stay in their errors, for later steps to use" in caplog.text
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = logged(trainer, "loss")
     assert losses[-1] < losses[0]

@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import DefaultFlowCallback
+from transformers import Trainer, TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hf_lowmem_optim import OPTIMIZERS, OptimizerStateMemoryCallback, measure_state, plan_optimizer
 from hf_lowmem_optim.memory import step_memory
 from hf_lowmem_optim.memory.report import load_report, report_text
+from hf_lowmem_optim.trainer.callbacks import EarlyLogCallback
 from tests.memory.layout import layout
-from tests.trainer.tiny_models import tiny_llama, token_rows
+from tests.trainer.runs import make_trainer
+from tests.trainer.tiny_models import token_rows
 
 PREFIX = "optimizer_state/"
 
@@ -32,23 +34,11 @@ class Reporter(TrainerCallback):
 EXACT = "error_feedback=param"
 
 
-def make_trainer(folder: Path, callbacks: list[Any], **settings: Any) -> Trainer:
-    arguments: dict[str, Any] = {
-        "max_steps": 4,
-        "logging_steps": 2,
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "per_device_train_batch_size": 2,
-        # the layer-wise optimizers refuse the default
-        "max_grad_norm": 0,
-    }
-    args = TrainingArguments(str(folder), **{**arguments, **settings})
+def trainer_for(folder: Path, callbacks: list[Any], **settings: Any) -> Trainer:
     rows = token_rows(8)
-    return Trainer(tiny_llama(), args, train_dataset=rows, eval_dataset=rows[:2], callbacks=callbacks)
+    given = {"callbacks": callbacks, "eval_dataset": rows[:2]}
+    evaluated = {"max_steps": 4, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    return make_trainer(folder, rows=rows, given=given, **{"optim": "ldadam", **evaluated, **settings})
 
 
 def added(logs: dict[str, Any]) -> dict[str, int]:
@@ -59,16 +49,8 @@ def added(logs: dict[str, Any]) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("late", [False, True], ids=["in the list", "added later"])
-@pytest.mark.parametrize(
-    "callback", [OptimizerStateMemoryCallback, OptimizerStateMemoryCallback()], ids=["class", "object"]
-)
-def test_bytes_reach_history_and_the_reporters_before_it(name: str, late: bool, callback: Any, tmp_path: Path) -> None:
-    reporter = Reporter()
-    trainer = make_trainer(tmp_path, [reporter] if late else [reporter, callback], optim=name)
-    if late:
-        trainer.add_callback(callback)
-    kinds = [type(c) for c in trainer.callback_handler.callbacks]
+def test_bytes_reach_history_and_the_reporters_before_it(name: str, tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, [reporter := Reporter(), OptimizerStateMemoryCallback()], optim=name)
     trainer.train()
 
     measured = measure_state(trainer.optimizer)
@@ -93,16 +75,48 @@ def test_bytes_reach_history_and_the_reporters_before_it(name: str, late: bool, 
         evaluation = [logs for logs in stream if "eval_loss" in logs]
         assert len(evaluation) == 2
         assert [added(logs) for logs in evaluation] == [{}] * 2
-    # First now, with every other callback still there once and in its order.
-    after = [type(c) for c in trainer.callback_handler.callbacks]
-    assert after[0] is OptimizerStateMemoryCallback
-    assert sorted(after, key=str) == sorted(kinds, key=str)
-    assert [k for k in after if k is not after[0]] == [k for k in kinds if k is not after[0]]
-    assert DefaultFlowCallback in after
+
+
+@pytest.mark.parametrize(
+    "callback", [OptimizerStateMemoryCallback, OptimizerStateMemoryCallback()], ids=["class", "object"]
+)
+@pytest.mark.parametrize("late", [False, True], ids=["in the list", "added later"])
+def test_reporters_of_the_arguments_get_them_whichever_way_it_is_added(
+    late: bool, callback: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as TensorBoard's: the Trainer makes them from ``report_to``, and puts them before the user's callbacks."""
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "fake", Reporter)
+    trainer = trainer_for(tmp_path, [] if late else [callback], report_to=["fake"])
+    kinds = [type(each) for each in trainer.callback_handler.callbacks]
+    assert kinds.index(EarlyLogCallback) < kinds.index(Reporter)
+    if late:
+        trainer.add_callback(callback)
+    reporter = next(each for each in trainer.callback_handler.callbacks if type(each) is Reporter)
+    for _ in range(2):  # also in a second run of the same Trainer
+        reporter.seen.clear()
+        trainer.train()
+        assert [f"{PREFIX}total_bytes" in logs for logs in reporter.seen if "loss" in logs] == [True, True]
+
+
+def test_a_callback_taken_off_or_added_during_training_loses_only_what_is_documented(tmp_path: Path) -> None:
+    class AddIt(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                trainer.add_callback(OptimizerStateMemoryCallback)
+
+    trainer = trainer_for(tmp_path, [before := Reporter(), AddIt()])
+    trainer.train()
+    keys = [f"{PREFIX}total_bytes" in logs for logs in before.seen if "loss" in logs]
+    assert keys == [False, False]
+    assert [f"{PREFIX}total_bytes" in logs for logs in trainer.state.log_history if "loss" in logs] == [True, True]
+    trainer.remove_callback(AddIt)
+    trainer.remove_callback(OptimizerStateMemoryCallback)
+    trainer.train()
+    assert not any(map(added, trainer.state.log_history))
 
 
 def test_a_torch_optimizer_is_reported_too(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, [OptimizerStateMemoryCallback()], optim="adamw_torch")
+    trainer = trainer_for(tmp_path, [OptimizerStateMemoryCallback()], optim="adamw_torch")
     trainer.train()
     logged = added(trainer.state.log_history[-1])
     entries = sum(p.numel() for p in trainer.model.parameters())
@@ -111,7 +125,7 @@ def test_a_torch_optimizer_is_reported_too(tmp_path: Path) -> None:
 
 
 def test_values_reach_the_printed_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_trainer(tmp_path, [OptimizerStateMemoryCallback()], optim="ldadam").train()
+    trainer_for(tmp_path, [OptimizerStateMemoryCallback()]).train()
     printed = [line for line in capsys.readouterr().out.splitlines() if "'loss'" in line]
     assert printed
     assert all(f"{PREFIX}total_bytes" in line for line in printed)
@@ -121,7 +135,7 @@ def test_tensorboard_receives_the_scalars(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    trainer = make_trainer(tmp_path, [OptimizerStateMemoryCallback()], optim="ldadam", report_to=["tensorboard"])
+    trainer = trainer_for(tmp_path, [OptimizerStateMemoryCallback()], report_to=["tensorboard"])
     trainer.train()
     files = list(tmp_path.rglob("events.out.tfevents.*"))
     found = EventAccumulator(str(files[0].parent)).Reload()
@@ -130,18 +144,12 @@ def test_tensorboard_receives_the_scalars(tmp_path: Path) -> None:
 
 def test_other_processes_log_nothing(tmp_path: Path) -> None:
     callback = OptimizerStateMemoryCallback()
-    trainer = make_trainer(tmp_path, [callback], optim="ldadam")
+    trainer = trainer_for(tmp_path, [callback])
     trainer.train()
     logs: dict[str, Any] = {"loss": 1.0}
     trainer.state.is_world_process_zero = False
     callback.on_log(trainer.args, trainer.state, trainer.control, logs=logs, optimizer=trainer.optimizer)
     assert logs == {"loss": 1.0}
-
-
-def test_outside_a_trainer_the_limit_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    trainer = make_trainer(tmp_path, [], optim="ldadam")
-    OptimizerStateMemoryCallback().on_train_begin(trainer.args, trainer.state, trainer.control)
-    assert "cannot move before the reporters" in caplog.text
 
 
 @pytest.mark.parametrize("optim", [*OPTIMIZERS, "adamw_torch", "adafactor", "adamw_bnb_8bit"])
@@ -150,7 +158,7 @@ def test_the_report_has_what_was_predicted_and_measured(
 ) -> None:
     if "bnb" in optim:
         pytest.importorskip("bitsandbytes")
-    trainer = make_trainer(tmp_path, [OptimizerStateMemoryCallback()], optim=optim)
+    trainer = trainer_for(tmp_path, [OptimizerStateMemoryCallback()], optim=optim)
     trainer.train()
     report = load_report(tmp_path)
     assert report == load_report(tmp_path / "optimizer_state_report.json")
@@ -169,8 +177,8 @@ def test_the_report_has_what_was_predicted_and_measured(
 
 
 def test_the_layout_of_the_report(tmp_path: Path) -> None:
-    settings = {"optim": "ldadam", "optim_args": f"rank=4,{EXACT}", "max_grad_norm": 1.0}
-    make_trainer(tmp_path, [OptimizerStateMemoryCallback()], **settings).train()
+    settings = {"optim_args": f"rank=4,{EXACT}", "max_grad_norm": 1.0}
+    trainer_for(tmp_path, [OptimizerStateMemoryCallback()], **settings).train()
     golden = json.loads((Path(__file__).parent.parent / "memory" / "report_layout.json").read_text())
     assert layout(load_report(tmp_path)) == golden
 
@@ -181,9 +189,9 @@ def test_a_state_that_is_not_as_predicted_is_warned_of(tmp_path: Path, caplog: p
             parameter = optimizer.param_groups[0]["params"][0]
             optimizer.state[parameter]["error"] = optimizer.state[parameter]["error"].double()
 
-    make_trainer(tmp_path, [OptimizerStateMemoryCallback()], optim="ldadam", optim_args=f"rank=4,{EXACT}").train()
+    trainer_for(tmp_path, [OptimizerStateMemoryCallback()], optim_args=f"rank=4,{EXACT}").train()
     assert "not the predicted" not in caplog.text
-    trainer = make_trainer(tmp_path, [], optim="ldadam", optim_args=f"rank=4,{EXACT}", max_steps=1)
+    trainer = trainer_for(tmp_path, [], optim_args=f"rank=4,{EXACT}", max_steps=1)
     callback = OptimizerStateMemoryCallback()
     trainer.train()
     Meddler().on_optimizer_step(None, None, None, optimizer=trainer.optimizer)
@@ -195,7 +203,7 @@ def test_a_state_that_is_not_as_predicted_is_warned_of(tmp_path: Path, caplog: p
 
 
 def test_a_parameter_without_gradient_is_the_reason_given(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    trainer = make_trainer(tmp_path, [OptimizerStateMemoryCallback()], optim="ldadam", optim_args=f"rank=4,{EXACT}")
+    trainer = trainer_for(tmp_path, [OptimizerStateMemoryCallback()], optim_args=f"rank=4,{EXACT}")
     trainer.model.unused = torch.nn.Linear(8, 8)
     trainer.train()
     assert "2 of 23 parameters have had no gradient yet" in caplog.text
@@ -233,7 +241,7 @@ def test_the_peak_of_a_step_is_told_only_where_it_is_known(reset_peak: bool, mon
 
 
 def test_other_processes_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trainer = make_trainer(tmp_path, [], optim="ldadam")
+    trainer = trainer_for(tmp_path, [])
     trainer.train()
     capsys.readouterr()
     trainer.state.is_world_process_zero = False

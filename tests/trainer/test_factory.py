@@ -9,19 +9,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainingArguments
 
 from hf_lowmem_optim import OPTIMIZERS, OptimizerFactory, measure_state, plan_optimizer
-from hf_lowmem_optim.memory.units import format_bytes
-from tests.trainer.tiny_models import tiny_bert_classifier, tiny_llama, token_rows
+from hf_lowmem_optim.memory.byte_sizes import format_bytes
+from tests.trainer.runs import make_trainer
+from tests.trainer.tiny_models import tiny_bert_classifier, tiny_llama
 
 EMBEDDING_SETTINGS: dict[str, dict[str, Any]] = {"ldadam": {"rank": 4}, "microadam": {"min_compress_size": 64}}
 LABELS = {"ldadam": torch.zeros(1, 12, dtype=torch.long), "microadam": torch.zeros(1, dtype=torch.long)}
-
-
-def arguments(folder: Any, **settings: Any) -> TrainingArguments:
-    defaults = {"max_steps": 2, "use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
-    return TrainingArguments(str(folder), **{**defaults, **settings})
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -35,8 +30,7 @@ def test_factory_serves_a_plain_loop_and_the_trainer_again_and_again(name: str, 
 
     chosen = (factory, {"lr": 5e-4})
     for _ in range(2):
-        args = arguments(tmp_path, max_grad_norm=0)
-        trainer = Trainer(model, args, train_dataset=token_rows(8), optimizer_cls_and_kwargs=chosen)
+        trainer = make_trainer(tmp_path, model, given={"optimizer_cls_and_kwargs": chosen})
         trainer.train()
         # Warm-up and decay start from the factory's rate, not from TrainingArguments.learning_rate.
         assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {5e-4}
@@ -159,11 +153,10 @@ def test_what_compression_would_not_make_smaller_stays_dense(
 def test_dense_state_reaches_every_group_and_the_summary(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
     """Through ``optim_args``, in a model whose embedding is large enough to be quantized."""
     pytest.importorskip("bitsandbytes")
-    args = arguments(tmp_path, optim="ldadam", optim_args="rank=8,dense_state=8bit,weight_rounding=stochastic")
     model = tiny_llama()
     model.resize_token_embeddings(256)
-    model = model.to(torch.bfloat16)
-    trainer = Trainer(model, args, train_dataset=token_rows(8))
+    text = "rank=8,dense_state=8bit,weight_rounding=stochastic"
+    trainer = make_trainer(tmp_path, model.to(torch.bfloat16), optim="ldadam", optim_args=text)
     trainer.train()
     settings = {(g["dense_state"], g["weight_rounding"]) for g in trainer.optimizer.param_groups}
     assert settings == {("8bit", "stochastic")}

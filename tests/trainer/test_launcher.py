@@ -41,7 +41,6 @@ def run(command: list[str], folder: Path, **environment: str) -> subprocess.Comp
     return subprocess.run(command, cwd=folder, env=env, text=True, capture_output=True, input="typed\n", timeout=300)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("as_module", [False, True], ids=["script", "module"])
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_it_is_as_if_run_by_python(name: str, as_module: bool, tmp_path: Path) -> None:
@@ -65,15 +64,15 @@ def test_it_is_as_if_run_by_python(name: str, as_module: bool, tmp_path: Path) -
         assert launched.stderr.splitlines() == kept
     else:
         assert launched.stderr == direct.stderr
-    if name == "interrupted":
+    # a job in the background of a shell ignores interrupts
+    if name == "interrupted" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         assert launched.returncode == -signal.SIGINT
 
 
 TRAINING = """
 from dataclasses import dataclass, field
 
-import torch
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 
 
 @dataclass
@@ -83,6 +82,8 @@ class DataArguments:
 
 def main():
     data, args = HfArgumentParser((DataArguments, TrainingArguments)).parse_args_into_dataclasses()
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer
     config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1)
     rows = [{"input_ids": (r := torch.arange(i, i + 16) % 64), "labels": r} for i in range(data.num_rows)]
     trainer = Trainer(LlamaForCausalLM(config), args, train_dataset=rows)
@@ -101,9 +102,6 @@ def test_an_unmodified_script_trains_with_our_optimizers(tmp_path: Path) -> None
     settings = ["--output_dir", "out", "--max_steps", "2", "--report_to", "none", "--use_cpu", "true"]
     arguments = [*settings, "--optim", "ldadam", "--optim_args", "rank=4"]
     assert run([sys.executable, "train.py", *arguments], tmp_path).returncode == 2
-    launched = run([*LAUNCHER, "train.py", *arguments], tmp_path)
-    assert launched.returncode == 0, launched.stderr
-    assert "trained with LDAdam 4" in launched.stdout
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     launched = run([*accelerate, "-m", "hf_lowmem_optim", "run", "train.py", *arguments], tmp_path)
     assert launched.returncode == 0, launched.stderr
@@ -113,7 +111,6 @@ def test_an_unmodified_script_trains_with_our_optimizers(tmp_path: Path) -> None
     assert "did you mean 'ldadam'" in wrong.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [([], "nothing to run"), (["-m"], "nothing to run"), (["-x", "job.py"], "'-x'"), (["job.py"], "no file 'job.py'")],

@@ -26,8 +26,7 @@ from hf_lowmem_optim import (
 from hf_lowmem_optim.memory.report import load_report
 from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
 from hf_lowmem_optim.trainer.param_groups import COMPRESSED
-from tests.trainer.resume_worker import STOP, StopAt
-from tests.trainer.test_resume import assert_equal_to_the_bit
+from tests.trainer.runs import STOP, StopAt, assert_equal_to_the_bit, make_trainer
 from tests.trainer.tiny_models import tiny_llama, token_rows
 
 
@@ -139,21 +138,18 @@ def test_lora_plus_is_the_optimizer_with_two_rates(tmp_path: Path) -> None:
         trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         halves = [[p for n, p in trained if f"lora_{x}" in n] for x in "AB"]
         groups = [{"params": halves[0]}, {"params": halves[1], "lr": 16e-3}]
-        args = TrainingArguments(
-            str(tmp_path),
+        optimizer = LDAdam(groups, lr=1e-3, rank=4) if by_hand else None
+        trainer = make_trainer(
+            tmp_path,
+            model,
+            given={"optimizers": (optimizer, None)},
             optim="ldadam",
             optim_args="rank=4,lr_ratio=16",
             learning_rate=1e-3,
             lr_scheduler_type="linear",
             max_steps=6,
-            per_device_train_batch_size=2,
-            use_cpu=True,
-            report_to=[],
-            disable_tqdm=True,
-            save_strategy="no",
+            max_grad_norm=1.0,
         )
-        optimizer = LDAdam(groups, lr=1e-3, rank=4) if by_hand else None
-        trainer = Trainer(model, args, train_dataset=token_rows(8), optimizers=(optimizer, None))
         trainer.train()
         assert trainer.state.global_step == 6
         finals.append(dict(trained))
@@ -264,23 +260,11 @@ def test_a_run_with_own_settings_resumes_to_the_bit(tmp_path: Path) -> None:
     )
 
     def run(stop: bool = False, resume: bool = False, chosen: OptimizerFactory = factory) -> Trainer:
-        args = TrainingArguments(
-            str(tmp_path),
-            max_steps=20,
-            per_device_train_batch_size=2,
-            use_cpu=True,
-            report_to=[],
-            disable_tqdm=True,
-            save_strategy="no",
-            lr_scheduler_type="cosine",
-        )
-        trainer = Trainer(
-            with_lora(modules_to_save=["lm_head"]),
-            args,
-            train_dataset=token_rows(8),
-            optimizer_cls_and_kwargs=(chosen, {}),
-            callbacks=[OptimizerStateMemoryCallback(), *([StopAt()] if stop else [])],
-        )
+        callbacks = [OptimizerStateMemoryCallback(), *([StopAt()] if stop else [])]
+        given = {"optimizer_cls_and_kwargs": (chosen, {}), "callbacks": callbacks}
+        model = with_lora(modules_to_save=["lm_head"])
+        settings = {"max_steps": 20, "max_grad_norm": 1.0, "lr_scheduler_type": "cosine"}
+        trainer = make_trainer(tmp_path, model, given=given, **settings)
         trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STOP}") if resume else None)
         return trainer
 

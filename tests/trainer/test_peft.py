@@ -12,10 +12,10 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from hf_lowmem_optim import OPTIMIZERS, OptimizerFactory, measure_state, plan_memory, plan_optimizer
-from tests.trainer.resume_worker import ARGUMENTS, LEARNING_RATES
+from tests.trainer.runs import ARGUMENTS, KINDS, LEARNING_RATES, logged, make_trainer
 from tests.trainer.tiny_models import tiny_llama, token_rows
 
 
@@ -24,7 +24,7 @@ def lora(**settings: Any) -> LoraConfig:
 
 
 @dataclass(frozen=True)
-class Kind:
+class Adapter:
     """A kind of adapter.
 
     Attributes:
@@ -40,36 +40,21 @@ class Kind:
     merges: bool = True
 
 
-KINDS = {
-    "lora": Kind(lora, 8, 8),
-    "rslora": Kind(lambda: lora(use_rslora=True), 8, 8),
-    "dora": Kind(lambda: lora(use_dora=True), 12, 8),
-    "head saved": Kind(lambda: lora(modules_to_save=["lm_head"]), 9, 8),
-    "embedding": Kind(lambda: lora(target_modules=["q_proj", "embed_tokens"]), 6, 4),
-    "tokens": Kind(lambda: lora(trainable_token_indices=list(range(1, 20))), 9, 8),
-    "ia3": Kind(lambda: IA3Config(target_modules=["k_proj", "up_proj"], feedforward_modules=["up_proj"]), 4, 0),
-    "prompt": Kind(lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), 1, 0, merges=False),
+ADAPTERS = {
+    "lora": Adapter(lora, 8, 8),
+    "rslora": Adapter(lambda: lora(use_rslora=True), 8, 8),
+    "dora": Adapter(lambda: lora(use_dora=True), 12, 8),
+    "head saved": Adapter(lambda: lora(modules_to_save=["lm_head"]), 9, 8),
+    "embedding": Adapter(lambda: lora(target_modules=["q_proj", "embed_tokens"]), 6, 4),
+    "tokens": Adapter(lambda: lora(trainable_token_indices=list(range(1, 20))), 9, 8),
+    "ia3": Adapter(lambda: IA3Config(target_modules=["k_proj", "up_proj"], feedforward_modules=["up_proj"]), 4, 0),
+    "prompt": Adapter(lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), 1, 0, merges=False),
 }
-#: All optimizers on plain LoRA are in test_resume.py.
-NAMES = ["ldadam", "microadam", "sparse_mfac", "ldadam_layerwise"]
 
 
-def train(model: nn.Module, name: str, folder: Path, **settings: Any) -> Trainer:
-    args = TrainingArguments(
-        str(folder),
-        optim=name,
-        optim_args=ARGUMENTS[name],
-        learning_rate=LEARNING_RATES.get(name, 1e-2),
-        per_device_train_batch_size=8,
-        max_grad_norm=0.0,
-        logging_steps=1,
-        save_strategy="no",
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        **{"max_steps": 8, **settings},
-    )
-    trainer = Trainer(model, args, train_dataset=token_rows(8))
+def train(model: nn.Module, name: str, folder: Path, max_steps: int = 8) -> Trainer:
+    settings = {"optim_args": ARGUMENTS[name], "learning_rate": LEARNING_RATES.get(name, 1e-2), "max_steps": max_steps}
+    trainer = make_trainer(folder, model, optim=name, per_device_train_batch_size=8, **settings)
     trainer.train()
     return trainer
 
@@ -90,17 +75,18 @@ def moved(model: nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
     return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", NAMES)
+# all optimizers on plain LoRA are in test_resume.py
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("name", KINDS)
 def test_an_adapter_trains_and_is_saved_and_merged(name: str, kind: str, tmp_path: Path) -> None:
-    case = KINDS[kind]
+    case = ADAPTERS[kind]
     torch.manual_seed(7)
     model = get_peft_model(tiny_llama(), case.config())
     before, untrained = values(model), outputs(model)
     planned = plan_memory(model, name, optim_args=ARGUMENTS[name])
     trainer = train(model, name, tmp_path)
 
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = logged(trainer, "loss")
     assert losses[-1] < losses[0]
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert moved(model, before) == trainable and len(trainable) == case.trained
@@ -139,7 +125,7 @@ def test_of_several_adapters_the_active_one_trains(name: str, tmp_path: Path) ->
 def test_nothing_to_compress_is_said_and_a_named_target_without_a_match_refused(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = get_peft_model(tiny_llama(), KINDS["ia3"].config())
+    model = get_peft_model(tiny_llama(), ADAPTERS["ia3"].config())
     with caplog.at_level(logging.WARNING):
         OptimizerFactory(name)(model)
     who = OPTIMIZERS[name].optimizer_class.__name__

@@ -18,7 +18,7 @@ from torch import nn
 
 from hf_lowmem_optim import OPTIMIZERS, ModelOptions, OptimizerFactory, measure_state, plan_memory
 from hf_lowmem_optim.memory.plan_table import plan_text
-from hf_lowmem_optim.memory.references import REFERENCES
+from hf_lowmem_optim.memory.baselines import BASELINES
 from hf_lowmem_optim.memory.weights import Processes, nf4_bytes, plan_weights
 from hf_lowmem_optim.trainer.presets import PRESETS
 from tests.memory.layout import layout
@@ -182,19 +182,20 @@ def test_the_papers_figures_for_llama_2_7b() -> None:
 @pytest.mark.parametrize("preset", ["llama-2-7b", "llama-2-70b"])
 def test_a_plan_takes_seconds_and_little_memory(preset: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(PRESETS[preset]))
-    # Seconds of the processor, so that a busy machine makes no difference.
+    # Seconds of the processor compared to those of the imports, so that a slow or busy machine makes no difference.
     code = (
         "import resource, sys, time; start = time.process_time();"
-        "from hf_lowmem_optim.__main__ import main;"
+        "from hf_lowmem_optim.__main__ import main; import hf_lowmem_optim.trainer.plan_model;"
+        "imported = time.process_time();"
         "status = main(['plan', sys.argv[1], '--budget', '500GiB']);"
         "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20;"
-        "print(status, time.process_time() - start, peak)"
+        "print(status, imported - start, time.process_time() - imported, peak)"
     )
     source = preset if preset == "llama-2-7b" else str(tmp_path)
     printed = subprocess.run([sys.executable, "-c", code, source], capture_output=True, text=True, check=True).stdout
-    status, seconds, peak_gib = printed.splitlines()[-1].split()
+    status, importing, planning, peak_gib = printed.splitlines()[-1].split()
     assert status == "0"
-    assert float(seconds) < 10
+    assert float(planning) < float(importing)
     assert float(peak_gib) < 1.5
 
 
@@ -350,7 +351,7 @@ def test_a_live_model_is_taken_as_it_is() -> None:
 
 def test_an_optimizer_that_cannot_be_used_is_listed_with_the_reason() -> None:
     """LoRA+ without adapters."""
-    plan = plan_memory(tiny_llama(), [*OPTIMIZERS, *REFERENCES][:2], optim_args="lr_ratio=16")
+    plan = plan_memory(tiny_llama(), [*OPTIMIZERS, *BASELINES][:2], optim_args="lr_ratio=16")
     for row in plan.optimizers:
         assert "no trainable lora_B" in str(row.problem)
         assert plan.total_bytes(row) is None
@@ -371,7 +372,7 @@ def test_a_model_without_a_matrix_to_compress_is_planned_densely() -> None:
     adamw = plan["adamw_fp32"].state
     assert adamw is not None and adamw.total_bytes == 8 * plan.weights.num_trainable + 4
     assert set(plan.to_dict()["optimizers"][0]) == set(plan.to_dict()["optimizers"][-1])
-    assert len(plan.optimizers) == len(OPTIMIZERS) + len(REFERENCES)
+    assert len(plan.optimizers) == len(OPTIMIZERS) + len(BASELINES)
 
 
 def test_the_layout_of_the_plan() -> None:

@@ -14,7 +14,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
-    TrainingArguments,
 )
 
 from hf_lowmem_optim import (
@@ -25,8 +24,15 @@ from hf_lowmem_optim import (
     plan_optimizer,
 )
 from hf_lowmem_optim.memory.report import load_report
-from tests.trainer.resume_worker import ARGUMENTS, LEARNING_RATES, STEPS, STOP, StopAt
-from tests.trainer.test_resume import assert_equal_to_the_bit
+from tests.trainer.runs import (
+    ARGUMENTS,
+    LAYERWISE,
+    LEARNING_RATES,
+    STOP,
+    StopAt,
+    assert_equal_to_the_bit,
+    make_trainer,
+)
 from tests.trainer.tiny_models import VOCAB, token_rows
 
 pytest.importorskip("bitsandbytes")
@@ -41,6 +47,7 @@ QUANTIZED = {
     "4-bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "8-bit": {"load_in_8bit": True},
 }
+STEPS = 12
 LINEAR = 2 * (4 * 64 * 64 + 3 * 64 * 128)
 
 
@@ -70,24 +77,20 @@ def load(base: Path, bits: str, device: str = "cpu") -> nn.Module:
 
 
 def train(model: nn.Module, name: str, folder: Path, *, stop: bool = False, resume: bool = False) -> Trainer:
-    optimizer_class = OPTIMIZERS[name].optimizer_class
-    args = TrainingArguments(
-        str(folder),
+    given = {"callbacks": [OptimizerStateMemoryCallback(), *([StopAt()] if stop else [])]}
+    trainer = make_trainer(
+        folder,
+        model,
+        rows=24,
+        given=given,
         optim=name,
         optim_args=ARGUMENTS[name],
         learning_rate=LEARNING_RATES.get(name, 3e-2),
         max_steps=STEPS,
-        per_device_train_batch_size=2,
-        max_grad_norm=0.0 if optimizer_class.layerwise else 0.5,
+        max_grad_norm=0.0 if name in LAYERWISE else 0.5,
         gradient_checkpointing=True,
-        logging_steps=1,
-        save_strategy="no",
         use_cpu=next(model.parameters()).device.type == "cpu",
-        report_to=[],
-        disable_tqdm=True,
     )
-    callbacks = [OptimizerStateMemoryCallback(), *([StopAt()] if stop else [])]
-    trainer = Trainer(model, args, train_dataset=token_rows(24), callbacks=callbacks)
     trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{STOP}") if resume else None)
     return trainer
 

@@ -12,18 +12,15 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 from hf_lowmem_optim import OPTIMIZERS, OptimizerStateMemoryCallback, measure_state, plan_optimizer
 from hf_lowmem_optim.memory.measure import unwrap_optimizer
 from tests.optimizers.cases import assert_same_state
-from tests.trainer.resume_worker import ARGUMENTS
+from tests.trainer.runs import ARGUMENTS, LAYERWISE, NORMAL, assert_same_parameters, logged, make_trainer
 from tests.trainer.tiny_models import tiny_llama, token_rows
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
-#: One of each kind: a low-rank one, a sparse one, a preconditioner over all tensors, a layer-wise one.
-KINDS = ("ldadam", "microadam", "sparse_mfac", "ldadam_layerwise")
-NORMAL = [name for name, entry in OPTIMIZERS.items() if not entry.optimizer_class.layerwise]
 OVERFLOWS_AT = 3
 
 
@@ -45,35 +42,24 @@ class InOrder(Trainer):
         return loss * torch.inf if (inputs["input_ids"] == 0).any() else loss
 
 
-def make_trainer(folder: Path, name: str, *, rows: list[Any] | None = None, **settings: Any) -> InOrder:
-    callbacks = settings.pop("callbacks", [])
-    arguments: dict[str, Any] = {
-        "optim_args": ARGUMENTS[name.removesuffix("_layerwise")],
+def trainer_for(folder: Path, name: str, *, rows: Any = 16, callbacks: Any = (), **settings: Any) -> Trainer:
+    defaults: dict[str, Any] = {
+        "optim": name,
+        "optim_args": ARGUMENTS[name],
         "learning_rate": 1e-2,
         "max_steps": 4,
-        "logging_steps": 1,
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": 2,
         "weight_decay": 0.1,
-        "per_device_train_batch_size": 2,
-        "max_grad_norm": 0.0 if OPTIMIZERS[name].optimizer_class.layerwise else 0.5,
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-        "save_strategy": "no",
+        "max_grad_norm": 0.0 if name in LAYERWISE else 0.5,
     }
-    args = TrainingArguments(str(folder), optim=name, **{**arguments, **settings})
-    return InOrder(tiny_llama(), args, train_dataset=rows or token_rows(16), callbacks=callbacks)
-
-
-def logged(trainer: Trainer, key: str) -> list[float]:
-    return [float(entry[key]) for entry in trainer.state.log_history if key in entry]
+    given = {"callbacks": list(callbacks)}
+    return make_trainer(folder, rows=rows, trainer_class=InOrder, given=given, **{**defaults, **settings})
 
 
 def assert_same_end(left: Trainer, right: Trainer) -> None:
     """Parameters and optimizer state equal to the bit, and not where they began."""
-    for mine, theirs in zip(left.model.parameters(), right.model.parameters(), strict=True):
-        assert torch.equal(mine, theirs)
+    assert_same_parameters(left, right)
     assert not all(
         torch.equal(now.cpu(), before)
         for now, before in zip(left.model.parameters(), tiny_llama().parameters(), strict=True)
@@ -117,7 +103,7 @@ def test_a_batch_that_overflows_in_fp16_is_as_if_it_had_not_been_there(name: str
     for overflow in (True, False):
         rows = [*good[: 4 * OVERFLOWS_AT], *bad[:2], *good[:2], *good[4 * OVERFLOWS_AT :]] if overflow else good
         halve = HalveTheScale()
-        trainer = make_trainer(
+        trainer = trainer_for(
             tmp_path,
             name,
             rows=rows,
@@ -143,27 +129,27 @@ def test_a_batch_that_overflows_in_fp16_is_as_if_it_had_not_been_there(name: str
 @every_optimizer
 def test_resume_on_a_gpu_is_exact(name: str, bf16: bool, tmp_path: Path) -> None:
     settings = {"use_cpu": False, "bf16": bf16, "save_strategy": "steps", "save_steps": 2}
-    straight = make_trainer(tmp_path / "straight", name, **settings)
+    straight = trainer_for(tmp_path / "straight", name, **settings)
     straight.train()
     assert {parameter.device.type for parameter in straight.model.parameters()} == {"cuda"}
-    resumed = make_trainer(tmp_path / "resumed", name, **settings)
+    resumed = trainer_for(tmp_path / "resumed", name, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
     assert_same_end(resumed, straight)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ["ldadam", "ldadam_layerwise"])
 def test_a_compiled_model_trains_alike_and_resumes_in_either_way(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With the part of torch.compile that could matter: graphs forward and backward. Inductor would take minutes."""
     targets = [r".*q_proj", r".*layers\.1\.mlp\.down_proj"]
-    runs: dict[bool, InOrder] = {}
+    runs: dict[bool, Trainer] = {}
     for compiled in (False, True):
         torch._dynamo.reset()
         counters.clear()
         settings = {"torch_compile_backend": "aot_eager"} if compiled else {}
-        runs[compiled] = make_trainer(
+        runs[compiled] = trainer_for(
             tmp_path / str(compiled),
             name,
             optim_target_modules=targets,
@@ -172,8 +158,7 @@ def test_a_compiled_model_trains_alike_and_resumes_in_either_way(
             **settings,
         )
         runs[compiled].train()
-        layerwise = OPTIMIZERS[name].optimizer_class.layerwise
-        assert ("saves no memory for gradients" in caplog.text) == (compiled and layerwise)
+        assert ("saves no memory for gradients" in caplog.text) == (compiled and name in LAYERWISE)
         # one graph, and none again in a later step for a hook's sake
         assert counters["stats"].get("unique_graphs", 0) == compiled
         groups = runs[compiled].optimizer.param_groups
@@ -189,7 +174,7 @@ def test_a_compiled_model_trains_alike_and_resumes_in_either_way(
         ]
     assert_close_ends(runs[True], runs[False])
     for compiled, settings in ((False, {}), (True, {"torch_compile_backend": "aot_eager"})):
-        resumed = make_trainer(tmp_path / "resumed", name, optim_target_modules=targets, **settings)
+        resumed = trainer_for(tmp_path / "resumed", name, optim_target_modules=targets, **settings)
         resumed.train(resume_from_checkpoint=str(tmp_path / str(not compiled) / "checkpoint-2"))
         assert resumed.state.global_step == 4
         assert_close_ends(resumed, runs[False])
@@ -217,7 +202,7 @@ def test_gradient_checkpointing_changes_nothing(name: str, tmp_path: Path) -> No
                 "gradient_checkpointing": True,
                 "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
             }
-        ends.append(make_trainer(tmp_path, name, gradient_accumulation_steps=2, **settings))
+        ends.append(trainer_for(tmp_path, name, gradient_accumulation_steps=2, **settings))
         ends[-1].train()
         assert ends[-1].model.is_gradient_checkpointing == (reentrant is not None)
     for end in ends[1:]:
@@ -228,9 +213,7 @@ def test_gradient_checkpointing_changes_nothing(name: str, tmp_path: Path) -> No
 @every_optimizer
 def test_after_training_nothing_of_ours_keeps_the_model(name: str, tmp_path: Path) -> None:
     """What accelerate remembers is cleared as a user would; the collector may run, for the Trainer has cycles."""
-    trainer = make_trainer(
-        tmp_path, name, callbacks=[callback := OptimizerStateMemoryCallback()], save_strategy="steps"
-    )
+    trainer = trainer_for(tmp_path, name, callbacks=[callback := OptimizerStateMemoryCallback()], save_strategy="steps")
     trainer.train()
     optimizer = unwrap_optimizer(trainer.optimizer)
     held = [weakref.ref(each) for each in (trainer, trainer.model, optimizer, *trainer.model.parameters())]

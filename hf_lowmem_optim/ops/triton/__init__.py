@@ -2,7 +2,7 @@
 
 from hf_lowmem_optim.ops.triton.block_quant import dequantize_into, quantize_into
 from hf_lowmem_optim.ops.triton.block_topk import select_all
-from hf_lowmem_optim.ops.triton.ldadam import descend_, update_moments_
+from hf_lowmem_optim.ops.triton.ldadam import descend_weights_, move_moments_
 from hf_lowmem_optim.ops.triton.low_rank import orthonormal_columns
 from hf_lowmem_optim.ops.triton.sparse_window import update_all
 from hf_lowmem_optim.ops.triton.window_products import combine, descend_all, gram_rows
@@ -10,12 +10,12 @@ from hf_lowmem_optim.ops.triton.window_products import combine, descend_all, gra
 __all__ = [
     "combine",
     "dequantize_into",
-    "descend_",
     "descend_all",
+    "descend_weights_",
     "gram_rows",
+    "move_moments_",
     "orthonormal_columns",
     "quantize_into",
     "select_all",
     "update_all",
-    "update_moments_",
 ]

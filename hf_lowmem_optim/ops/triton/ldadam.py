@@ -14,17 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_lowmem_optim.ops.dispatch import register
 from hf_lowmem_optim.ops.low_rank import Coefficients
 from hf_lowmem_optim.ops.triton.device import address_table, aligned, on_device
 
-__all__ = ["MAX_RANK", "descend_", "update_moments_"]
+__all__ = ["MAX_RANK", "descend_", "descend_weights_", "move_moments_", "update_moments_"]
 
 #: Rank up to which ``update_moments_`` serves: a program has all rows of its columns, as it overwrites them, and more
 #: would not fit into its shared memory.
 MAX_RANK = 256
 _MOMENT_COLUMNS, _MOMENT_TERMS = 32, 16
-#: A weight's tile, and how many terms of the product it adds at a time.
-_TILE, _TERMS = 64, 32
+#: Rows and columns of a weight's tile, up to how many terms of the product it adds at once, and how many otherwise.
+_TILE, _MOST_TERMS, _FEW_TERMS = 64, 32, 16
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -118,6 +119,20 @@ def update_moments_(
 
 
 @triton.jit
+def load_factors(
+    left_ptr, right_ptr, row, column, first, rows, columns, r, left_row, left_term, right_term, right_column,
+    TERMS: tl.constexpr,
+):  # fmt: skip
+    """Load TERMS terms from ``first`` on of the product, for the tile of weights at ``row`` and ``column``."""
+    term = first + tl.arange(0, TERMS)
+    at_left = row * left_row + term[None, :] * left_term
+    at_right = term[:, None] * right_term + column * right_column
+    left = tl.load(left_ptr + at_left, mask=(row < rows) & (term[None, :] < r), other=0.0)
+    right = tl.load(right_ptr + at_right, mask=(term[:, None] < r) & (column < columns), other=0.0)
+    return left, right
+
+
+@triton.jit
 def _descend_kernel(
     table_ptr,  # [n]: addresses of weights [rows, columns]
     left_ptr,  # [n, rows, r]
@@ -136,6 +151,7 @@ def _descend_kernel(
     step_size,
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    MORE_TERMS: tl.constexpr,  # whether r > TERMS
     TERMS: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -147,19 +163,23 @@ def _descend_kernel(
     left_ptr += number * left_batch
     right_ptr += number * right_batch
     update = tl.zeros([TILE, TILE], tl.float32)
-    for first in range(0, r, TERMS):
-        term = first + tl.arange(0, TERMS)
-        at_left = row * left_row + term[None, :] * left_term
-        at_right = term[:, None] * right_term + column * right_column
-        left = tl.load(left_ptr + at_left, mask=(row < rows) & (term[None, :] < r), other=0.0)
-        right = tl.load(right_ptr + at_right, mask=(term[:, None] < r) & (column < columns), other=0.0)
-        update = tl.dot(left, right, update, input_precision="ieee")
+    if MORE_TERMS:
+        for first in tl.range(TERMS, r, TERMS, num_stages=1):
+            left, right = load_factors(
+                left_ptr, right_ptr, row, column, first, rows, columns, r, left_row, left_term, right_term,
+                right_column, TERMS,
+            )  # fmt: skip
+            update = tl.dot(left, right, update, input_precision="ieee")
+    left, right = load_factors(
+        left_ptr, right_ptr, row, column, 0, rows, columns, r, left_row, left_term, right_term, right_column, TERMS
+    )
     weight_ptr = tl.load(table_ptr + number).to(tl.pointer_type(DTYPE))
     at = weight_ptr + row.to(tl.int64) * weight_row + column
     if ALIGNED:
         at = tl.multiple_of(at, (1, 16))
     inside = (row < rows) & (column < columns)
-    weight = decay * tl.load(at, mask=inside, other=0.0).to(tl.float32) - step_size * update
+    weight = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    weight = decay * weight - step_size * tl.dot(left, right, update, input_precision="ieee")
     tl.store(at, weight.to(DTYPE), mask=inside)
 
 
@@ -173,9 +193,14 @@ def descend_(weights: Sequence[Tensor], left: Tensor, right: Tensor, decay: floa
         right: float32 [n, r, columns], any strides.
         decay: Factor of the weights.
         step_size: Factor of the product.
+
+    Raises:
+        ValueError: The weights differ in shape, strides or dtype, or the entries of neither rows nor columns are
+            neighbours.
     """
-    if weights[0].stride(1) != 1:  # columns lie together: the transposes are the matrices with rows that do
+    if weights[0].stride(1) != 1:  # columns are in one piece: the transposes are matrices whose rows are
         weights, left, right = [weight.mT for weight in weights], right.mT, left.mT
+    _check_alike(weights)
     rows, columns = weights[0].shape
     rank = left.shape[2]
     with on_device(left):
@@ -193,10 +218,51 @@ def descend_(weights: Sequence[Tensor], left: Tensor, right: Tensor, decay: floa
             float(step_size),
             DTYPE=_TYPES[weights[0].dtype],
             ALIGNED=aligned(weights) and weights[0].stride(0) * weights[0].itemsize % 16 == 0,
-            TERMS=min(_TERMS, max(16, triton.next_power_of_2(rank))),
+            MORE_TERMS=rank > _MOST_TERMS,
+            TERMS=max(16, triton.next_power_of_2(rank)) if rank <= _MOST_TERMS else _FEW_TERMS,
             TILE=_TILE,
             num_warps=4,
         )
 
 
-# ---- the whole update of the method, registered by its name ----------------------------------------------------------
+def _check_alike(weights: Sequence[Tensor]) -> None:
+    """Raise ValueError if one launch cannot address all weights alike."""
+    first = weights[0]
+    for weight in weights:
+        if weight.shape != first.shape or weight.stride() != first.stride() or weight.dtype != first.dtype:
+            raise ValueError(
+                f"weights must have one shape, strides and dtype; got {weight.dtype} {[*weight.shape]} with strides "
+                f"{weight.stride()} beside {first.dtype} {[*first.shape]} with strides {first.stride()}"
+            )
+    if first.stride(1) != 1:
+        raise ValueError(f"one of the weights' strides must be 1, got {first.stride()}")
+
+
+# ---- the method's own operations, which are registered by their names, since its module is in a higher layer ----------
+
+
+def _why_not(R: Tensor, *_: object) -> str | None:
+    rank = R.shape[1]
+    return None if rank <= MAX_RANK else f"rank {rank} does not fit into a program's shared memory (at most {MAX_RANK})"
+
+
+@register("ldadam_moments_", "triton", why_not=_why_not)
+def move_moments_(R: Tensor, m: Tensor, v: Tensor, p: Tensor, numbers: Coefficients) -> Tensor:
+    """See :func:`hf_lowmem_optim.optimizers.ldadam.ldadam_moments_`."""
+    n, r, q = m.shape
+    factors = torch.empty(n, 2 * r, q, dtype=torch.float32, device=m.device)
+    update_moments_(R, m, v, p, factors, numbers)
+    return factors
+
+
+@register("ldadam_descend_", "triton")
+def descend_weights_(W: Sequence[Tensor], U: Tensor, direction: Tensor, decay: float, step_size: float) -> None:
+    """See :func:`hf_lowmem_optim.optimizers.ldadam.ldadam_descend_`."""
+    if len(W) > 1 or (W[0].dtype != torch.float32 and U.shape[2] <= _MOST_TERMS):
+        descend_(W, U, direction, decay, step_size)
+        return
+    # one weight is one launch of the vendor's library, too, which is the faster the more terms there are
+    wide = W[0].float()
+    torch.addmm(wide, U[0], direction[0], beta=decay, alpha=-step_size, out=wide)
+    if wide is not W[0]:
+        W[0].copy_(wide)

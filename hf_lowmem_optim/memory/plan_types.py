@@ -21,14 +21,14 @@ class OptimizerPlan:
     """What one optimizer adds, on one process.
 
     Attributes:
-        name: ``"ldadam"``, or a reference's name.
+        name: ``"ldadam"``, or a baseline's name.
         registered: Whether it is one of this package.
         summary: What it does, in a line.
         settings: The hyper-parameters on which its state depends.
         state: Its state, or None where it cannot be used.
-        temporary_bytes: What ``step()`` allocates at most beside the state, None where that is not described.
+        temporary_bytes: What ``step()`` allocates for a moment beside the state, at most; None where that is unknown.
         compressed_bytes_per_parameter: State per entry of the parameters that it compresses; None if there are none,
-            and for references.
+            and for baselines.
         problem: Why it cannot be used here, or None.
         largest: With a budget: the largest value that fits of each hyper-parameter that scales the state (``"rank"``,
             ``"window"``), the others as they are; 0 if none does.
@@ -55,7 +55,7 @@ class OptimizerPlan:
 
     @property
     def added_bytes(self) -> int | None:
-        """State and temporaries together, without the temporaries where they are not described."""
+        """State and temporaries together, without the temporaries where they are unknown."""
         return None if self.state is None else self.state.total_bytes + (self.temporary_bytes or 0)
 
 
@@ -97,20 +97,20 @@ class MemoryPlan:
     suggestions: tuple[Suggestion, ...] = ()
 
     def total_bytes(self, optimizer: OptimizerPlan) -> int | None:
-        """Weights, gradients, state and temporaries with an optimizer; None where it cannot be used."""
+        """Return weights, gradients, state and temporaries with an optimizer; None where it cannot be used."""
         added = optimizer.added_bytes
         return None if added is None else self.held_bytes(optimizer) + added
 
     def gradient_bytes(self, optimizer: OptimizerPlan) -> Mapping[str, int]:
-        """The gradients that are there at once with an optimizer, by kind."""
+        """Return the gradients that are there at once with an optimizer, by kind."""
         return self.weights.gradient_bytes if optimizer.gradient_bytes is None else optimizer.gradient_bytes
 
     def held_bytes(self, optimizer: OptimizerPlan) -> int:
-        """Weights and gradients with an optimizer."""
+        """Return weights and gradients with an optimizer."""
         return sum(self.weights.weight_bytes.values()) + sum(self.gradient_bytes(optimizer).values())
 
     def fits(self, optimizer: OptimizerPlan) -> bool | None:
-        """Whether an optimizer stays within the budget; None without one."""
+        """Return whether an optimizer stays within the budget; None without one."""
         if self.budget_bytes is None:
             return None
         total = self.total_bytes(optimizer)
@@ -150,7 +150,7 @@ class MemoryPlan:
         }
 
     def _optimizer_dict(self, optimizer: OptimizerPlan) -> dict[str, Any]:
-        """One optimizer as JSON values."""
+        """Return one optimizer as JSON values."""
         state = optimizer.state
         return {
             "name": optimizer.name,

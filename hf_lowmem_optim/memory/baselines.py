@@ -7,25 +7,20 @@ They are described as the Trainer sets them up: every trainable parameter, with 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from hf_lowmem_optim.memory.measure import StateReport, StateTally
-from hf_lowmem_optim.memory.reference_steps import (
-    GALORE_RANK,
-    adafactor_step,
-    foreach_step,
-    galore_step,
-    in_place_step,
-    is_projected,
-)
-from hf_lowmem_optim.state import TensorSpec
+from hf_lowmem_optim.memory.measure import Piece, StateReport, add_up
+from hf_lowmem_optim.spec import TensorSpec
 
-__all__ = ["REFERENCES", "ParameterFacts", "Reference", "plan_reference"]
+__all__ = ["BASELINES", "Baseline", "ParameterFacts", "plan_baseline"]
 
 Specs = dict[str, TensorSpec]
+
+#: The Trainer's.
+_GALORE_RANK = 128
 
 
 @dataclass(frozen=True)
@@ -49,9 +44,19 @@ class ParameterFacts:
         """Number of entries."""
         return math.prod(self.shape)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parameter."""
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def is_projected(self) -> bool:
+        """Whether GaLore projects it: the weight of a linear layer."""
+        return self.matrix and len(self.shape) == 2
+
 
 @dataclass(frozen=True)
-class Reference:
+class Baseline:
     """An optimizer that is not ours.
 
     Attributes:
@@ -59,45 +64,38 @@ class Reference:
         trainer_string: The value of ``TrainingArguments.optim`` that it stands for.
         summary: What it keeps.
         state: State of one parameter.
+        temporaries: Bytes that ``step()`` allocates for a moment, at most, given all parameters, without workspaces of
+            libraries. None where that is up to a compiler (torchao).
         shared: State kept once if any parameter has a state key of that name.
-        temporaries: Bytes that ``step()`` allocates at most beside the state, on the device that the optimizer is
-            made for, given its parameters in order. None where that is up to a compiler (torchao).
     """
 
     name: str
     trainer_string: str
     summary: str
     state: Callable[[ParameterFacts], Specs]
+    temporaries: Callable[[Sequence[ParameterFacts]], int] | None = None
     shared: Mapping[str, TensorSpec] = field(default_factory=dict)
-    temporaries: Callable[[Iterable[ParameterFacts]], int] | None = None
 
 
-def plan_reference(
-    reference: Reference, groups: Iterable[Iterable[ParameterFacts]], *, num_shards: int = 1
+def plan_baseline(
+    baseline: Baseline, groups: Sequence[Sequence[ParameterFacts]], *, num_shards: int = 1
 ) -> StateReport:
-    """Sum the state of a reference.
+    """Sum the state of a baseline.
 
     Args:
-        reference: The optimizer.
+        baseline: The optimizer.
         groups: Its parameters by group.
         num_shards: As in :func:`~hf_lowmem_optim.memory.plan.plan_groups`.
 
     Returns:
         The report; components are the keys of the state, as in what is measured.
     """
-    tally, used, entries = StateTally(), set[str](), 0
-    for group in groups:
-        tally.start_group()
-        for parameter in group:
-            entries += parameter.numel
-            for key, spec in reference.state(parameter).items():
-                used.add(key)
-                tally.add(spec.component, spec.dtype, spec.shard(num_shards).nbytes)
-    tally.end_groups()
-    for key, spec in reference.shared.items():
-        if key in used:
-            tally.add(spec.component, spec.dtype, spec.nbytes)
-    return tally.report(entries)
+    members = [(index, parameter) for index, group in enumerate(groups) for parameter in group]
+    specs = [(index, key, spec) for index, parameter in members for key, spec in baseline.state(parameter).items()]
+    pieces = [Piece(index, s.component, s.dtype, s.shard(num_shards).nbytes) for index, _, s in specs]
+    used = {key for _, key, _ in specs}
+    pieces += [Piece(None, s.component, s.dtype, s.nbytes) for key, s in baseline.shared.items() if key in used]
+    return add_up(pieces, len(groups), sum(parameter.numel for _, parameter in members))
 
 
 def _moments(parameter: ParameterFacts, dtype: torch.dtype) -> Specs:
@@ -105,17 +103,17 @@ def _moments(parameter: ParameterFacts, dtype: torch.dtype) -> Specs:
 
 
 def _adamw_fp32(parameter: ParameterFacts) -> Specs:
-    """Two float32 moments and torch's step count: AdamW on float32 weights, or on float32 copies of them."""
+    """Describe two float32 moments and torch's step count: AdamW on float32 weights, or on float32 copies of them."""
     return {**_moments(parameter, torch.float32), "step": TensorSpec((), torch.float32, "step")}
 
 
 def _adamw_torch(parameter: ParameterFacts) -> Specs:
-    """Two moments in the parameter's dtype, a float32 step count per tensor (torch.optim.AdamW)."""
+    """Describe two moments in the parameter's dtype, a float32 step count per tensor (torch.optim.AdamW)."""
     return {**_moments(parameter, parameter.dtype), "step": TensorSpec((), torch.float32, "step")}
 
 
 def _adamw_8bit(parameter: ParameterFacts) -> Specs:
-    """One byte per moment and entry, a float32 maximum per 256 entries (bitsandbytes.optim.AdamW8bit).
+    """Describe one byte per moment and entry, a float32 maximum per 256 entries (bitsandbytes.optim.AdamW8bit).
 
     Tensors under 4096 entries keep float32 moments, and so do embeddings, for which the Trainer asks.
     """
@@ -130,7 +128,7 @@ def _adamw_8bit(parameter: ParameterFacts) -> Specs:
 
 
 def _adamw_4bit(parameter: ParameterFacts) -> Specs:
-    """Half a byte per moment and entry, a float32 scale per 128 entries, a table of 16 (torchao.optim.AdamW4bit).
+    """Describe half a byte per moment and entry, a float32 scale per 128 entries, a table of 16 (torchao's AdamW4bit).
 
     Tensors under 4096 entries, or of a size that 128 does not divide, keep moments in the parameter's dtype.
     """
@@ -145,22 +143,22 @@ def _adamw_4bit(parameter: ParameterFacts) -> Specs:
 
 
 def _galore(parameter: ParameterFacts) -> Specs:
-    """Projector and two projected moments at rank 128 in the gradient's dtype (galore_torch.GaLoreAdamW).
+    """Describe projector and two projected moments at rank 128 in the gradient's dtype (galore_torch.GaLoreAdamW).
 
     The smaller dimension is projected. Everything that is no linear layer keeps two whole moments. For float32 models
     galore-torch keeps the projector as a view that holds the whole SVD factor; only the view is counted.
     """
-    if not is_projected(parameter):
+    if not parameter.is_projected:
         return _moments(parameter, parameter.dtype)
     p, q = parameter.shape
-    rank = min(GALORE_RANK, p, q)
+    rank = min(_GALORE_RANK, p, q)
     projector, projected = ((rank, q), (p, rank)) if p >= q else ((p, rank), (rank, q))
     moments = {key: TensorSpec(projected, parameter.dtype, key) for key in ("exp_avg", "exp_avg_sq")}
     return {"projector": TensorSpec(projector, parameter.dtype, "projector"), **moments}
 
 
 def _adafactor(parameter: ParameterFacts) -> Specs:
-    """Row and column means of the squared gradient, float32 (transformers.Adafactor, no first moment)."""
+    """Describe row and column means of the squared gradient, float32 (transformers.Adafactor, no first moment)."""
     shape = parameter.shape
     shapes: dict[str, tuple[int, ...]] = {"RMS": ()}
     if len(shape) < 2:
@@ -170,44 +168,51 @@ def _adafactor(parameter: ParameterFacts) -> Specs:
     return {key: TensorSpec(of_key, torch.float32, key) for key, of_key in shapes.items()}
 
 
-_TABLES = {f"qmap{number}": TensorSpec((256,), torch.float32, f"qmap{number}") for number in ("1", "2")}
+def _nothing(_: Sequence[ParameterFacts]) -> int:
+    """Return 0: one kernel updates in place (torch's fused AdamW, bitsandbytes on GPUs)."""
+    return 0
 
-REFERENCES: dict[str, Reference] = {
-    reference.name: reference
-    for reference in (
-        Reference(
-            "adamw_fp32", "adamw_torch_fused", "two float32 moments (fused)", _adamw_fp32, temporaries=in_place_step
-        ),
-        Reference(
+
+def _roots(parameters: Sequence[ParameterFacts]) -> int:
+    """Bound torch's foreach AdamW: it takes the root of all second moments at once."""
+    return sum(parameter.nbytes for parameter in parameters)
+
+
+def _squares(parameters: Sequence[ParameterFacts]) -> int:
+    """Bound Adafactor: the gradient's square, its sum, the update before; float32 copies of W and g where narrower."""
+    copies = (3 if parameter.dtype == torch.float32 else 5 for parameter in parameters)
+    return max(4 * parameter.numel * count for parameter, count in zip(parameters, copies, strict=True))
+
+
+def _svd(parameters: Sequence[ParameterFacts]) -> int:
+    """Bound GaLore: three updates of the largest tensor; or two, and four float32 copies of a matrix around its SVD."""
+    largest = max(parameter.nbytes for parameter in parameters)
+    matrix = max((4 * parameter.numel for parameter in parameters if parameter.is_projected), default=0)
+    return max(3 * largest, 2 * largest + 4 * matrix)
+
+
+BASELINES: dict[str, Baseline] = {
+    baseline.name: baseline
+    for baseline in (
+        Baseline("adamw_fp32", "adamw_torch_fused", "two float32 moments (fused)", _adamw_fp32, _nothing),
+        Baseline(
             "adamw_torch_fused",
             "adamw_torch_fused",
             "two moments in the parameter's dtype (fused)",
             _adamw_torch,
-            temporaries=in_place_step,
+            _nothing,
         ),
-        Reference(
-            "adamw_torch",
-            "adamw_torch",
-            "two moments in the parameter's dtype (foreach)",
-            _adamw_torch,
-            temporaries=foreach_step,
-        ),
-        Reference(
+        Baseline("adamw_torch", "adamw_torch", "two moments in the parameter's dtype (foreach)", _adamw_torch, _roots),
+        Baseline(
             "adamw_8bit",
             "adamw_bnb_8bit",
             "two moments in 8 bits; embeddings float32",
             _adamw_8bit,
-            _TABLES,
-            temporaries=in_place_step,
+            _nothing,
+            shared={f"qmap{number}": TensorSpec((256,), torch.float32, f"qmap{number}") for number in ("1", "2")},
         ),
-        Reference("adamw_4bit", "adamw_torch_4bit", "two moments in 4 bits", _adamw_4bit),
-        Reference("galore_adamw", "galore_adamw", "moments projected to rank 128", _galore, temporaries=galore_step),
-        Reference(
-            "adafactor",
-            "adafactor",
-            "row and column means of the squared gradient",
-            _adafactor,
-            temporaries=adafactor_step,
-        ),
+        Baseline("adamw_4bit", "adamw_torch_4bit", "two moments in 4 bits", _adamw_4bit),
+        Baseline("galore_adamw", "galore_adamw", "moments projected to rank 128", _galore, _svd),
+        Baseline("adafactor", "adafactor", "row and column means of the squared gradient", _adafactor, _squares),
     )
 }

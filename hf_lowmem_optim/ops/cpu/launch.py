@@ -1,0 +1,122 @@
+"""How tensors reach the loops: as arrays, and cut into pieces, on threads that begin and end with the call.
+
+A piece is one call of a compiled loop, which runs without the GIL. Where a tensor is cut into pieces depends on sizes
+only, so that no result depends on the number of threads.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hf_lowmem_optim.ops.block_quant import Quantized
+
+__all__ = ["DTYPE_CODES", "ENTRIES_PER_PIECE", "NO_BYTES", "block_ranges", "buffer_arguments", "run_pieces"]
+
+R = TypeVar("R")
+
+#: How a loop is told the dtype of a tensor of floats, which it takes as bytes; ``floats.py`` has the same numbers.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+#: Stands for a tensor that is not there.
+NO_BYTES: NDArray[np.uint8] = np.empty(0, np.uint8)
+
+_MAX_THREADS = 16
+#: Another thread costs more than it gains if it has fewer entries than that.
+_ENTRIES_PER_THREAD = 1 << 18
+#: Work for some 100 microseconds, of which the call of a loop is a few.
+ENTRIES_PER_PIECE = 1 << 17
+
+
+def buffer_arguments(buffer: Quantized) -> tuple[Any, ...]:
+    """Return what a loop takes a buffer apart into: codes, lo, hi, dtype code of both, bits, block size."""
+    lo, hi, fmt = buffer.lo.view(torch.uint8).numpy(), buffer.hi.view(torch.uint8).numpy(), buffer.format
+    return buffer.codes.numpy(), lo, hi, DTYPE_CODES[buffer.lo.dtype], fmt.bits, fmt.block_size
+
+
+def block_ranges(numel: int, block_size: int) -> list[tuple[int, int]]:
+    """Cut a tensor into pieces of whole blocks: the first block of each, and the one after its last."""
+    num_blocks, step = -(-numel // block_size), max(1, ENTRIES_PER_PIECE // block_size)
+    return [(first, min(first + step, num_blocks)) for first in range(0, num_blocks, step)]
+
+
+def run_pieces(loop: Callable[..., R], pieces: Iterable[tuple[Any, ...]], entries: int) -> list[R]:
+    """Call a loop for every piece, on as many threads as torch may use and the entries are worth.
+
+    Args:
+        loop: The loop.
+        pieces: Its arguments, piece by piece; taken one at a time by whichever thread is free.
+        entries: Entries of all pieces together.
+
+    Returns:
+        What the loop returned, in the order of the pieces.
+
+    Raises:
+        BaseException: What a piece, or the making of one, has raised. No other is begun then, and none still runs.
+    """
+    threads = min(torch.get_num_threads(), _MAX_THREADS, entries // _ENTRIES_PER_THREAD)
+    if threads <= 1:
+        return [loop(*piece) for piece in pieces]
+    shared = _SharedPieces(loop, pieces)
+    pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="hf_lowmem_optim")
+    futures: list[Future[None]] = []
+    try:
+        for _ in range(threads - 1):
+            futures.append(pool.submit(shared.work))
+        shared.work()
+    finally:
+        shared.stop()
+        _close(pool, futures)
+    for future in futures:
+        future.result()
+    return shared.results
+
+
+class _SharedPieces(Generic[R]):
+    """Pieces that several threads take from one iterator, and what came of them."""
+
+    def __init__(self, loop: Callable[..., R], pieces: Iterable[tuple[Any, ...]]) -> None:
+        self.results: list[Any] = []
+        self._loop = loop
+        self._pieces = iter(pieces)
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def work(self) -> None:
+        """Do one piece after the other while there are any."""
+        try:
+            while True:
+                with self._lock:
+                    piece = None if self._stopped else next(self._pieces, None)
+                    if piece is None:
+                        return
+                    place = len(self.results)
+                    self.results.append(None)
+                self.results[place] = self._loop(*piece)
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Let no thread take another piece."""
+        self._stopped = True
+
+
+def _close(pool: ThreadPoolExecutor, futures: list[Future[None]]) -> None:
+    """Wait for the threads to end; an interrupt meanwhile is raised when they have."""
+    interrupt: BaseException | None = None
+    while True:
+        try:
+            # before the pool: in some versions of Python, a thread whose join was interrupted passes for ended
+            wait(futures)
+            pool.shutdown()
+            break
+        except BaseException as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt

@@ -1,0 +1,96 @@
+"""What the tests of the Trainer share: how a small run is set up, read and compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hf_lowmem_optim import OPTIMIZERS
+from tests.trainer.tiny_models import tiny_llama, token_rows
+
+#: With the defaults the tensors of the tiny models are too small to be compressed, or gain nothing by it.
+ARGUMENTS = {
+    "ldadam": "rank=4",
+    "microadam": "density=0.05,min_compress_size=64,quant_block_size=32",
+    "sparse_mfac": "density=0.05",
+    "lowrank_mfac": "rank=4",
+    "sparse_ggt": "density=0.05",
+}
+ARGUMENTS.update({f"{name}_layerwise": text for name, text in ARGUMENTS.items() if f"{name}_layerwise" in OPTIMIZERS})
+#: A step of GGT is at most as long as the rate, over all parameters together.
+LEARNING_RATES = {"sparse_ggt": 0.3}
+LAYERWISE = [name for name, entry in OPTIMIZERS.items() if entry.optimizer_class.layerwise]
+NORMAL = [name for name in OPTIMIZERS if name not in LAYERWISE]
+#: One of each kind: a low-rank one, a sparse one, a preconditioner over all tensors, a layer-wise one.
+KINDS = ["ldadam", "microadam", "sparse_mfac", "ldadam_layerwise"]
+STOP = 6
+
+
+class StopAt(TrainerCallback):
+    """Ends training as an interruption would: the schedule is still that of the whole run."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == STOP:
+            control.should_training_stop = True
+            control.should_save = True
+
+
+def arguments(folder: Path | str, **settings: Any) -> TrainingArguments:
+    """Training arguments for a short run on the CPU that logs every step and writes nothing."""
+    defaults: dict[str, Any] = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        # the layer-wise optimizers refuse the Trainer's default
+        "max_grad_norm": 0.0,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    return TrainingArguments(str(folder), **{**defaults, **settings})
+
+
+def make_trainer(
+    folder: Path | str,
+    model: nn.Module | None = None,
+    *,
+    rows: Any = 8,
+    trainer_class: type[Trainer] = Trainer,
+    given: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Trainer:
+    """A Trainer for a model and rows, or their number; ``given`` goes to it, the rest to its arguments."""
+    return trainer_class(
+        tiny_llama() if model is None else model,
+        arguments(folder, **settings),
+        train_dataset=token_rows(rows) if isinstance(rows, int) else rows,
+        **(given or {}),
+    )
+
+
+def logged(trainer: Trainer, key: str) -> list[float]:
+    return [float(entry[key]) for entry in trainer.state.log_history if key in entry]
+
+
+def assert_equal_to_the_bit(left: Any, right: Any) -> None:
+    """Same structure, same dtypes, same values."""
+    (leaves, structure), (others, other_structure) = pytree.tree_flatten(left), pytree.tree_flatten(right)
+    assert structure == other_structure
+    for leaf, other in zip(leaves, others, strict=True):
+        assert type(leaf) is type(other)
+        if isinstance(leaf, torch.Tensor):
+            assert leaf.dtype == other.dtype
+            assert torch.equal(leaf, other)
+        else:
+            assert leaf == other
+
+
+def assert_same_parameters(left: Trainer, right: Trainer) -> None:
+    for mine, theirs in zip(left.model.parameters(), right.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
