@@ -187,7 +187,8 @@ def check_group_keys(group: Mapping[str, Any], own: Iterable[str], owner: str) -
     """
     own = set(own)
     for key in group:
-        if key in own or key == "params":
+        # schedulers keep max_lr, base_momentum and the like beside the option itself
+        if key in own or key == "params" or key.endswith(tuple(f"_{name}" for name in own)):
             continue
         hint = nearest(key, own, cutoff=0.75)
         if hint:
