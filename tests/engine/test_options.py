@@ -34,7 +34,9 @@ def test_the_class_shows_every_option_with_default_type_and_help(name: str) -> N
     parameters = dict(inspect.signature(cls).parameters)
     first = parameters.pop("params")
     assert first.default is inspect.Parameter.empty
-    defaults, types, texts = (f() for f in (cls.method.options.defaults, cls.method.options.types, cls.method.options.help))
+    defaults, types, texts = (
+        f() for f in (cls.method.options.defaults, cls.method.options.types, cls.method.options.help)
+    )
     assert {key: p.default for key, p in parameters.items()} == defaults
     assert {key: p.annotation for key, p in parameters.items()} == types
     assert list(texts) == list(defaults) == list(types)
@@ -98,7 +100,9 @@ def test_an_option_of_another_method_is_refused_in_a_group(name: str, key: str, 
         lambda: cls([{"params": [weight()], key: value}]),
         lambda: cls([weight()]).add_param_group({"params": [weight()], key: value}),
     ):
-        with pytest.raises(TypeError, match=rf"key '{key}', which is an option of another method; {cls.__name__} has: "):
+        with pytest.raises(
+            TypeError, match=rf"key '{key}', which is an option of another method; {cls.__name__} has: "
+        ):
             build()
     with pytest.raises(TypeError, match=r"unknown key 'error_feedbakc'; did you mean 'error_feedback'\?"):
         LDAdam([{"params": [weight()], "error_feedbakc": "fp32"}])

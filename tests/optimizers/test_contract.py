@@ -286,7 +286,7 @@ def test_groups_override_every_hyperparameter(case: Case) -> None:
     optimizer = case.build([{"params": [weight], "lr": 0.5}])
     second = nn.Parameter(torch.randn(12, 40))
     # a preconditioner over all groups cannot have two windows
-    defaults |= {key: case.hyper[key] for key in case.shared_keys if key in case.hyper}
+    defaults = {**defaults, **{key: case.hyper[key] for key in case.shared_keys if key in case.hyper}}
     optimizer.add_param_group({"params": [second], **defaults})
     assert optimizer.param_groups[0]["lr"] == 0.5
     assert {k: optimizer.param_groups[1][k] for k in defaults} == defaults

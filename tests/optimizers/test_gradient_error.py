@@ -17,8 +17,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from hf_lowmem_optim import LDAdam, measure_state, plan_optimizer
-from tests.optimizers.cases import assert_same_state
 from tests.memory.allocator import peak_bytes
+from tests.optimizers.cases import assert_same_state
 
 ZEROING: dict[str, Callable[[nn.Module, torch.optim.Optimizer], None]] = {
     "model.zero_grad()": lambda model, optimizer: model.zero_grad(),
@@ -85,7 +85,9 @@ def assert_equal(model: nn.Module, other: nn.Module) -> None:
 
 def kept_in_gradient(optimizer: LDAdam) -> list[nn.Parameter]:
     group = optimizer.param_groups[0]
-    kept = [p for p in group["params"] if group["error_feedback"] == "grad" and optimizer.method.compresses(p.shape, group)]
+    kept = [
+        p for p in group["params"] if group["error_feedback"] == "grad" and optimizer.method.compresses(p.shape, group)
+    ]
     assert len(kept) == 4
     return kept
 
@@ -289,7 +291,8 @@ def test_there_is_one_buffer_a_parameter_and_for_a_moment_one_gradient(
     activations = 2**17
     first = peak_bytes(step)
     planned = plan_optimizer(optimizer)
-    temporaries = LDAdam.method.scratch_bytes(optimizer.param_groups)
+    # without the constant for slices and libraries, larger than these gradients
+    temporaries = LDAdam.method.scratch_bytes(optimizer.param_groups) - LDAdam.method.scratch_bytes([])
     # all gradients, state, and the first buffer beside the first gradient; then never more than one gradient
     assert 6 * gradient < first <= 6 * gradient + planned.total_bytes + temporaries + activations
     for _ in range(3):
