@@ -1,4 +1,4 @@
-"""The error between two steps: what is stored and added to the next gradient, in every precision, of several tensors."""
+"""The error between two steps: what is stored and added to the next gradient, in every precision, tensors together."""
 
 from __future__ import annotations
 
