@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from hf_lowmem_optim.engine.method import Method
     from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
     from hf_lowmem_optim.engine.options import Options, option
-    from hf_lowmem_optim.memory.plan_types import MemoryPlan
     from hf_lowmem_optim.memory.measure import StateReport, measure_state
     from hf_lowmem_optim.memory.plan import plan_optimizer, plan_state
+    from hf_lowmem_optim.memory.plan_types import MemoryPlan
     from hf_lowmem_optim.optimizers.ldadam import LDAdam
     from hf_lowmem_optim.optimizers.lowrank_mfac import LowRankMFAC
     from hf_lowmem_optim.optimizers.microadam import MicroAdam

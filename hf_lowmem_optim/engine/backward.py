@@ -47,7 +47,7 @@ class Host(Protocol):
     def _update_(self, live: Sequence[tuple[int, Tensor, dict[str, Any]]]) -> None:
         """Update parameters that have a gradient."""
 
-    def _checked_rule(self, param: Tensor, group: dict[str, Any]) -> Any:
+    def _checked_rule(self, param: Tensor, group: dict[str, Any]) -> None:
         """Refuse a gradient or a state that the parameter's rule cannot serve."""
 
     def _prepared(self, param: Tensor, group: dict[str, Any]) -> tuple[bool, dict[str, TensorSpec], dict[str, Any]]:

@@ -84,7 +84,7 @@ class Batch:
         written back: float32 ones to be rounded stochastically.
         """
         W = [update.param if update.rounding_seed is None else update.param.float() for update in self.updates]
-        if not all([weight.is_contiguous() and weight.dim() <= 2 for weight in W]):
+        if any(not weight.is_contiguous() or weight.dim() > 2 for weight in W):
             W = _matrices(W)
         yield W
         for update, weight in zip(self.updates, W, strict=True):
@@ -137,12 +137,13 @@ def batches(updates: Sequence[TensorUpdate], *, whole: bool) -> Iterator[Batch]:
         updates: The tensors, all with state; state that is not stacked yet is moved where that is due.
         whole: Whether a call may serve any number of tensors, because it allocates nothing of their size.
 
-    Yields:
+    Returns:
         The batches, in the order of their first tensors.
     """
-    if len(updates) == 1:
-        yield _batch(updates)
-        return
+    return iter([_batch(updates)]) if len(updates) == 1 else _bucketed(updates, whole)
+
+
+def _bucketed(updates: Sequence[TensorUpdate], whole: bool) -> Iterator[Batch]:
     buckets: dict[Hashable, list[TensorUpdate]] = {}
     for update in updates:
         buckets.setdefault(update.key, []).append(update)
@@ -151,8 +152,11 @@ def batches(updates: Sequence[TensorUpdate], *, whole: bool) -> Iterator[Batch]:
             yield _batch(bucket)
             continue
         _stack_loose_(bucket)
-        param, in_place = bucket[0].param, whole and bucket[0].rounding_seed is None
-        most = most_tensors(param.numel(), param.device, whole=in_place) if whole or _rounds_alike(bucket[0]) else 1
+        param = bucket[0].param
+        if whole and bucket[0].rounding_seed is None:
+            most = len(bucket)
+        else:
+            most = most_tensors(param.numel(), param.device) if whole or _rounds_alike(bucket[0]) else 1
         for run in _runs(bucket):
             for start in range(0, len(run), most):
                 yield _batch(run[start : start + most])
@@ -170,7 +174,7 @@ def _rounds_alike(update: TensorUpdate) -> bool:
     return param.device.type != "cpu" or (aligned and not vectors)
 
 
-def most_tensors(entries: int, device: torch.device, *, whole: bool) -> int:
+def most_tensors(entries: int, device: torch.device) -> int:
     """Return how many tensors of a size one call may serve: what it allocates for them is to be bounded.
 
     Larger matrices gain nothing from company: their arithmetic takes far longer than the call.
@@ -178,10 +182,7 @@ def most_tensors(entries: int, device: torch.device, *, whole: bool) -> int:
     Args:
         entries: Entries of each tensor.
         device: Where they lie; the meta device counts as a GPU.
-        whole: Whether nothing of their size is allocated.
     """
-    if whole:
-        return 1 << 30
     largest, together = (1 << 16, 1 << 18) if device.type == "cpu" else (1 << 22, 1 << 23)
     return max(1, together // max(1, entries)) if entries <= largest else 1
 

@@ -75,6 +75,7 @@ class Method:
         scratch: What an update allocates for a moment, at most, in float32 copies of a weight; 0 if it works in place.
             Or a function that returns it for the options.
         scratch_state: What it allocates beside, at most, in float32 copies of a weight's state, the error left out.
+        whole: Whether one call may serve any number of tensors, because it allocates for one after the other.
         adam_like: Whether it is Adam with less state, so that AdamW is as good where compression saves nothing.
         optional_state: State keys that exist only for some values of an option which may change in a run, with that
             option: the state follows it.
@@ -95,6 +96,7 @@ class Method:
     switch: tuple[str, Any] = ("compress", False)
     scratch: float | Callable[[Any], float] = 1.0
     scratch_state: float = 0.0
+    whole: bool = False
     adam_like: bool = True
     optional_state: Mapping[str, str] = field(default_factory=dict)
     coupled_update_: CoupledUpdate | None = None
@@ -219,7 +221,7 @@ class Method:
                 rounded = options.weight_rounding == "stochastic" and dtype != torch.float32
                 state = sum(math.prod(spec.shape) for key, spec in specs.items() if not key.startswith("error"))
                 copies = self.scratch_copies(options)
-                together = most_tensors(math.prod(shape), device, whole=copies == 0 and not rounded)
+                together = 1 if self.whole and not rounded else most_tensors(math.prod(shape), device)
                 each = 4 * ((copies + rounded) * math.prod(shape) + self.scratch_state * state)
                 most = max(most, each * min(count, together))
         system = 0

@@ -206,10 +206,15 @@ class LowMemoryOptimizer(Optimizer):
         """Update parameters that have a gradient: each with its place among all parameters, and its group."""
         method = self.method
         # every check comes before the first change
-        rules = [self._checked_rule(param, group) for _, param, group in live]
-        if method.coupled_update_ is not None and len(self.param_groups) > 1:  # they may have been changed
-            members = {id(options): vars(options) for options, compressed, _ in rules if compressed}
-            check_agreement(method, list(members.values()), type(self).__name__)
+        rules = []
+        for _, param, group in live:
+            options = self._options_of(group)
+            compressed, specs = self._rule(param, options)
+            check_tensor(param, group, self.state.get(param), rule=(compressed, specs), optimizer=self)
+            rules.append((options, compressed, specs))
+        if method.shared_options and len(self.param_groups) > 1:
+            distinct = {id(options): vars(options) for options, compressed, _ in rules if compressed}
+            check_agreement(method, list(distinct.values()), type(self).__name__)
         fresh = [(param, rule) for (_, param, _), rule in zip(live, rules, strict=True) if not self.state.get(param)]
         if fresh:
             self._allocate_(fresh)
@@ -237,9 +242,8 @@ class LowMemoryOptimizer(Optimizer):
             if method.coupled_update_ is not None:
                 self._coupled_update_(sparse)
             elif sparse:
-                whole = method.scratch_copies(sparse[0].options) == 0
                 assert method.update_ is not None
-                for batch in batches(sparse, whole=whole):
+                for batch in batches(sparse, whole=method.whole):
                     with batch.weights() as W:
                         method.update_(W, batch.g, batch.state, batch.step, batch.options)
             for updates in dense.values():
@@ -253,11 +257,10 @@ class LowMemoryOptimizer(Optimizer):
         update_, describe = method.coupled_update_, method.shared_state
         assert update_ is not None and describe is not None
         options: Any = updates[0].options
-        whole = method.scratch_copies(options) == 0
         if options.scope == "tensor":
             for update in updates:
                 own = {key: update.state[key] for key in describe(options)}
-                update_(list(batches([update], whole=whole)), own, update.step)
+                update_(list(batches([update], whole=method.whole)), own, update.step)
             return
         # torch, too, keeps what belongs to no parameter under a string
         shared = cast("dict[Any, dict[str, Any]]", self.state)[SHARED]
@@ -267,7 +270,7 @@ class LowMemoryOptimizer(Optimizer):
         shared["step"] += 1
         if len(updates) < sum([len(group["params"]) for group in self.param_groups]):
             note_absent_(self, method, updates, shared["step"])
-        update_(list(batches(updates, whole=whole)), shared, shared["step"])
+        update_(list(batches(updates, whole=method.whole)), shared, shared["step"])
 
     def _is_real(self, param: Tensor) -> bool:
         """Return whether a gradient of zero is nevertheless one of training."""
@@ -285,12 +288,10 @@ class LowMemoryOptimizer(Optimizer):
         self._options[id(group)] = values, options
         return options
 
-    def _checked_rule(self, param: Tensor, group: dict[str, Any]) -> tuple[Options, bool, dict[str, TensorSpec]]:
-        """Return the rule of a parameter that has a gradient, if gradient and state are what it can serve."""
-        options = self._options_of(group)
-        compressed, specs = self._rule(param, options)
-        check_tensor(param, group, self.state.get(param), rule=(compressed, specs), optimizer=self)
-        return options, compressed, specs
+    def _checked_rule(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Refuse a gradient or a state that the parameter's rule cannot serve."""
+        rule = self._rule(param, self._options_of(group))
+        check_tensor(param, group, self.state.get(param), rule=rule, optimizer=self)
 
     def _rule(self, param: Tensor, options: Options) -> tuple[bool, dict[str, TensorSpec]]:
         """Return whether a parameter is compressed, and the specs of its state."""

@@ -50,7 +50,7 @@ class Op(Generic[P, R]):
     """An operation: its torch version, and the faster ones registered for its name.
 
     The first argument of a call decides by its ``device``: a tensor, something that has a device, or a sequence of
-    such.
+    such; of a tuple, its first element.
 
     Args:
         torch_version: The specification; the operation has its name, signature and docstring.
@@ -72,8 +72,9 @@ class Op(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the version that serves these arguments."""
         first: Any = args[0]
-        device = first[0].device if isinstance(first, (list, tuple)) else first.device
-        backend = _resolve(os.environ.get(ENVIRONMENT_VARIABLE, ""), device.type)
+        while isinstance(first, (list, tuple)):
+            first = first[0]
+        backend = _resolve(os.environ.get(ENVIRONMENT_VARIABLE, ""), first.device.type)
         version = _VERSIONS.get((self.name, backend))
         if version is None:
             return self.torch_version(*args, **kwargs)

@@ -186,5 +186,11 @@ class MicroAdam(LowMemoryOptimizer):
     """
 
     method = Method(
-        "microadam", MicroAdamOptions, microadam_state, microadam_update_, switch=("density", None), scratch=0
+        "microadam",
+        MicroAdamOptions,
+        microadam_state,
+        microadam_update_,
+        switch=("density", None),
+        scratch=0,
+        whole=True,
     )

@@ -208,6 +208,7 @@ class SparseMFAC(LowMemoryOptimizer):
         sparse_mfac_state,
         switch=("density", None),
         scratch=lambda o: 1.0 if o.momentum > 0 else 0.0,  # u
+        whole=True,
         adam_like=False,
         optional_state={"velocity": "momentum"},
         coupled_update_=sparse_update_,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hf_lowmem_optim.optimizers.hyperparameters import nearest
+from hf_lowmem_optim.engine.options import nearest
 
 __all__ = ["LoraOptions", "add_lora"]
 

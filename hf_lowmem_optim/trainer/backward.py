@@ -15,8 +15,10 @@ from accelerate.state import GradientState
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_lowmem_optim.engine.backward import check_accumulation
+from hf_lowmem_optim.engine.gradient_error import GradientErrors
+from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.memory.measure import unwrap_optimizer
-from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
 from hf_lowmem_optim.trainer.callbacks import add_to_log
 
 __all__ = ["BackwardCallback", "check_backward_arguments"]
@@ -26,12 +28,12 @@ logger = logging.getLogger(__name__)
 
 def is_layerwise(optimizer_class: type[LowMemoryOptimizer]) -> bool:
     """Return whether optimizers of a class update during the backward pass."""
-    return optimizer_class.layerwise
+    return optimizer_class.method.layerwise
 
 
 def keeps_error_in_gradients(optimizer: LowMemoryOptimizer) -> bool:
     """Return whether an optimizer keeps the error of any parameter in its gradient."""
-    return bool(getattr(optimizer, "has_errors_in_gradients", False))
+    return any(GradientErrors.serves(optimizer.method, group) for group in optimizer.param_groups)
 
 
 def check_backward_arguments(
@@ -48,8 +50,8 @@ def check_backward_arguments(
         ValueError: The message names the argument and what would be right.
     """
     if is_layerwise(optimizer_class):
-        optim = f"optim={optimizer_class.name!r}"
-        instead = f"use optim={optimizer_class.name.removesuffix('_layerwise')!r}"
+        optim = f"optim={optimizer_class.method.name!r}"
+        instead = f"use optim={optimizer_class.method.name.removesuffix('_layerwise')!r}"
         if args.max_grad_norm is not None and args.max_grad_norm > 0:
             raise ValueError(
                 f"max_grad_norm={args.max_grad_norm!r} (1.0 is the default) clips by the norm of all gradients "
@@ -134,14 +136,14 @@ def _connect(optimizer: Any, args: TrainingArguments) -> None:
     if args.gradient_accumulation_steps > 1:
         for group in optimizer.param_groups:
             # a dense tensor accumulates its gradient as always
-            if any(optimizer.compresses(param.shape, group) for param in group["params"]):
-                optimizer.check_accumulation(group)
+            if any(optimizer.method.compresses(param.shape, group) for param in group["params"]):
+                check_accumulation(group)
     optimizer.is_last_micro_batch = _is_last_micro_batch
     if args.torch_compile:
         logger.warning(
             "torch_compile=True computes all gradients of a graph before the first of them is used, so %s gives the "
             "right result but saves no memory for gradients. Leave torch_compile out to have one at a time",
-            optimizer.name,
+            optimizer.method.name,
         )
 
 

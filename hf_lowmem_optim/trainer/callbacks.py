@@ -12,12 +12,12 @@ from weakref import WeakKeyDictionary
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
+from hf_lowmem_optim.memory.byte_sizes import format_bytes
 from hf_lowmem_optim.memory.measure import StateReport, measure_state, unwrap_optimizer
 from hf_lowmem_optim.memory.plan import plan_optimizer
 from hf_lowmem_optim.memory.report import REPORT_NAME, build_report, report_text
 from hf_lowmem_optim.memory.step_memory import StepMemory, StepMemoryMeter
-from hf_lowmem_optim.memory.byte_sizes import format_bytes
-from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
 
 __all__ = ["EarlyLogCallback", "OptimizerStateMemoryCallback", "add_to_log"]
 

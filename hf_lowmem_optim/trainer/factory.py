@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
+from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.registry import get_entry
 from hf_lowmem_optim.trainer.backward import check_backward_arguments
 from hf_lowmem_optim.trainer.optim_args import hyperparameters_from_training_args
@@ -54,7 +54,7 @@ class OptimizerFactory:
             ``"all-linear"``, as in ``TrainingArguments.optim_target_modules``.
         overrides: Hyper-parameters of single modules: ``{"mlp": {"rank": 64}, "lm_head": {"lr": 1e-4}}``. A key is the
             name of a module, a part of it, or a regex for all of it, as in a list of target modules; the first key that
-            matches holds. ``rank`` (in general :attr:`LowMemoryOptimizer.dense_key`) as None leaves matrices
+            matches holds. ``rank`` (in general the method's ``switch``) as None leaves matrices
             dense, and with a value compresses them, embeddings and head too. Biases and norms never decay.
         lr_ratio: Learning rate of LoRA's B matrices over that of everything else (LoRA+, arXiv 2402.12354);
             an ``lr`` of the overrides is multiplied as well.
@@ -89,7 +89,7 @@ class OptimizerFactory:
         self.lr_ratio = lr_ratio
         self.dense_lr_ratio = dense_lr_ratio
         self.hyper = hyper
-        self.optimizer_class.check_hyperparameters(hyper)
+        self.optimizer_class.method.check(hyper, self.optimizer_class.__name__)
         check_overrides(overrides, self.optimizer_class, hyper)
         check_ratio("lr_ratio", lr_ratio)
         check_ratio("dense_lr_ratio", dense_lr_ratio)
@@ -173,8 +173,8 @@ class OptimizerFactory:
         """
         optimizer_class = self.optimizer_class
         given = {**self.hyper, **hyper}
-        optimizer_class.check_hyperparameters(given)
-        everyone = {**optimizer_class.default_hyperparameters(), **given}
+        optimizer_class.method.check(given, optimizer_class.__name__)
+        everyone = {**optimizer_class.method.options.defaults(), **given}
         check_overrides(self.overrides, optimizer_class, everyone)
         own = own_settings(model, self.overrides, self.lr_ratio, everyone["lr"])
         placements = place_parameters(
@@ -182,11 +182,11 @@ class OptimizerFactory:
             self.target_modules,
             lambda parameter, settings: _rule(optimizer_class, parameter, {**everyone, **settings}),
             own.values,
-            own.with_value(optimizer_class.dense_key) & {id(p) for p in model.parameters() if p.ndim >= 2},
+            own.with_value(*optimizer_class.method.switch) & {id(p) for p in model.parameters() if p.ndim >= 2},
         )
         check_overrides_apply(self.overrides, own, placements, optimizer_class)
         placements = scale_dense_rates(placements, own, self.overrides, self.dense_lr_ratio, everyone["lr"])
-        groups = build_param_groups(placements, optimizer_class.dense_key, everyone["weight_decay"])
+        groups = build_param_groups(placements, optimizer_class.method.switch, everyone["weight_decay"])
         return optimizer_class(groups, **everyone), placements
 
     def __repr__(self) -> str:
@@ -198,30 +198,31 @@ class OptimizerFactory:
 
 def _rule(optimizer_class: type[LowMemoryOptimizer], parameter: nn.Parameter, hyper: Mapping[str, Any]) -> str:
     """Return "compressed" for a targeted parameter, or why it is not."""
-    if hyper[optimizer_class.dense_key] is None:
+    if optimizer_class.method.is_dense(hyper):
         return SWITCHED_OFF
-    if not optimizer_class.compresses(tuple(parameter.shape), hyper):
+    if not optimizer_class.method.compresses(tuple(parameter.shape), hyper):
         return TOO_SMALL
     return COMPRESSED if _saves_state(optimizer_class, parameter, hyper) else NOT_WORTH
 
 
 def _saves_state(optimizer_class: type[LowMemoryOptimizer], parameter: nn.Parameter, hyper: Mapping[str, Any]) -> bool:
     """Return whether compression saves state over AdamW; for adapters, with one small dimension, it may not."""
-    if not optimizer_class.replaces_adamw:
+    if not optimizer_class.method.adam_like:
         return True
+    key, off = optimizer_class.method.switch
     compressed, dense = (
-        sum(spec.nbytes for spec in optimizer_class.state_specs(parameter, settings).values())
-        for settings in (hyper, {**hyper, optimizer_class.dense_key: None})
+        sum(spec.nbytes for spec in optimizer_class.method.state_specs(parameter, settings).values())
+        for settings in (hyper, {**hyper, key: off})
     )
     return compressed < dense
 
 
 def _report(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) -> None:
     """Log what went where, and warn where compression was asked for and none came of it."""
-    key, who = optimizer.dense_key, type(optimizer).__name__
+    (key, off), who = optimizer.method.switch, type(optimizer).__name__
     setting, rules = optimizer.defaults[key], {placement.rule for placement in placements}
     error = " or error_feedback" if "error_feedback" in optimizer.defaults else ""
-    if setting is not None and rules & {TOO_SMALL, NOT_WORTH} and COMPRESSED not in rules:
+    if setting != off and rules & {TOO_SMALL, NOT_WORTH} and COMPRESSED not in rules:
         logger.warning(
             "%s compresses nothing here: every target is too small for %s=%s, or its compressed state would be larger "
             "than that of the dense rule (dense_state=%s), which all %d tensors take therefore. A lower %s%s makes it "

@@ -96,7 +96,7 @@ def _suggest_names() -> None:
     def error(self: argparse.ArgumentParser, message: str) -> Any:
         if refused := _REFUSED.match(message):
             # here, so that a script starts as fast as without us
-            from hf_lowmem_optim.optimizers.hyperparameters import nearest
+            from hf_lowmem_optim.engine.options import nearest
             from hf_lowmem_optim.registry import OPTIMIZERS
 
             message += nearest(refused[1], OPTIMIZERS)

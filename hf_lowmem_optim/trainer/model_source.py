@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from hf_lowmem_optim.optimizers.hyperparameters import nearest
+from hf_lowmem_optim.engine.options import nearest
 from hf_lowmem_optim.trainer.adapters import LoraOptions, add_lora
 from hf_lowmem_optim.trainer.presets import PRESETS
 

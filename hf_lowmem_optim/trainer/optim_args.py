@@ -20,8 +20,8 @@ import logging
 import types
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
-from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
-from hf_lowmem_optim.optimizers.hyperparameters import nearest
+from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
+from hf_lowmem_optim.engine.options import nearest
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -55,7 +55,7 @@ def hyperparameters_from_training_args(
     Raises:
         ValueError: ``optim_args`` is malformed, or has an unknown, doubled or mistyped entry.
     """
-    defaults = optimizer_class.default_hyperparameters()
+    defaults = optimizer_class.method.options.defaults()
     betas = (_field_if_changed(args, "adam_beta1"), _field_if_changed(args, "adam_beta2"))
     hyper = hyperparameters_from_text(args.optim_args, optimizer_class, betas)
     epsilon = _field_if_changed(args, _FIELDS["eps"])
@@ -88,7 +88,7 @@ def hyperparameters_from_text(
     """
     hyper = parse_optim_args(text, optimizer_class)
     given = [hyper.pop(key, beta) for key, beta in zip(_BETAS, betas, strict=True)]
-    own = optimizer_class.default_hyperparameters().get("betas")
+    own = optimizer_class.method.options.defaults().get("betas")
     if own is not None and given != [None, None]:
         hyper["betas"] = tuple(default if beta is None else beta for beta, default in zip(given, own, strict=True))
     return hyper
@@ -108,7 +108,7 @@ def parse_optim_args(text: str | None, optimizer_class: type[LowMemoryOptimizer]
         ValueError: An entry is not ``key=value``, its key is unknown, doubled or belongs to a field of
             TrainingArguments, or its value has another type. The message names entry and remedy.
     """
-    allowed = {**optimizer_class.hyperparameter_types(), **FACTORY_ARGUMENTS}
+    allowed = {**optimizer_class.method.options.types(), **FACTORY_ARGUMENTS}
     if "betas" in allowed:
         del allowed["betas"]
         allowed.update(dict.fromkeys(_BETAS, float))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
-from hf_lowmem_optim.optimizers.hyperparameters import check_positive, nearest
+from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
+from hf_lowmem_optim.engine.options import nearest
 from hf_lowmem_optim.trainer.param_groups import COMPRESSED, NOT_WORTH, Placement, matching_modules
 
 __all__ = [
@@ -42,15 +43,19 @@ class OwnSettings:
     values: dict[int, dict[str, Any]] = field(default_factory=dict)
     entries: dict[int, str] = field(default_factory=dict)
 
-    def with_value(self, key: str) -> set[int]:
-        """Return ids of the parameters to which an override gives ``key`` a value other than None."""
-        return {parameter for parameter, values in self.values.items() if values.get(key) is not None}
+    def with_value(self, key: str, off: Any) -> set[int]:
+        """Return ids of the parameters to which an override gives ``key`` a value other than ``off``."""
+        return {parameter for parameter, values in self.values.items() if values.get(key, off) != off}
 
 
 def check_ratio(name: str, value: Any) -> None:
     """Refuse a ratio of learning rates that is neither a float > 0 nor None."""
-    if value is not None:
-        check_positive(name, value)
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it must be a float > 0")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}={value!r} is out of range; it must be a float > 0")
 
 
 def check_overrides(overrides: Any, optimizer_class: type[LowMemoryOptimizer], hyper: Mapping[str, Any]) -> None:
@@ -69,7 +74,7 @@ def check_overrides(overrides: Any, optimizer_class: type[LowMemoryOptimizer], h
         return
     if not isinstance(overrides, Mapping):
         raise TypeError(f'overrides={overrides!r} must be a dict such as {{"mlp": {{"lr": 1e-3}}}}')
-    known = optimizer_class.default_hyperparameters()
+    known = optimizer_class.method.options.defaults()
     for entry, values in overrides.items():
         where = f"overrides[{entry!r}]"
         if not isinstance(entry, str) or not isinstance(values, Mapping):
@@ -83,7 +88,7 @@ def check_overrides(overrides: Any, optimizer_class: type[LowMemoryOptimizer], h
                     f"(it has: {', '.join(known)})"
                 )
         try:
-            optimizer_class.check_hyperparameters({**hyper, **values})
+            optimizer_class.method.check({**hyper, **values}, optimizer_class.__name__)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{where}: {error}") from error
 
@@ -191,7 +196,7 @@ def check_overrides_apply(
     Raises:
         ValueError: Weight decay for what does not decay, or a setting of the compression for what is not compressed.
     """
-    dense_key = optimizer_class.dense_key
+    dense_key, off = optimizer_class.method.switch
     for entry, values in (overrides or {}).items():
         concerned = [p for p in placements if own.entries.get(id(p.parameter)) == entry]
         if values.get("weight_decay") and not any(p.decays for p in concerned):
@@ -201,7 +206,7 @@ def check_overrides_apply(
             )
         _check_used_by_some(entry, values, concerned, optimizer_class)
         unused = [key for key in values if key not in (*_DENSE_KEYS, dense_key)]
-        if values.get(dense_key) is not None:
+        if values.get(dense_key, off) != off:
             unused = [dense_key, *unused]
         if unused and not any(p.targeted or p.rule == NOT_WORTH for p in concerned):
             raise ValueError(
@@ -214,7 +219,7 @@ def _check_used_by_some(
     entry: str, values: Mapping[str, Any], concerned: Sequence[Placement], optimizer_class: type[LowMemoryOptimizer]
 ) -> None:
     """Refuse what only the dense rule reads where all is compressed, and a rounding of weights that are float32."""
-    only_dense = ("dense_state",) if optimizer_class.replaces_adamw else ("dense_state", "betas", "eps")
+    only_dense = ("dense_state",) if optimizer_class.method.adam_like else ("dense_state", "betas", "eps")
     for key in only_dense:
         if key in values and all(p.rule == COMPRESSED for p in concerned):
             raise ValueError(

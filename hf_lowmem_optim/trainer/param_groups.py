@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer import Trainer
 from transformers.trainer_utils import check_target_module_exists
 
-from hf_lowmem_optim.optimizers.hyperparameters import nearest
+from hf_lowmem_optim.engine.options import nearest
 
 __all__ = ["Placement", "build_param_groups", "matching_modules", "place_parameters"]
 
@@ -122,7 +122,7 @@ def place_parameters(
 
 
 def build_param_groups(
-    placements: Iterable[Placement], dense_key: str, weight_decay: float | None
+    placements: Iterable[Placement], switch: tuple[str, Any], weight_decay: float | None
 ) -> list[dict[str, Any]]:
     """Turn placements into the optimizer's parameter groups: targeted or dense, with weight decay or without.
 
@@ -130,7 +130,7 @@ def build_param_groups(
 
     Args:
         placements: What :func:`place_parameters` returned.
-        dense_key: The hyper-parameter whose value None sends a group to the dense rule.
+        switch: The option that sends a group to the dense rule, and the value that does.
         weight_decay: Weight decay of the parameters that decay, None if the optimizer has none.
 
     Returns:
@@ -147,7 +147,7 @@ def build_param_groups(
         if weight_decay is not None:
             group["weight_decay"] = 0.0 if spared else group.get("weight_decay", weight_decay)
         if dense:
-            group[dense_key] = None
+            group[switch[0]] = switch[1]
         groups.append(group)
     return groups
 

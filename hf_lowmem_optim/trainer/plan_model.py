@@ -12,13 +12,13 @@ from typing import Any
 
 from torch import nn
 
+from hf_lowmem_optim.engine.options import nearest
 from hf_lowmem_optim.memory.baselines import BASELINES, ParameterFacts, plan_baseline
 from hf_lowmem_optim.memory.budget import BudgetSearch
 from hf_lowmem_optim.memory.byte_sizes import format_bytes, parse_bytes
 from hf_lowmem_optim.memory.plan import compressed_bytes_per_parameter, plan_groups, plan_temporaries
 from hf_lowmem_optim.memory.plan_types import MemoryPlan, OptimizerPlan, Suggestion
 from hf_lowmem_optim.memory.weights import Processes, WeightReport, plan_weights
-from hf_lowmem_optim.optimizers.hyperparameters import nearest
 from hf_lowmem_optim.registry import OPTIMIZERS, get_entry
 from hf_lowmem_optim.trainer.factory import OptimizerFactory
 from hf_lowmem_optim.trainer.model_source import ModelOptions, Source, open_model
@@ -172,22 +172,22 @@ class _Request:
                 raise
             return replace(row, problem=str(error))
         groups, shards = optimizer.param_groups, self.processes.num_shards
-        gradient_bytes = _one_gradient(groups) if optimizer.layerwise else None
+        gradient_bytes = _one_gradient(groups) if optimizer.method.layerwise else None
         allowed = None if left is None else left - sum((gradient_bytes or weights.gradient_bytes).values())
         search = BudgetSearch(type(optimizer), groups, shards, self.processes.gpus)
         problem = None
-        if shards > 1 and not optimizer.supports_sharding and any(p.rule == COMPRESSED for p in placements):
+        if shards > 1 and any(p.rule == COMPRESSED for p in placements):
             problem = "compressed tensors cannot be sharded yet: the first step under FSDP says so"
         elif shards > 1 and (optimizer.defaults["dense_state"], optimizer.defaults["weight_rounding"]) != _SHARDABLE:
             problem = "dense_state and weight_rounding cannot be sharded: the first step under FSDP says so"
-        single = next(filter(None, (optimizer.needs_one_process(group) for group in groups)), None)
+        single = next(filter(None, (optimizer.method.needs_one_process(group) for group in groups)), None)
         if self.processes.gpus > 1 and single is not None:
             problem = f"{single}: it trains in one process"
         if problem is None and allowed is not None:
             searches[name] = search
         return replace(
             row,
-            settings={key: optimizer.defaults[key] for key in optimizer.state_keys},
+            settings={key: optimizer.defaults[key] for key in optimizer.method.shaping},
             state=plan_groups(type(optimizer), groups, num_shards=shards),
             temporary_bytes=plan_temporaries(type(optimizer), groups),
             compressed_bytes_per_parameter=compressed_bytes_per_parameter(type(optimizer), groups),
@@ -251,7 +251,7 @@ def _one_gradient(groups: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 def _reference_groups(model: nn.Module, target_modules: TargetModules) -> list[list[ParameterFacts]]:
     """Return the parameters in the groups of the Trainer's own optimizers: decaying or not."""
     placements = place_parameters(model, target_modules, lambda parameter, settings: COMPRESSED)
-    groups = build_param_groups(placements, "dense", 1.0)
+    groups = build_param_groups(placements, ("dense", True), 1.0)
     by_parameter = {id(placement.parameter): placement for placement in placements}
     facts: dict[bool, list[ParameterFacts]] = {True: [], False: []}
     for group in groups:

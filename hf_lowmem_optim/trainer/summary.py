@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.memory.budget import SIZE_KEYS
-from hf_lowmem_optim.memory.plan import plan_optimizer
 from hf_lowmem_optim.memory.byte_sizes import format_bytes
-from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
+from hf_lowmem_optim.memory.plan import plan_optimizer
 from hf_lowmem_optim.trainer.param_groups import COMPRESSED, SWITCHED_OFF, Placement
 
 __all__ = ["describe_placements"]
@@ -41,7 +41,7 @@ def describe_placements(optimizer: LowMemoryOptimizer, placements: Sequence[Plac
     total, adamw = format_bytes(plan.total_bytes), format_bytes(plan.adamw_fp32_bytes)
     lines.append(f"  state: {total} ({parts}); AdamW in fp32: {adamw}")
     if plan.total_bytes > plan.adamw_fp32_bytes:
-        scales = " or ".join(key for key in SIZE_KEYS if key in optimizer.state_keys)
+        scales = " or ".join(key for key in SIZE_KEYS if key in optimizer.method.shaping)
         lines.append(f"  This is more than AdamW takes; a smaller {scales} saves memory.")
     return "\n".join([f"{type(optimizer).__name__} for {plan.num_parameters:,} trainable parameters:", *lines])
 
@@ -49,13 +49,14 @@ def describe_placements(optimizer: LowMemoryOptimizer, placements: Sequence[Plac
 def _label(optimizer: LowMemoryOptimizer, placement: Placement) -> str:
     """Describe the rule of a parameter, with the settings that go with it and those of its own."""
     settings = {**optimizer.defaults, **placement.settings}
-    keys = optimizer.state_keys
+    keys = optimizer.method.shaping
     if placement.rule == COMPRESSED:
-        shaping = (key for key in optimizer.state_keys if key != "dense_state")
+        shaping = (key for key in optimizer.method.shaping if key != "dense_state")
         label = f"compressed ({', '.join(f'{key}={settings[key]}' for key in shaping)})"
     else:
-        keys = (*keys, optimizer.dense_key)
-        reason = f"{optimizer.dense_key}=None" if placement.rule == SWITCHED_OFF else placement.rule
+        key, off = optimizer.method.switch
+        keys = (*keys, key)
+        reason = f"{key}={off}" if placement.rule == SWITCHED_OFF else placement.rule
         label = f"{_DENSE[settings['dense_state']]}: {reason}"
     own = {key: value for key, value in placement.settings.items() if key not in keys}
     if not placement.decays:

@@ -288,7 +288,7 @@ def random_keys(seed: int | None) -> tuple[bool, int, int]:
 def quantize_into(out: Quantized, source: Tensor, seed: int | None) -> None:
     """See :func:`hf_lowmem_optim.ops.block_quant.quantize_`."""
     x = source.view(torch.uint8).numpy(), DTYPE_CODES[source.dtype], out.numel
-    arguments = *x, *buffer_arguments(out), *random_keys(seed)
+    arguments = *x, *buffer_arguments(out), *((False, 0, 0) if seed is None else random_keys(seed))
     ranges = block_ranges(out.numel, out.format.block_size)
     run_pieces(_quantize.run, [(*arguments, *ends) for ends in ranges], out.numel)
 
