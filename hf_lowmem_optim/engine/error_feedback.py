@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_lowmem_optim.ops.block_quant import Quantized, dequantize_add_, quantize_
+from hf_lowmem_optim.ops.block_quant import FLOAT_DTYPES, Quantized, dequantize_add_, quantize_
 from hf_lowmem_optim.spec import QuantFormat, TensorSpec, quantized_specs
 
 __all__ = [
@@ -82,7 +82,7 @@ def add_residual(g: Sequence[Tensor], state: Mapping[str, Tensor], fmt: QuantFor
             _add_(part, grad)
         return a
     a = torch.empty((len(g), *g[0].shape), dtype=torch.float32, device=g[0].device)
-    if fmt is not None and len(g) == 1:  # in one pass
+    if fmt is not None and len(g) == 1 and g[0].dtype in FLOAT_DTYPES:  # in one pass
         dequantize_add_(a, quantized_errors(state, fmt, 1, a.numel())[0], onto=g[0])
         return a
     torch._foreach_copy_(list(a.unbind()), list(g))

@@ -55,7 +55,7 @@ class LowMemoryOptimizer(Optimizer):
             parameters.append(inspect.Parameter(name, kind, default=default, annotation=types[name]))
         first = inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=ParamsT)
         cls.__signature__ = inspect.Signature([first, *parameters])  # type: ignore[attr-defined]
-        described = "".join(f"\n        {name}: {text}" for name, text in cls.method.options.help().items())
+        described = "".join(f"\n    {name}: {text}" for name, text in cls.method.options.help().items())
         cls.__doc__ = f"{inspect.cleandoc(cls.__doc__ or cls.__name__)}\n\nArgs:\n    params: As in torch.{described}"
 
     def __init__(self, params: ParamsT, *positional: Any, **options: Any) -> None:

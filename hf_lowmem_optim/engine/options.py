@@ -12,6 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -121,16 +122,16 @@ class Options:
 
     @classmethod
     @functools.cache
-    def types(cls) -> dict[str, Any]:
+    def types(cls) -> Mapping[str, Any]:
         """Return the annotated type of every option."""
         hints = get_type_hints(cls)
-        return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+        return MappingProxyType({field.name: hints[field.name] for field in dataclasses.fields(cls)})
 
     @classmethod
     @functools.cache
-    def defaults(cls) -> dict[str, Any]:
+    def defaults(cls) -> Mapping[str, Any]:
         """Return every option with its default."""
-        return {field.name: field.default for field in dataclasses.fields(cls)}
+        return MappingProxyType({field.name: field.default for field in dataclasses.fields(cls)})
 
     @classmethod
     @functools.cache
@@ -187,7 +188,8 @@ def check_group_keys(group: Mapping[str, Any], own: Iterable[str], owner: str) -
     """
     own = set(own)
     for key in group:
-        if key in own or key == "params":
+        # schedulers keep max_lr, base_momentum and the like beside the option itself
+        if key in own or key == "params" or key.endswith(tuple(f"_{name}" for name in own)):
             continue
         hint = nearest(key, own, cutoff=0.75)
         if hint:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_lowmem_optim.engine.method import Method
+from hf_lowmem_optim.ops.block_quant import Quantized, dequantize_
 from hf_lowmem_optim.optimizers import LowMemoryOptimizer
 from hf_lowmem_optim.registry import OPTIMIZERS
+from hf_lowmem_optim.spec import QuantFormat
 
 #: Shapes that every test runs on: wide, tall, square, a convolution kernel, a vector, a scalar.
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -216,6 +218,13 @@ def run(optimizer: LowMemoryOptimizer, params: dict[str, nn.Parameter], steps: I
         for key, param in params.items():
             param.grad = grads[key].clone()
         optimizer.step()
+
+
+def stored_error(state: Mapping[str, Any], numel: int, fmt: QuantFormat) -> Tensor:
+    """The values of a quantized error."""
+    out = torch.empty(numel)
+    dequantize_(out, Quantized(*(state[f"error_{part}"] for part in ("codes", "lo", "hi")), numel, fmt))
+    return out
 
 
 def assert_same_state(left: LowMemoryOptimizer, right: LowMemoryOptimizer) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hf_lowmem_optim import LDAdam
-from hf_lowmem_optim.optimizers import ldadam as ldadam_module
+from hf_lowmem_optim.engine import buckets
 from tests.optimizers.cases import CASES, NEEDS_GPU, VARIANTS, Case, gradients, make_params, run
 
 pytestmark = NEEDS_GPU
@@ -49,13 +49,13 @@ def test_matrices_of_one_shape_come_out_together_as_alone(
 ) -> None:
     """To rounding; layer-wise mode, which updates each alone, is the normal mode to that."""
     sizes: list[int] = []
-    original = ldadam_module.update_stacked_
+    original = buckets._batch
 
-    def counted(update_: Any, updates: list[Any], *rest: Any) -> None:
+    def counted(updates: Any) -> buckets.Batch:
         sizes.append(len(updates))
-        original(update_, updates, *rest)
+        return original(updates)
 
-    monkeypatch.setattr(ldadam_module, "update_stacked_", counted)
+    monkeypatch.setattr(buckets, "_batch", counted)
     generator = torch.Generator().manual_seed(0)
     starts = [torch.randn(shape, generator=generator) for _ in range(5)]
     together, alone = ([nn.Parameter(start.cuda()) for start in starts] for _ in range(2))
@@ -68,7 +68,7 @@ def test_matrices_of_one_shape_come_out_together_as_alone(
             right.grad = left.grad.clone()
         for optimizer in (one, *each):
             optimizer.step()
-    assert sizes == [5] * 5
+    assert sizes == [*[5, 1, 1, 1, 1, 1] * 6]
     for left, right, start in zip(together, alone, starts, strict=True):
         assert (left - right).abs().max() <= 1e-3 * (left.cpu() - start).abs().max()
 

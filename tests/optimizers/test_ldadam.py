@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from hf_lowmem_optim.ops.block_quant import dequantize_, quantized_state
 from hf_lowmem_optim.ops.low_rank import leading_left_singular_vectors, orthonormalize
 from hf_lowmem_optim.optimizers.ldadam import LDAdam, LDAdamOptions, ldadam_state, ldadam_update_
 from hf_lowmem_optim.spec import QuantFormat
+from tests.optimizers.cases import stored_error
 from tests.reference.ldadam import ReferenceLDAdam
 
 
@@ -202,8 +202,7 @@ def test_quantized_error_conserves_to_a_quantization_step(
         state = optimizer.state[weight]
         assert state["error_codes"].numel() == 30 * 50 * bits // 8
         expected = 0.908 * momentum + 0.092 * (weight.grad.double() + error)
-        stored = torch.empty(30, 50)
-        dequantize_(stored, quantized_state(state, 1500, QuantFormat(bits)))
+        stored = stored_error(state, 1500, QuantFormat(bits)).view(30, 50)
         momentum, error = _lifted(state, False), stored.double()
         step_size = (state["error_hi"].double() - state["error_lo"].double()) / (2**bits - 1)
         bound = step_size.repeat_interleave(64)[:1500].view(30, 50) * (1.0 if stochastic_rounding else 0.5)

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from hf_lowmem_optim.ops.block_quant import dequantize_, quantized_state
 from hf_lowmem_optim.memory.table import llama_2_7b_tensors
 from hf_lowmem_optim.optimizers.microadam import MicroAdam, MicroAdamOptions, microadam_state
 from hf_lowmem_optim.spec import QuantFormat
+from tests.optimizers.cases import stored_error
 from tests.reference.microadam import ReferenceMicroAdam
 
 SMALL = {"block_size": 128, "quant_block_size": 16, "min_compress_size": 1}
@@ -106,8 +106,7 @@ def test_kept_and_error_make_up_the_accumulated_gradient(backend: str) -> None:
         weight.grad = torch.tensor(gradient)
         optimizer.step()
         state = optimizer.state[weight]
-        after = torch.empty(numel)
-        dequantize_(after, quantized_state(state, numel, fmt))
+        after = stored_error(state, numel, fmt)
         kept = torch.zeros(numel)
         indices, values = state["indices"][step % 2].long(), state["values"][step % 2].float()
         kept[torch.arange(len(indices)) // 13 * 128 + indices] = values
@@ -131,8 +130,7 @@ def test_a_trajectory_on_the_quantizers_grid_is_exact() -> None:
         weight.grad = small.clone() if step == 0 else torch.zeros(64)
         weight.grad[5] = 1024.0
         optimizer.step()
-        stored = torch.empty(64)
-        dequantize_(stored, quantized_state(state[weight], 64, QuantFormat(4, 64)))
+        stored = stored_error(state[weight], 64, QuantFormat(4, 64))
         expected = small.clone()
         # entry 5 was selected: its grid value went with it at the first step
         expected[5] = 0.0

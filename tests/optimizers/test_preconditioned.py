@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hf_lowmem_optim.ops.low_rank import seeded_sketch
-from hf_lowmem_optim.optimizers import LowMemoryOptimizer, LowRankMFAC, SparseGGT, SparseMFAC
+from hf_lowmem_optim.optimizers import LowMemoryOptimizer, LowRankMFAC, SparseGGT, SparseMFAC, lowrank_mfac
 from tests.reference.ggt import ReferenceGGT
 from tests.reference.mfac import ReferenceMFAC, keep_everything, power_sgd, top_k
 
@@ -396,3 +396,33 @@ def test_not_finite_gradients_reach_every_tensor_and_nothing_raises() -> None:
             for gradients in steps:
                 feed(optimizer, params, gradients)
             assert all(not torch.isfinite(p).all() for p in params.values())
+
+
+# --------------------------------------------------------------------------------------------- low-rank windows
+
+
+@pytest.mark.parametrize("kind", ["rows", "factors"])
+@pytest.mark.parametrize("chunk_entries", [1 << 22, 1])
+def test_a_window_is_its_matrix(kind: str, chunk_entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products with a row, combinations of rows and a row that is cleared, of two tensors at once."""
+    monkeypatch.setattr(lowrank_mfac, "_CHUNK_ENTRIES", chunk_entries)
+    torch.manual_seed(0)
+    left, right = torch.randn(2, 5, 3, 12), torch.randn(2, 5, 3, 30)
+    G = torch.einsum("nmrp,nmrq->nmpq", left.double(), right.double()).flatten(2)
+    rows = torch.randn(2, 5, 360)
+    state, G = ({"rows": rows}, rows.double()) if kind == "rows" else ({"left": left, "right": right}, G)
+    for row in range(5):
+        found = lowrank_mfac._products(state, row)
+        assert found.dtype == torch.float64
+        torch.testing.assert_close(found, torch.einsum("nmd,nd->nm", G, G[:, row]), rtol=1e-12, atol=1e-12)
+    weights = torch.randn(5)
+    for index, expected in enumerate(torch.einsum("nmd,m->nd", G, weights.double())):
+        one = {key: value[index] for key, value in state.items()}
+        combined = lowrank_mfac._combination(one, weights).view(-1)
+        torch.testing.assert_close(combined.double(), expected, rtol=1e-5, atol=1e-5)
+        before = right[index].clone()
+        lowrank_mfac.clear_lowrank_row_(one, 3)
+        assert not lowrank_mfac._products(state, 2)[index].any()
+        if kind == "factors":  # the next compression starts from the factor of the row before
+            assert torch.equal(right[index, 2], before[1])
+            assert torch.equal(right[index, [0, 1, 3, 4]], before[[0, 1, 3, 4]])
