@@ -85,7 +85,7 @@ class Batch:
         written back: float32 ones to be rounded stochastically.
         """
         W = [update.param if update.rounding_seed is None else update.param.float() for update in self.updates]
-        if any(not weight.is_contiguous() or weight.dim() > 2 for weight in W):
+        if not all(weight.is_contiguous() and weight.dim() <= 2 for weight in W):
             W = _matrices(W)
         yield W
         for update, weight in zip(self.updates, W, strict=True):
@@ -197,7 +197,10 @@ def _batch(updates: Sequence[TensorUpdate]) -> Batch:
         state = {key: value[None] for key, value in one.state.items() if key != "step"}
     else:
         state = {key: _stacked([update.state[key] for update in updates]) for key in one.state if key != "step"}
-    return Batch(updates, _matrices([update.grad for update in updates]), state, one.step, one.options)
+    g = [update.grad for update in updates]
+    if not all(grad.is_contiguous() and grad.dim() <= 2 for grad in g):
+        g = _matrices(g)
+    return Batch(updates, g, state, one.step, one.options)
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
