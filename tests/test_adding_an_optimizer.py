@@ -16,7 +16,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import trainer_optimizer
+from transformers import Trainer, trainer_optimizer
 from transformers.training_args import OptimizerNames
 
 from hf_lowmem_optim import (
@@ -30,6 +30,7 @@ from hf_lowmem_optim import (
     plan_optimizer,
     register_optimizer,
 )
+from hf_lowmem_optim.memory.measure import unwrap_optimizer
 from hf_lowmem_optim.memory.report import REPORT_NAME
 from tests.trainer.runs import STOP, StopAt, assert_equal_to_the_bit, assert_same_parameters, logged, make_trainer
 from tests.trainer.tiny_models import tiny_llama
@@ -68,12 +69,19 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleT
     del sys.modules["sgdm8bit"]
 
 
-def train(folder: Path, name: str, model: nn.Module | None = None, **settings: Any) -> Any:
+def train(folder: Path, name: str, model: nn.Module | None = None, **settings: Any) -> Trainer:
     defaults = {"learning_rate": 0.1, "max_steps": 2 * STOP, "lr_scheduler_type": "cosine", "weight_decay": 0.1}
     resume = settings.pop("resume", None)
     trainer = make_trainer(folder, model, optim=name, rows=24, **{**defaults, **settings})
     trainer.train(resume_from_checkpoint=resume)
     return trainer
+
+
+def inner(trainer: Trainer) -> LowMemoryOptimizer:
+    """The optimizer under accelerate's wrapper."""
+    optimizer = unwrap_optimizer(trainer.optimizer)
+    assert isinstance(optimizer, LowMemoryOptimizer)
+    return optimizer
 
 
 def test_the_example_is_short() -> None:
@@ -86,14 +94,14 @@ def test_it_trains_is_planned_and_resumes_to_the_bit(example: ModuleType, name: 
     callback = OptimizerStateMemoryCallback()
     settings: dict[str, Any] = {"optim_args": "momentum=0.8"}
     straight = train(tmp_path / "straight", name, given={"callbacks": [callback]}, **settings)
-    assert type(straight.optimizer) is OPTIMIZERS[name].optimizer_class
-    assert isinstance(straight.optimizer, example.SGDM8bit)
-    assert {group["momentum"] for group in straight.optimizer.param_groups} == {0.8}
+    optimizer = inner(straight)
+    assert type(optimizer) is OPTIMIZERS[name].optimizer_class and isinstance(optimizer, example.SGDM8bit)
+    assert {group["momentum"] for group in optimizer.param_groups} == {0.8}
     losses = logged(straight, "loss")
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
 
-    measured = measure_state(straight.optimizer)
-    assert measured == plan_optimizer(straight.optimizer) == planned
+    measured = measure_state(optimizer)
+    assert measured == plan_optimizer(optimizer) == planned
     matrices = [p for n, p in straight.model.named_parameters() if n.endswith("_proj.weight")]
     blocks = sum(-(-p.numel() // 256) for p in matrices)
     assert measured.component_bytes["momentum codes"] == sum(p.numel() for p in matrices)
@@ -106,7 +114,7 @@ def test_it_trains_is_planned_and_resumes_to_the_bit(example: ModuleType, name: 
     resumed = train(stopped, name, resume=str(stopped / f"checkpoint-{STOP}"), **settings)
     assert resumed.state.global_step == 2 * STOP and len(logged(resumed, "loss")) == 2 * STOP
     assert_same_parameters(straight, resumed)
-    assert_equal_to_the_bit(straight.optimizer.state_dict(), resumed.optimizer.state_dict())
+    assert_equal_to_the_bit(optimizer.state_dict(), inner(resumed).state_dict())
     with pytest.raises(ValueError, match=r"block_size=256.*block_size=128"):
         train(stopped, name, resume=str(stopped / f"checkpoint-{STOP}"), optim_args="momentum=0.8,block_size=128")
 
@@ -126,8 +134,8 @@ def test_lora_trains(example: ModuleType, name: str, tmp_path: Path) -> None:
     assert sum(losses[-3:]) < sum(losses[:3])
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved == {n for n in before if "lora_" in n} and len(moved) == 8
-    assert all("momentum_codes" in state for state in trainer.optimizer.state.values())
-    assert measure_state(trainer.optimizer) == plan_optimizer(trainer.optimizer)
+    assert all("momentum_codes" in state for state in inner(trainer).state.values())
+    assert measure_state(inner(trainer)) == plan_optimizer(inner(trainer))
 
 
 def test_the_update_is_sgd_with_momentum_but_for_the_quantization(example: ModuleType) -> None:
@@ -212,7 +220,7 @@ def test_a_class_that_is_defined_anew_takes_the_place_of_its_earlier_self(exampl
     first = example.SGDM8bit
     again = importlib.reload(example)
     assert again.SGDM8bit is not first
-    assert type(train(tmp_path, "sgdm8bit", max_steps=1).optimizer) is again.SGDM8bit
+    assert type(inner(train(tmp_path, "sgdm8bit", max_steps=1))) is again.SGDM8bit
 
 
 @pytest.mark.parametrize("order", ["import transformers.trainer, sgdm8bit", "import sgdm8bit, transformers.trainer"])
