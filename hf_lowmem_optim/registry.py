@@ -47,7 +47,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {}
 """Every optimizer by its string."""
 
 after_registration: list[Callable[[], None]] = []
-"""Called whenever an optimizer has been registered: the Trainer layer adds the string to transformers, if that is loaded."""
+"""Called after every registration: the Trainer layer adds the string to transformers, if that is loaded."""
 
 
 def register_optimizer(
@@ -55,10 +55,10 @@ def register_optimizer(
 ) -> None:
     """Make an optimizer known under a string, and its layer-wise version under ``<name>_layerwise``.
 
-    It then has whatever the methods of this package have: the ``optim`` string and ``optim_args``, the factory, plan and
-    report, exact resume, layer-wise mode. Register before building ``TrainingArguments``, before or after transformers
-    is imported; ``docs/adding-an-optimizer.md`` has a complete example. A class that is defined anew, as when a cell of
-    a notebook runs again, takes the place of its earlier self.
+    It then has whatever the methods of this package have: the ``optim`` string and ``optim_args``, the factory, plan
+    and report, exact resume, layer-wise mode. Register before building ``TrainingArguments``, before or after
+    transformers is imported; ``docs/adding-an-optimizer.md`` has a complete example. A class that is defined anew, as
+    when a cell of a notebook runs again, takes the place of its earlier self.
 
     Args:
         name: The string, in lower case: the name of the class's :class:`~hf_lowmem_optim.engine.method.Method`.
@@ -83,8 +83,8 @@ def register_optimizer(
     if name != method.name:
         who = optimizer_class.__name__
         raise ValueError(
-            f"name={name!r} is not the name of {who}'s method, {method.name!r}; to vary a method under a name of its own "
-            f"give {who} the attribute `method = dataclasses.replace(Base.method, name={name!r})`"
+            f"name={name!r} is not the name of {who}'s method, {method.name!r}; to vary a method under a name of its "
+            f"own give {who} the attribute `method = dataclasses.replace(Base.method, name={name!r})`"
         )
     known = OPTIMIZERS.get(name)
     if known is not None and _identity(known.optimizer_class) != _identity(optimizer_class):
