@@ -26,10 +26,12 @@ from hf_lowmem_optim import (
     OptimizerFactory,
     OptimizerStateMemoryCallback,
     measure_state,
+    option,
     plan_memory,
     plan_optimizer,
     register_optimizer,
 )
+from hf_lowmem_optim.engine.options import NOT_NEGATIVE
 from hf_lowmem_optim.memory.measure import unwrap_optimizer
 from hf_lowmem_optim.memory.report import REPORT_NAME
 from tests.trainer.runs import STOP, StopAt, assert_equal_to_the_bit, assert_same_parameters, logged, make_trainer
@@ -173,6 +175,25 @@ def test_the_factory_takes_the_name_and_the_class(example: ModuleType) -> None:
         assert type(factory(tiny_llama())) is example.SGDM8bit
     layerwise = OPTIMIZERS["sgdm8bit_layerwise"].optimizer_class
     assert type(OptimizerFactory(layerwise)(tiny_llama())) is layerwise
+
+
+def test_a_method_is_varied_and_a_default_redeclared(example: ModuleType) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class FastOptions(example.SGDM8bitOptions):  # type: ignore[misc, name-defined]
+        lr: float = option(0.5, "Learning rate.", within=NOT_NEGATIVE)
+
+    def reversed_(W: Any, g: Any, state: Any, t: int, o: Any) -> None:
+        example.sgdm8bit_update_(W, [-grad for grad in g], state, t, o)
+
+    class Fast(example.SGDM8bit):  # type: ignore[misc, name-defined]
+        method = dataclasses.replace(example.SGDM8bit.method, name="fast", options=FastOptions, update_=reversed_)
+
+    register_optimizer("fast", Fast)
+    weight = nn.Parameter(torch.zeros(16, 16, dtype=torch.bfloat16))
+    optimizer = Fast([weight], weight_rounding="stochastic")
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert torch.equal(weight, torch.full_like(weight, 0.5))
 
 
 def test_the_factory_refuses_other_classes() -> None:
