@@ -7,10 +7,8 @@ import re
 __all__ = ["format_bytes", "parse_bytes"]
 
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
-_FACTORS = {
-    **{unit: 1024**power for power, unit in enumerate(_BINARY)},
-    **{unit: 1000**power for power, unit in enumerate(("B", "KB", "MB", "GB", "TB"))},
-}
+_FACTORS = {unit.lower(): 1024**power for power, unit in enumerate(_BINARY)}
+_FACTORS.update((unit, 1000**power) for power, unit in enumerate(("b", "kb", "mb", "gb", "tb")))
 
 
 def format_bytes(count: int) -> str:
@@ -40,7 +38,7 @@ def parse_bytes(text: str | int, name: str = "budget") -> int:
         count = text
     else:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", str(text))
-        factor = {unit.lower(): factor for unit, factor in _FACTORS.items()}.get(match[2].lower()) if match else None
+        factor = _FACTORS.get(match[2].lower()) if match else None
         if match is None or factor is None:
             raise ValueError(f"{name}={text!r} is not a number with a unit; write for example 24GiB, 80GB or 512MiB")
         count = int(float(match[1]) * factor)

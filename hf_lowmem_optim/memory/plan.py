@@ -88,24 +88,13 @@ def plan_groups(optimizer_class: type[LowMemoryOptimizer], groups: Groups, *, nu
 
 
 def plan_temporaries(optimizer_class: type[LowMemoryOptimizer], groups: Groups) -> int:
-    """Bound the bytes that one ``step()`` allocates for a moment besides the state, the first step or a later one.
-
-    Args:
-        optimizer_class: The optimizer.
-        groups: Its parameter groups; parameters on no device (``meta``) count as on a GPU.
-
-    Returns:
-        Bytes; see :meth:`~hf_lowmem_optim.engine.method.Method.scratch_bytes`.
-    """
+    """Bound what a step allocates: :meth:`~hf_lowmem_optim.engine.method.Method.scratch_bytes`."""
     return optimizer_class.method.scratch_bytes(groups)
 
 
 def compressed_bytes_per_parameter(optimizer_class: type[LowMemoryOptimizer], groups: Groups) -> float | None:
     """Return the bytes of state per entry of the parameters that take the compressed rule; None if none does."""
-    nbytes = entries = 0
-    for group in groups:
-        for param in group["params"]:
-            if optimizer_class.method.compresses(param.shape, group):
-                entries += param.numel()
-                nbytes += sum(spec.nbytes for spec in optimizer_class.method.state_specs(param, group).values())
-    return nbytes / entries if entries else None
+    method = optimizer_class.method
+    chosen = [(p, group) for group in groups for p in group["params"] if method.compresses(p.shape, group)]
+    nbytes = sum(spec.nbytes for p, group in chosen for spec in method.state_specs(p, group).values())
+    return nbytes / sum(p.numel() for p, _ in chosen) if chosen else None

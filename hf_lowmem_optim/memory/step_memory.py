@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 __all__ = ["StepMemory", "StepMemoryMeter"]
@@ -31,13 +29,10 @@ class StepMemory:
 
     def largest(self, other: StepMemory | None) -> StepMemory:
         """Return the larger of each figure."""
-        if other is None:
-            return self
-        return StepMemory(
-            self.device,
-            _largest((self.peak_bytes, other.peak_bytes)),
-            _largest((self.process_rss_bytes, other.process_rss_bytes)),
-        )
+        both = (self,) if other is None else (self, other)
+        peaks = [memory.peak_bytes for memory in both if memory.peak_bytes is not None]
+        resident = [memory.process_rss_bytes for memory in both if memory.process_rss_bytes is not None]
+        return StepMemory(self.device, max(peaks, default=None), max(resident, default=None))
 
 
 class StepMemoryMeter:
@@ -58,9 +53,7 @@ class StepMemoryMeter:
     def start(self, optimizer: Optimizer) -> None:
         """Note what is known before a step."""
         device = _device(optimizer)
-        counters = _counters(device)
-        self._peak_before = None
-        if counters is None:
+        if (counters := _counters(device)) is None:
             return
         if self.reset_peak:
             counters.reset_peak_memory_stats(device)
@@ -69,7 +62,7 @@ class StepMemoryMeter:
     def stop(self, optimizer: Optimizer) -> StepMemory:
         """Return what is known after it."""
         device = _device(optimizer)
-        counters, before = _counters(device), self._peak_before
+        counters, before, self._peak_before = _counters(device), self._peak_before, None
         if device.type == "cpu":
             return StepMemory("cpu", process_rss_bytes=psutil.Process().memory_info().rss)
         if counters is None or before is None:
@@ -80,8 +73,7 @@ class StepMemoryMeter:
 
 def _device(optimizer: Optimizer) -> torch.device:
     """Return the device of the first parameter."""
-    parameters: Iterable[Tensor] = (p for group in optimizer.param_groups for p in group["params"])
-    return next((p.device for p in parameters), torch.device("cpu"))
+    return next((p.device for group in optimizer.param_groups for p in group["params"]), torch.device("cpu"))
 
 
 def _counters(device: torch.device) -> Any | None:
@@ -90,7 +82,3 @@ def _counters(device: torch.device) -> Any | None:
         return None
     module = torch.get_device_module(device)
     return module if hasattr(module, "max_memory_allocated") and hasattr(module, "reset_peak_memory_stats") else None
-
-
-def _largest(values: Iterable[int | None]) -> int | None:
-    return max((value for value in values if value is not None), default=None)
