@@ -15,12 +15,7 @@ __all__ = ["LoraOptions", "add_lora"]
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """What shapes LoRA adapters.
-
-    Attributes:
-        r: Rank of the adapters.
-        targets: Names of the modules that get one (whole names or ends of them), or ``("all-linear",)``.
-    """
+    """What shapes LoRA adapters: their rank, and the modules that get one (whole names or ends of them)."""
 
     r: int = 8
     targets: tuple[str, ...] = ("all-linear",)
@@ -34,33 +29,25 @@ class LoraOptions:
         """
         values: dict[str, str] = {}
         for entry in text.split(","):
-            key, separator, value = (part.strip() for part in entry.partition("="))
-            if not separator or key not in ("r", "target") or not value or key in values:
-                hint = nearest(key, ("r", "target"))
+            key, _, value = (part.strip() for part in entry.partition("="))
+            if key not in ("r", "target") or not value or key in values:
                 raise ValueError(
-                    f"lora={text!r}: {entry.strip()!r} is not r=… or target=…, once each{hint}; "
+                    f"lora={text!r}: {entry.strip()!r} is not r=… or target=…, once "
+                    f"each{nearest(key, ('r', 'target'))}; "
                     "write for example r=16,target=all-linear or r=8,target=q_proj+v_proj"
                 )
             values[key] = value
         rank = values.get("r", "8")
         if not rank.isdigit() or int(rank) < 1:
             raise ValueError(f"lora={text!r}: r={rank!r} must be an int ≥ 1")
-        targets = tuple(target.strip() for target in values.get("target", "all-linear").split("+"))
-        return cls(int(rank), targets)
+        return cls(int(rank), tuple(map(str.strip, values.get("target", "all-linear").split("+"))))
 
     def __str__(self) -> str:
         return f"r={self.r} on {'+'.join(self.targets)}"
 
 
 def add_lora(model: nn.Module, options: LoraOptions) -> nn.Module:
-    """Freeze a model and put adapters on it.
-
-    Args:
-        model: The model, on the meta device.
-        options: The adapters.
-
-    Returns:
-        The model wrapped by peft.
+    """Freeze a model on the meta device, put adapters on it, and return it as peft wraps it.
 
     Raises:
         ImportError: peft is not installed.
@@ -70,16 +57,15 @@ def add_lora(model: nn.Module, options: LoraOptions) -> nn.Module:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ImportError("lora needs peft: pip install 'hf-lowmem-optim[peft]'") from error
-    targets: str | list[str] = list(options.targets)
-    if options.targets == ("all-linear",):
-        targets = "all-linear"
-    else:
+    everything = options.targets == ("all-linear",)
+    if not everything:
         _check_targets(model, options.targets)
+    config = LoraConfig(r=options.r, target_modules="all-linear" if everything else list(options.targets))
     with warnings.catch_warnings():
         # about Conv1D's layout, which changes no size
         warnings.simplefilter("ignore")
         try:
-            return get_peft_model(model, LoraConfig(r=options.r, target_modules=targets), low_cpu_mem_usage=True)
+            return get_peft_model(model, config, low_cpu_mem_usage=True)
         except ValueError as error:
             raise ValueError(f"lora target={'+'.join(options.targets)}: {error}") from error
 

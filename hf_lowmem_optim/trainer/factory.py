@@ -11,6 +11,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
+from hf_lowmem_optim.engine.options import POSITIVE, check_number
 from hf_lowmem_optim.registry import get_entry
 from hf_lowmem_optim.trainer.backward import check_backward_arguments
 from hf_lowmem_optim.trainer.optim_args import hyperparameters_from_training_args
@@ -18,7 +19,6 @@ from hf_lowmem_optim.trainer.overrides import (
     Overrides,
     check_overrides,
     check_overrides_apply,
-    check_ratio,
     own_settings,
     scale_dense_rates,
 )
@@ -91,8 +91,9 @@ class OptimizerFactory:
         self.hyper = hyper
         self.optimizer_class.method.check(hyper, self.optimizer_class.__name__)
         check_overrides(overrides, self.optimizer_class, hyper)
-        check_ratio("lr_ratio", lr_ratio)
-        check_ratio("dense_lr_ratio", dense_lr_ratio)
+        for key, ratio in (("lr_ratio", lr_ratio), ("dense_lr_ratio", dense_lr_ratio)):
+            if ratio is not None:
+                check_number(key, ratio, POSITIVE)
 
     @classmethod
     def from_training_args(cls, args: TrainingArguments) -> OptimizerFactory:

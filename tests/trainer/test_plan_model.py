@@ -17,8 +17,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hf_lowmem_optim import OPTIMIZERS, ModelOptions, OptimizerFactory, measure_state, plan_memory
-from hf_lowmem_optim.memory.plan_table import plan_text
 from hf_lowmem_optim.memory.baselines import BASELINES
+from hf_lowmem_optim.memory.plan_table import plan_text
 from hf_lowmem_optim.memory.weights import Processes, nf4_bytes, plan_weights
 from hf_lowmem_optim.trainer.presets import PRESETS
 from tests.memory.layout import layout
