@@ -77,14 +77,14 @@ def plan_groups(optimizer_class: type[LowMemoryOptimizer], groups: Groups, *, nu
         The report.
     """
     method = optimizer_class.method
-    params = [(index, param) for index, group in enumerate(groups) for param in group["params"]]
-    pieces = []
-    for index, param in params:
-        for spec in method.state_specs(param, groups[index]).values():
-            nbytes = spec.shard(num_shards).stored_bytes
-            pieces.append(Piece(index, spec.component, spec.dtype, nbytes, spec.in_gradient))
-    pieces += [Piece(None, s.component, s.dtype, s.nbytes) for s in method.shared_specs(groups).values()]
-    return add_up(pieces, len(groups), sum(param.numel() for _, param in params))
+    pieces = [Piece(None, s.component, s.dtype, s.nbytes) for s in method.shared_specs(groups).values()]
+    for index, group in enumerate(groups):
+        options = method.options_of(group)
+        for param in group["params"]:
+            for spec in method.specs(param.shape, param.dtype, options).values():
+                nbytes = spec.shard(num_shards).stored_bytes
+                pieces.append(Piece(index, spec.component, spec.dtype, nbytes, spec.in_gradient))
+    return add_up(pieces, len(groups), sum(param.numel() for group in groups for param in group["params"]))
 
 
 def plan_temporaries(optimizer_class: type[LowMemoryOptimizer], groups: Groups) -> int:
@@ -94,7 +94,11 @@ def plan_temporaries(optimizer_class: type[LowMemoryOptimizer], groups: Groups) 
 
 def compressed_bytes_per_parameter(optimizer_class: type[LowMemoryOptimizer], groups: Groups) -> float | None:
     """Return the bytes of state per entry of the parameters that take the compressed rule; None if none does."""
-    method = optimizer_class.method
-    chosen = [(p, group) for group in groups for p in group["params"] if method.compresses(p.shape, group)]
-    nbytes = sum(spec.nbytes for p, group in chosen for spec in method.state_specs(p, group).values())
-    return nbytes / sum(p.numel() for p, _ in chosen) if chosen else None
+    nbytes = entries = 0
+    for group in groups:
+        options = optimizer_class.method.options_of(group)
+        for param in group["params"]:
+            if specs := optimizer_class.method.compressed_state(param.shape, param.dtype, options):
+                entries += param.numel()
+                nbytes += sum(spec.nbytes for spec in specs.values())
+    return nbytes / entries if entries else None

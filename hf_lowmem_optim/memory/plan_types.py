@@ -59,15 +59,9 @@ class OptimizerPlan:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A change after which a budget is met, or which comes nearest to it.
+    """A change after which a budget is met, or which comes nearest to it, and what a process then takes."""
 
-    Attributes:
-        change: What to write: ``"--optim ldadam --optim-args error_feedback=none"``.
-        total_bytes: What a process then takes.
-        fits: Whether that is within the budget.
-    """
-
-    change: str
+    change: str  # what to write: "--optim ldadam --optim-args error_feedback=none"
     total_bytes: int
     fits: bool
 

@@ -39,11 +39,7 @@ class StepMemoryMeter:
     """Observes one step after the other.
 
     The devices count the peak since the process started, or since somebody reset it. So a step's own peak is known only
-    if it is the highest so far, or if the counter is reset before it.
-
-    Args:
-        reset_peak: Reset the process-wide peak counter before each step. Whoever else reads it then sees the steps'
-            peaks only; so it is off by default.
+    if it is the highest so far, or with ``reset_peak``, which misleads whoever else reads the counter.
     """
 
     def __init__(self, *, reset_peak: bool = False) -> None:

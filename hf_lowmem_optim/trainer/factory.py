@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from hf_lowmem_optim.engine.adamw import adamw_state
+from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import POSITIVE, check_number
 from hf_lowmem_optim.registry import get_entry
@@ -172,22 +175,16 @@ class OptimizerFactory:
             TypeError: A hyper-parameter is unknown or has the wrong type.
             ValueError: As for a call.
         """
-        optimizer_class = self.optimizer_class
-        given = {**self.hyper, **hyper}
-        optimizer_class.method.check(given, optimizer_class.__name__)
-        everyone = {**optimizer_class.method.options.defaults(), **given}
+        optimizer_class, method = self.optimizer_class, self.optimizer_class.method
+        everyone = vars(method.check({**self.hyper, **hyper}, optimizer_class.__name__))
         check_overrides(self.overrides, optimizer_class, everyone)
         own = own_settings(model, self.overrides, self.lr_ratio, everyone["lr"])
-        placements = place_parameters(
-            model,
-            self.target_modules,
-            lambda parameter, settings: _rule(optimizer_class, parameter, {**everyone, **settings}),
-            own.values,
-            own.with_value(*optimizer_class.method.switch) & {id(p) for p in model.parameters() if p.ndim >= 2},
-        )
+        switched_on = own.with_value(*method.switch) & {id(p) for p in model.parameters() if p.ndim >= 2}
+        judge = partial(_rule, method, everyone)
+        placements = place_parameters(model, self.target_modules, judge, own.values, switched_on)
         check_overrides_apply(self.overrides, own, placements, optimizer_class)
         placements = scale_dense_rates(placements, own, self.overrides, self.dense_lr_ratio, everyone["lr"])
-        groups = build_param_groups(placements, optimizer_class.method.switch, everyone["weight_decay"])
+        groups = build_param_groups(placements, method.switch, everyone["weight_decay"])
         return optimizer_class(groups, **everyone), placements
 
     def __repr__(self) -> str:
@@ -197,25 +194,18 @@ class OptimizerFactory:
         return f"OptimizerFactory({', '.join(arguments)})"
 
 
-def _rule(optimizer_class: type[LowMemoryOptimizer], parameter: nn.Parameter, hyper: Mapping[str, Any]) -> str:
+def _rule(method: Method, everyone: Mapping[str, Any], parameter: nn.Parameter, own: Mapping[str, Any]) -> str:
     """Return "compressed" for a targeted parameter, or why it is not."""
-    if optimizer_class.method.is_dense(hyper):
+    options = method.options_of({**everyone, **own})
+    if method.is_dense(vars(options)):
         return SWITCHED_OFF
-    if not optimizer_class.method.compresses(tuple(parameter.shape), hyper):
+    compressed = method.compressed_state(parameter.shape, parameter.dtype, options)
+    if compressed is None:
         return TOO_SMALL
-    return COMPRESSED if _saves_state(optimizer_class, parameter, hyper) else NOT_WORTH
-
-
-def _saves_state(optimizer_class: type[LowMemoryOptimizer], parameter: nn.Parameter, hyper: Mapping[str, Any]) -> bool:
-    """Return whether compression saves state over AdamW; for adapters, with one small dimension, it may not."""
-    if not optimizer_class.method.adam_like:
-        return True
-    key, off = optimizer_class.method.switch
-    compressed, dense = (
-        sum(spec.nbytes for spec in optimizer_class.method.state_specs(parameter, settings).values())
-        for settings in (hyper, {**hyper, key: off})
-    )
-    return compressed < dense
+    # for adapters, with one small dimension, compression may save nothing over AdamW
+    dense = adamw_state(parameter.shape, parameter.dtype, options.dense_state)
+    sizes = [sum(spec.nbytes for spec in specs.values()) for specs in (compressed, dense)]
+    return COMPRESSED if sizes[0] < sizes[1] or not method.adam_like else NOT_WORTH
 
 
 def _report(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) -> None:

@@ -53,10 +53,8 @@ class _PostImportFinder(MetaPathFinder):
         """Return the spec of a watched module, or None for every other module."""
         if fullname not in _WATCHED:
             return None
-        for finder in sys.meta_path:
-            if isinstance(finder, _PostImportFinder):
-                continue
-            spec = finder.find_spec(fullname, path, target)
+        others = (finder for finder in sys.meta_path if not isinstance(finder, _PostImportFinder))
+        for spec in (finder.find_spec(fullname, path, target) for finder in others):
             if spec is not None:
                 _call_after_execution(spec)
                 return spec

@@ -70,19 +70,12 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model to plan for.
+    """A model to plan for."""
 
-    Attributes:
-        model: On the meta device, unless it is a live one.
-        source: Its name.
-        description: Dtype and options in words.
-        quantized: Ids of the parameters that will be stored in 4 bits.
-    """
-
-    model: nn.Module
+    model: nn.Module  # on the meta device, unless it is a live one
     source: str
-    description: str
-    quantized: frozenset[int]
+    description: str  # dtype and options in words
+    quantized: frozenset[int]  # ids of the parameters that will be stored in 4 bits
 
 
 def open_model(source: Source, options: ModelOptions) -> OpenedModel:
@@ -91,9 +84,6 @@ def open_model(source: Source, options: ModelOptions) -> OpenedModel:
     Args:
         source: A preset's name, a model directory, a ``config.json``, a configuration or a live model.
         options: How it will be loaded and prepared; a live model is taken as it is.
-
-    Returns:
-        The model.
 
     Raises:
         FileNotFoundError: A path does not exist and the name is no preset either.
@@ -116,11 +106,9 @@ def open_model(source: Source, options: ModelOptions) -> OpenedModel:
     if options.freeze:
         count = _freeze(model, options.freeze)
         words.append(f"frozen: {', '.join(options.freeze)} ({count} tensors)")
-    quantized: frozenset[int] = frozenset()
+    quantized = frozenset(_quantizable(model) if options.quantize else ())
     if options.lora:
         lora = LoraOptions.parse(options.lora)
-        if options.quantize:
-            quantized = frozenset(_quantizable(model))
         model = add_lora(model, lora)
         words.append(f"LoRA {lora}")
     if quantized:
@@ -141,10 +129,8 @@ def _read_config(source: Any) -> tuple[PreTrainedConfig, str]:
     path = Path(source)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            adapter = (
-                " It holds an adapter: plan for its base model with lora" * (path / "adapter_config.json").exists()
-            )
-            raise FileNotFoundError(f"{str(source)!r} is a directory without a config.json.{adapter}")
+            hint = " It holds an adapter: plan for its base model with lora" * (path / "adapter_config.json").exists()
+            raise FileNotFoundError(f"{str(source)!r} is a directory without a config.json.{hint}")
         path = path / "config.json"
     elif not path.is_file():
         raise FileNotFoundError(
@@ -182,8 +168,7 @@ def _config_from_dict(content: Any, where: str) -> PreTrainedConfig:
 def _own_dtype(config: PreTrainedConfig) -> torch.dtype:
     """Return the configuration's dtype, which ``from_pretrained`` loads; float32 if it names none."""
     dtype = getattr(config, "dtype", None)
-    found = DTYPES.get(dtype, torch.float32) if isinstance(dtype, str) else dtype
-    return found if isinstance(found, torch.dtype) else torch.float32
+    return dtype if isinstance(dtype, torch.dtype) else DTYPES.get(str(dtype), torch.float32)
 
 
 def _build(config: PreTrainedConfig, dtype: torch.dtype, name: str) -> PreTrainedModel:
@@ -213,16 +198,15 @@ def _model_class(config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:
         known = getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING")
         if type(config) in known:
             found = known[type(config)]
-            chosen: type[PreTrainedModel] = found[0] if isinstance(found, (list, tuple)) else found
-            return chosen
+            return cast(type[PreTrainedModel], found[0] if isinstance(found, (list, tuple)) else found)
     raise ValueError(f'{name!r} names no architecture; add for example "architectures": ["BertForMaskedLM"] to it')
 
 
 @contextmanager
 def _building(dtype: torch.dtype) -> Iterator[None]:
     """Create modules on the meta device, in a dtype, and keep hints about running them away from a plan."""
-    before, log = torch.get_default_dtype(), logging.getLogger("transformers")
-    level = log.level
+    log = logging.getLogger("transformers")
+    before, level = torch.get_default_dtype(), log.level
     torch.set_default_dtype(dtype)
     log.setLevel(logging.ERROR)
     try:

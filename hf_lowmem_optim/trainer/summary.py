@@ -8,6 +8,7 @@ from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.memory.budget import SIZE_KEYS
 from hf_lowmem_optim.memory.byte_sizes import format_bytes
 from hf_lowmem_optim.memory.plan import plan_optimizer
+from hf_lowmem_optim.memory.plan_table import align
 from hf_lowmem_optim.trainer.param_groups import COMPRESSED, SWITCHED_OFF, Placement
 
 __all__ = ["describe_placements"]
@@ -16,24 +17,12 @@ _DENSE = {"param": "dense", "fp32": "dense, fp32", "8bit": "dense, 8 bit"}
 
 
 def describe_placements(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) -> str:
-    """Write the summary: tensors and parameters by rule, and the bytes of state to expect.
-
-    Args:
-        optimizer: The optimizer made from the placements.
-        placements: Where each parameter went.
-
-    Returns:
-        A few lines of text.
-    """
+    """Write the summary of an optimizer made from placements: tensors by rule, and the bytes of state to expect."""
     sizes: dict[str, list[int]] = {}
     for placement in sorted(placements, key=lambda placement: placement.rule != COMPRESSED):
         sizes.setdefault(_label(optimizer, placement), []).append(placement.parameter.numel())
-    rows = [(label, f"{len(chosen):,}", f"{sum(chosen):,}") for label, chosen in sizes.items()]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = [
-        f"  {label:<{widths[0]}}  {tensors:>{widths[1]}} tensors  {entries:>{widths[2]}} parameters"
-        for label, tensors, entries in rows
-    ]
+    rows = [(f"  {label}", f"{len(n):,} tensors", f"{sum(n):,} parameters") for label, n in sizes.items()]
+    lines = align(rows)
     plan = plan_optimizer(optimizer)
     parts = ", ".join(f"{name} {format_bytes(count)}" for name, count in plan.component_bytes.items())
     if optimizer.defaults["weight_rounding"] != "nearest":
