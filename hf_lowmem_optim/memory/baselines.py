@@ -24,18 +24,11 @@ _GALORE_RANK = 128  # the Trainer's
 
 @dataclass(frozen=True)
 class ParameterFacts:
-    """What a formula may depend on.
-
-    Attributes:
-        shape: Shape of the parameter.
-        dtype: Dtype of the parameter.
-        matrix: Whether it is the weight of a linear layer that is neither an embedding nor the output head.
-        embedding: Whether it is an embedding.
-    """
+    """What a formula may depend on."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    matrix: bool = False
+    matrix: bool = False  # the weight of a linear layer that is neither an embedding nor the output head
     embedding: bool = False
 
     @property
@@ -51,38 +44,25 @@ class ParameterFacts:
 
 @dataclass(frozen=True)
 class Baseline:
-    """An optimizer that is not ours.
-
-    Attributes:
-        name: Its name in plans.
-        trainer_string: The value of ``TrainingArguments.optim`` that it stands for.
-        summary: What it keeps.
-        state: State of one parameter.
-        temporaries: Bytes that ``step()`` allocates for a moment, at most, given all parameters, without workspaces of
-            libraries. None where that is up to a compiler (torchao).
-        shared: State kept once if any parameter has a state key of that name.
-    """
+    """An optimizer that is not ours: the value of ``TrainingArguments.optim``, and the state of one parameter."""
 
     name: str
     trainer_string: str
     summary: str
     state: Callable[[ParameterFacts], Specs]
+    # Bytes that step() allocates for a moment, at most, given all parameters, without workspaces of libraries. None
+    # where that is up to a compiler (torchao).
     temporaries: Callable[[Sequence[ParameterFacts]], int] | None = None
+    # Kept once if any parameter has a state key of that name.
     shared: Mapping[str, TensorSpec] = field(default_factory=dict)
 
 
 def plan_baseline(
     baseline: Baseline, groups: Sequence[Sequence[ParameterFacts]], *, num_shards: int = 1
 ) -> StateReport:
-    """Sum the state of a baseline.
+    """Sum the state of a baseline, as :func:`~hf_lowmem_optim.memory.plan.plan_groups` does for our optimizers.
 
-    Args:
-        baseline: The optimizer.
-        groups: Its parameters by group.
-        num_shards: As in :func:`~hf_lowmem_optim.memory.plan.plan_groups`.
-
-    Returns:
-        The report; components are the keys of the state, as in what is measured.
+    Components are the keys of the state, as in what is measured.
     """
     members = [(index, parameter) for index, group in enumerate(groups) for parameter in group]
     specs = [(index, key, spec) for index, parameter in members for key, spec in baseline.state(parameter).items()]

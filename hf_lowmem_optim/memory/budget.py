@@ -21,19 +21,12 @@ SIZE_KEYS = ("rank", "window")
 
 @dataclass(frozen=True)
 class BudgetSearch:
-    """A search among the settings of one optimizer for one model.
-
-    Attributes:
-        optimizer_class: The optimizer.
-        groups: Its parameter groups at the settings asked for; which parameters are targeted is taken from them.
-        num_shards: As in :func:`~hf_lowmem_optim.memory.plan.plan_groups`.
-        num_processes: How many train together; settings that need a single one are not looked at otherwise.
-    """
+    """A search among the settings of one optimizer for one model."""
 
     optimizer_class: type[LowMemoryOptimizer]
-    groups: Groups
-    num_shards: int = 1
-    num_processes: int = 1
+    groups: Groups  # at the settings asked for; which parameters are targeted is taken from them
+    num_shards: int = 1  # as in plan_groups
+    num_processes: int = 1  # with several, settings that need a single one are not looked at
 
     def added_bytes(self, changes: Mapping[str, Any]) -> int:
         """Return the bytes of state and temporaries with some hyper-parameters of the targeted groups changed.

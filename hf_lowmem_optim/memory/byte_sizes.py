@@ -28,9 +28,6 @@ def parse_bytes(text: str | int, name: str = "budget") -> int:
         text: ``"24GiB"``, ``"80 GB"`` (a thousand million each), ``"512MiB"``; or an int of bytes.
         name: What it is, for the error.
 
-    Returns:
-        Bytes.
-
     Raises:
         ValueError: It is not a positive number with a unit.
     """

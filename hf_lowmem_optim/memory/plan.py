@@ -72,9 +72,6 @@ def plan_groups(optimizer_class: type[LowMemoryOptimizer], groups: Groups, *, nu
         groups: Its parameter groups.
         num_shards: Over how many processes each tensor of a parameter's state is split; the report is then for the
             process with the largest parts. What belongs to all parameters together is on every process.
-
-    Returns:
-        The report.
     """
     method = optimizer_class.method
     pieces = [Piece(None, s.component, s.dtype, s.nbytes) for s in method.shared_specs(groups).values()]

@@ -14,15 +14,7 @@ __all__ = ["align", "plan_csv", "plan_text"]
 
 
 def align(rows: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
-    """Align rows of cells in columns.
-
-    Args:
-        rows: Cells; every row has the same number.
-        left: How many columns, from the first, are aligned left; the others are aligned right.
-
-    Returns:
-        One line per row, without trailing blanks.
-    """
+    """Return rows of cells as lines with aligned columns: the first ``left`` to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     styles = ["<" if column < left else ">" for column in range(len(widths))]
     padded = ([f"{c:{s}{w}}" for c, s, w in zip(row, styles, widths, strict=True)] for row in rows)

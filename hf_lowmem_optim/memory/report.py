@@ -58,13 +58,7 @@ def build_report(
 
 
 def load_report(path: Path) -> dict[str, Any]:
-    """Read a report.
-
-    Args:
-        path: The run's output directory, or the file itself.
-
-    Returns:
-        What :func:`build_report` returned.
+    """Read a report from a run's output directory, or from the file itself.
 
     Raises:
         FileNotFoundError: There is none.
@@ -80,10 +74,9 @@ def load_report(path: Path) -> dict[str, Any]:
         report = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{str(file)!r} is not valid JSON: {error}") from error
-    schema = report.get("schema") if isinstance(report, dict) else None
-    if schema != REPORT_SCHEMA:
+    loaded: dict[str, Any] = report if isinstance(report, dict) else {}
+    if (schema := loaded.get("schema")) != REPORT_SCHEMA:
         raise ValueError(f"{str(file)!r} has schema {schema!r}; this version reads {REPORT_SCHEMA!r}")
-    loaded: dict[str, Any] = report
     return loaded
 
 

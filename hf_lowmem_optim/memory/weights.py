@@ -68,15 +68,12 @@ class WeightReport:
 
 
 def plan_weights(model: nn.Module, processes: Processes, quantized: Set[int] = frozenset()) -> WeightReport:
-    """Count the bytes of a model's weights, buffers and gradients.
+    """Count the bytes of a model's weights, buffers and gradients, for the process with the largest parts.
 
     Args:
         model: The model, on any device, the meta device too.
         processes: How the training is shared.
         quantized: Ids of the parameters that will be stored in 4 bits.
-
-    Returns:
-        The report, for the process with the largest parts.
     """
     weights, dtypes, trainable = Counter[str](), Counter[str](), 0
     for parameter in model.parameters():

@@ -59,9 +59,6 @@ def run_demo(
         num_steps: Steps of 8 × 128 bytes; rounded up to a multiple of 50.
         seed: Of initialization and data order.
         optim_args: Passed to the optimizers of this package.
-
-    Returns:
-        The results, in the order of the runs.
     """
     register_optimizer_strings()
     num_steps = -(-num_steps // _FINAL_STEPS) * _FINAL_STEPS

@@ -15,6 +15,10 @@ from hf_lowmem_optim.engine.adamw import adamw_state
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import POSITIVE, check_number
+from hf_lowmem_optim.memory.budget import SIZE_KEYS
+from hf_lowmem_optim.memory.byte_sizes import format_bytes
+from hf_lowmem_optim.memory.plan import plan_optimizer
+from hf_lowmem_optim.memory.plan_table import align
 from hf_lowmem_optim.registry import get_entry
 from hf_lowmem_optim.trainer.backward import check_backward_arguments
 from hf_lowmem_optim.trainer.optim_args import hyperparameters_from_training_args
@@ -35,7 +39,6 @@ from hf_lowmem_optim.trainer.param_groups import (
     build_param_groups,
     place_parameters,
 )
-from hf_lowmem_optim.trainer.summary import describe_placements
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -43,6 +46,8 @@ if TYPE_CHECKING:
 __all__ = ["OptimizerFactory"]
 
 logger = logging.getLogger(__name__)
+
+_DENSE = {"param": "dense", "fp32": "dense, fp32", "8bit": "dense, 8 bit"}
 
 
 class OptimizerFactory:
@@ -107,9 +112,6 @@ class OptimizerFactory:
                 ``adam_epsilon``, ``optim_args`` and ``optim_target_modules``; for betas and epsilon a value equal to
                 the field's default means the optimizer's own default.
 
-        Returns:
-            The factory.
-
         Raises:
             TypeError: A value has the wrong type.
             ValueError: ``optim`` is no optimizer of this package, or a value is wrong.
@@ -170,10 +172,6 @@ class OptimizerFactory:
 
         Returns:
             The optimizer, and where each parameter went.
-
-        Raises:
-            TypeError: A hyper-parameter is unknown or has the wrong type.
-            ValueError: As for a call.
         """
         optimizer_class, method = self.optimizer_class, self.optimizer_class.method
         everyone = vars(method.check({**self.hyper, **hyper}, optimizer_class.__name__))
@@ -229,7 +227,46 @@ def _report(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) -> N
         )
     # At warning level, which Python and transformers show by default; not where transformers is told to be silent.
     if transformers_logging.get_verbosity() <= logging.WARNING:
-        logger.warning("%s", describe_placements(optimizer, placements))
+        logger.warning("%s", _summary(optimizer, placements))
+
+
+def _summary(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) -> str:
+    """Write the summary of an optimizer made from placements: tensors by rule, and the bytes of state to expect."""
+    sizes: dict[str, list[int]] = {}
+    for placement in sorted(placements, key=lambda placement: placement.rule != COMPRESSED):
+        sizes.setdefault(_label(optimizer, placement), []).append(placement.parameter.numel())
+    rows = [(f"  {label}", f"{len(n):,} tensors", f"{sum(n):,} parameters") for label, n in sizes.items()]
+    lines = align(rows)
+    plan = plan_optimizer(optimizer)
+    parts = ", ".join(f"{name} {format_bytes(count)}" for name, count in plan.component_bytes.items())
+    if optimizer.defaults["weight_rounding"] != "nearest":
+        lines.append("  weights narrower than float32 are rounded stochastically")
+    total, adamw = format_bytes(plan.total_bytes), format_bytes(plan.adamw_fp32_bytes)
+    lines.append(f"  state: {total} ({parts}); AdamW in fp32: {adamw}")
+    if plan.total_bytes > plan.adamw_fp32_bytes:
+        scales = " or ".join(key for key in SIZE_KEYS if key in optimizer.method.shaping)
+        lines.append(f"  This is more than AdamW takes; a smaller {scales} saves memory.")
+    return "\n".join([f"{type(optimizer).__name__} for {plan.num_parameters:,} trainable parameters:", *lines])
+
+
+def _label(optimizer: LowMemoryOptimizer, placement: Placement) -> str:
+    """Describe the rule of a parameter, with the settings that go with it and those of its own."""
+    settings = {**optimizer.defaults, **placement.settings}
+    keys = optimizer.method.shaping
+    if placement.rule == COMPRESSED:
+        shaping = (key for key in optimizer.method.shaping if key != "dense_state")
+        label = f"compressed ({', '.join(f'{key}={settings[key]}' for key in shaping)})"
+    else:
+        key, off = optimizer.method.switch
+        keys = (*keys, key)
+        reason = f"{key}={off}" if placement.rule == SWITCHED_OFF else placement.rule
+        label = f"{_DENSE[settings['dense_state']]}: {reason}"
+    own = {key: value for key, value in placement.settings.items() if key not in keys}
+    if not placement.decays:
+        own.pop("weight_decay", None)
+    return ", ".join(
+        [label, *(f"{key}={value:g}" if type(value) is float else f"{key}={value}" for key, value in own.items())]
+    )
 
 
 def _is_main_process() -> bool:

@@ -32,12 +32,7 @@ def _after_import(module: ModuleType) -> None:
     from hf_lowmem_optim.trainer import strings
 
     try:
-        if module.__name__ == MEMBERS_MODULE:
-            strings.add_members(module)
-        elif module.__name__ == HANDLERS_MODULE:
-            strings.add_handlers(module)
-        else:
-            strings.add_callbacks(module)
+        strings.ADDITIONS[module.__name__](module)
     except UnsupportedTransformersError as error:
         # A warning and not an error: whoever uses the optimizers in a plain loop must still be able to import
         # transformers. `register_optimizer_strings()` raises.

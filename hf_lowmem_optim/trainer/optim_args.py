@@ -40,14 +40,9 @@ _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "
 def hyperparameters_from_training_args(
     args: TrainingArguments, optimizer_class: type[LowMemoryOptimizer]
 ) -> dict[str, Any]:
-    """Collect the hyper-parameters that training arguments set for an optimizer.
+    """Collect the hyper-parameters that training arguments set, as keyword arguments for ``OptimizerFactory``.
 
-    Args:
-        args: The training arguments; this module's docstring says which value wins.
-        optimizer_class: The optimizer.
-
-    Returns:
-        Keyword arguments for ``OptimizerFactory``; what is not set is left out.
+    This module's docstring says which value wins.
 
     Raises:
         ValueError: ``optim_args`` is malformed, or has an unknown, doubled or mistyped entry.
@@ -68,18 +63,12 @@ def hyperparameters_from_text(
     optimizer_class: type[LowMemoryOptimizer],
     betas: tuple[float | None, float | None] = (None, None),
 ) -> dict[str, Any]:
-    """Collect the hyper-parameters that ``optim_args`` sets, for use with or without training arguments.
+    """Collect the hyper-parameters that ``optim_args`` sets, as keyword arguments for ``OptimizerFactory``.
 
     Args:
-        text: As in :func:`parse_optim_args`.
+        text: As in :func:`parse_optim_args`, which checks it.
         optimizer_class: The optimizer.
         betas: Those that were set elsewhere, None for the optimizer's own; the text wins.
-
-    Returns:
-        Keyword arguments for ``OptimizerFactory``; what is not set is left out.
-
-    Raises:
-        ValueError: As :func:`parse_optim_args`.
     """
     hyper = parse_optim_args(text, optimizer_class)
     given = [hyper.pop(key, beta) for key, beta in zip(_BETAS, betas, strict=True)]

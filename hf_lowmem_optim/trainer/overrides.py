@@ -12,14 +12,7 @@ from torch import nn
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.trainer.param_groups import COMPRESSED, NOT_WORTH, Placement, matching_modules
 
-__all__ = [
-    "Overrides",
-    "OwnSettings",
-    "check_overrides",
-    "check_overrides_apply",
-    "own_settings",
-    "scale_dense_rates",
-]
+__all__ = ["Overrides", "check_overrides", "check_overrides_apply", "own_settings", "scale_dense_rates"]
 
 Overrides = Mapping[str, Mapping[str, Any]]
 """Hyper-parameters by module name, part of a name or regex."""
@@ -30,12 +23,7 @@ _DENSE_KEYS = ("lr", "betas", "eps", "weight_decay", "clip_tensor_norm", "dense_
 
 @dataclass(frozen=True)
 class OwnSettings:
-    """Parameters whose settings are not those of all.
-
-    Attributes:
-        values: Their own settings, by id of the parameter.
-        entries: The entry of the overrides that each is matched by, by id of the parameter.
-    """
+    """Parameters whose settings are not those of all, by id: their own settings, and the override that matches them."""
 
     values: dict[int, dict[str, Any]] = field(default_factory=dict)
     entries: dict[int, str] = field(default_factory=dict)
@@ -46,12 +34,7 @@ class OwnSettings:
 
 
 def check_overrides(overrides: Any, optimizer_class: type[LowMemoryOptimizer], hyper: Mapping[str, Any]) -> None:
-    """Check overrides by themselves, before there is a model.
-
-    Args:
-        overrides: What the user gave.
-        optimizer_class: The optimizer they are for.
-        hyper: The hyper-parameters that they override.
+    """Check overrides of hyper-parameters by themselves, before there is a model.
 
     Raises:
         TypeError: They are no mapping of mappings, or a key or a type is wrong.
@@ -74,13 +57,7 @@ def check_overrides(overrides: Any, optimizer_class: type[LowMemoryOptimizer], h
 
 
 def own_settings(model: nn.Module, overrides: Overrides | None, lr_ratio: float | None, lr: float) -> OwnSettings:
-    """Find which parameters have settings of their own.
-
-    Args:
-        model: The model.
-        overrides: The first entry that matches a parameter's module holds, and no other.
-        lr_ratio: Factor of the learning rate of LoRA's B, on top of an override.
-        lr: Learning rate of all others.
+    """Find which parameters have settings of their own: of the first override that matches, times LoRA+'s ratio for B.
 
     Raises:
         ValueError: An entry matches nothing, or nothing that an earlier one does not, or there is no B.
@@ -114,22 +91,13 @@ def _scale_lora_b(model: nn.Module, own: dict[int, dict[str, Any]], lr_ratio: fl
             f"lr_ratio={lr_ratio!r} is for the B matrices of LoRA, but {type(model).__name__} has no trainable lora_B; "
             "leave it out, or add the adapter before the optimizer is made"
         )
-    for parameter in matrices:
-        settings = own.get(id(parameter), {})
-        own[id(parameter)] = _with_rate(settings, lr_ratio * settings.get("lr", lr))
+    own.update((id(p), _with_rate(own.get(id(p), {}), lr_ratio, lr)) for p in matrices)
 
 
 def scale_dense_rates(
     placements: Sequence[Placement], own: OwnSettings, overrides: Overrides | None, ratio: float | None, lr: float
 ) -> list[Placement]:
     """Multiply the learning rate of what takes the dense rule, except where an override sets it.
-
-    Args:
-        placements: Where each parameter went.
-        own: The settings that parameters have of their own.
-        overrides: Where these are from.
-        ratio: The factor, None for none.
-        lr: Learning rate of the parameters without one of their own.
 
     Raises:
         ValueError: Nothing is compressed, or nothing is left to have another rate.
@@ -146,13 +114,13 @@ def scale_dense_rates(
             f"{where}: nothing is compressed: all rates would change alike, so set the learning rate itself"
         )
     return [
-        replace(p, settings=_with_rate(p.settings, ratio * p.settings.get("lr", lr))) if dense else p
+        replace(p, settings=_with_rate(p.settings, ratio, lr)) if dense else p
         for p, dense in zip(placements, scaled, strict=True)
     ]
 
 
-def _with_rate(settings: Mapping[str, Any], rate: float) -> dict[str, Any]:
-    return dict(sorted({**settings, "lr": rate}.items()))
+def _with_rate(settings: Mapping[str, Any], ratio: float, lr: float) -> dict[str, Any]:
+    return dict(sorted({**settings, "lr": ratio * settings.get("lr", lr)}.items()))
 
 
 def check_overrides_apply(
@@ -161,17 +129,7 @@ def check_overrides_apply(
     placements: Sequence[Placement],
     optimizer_class: type[LowMemoryOptimizer],
 ) -> None:
-    """Refuse an override that none of the parameters it is for makes use of.
-
-    Args:
-        overrides: The overrides.
-        own: What they came to.
-        placements: Where each parameter went.
-        optimizer_class: The optimizer.
-
-    Raises:
-        ValueError: Weight decay for what does not decay, or a setting of the compression for what is not compressed.
-    """
+    """Refuse an override that none of the parameters it is for makes use of."""
     for entry, values in (overrides or {}).items():
         concerned = [p for p in placements if own.entries.get(id(p.parameter)) == entry]
         found = next(_without_effect(values, concerned, optimizer_class), None)

@@ -40,21 +40,13 @@ _EMBEDDING_MODULES = (nn.Embedding, nn.EmbeddingBag)
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one trainable parameter goes.
+    """Where one trainable parameter goes."""
 
-    Attributes:
-        name: Its first name in the model.
-        parameter: The parameter.
-        rule: ``"compressed"``, or why it takes the dense rule: ``"embedding"``, ``"output head"``, ...
-        decays: Whether weight decay applies to it.
-        settings: Its own values of hyper-parameters, where they are not those of all.
-    """
-
-    name: str
+    name: str  # its first one in the model
     parameter: nn.Parameter
-    rule: str
+    rule: str  # "compressed", or why it takes the dense rule: "embedding", "output head", ...
     decays: bool
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)  # its own hyper-parameters, where not those of all
 
     @property
     def targeted(self) -> bool:
@@ -82,9 +74,6 @@ def place_parameters(
         judge: From a targeted parameter and its own settings to its rule: ``"compressed"``, or why it is not.
         own: Settings of single parameters, by id.
         also_targeted: Ids of parameters that are targeted besides.
-
-    Returns:
-        One placement per parameter.
 
     Raises:
         TypeError: ``target_modules`` is neither a list of strings, a string nor None.
@@ -120,15 +109,12 @@ def build_param_groups(
 ) -> list[dict[str, Any]]:
     """Turn placements into the optimizer's parameter groups: targeted or dense, with weight decay or without.
 
-    Parameters with the same settings of their own are in groups of their own, behind those without.
+    Parameters with the same settings of their own are in groups of their own, behind those without. No group is empty.
 
     Args:
         placements: What :func:`place_parameters` returned.
         switch: The option that sends a group to the dense rule, and the value that does.
         weight_decay: Weight decay of the parameters that decay.
-
-    Returns:
-        Groups of named parameters, at most four for each set of settings; none is empty.
     """
     gathered: dict[tuple[int, bool, bool], list[Placement]] = {}
     numbers = {repr({}): 0}

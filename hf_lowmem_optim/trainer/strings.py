@@ -35,9 +35,8 @@ def register_optimizer_strings() -> None:
     Raises:
         UnsupportedTransformersError: The installed transformers lacks what the strings are attached to.
     """
-    add_members(importlib.import_module(import_hook.MEMBERS_MODULE))
-    add_handlers(importlib.import_module(import_hook.HANDLERS_MODULE))
-    add_callbacks(importlib.import_module(import_hook.TRAINER_MODULE))
+    for name, add in ADDITIONS.items():
+        add(importlib.import_module(name))
 
 
 def add_members(training_args: ModuleType) -> None:
@@ -87,6 +86,14 @@ def add_callbacks(trainer: ModuleType) -> None:
     defaults[:] = [*others, *ours]
 
 
+#: What is added to which module of transformers, in the order in which they import each other.
+ADDITIONS = {
+    import_hook.MEMBERS_MODULE: add_members,
+    import_hook.HANDLERS_MODULE: add_handlers,
+    import_hook.TRAINER_MODULE: add_callbacks,
+}
+
+
 def _make_factory(context: Any) -> tuple[Any, dict[str, Any]]:
     """Handle transformers' ``OptimizerContext``: return a factory and its (no) keyword arguments."""
     from hf_lowmem_optim.trainer.factory import OptimizerFactory
@@ -120,16 +127,9 @@ def _restore_member(name: str) -> Any:
 
 def _check_member(names: Any, member: Any) -> None:
     """Assert everything that transformers does with a member."""
-    works = (
-        names(member.value) is member
-        and names[member.name] is member
-        and getattr(names, member.name) is member
-        and member in list(names)
-        and member == member.value
-        and hash(member) == hash(member.value)
-        and pickle.loads(pickle.dumps(member)) is member
-    )
-    if not works:
+    found = (names(member.value), names[member.name], getattr(names, member.name), pickle.loads(pickle.dumps(member)))
+    equal = member == member.value and hash(member) == hash(member.value)
+    if not (equal and member in list(names) and all(each is member for each in found)):
         raise _unsupported(f"OptimizerNames did not take the new member {member.value!r}")
 
 
