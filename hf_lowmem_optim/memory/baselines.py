@@ -44,10 +44,9 @@ class ParameterFacts:
 
 @dataclass(frozen=True)
 class Baseline:
-    """An optimizer that is not ours: the value of ``TrainingArguments.optim``, and the state of one parameter."""
+    """An optimizer that is not ours, and the state that it keeps for one parameter."""
 
     name: str
-    trainer_string: str
     summary: str
     state: Callable[[ParameterFacts], Specs]
     # Bytes that step() allocates for a moment, at most, given all parameters, without workspaces of libraries. None
@@ -172,14 +171,12 @@ _IN_DTYPE = "two moments in the parameter's dtype"
 BASELINES: dict[str, Baseline] = {
     baseline.name: baseline
     for baseline in (
-        Baseline("adamw_fp32", "adamw_torch_fused", "two float32 moments (fused)", _adamw_fp32, _nothing),
-        Baseline("adamw_torch_fused", "adamw_torch_fused", f"{_IN_DTYPE} (fused)", _adamw_torch, _nothing),
-        Baseline("adamw_torch", "adamw_torch", f"{_IN_DTYPE} (foreach)", _adamw_torch, _roots),
-        Baseline(
-            "adamw_8bit", "adamw_bnb_8bit", "two moments in 8 bits; embeddings float32", _adamw_8bit, _nothing, _TABLES
-        ),
-        Baseline("adamw_4bit", "adamw_torch_4bit", "two moments in 4 bits", _adamw_4bit),
-        Baseline("galore_adamw", "galore_adamw", "moments projected to rank 128", _galore, _svd),
-        Baseline("adafactor", "adafactor", "row and column means of the squared gradient", _adafactor, _squares),
+        Baseline("adamw_fp32", "two float32 moments (fused)", _adamw_fp32, _nothing),
+        Baseline("adamw_torch_fused", f"{_IN_DTYPE} (fused)", _adamw_torch, _nothing),
+        Baseline("adamw_torch", f"{_IN_DTYPE} (foreach)", _adamw_torch, _roots),
+        Baseline("adamw_8bit", "two moments in 8 bits; embeddings float32", _adamw_8bit, _nothing, _TABLES),
+        Baseline("adamw_4bit", "two moments in 4 bits", _adamw_4bit),
+        Baseline("galore_adamw", "moments projected to rank 128", _galore, _svd),
+        Baseline("adafactor", "row and column means of the squared gradient", _adafactor, _squares),
     )
 }

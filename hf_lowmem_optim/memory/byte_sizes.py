@@ -21,12 +21,8 @@ def format_bytes(count: int) -> str:
     return f"{count} B" if unit == "B" else f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
 
 
-def parse_bytes(text: str | int, name: str = "budget") -> int:
-    """Read a number of bytes.
-
-    Args:
-        text: ``"24GiB"``, ``"80 GB"`` (a thousand million each), ``"512MiB"``; or an int of bytes.
-        name: What it is, for the error.
+def parse_bytes(text: str | int) -> int:
+    """Read a budget: ``"24GiB"``, ``"80 GB"`` (a thousand million each), ``"512MiB"``; or an int of bytes.
 
     Raises:
         ValueError: It is not a positive number with a unit.
@@ -37,8 +33,8 @@ def parse_bytes(text: str | int, name: str = "budget") -> int:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", str(text))
         factor = _FACTORS.get(match[2].lower()) if match else None
         if match is None or factor is None:
-            raise ValueError(f"{name}={text!r} is not a number with a unit; write for example 24GiB, 80GB or 512MiB")
+            raise ValueError(f"budget={text!r} is not a number with a unit; write for example 24GiB, 80GB or 512MiB")
         count = int(float(match[1]) * factor)
     if count <= 0:
-        raise ValueError(f"{name}={text!r} must be more than nothing; write for example 24GiB")
+        raise ValueError(f"budget={text!r} must be more than nothing; write for example 24GiB")
     return count

@@ -73,14 +73,14 @@ def plan_groups(optimizer_class: type[LowMemoryOptimizer], groups: Groups, *, nu
         num_shards: Over how many processes each tensor of a parameter's state is split; the report is then for the
             process with the largest parts. What belongs to all parameters together is on every process.
     """
-    method = optimizer_class.method
-    pieces = [Piece(None, s.component, s.dtype, s.nbytes) for s in method.shared_specs(groups).values()]
+    method, pieces = optimizer_class.method, list[Piece]()
     for index, group in enumerate(groups):
         options = method.options_of(group)
         for param in group["params"]:
             for spec in method.specs(param.shape, param.dtype, options).values():
                 nbytes = spec.shard(num_shards).stored_bytes
                 pieces.append(Piece(index, spec.component, spec.dtype, nbytes, spec.in_gradient))
+    pieces += [Piece(None, s.component, s.dtype, s.nbytes) for s in method.shared_specs(groups).values()]
     return add_up(pieces, len(groups), sum(param.numel() for group in groups for param in group["params"]))
 
 

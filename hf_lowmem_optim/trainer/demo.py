@@ -104,21 +104,17 @@ def _train(optim: str, learning_rate: float, num_steps: int, seed: int, optim_ar
 
 def demo_model() -> LlamaForCausalLM:
     """Return the demo's model with fresh weights: a byte-level Llama of 3.3 M parameters."""
-    shape = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4}
-    tokens = {
-        "vocab_size": 256,
-        "max_position_embeddings": _SEQUENCE_LENGTH,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    return LlamaForCausalLM(LlamaConfig(**shape, **tokens, tie_word_embeddings=False))
+    sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4}
+    special: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "tie_word_embeddings": False}
+    config: dict[str, Any] = {"vocab_size": 256, "max_position_embeddings": _SEQUENCE_LENGTH, **sizes, **special}
+    return LlamaForCausalLM(LlamaConfig(**config))
 
 
-def documentation(sequence_length: int = _SEQUENCE_LENGTH) -> tuple[TensorDataset, TensorDataset]:
+def documentation() -> tuple[TensorDataset, TensorDataset]:
     """Return the documentation of Python's language topics as sequences of bytes: training and held-out."""
     text = "\n\n".join(topics[name] for name in sorted(topics)).encode()
     tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
-    sequences = tokens[: len(tokens) // sequence_length * sequence_length].view(-1, sequence_length)
+    sequences = tokens[: len(tokens) // _SEQUENCE_LENGTH * _SEQUENCE_LENGTH].view(-1, _SEQUENCE_LENGTH)
     num_training = int(len(sequences) * 0.9)
     return TensorDataset(sequences[:num_training]), TensorDataset(sequences[num_training:])
 

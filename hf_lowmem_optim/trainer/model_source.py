@@ -145,7 +145,7 @@ def open_model(source: Source, options: ModelOptions) -> OpenedModel:
 
 
 def _add_lora(model: nn.Module, options: LoraOptions) -> nn.Module:
-    """Freeze a model on the meta device, and let peft itself add the adapters, so that the plan is for what it trains."""
+    """Freeze a model on the meta device, and let peft itself add the adapters: the plan is for what it trains."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
