@@ -17,6 +17,8 @@ from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["Piece", "StateReport", "add_up", "measure_state", "unwrap_optimizer"]
 
+Specs = Mapping[str, TensorSpec]
+
 
 @dataclass(frozen=True)
 class StateReport:
@@ -112,8 +114,7 @@ def _pieces(optimizer: Optimizer, local: bool) -> Iterator[Piece]:
         for parameter in group["params"]:
             in_groups.add(parameter)
             # `get`, because torch's state is a defaultdict: looking must not create entries.
-            state = optimizer.state.get(parameter)
-            if state:
+            if state := optimizer.state.get(parameter):
                 specs = {} if method is None else method.state_specs(parameter, group)
                 yield from _pieces_of(state, index, specs, parameter.grad, seen, local)
     for key, state in optimizer.state.items():
@@ -123,12 +124,7 @@ def _pieces(optimizer: Optimizer, local: bool) -> Iterator[Piece]:
 
 
 def _pieces_of(
-    state: Mapping[str, Any],
-    group: int | None,
-    specs: Mapping[str, TensorSpec],
-    grad: Tensor | None,
-    seen: set[int],
-    local: bool,
+    state: Mapping[str, Any], group: int | None, specs: Specs, grad: Tensor | None, seen: set[int], local: bool
 ) -> Iterator[Piece]:
     """Yield one parameter's state; a key without a component counts under its own name."""
     for key, value in state.items():

@@ -107,9 +107,9 @@ def _unit(stacks: Iterable[Mapping[str, int]]) -> tuple[int, str]:
 def _draw_stacks(axes: Any, stacks: Mapping[str, Mapping[str, int]]) -> None:
     """Draw horizontal stacked bars, the first on top, with totals at their ends and one legend."""
     unit, unit_name = _unit(stacks.values())
-    parts = list(dict.fromkeys(part for stack in stacks.values() for part, count in stack.items() if count))
+    found = dict.fromkeys(part for stack in stacks.values() for part, count in stack.items() if count)
     # what is freed again comes last, outside of what is kept
-    parts.sort(key=lambda part: part == "step temporaries")
+    parts = sorted(found, key=lambda part: part == "step temporaries")
     others = cycle(_PALETTE)
     starts = dict.fromkeys(stacks, 0)
     style = {"height": 0.68, "edgecolor": "white", "linewidth": 0.4}

@@ -32,12 +32,7 @@ def build_report(
 ) -> dict[str, Any]:
     """Put a run's report together, as JSON values in the layout that ``"schema"`` names.
 
-    Args:
-        optimizer: The optimizer, stepped, wrapped or not.
-        measured: Its state, of all processes together.
-        predicted: What was planned for it, None for optimizers that nothing describes.
-        step_memory: The largest figures observed around the steps.
-        log_history: What the run logged.
+    ``measured`` is the state of all processes together; ``predicted`` is None for optimizers that nothing describes.
     """
     inner = unwrap_optimizer(optimizer)
     shaping = inner.method.shaping if isinstance(inner, LowMemoryOptimizer) else ()

@@ -14,18 +14,13 @@ __all__ = ["StepMemory", "StepMemoryMeter"]
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Observations around one ``step()``, or the largest of several.
-
-    Attributes:
-        device: Where the parameters are: ``"cuda:0"``, ``"cpu"``.
-        peak_bytes: The most that tensors took on the device during a step. None where the device does not tell (the
-            CPU), and as long as no step went beyond what the process had taken before.
-        process_rss_bytes: On the CPU, resident memory of the process after the step; None on other devices.
-    """
+    """Observations around one ``step()``, or the largest of several."""
 
     device: str
+    # The most that tensors took on the device during a step. None where the device does not tell (the CPU), and as long
+    # as no step went beyond what the process had taken before.
     peak_bytes: int | None = None
-    process_rss_bytes: int | None = None
+    process_rss_bytes: int | None = None  # on the CPU, resident memory of the process after the step
 
     def largest(self, other: StepMemory | None) -> StepMemory:
         """Return the larger of each figure."""

@@ -16,15 +16,10 @@ SHARDINGS = ("ddp", "fsdp")
 
 @dataclass(frozen=True)
 class Processes:
-    """Among how many GPUs the training is shared, and how.
+    """Among how many GPUs the training is shared, a process each, and how.
 
-    Attributes:
-        gpus: Number of processes, a GPU each.
-        sharding: ``"ddp"``: every process holds everything, and the buckets in which gradients are exchanged beside
-            them. ``"fsdp"``: weights, gradients and state are split along their first dimension (fully sharded).
-
-    Raises:
-        ValueError: ``gpus`` is less than 1 or ``sharding`` unknown.
+    ``"ddp"``: every process holds everything, and the buckets in which gradients are exchanged beside them. ``"fsdp"``:
+    weights, gradients and state are split along their first dimension (fully sharded).
     """
 
     gpus: int = 1
@@ -44,22 +39,13 @@ class Processes:
 
 @dataclass(frozen=True)
 class WeightReport:
-    """What a process holds besides optimizer state and activations.
+    """What a process holds besides optimizer state and activations."""
 
-    Attributes:
-        weight_bytes: Bytes of weights by kind: ``"trainable"``, ``"frozen"``, ``"frozen 4-bit"``, ``"frozen 8-bit"``,
-            ``"buffers"``.
-        gradient_bytes: Bytes of gradients by kind: ``"gradients"``, and ``"DDP buckets"`` under DDP.
-        num_parameters: Entries of all parameters of the model, on all processes.
-        num_trainable: Entries of those that are trained.
-        dtypes: Number of entries by dtype, quantized weights under ``"4-bit"`` and ``"8-bit"``.
-    """
-
-    weight_bytes: Mapping[str, int]
-    gradient_bytes: Mapping[str, int]
-    num_parameters: int
+    weight_bytes: Mapping[str, int]  # by kind: "trainable", "frozen", "frozen 4-bit", "frozen 8-bit", "buffers"
+    gradient_bytes: Mapping[str, int]  # by kind: "gradients", and "DDP buckets" under DDP
+    num_parameters: int  # entries of all parameters of the model, on all processes
     num_trainable: int
-    dtypes: Mapping[str, int]
+    dtypes: Mapping[str, int]  # entries by dtype, quantized weights under "4-bit" and "8-bit"
 
     @property
     def total_bytes(self) -> int:

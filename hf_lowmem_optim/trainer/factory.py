@@ -218,7 +218,7 @@ def _report(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) -> N
             "smaller.",
             *(who, key, setting, optimizer.defaults["dense_state"], len(placements), key, error),
         )
-    elif setting is not None and not rules & {COMPRESSED, SWITCHED_OFF}:
+    elif setting != off and not rules & {COMPRESSED, SWITCHED_OFF}:
         logger.warning(
             "%s compresses nothing here: besides embeddings and the output head no linear or convolution layer has a "
             "trainable weight, so all %d tensors take the dense AdamW rule. If there is something else to compress, "
@@ -235,8 +235,7 @@ def _summary(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) -> 
     sizes: dict[str, list[int]] = {}
     for placement in sorted(placements, key=lambda placement: placement.rule != COMPRESSED):
         sizes.setdefault(_label(optimizer, placement), []).append(placement.parameter.numel())
-    rows = [(f"  {label}", f"{len(n):,} tensors", f"{sum(n):,} parameters") for label, n in sizes.items()]
-    lines = align(rows)
+    lines = align([(f"  {label}", f"{len(n):,} tensors", f"{sum(n):,} parameters") for label, n in sizes.items()])
     plan = plan_optimizer(optimizer)
     parts = ", ".join(f"{name} {format_bytes(count)}" for name, count in plan.component_bytes.items())
     if optimizer.defaults["weight_rounding"] != "nearest":
@@ -261,12 +260,10 @@ def _label(optimizer: LowMemoryOptimizer, placement: Placement) -> str:
         keys = (*keys, key)
         reason = f"{key}={off}" if placement.rule == SWITCHED_OFF else placement.rule
         label = f"{_DENSE[settings['dense_state']]}: {reason}"
-    own = {key: value for key, value in placement.settings.items() if key not in keys}
-    if not placement.decays:
-        own.pop("weight_decay", None)
-    return ", ".join(
-        [label, *(f"{key}={value:g}" if type(value) is float else f"{key}={value}" for key, value in own.items())]
-    )
+    said = (*keys, *(() if placement.decays else ("weight_decay",)))
+    own = {key: value for key, value in placement.settings.items() if key not in said}
+    texts = (f"{key}={value:g}" if type(value) is float else f"{key}={value}" for key, value in own.items())
+    return ", ".join([label, *texts])
 
 
 def _is_main_process() -> bool:

@@ -48,9 +48,9 @@ class LoraOptions:
         for entry in text.split(","):
             key, _, value = (part.strip() for part in entry.partition("="))
             if key not in ("r", "target") or not value or key in values:
+                hint = nearest(key, ("r", "target"))
                 raise ValueError(
-                    f"lora={text!r}: {entry.strip()!r} is not r=… or target=…, once "
-                    f"each{nearest(key, ('r', 'target'))}; "
+                    f"lora={text!r}: {entry.strip()!r} is not r=… or target=…, once each{hint}; "
                     "write for example r=16,target=all-linear or r=8,target=q_proj+v_proj"
                 )
             values[key] = value
@@ -107,11 +107,7 @@ class OpenedModel:
 
 
 def open_model(source: Source, options: ModelOptions) -> OpenedModel:
-    """Make the model that a source describes, without its weights.
-
-    Args:
-        source: A preset's name, a model directory, a ``config.json``, a configuration or a live model.
-        options: How it will be loaded and prepared; a live model is taken as it is.
+    """Make the model that a source describes, without its weights; a live model is taken as it is.
 
     Raises:
         FileNotFoundError: A path does not exist and the name is no preset either.

@@ -180,31 +180,27 @@ def matching_modules(
         raise ValueError(f"{where}: {entry!r} is not a valid regex: {error}") from error
     if any(parameter.requires_grad for module in matching.values() for parameter in held(module)):
         return matching
+    by_kind: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if any(parameter.requires_grad for parameter in held(module)):
+            by_kind.setdefault(name.rpartition(".")[2], name)
+    examples = ", ".join(map(repr, list(by_kind.values())[:4])) or "none, since none is trained"
     if matching:
         kind = " of two or more dimensions" * (held is _matrices)
         raise ValueError(
             f"{where}: {entry!r} matches {len(matching)} modules, for example {next(iter(matching))!r}, but none of "
-            f"them holds a trainable parameter{kind} itself; name the layers that do, such as {_examples(model, held)}"
+            f"them holds a trainable parameter{kind} itself; name the layers that do, such as {examples}"
         )
     leaves = {name.rpartition(".")[2] for name, module in model.named_modules() if list(held(module))}
     raise ValueError(
         f"{where}: {entry!r} matches no module of {type(model).__name__}; a regex must match the whole name of a "
-        f"module, such as {_examples(model, held)}{nearest(entry, leaves)}"
+        f"module, such as {examples}{nearest(entry, leaves)}"
     )
 
 
 def _matrices(module: nn.Module) -> Iterator[nn.Parameter]:
     """Return the parameters of two or more dimensions that ``module`` holds itself."""
     return (parameter for parameter in module.parameters(recurse=False) if parameter.ndim >= 2)
-
-
-def _examples(model: nn.Module, held: Callable[[nn.Module], Iterable[nn.Parameter]], count: int = 4) -> str:
-    """Return some names of modules with a trainable parameter that counts, each kind once."""
-    by_kind: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if any(parameter.requires_grad for parameter in held(module)):
-            by_kind.setdefault(name.rpartition(".")[2], name)
-    return ", ".join(repr(name) for name in list(by_kind.values())[:count]) or "none, since none is trained"
 
 
 def _dense_reasons(model: nn.Module) -> Mapping[int, str]:
