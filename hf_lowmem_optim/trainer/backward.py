@@ -89,13 +89,7 @@ class BackwardCallback(TrainerCallback):
             logger.warning("error_feedback='grad': grad_norm is the norm of gradient plus error%s", clips)
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: Any,
-        logs: Any = None,
-        optimizer: Any = None,
-        **_: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: Any = None, optimizer: Any = None, **_: Any
     ) -> None:
         """Log the norm of the gradients that came; the Trainer has that of those that were left, or none."""
         inner = _ours(optimizer)

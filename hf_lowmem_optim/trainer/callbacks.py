@@ -102,13 +102,7 @@ class OptimizerStateMemoryCallback(TrainerCallback):
         print(report_text(report))
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: Any,
-        logs: Any = None,
-        optimizer: Any = None,
-        **_: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: Any = None, optimizer: Any = None, **_: Any
     ) -> None:
         """Add the bytes to a training log, unless that is done."""
         if optimizer is None or not logs or not state.is_world_process_zero:
@@ -139,13 +133,7 @@ class EarlyLogCallback(TrainerCallback):
             _callback_of.pop(optimizer, None)
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: Any,
-        logs: Any = None,
-        optimizer: Any = None,
-        **_: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: Any = None, optimizer: Any = None, **_: Any
     ) -> None:
         """Let the user's callback have its turn."""
         if optimizer is not None and (callback := _callback_of.get(optimizer)) is not None:
