@@ -31,8 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    listing = commands.add_parser("list", help="the optimizers, with bytes of state per parameter")
-    listing.set_defaults(run=_list)
+    commands.add_parser("list", help="the optimizers, with bytes of state per parameter").set_defaults(run=_list)
 
     _add_plan(commands.add_parser("plan", help="the memory of a training run, before anything is loaded"))
 
@@ -46,10 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     demo = commands.add_parser("demo", help="train a small language model on real text, ours beside AdamW")
     demo.add_argument("--optim", nargs="+", default=["adamw_torch", "ldadam"], metavar="NAME")
-    demo.add_argument(
-        "--learning-rate", nargs="+", type=float, default=None, metavar="LR", help="rates to try for each"
-    )
-    demo.add_argument("--optim-args", default=None, metavar="A=1,B=2", help="for the optimizers of this package")
+    demo.add_argument("--learning-rate", nargs="+", type=float, metavar="LR", help="rates to try for each")
+    demo.add_argument("--optim-args", metavar="A=1,B=2", help="for the optimizers of this package")
     demo.add_argument("--steps", type=_positive, default=300)
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
@@ -86,11 +83,10 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    """An int ≥ 1 for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
+    """Read an int ≥ 1, for argparse."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{int(text)} is not a positive number")
+    return int(text)
 
 
 def _list(_: argparse.Namespace) -> None:
@@ -146,10 +142,8 @@ def _demo(args: argparse.Namespace) -> None:
     print("\n| optim | learning rate | training loss | held-out loss | seconds | state bytes | B/param |")
     print("|---|---|---|---|---|---|---|")
     for r in results:
-        print(
-            f"| {r.optim} | {r.learning_rate:g} | {r.training_loss:.3f} | {r.held_out_loss:.3f} | {r.seconds:.0f} "
-            f"| {r.state_bytes:,} | {r.state_bytes / r.num_parameters:.2f} |"
-        )
+        run = f"{r.optim} | {r.learning_rate:g} | {r.training_loss:.3f} | {r.held_out_loss:.3f} | {r.seconds:.0f}"
+        print(f"| {run} | {r.state_bytes:,} | {r.state_bytes / r.num_parameters:.2f} |")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ __all__ = [
     "Range",
     "WeightRounding",
     "as_plain",
+    "check_number",
     "count_up_to",
     "nearest",
     "option",
@@ -227,12 +228,13 @@ def _check(name: str, value: Any, kind: Any, metadata: Mapping[str, Any]) -> Non
             example = "two floats in [0, 1), for example betas=(0.9, 0.99)"
             raise TypeError(f"{name}={value!r} must be {example}")
         for index, number in enumerate(value):
-            _check_number(f"{name}[{index}]", number, metadata["within"], None)
+            check_number(f"{name}[{index}]", number, metadata["within"])
     elif not (value is None and metadata["none"] is not None):
-        _check_number(name, value, metadata["within"], metadata["none"])
+        check_number(name, value, metadata["within"], metadata["none"])
 
 
-def _check_number(name: str, value: Any, within: Range, none: str | None) -> None:
+def check_number(name: str, value: Any, within: Range, none: str | None = None) -> None:
+    """Raise TypeError or ValueError, naming argument, value and what is right, for a number that is not allowed."""
     expected = within.text if none is None else f"{within.text}, or None ({none})"
     kinds = (int,) if within.text.startswith("an int") else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds):

@@ -18,32 +18,22 @@ MAX_WINDOW = 1024
 SIZE_KEYS = ("rank", "window")
 """Hyper-parameters that scale the state, wherever an optimizer has them."""
 
-DENSE_KEYS = ("dense_state",)
-"""Hyper-parameters of the dense rule, which is not left to the groups that are not targeted."""
-
 
 @dataclass(frozen=True)
 class BudgetSearch:
-    """A search among the settings of one optimizer for one model.
-
-    Attributes:
-        optimizer_class: The optimizer.
-        groups: Its parameter groups at the settings asked for; which parameters are targeted is taken from them.
-        num_shards: As in :func:`~hf_lowmem_optim.memory.plan.plan_groups`.
-        num_processes: How many train together; settings that need a single one are not looked at otherwise.
-    """
+    """A search among the settings of one optimizer for one model."""
 
     optimizer_class: type[LowMemoryOptimizer]
-    groups: Groups
-    num_shards: int = 1
-    num_processes: int = 1
+    groups: Groups  # at the settings asked for; which parameters are targeted is taken from them
+    num_shards: int = 1  # as in plan_groups
+    num_processes: int = 1  # with several, settings that need a single one are not looked at
 
     def added_bytes(self, changes: Mapping[str, Any]) -> int:
-        """Return the bytes of state and temporaries with some hyper-parameters changed.
+        """Return the bytes of state and temporaries with some hyper-parameters of the targeted groups changed.
 
-        Those of the dense rule change in all groups, the others in the targeted ones.
+        ``dense_state`` changes in all groups.
         """
-        of_dense = {key: value for key, value in changes.items() if key in DENSE_KEYS}
+        of_dense = {key: value for key, value in changes.items() if key == "dense_state"}
         groups = [{**group, **(changes if self._is_targeted(group) else of_dense)} for group in self.groups]
         state = plan_groups(self.optimizer_class, groups, num_shards=self.num_shards)
         return state.total_bytes + plan_temporaries(self.optimizer_class, groups)
@@ -65,10 +55,12 @@ class BudgetSearch:
         First every other choice of a hyper-parameter of few choices (``error_feedback="none"``), then the least rank
         and window, then all of that together.
         """
-        now = self._settings()
-        best: dict[str, Any] = {}
-        for key, choices in self._choices():
-            sizes = {choice: self._size_if_valid({key: choice}) for choice in choices if choice != now[key]}
+        method, now = self.optimizer_class.method, self._settings()
+        kinds, best = method.options.types(), dict[str, Any]()
+        for key in (key for key in method.shaping if get_origin(kinds[key]) is Literal):
+            sizes = {
+                choice: self._size_if_valid({key: choice}) for choice in get_args(kinds[key]) if choice != now[key]
+            }
             valid = {choice: size for choice, size in sizes.items() if size is not None}
             yield from (({key: choice}, size) for choice, size in valid.items())
             if valid and min(valid.values()) < self.added_bytes({}):
@@ -99,29 +91,15 @@ class BudgetSearch:
             return None
         return self.added_bytes(changes)
 
-    def _choices(self) -> Iterator[tuple[str, tuple[Any, ...]]]:
-        """Yield the hyper-parameters of the state that have a few choices."""
-        method = self.optimizer_class.method
-        kinds = method.options.types()
-        for key in method.shaping:
-            if get_origin(kinds[key]) is Literal:
-                yield key, get_args(kinds[key])
-
     def _limits(self) -> Iterator[tuple[str, int]]:
         """Yield the hyper-parameters that scale the state, with the largest value to look at."""
         method = self.optimizer_class.method
         targeted = [(p.shape, group) for group in self.groups if self._is_targeted(group) for p in group["params"]]
         matrices = [(shape, group) for shape, group in targeted if len(shape) >= 2]
         compressed = [shape for shape, group in matrices if method.compresses(shape, group)]
-        shapes = compressed or [shape for shape, _ in matrices]
-        for key in SIZE_KEYS:
-            if key not in method.shaping or not targeted:
-                continue
-            limit = MAX_WINDOW
-            if key == "rank":
-                limit = min((min(shape[0], math.prod(shape[1:])) for shape in shapes), default=1) - 1
-            if limit >= 1:
-                yield key, limit
+        sides = [min(shape[0], math.prod(shape[1:])) for shape in compressed or [shape for shape, _ in matrices]]
+        limits = {"rank": min(sides, default=1) - 1, "window": MAX_WINDOW}
+        yield from ((key, limits[key]) for key in SIZE_KEYS if targeted and key in method.shaping and limits[key] >= 1)
 
 
 def _bisect(fits: Callable[[int], bool], limit: int) -> int:

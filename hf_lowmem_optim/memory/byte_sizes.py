@@ -7,10 +7,8 @@ import re
 __all__ = ["format_bytes", "parse_bytes"]
 
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
-_FACTORS = {
-    **{unit: 1024**power for power, unit in enumerate(_BINARY)},
-    **{unit: 1000**power for power, unit in enumerate(("B", "KB", "MB", "GB", "TB"))},
-}
+_FACTORS = {unit.lower(): 1024**power for power, unit in enumerate(_BINARY)}
+_FACTORS.update((unit, 1000**power) for power, unit in enumerate(("b", "kb", "mb", "gb", "tb")))
 
 
 def format_bytes(count: int) -> str:
@@ -23,15 +21,8 @@ def format_bytes(count: int) -> str:
     return f"{count} B" if unit == "B" else f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
 
 
-def parse_bytes(text: str | int, name: str = "budget") -> int:
-    """Read a number of bytes.
-
-    Args:
-        text: ``"24GiB"``, ``"80 GB"`` (a thousand million each), ``"512MiB"``; or an int of bytes.
-        name: What it is, for the error.
-
-    Returns:
-        Bytes.
+def parse_bytes(text: str | int) -> int:
+    """Read a budget: ``"24GiB"``, ``"80 GB"`` (a thousand million each), ``"512MiB"``; or an int of bytes.
 
     Raises:
         ValueError: It is not a positive number with a unit.
@@ -40,10 +31,10 @@ def parse_bytes(text: str | int, name: str = "budget") -> int:
         count = text
     else:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", str(text))
-        factor = {unit.lower(): factor for unit, factor in _FACTORS.items()}.get(match[2].lower()) if match else None
+        factor = _FACTORS.get(match[2].lower()) if match else None
         if match is None or factor is None:
-            raise ValueError(f"{name}={text!r} is not a number with a unit; write for example 24GiB, 80GB or 512MiB")
+            raise ValueError(f"budget={text!r} is not a number with a unit; write for example 24GiB, 80GB or 512MiB")
         count = int(float(match[1]) * factor)
     if count <= 0:
-        raise ValueError(f"{name}={text!r} must be more than nothing; write for example 24GiB")
+        raise ValueError(f"budget={text!r} must be more than nothing; write for example 24GiB")
     return count

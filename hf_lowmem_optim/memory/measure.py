@@ -17,8 +17,7 @@ from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["Piece", "StateReport", "add_up", "measure_state", "unwrap_optimizer"]
 
-ADAMW_FP32_BYTES_PER_PARAMETER = 8
-"""Two float32 moments."""
+Specs = Mapping[str, TensorSpec]
 
 
 @dataclass(frozen=True)
@@ -50,21 +49,22 @@ class StateReport:
     @property
     def adamw_fp32_bytes(self) -> int:
         """Bytes that AdamW with float32 moments takes for the same parameters."""
-        return ADAMW_FP32_BYTES_PER_PARAMETER * self.num_parameters
+        return 8 * self.num_parameters
+
+    def breakdown(self) -> dict[str, Any]:
+        """Return the figures below the total as JSON values."""
+        return {
+            "component_bytes": dict(self.component_bytes),
+            "group_bytes": list(self.group_bytes),
+            "dtype_bytes": dict(self.dtype_bytes),
+            "in_gradient_bytes": self.in_gradient_bytes,
+        }
 
 
 class Piece(NamedTuple):
-    """Bytes of state of one kind; planning and measuring both count such.
+    """Bytes of state of one kind, in a gradient's buffer or not; planning and measuring both count such."""
 
-    Attributes:
-        group: Index of the parameter group; None for what belongs to all parameters together.
-        component: What they are counted under.
-        dtype: Their storage.
-        nbytes: How many.
-        in_gradient: Whether they are in a gradient's buffer.
-    """
-
-    group: int | None
+    group: int | None  # None for what belongs to all parameters together
     component: str
     dtype: torch.dtype
     nbytes: int
@@ -114,8 +114,7 @@ def _pieces(optimizer: Optimizer, local: bool) -> Iterator[Piece]:
         for parameter in group["params"]:
             in_groups.add(parameter)
             # `get`, because torch's state is a defaultdict: looking must not create entries.
-            state = optimizer.state.get(parameter)
-            if state:
+            if state := optimizer.state.get(parameter):
                 specs = {} if method is None else method.state_specs(parameter, group)
                 yield from _pieces_of(state, index, specs, parameter.grad, seen, local)
     for key, state in optimizer.state.items():
@@ -125,12 +124,7 @@ def _pieces(optimizer: Optimizer, local: bool) -> Iterator[Piece]:
 
 
 def _pieces_of(
-    state: Mapping[str, Any],
-    group: int | None,
-    specs: Mapping[str, TensorSpec],
-    grad: Tensor | None,
-    seen: set[int],
-    local: bool,
+    state: Mapping[str, Any], group: int | None, specs: Specs, grad: Tensor | None, seen: set[int], local: bool
 ) -> Iterator[Piece]:
     """Yield one parameter's state; a key without a component counts under its own name."""
     for key, value in state.items():
@@ -144,14 +138,7 @@ def _pieces_of(
 
 
 def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
-    """Return the optimizer inside accelerate's (or a similar) wrapper, which is an ``Optimizer`` holding another.
-
-    Args:
-        optimizer: A wrapped or plain optimizer.
-
-    Returns:
-        The innermost one.
-    """
+    """Return the optimizer inside accelerate's (or a similar) wrapper, which is an ``Optimizer`` holding another."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
     return optimizer
@@ -168,19 +155,18 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
         seen.add(id(item))
         if isinstance(item, Tensor):
             yield item
-        elif isinstance(item, Mapping):
-            pending.extend(item.values())
         elif isinstance(item, (list, tuple)):
             pending.extend(item)
-        elif hasattr(item, "__dict__") and not callable(item):
-            # GaLore's projector, for example.
+        elif isinstance(item, Mapping):
+            pending.extend(item.values())
+        elif hasattr(item, "__dict__") and not callable(item):  # GaLore's projector, for example
             pending.extend(vars(item).values())
 
 
 def _stored(tensor: Tensor, local: bool) -> Iterator[tuple[torch.dtype, int]]:
     """Yield dtype and bytes of what a tensor really stores: itself, or what a wrapper (quantized, DTensor) holds."""
-    # A DTensor knows the shape of the whole: no need to ask the other processes.
     inner = _wrapped(tensor)
+    # A DTensor knows the shape of the whole: no need to ask the other processes.
     whole = hasattr(tensor, "placements") and not local and not any(_wrapped(part) for part in inner)
     if whole or not inner:
         yield tensor.dtype, tensor.numel() * tensor.element_size()

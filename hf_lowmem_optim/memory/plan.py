@@ -72,31 +72,20 @@ def plan_groups(optimizer_class: type[LowMemoryOptimizer], groups: Groups, *, nu
         groups: Its parameter groups.
         num_shards: Over how many processes each tensor of a parameter's state is split; the report is then for the
             process with the largest parts. What belongs to all parameters together is on every process.
-
-    Returns:
-        The report.
     """
-    method = optimizer_class.method
-    params = [(index, param) for index, group in enumerate(groups) for param in group["params"]]
-    pieces = []
-    for index, param in params:
-        for spec in method.state_specs(param, groups[index]).values():
-            nbytes = spec.shard(num_shards).stored_bytes
-            pieces.append(Piece(index, spec.component, spec.dtype, nbytes, spec.in_gradient))
+    method, pieces = optimizer_class.method, list[Piece]()
+    for index, group in enumerate(groups):
+        options = method.options_of(group)
+        for param in group["params"]:
+            for spec in method.specs(param.shape, param.dtype, options).values():
+                nbytes = spec.shard(num_shards).stored_bytes
+                pieces.append(Piece(index, spec.component, spec.dtype, nbytes, spec.in_gradient))
     pieces += [Piece(None, s.component, s.dtype, s.nbytes) for s in method.shared_specs(groups).values()]
-    return add_up(pieces, len(groups), sum(param.numel() for _, param in params))
+    return add_up(pieces, len(groups), sum(param.numel() for group in groups for param in group["params"]))
 
 
 def plan_temporaries(optimizer_class: type[LowMemoryOptimizer], groups: Groups) -> int:
-    """Bound the bytes that one ``step()`` allocates for a moment besides the state, the first step or a later one.
-
-    Args:
-        optimizer_class: The optimizer.
-        groups: Its parameter groups; parameters on no device (``meta``) count as on a GPU.
-
-    Returns:
-        Bytes; see :meth:`~hf_lowmem_optim.engine.method.Method.scratch_bytes`.
-    """
+    """Bound what a step allocates: :meth:`~hf_lowmem_optim.engine.method.Method.scratch_bytes`."""
     return optimizer_class.method.scratch_bytes(groups)
 
 
@@ -104,8 +93,9 @@ def compressed_bytes_per_parameter(optimizer_class: type[LowMemoryOptimizer], gr
     """Return the bytes of state per entry of the parameters that take the compressed rule; None if none does."""
     nbytes = entries = 0
     for group in groups:
+        options = optimizer_class.method.options_of(group)
         for param in group["params"]:
-            if optimizer_class.method.compresses(param.shape, group):
+            if specs := optimizer_class.method.compressed_state(param.shape, param.dtype, options):
                 entries += param.numel()
-                nbytes += sum(spec.nbytes for spec in optimizer_class.method.state_specs(param, group).values())
+                nbytes += sum(spec.nbytes for spec in specs.values())
     return nbytes / entries if entries else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -15,39 +14,22 @@ __all__ = ["align", "plan_csv", "plan_text"]
 
 
 def align(rows: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
-    """Align rows of cells in columns.
-
-    Args:
-        rows: Cells; every row has the same number.
-        left: How many columns, from the first, are aligned left; the others are aligned right.
-
-    Returns:
-        One line per row, without trailing blanks.
-    """
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            f"{cell:<{width}}" if column < left else f"{cell:>{width}}"
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    """Return rows of cells as lines with aligned columns: the first ``left`` to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    styles = ["<" if column < left else ">" for column in range(len(widths))]
+    padded = ([f"{c:{s}{w}}" for c, s, w in zip(row, styles, widths, strict=True)] for row in rows)
+    return ["  ".join(cells).rstrip() for cells in padded]
 
 
 def plan_text(plan: MemoryPlan) -> str:
     """Write a plan for people to read, also when it is piped: plain text, under 120 columns wide."""
     weights, processes = plan.weights, plan.processes
     share = f", per GPU of {processes.gpus} with {processes.sharding.upper()}" if processes.gpus > 1 else ""
+    kinds = {"  weights": weights.weight_bytes, "  gradients": weights.gradient_bytes}
     lines = [
         f"{plan.source}: {weights.num_parameters:,} parameters, {weights.num_trainable:,} of them trained; "
         f"{plan.description}{share}",
-        *align(
-            [
-                ("  weights", format_bytes(sum(weights.weight_bytes.values())), _parts(weights.weight_bytes)),
-                ("  gradients", format_bytes(sum(weights.gradient_bytes.values())), _parts(weights.gradient_bytes)),
-            ],
-            left=3,
-        ),
+        *align([(name, _size(sum(parts.values())), _parts(parts)) for name, parts in kinds.items()], left=3),
         "",
         *_optimizer_lines(plan),
         "",
@@ -56,14 +38,8 @@ def plan_text(plan: MemoryPlan) -> str:
         f"Not counted: {NOT_COUNTED}.",
     ]
     if plan.suggestions:
-        lines += ["", "What to change for the budget:"]
-        lines += align(
-            [
-                ("  fits" if s.fits else "  does not fit", format_bytes(s.total_bytes), s.change)
-                for s in plan.suggestions
-            ],
-            left=3,
-        )
+        rows = [("  fits" if s.fits else "  does not fit", _size(s.total_bytes), s.change) for s in plan.suggestions]
+        lines += ["", "What to change for the budget:", *align(rows, left=3)]
     return "\n".join(lines)
 
 
@@ -81,12 +57,10 @@ def _optimizer_lines(plan: MemoryPlan) -> Iterator[str]:
             yield from _indented(", ".join(f"{key}={value}" for key, value in row.settings.items()))
         if row.state is not None and row.registered:
             yield from _indented(_parts(row.state.component_bytes))
-        if row.state is not None and row.state.in_gradient_bytes:
-            kept = format_bytes(row.state.in_gradient_bytes)
-            yield f"    error: in {kept} of the gradients, which stay in memory between steps"
+        if row.state is not None and (kept := row.state.in_gradient_bytes):
+            yield f"    error: in {_size(kept)} of the gradients, which stay in memory between steps"
         if row.gradient_bytes is not None:
-            at_once = format_bytes(sum(row.gradient_bytes.values()))
-            yield f"    gradients: {at_once} at once, one tensor after the other"
+            yield f"    gradients: {_size(sum(row.gradient_bytes.values()))} at once, one tensor after the other"
         if row.problem is not None:
             yield f"    cannot be used: {row.problem}"
         elif row.registered and row.compressed_bytes_per_parameter is None:
@@ -100,14 +74,13 @@ def _indented(text: str) -> list[str]:
 
 def _cells(plan: MemoryPlan, row: OptimizerPlan) -> list[str]:
     """Return one optimizer's line."""
-    total = plan.total_bytes(row)
+    per_parameter = (row.bytes_per_parameter, row.compressed_bytes_per_parameter)
     cells = [
         row.name,
-        "–" if row.state is None else format_bytes(row.state.total_bytes),
-        _number(row.bytes_per_parameter),
-        _number(row.compressed_bytes_per_parameter),
-        "–" if row.temporary_bytes is None else format_bytes(row.temporary_bytes),
-        "–" if total is None else format_bytes(total),
+        _size(None if row.state is None else row.state.total_bytes),
+        *("–" if value is None else f"{value:.3g}" for value in per_parameter),
+        _size(row.temporary_bytes),
+        _size(plan.total_bytes(row)),
     ]
     if plan.budget_bytes is not None:
         largest = " ".join(f"{key}={value}" for key, value in row.largest.items() if value)
@@ -115,8 +88,8 @@ def _cells(plan: MemoryPlan, row: OptimizerPlan) -> list[str]:
     return cells
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None or math.isnan(value) else f"{value:.3g}"
+def _size(count: int | None) -> str:
+    return "–" if count is None else format_bytes(count)
 
 
 def _parts(counts: Mapping[str, int]) -> str:
@@ -125,31 +98,17 @@ def _parts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {format_bytes(count)}" for name, count in ordered)
 
 
-_CSV_COLUMNS = (
-    "name",
-    "registered",
-    "settings",
-    "weight_bytes",
-    "gradient_bytes",
-    "state_bytes",
-    "temporary_bytes",
-    "total_bytes",
-    "bytes_per_parameter",
-    "fits",
-    "problem",
-)
-
-
 def plan_csv(plan: MemoryPlan) -> str:
     """Write one line per optimizer, bytes as plain numbers, what is not known left empty."""
     content = plan.to_dict()
-    weight_bytes = sum(content["weight_bytes"].values())
+    before = ("name", "registered", "settings", "weight_bytes", "gradient_bytes")
+    after = ("state_bytes", "temporary_bytes", "total_bytes", "bytes_per_parameter", "fits", "problem")
     text = io.StringIO()
-    writer = csv.DictWriter(text, _CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(text, (*before, *after), extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in content["optimizers"]:
-        settings = ",".join(f"{key}={value}" for key, value in row["settings"].items())
-        gradient_bytes = sum(row["gradient_bytes"].values())
-        changed = {"weight_bytes": weight_bytes, "gradient_bytes": gradient_bytes, "settings": settings}
-        writer.writerow({**row, **changed})
+        row["settings"] = ",".join(f"{key}={value}" for key, value in row["settings"].items())
+        row["weight_bytes"] = sum(content["weight_bytes"].values())
+        row["gradient_bytes"] = sum(row["gradient_bytes"].values())
+        writer.writerow(row)
     return text.getvalue()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hf_lowmem_optim.memory.measure import StateReport
@@ -49,9 +49,7 @@ class OptimizerPlan:
     @property
     def bytes_per_parameter(self) -> float | None:
         """Bytes of state on this process per trained parameter of the model."""
-        if self.state is None:
-            return None
-        return self.state.total_bytes / self.state.num_parameters
+        return None if self.state is None else self.state.total_bytes / self.state.num_parameters
 
     @property
     def added_bytes(self) -> int | None:
@@ -61,15 +59,9 @@ class OptimizerPlan:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A change after which a budget is met, or which comes nearest to it.
+    """A change after which a budget is met, or which comes nearest to it, and what a process then takes."""
 
-    Attributes:
-        change: What to write: ``"--optim ldadam --optim-args error_feedback=none"``.
-        total_bytes: What a process then takes.
-        fits: Whether that is within the budget.
-    """
-
-    change: str
+    change: str  # what to write: "--optim ldadam --optim-args error_feedback=none"
     total_bytes: int
     fits: bool
 
@@ -117,15 +109,11 @@ class MemoryPlan:
         return optimizer.problem is None and total is not None and total <= self.budget_bytes
 
     def __getitem__(self, name: str) -> OptimizerPlan:
-        """Return the plan of the optimizer of a name.
-
-        Raises:
-            KeyError: It was not planned.
-        """
-        for optimizer in self.optimizers:
-            if optimizer.name == name:
-                return optimizer
-        raise KeyError(f"{name!r} was not planned; there are {', '.join(o.name for o in self.optimizers)}")
+        """Return the plan of the optimizer of a name, or raise KeyError."""
+        by_name = {optimizer.name: optimizer for optimizer in self.optimizers}
+        if name not in by_name:
+            raise KeyError(f"{name!r} was not planned; there are {', '.join(by_name)}")
+        return by_name[name]
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON values; the layout is fixed by ``"schema"``."""
@@ -144,25 +132,19 @@ class MemoryPlan:
             "budget_bytes": self.budget_bytes,
             "not_counted": NOT_COUNTED,
             "optimizers": [self._optimizer_dict(optimizer) for optimizer in self.optimizers],
-            "suggestions": [
-                {"change": s.change, "total_bytes": s.total_bytes, "fits": s.fits} for s in self.suggestions
-            ],
+            "suggestions": [asdict(suggestion) for suggestion in self.suggestions],
         }
 
     def _optimizer_dict(self, optimizer: OptimizerPlan) -> dict[str, Any]:
-        """Return one optimizer as JSON values."""
-        state = optimizer.state
+        state = StateReport({}, (), 0) if optimizer.state is None else optimizer.state
         return {
             "name": optimizer.name,
             "registered": optimizer.registered,
             "summary": optimizer.summary,
             "settings": dict(optimizer.settings),
             "problem": optimizer.problem,
-            "state_bytes": None if state is None else state.total_bytes,
-            "component_bytes": {} if state is None else dict(state.component_bytes),
-            "group_bytes": [] if state is None else list(state.group_bytes),
-            "dtype_bytes": {} if state is None else dict(state.dtype_bytes),
-            "in_gradient_bytes": 0 if state is None else state.in_gradient_bytes,
+            "state_bytes": None if optimizer.state is None else state.total_bytes,
+            **state.breakdown(),
             "gradient_bytes": dict(self.gradient_bytes(optimizer)),
             "temporary_bytes": optimizer.temporary_bytes,
             "total_bytes": self.total_bytes(optimizer),

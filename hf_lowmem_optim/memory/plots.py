@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,8 @@ __all__ = ["plot_plan", "plot_report"]
 
 _DPI = 110
 _WIDTH = 11.0  # inches
-_COLORS = {
-    "weights": "#b8bcc4",
-    "gradients": "#8d93a0",
-    "dense": "#e0a030",
-    "dense statistics": "#f0cd86",
-    "error": "#b5493a",
-    "step temporaries": "#3f3f46",
-}
+_COLORS = {"weights": "#b8bcc4", "gradients": "#8d93a0", "step temporaries": "#3f3f46"}
+_COLORS |= {"dense": "#e0a030", "dense statistics": "#f0cd86", "error": "#b5493a"}
 _PALETTE = ("#2f6db5", "#5aa0dc", "#2a9d8f", "#86c06c", "#7a5195", "#c58bd0", "#d0743c", "#80a8a0")
 
 
@@ -37,11 +32,7 @@ def _pyplot() -> Any:
 
 
 def plot_plan(plan: MemoryPlan, path: str | Path) -> None:
-    """Draw a plan as one stacked bar per optimizer, the smallest on top.
-
-    Args:
-        plan: The plan.
-        path: Where the picture goes; the suffix chooses the format.
+    """Draw a plan as one stacked bar per optimizer, the smallest on top; the path's suffix chooses the format.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -57,13 +48,7 @@ def plot_plan(plan: MemoryPlan, path: str | Path) -> None:
     if plan.budget_bytes is not None:
         unit = _unit(stacks.values())[0]
         axes.axvline(plan.budget_bytes / unit, color="black", linestyle="--", linewidth=1.2)
-        axes.annotate(
-            f"budget {format_bytes(plan.budget_bytes)}",
-            (plan.budget_bytes / unit, -0.5),
-            xytext=(4, 3),
-            textcoords="offset points",
-            fontsize=9,
-        )
+        _note(axes, f"budget {format_bytes(plan.budget_bytes)}", (plan.budget_bytes / unit, -0.5), (4, 3))
     per_gpu = f", per GPU of {plan.processes.gpus} ({plan.processes.sharding.upper()})" * (plan.processes.gpus > 1)
     figure.suptitle(f"{plan.source} ({plan.description}){per_gpu}: memory at optimizer.step()", fontsize=12)
     figure.savefig(path)
@@ -71,21 +56,18 @@ def plot_plan(plan: MemoryPlan, path: str | Path) -> None:
 
 
 def plot_report(report: Mapping[str, Any], path: str | Path) -> None:
-    """Draw a run's report: state by component, predicted and measured, and the run's curves.
-
-    Args:
-        report: What ``optimizer_state_report.json`` holds.
-        path: Where the picture goes; the suffix chooses the format.
+    """Draw what a report file holds: state by component, predicted and measured, and the curves of the run.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     pyplot = _pyplot()
     predicted, measured = report["predicted"], report["measured"]
-    stacks = {"measured": dict(measured["component_bytes"])}
-    if predicted is not None:
-        stacks = {"predicted": dict(predicted["component_bytes"]), **stacks}
-    stacks["AdamW fp32"] = {"two float32 moments": report["adamw_fp32_bytes"]}
+    stacks = {} if predicted is None else {"predicted": predicted["component_bytes"]}
+    stacks |= {
+        "measured": measured["component_bytes"],
+        "AdamW fp32": {"two float32 moments": report["adamw_fp32_bytes"]},
+    }
     figure = pyplot.figure(figsize=(_WIDTH, 6.2), dpi=_DPI, layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.0, 1.35))
     _draw_stacks(top.subplots(), stacks)
@@ -118,46 +100,29 @@ def _stack(plan: MemoryPlan, row: OptimizerPlan) -> dict[str, int]:
 def _unit(stacks: Iterable[Mapping[str, int]]) -> tuple[int, str]:
     """Return bytes and name of the unit in which the largest bar is easy to read."""
     largest = max(sum(stack.values()) for stack in stacks)
-    for power, name in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if largest >= 2 * 1024**power:
-            return 1024**power, name
-    return 1, "B"
+    units = ((1024**power, name) for power, name in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")))
+    return next(((unit, name) for unit, name in units if largest >= 2 * unit), (1, "B"))
 
 
 def _draw_stacks(axes: Any, stacks: Mapping[str, Mapping[str, int]]) -> None:
     """Draw horizontal stacked bars, the first on top, with totals at their ends and one legend."""
     unit, unit_name = _unit(stacks.values())
-    parts = list(dict.fromkeys(part for stack in stacks.values() for part, count in stack.items() if count))
+    found = dict.fromkeys(part for stack in stacks.values() for part, count in stack.items() if count)
     # what is freed again comes last, outside of what is kept
-    parts.sort(key=lambda part: part == "step temporaries")
-    others = iter(_PALETTE * (1 + len(parts) // len(_PALETTE)))
+    parts = sorted(found, key=lambda part: part == "step temporaries")
+    others = cycle(_PALETTE)
     starts = dict.fromkeys(stacks, 0)
+    style = {"height": 0.68, "edgecolor": "white", "linewidth": 0.4}
     for part in parts:
-        counts = [stack.get(part, 0) for stack in stacks.values()]
+        counts = {bar: stack.get(part, 0) for bar, stack in stacks.items()}
         color = _COLORS.get(part) or next(others)
-        left = [start / unit for start in starts.values()]
-        axes.barh(
-            list(stacks),
-            [count / unit for count in counts],
-            left=left,
-            color=color,
-            label=part,
-            height=0.68,
-            edgecolor="white",
-            linewidth=0.4,
-        )
-        starts = {bar: start + count for (bar, start), count in zip(starts.items(), counts, strict=True)}
+        widths, left = ([count / unit for count in each.values()] for each in (counts, starts))
+        axes.barh(list(stacks), widths, left=left, color=color, label=part, **style)
+        starts = {bar: start + counts[bar] for bar, start in starts.items()}
+    # so that the budget's line does not cross it out
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
     for bar, total in starts.items():
-        axes.annotate(
-            format_bytes(total),
-            (total / unit, bar),
-            xytext=(5, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-            # so that the budget's line does not cross it out
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-        )
+        _note(axes, format_bytes(total), (total / unit, bar), (5, 0), va="center", bbox=box)
     axes.invert_yaxis()
     axes.set_xlim(0, max(starts.values()) / unit * 1.1)
     axes.set_xlabel(unit_name)
@@ -165,20 +130,22 @@ def _draw_stacks(axes: Any, stacks: Mapping[str, Mapping[str, int]]) -> None:
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9, frameon=False)
 
 
+def _note(axes: Any, text: str, place: tuple[float, float | str], offset: tuple[int, int], **style: Any) -> None:
+    """Write a text beside a place, ``offset`` points away."""
+    axes.annotate(text, place, xytext=offset, textcoords="offset points", fontsize=9, **style)
+
+
 def _draw_curve(axes: Any, history: Sequence[Mapping[str, Any]], keys: Mapping[str, str], title: str) -> None:
     """Draw logged values over the steps, a line per key that occurs."""
-    drawn = 0
-    for key, label in keys.items():
-        points = [(entry["step"], entry[key]) for entry in history if key in entry and "step" in entry]
-        if points:
-            drawn += 1
-            steps, values = zip(*points, strict=True)
-            axes.plot(steps, values, marker="o", markersize=3 if len(points) > 40 else 5, label=label)
+    lines = {label: [(e["step"], e[key]) for e in history if key in e and "step" in e] for key, label in keys.items()}
+    drawn = {label: points for label, points in lines.items() if points}
+    for label, points in drawn.items():
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3 if len(points) > 40 else 5, label=label)
     axes.set_title(title, fontsize=11)
     axes.set_xlabel("step")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if not drawn:
         axes.text(0.5, 0.5, "nothing logged", ha="center", va="center", transform=axes.transAxes)
-    if drawn > 1:
+    if len(drawn) > 1:
         axes.legend(fontsize=9, frameon=False)

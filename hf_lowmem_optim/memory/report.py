@@ -30,17 +30,9 @@ def build_report(
     step_memory: StepMemory | None,
     log_history: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Put a run's report together.
+    """Put a run's report together, as JSON values in the layout that ``"schema"`` names.
 
-    Args:
-        optimizer: The optimizer, stepped, wrapped or not.
-        measured: Its state, of all processes together.
-        predicted: What was planned for it, None for optimizers that nothing describes.
-        step_memory: The largest figures observed around the steps.
-        log_history: What the run logged.
-
-    Returns:
-        JSON values; the layout is fixed by ``"schema"``.
+    ``measured`` is the state of all processes together; ``predicted`` is None for optimizers that nothing describes.
     """
     inner = unwrap_optimizer(optimizer)
     shaping = inner.method.shaping if isinstance(inner, LowMemoryOptimizer) else ()
@@ -50,8 +42,8 @@ def build_report(
         "settings": {key: inner.defaults[key] for key in shaping},
         "num_parameters": measured.num_parameters,
         "adamw_fp32_bytes": measured.adamw_fp32_bytes,
-        "predicted": None if predicted is None else _state_dict(predicted),
-        "measured": _state_dict(measured),
+        "predicted": None if predicted is None else {"total_bytes": predicted.total_bytes, **predicted.breakdown()},
+        "measured": {"total_bytes": measured.total_bytes, **measured.breakdown()},
         "this_process_bytes": measure_state(inner, local=True).total_bytes,
         "groups": [_describe_group(inner, group) for group in inner.param_groups],
         "gradients": _gradients(inner),
@@ -61,13 +53,7 @@ def build_report(
 
 
 def load_report(path: Path) -> dict[str, Any]:
-    """Read a report.
-
-    Args:
-        path: The run's output directory, or the file itself.
-
-    Returns:
-        What :func:`build_report` returned.
+    """Read a report from a run's output directory, or from the file itself.
 
     Raises:
         FileNotFoundError: There is none.
@@ -83,23 +69,20 @@ def load_report(path: Path) -> dict[str, Any]:
         report = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{str(file)!r} is not valid JSON: {error}") from error
-    schema = report.get("schema") if isinstance(report, dict) else None
-    if schema != REPORT_SCHEMA:
+    loaded: dict[str, Any] = report if isinstance(report, dict) else {}
+    if (schema := loaded.get("schema")) != REPORT_SCHEMA:
         raise ValueError(f"{str(file)!r} has schema {schema!r}; this version reads {REPORT_SCHEMA!r}")
-    loaded: dict[str, Any] = report
     return loaded
 
 
 def report_text(report: Mapping[str, Any]) -> str:
     """Write a report for people to read."""
     measured, predicted = report["measured"], report["predicted"]
+    planned, found = None if predicted is None else predicted["component_bytes"], measured["component_bytes"]
     rows = [("component", "predicted", "measured")]
-    planned = {} if predicted is None else predicted["component_bytes"]
-    for component in dict.fromkeys([*planned, *measured["component_bytes"]]):
-        rows.append(
-            _row(component, planned.get(component, 0), measured["component_bytes"].get(component, 0), predicted)
-        )
-    rows.append(_row("all", sum(planned.values()), measured["total_bytes"], predicted))
+    for component in dict.fromkeys([*(planned or {}), *found]):
+        rows.append(_row(component, None if planned is None else planned.get(component, 0), found.get(component, 0)))
+    rows.append(_row("all", None if planned is None else sum(planned.values()), measured["total_bytes"]))
     lines = [f"Optimizer state of {report['optimizer']}: {report['num_parameters']:,} trained parameters"]
     if report["settings"]:
         lines.append("  " + ", ".join(f"{key}={value}" for key, value in report["settings"].items()))
@@ -110,17 +93,16 @@ def report_text(report: Mapping[str, Any]) -> str:
     if measured.get("in_gradient_bytes"):
         kept = format_bytes(measured["in_gradient_bytes"])
         lines.append(f"  error: in {kept} of the gradients, which stayed in memory between steps")
-    groups = zip(report["groups"], measured["group_bytes"], strict=True)
-    lines += [
-        f"  group {number}: {format_bytes(count)} for {group['num_parameters']:,} parameters ({group['description']})"
-        for number, (group, count) in enumerate(groups)
-    ]
+    for number, (group, count) in enumerate(zip(report["groups"], measured["group_bytes"], strict=True)):
+        size = f"{format_bytes(count)} for {group['num_parameters']:,} parameters"
+        lines.append(f"  group {number}: {size} ({group['description']})")
     if report["this_process_bytes"] != measured["total_bytes"]:
         lines.append(f"  sharded: {format_bytes(report['this_process_bytes'])} of it in the main process")
     if report["gradients"] is not None:
         peak, everything = (format_bytes(report["gradients"][key]) for key in ("peak_bytes", "all_bytes"))
         lines.append(f"  gradients: at most {peak} at once, of {everything} in all (layer-wise)")
-    lines += _step_memory_lines(report["step_memory"])
+    if (memory := report["step_memory"]) is not None:
+        lines.append(f"  {_step_memory_text(**memory)}")
     return "\n".join(lines)
 
 
@@ -132,33 +114,19 @@ def _gradients(optimizer: Optimizer) -> dict[str, int] | None:
     return {"peak_bytes": optimizer.peak_gradient_bytes, "all_bytes": everything}
 
 
-def _row(name: str, planned: int, found: int, predicted: Any) -> tuple[str, str, str]:
+def _row(name: str, planned: int | None, found: int) -> tuple[str, str, str]:
     """Return one line of the table; what differs is marked."""
-    if predicted is None:
+    if planned is None:
         return name, "–", format_bytes(found)
     return name, format_bytes(planned), format_bytes(found) + ("" if planned == found else f" ({found - planned:+,} B)")
 
 
-def _step_memory_lines(memory: Mapping[str, Any] | None) -> list[str]:
-    """Return what the device told."""
-    if memory is None:
-        return []
-    if memory["process_rss_bytes"] is not None:
-        return [f"  resident memory of the process after a step: {format_bytes(memory['process_rss_bytes'])}"]
-    if memory["peak_bytes"] is None:
-        return [f"  {memory['device']}: no step went beyond what the process had taken before"]
-    return [f"  {memory['device']}: at most {format_bytes(memory['peak_bytes'])} allocated during step()"]
-
-
-def _state_dict(state: StateReport) -> dict[str, Any]:
-    """Return a state report as JSON values."""
-    return {
-        "total_bytes": state.total_bytes,
-        "component_bytes": dict(state.component_bytes),
-        "group_bytes": list(state.group_bytes),
-        "dtype_bytes": dict(state.dtype_bytes),
-        "in_gradient_bytes": state.in_gradient_bytes,
-    }
+def _step_memory_text(device: str, peak_bytes: int | None, process_rss_bytes: int | None) -> str:
+    if process_rss_bytes is not None:
+        return f"resident memory of the process after a step: {format_bytes(process_rss_bytes)}"
+    if peak_bytes is None:
+        return f"{device}: no step went beyond what the process had taken before"
+    return f"{device}: at most {format_bytes(peak_bytes)} allocated during step()"
 
 
 def _describe_group(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 __all__ = ["StepMemory", "StepMemoryMeter"]
@@ -16,39 +14,27 @@ __all__ = ["StepMemory", "StepMemoryMeter"]
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Observations around one ``step()``, or the largest of several.
-
-    Attributes:
-        device: Where the parameters are: ``"cuda:0"``, ``"cpu"``.
-        peak_bytes: The most that tensors took on the device during a step. None where the device does not tell (the
-            CPU), and as long as no step went beyond what the process had taken before.
-        process_rss_bytes: On the CPU, resident memory of the process after the step; None on other devices.
-    """
+    """Observations around one ``step()``, or the largest of several."""
 
     device: str
+    # The most that tensors took on the device during a step. None where the device does not tell (the CPU), and as long
+    # as no step went beyond what the process had taken before.
     peak_bytes: int | None = None
-    process_rss_bytes: int | None = None
+    process_rss_bytes: int | None = None  # on the CPU, resident memory of the process after the step
 
     def largest(self, other: StepMemory | None) -> StepMemory:
         """Return the larger of each figure."""
-        if other is None:
-            return self
-        return StepMemory(
-            self.device,
-            _largest((self.peak_bytes, other.peak_bytes)),
-            _largest((self.process_rss_bytes, other.process_rss_bytes)),
-        )
+        both = (self,) if other is None else (self, other)
+        peaks = [memory.peak_bytes for memory in both if memory.peak_bytes is not None]
+        resident = [memory.process_rss_bytes for memory in both if memory.process_rss_bytes is not None]
+        return StepMemory(self.device, max(peaks, default=None), max(resident, default=None))
 
 
 class StepMemoryMeter:
     """Observes one step after the other.
 
     The devices count the peak since the process started, or since somebody reset it. So a step's own peak is known only
-    if it is the highest so far, or if the counter is reset before it.
-
-    Args:
-        reset_peak: Reset the process-wide peak counter before each step. Whoever else reads it then sees the steps'
-            peaks only; so it is off by default.
+    if it is the highest so far, or with ``reset_peak``, which misleads whoever else reads the counter.
     """
 
     def __init__(self, *, reset_peak: bool = False) -> None:
@@ -58,9 +44,7 @@ class StepMemoryMeter:
     def start(self, optimizer: Optimizer) -> None:
         """Note what is known before a step."""
         device = _device(optimizer)
-        counters = _counters(device)
-        self._peak_before = None
-        if counters is None:
+        if (counters := _counters(device)) is None:
             return
         if self.reset_peak:
             counters.reset_peak_memory_stats(device)
@@ -69,7 +53,7 @@ class StepMemoryMeter:
     def stop(self, optimizer: Optimizer) -> StepMemory:
         """Return what is known after it."""
         device = _device(optimizer)
-        counters, before = _counters(device), self._peak_before
+        counters, before, self._peak_before = _counters(device), self._peak_before, None
         if device.type == "cpu":
             return StepMemory("cpu", process_rss_bytes=psutil.Process().memory_info().rss)
         if counters is None or before is None:
@@ -80,8 +64,7 @@ class StepMemoryMeter:
 
 def _device(optimizer: Optimizer) -> torch.device:
     """Return the device of the first parameter."""
-    parameters: Iterable[Tensor] = (p for group in optimizer.param_groups for p in group["params"])
-    return next((p.device for p in parameters), torch.device("cpu"))
+    return next((p.device for group in optimizer.param_groups for p in group["params"]), torch.device("cpu"))
 
 
 def _counters(device: torch.device) -> Any | None:
@@ -90,7 +73,3 @@ def _counters(device: torch.device) -> Any | None:
         return None
     module = torch.get_device_module(device)
     return module if hasattr(module, "max_memory_allocated") and hasattr(module, "reset_peak_memory_stats") else None
-
-
-def _largest(values: Iterable[int | None]) -> int | None:
-    return max((value for value in values if value is not None), default=None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -20,42 +20,23 @@ def llama_2_7b_tensors() -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[in
     Returns:
         Two dicts of shapes by name: the linear layers; embedding, head and norms.
     """
-    linear = dict(_llama_2_7b_linear())
-    norms = [f"{layer}.{norm}" for layer in range(_LAYERS) for norm in ("input", "post_attention")]
+    linear: dict[str, tuple[int, ...]] = {}
     dense: dict[str, tuple[int, ...]] = {"embed": (_VOCABULARY, _HIDDEN), "head": (_VOCABULARY, _HIDDEN)}
-    dense.update(dict.fromkeys([*norms, "final"], (_HIDDEN,)))
-    return linear, dense
-
-
-def _llama_2_7b_linear() -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield the seven linear weights of every layer."""
     for layer in range(_LAYERS):
-        for name in ("q", "k", "v", "o"):
-            yield f"{layer}.{name}", (_HIDDEN, _HIDDEN)
-        for name in ("gate", "up"):
-            yield f"{layer}.{name}", (_INTERMEDIATE, _HIDDEN)
-        yield f"{layer}.down", (_HIDDEN, _INTERMEDIATE)
+        linear.update((f"{layer}.{name}", (_HIDDEN, _HIDDEN)) for name in "qkvo")
+        linear.update((f"{layer}.{name}", (_INTERMEDIATE, _HIDDEN)) for name in ("gate", "up"))
+        linear[f"{layer}.down"] = (_HIDDEN, _INTERMEDIATE)
+        dense.update((f"{layer}.{name}", (_HIDDEN,)) for name in ("input", "post_attention"))
+    return linear, {**dense, "final": (_HIDDEN,)}
 
 
 def bytes_per_parameter(entry: OptimizerEntry, dtype: torch.dtype) -> float:
-    """Return the bytes of state per parameter of the whole Llama-2-7B at the optimizer's defaults.
-
-    Args:
-        entry: The optimizer.
-        dtype: Dtype of the parameters.
-
-    Returns:
-        Planned bytes divided by the number of parameters, embeddings, head and norms included.
-    """
-    linear, dense = llama_2_7b_tensors()
-    plans = (
-        plan_state(entry.name, {name: (shape, dtype) for name, shape in linear.items()}),
-        plan_state(
-            entry.name,
-            {name: (shape, dtype) for name, shape in dense.items()},
-            **dict([entry.optimizer_class.method.switch]),
-        ),
-    )
+    """Return the bytes of state per parameter of the whole Llama-2-7B at the optimizer's defaults."""
+    settings: tuple[dict[str, Any], ...] = ({}, dict([entry.optimizer_class.method.switch]))
+    plans = [
+        plan_state(entry.name, {name: (shape, dtype) for name, shape in tensors.items()}, **hyper)
+        for tensors, hyper in zip(llama_2_7b_tensors(), settings, strict=True)
+    ]
     return sum(plan.total_bytes for plan in plans) / sum(plan.num_parameters for plan in plans)
 
 
@@ -67,14 +48,12 @@ def optimizer_table() -> str:
         "| (`adamw_torch`) | `torch.optim.AdamW` | 8.00 | 4.00 | two full moments in the parameter's dtype | |",
     ]
     for entry in OPTIMIZERS.values():
-        cells = [f"{bytes_per_parameter(entry, dtype):.2f}" for dtype in (torch.float32, torch.bfloat16)]
-        lines.append(
-            f"| `{entry.name}` | `{entry.optimizer_class.__name__}` | {cells[0]} | {cells[1]} | {entry.summary} "
-            f"| {entry.paper} |"
-        )
-    lines.append("")
-    lines.append(
+        sizes = [f"{bytes_per_parameter(entry, dtype):.2f}" for dtype in (torch.float32, torch.bfloat16)]
+        cells = [f"`{entry.name}`", f"`{entry.optimizer_class.__name__}`", *sizes, entry.summary, entry.paper]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
         "Bytes of optimizer state per parameter, for all parameters of Llama-2-7B at the default settings: linear "
-        "layers compressed; embedding, head and norms dense."
-    )
+        "layers compressed; embedding, head and norms dense.",
+    ]
     return "\n".join(lines)

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 __all__ = ["Processes", "WeightReport", "nf4_bytes", "plan_weights"]
@@ -17,15 +16,10 @@ SHARDINGS = ("ddp", "fsdp")
 
 @dataclass(frozen=True)
 class Processes:
-    """Among how many GPUs the training is shared, and how.
+    """Among how many GPUs the training is shared, a process each, and how.
 
-    Attributes:
-        gpus: Number of processes, a GPU each.
-        sharding: ``"ddp"``: every process holds everything, and the buckets in which gradients are exchanged beside
-            them. ``"fsdp"``: weights, gradients and state are split along their first dimension (fully sharded).
-
-    Raises:
-        ValueError: ``gpus`` is less than 1 or ``sharding`` unknown.
+    ``"ddp"``: every process holds everything, and the buckets in which gradients are exchanged beside them. ``"fsdp"``:
+    weights, gradients and state are split along their first dimension (fully sharded).
     """
 
     gpus: int = 1
@@ -45,22 +39,13 @@ class Processes:
 
 @dataclass(frozen=True)
 class WeightReport:
-    """What a process holds besides optimizer state and activations.
+    """What a process holds besides optimizer state and activations."""
 
-    Attributes:
-        weight_bytes: Bytes of weights by kind: ``"trainable"``, ``"frozen"``, ``"frozen 4-bit"``, ``"frozen 8-bit"``,
-            ``"buffers"``.
-        gradient_bytes: Bytes of gradients by kind: ``"gradients"``, and ``"DDP buckets"`` under DDP.
-        num_parameters: Entries of all parameters of the model, on all processes.
-        num_trainable: Entries of those that are trained.
-        dtypes: Number of entries by dtype, quantized weights under ``"4-bit"`` and ``"8-bit"``.
-    """
-
-    weight_bytes: Mapping[str, int]
-    gradient_bytes: Mapping[str, int]
-    num_parameters: int
+    weight_bytes: Mapping[str, int]  # by kind: "trainable", "frozen", "frozen 4-bit", "frozen 8-bit", "buffers"
+    gradient_bytes: Mapping[str, int]  # by kind: "gradients", and "DDP buckets" under DDP
+    num_parameters: int  # entries of all parameters of the model, on all processes
     num_trainable: int
-    dtypes: Mapping[str, int]
+    dtypes: Mapping[str, int]  # entries by dtype, quantized weights under "4-bit" and "8-bit"
 
     @property
     def total_bytes(self) -> int:
@@ -69,68 +54,54 @@ class WeightReport:
 
 
 def plan_weights(model: nn.Module, processes: Processes, quantized: Set[int] = frozenset()) -> WeightReport:
-    """Count the bytes of a model's weights, buffers and gradients.
+    """Count the bytes of a model's weights, buffers and gradients, for the process with the largest parts.
 
     Args:
         model: The model, on any device, the meta device too.
         processes: How the training is shared.
         quantized: Ids of the parameters that will be stored in 4 bits.
-
-    Returns:
-        The report, for the process with the largest parts.
     """
-    weights: Counter[str] = Counter()
-    dtypes: Counter[str] = Counter()
-    gradient_bytes = entries = trainable = 0
+    weights, dtypes, trainable = Counter[str](), Counter[str](), 0
     for parameter in model.parameters():
         numel, nbytes, dtype = _stored(parameter)
         if id(parameter) in quantized:
             nbytes, dtype = nf4_bytes(numel), "4-bit"
-        entries += numel
         dtypes[dtype] += numel
-        part = _largest_part(parameter.shape, nbytes, processes.num_shards)
+        kind = "frozen"
         if parameter.requires_grad:
-            trainable += numel
-            weights["trainable"] += part
-            gradient_bytes += part
-        else:
-            weights[f"frozen {dtype}" if dtype in ("4-bit", "8-bit") else "frozen"] += part
-    weights["buffers"] = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
-    gradients = {"gradients": gradient_bytes}
+            kind, trainable = "trainable", trainable + numel
+        elif dtype in ("4-bit", "8-bit"):
+            kind = f"frozen {dtype}"
+        weights[kind] += _largest_part(parameter.shape, nbytes, processes.num_shards)
+    weights["buffers"] = sum(buffer.nbytes for buffer in model.buffers())
+    gradients = {"gradients": weights["trainable"]}
     if processes.sharding == "ddp" and processes.gpus > 1:
-        gradients["DDP buckets"] = gradient_bytes
-    present = {kind: count for kind, count in weights.items() if count}
-    return WeightReport(present, gradients, entries, trainable, dict(dtypes))
+        gradients["DDP buckets"] = weights["trainable"]
+    return WeightReport(dict(+weights), gradients, dtypes.total(), trainable, dict(dtypes))
 
 
 def nf4_bytes(numel: int) -> int:
     """Return the bytes of a weight in bitsandbytes' 4-bit formats without double quantization.
 
-    Args:
-        numel: Entries of the weight.
-
-    Returns:
-        Half a byte per entry, a float32 maximum per 64 entries, and the table of 16 float32 values.
+    Half a byte per entry, a float32 maximum per 64 entries, and the table of 16 float32 values.
     """
     return -(-numel // 2) + 4 * -(-numel // 64) + 4 * 16
 
 
 def _stored(parameter: Tensor) -> tuple[int, int, str]:
     """Return entries, bytes and dtype of a parameter, also of one that bitsandbytes has quantized already."""
-    quant_state = getattr(parameter, "quant_state", None)
-    nbytes = parameter.numel() * parameter.element_size()
-    row_maxima = getattr(parameter, "SCB", None)
+    quant_state, row_maxima = getattr(parameter, "quant_state", None), getattr(parameter, "SCB", None)
     if row_maxima is not None:
-        return parameter.numel(), nbytes + row_maxima.numel() * row_maxima.element_size(), "8-bit"
+        return parameter.numel(), parameter.nbytes + row_maxima.nbytes, "8-bit"
     if quant_state is None:
-        return parameter.numel(), nbytes, str(parameter.dtype).removeprefix("torch.")
+        return parameter.numel(), parameter.nbytes, str(parameter.dtype).removeprefix("torch.")
     nested = getattr(quant_state, "state2", None)
     statistics = [value for state in (quant_state, nested) if state is not None for value in vars(state).values()]
-    nbytes += sum(value.numel() * value.element_size() for value in statistics if isinstance(value, torch.Tensor))
+    nbytes = parameter.nbytes + sum(value.nbytes for value in statistics if isinstance(value, Tensor))
     return math.prod(quant_state.shape), nbytes, "4-bit"
 
 
-def _largest_part(shape: torch.Size, nbytes: int, num_shards: int) -> int:
+def _largest_part(shape: tuple[int, ...], nbytes: int, num_shards: int) -> int:
     """Return the bytes of the largest of the parts into which the first dimension is split."""
     if num_shards == 1 or not shape:
         return nbytes

@@ -13,7 +13,7 @@ from typing import Any
 
 from accelerate.state import GradientState
 from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from hf_lowmem_optim.engine.backward import check_accumulation
 from hf_lowmem_optim.engine.gradient_error import GradientErrors
@@ -26,32 +26,17 @@ __all__ = ["BackwardCallback", "check_backward_arguments"]
 logger = logging.getLogger(__name__)
 
 
-def is_layerwise(optimizer_class: type[LowMemoryOptimizer]) -> bool:
-    """Return whether optimizers of a class update during the backward pass."""
-    return optimizer_class.method.layerwise
-
-
-def keeps_error_in_gradients(optimizer: LowMemoryOptimizer) -> bool:
-    """Return whether an optimizer keeps the error of any parameter in its gradient."""
-    return any(GradientErrors.serves(optimizer.method, group) for group in optimizer.param_groups)
-
-
 def check_backward_arguments(
     args: TrainingArguments, optimizer_class: type[LowMemoryOptimizer], *, error_in_gradients: bool
 ) -> None:
     """Refuse training arguments that need all gradients at once, or those of other processes.
 
-    Args:
-        args: The training arguments.
-        optimizer_class: The optimizer.
-        error_in_gradients: Whether it keeps errors in the gradients.
-
     Raises:
         ValueError: The message names the argument and what would be right.
     """
-    if is_layerwise(optimizer_class):
-        optim = f"optim={optimizer_class.method.name!r}"
-        instead = f"use optim={optimizer_class.method.name.removesuffix('_layerwise')!r}"
+    method = optimizer_class.method
+    if method.layerwise:
+        optim, instead = f"optim={method.name!r}", f"use optim={method.name.removesuffix('_layerwise')!r}"
         if args.max_grad_norm is not None and args.max_grad_norm > 0:
             raise ValueError(
                 f"max_grad_norm={args.max_grad_norm!r} (1.0 is the default) clips by the norm of all gradients "
@@ -62,10 +47,8 @@ def check_backward_arguments(
         uses = f"{optim} uses a gradient"
     elif error_in_gradients:
         instead = "use error_feedback='4bit'"
-        scales = (
-            "skips steps, but with error_feedback='grad' a gradient is added to the error, which is not scaled, and "
-            "cannot be dropped"
-        )
+        scales = "skips steps, but with error_feedback='grad' a gradient is added to the error, which is not scaled, "
+        scales += "and cannot be dropped"
         uses = "error_feedback='grad' adds a gradient to the error"
     else:
         return
@@ -81,18 +64,13 @@ class BackwardCallback(TrainerCallback):
     """Serves optimizers that act during the backward pass; ``import hf_lowmem_optim`` adds it to every Trainer."""
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Optimizer | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: Any, optimizer: Optimizer | None = None, **_: Any
     ) -> None:
         """Refuse what cannot work, connect the optimizer with accelerate's count of micro-batches, begin a step."""
-        inner = _ours(optimizer)
-        if inner is None:
+        if (inner := _ours(optimizer)) is None:
             return
-        layerwise, error_in_gradients = is_layerwise(type(inner)), keeps_error_in_gradients(inner)
+        layerwise = inner.method.layerwise
+        error_in_gradients = any(GradientErrors.serves(inner.method, group) for group in inner.param_groups)
         if not layerwise and not error_in_gradients:
             return
         check_backward_arguments(args, type(inner), error_in_gradients=error_in_gradients)
@@ -100,35 +78,23 @@ class BackwardCallback(TrainerCallback):
             _connect(inner, args)
         # auto_find_batch_size begins anew with the same optimizer, after a backward pass that ran out of memory.
         if used := inner.abandon_step():
+            lost = f"{type(inner).__name__} cannot take back"
             logger.warning(
                 "training begins anew after a step that failed in its backward pass: %d tensors had made use of their "
                 "gradients already, which %s",
-                used,
-                f"{type(inner).__name__} cannot take back"
-                if layerwise
-                else "stay in their errors, for later steps to use",
+                *(used, lost if layerwise else "stay in their errors, for later steps to use"),
             )
         if error_in_gradients:
-            clipped = args.max_grad_norm is not None and args.max_grad_norm > 0
-            logger.warning(
-                "error_feedback='grad': grad_norm is the norm of gradient plus error%s",
-                f", and max_grad_norm={args.max_grad_norm} clips by it" if clipped else "",
-            )
+            clips = f", and max_grad_norm={args.max_grad_norm} clips by it" if (args.max_grad_norm or 0) > 0 else ""
+            logger.warning("error_feedback='grad': grad_norm is the norm of gradient plus error%s", clips)
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        optimizer: Optimizer | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: Any = None, optimizer: Any = None, **_: Any
     ) -> None:
         """Log the norm of the gradients that came; the Trainer has that of those that were left, or none."""
         inner = _ours(optimizer)
-        if inner is None or not is_layerwise(type(inner)) or not logs or "loss" not in logs or inner.grad_norm is None:
-            return
-        add_to_log(state, logs, {"grad_norm": inner.grad_norm.item()})
+        if inner is not None and inner.method.layerwise and logs and "loss" in logs and inner.grad_norm is not None:
+            add_to_log(state, logs, {"grad_norm": inner.grad_norm.item()})
 
 
 def _connect(optimizer: Any, args: TrainingArguments) -> None:
@@ -147,12 +113,11 @@ def _connect(optimizer: Any, args: TrainingArguments) -> None:
         )
 
 
+def _is_last_micro_batch() -> bool:
+    return bool(GradientState().sync_gradients)
+
+
 def _ours(optimizer: Optimizer | None) -> Any | None:
     """Return the optimizer under accelerate's wrapper if it is of this package."""
     inner = None if optimizer is None else unwrap_optimizer(optimizer)
     return inner if isinstance(inner, LowMemoryOptimizer) else None
-
-
-def _is_last_micro_batch() -> bool:
-    """Return whether the running backward pass completes the gradients of a step."""
-    return bool(GradientState().sync_gradients)

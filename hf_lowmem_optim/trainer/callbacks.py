@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.memory.byte_sizes import format_bytes
@@ -61,12 +62,7 @@ class OptimizerStateMemoryCallback(TrainerCallback):
         self._compared = False
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Optimizer | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: Any, optimizer: Optimizer | None = None, **_: Any
     ) -> None:
         """Begin a run, and make this callback known to the one that comes before the reporters."""
         self._step_memory, self._compared = None, False
@@ -74,24 +70,14 @@ class OptimizerStateMemoryCallback(TrainerCallback):
             _callback_of[optimizer] = self
 
     def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Optimizer | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: Any, optimizer: Optimizer | None = None, **_: Any
     ) -> None:
         """Note the device's memory before the step."""
         if optimizer is not None and state.is_world_process_zero:
             self._meter.start(optimizer)
 
     def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Optimizer | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: Any, optimizer: Optimizer | None = None, **_: Any
     ) -> None:
         """Note it after the step; the first time compare what was predicted with what is there."""
         if optimizer is None or not state.is_world_process_zero:
@@ -102,18 +88,12 @@ class OptimizerStateMemoryCallback(TrainerCallback):
             _compare(optimizer, measured)
 
     def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Optimizer | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: Any, optimizer: Optimizer | None = None, **_: Any
     ) -> None:
         """Print the table and write the report."""
         if optimizer is None or args.output_dir is None or not state.is_world_process_zero:
             return
-        measured = measure_state(optimizer)
-        if not measured.total_bytes:
+        if not (measured := measure_state(optimizer)).total_bytes:
             return
         report = build_report(optimizer, measured, _predicted(optimizer), self._step_memory, state.log_history)
         folder = Path(args.output_dir)
@@ -122,21 +102,14 @@ class OptimizerStateMemoryCallback(TrainerCallback):
         print(report_text(report))
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        optimizer: Optimizer | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: Any = None, optimizer: Any = None, **_: Any
     ) -> None:
         """Add the bytes to a training log, unless that is done."""
         if optimizer is None or not logs or not state.is_world_process_zero:
             return
         if ("loss" not in logs and "train_loss" not in logs) or "optimizer_state/total_bytes" in logs:
             return
-        report = measure_state(optimizer)
-        if not report.total_bytes:
+        if not (report := measure_state(optimizer)).total_bytes:
             return
         entries = _log_entries(report, _predicted(optimizer), self._step_memory)
         # layer-wise optimizers count what gradients take at once
@@ -148,45 +121,27 @@ class OptimizerStateMemoryCallback(TrainerCallback):
 class EarlyLogCallback(TrainerCallback):
     """Adds to a log what an :class:`OptimizerStateMemoryCallback` has for it, before the reporters get it.
 
-    The Trainer calls its default callbacks first, then the reporters of ``report_to``, then the user's callbacks.
-    ``import hf_lowmem_optim`` makes this a default one.
+    The Trainer calls its default callbacks first (``import hf_lowmem_optim`` makes this one of them), then the
+    reporters of ``report_to``, then the user's callbacks.
     """
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Optimizer | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: Any, optimizer: Optimizer | None = None, **_: Any
     ) -> None:
         """Forget an earlier run; the user's callback, which comes after this one, makes itself known again."""
         if optimizer is not None:
             _callback_of.pop(optimizer, None)
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        optimizer: Optimizer | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: Any = None, optimizer: Any = None, **_: Any
     ) -> None:
         """Let the user's callback have its turn."""
-        callback = None if optimizer is None else _callback_of.get(optimizer)
-        if callback is not None:
-            callback.on_log(args, state, control, logs=logs, optimizer=optimizer, **kwargs)
+        if optimizer is not None and (callback := _callback_of.get(optimizer)) is not None:
+            callback.on_log(args, state, control, logs=logs, optimizer=optimizer)
 
 
 def add_to_log(state: TrainerState, logs: dict[str, Any], entries: Mapping[str, Any]) -> None:
-    """Add entries to a log and to the history, for which the Trainer copied the log before it called the callbacks.
-
-    Args:
-        state: The Trainer's state, with the history.
-        logs: What ``on_log`` was given.
-        entries: What to add.
-    """
+    """Add entries to a log and to the history, for which the Trainer copied the log before it called the callbacks."""
     logs.update(entries)
     if state.log_history and state.log_history[-1].get("step") == state.global_step:
         state.log_history[-1].update(entries)
@@ -204,37 +159,25 @@ def _compare(optimizer: Optimizer, measured: StateReport) -> None:
         return
     inner = unwrap_optimizer(optimizer)
     parameters = [p for group in inner.param_groups for p in group["params"]]
-    absent = sum(not inner.state.get(p) for p in parameters)
-    reason = (
-        f"{absent} of {len(parameters)} parameters have had no gradient yet"
-        if absent
-        else "please report this with the optimizer's settings"
-    )
-    differences = ", ".join(
-        f"{name} {measured.component_bytes.get(name, 0) - predicted.component_bytes.get(name, 0):+,} B"
-        for name in sorted({*measured.component_bytes, *predicted.component_bytes})
-        if measured.component_bytes.get(name, 0) != predicted.component_bytes.get(name, 0)
-    )
-    logger.warning(
-        "the state of %s takes %s, not the predicted %s (%s): %s",
-        type(inner).__name__,
-        format_bytes(measured.total_bytes),
-        format_bytes(predicted.total_bytes),
-        differences,
-        reason,
-    )
+    reason = "please report this with the optimizer's settings"
+    if absent := sum(not inner.state.get(p) for p in parameters):
+        reason = f"{absent} of {len(parameters)} parameters have had no gradient yet"
+    difference = Counter(measured.component_bytes)
+    difference.subtract(predicted.component_bytes)
+    parts = ", ".join(f"{name} {count:+,} B" for name, count in sorted(difference.items()) if count)
+    found, planned = format_bytes(measured.total_bytes), format_bytes(predicted.total_bytes)
+    who = type(inner).__name__
+    logger.warning("the state of %s takes %s, not the predicted %s (%s): %s", who, found, planned, parts, reason)
 
 
 def _log_entries(report: StateReport, predicted: StateReport | None, memory: StepMemory | None) -> dict[str, int]:
     """Return the log's keys and values."""
     entries = {"total": report.total_bytes, **report.component_bytes, "adamw_fp32": report.adamw_fp32_bytes}
     entries.update((f"group_{index}", count) for index, count in enumerate(report.group_bytes))
-    if report.in_gradient_bytes:
-        entries["in_gradient"] = report.in_gradient_bytes
-    if predicted is not None:
-        entries["predicted"] = predicted.total_bytes
+    optional = {"in_gradient": report.in_gradient_bytes or None}
+    optional["predicted"] = None if predicted is None else predicted.total_bytes
     if memory is not None:
-        told = {"step_peak": memory.peak_bytes, "process_rss": memory.process_rss_bytes}
-        entries.update((name, count) for name, count in told.items() if count is not None)
+        optional |= {"step_peak": memory.peak_bytes, "process_rss": memory.process_rss_bytes}
+    entries.update((name, count) for name, count in optional.items() if count is not None)
     # Components may be two words ("error codes"); the keys of logs have none.
     return {f"optimizer_state/{name.replace(' ', '_')}_bytes": count for name, count in entries.items()}

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import TensorDataset
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_lowmem_optim.memory.measure import measure_state
 from hf_lowmem_optim.registry import OPTIMIZERS
@@ -27,29 +27,18 @@ __all__ = ["DEMO_LEARNING_RATES", "DemoResult", "demo_model", "documentation", "
 #: The best learning rate of those tried for each, by ``hf-lowmem-optim demo --learning-rate ...`` (README).
 DEMO_LEARNING_RATES = {"adamw_torch": 5e-4, "ldadam": 4e-3}
 _SEQUENCE_LENGTH = 128
-_HELD_OUT_SHARE = 0.1
 _FINAL_STEPS = 50
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What one run of the demo gave.
-
-    Attributes:
-        optim: String of the optimizer.
-        learning_rate: Peak of the cosine schedule.
-        training_loss: Mean over the last 50 steps, nats per byte.
-        held_out_loss: On the last tenth of the text, nats per byte.
-        seconds: Wall time of ``train()``.
-        state_bytes: Bytes of optimizer state.
-        num_parameters: Parameters of the model.
-    """
+    """What one run of the demo gave; losses in nats per byte."""
 
     optim: str
-    learning_rate: float
-    training_loss: float
-    held_out_loss: float
-    seconds: float
+    learning_rate: float  # peak of the cosine schedule
+    training_loss: float  # mean over the last 50 steps
+    held_out_loss: float  # on the last tenth of the text
+    seconds: float  # wall time of train()
     state_bytes: int
     num_parameters: int
 
@@ -70,9 +59,6 @@ def run_demo(
         num_steps: Steps of 8 × 128 bytes; rounded up to a multiple of 50.
         seed: Of initialization and data order.
         optim_args: Passed to the optimizers of this package.
-
-    Returns:
-        The results, in the order of the runs.
     """
     register_optimizer_strings()
     num_steps = -(-num_steps // _FINAL_STEPS) * _FINAL_STEPS
@@ -86,8 +72,7 @@ def run_demo(
 def _train(optim: str, learning_rate: float, num_steps: int, seed: int, optim_args: str | None) -> DemoResult:
     """Train and evaluate once."""
     set_seed(seed)
-    model = demo_model()
-    training_set, held_out_set = documentation()
+    model, (training_set, held_out_set) = demo_model(), documentation()
     with tempfile.TemporaryDirectory() as directory:
         args = TrainingArguments(
             output_dir=directory,
@@ -105,54 +90,32 @@ def _train(optim: str, learning_rate: float, num_steps: int, seed: int, optim_ar
             seed=seed,
             dataloader_pin_memory=False,
         )
-        trainer = Trainer(
-            model,
-            args,
-            train_dataset=training_set,
-            eval_dataset=held_out_set,
-            data_collator=_collate,
-            callbacks=[OptimizerStateMemoryCallback()],
-        )
+        callbacks: list[TrainerCallback] = [OptimizerStateMemoryCallback()]
+        trainer = Trainer(model, args, _collate, training_set, held_out_set, callbacks=callbacks)
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
         held_out_loss = trainer.evaluate()["eval_loss"]
-    final_loss = next(entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry)
+    final_loss = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1]
     assert trainer.optimizer is not None
-    return DemoResult(
-        optim,
-        learning_rate,
-        final_loss,
-        held_out_loss,
-        seconds,
-        measure_state(trainer.optimizer).total_bytes,
-        sum(p.numel() for p in model.parameters()),
-    )
+    state = measure_state(trainer.optimizer)
+    return DemoResult(optim, learning_rate, final_loss, held_out_loss, seconds, state.total_bytes, state.num_parameters)
 
 
 def demo_model() -> LlamaForCausalLM:
     """Return the demo's model with fresh weights: a byte-level Llama of 3.3 M parameters."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=256,
-            hidden_size=256,
-            intermediate_size=688,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            max_position_embeddings=_SEQUENCE_LENGTH,
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    )
+    sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4}
+    special: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "tie_word_embeddings": False}
+    config: dict[str, Any] = {"vocab_size": 256, "max_position_embeddings": _SEQUENCE_LENGTH, **sizes, **special}
+    return LlamaForCausalLM(LlamaConfig(**config))
 
 
-def documentation(sequence_length: int = _SEQUENCE_LENGTH) -> tuple[TensorDataset, TensorDataset]:
+def documentation() -> tuple[TensorDataset, TensorDataset]:
     """Return the documentation of Python's language topics as sequences of bytes: training and held-out."""
     text = "\n\n".join(topics[name] for name in sorted(topics)).encode()
     tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
-    sequences = tokens[: len(tokens) // sequence_length * sequence_length].view(-1, sequence_length)
-    num_training = int(len(sequences) * (1 - _HELD_OUT_SHARE))
+    sequences = tokens[: len(tokens) // _SEQUENCE_LENGTH * _SEQUENCE_LENGTH].view(-1, _SEQUENCE_LENGTH)
+    num_training = int(len(sequences) * 0.9)
     return TensorDataset(sequences[:num_training]), TensorDataset(sequences[num_training:])
 
 

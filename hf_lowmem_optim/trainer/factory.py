@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from hf_lowmem_optim.engine.adamw import adamw_state
+from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
+from hf_lowmem_optim.engine.options import POSITIVE, check_number
+from hf_lowmem_optim.memory.budget import SIZE_KEYS
+from hf_lowmem_optim.memory.byte_sizes import format_bytes
+from hf_lowmem_optim.memory.plan import plan_optimizer
+from hf_lowmem_optim.memory.plan_table import align
 from hf_lowmem_optim.registry import get_entry
 from hf_lowmem_optim.trainer.backward import check_backward_arguments
 from hf_lowmem_optim.trainer.optim_args import hyperparameters_from_training_args
@@ -18,7 +26,6 @@ from hf_lowmem_optim.trainer.overrides import (
     Overrides,
     check_overrides,
     check_overrides_apply,
-    check_ratio,
     own_settings,
     scale_dense_rates,
 )
@@ -32,7 +39,6 @@ from hf_lowmem_optim.trainer.param_groups import (
     build_param_groups,
     place_parameters,
 )
-from hf_lowmem_optim.trainer.summary import describe_placements
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -40,6 +46,8 @@ if TYPE_CHECKING:
 __all__ = ["OptimizerFactory"]
 
 logger = logging.getLogger(__name__)
+
+_DENSE = {"param": "dense", "fp32": "dense, fp32", "8bit": "dense, 8 bit"}
 
 
 class OptimizerFactory:
@@ -91,8 +99,9 @@ class OptimizerFactory:
         self.hyper = hyper
         self.optimizer_class.method.check(hyper, self.optimizer_class.__name__)
         check_overrides(overrides, self.optimizer_class, hyper)
-        check_ratio("lr_ratio", lr_ratio)
-        check_ratio("dense_lr_ratio", dense_lr_ratio)
+        for key, ratio in (("lr_ratio", lr_ratio), ("dense_lr_ratio", dense_lr_ratio)):
+            if ratio is not None:
+                check_number(key, ratio, POSITIVE)
 
     @classmethod
     def from_training_args(cls, args: TrainingArguments) -> OptimizerFactory:
@@ -102,9 +111,6 @@ class OptimizerFactory:
             args: Read are ``optim``, ``learning_rate``, ``weight_decay``, ``adam_beta1``, ``adam_beta2``,
                 ``adam_epsilon``, ``optim_args`` and ``optim_target_modules``; for betas and epsilon a value equal to
                 the field's default means the optimizer's own default.
-
-        Returns:
-            The factory.
 
         Raises:
             TypeError: A value has the wrong type.
@@ -166,27 +172,17 @@ class OptimizerFactory:
 
         Returns:
             The optimizer, and where each parameter went.
-
-        Raises:
-            TypeError: A hyper-parameter is unknown or has the wrong type.
-            ValueError: As for a call.
         """
-        optimizer_class = self.optimizer_class
-        given = {**self.hyper, **hyper}
-        optimizer_class.method.check(given, optimizer_class.__name__)
-        everyone = {**optimizer_class.method.options.defaults(), **given}
+        optimizer_class, method = self.optimizer_class, self.optimizer_class.method
+        everyone = vars(method.check({**self.hyper, **hyper}, optimizer_class.__name__))
         check_overrides(self.overrides, optimizer_class, everyone)
         own = own_settings(model, self.overrides, self.lr_ratio, everyone["lr"])
-        placements = place_parameters(
-            model,
-            self.target_modules,
-            lambda parameter, settings: _rule(optimizer_class, parameter, {**everyone, **settings}),
-            own.values,
-            own.with_value(*optimizer_class.method.switch) & {id(p) for p in model.parameters() if p.ndim >= 2},
-        )
+        switched_on = own.with_value(*method.switch) & {id(p) for p in model.parameters() if p.ndim >= 2}
+        judge = partial(_rule, method, everyone)
+        placements = place_parameters(model, self.target_modules, judge, own.values, switched_on)
         check_overrides_apply(self.overrides, own, placements, optimizer_class)
         placements = scale_dense_rates(placements, own, self.overrides, self.dense_lr_ratio, everyone["lr"])
-        groups = build_param_groups(placements, optimizer_class.method.switch, everyone["weight_decay"])
+        groups = build_param_groups(placements, method.switch, everyone["weight_decay"])
         return optimizer_class(groups, **everyone), placements
 
     def __repr__(self) -> str:
@@ -196,25 +192,18 @@ class OptimizerFactory:
         return f"OptimizerFactory({', '.join(arguments)})"
 
 
-def _rule(optimizer_class: type[LowMemoryOptimizer], parameter: nn.Parameter, hyper: Mapping[str, Any]) -> str:
+def _rule(method: Method, everyone: Mapping[str, Any], parameter: nn.Parameter, own: Mapping[str, Any]) -> str:
     """Return "compressed" for a targeted parameter, or why it is not."""
-    if optimizer_class.method.is_dense(hyper):
+    options = method.options_of({**everyone, **own})
+    if method.is_dense(vars(options)):
         return SWITCHED_OFF
-    if not optimizer_class.method.compresses(tuple(parameter.shape), hyper):
+    compressed = method.compressed_state(parameter.shape, parameter.dtype, options)
+    if compressed is None:
         return TOO_SMALL
-    return COMPRESSED if _saves_state(optimizer_class, parameter, hyper) else NOT_WORTH
-
-
-def _saves_state(optimizer_class: type[LowMemoryOptimizer], parameter: nn.Parameter, hyper: Mapping[str, Any]) -> bool:
-    """Return whether compression saves state over AdamW; for adapters, with one small dimension, it may not."""
-    if not optimizer_class.method.adam_like:
-        return True
-    key, off = optimizer_class.method.switch
-    compressed, dense = (
-        sum(spec.nbytes for spec in optimizer_class.method.state_specs(parameter, settings).values())
-        for settings in (hyper, {**hyper, key: off})
-    )
-    return compressed < dense
+    # for adapters, with one small dimension, compression may save nothing over AdamW
+    dense = adamw_state(parameter.shape, parameter.dtype, options.dense_state)
+    sizes = [sum(spec.nbytes for spec in specs.values()) for specs in (compressed, dense)]
+    return COMPRESSED if sizes[0] < sizes[1] or not method.adam_like else NOT_WORTH
 
 
 def _report(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) -> None:
@@ -229,7 +218,7 @@ def _report(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) -> N
             "smaller.",
             *(who, key, setting, optimizer.defaults["dense_state"], len(placements), key, error),
         )
-    elif setting is not None and not rules & {COMPRESSED, SWITCHED_OFF}:
+    elif setting != off and not rules & {COMPRESSED, SWITCHED_OFF}:
         logger.warning(
             "%s compresses nothing here: besides embeddings and the output head no linear or convolution layer has a "
             "trainable weight, so all %d tensors take the dense AdamW rule. If there is something else to compress, "
@@ -238,7 +227,43 @@ def _report(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) -> N
         )
     # At warning level, which Python and transformers show by default; not where transformers is told to be silent.
     if transformers_logging.get_verbosity() <= logging.WARNING:
-        logger.warning("%s", describe_placements(optimizer, placements))
+        logger.warning("%s", _summary(optimizer, placements))
+
+
+def _summary(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) -> str:
+    """Write the summary of an optimizer made from placements: tensors by rule, and the bytes of state to expect."""
+    sizes: dict[str, list[int]] = {}
+    for placement in sorted(placements, key=lambda placement: placement.rule != COMPRESSED):
+        sizes.setdefault(_label(optimizer, placement), []).append(placement.parameter.numel())
+    lines = align([(f"  {label}", f"{len(n):,} tensors", f"{sum(n):,} parameters") for label, n in sizes.items()])
+    plan = plan_optimizer(optimizer)
+    parts = ", ".join(f"{name} {format_bytes(count)}" for name, count in plan.component_bytes.items())
+    if optimizer.defaults["weight_rounding"] != "nearest":
+        lines.append("  weights narrower than float32 are rounded stochastically")
+    total, adamw = format_bytes(plan.total_bytes), format_bytes(plan.adamw_fp32_bytes)
+    lines.append(f"  state: {total} ({parts}); AdamW in fp32: {adamw}")
+    if plan.total_bytes > plan.adamw_fp32_bytes:
+        scales = " or ".join(key for key in SIZE_KEYS if key in optimizer.method.shaping)
+        lines.append(f"  This is more than AdamW takes; a smaller {scales} saves memory.")
+    return "\n".join([f"{type(optimizer).__name__} for {plan.num_parameters:,} trainable parameters:", *lines])
+
+
+def _label(optimizer: LowMemoryOptimizer, placement: Placement) -> str:
+    """Describe the rule of a parameter, with the settings that go with it and those of its own."""
+    settings = {**optimizer.defaults, **placement.settings}
+    keys = optimizer.method.shaping
+    if placement.rule == COMPRESSED:
+        shaping = (key for key in optimizer.method.shaping if key != "dense_state")
+        label = f"compressed ({', '.join(f'{key}={settings[key]}' for key in shaping)})"
+    else:
+        key, off = optimizer.method.switch
+        keys = (*keys, key)
+        reason = f"{key}={off}" if placement.rule == SWITCHED_OFF else placement.rule
+        label = f"{_DENSE[settings['dense_state']]}: {reason}"
+    said = (*keys, *(() if placement.decays else ("weight_decay",)))
+    own = {key: value for key, value in placement.settings.items() if key not in said}
+    texts = (f"{key}={value:g}" if type(value) is float else f"{key}={value}" for key, value in own.items())
+    return ", ".join([label, *texts])
 
 
 def _is_main_process() -> bool:

@@ -32,12 +32,7 @@ def _after_import(module: ModuleType) -> None:
     from hf_lowmem_optim.trainer import strings
 
     try:
-        if module.__name__ == MEMBERS_MODULE:
-            strings.add_members(module)
-        elif module.__name__ == HANDLERS_MODULE:
-            strings.add_handlers(module)
-        else:
-            strings.add_callbacks(module)
+        strings.ADDITIONS[module.__name__](module)
     except UnsupportedTransformersError as error:
         # A warning and not an error: whoever uses the optimizers in a plain loop must still be able to import
         # transformers. `register_optimizer_strings()` raises.
@@ -53,10 +48,8 @@ class _PostImportFinder(MetaPathFinder):
         """Return the spec of a watched module, or None for every other module."""
         if fullname not in _WATCHED:
             return None
-        for finder in sys.meta_path:
-            if isinstance(finder, _PostImportFinder):
-                continue
-            spec = finder.find_spec(fullname, path, target)
+        others = (finder for finder in sys.meta_path if not isinstance(finder, _PostImportFinder))
+        for spec in (finder.find_spec(fullname, path, target) for finder in others):
             if spec is not None:
                 _call_after_execution(spec)
                 return spec

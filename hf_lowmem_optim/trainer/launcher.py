@@ -34,25 +34,26 @@ _REFUSED = re.compile(r"argument --optim: invalid choice: '([^']*)'")
 
 
 def run_script(argv: Sequence[str]) -> int:
-    """Run a script or a module; what it raises is raised.
+    """Run a script or a module; what it raises is raised, its own ``sys.exit`` too.
 
     Args:
         argv: What follows ``run``: the script or ``-m MODULE``, then its own arguments.
 
     Returns:
-        0 at its end, or 2 if there is nothing to run. The script's own ``sys.exit`` passes as ``SystemExit``.
+        0 at its end, or 2 if there is nothing to run.
     """
     is_module = argv[:1] == ["-m"]
     target, *arguments = argv[is_module:] or [""]
     if target in ("-h", "--help"):
         print(USAGE, end="")
         return 0
+    wrong = ""
     if not target or target.startswith("-"):
-        reason = f"unknown option {target!r} before the script" if target else "nothing to run"
-        print(f"hf-lowmem-optim run: {reason}\n{USAGE}", file=sys.stderr, end="")
-        return 2
-    if not is_module and not Path(target).is_file():
-        print(f"hf-lowmem-optim run: there is no file {target!r} to run", file=sys.stderr)
+        wrong = (f"unknown option {target!r} before the script" if target else "nothing to run") + f"\n{USAGE}"
+    elif not is_module and not Path(target).is_file():
+        wrong = f"there is no file {target!r} to run\n"
+    if wrong:
+        print(f"hf-lowmem-optim run: {wrong}", file=sys.stderr, end="")
         return 2
     _suggest_names()
     sys.excepthook = functools.partial(_report, sys.excepthook)
@@ -74,8 +75,8 @@ def _run_file(path: Path) -> None:
     main.__dict__["__builtins__"] = builtins
     sys.modules["__main__"] = main
     with io.open_code(str(path)) as file:
-        source = file.read()
-    exec(compile(source, str(path), "exec", dont_inherit=True), main.__dict__)
+        code = compile(file.read(), str(path), "exec", dont_inherit=True)
+    exec(code, main.__dict__)
 
 
 def _report(hook: Any, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

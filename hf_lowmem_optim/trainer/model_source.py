@@ -24,7 +24,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowmem_optim.engine.options import nearest
-from hf_lowmem_optim.trainer.adapters import LoraOptions, add_lora
 from hf_lowmem_optim.trainer.presets import PRESETS
 
 __all__ = ["ModelOptions", "OpenedModel", "open_model"]
@@ -33,6 +32,35 @@ Source = str | Path | PreTrainedConfig | nn.Module
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES.update((str(dtype).removeprefix("torch."), dtype) for dtype in list(DTYPES.values()))
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """What shapes LoRA adapters: their rank, and the modules that get one (whole names or ends of them)."""
+
+    r: int = 8
+    targets: tuple[str, ...] = ("all-linear",)
+
+    @classmethod
+    def parse(cls, text: str) -> LoraOptions:
+        """Read ``"r=16,target=q_proj+v_proj"``; what is left out has its default."""
+        values: dict[str, str] = {}
+        for entry in text.split(","):
+            key, _, value = (part.strip() for part in entry.partition("="))
+            if key not in ("r", "target") or not value or key in values:
+                hint = nearest(key, ("r", "target"))
+                raise ValueError(
+                    f"lora={text!r}: {entry.strip()!r} is not r=… or target=…, once each{hint}; "
+                    "write for example r=16,target=all-linear or r=8,target=q_proj+v_proj"
+                )
+            values[key] = value
+        rank = values.get("r", "8")
+        if not rank.isdigit() or int(rank) < 1:
+            raise ValueError(f"lora={text!r}: r={rank!r} must be an int ≥ 1")
+        return cls(int(rank), tuple(map(str.strip, values.get("target", "all-linear").split("+"))))
+
+    def __str__(self) -> str:
+        return f"r={self.r} on {'+'.join(self.targets)}"
 
 
 @dataclass(frozen=True)
@@ -70,30 +98,16 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model to plan for.
+    """A model to plan for."""
 
-    Attributes:
-        model: On the meta device, unless it is a live one.
-        source: Its name.
-        description: Dtype and options in words.
-        quantized: Ids of the parameters that will be stored in 4 bits.
-    """
-
-    model: nn.Module
+    model: nn.Module  # on the meta device, unless it is a live one
     source: str
-    description: str
-    quantized: frozenset[int]
+    description: str  # dtype and options in words
+    quantized: frozenset[int]  # ids of the parameters that will be stored in 4 bits
 
 
 def open_model(source: Source, options: ModelOptions) -> OpenedModel:
-    """Make the model that a source describes, without its weights.
-
-    Args:
-        source: A preset's name, a model directory, a ``config.json``, a configuration or a live model.
-        options: How it will be loaded and prepared; a live model is taken as it is.
-
-    Returns:
-        The model.
+    """Make the model that a source describes, without its weights; a live model is taken as it is.
 
     Raises:
         FileNotFoundError: A path does not exist and the name is no preset either.
@@ -116,16 +130,44 @@ def open_model(source: Source, options: ModelOptions) -> OpenedModel:
     if options.freeze:
         count = _freeze(model, options.freeze)
         words.append(f"frozen: {', '.join(options.freeze)} ({count} tensors)")
-    quantized: frozenset[int] = frozenset()
+    quantized = frozenset(_quantizable(model) if options.quantize else ())
     if options.lora:
         lora = LoraOptions.parse(options.lora)
-        if options.quantize:
-            quantized = frozenset(_quantizable(model))
-        model = add_lora(model, lora)
+        model = _add_lora(model, lora)
         words.append(f"LoRA {lora}")
     if quantized:
         words.append(f"{len(quantized)} frozen linear layers in 4 bits")
     return OpenedModel(model, name, ", ".join(words), quantized)
+
+
+def _add_lora(model: nn.Module, options: LoraOptions) -> nn.Module:
+    """Freeze a model on the meta device, and let peft itself add the adapters: the plan is for what it trains."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("lora needs peft: pip install 'hf-lowmem-optim[peft]'") from error
+    everything = options.targets == ("all-linear",)
+    if not everything:
+        _check_targets(model, options.targets)
+    config = LoraConfig(r=options.r, target_modules="all-linear" if everything else list(options.targets))
+    with warnings.catch_warnings():
+        # about Conv1D's layout, which changes no size
+        warnings.simplefilter("ignore")
+        try:
+            return get_peft_model(model, config, low_cpu_mem_usage=True)
+        except ValueError as error:
+            raise ValueError(f"lora target={'+'.join(options.targets)}: {error}") from error
+
+
+def _check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
+    """Refuse a target that names no module; peft would, too, but only if none of them does."""
+    names = [name for name, _ in model.named_modules() if name]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            ends = {name.rpartition(".")[2] for name in names if not re.search(r"\.\d+$", name)}
+            raise ValueError(
+                f"lora target={target!r} matches no module of {type(model).__name__}{nearest(target, ends)}"
+            )
 
 
 def _read_config(source: Any) -> tuple[PreTrainedConfig, str]:
@@ -141,10 +183,8 @@ def _read_config(source: Any) -> tuple[PreTrainedConfig, str]:
     path = Path(source)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            adapter = (
-                " It holds an adapter: plan for its base model with lora" * (path / "adapter_config.json").exists()
-            )
-            raise FileNotFoundError(f"{str(source)!r} is a directory without a config.json.{adapter}")
+            hint = " It holds an adapter: plan for its base model with lora" * (path / "adapter_config.json").exists()
+            raise FileNotFoundError(f"{str(source)!r} is a directory without a config.json.{hint}")
         path = path / "config.json"
     elif not path.is_file():
         raise FileNotFoundError(
@@ -182,8 +222,7 @@ def _config_from_dict(content: Any, where: str) -> PreTrainedConfig:
 def _own_dtype(config: PreTrainedConfig) -> torch.dtype:
     """Return the configuration's dtype, which ``from_pretrained`` loads; float32 if it names none."""
     dtype = getattr(config, "dtype", None)
-    found = DTYPES.get(dtype, torch.float32) if isinstance(dtype, str) else dtype
-    return found if isinstance(found, torch.dtype) else torch.float32
+    return dtype if isinstance(dtype, torch.dtype) else DTYPES.get(str(dtype), torch.float32)
 
 
 def _build(config: PreTrainedConfig, dtype: torch.dtype, name: str) -> PreTrainedModel:
@@ -213,16 +252,15 @@ def _model_class(config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:
         known = getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING")
         if type(config) in known:
             found = known[type(config)]
-            chosen: type[PreTrainedModel] = found[0] if isinstance(found, (list, tuple)) else found
-            return chosen
+            return cast(type[PreTrainedModel], found[0] if isinstance(found, (list, tuple)) else found)
     raise ValueError(f'{name!r} names no architecture; add for example "architectures": ["BertForMaskedLM"] to it')
 
 
 @contextmanager
 def _building(dtype: torch.dtype) -> Iterator[None]:
     """Create modules on the meta device, in a dtype, and keep hints about running them away from a plan."""
-    before, log = torch.get_default_dtype(), logging.getLogger("transformers")
-    level = log.level
+    log = logging.getLogger("transformers")
+    before, level = torch.get_default_dtype(), log.level
     torch.set_default_dtype(dtype)
     log.setLevel(logging.ERROR)
     try:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,18 +10,9 @@ import torch
 from torch import nn
 
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
-from hf_lowmem_optim.engine.options import nearest
 from hf_lowmem_optim.trainer.param_groups import COMPRESSED, NOT_WORTH, Placement, matching_modules
 
-__all__ = [
-    "Overrides",
-    "OwnSettings",
-    "check_overrides",
-    "check_overrides_apply",
-    "check_ratio",
-    "own_settings",
-    "scale_dense_rates",
-]
+__all__ = ["Overrides", "check_overrides", "check_overrides_apply", "own_settings", "scale_dense_rates"]
 
 Overrides = Mapping[str, Mapping[str, Any]]
 """Hyper-parameters by module name, part of a name or regex."""
@@ -33,12 +23,7 @@ _DENSE_KEYS = ("lr", "betas", "eps", "weight_decay", "clip_tensor_norm", "dense_
 
 @dataclass(frozen=True)
 class OwnSettings:
-    """Parameters whose settings are not those of all.
-
-    Attributes:
-        values: Their own settings, by id of the parameter.
-        entries: The entry of the overrides that each is matched by, by id of the parameter.
-    """
+    """Parameters whose settings are not those of all, by id: their own settings, and the override that matches them."""
 
     values: dict[int, dict[str, Any]] = field(default_factory=dict)
     entries: dict[int, str] = field(default_factory=dict)
@@ -48,23 +33,8 @@ class OwnSettings:
         return {parameter for parameter, values in self.values.items() if values.get(key, off) != off}
 
 
-def check_ratio(name: str, value: Any) -> None:
-    """Refuse a ratio of learning rates that is neither a float > 0 nor None."""
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it must be a float > 0")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}={value!r} is out of range; it must be a float > 0")
-
-
 def check_overrides(overrides: Any, optimizer_class: type[LowMemoryOptimizer], hyper: Mapping[str, Any]) -> None:
-    """Check overrides by themselves, before there is a model.
-
-    Args:
-        overrides: What the user gave.
-        optimizer_class: The optimizer they are for.
-        hyper: The hyper-parameters that they override.
+    """Check overrides of hyper-parameters by themselves, before there is a model.
 
     Raises:
         TypeError: They are no mapping of mappings, or a key or a type is wrong.
@@ -74,19 +44,12 @@ def check_overrides(overrides: Any, optimizer_class: type[LowMemoryOptimizer], h
         return
     if not isinstance(overrides, Mapping):
         raise TypeError(f'overrides={overrides!r} must be a dict such as {{"mlp": {{"lr": 1e-3}}}}')
-    known = optimizer_class.method.options.defaults()
     for entry, values in overrides.items():
         where = f"overrides[{entry!r}]"
         if not isinstance(entry, str) or not isinstance(values, Mapping):
             raise TypeError(f'{where}={values!r}: write a module\'s name and a dict, such as {{"mlp": {{"lr": 1e-3}}}}')
         if not entry or not values:
             raise ValueError(f"{where}={values!r} is empty; name a module and what differs for it")
-        for key in values:
-            if key not in known:
-                raise TypeError(
-                    f"{where}: {optimizer_class.__name__} has no argument {key!r}{nearest(str(key), known)} "
-                    f"(it has: {', '.join(known)})"
-                )
         try:
             optimizer_class.method.check({**hyper, **values}, optimizer_class.__name__)
         except (TypeError, ValueError) as error:
@@ -94,16 +57,7 @@ def check_overrides(overrides: Any, optimizer_class: type[LowMemoryOptimizer], h
 
 
 def own_settings(model: nn.Module, overrides: Overrides | None, lr_ratio: float | None, lr: float) -> OwnSettings:
-    """Find which parameters have settings of their own.
-
-    Args:
-        model: The model.
-        overrides: The first entry that matches a parameter's module holds, and no other.
-        lr_ratio: Factor of the learning rate of LoRA's B, on top of an override.
-        lr: Learning rate of all others.
-
-    Returns:
-        The settings.
+    """Find which parameters have settings of their own: of the first override that matches, times LoRA+'s ratio for B.
 
     Raises:
         ValueError: An entry matches nothing, or nothing that an earlier one does not, or there is no B.
@@ -137,25 +91,13 @@ def _scale_lora_b(model: nn.Module, own: dict[int, dict[str, Any]], lr_ratio: fl
             f"lr_ratio={lr_ratio!r} is for the B matrices of LoRA, but {type(model).__name__} has no trainable lora_B; "
             "leave it out, or add the adapter before the optimizer is made"
         )
-    for parameter in matrices:
-        settings = own.get(id(parameter), {})
-        own[id(parameter)] = _with_rate(settings, lr_ratio * settings.get("lr", lr))
+    own.update((id(p), _with_rate(own.get(id(p), {}), lr_ratio, lr)) for p in matrices)
 
 
 def scale_dense_rates(
     placements: Sequence[Placement], own: OwnSettings, overrides: Overrides | None, ratio: float | None, lr: float
 ) -> list[Placement]:
     """Multiply the learning rate of what takes the dense rule, except where an override sets it.
-
-    Args:
-        placements: Where each parameter went.
-        own: The settings that parameters have of their own.
-        overrides: Where these are from.
-        ratio: The factor, None for none.
-        lr: Learning rate of the parameters without one of their own.
-
-    Returns:
-        The placements.
 
     Raises:
         ValueError: Nothing is compressed, or nothing is left to have another rate.
@@ -164,19 +106,21 @@ def scale_dense_rates(
         return list(placements)
     with_rate = {p for p, entry in own.entries.items() if "lr" in (overrides or {})[entry]}
     scaled = [p.rule != COMPRESSED and id(p.parameter) not in with_rate for p in placements]
-    if all(scaled) or not any(scaled):
-        what = "nothing is compressed: all rates would change alike, so set the learning rate itself"
-        if not any(scaled):
-            what = "nothing without a rate of its own takes the dense rule; leave it out"
-        raise ValueError(f"dense_lr_ratio={ratio!r} has no effect: {what}")
+    where = f"dense_lr_ratio={ratio!r} has no effect"
+    if not any(scaled):
+        raise ValueError(f"{where}: nothing without a rate of its own takes the dense rule; leave it out")
+    if all(scaled):
+        raise ValueError(
+            f"{where}: nothing is compressed: all rates would change alike, so set the learning rate itself"
+        )
     return [
-        replace(p, settings=_with_rate(p.settings, ratio * p.settings.get("lr", lr))) if dense else p
+        replace(p, settings=_with_rate(p.settings, ratio, lr)) if dense else p
         for p, dense in zip(placements, scaled, strict=True)
     ]
 
 
-def _with_rate(settings: Mapping[str, Any], rate: float) -> dict[str, Any]:
-    return dict(sorted({**settings, "lr": rate}.items()))
+def _with_rate(settings: Mapping[str, Any], ratio: float, lr: float) -> dict[str, Any]:
+    return dict(sorted({**settings, "lr": ratio * settings.get("lr", lr)}.items()))
 
 
 def check_overrides_apply(
@@ -185,49 +129,31 @@ def check_overrides_apply(
     placements: Sequence[Placement],
     optimizer_class: type[LowMemoryOptimizer],
 ) -> None:
-    """Refuse an override that none of the parameters it is for makes use of.
-
-    Args:
-        overrides: The overrides.
-        own: What they came to.
-        placements: Where each parameter went.
-        optimizer_class: The optimizer.
-
-    Raises:
-        ValueError: Weight decay for what does not decay, or a setting of the compression for what is not compressed.
-    """
-    dense_key, off = optimizer_class.method.switch
+    """Refuse an override that none of the parameters it is for makes use of."""
     for entry, values in (overrides or {}).items():
         concerned = [p for p in placements if own.entries.get(id(p.parameter)) == entry]
-        if values.get("weight_decay") and not any(p.decays for p in concerned):
-            raise ValueError(
-                f"overrides[{entry!r}]: weight_decay={values['weight_decay']!r} has no effect: biases and norms do not "
-                "decay, and nothing else matches"
-            )
-        _check_used_by_some(entry, values, concerned, optimizer_class)
-        unused = [key for key in values if key not in (*_DENSE_KEYS, dense_key)]
-        if values.get(dense_key, off) != off:
-            unused = [dense_key, *unused]
-        if unused and not any(p.targeted or p.rule == NOT_WORTH for p in concerned):
-            raise ValueError(
-                f"overrides[{entry!r}]: {unused[0]}={values[unused[0]]!r} has no effect: nothing that it matches is "
-                f"compressed{f'; give it a {dense_key} as well' * (dense_key not in values)}"
-            )
+        found = next(_without_effect(values, concerned, optimizer_class), None)
+        if found is not None:
+            key, reason = found
+            raise ValueError(f"overrides[{entry!r}]: {key}={values[key]!r} has no effect: {reason}")
 
 
-def _check_used_by_some(
-    entry: str, values: Mapping[str, Any], concerned: Sequence[Placement], optimizer_class: type[LowMemoryOptimizer]
-) -> None:
-    """Refuse what only the dense rule reads where all is compressed, and a rounding of weights that are float32."""
-    only_dense = ("dense_state",) if optimizer_class.method.adam_like else ("dense_state", "betas", "eps")
-    for key in only_dense:
-        if key in values and all(p.rule == COMPRESSED for p in concerned):
-            raise ValueError(
-                f"overrides[{entry!r}]: {key}={values[key]!r} has no effect: it is for the dense rule, and all that it "
-                "matches is compressed"
-            )
-    narrow = any(p.parameter.dtype != torch.float32 for p in concerned)
-    if values.get("weight_rounding") == "stochastic" and not narrow:
-        raise ValueError(
-            f"overrides[{entry!r}]: weight_rounding='stochastic' has no effect: all weights that it matches are float32"
-        )
+def _without_effect(
+    values: Mapping[str, Any], concerned: Sequence[Placement], optimizer_class: type[LowMemoryOptimizer]
+) -> Iterator[tuple[str, str]]:
+    """Yield the keys of an override that nothing it is for makes use of, and why."""
+    if values.get("weight_decay") and not any(p.decays for p in concerned):
+        yield "weight_decay", "biases and norms do not decay, and nothing else matches"
+    if all(p.rule == COMPRESSED for p in concerned):
+        only_dense = ("dense_state",) if optimizer_class.method.adam_like else ("dense_state", "betas", "eps")
+        for key in (key for key in only_dense if key in values):
+            yield key, "it is for the dense rule, and all that it matches is compressed"
+    if values.get("weight_rounding") == "stochastic" and all(p.parameter.dtype == torch.float32 for p in concerned):
+        yield "weight_rounding", "all weights that it matches are float32"
+    if not any(p.targeted or p.rule == NOT_WORTH for p in concerned):
+        switch, off = optimizer_class.method.switch
+        if values.get(switch, off) != off:
+            yield switch, "nothing that it matches is compressed"
+        hint = f"; give it a {switch} as well" * (switch not in values)
+        for key in (key for key in values if key not in (*_DENSE_KEYS, switch)):
+            yield key, f"nothing that it matches is compressed{hint}"

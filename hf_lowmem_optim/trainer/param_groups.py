@@ -33,36 +33,20 @@ HEAD = "output head"
 VECTOR = "norm, bias or other vector"
 NOT_TARGET = "not a target module"
 
-_MATRIX_MODULES = (
-    nn.Linear,
-    Conv1D,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_MATRIX_MODULES = (nn.Linear, Conv1D, *_CONVOLUTIONS)
 _EMBEDDING_MODULES = (nn.Embedding, nn.EmbeddingBag)
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one trainable parameter goes.
+    """Where one trainable parameter goes."""
 
-    Attributes:
-        name: Its first name in the model.
-        parameter: The parameter.
-        rule: ``"compressed"``, or why it takes the dense rule: ``"embedding"``, ``"output head"``, ...
-        decays: Whether weight decay applies to it.
-        settings: Its own values of hyper-parameters, where they are not those of all.
-    """
-
-    name: str
+    name: str  # its first one in the model
     parameter: nn.Parameter
-    rule: str
+    rule: str  # "compressed", or why it takes the dense rule: "embedding", "output head", ...
     decays: bool
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)  # its own hyper-parameters, where not those of all
 
     @property
     def targeted(self) -> bool:
@@ -91,9 +75,6 @@ def place_parameters(
         own: Settings of single parameters, by id.
         also_targeted: Ids of parameters that are targeted besides.
 
-    Returns:
-        One placement per parameter.
-
     Raises:
         TypeError: ``target_modules`` is neither a list of strings, a string nor None.
         ValueError: The model has no trainable parameter, or a target matches nothing.
@@ -105,9 +86,11 @@ def place_parameters(
             f"{type(model).__name__} has no trainable parameter: every requires_grad is False. "
             "Unfreeze some, or add an adapter, before the optimizer is made."
         )
-    targets = _default_targets(model) if target_modules is None else _selected_targets(model, target_modules)
-    targets = targets | also_targeted
     reasons = _dense_reasons(model)
+    if target_modules is None:
+        targets = _matrix_weights(model) - reasons.keys() | also_targeted
+    else:
+        targets = _selected_targets(model, target_modules) | also_targeted
     # The Trainer's own rule: a method that does not use its instance, in every version from 5.2 on.
     decaying = set(Trainer.get_decay_parameter_names(cast(Any, None), model))
     placements = []
@@ -122,19 +105,16 @@ def place_parameters(
 
 
 def build_param_groups(
-    placements: Iterable[Placement], switch: tuple[str, Any], weight_decay: float | None
+    placements: Iterable[Placement], switch: tuple[str, Any], weight_decay: float
 ) -> list[dict[str, Any]]:
     """Turn placements into the optimizer's parameter groups: targeted or dense, with weight decay or without.
 
-    Parameters with the same settings of their own are in groups of their own, behind those without.
+    Parameters with the same settings of their own are in groups of their own, behind those without. No group is empty.
 
     Args:
         placements: What :func:`place_parameters` returned.
         switch: The option that sends a group to the dense rule, and the value that does.
-        weight_decay: Weight decay of the parameters that decay, None if the optimizer has none.
-
-    Returns:
-        Groups of named parameters, at most four for each set of settings; none is empty.
+        weight_decay: Weight decay of the parameters that decay.
     """
     gathered: dict[tuple[int, bool, bool], list[Placement]] = {}
     numbers = {repr({}): 0}
@@ -143,23 +123,17 @@ def build_param_groups(
         gathered.setdefault((number, not placement.targeted, not placement.decays), []).append(placement)
     groups = []
     for (_, dense, spared), chosen in sorted(gathered.items(), key=lambda item: item[0]):
-        group: dict[str, Any] = {"params": [(p.name, p.parameter) for p in chosen], **chosen[0].settings}
-        if weight_decay is not None:
-            group["weight_decay"] = 0.0 if spared else group.get("weight_decay", weight_decay)
-        if dense:
-            group[switch[0]] = switch[1]
-        groups.append(group)
+        settings = {"weight_decay": weight_decay, **chosen[0].settings, **dict([switch] if dense else [])}
+        if spared:
+            settings["weight_decay"] = 0.0
+        groups.append({"params": [(p.name, p.parameter) for p in chosen], **settings})
     return groups
 
 
-def _default_targets(model: nn.Module) -> set[int]:
-    """Return ids of the weights compressed by default."""
-    excluded = _dense_reasons(model)
-    return {
-        id(module.weight)
-        for module in model.modules()
-        if isinstance(module, _MATRIX_MODULES) and module.weight.requires_grad and id(module.weight) not in excluded
-    }
+def _matrix_weights(model: nn.Module) -> set[int]:
+    """Return ids of the trainable weights of linear and convolution layers."""
+    weights = (module.weight for module in model.modules() if isinstance(module, _MATRIX_MODULES))
+    return {id(weight) for weight in weights if weight.requires_grad}
 
 
 def _selected_targets(model: nn.Module, target_modules: str | Sequence[str]) -> set[int]:
@@ -170,8 +144,7 @@ def _selected_targets(model: nn.Module, target_modules: str | Sequence[str]) -> 
             f"optim_target_modules={target_modules!r} must be a list of module names, a regex or 'all-linear'"
         )
     if isinstance(target_modules, str) and target_modules.replace("_", "-") == "all-linear":
-        linear = (module for module in model.modules() if isinstance(module, _MATRIX_MODULES))
-        return {id(module.weight) for module in linear if module.weight.requires_grad}
+        return _matrix_weights(model)
     if not entries or not all(entries):
         raise ValueError(
             f"optim_target_modules={target_modules!r} is empty or has an empty entry; name at least one module, or "
@@ -182,24 +155,20 @@ def _selected_targets(model: nn.Module, target_modules: str | Sequence[str]) -> 
         # transformers' rule: a lone string is a regex for the whole name, an entry of a list may be a part of it.
         pattern = entry if isinstance(target_modules, str) else [entry]
         matching = matching_modules(model, pattern, f"optim_target_modules={target_modules!r}", _matrices)
-        matrices = (parameter for module in matching.values() for parameter in _matrices(module))
-        selected |= {id(parameter) for parameter in matrices if parameter.requires_grad}
+        selected |= {id(p) for module in matching.values() for p in _matrices(module) if p.requires_grad}
     return selected
 
 
 def matching_modules(
     model: nn.Module, pattern: str | list[str], where: str, held: Callable[[nn.Module], Iterable[nn.Parameter]]
 ) -> dict[str, nn.Module]:
-    """Find the modules of a model that a pattern matches, by transformers' own rule.
+    """Return the modules of a model that a pattern matches, by name, at least one with a trainable parameter.
 
     Args:
         model: The model.
         pattern: A regex for the whole name; or a list of one entry: a name, a part of it, or a regex for all of it.
         where: What the pattern was given as, for the errors.
         held: The parameters of a module that count.
-
-    Returns:
-        The modules by name; at least one holds a trainable parameter that counts.
 
     Raises:
         ValueError: It matches nothing, or nothing that is trained, or is no regex.
@@ -211,31 +180,27 @@ def matching_modules(
         raise ValueError(f"{where}: {entry!r} is not a valid regex: {error}") from error
     if any(parameter.requires_grad for module in matching.values() for parameter in held(module)):
         return matching
+    by_kind: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if any(parameter.requires_grad for parameter in held(module)):
+            by_kind.setdefault(name.rpartition(".")[2], name)
+    examples = ", ".join(map(repr, list(by_kind.values())[:4])) or "none, since none is trained"
     if matching:
         kind = " of two or more dimensions" * (held is _matrices)
         raise ValueError(
             f"{where}: {entry!r} matches {len(matching)} modules, for example {next(iter(matching))!r}, but none of "
-            f"them holds a trainable parameter{kind} itself; name the layers that do, such as {_examples(model, held)}"
+            f"them holds a trainable parameter{kind} itself; name the layers that do, such as {examples}"
         )
     leaves = {name.rpartition(".")[2] for name, module in model.named_modules() if list(held(module))}
     raise ValueError(
         f"{where}: {entry!r} matches no module of {type(model).__name__}; a regex must match the whole name of a "
-        f"module, such as {_examples(model, held)}{nearest(entry, leaves)}"
+        f"module, such as {examples}{nearest(entry, leaves)}"
     )
 
 
 def _matrices(module: nn.Module) -> Iterator[nn.Parameter]:
     """Return the parameters of two or more dimensions that ``module`` holds itself."""
     return (parameter for parameter in module.parameters(recurse=False) if parameter.ndim >= 2)
-
-
-def _examples(model: nn.Module, held: Callable[[nn.Module], Iterable[nn.Parameter]], count: int = 4) -> str:
-    """Return some names of modules with a trainable parameter that counts, each kind once."""
-    by_kind: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if any(parameter.requires_grad for parameter in held(module)):
-            by_kind.setdefault(name.rpartition(".")[2], name)
-    return ", ".join(repr(name) for name in list(by_kind.values())[:count]) or "none, since none is trained"
 
 
 def _dense_reasons(model: nn.Module) -> Mapping[int, str]:
@@ -248,9 +213,7 @@ def _dense_reasons(model: nn.Module) -> Mapping[int, str]:
         reasons.update((id(parameter), HEAD) for parameter in head.parameters())
     for module in model.modules():
         # peft's adapter of an embedding is no embedding itself, but has one as its base layer
-        if isinstance(module, _EMBEDDING_MODULES) or isinstance(
-            getattr(module, "base_layer", None), _EMBEDDING_MODULES
-        ):
+        if any(isinstance(each, _EMBEDDING_MODULES) for each in (module, getattr(module, "base_layer", None))):
             reasons.update((id(parameter), EMBEDDING) for parameter in module.parameters())
     return reasons
 
@@ -267,10 +230,8 @@ def _heads(model: nn.Module) -> Iterator[nn.Module]:
         output = cast(Any, module).get_output_embeddings()
         if isinstance(output, nn.Module):
             yield output
-        body = module.base_model
-        if body is not module:
-            inside = set(body.modules())
-            yield from (child for child in _outside(module, inside))
+        if module.base_model is not module:
+            yield from _outside(module, set(module.base_model.modules()))
 
 
 def _outside(module: nn.Module, inside: set[nn.Module]) -> Iterator[nn.Module]:

@@ -6,7 +6,7 @@ weights, and its state is summed from the specs that it would allocate from.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,13 +23,7 @@ from hf_lowmem_optim.registry import OPTIMIZERS, get_entry
 from hf_lowmem_optim.trainer.factory import OptimizerFactory
 from hf_lowmem_optim.trainer.model_source import ModelOptions, Source, open_model
 from hf_lowmem_optim.trainer.optim_args import hyperparameters_from_text
-from hf_lowmem_optim.trainer.param_groups import (
-    COMPRESSED,
-    EMBEDDING,
-    TargetModules,
-    build_param_groups,
-    place_parameters,
-)
+from hf_lowmem_optim.trainer.param_groups import COMPRESSED, EMBEDDING, TargetModules, place_parameters
 
 __all__ = ["plan_memory"]
 
@@ -74,23 +68,19 @@ def plan_memory(
         >>> plan = plan_memory("llama-2-7b", "ldadam", optim_args="rank=32", budget="48GiB")
         >>> plan["ldadam"].state.total_bytes
     """
-    names = _optimizer_names(optim, optim_args)
-    request = _Request(
-        model, names, optim_args, target_modules, options or ModelOptions(), Processes(gpus, sharding), len(names) == 1
-    )
-    if budget is None:
-        return request.plan()
-    return request.plan_within(parse_bytes(budget))
+    names, processes = _optimizer_names(optim, optim_args), Processes(gpus, sharding)
+    request = _Request(model, names, optim_args, target_modules, options or ModelOptions(), processes, len(names) == 1)
+    return request.plan() if budget is None else request.plan_within(parse_bytes(budget))
 
 
 def _optimizer_names(optim: str | Sequence[str] | None, optim_args: str | None) -> list[str]:
     """Return the optimizers to plan for."""
+    known = [*OPTIMIZERS, *BASELINES]
     if optim is None:
         if optim_args:
             raise ValueError(f"optim_args={optim_args!r} needs optim: say which optimizer they are for")
-        return [*OPTIMIZERS, *BASELINES]
+        return known
     names = [optim] if isinstance(optim, str) else list(optim)
-    known = [*OPTIMIZERS, *BASELINES]
     for name in names:
         if name not in known:
             raise ValueError(f"optim={name!r} cannot be planned{nearest(str(name), known)} ({', '.join(known)})")
@@ -120,44 +110,34 @@ class _Request:
         weights = plan_weights(opened.model, self.processes, opened.quantized)
         left = None if budget is None else budget - sum(weights.weight_bytes.values())
         searches: dict[str, BudgetSearch] = {}
-        rows = []
-        for name in self.names:
-            if name in OPTIMIZERS:
-                rows.append(self._registered(name, opened.model, weights, left, searches))
-            else:
-                rows.append(self._reference(name, opened.model))
+        rows = [
+            self._registered(name, opened.model, weights, left, searches)
+            if name in OPTIMIZERS
+            else self._reference(name, opened.model)
+            for name in self.names
+        ]
         plan = MemoryPlan(opened.source, opened.description, self.processes, weights, tuple(rows), budget)
         if budget is None:
             return plan
         return replace(plan, suggestions=tuple(_setting_suggestions(plan, searches, self.optim_args)))
 
     def plan_within(self, budget: int) -> MemoryPlan:
-        """Plan, and find what to change where the budget is not met.
-
-        Raises:
-            ValueError: Nothing that was looked at fits.
-        """
+        """Plan, and find what to change where the budget is not met; ValueError if nothing that was looked at fits."""
         plan = self.plan(budget)
         if any(plan.fits(row) for row in plan.optimizers) or any(s.fits for s in plan.suggestions):
             return plan
-        least = min(
-            [
-                *((plan.total_bytes(row) or 0, row.name) for row in plan.optimizers if row.state and not row.problem),
-                *((s.total_bytes, s.change) for s in plan.suggestions),
-            ],
-            default=(plan.weights.total_bytes, "weights and gradients alone"),
-        )
-        message = (
+        alone = plan.weights.total_bytes
+        sizes = [(plan.total_bytes(row) or 0, row.name) for row in plan.optimizers if row.state and not row.problem]
+        sizes += [(s.total_bytes, s.change) for s in plan.suggestions]
+        least, with_what = min(sizes, default=(alone, "weights and gradients alone"))
+        lines = [
             f"budget={format_bytes(budget)}: nothing fits. The least for {plan.source} ({plan.description}) is "
-            f"{format_bytes(least[0])} with {least[1]}; weights and gradients alone take "
-            f"{format_bytes(plan.weights.total_bytes)}"
-        )
+            f"{format_bytes(least)} with {with_what}; weights and gradients alone take {format_bytes(alone)}"
+        ]
         remedies = sorted(self._model_suggestions(plan, budget), key=lambda s: (not s.fits, -s.total_bytes * s.fits))
-        for remedy in remedies:
-            message += (
-                f"\n  {'fits' if remedy.fits else 'not yet'}: {format_bytes(remedy.total_bytes)}  {remedy.change}"
-            )
-        raise ValueError(message)
+        for s in remedies:
+            lines.append(f"  {'fits' if s.fits else 'not yet'}: {format_bytes(s.total_bytes)}  {s.change}")
+        raise ValueError("\n".join(lines))
 
     def _registered(
         self, name: str, model: nn.Module, weights: WeightReport, left: int | None, searches: dict[str, BudgetSearch]
@@ -171,23 +151,26 @@ class _Request:
             if self.strict:
                 raise
             return replace(row, problem=str(error))
-        groups, shards = optimizer.param_groups, self.processes.num_shards
-        gradient_bytes = _one_gradient(groups) if optimizer.method.layerwise else None
+        groups, shards, method = optimizer.param_groups, self.processes.num_shards, optimizer.method
+        # in layer-wise mode one gradient exists at once
+        largest = max(param.nbytes for group in groups for param in group["params"])
+        gradient_bytes = {"largest gradient": largest} if method.layerwise else None
         allowed = None if left is None else left - sum((gradient_bytes or weights.gradient_bytes).values())
         search = BudgetSearch(type(optimizer), groups, shards, self.processes.gpus)
         problem = None
-        if shards > 1 and any(p.rule == COMPRESSED for p in placements):
-            problem = "compressed tensors cannot be sharded yet: the first step under FSDP says so"
-        elif shards > 1 and (optimizer.defaults["dense_state"], optimizer.defaults["weight_rounding"]) != _SHARDABLE:
-            problem = "dense_state and weight_rounding cannot be sharded: the first step under FSDP says so"
-        single = next(filter(None, (optimizer.method.needs_one_process(group) for group in groups)), None)
+        single = next(filter(None, map(method.needs_one_process, groups)), None)
+        settings = (optimizer.defaults["dense_state"], optimizer.defaults["weight_rounding"])
         if self.processes.gpus > 1 and single is not None:
             problem = f"{single}: it trains in one process"
+        elif shards > 1 and any(p.rule == COMPRESSED for p in placements):
+            problem = "compressed tensors cannot be sharded yet: the first step under FSDP says so"
+        elif shards > 1 and settings != ("param", "nearest"):
+            problem = "dense_state and weight_rounding cannot be sharded: the first step under FSDP says so"
         if problem is None and allowed is not None:
             searches[name] = search
         return replace(
             row,
-            settings={key: optimizer.defaults[key] for key in optimizer.method.shaping},
+            settings={key: optimizer.defaults[key] for key in method.shaping},
             state=plan_groups(type(optimizer), groups, num_shards=shards),
             temporary_bytes=plan_temporaries(type(optimizer), groups),
             compressed_bytes_per_parameter=compressed_bytes_per_parameter(type(optimizer), groups),
@@ -198,18 +181,12 @@ class _Request:
 
     def _reference(self, name: str, model: nn.Module) -> OptimizerPlan:
         """Plan an optimizer that is not ours."""
-        reference = BASELINES[name]
+        reference, shards = BASELINES[name], self.processes.num_shards
         groups = _reference_groups(model, self.target_modules)
-        everything = [facts for group in groups for facts in group]
-        temporaries = reference.temporaries
-        return OptimizerPlan(
-            name,
-            False,
-            reference.summary,
-            {},
-            plan_baseline(reference, groups, num_shards=self.processes.num_shards),
-            None if temporaries is None else -(-temporaries(everything) // self.processes.num_shards),
-        )
+        state, temporary_bytes = plan_baseline(reference, groups, num_shards=shards), None
+        if reference.temporaries is not None:
+            temporary_bytes = -(-reference.temporaries([facts for group in groups for facts in group]) // shards)
+        return OptimizerPlan(name, False, reference.summary, {}, state, temporary_bytes)
 
     def _model_suggestions(self, plan: MemoryPlan, budget: int) -> Iterator[Suggestion]:
         """Try other ways to load or share the model, each with the optimizer that takes the least."""
@@ -228,38 +205,19 @@ class _Request:
                 alternatives.append((f"--gpus {gpus} --sharding fsdp", self.options, Processes(gpus, "fsdp")))
         for change, options, processes in alternatives:
             changed = replace(self, options=options, processes=processes, strict=False).plan()
-            totals = {
-                row.name: total
-                for row in changed.optimizers
-                if row.problem is None and (total := changed.total_bytes(row)) is not None
-            }
-            if totals:
-                best = min(totals, key=lambda name: totals[name])
-                yield Suggestion(f"{change} (with {best})", totals[best], totals[best] <= budget)
-
-
-#: Values of ``dense_state`` and ``weight_rounding`` that sharded parameters may have.
-_SHARDABLE = ("param", "nearest")
-
-
-def _one_gradient(groups: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Return the gradients that exist at once in layer-wise mode: the largest one."""
-    sizes = (param.numel() * param.element_size() for group in groups for param in group["params"])
-    return {"largest gradient": max(sizes)}
+            totals = [(changed.total_bytes(row), row.name) for row in changed.optimizers if row.problem is None]
+            known = [(total, name) for total, name in totals if total is not None]
+            if known:
+                least, best = min(known, key=lambda pair: pair[0])
+                yield Suggestion(f"{change} (with {best})", least, least <= budget)
 
 
 def _reference_groups(model: nn.Module, target_modules: TargetModules) -> list[list[ParameterFacts]]:
     """Return the parameters in the groups of the Trainer's own optimizers: decaying or not."""
-    placements = place_parameters(model, target_modules, lambda parameter, settings: COMPRESSED)
-    groups = build_param_groups(placements, ("dense", True), 1.0)
-    by_parameter = {id(placement.parameter): placement for placement in placements}
     facts: dict[bool, list[ParameterFacts]] = {True: [], False: []}
-    for group in groups:
-        for _, parameter in group["params"]:
-            placement = by_parameter[id(parameter)]
-            facts[placement.decays].append(
-                ParameterFacts(tuple(parameter.shape), parameter.dtype, placement.targeted, placement.rule == EMBEDDING)
-            )
+    for p in place_parameters(model, target_modules, lambda parameter, settings: COMPRESSED):
+        shape, dtype = tuple(p.parameter.shape), p.parameter.dtype
+        facts[p.decays].append(ParameterFacts(shape, dtype, p.targeted, p.rule == EMBEDDING))
     return [group for group in facts.values() if group]
 
 
@@ -270,16 +228,13 @@ def _setting_suggestions(
     for row in plan.optimizers:
         if row.name not in searches or plan.fits(row):
             continue
-        found = [
-            Suggestion(_as_arguments(row.name, changes, optim_args), plan.held_bytes(row) + size, False)
-            for changes, size in searches[row.name].smaller()
-        ]
-        found = [replace(s, fits=s.total_bytes <= (plan.budget_bytes or 0)) for s in found]
-        fitting = [s for s in found if s.fits]
-        if fitting:
-            yield fitting[0]
-        elif found:
-            yield min(found, key=lambda s: s.total_bytes)
+        found = []
+        for changes, size in searches[row.name].smaller():
+            total = plan.held_bytes(row) + size
+            fits = total <= (plan.budget_bytes or 0)
+            found.append(Suggestion(_as_arguments(row.name, changes, optim_args), total, fits))
+        # the first that fits, else the smallest
+        yield from sorted(found, key=lambda s: 0 if s.fits else s.total_bytes)[:1]
 
 
 def _as_arguments(name: str, changes: dict[str, Any], optim_args: str | None) -> str:

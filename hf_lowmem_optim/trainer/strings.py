@@ -16,13 +16,8 @@ from types import ModuleType
 from typing import Any
 
 from hf_lowmem_optim.registry import OPTIMIZERS, after_registration
-from hf_lowmem_optim.trainer.import_hook import (
-    HANDLERS_MODULE,
-    MEMBERS_MODULE,
-    TRAINER_MODULE,
-    UnsupportedTransformersError,
-    install,
-)
+from hf_lowmem_optim.trainer import import_hook
+from hf_lowmem_optim.trainer.import_hook import UnsupportedTransformersError
 
 __all__ = ["UnsupportedTransformersError", "add_callbacks", "add_handlers", "add_members", "register_optimizer_strings"]
 
@@ -40,27 +35,17 @@ def register_optimizer_strings() -> None:
     Raises:
         UnsupportedTransformersError: The installed transformers lacks what the strings are attached to.
     """
-    add_members(importlib.import_module(MEMBERS_MODULE))
-    add_handlers(importlib.import_module(HANDLERS_MODULE))
-    add_callbacks(importlib.import_module(TRAINER_MODULE))
+    for name, add in ADDITIONS.items():
+        add(importlib.import_module(name))
 
 
 def add_members(training_args: ModuleType) -> None:
-    """Add a member per registered optimizer to ``OptimizerNames`` of the module ``transformers.training_args``.
-
-    Args:
-        training_args: The imported module.
-
-    Raises:
-        UnsupportedTransformersError: There is no such Enum, or it did not take the member.
-    """
+    """Add a member per registered optimizer to ``OptimizerNames`` of the module ``transformers.training_args``."""
     names = getattr(training_args, "OptimizerNames", None)
     if names is None or not issubclass(names, str):
-        raise _unsupported(f"{MEMBERS_MODULE}.OptimizerNames is not an Enum of strings")
+        raise _unsupported(f"{import_hook.MEMBERS_MODULE}.OptimizerNames is not an Enum of strings")
     for name in OPTIMIZERS:
-        member = names._value2member_map_.get(name)
-        if member is None:
-            member = _insert_member(names, name)
+        member = names._value2member_map_.get(name) or _insert_member(names, name)
         if hasattr(member, _MARK):
             # On the instance, where pickle and copy look it up: `training_args.bin` then loads in a process that has
             # not imported this package, because unpickling the member does.
@@ -70,50 +55,43 @@ def add_members(training_args: ModuleType) -> None:
             logger.warning(
                 "transformers has an optimizer named optim=%r of its own, which stays in use. For the one of "
                 "hf_lowmem_optim pass Trainer(..., optimizer_cls_and_kwargs=(OptimizerFactory(%r), {})).",
-                name,
-                name,
+                *(name, name),
             )
 
 
 def add_handlers(trainer_optimizer: ModuleType) -> None:
-    """Add a handler per registered optimizer to the table in the module ``transformers.trainer_optimizer``.
-
-    Args:
-        trainer_optimizer: The imported module.
-
-    Raises:
-        UnsupportedTransformersError: There is no such table.
-    """
+    """Add a handler per registered optimizer to the table in the module ``transformers.trainer_optimizer``."""
     handlers = getattr(trainer_optimizer, "_OPTIMIZER_HANDLERS", None)
     if not isinstance(handlers, dict):
-        raise _unsupported(f"{HANDLERS_MODULE} has no table of optimizer handlers")
+        raise _unsupported(f"{import_hook.HANDLERS_MODULE} has no table of optimizer handlers")
     # trainer_optimizer imports training_args, so the members are there.
-    names = importlib.import_module(MEMBERS_MODULE).OptimizerNames
+    names = importlib.import_module(import_hook.MEMBERS_MODULE).OptimizerNames
     for name in OPTIMIZERS:
         if hasattr(names(name), _MARK):
             handlers[names(name)] = _make_factory
 
 
 def add_callbacks(trainer: ModuleType) -> None:
-    """Add our callbacks to the default ones in the module ``transformers.trainer``, which come before the reporters.
-
-    Args:
-        trainer: The imported module.
-
-    Raises:
-        UnsupportedTransformersError: There is no such list.
-    """
+    """Add our callbacks to the default ones in the module ``transformers.trainer``, which come before the reporters."""
     from hf_lowmem_optim.trainer.backward import BackwardCallback
     from hf_lowmem_optim.trainer.callbacks import EarlyLogCallback
 
     defaults = getattr(trainer, "DEFAULT_CALLBACKS", None)
     if not isinstance(defaults, list):
-        raise _unsupported(f"{TRAINER_MODULE}.DEFAULT_CALLBACKS is not a list of callbacks")
+        raise _unsupported(f"{import_hook.TRAINER_MODULE}.DEFAULT_CALLBACKS is not a list of callbacks")
     ours: list[Any] = [BackwardCallback, EarlyLogCallback]
     # By name, to find those of an earlier import; and in place, because other modules hold the same list.
     names = {(callback.__module__, callback.__name__) for callback in ours}
     others = [each for each in defaults if (each.__module__, getattr(each, "__name__", "")) not in names]
     defaults[:] = [*others, *ours]
+
+
+#: What is added to which module of transformers, in the order in which they import each other.
+ADDITIONS = {
+    import_hook.MEMBERS_MODULE: add_members,
+    import_hook.HANDLERS_MODULE: add_handlers,
+    import_hook.TRAINER_MODULE: add_callbacks,
+}
 
 
 def _make_factory(context: Any) -> tuple[Any, dict[str, Any]]:
@@ -129,9 +107,7 @@ def _insert_member(names: Any, name: str) -> Any:
     if member_name in names._member_map_:
         raise _unsupported(f"OptimizerNames.{member_name} exists already with another value")
     member = str.__new__(names, name)
-    member._name_ = member_name
-    member._value_ = name
-    member._sort_order_ = len(names._member_names_)
+    member._name_, member._value_, member._sort_order_ = member_name, name, len(names._member_names_)
     member.__objclass__ = names
     setattr(member, _MARK, True)
     # Before the maps know it: afterwards the metaclass takes it for the reassignment of a member and refuses.
@@ -146,22 +122,14 @@ def _insert_member(names: Any, name: str) -> Any:
 
 def _restore_member(name: str) -> Any:
     """Return the member ``name``; what a pickled member calls when it is loaded."""
-    names = importlib.import_module(MEMBERS_MODULE).OptimizerNames
-    return names(name)
+    return importlib.import_module(import_hook.MEMBERS_MODULE).OptimizerNames(name)
 
 
 def _check_member(names: Any, member: Any) -> None:
     """Assert everything that transformers does with a member."""
-    works = (
-        names(member.value) is member
-        and names[member.name] is member
-        and getattr(names, member.name) is member
-        and member in list(names)
-        and member == member.value
-        and hash(member) == hash(member.value)
-        and pickle.loads(pickle.dumps(member)) is member
-    )
-    if not works:
+    found = (names(member.value), names[member.name], getattr(names, member.name), pickle.loads(pickle.dumps(member)))
+    equal = member == member.value and hash(member) == hash(member.value)
+    if not (equal and member in list(names) and all(each is member for each in found)):
         raise _unsupported(f"OptimizerNames did not take the new member {member.value!r}")
 
 
@@ -178,4 +146,4 @@ def _unsupported(reason: str) -> UnsupportedTransformersError:
 
 # This module is loaded with the first module of transformers that it adds to: an optimizer that is registered later has
 # to be added then. One that was registered before is in the table already.
-after_registration.append(install)
+after_registration.append(import_hook.install)

@@ -7,25 +7,27 @@ import pytest
 from transformers import TrainingArguments
 
 from hf_lowmem_optim import OPTIMIZERS, OptimizerFactory
-from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
+from hf_lowmem_optim.engine.method import Method
+from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
+from hf_lowmem_optim.engine.options import COUNT, Options, option
 from hf_lowmem_optim.optimizers.ldadam import LDAdam
 from hf_lowmem_optim.trainer.optim_args import parse_optim_args
 
 
-class Every(LowMemoryOptimizer):
-    """An optimizer with an argument of every type, for its signature only."""
+@dataclass(frozen=True)
+class EveryOptions(Options):
+    """Options of every type."""
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        weight_decay: float = 0.0,
-        *,
-        size: int = 3,
-        limit: int | None = 4,
-        mode: Literal["a", "b"] = "a",
-        exact: bool = False,
-    ) -> None: ...
+    size: int = option(3, "A size.", within=COUNT)
+    limit: int | None = option(4, "A limit.", within=COUNT, none="no limit")
+    mode: Literal["a", "b"] = option("a", "A mode.")
+    exact: bool = option(False, "A switch.")
+
+
+class Every(LowMemoryOptimizer):
+    """An optimizer for its options only."""
+
+    method = Method("every", EveryOptions, lambda *_: None, lambda *_: None, switch=("exact", False))
 
 
 @pytest.mark.parametrize(
@@ -70,7 +72,7 @@ def test_values_are_typed_by_the_signature(
         (LDAdam, "eps=1e-6", "TrainingArguments.adam_epsilon="),
         (LDAdam, "params=1", "has no argument 'params'"),
         (Every, "exact=maybe", "exact='maybe' is not true or false"),
-        (Every, "beta1=0.9", "has no argument 'beta1'"),
+        (Every, "beta3=0.9", "has no argument 'beta3'"),
         (Every, "size=none", "size='none' is not an int"),
     ],
 )
@@ -88,7 +90,7 @@ class Source:
     hyper: dict[str, Any]
 
 
-PAPER = LDAdam.default_hyperparameters()
+PAPER = LDAdam.method.options.defaults()
 B1, B2 = PAPER["betas"]
 SOURCES = {
     "nothing set: the paper's": Source({}, {"betas": (B1, B2), "eps": PAPER["eps"], "rank": PAPER["rank"]}),
@@ -111,7 +113,7 @@ SOURCES = {
 def test_which_value_wins(source: Source) -> None:
     args = TrainingArguments("out", optim="ldadam", report_to=[], **source.arguments)
     factory = OptimizerFactory.from_training_args(args)
-    hyper = {**factory.optimizer_class.default_hyperparameters(), **factory.hyper}
+    hyper = {**factory.optimizer_class.method.options.defaults(), **factory.hyper}
     assert {key: hyper[key] for key in source.hyper} == source.hyper
 
 
@@ -120,7 +122,7 @@ def test_every_optimizer_is_made_from_bare_arguments(name: str) -> None:
     args = TrainingArguments("out", optim=name, learning_rate=3e-4, weight_decay=0.1, max_grad_norm=0, report_to=[])
     factory = OptimizerFactory.from_training_args(args)
     assert factory.name == name
-    defaults = factory.optimizer_class.default_hyperparameters()
+    defaults = factory.optimizer_class.method.options.defaults()
     assert {**defaults, **factory.hyper} == {**defaults, "lr": 3e-4, "weight_decay": 0.1}
 
 
