@@ -43,8 +43,8 @@ def register_optimizer(
 ) -> None:
     """Make an optimizer known under a string, and its layer-wise version under ``<name>_layerwise``.
 
-    It then has whatever the methods of this package have: the ``optim`` string and ``optim_args``, the factory, plan and
-    report, exact resume, layer-wise mode. Register before building ``TrainingArguments``.
+    It then has whatever the methods of this package have: the ``optim`` string and ``optim_args``, the factory, plan
+    and report, exact resume, layer-wise mode. Register before building ``TrainingArguments``.
 
     Args:
         name: The string, in lower case: the name of the class's :class:`~hf_lowmem_optim.engine.method.Method`.

@@ -16,14 +16,14 @@ from types import ModuleType
 from typing import Any
 
 from hf_lowmem_optim.registry import OPTIMIZERS
-from hf_lowmem_optim.trainer.import_hook import (
+from hf_lowmem_optim.trainer.attachment import (
     HANDLERS_MODULE,
     MEMBERS_MODULE,
     TRAINER_MODULE,
     UnsupportedTransformersError,
 )
 
-__all__ = ["UnsupportedTransformersError", "add_callbacks", "add_handlers", "add_members", "register_optimizer_strings"]
+__all__ = ["add_callbacks", "add_handlers", "add_members", "register_optimizer_strings"]
 
 logger = logging.getLogger(__name__)
 

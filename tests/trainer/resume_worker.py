@@ -79,7 +79,7 @@ def train(name: str, case: Case, folder: Path, *, stop: bool = False, resume: bo
     }
     optim_args = None if case.defaults else ARGUMENTS[name]
     clipped_at = settings["max_grad_norm"]
-    if OPTIMIZERS[name].optimizer_class.layerwise:
+    if OPTIMIZERS[name].optimizer_class.method.layerwise:
         settings["max_grad_norm"] = clipped_at = 0.0
         if settings["gradient_accumulation_steps"] == 1:
             optim_args = f"clip_tensor_norm={CLIP_TENSOR_NORM}"

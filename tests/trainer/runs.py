@@ -24,7 +24,7 @@ ARGUMENTS = {
 ARGUMENTS.update({f"{name}_layerwise": text for name, text in ARGUMENTS.items() if f"{name}_layerwise" in OPTIMIZERS})
 #: A step of GGT is at most as long as the rate, over all parameters together.
 LEARNING_RATES = {"sparse_ggt": 0.3}
-LAYERWISE = [name for name, entry in OPTIMIZERS.items() if entry.optimizer_class.layerwise]
+LAYERWISE = [name for name, entry in OPTIMIZERS.items() if entry.optimizer_class.method.layerwise]
 NORMAL = [name for name in OPTIMIZERS if name not in LAYERWISE]
 #: One of each kind: a low-rank one, a sparse one, a preconditioner over all tensors, a layer-wise one.
 KINDS = ["ldadam", "microadam", "sparse_mfac", "ldadam_layerwise"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from hf_lowmem_optim import OPTIMIZERS, measure_state, plan_optimizer
-from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
+from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from tests.trainer.runs import ARGUMENTS, LEARNING_RATES, assert_same_parameters, logged, make_trainer
 
 BEFORE, STEPS = 2, 6

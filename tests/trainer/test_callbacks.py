@@ -65,7 +65,7 @@ def test_bytes_reach_history_and_the_reporters_before_it(name: str, tmp_path: Pa
         },
         **{f"{PREFIX}group_{i}_bytes": count for i, count in enumerate(measured.group_bytes)},
     }
-    if OPTIMIZERS[name].optimizer_class.layerwise:
+    if OPTIMIZERS[name].optimizer_class.method.layerwise:
         expected[f"{PREFIX}gradient_peak_bytes"] = max(p.nbytes for p in trainer.model.parameters())
     assert len(measured.group_bytes) == len(trainer.optimizer.param_groups)
     for stream in (reporter.seen, trainer.state.log_history):

@@ -7,7 +7,7 @@ import pytest
 from transformers import TrainingArguments
 
 from hf_lowmem_optim import OPTIMIZERS, OptimizerFactory
-from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
+from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.optimizers.ldadam import LDAdam
 from hf_lowmem_optim.trainer.optim_args import parse_optim_args
 
@@ -88,7 +88,7 @@ class Source:
     hyper: dict[str, Any]
 
 
-PAPER = LDAdam.default_hyperparameters()
+PAPER = LDAdam.method.options.defaults()
 B1, B2 = PAPER["betas"]
 SOURCES = {
     "nothing set: the paper's": Source({}, {"betas": (B1, B2), "eps": PAPER["eps"], "rank": PAPER["rank"]}),
@@ -111,7 +111,7 @@ SOURCES = {
 def test_which_value_wins(source: Source) -> None:
     args = TrainingArguments("out", optim="ldadam", report_to=[], **source.arguments)
     factory = OptimizerFactory.from_training_args(args)
-    hyper = {**factory.optimizer_class.default_hyperparameters(), **factory.hyper}
+    hyper = {**factory.optimizer_class.method.options.defaults(), **factory.hyper}
     assert {key: hyper[key] for key in source.hyper} == source.hyper
 
 
@@ -120,7 +120,7 @@ def test_every_optimizer_is_made_from_bare_arguments(name: str) -> None:
     args = TrainingArguments("out", optim=name, learning_rate=3e-4, weight_decay=0.1, max_grad_norm=0, report_to=[])
     factory = OptimizerFactory.from_training_args(args)
     assert factory.name == name
-    defaults = factory.optimizer_class.default_hyperparameters()
+    defaults = factory.optimizer_class.method.options.defaults()
     assert {**defaults, **factory.hyper} == {**defaults, "lr": 3e-4, "weight_decay": 0.1}
 
 

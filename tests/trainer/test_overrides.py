@@ -23,8 +23,8 @@ from hf_lowmem_optim import (
     plan_memory,
     plan_optimizer,
 )
+from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.memory.report import load_report
-from hf_lowmem_optim.optimizers.base import LowMemoryOptimizer
 from hf_lowmem_optim.trainer.param_groups import COMPRESSED
 from tests.trainer.runs import STOP, StopAt, assert_equal_to_the_bit, make_trainer
 from tests.trainer.tiny_models import tiny_llama, token_rows
@@ -114,10 +114,10 @@ def test_overrides_that_cannot_be_meant_are_refused(bad: Bad) -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_takes_overrides_and_keeps_its_plan(name: str) -> None:
-    key = OPTIMIZERS[name].optimizer_class.dense_key
+    key, off = OPTIMIZERS[name].optimizer_class.method.switch
     model = tiny_llama()
     small = {"min_compress_size": 64} if name.startswith("microadam") else {"rank": 4} if key == "rank" else {}
-    overrides = {"k_proj": {key: None}, "q_proj": {"lr": 5e-4}}
+    overrides = {"k_proj": {key: off}, "q_proj": {"lr": 5e-4}}
     optimizer = OptimizerFactory(name, lr=1e-3, overrides=overrides, **small)(model)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     torch.manual_seed(0)
