@@ -260,7 +260,7 @@ class LayerwiseMode(BackwardMode):
 
 def _norm(tensor: Tensor) -> Tensor:
     """Return the norm in float32; a CPU would first convert the whole of a half-precision tensor."""
-    if tensor.dtype == torch.float32 or tensor.device.type != "cpu" or tensor.dim() == 0:
+    if tensor.dtype == torch.float32 or tensor.device.type != "cpu" or tensor.dim() == 0 or tensor.numel() == 0:
         whole: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.float32)
         return whole
     rows = max(1, _SLICE_ENTRIES // max(1, tensor[0].numel()))

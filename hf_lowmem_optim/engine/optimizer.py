@@ -115,11 +115,12 @@ class LowMemoryOptimizer(Optimizer):
             ImportError: ``dense_state="8bit"`` without bitsandbytes.
             NotImplementedError: The group's settings do not work with several processes.
         """
-        who = type(self).__name__
-        check_group_keys(param_group, self.defaults, who)
-        param_group = {key: as_plain(value) if key in self.defaults else value for key, value in param_group.items()}
+        # not self.defaults, to which torch adds names of its own when a state is loaded
+        who, own = type(self).__name__, self.method.options.defaults()
+        check_group_keys(param_group, own, who)
+        param_group = {key: as_plain(value) if key in own else value for key, value in param_group.items()}
         full = {**self.defaults, **param_group}
-        self.method.check({key: full[key] for key in self.defaults}, who)
+        self.method.check({key: full[key] for key in own}, who)
         check_agreement(self.method, [*self.param_groups, full], who)
         # torch itself turns generators into lists; it must not find them used up.
         params = param_group["params"]

@@ -73,7 +73,7 @@ def _orthonormal_columns(Y: Tensor) -> Tensor:
 def seeded_sketch(rows: int, columns: int, device: torch.device) -> Tensor:
     """Return a fixed Gaussian matrix, float32 (rows, columns), drawn on the CPU whatever the device."""
     generator = torch.Generator().manual_seed(_SEED)
-    return torch.randn(rows, columns, generator=generator).to(device)
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float32).to(device)
 
 
 def leading_left_singular_vectors(matrix: Tensor, rank: int) -> Tensor:

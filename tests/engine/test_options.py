@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -194,6 +195,23 @@ OTHER_VALUES: dict[str, Any] = {
     "quant_block_size": 16, "bits": 8, "min_compress_size": 200, "value_dtype": "fp32", "error_feedback": "bf16",
     "scope": "tensor",
 }  # fmt: skip
+
+
+@every_name
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_a_group_may_come_after_a_load_and_to_a_copy(name: str, copier: Any) -> None:
+    """torch puts a default of its own into an optimizer that has been loaded or copied."""
+    params = make_params()
+    optimizer = CASES[name].build(params.values())
+    run(optimizer, params, gradients(2))
+    loaded = CASES[name].build(params.values())
+    loaded.load_state_dict(optimizer.state_dict())
+    for each in (loaded, copier(optimizer)):
+        late = weight(12, 40)
+        each.add_param_group({"params": [late], "lr": 0.25})
+        (late * 2).sum().backward()
+        each.step()
+        assert each.state[late]["step"] == 1 and each.param_groups[1]["lr"] == 0.25
 
 
 @every_name

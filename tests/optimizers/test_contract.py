@@ -278,6 +278,50 @@ def test_sparse_and_complex_gradients_are_refused_before_anything_moves(case: Ca
         case.build([nn.Parameter(torch.zeros(4, 4, dtype=torch.float64))])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_odd_shapes(case: Case, dtype: torch.dtype) -> None:
+    """Empty, of one entry, with dimensions of one, of five dimensions: alone beside a matrix, with state that loads."""
+    for shape in [
+        (),
+        (0,),
+        (0, 16),
+        (16, 0),
+        (3, 0, 4),
+        (1,),
+        (1, 500),
+        (500, 1),
+        (17, 17),
+        (2, 3, 4, 5, 6),
+        (40, 1, 1, 50),
+    ]:
+        odd, other = nn.Parameter(torch.ones(shape, dtype=dtype)), nn.Parameter(torch.ones(64, 128, dtype=dtype))
+        optimizer = case.build([odd, other])
+        for _ in range(3):
+            (odd.float().sum() + other.float().square().sum()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert torch.isfinite(odd).all() and torch.isfinite(other).all()
+        again = case.build([odd, other])
+        again.load_state_dict(optimizer.state_dict())
+        assert_same_state(optimizer, again)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_does_not_matter(case: Case, default: torch.dtype) -> None:
+    ends = []
+    for chosen in (torch.float32, default):
+        params, steps = make_params(), list(gradients(6))
+        torch.set_default_dtype(chosen)
+        try:
+            optimizer = case.build(params.values())
+            run(optimizer, params, iter(steps))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        ends.append((params, optimizer))
+    assert all(torch.equal(ends[0][0][key], ends[1][0][key]) for key in SHAPES)
+    assert_same_state(ends[0][1], ends[1][1])
+
+
 def test_only_leaves_are_accepted(case: Case) -> None:
     weight = nn.Parameter(torch.randn(12, 40))
     with pytest.raises(ValueError, match="not a leaf"):
