@@ -328,8 +328,8 @@ class Fresh:
     def run(self) -> None:
         """Use both loops."""
         module, x = self.load(), torch.ones(4)
-        module.double(x.numpy(), 4)
-        assert module.total(x.numpy(), 4) == 8.0
+        module.double.run(x.numpy(), 4)
+        assert module.total.run(x.numpy(), 4) == 8.0
 
 
 @pytest.fixture
@@ -351,15 +351,15 @@ def test_a_loop_is_compiled_once_and_kept(fresh: Fresh, caplog: pytest.LogCaptur
     fresh.run()
     assert {path: path.stat().st_mtime_ns for path in fresh.cache.rglob("*.nb?")} == files
     module, x = fresh.load(), torch.ones(4)
-    module.double(x.numpy(), 4)
+    module.double.run(x.numpy(), 4)
     with pytest.raises(TypeError):  # not compiled for a second set of types
-        module.double([1.0], 1)
+        module.double.run([1.0], 1)
     assert records(caplog) == []
 
 
 def test_an_error_of_the_compilation_comes_out(fresh: Fresh, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(numba.TypingError, match="no_such_thing"):
-        fresh.load().wrong(torch.ones(4).numpy())
+        fresh.load().wrong.run(torch.ones(4).numpy())
     assert records(caplog) == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -29,6 +30,8 @@ NORMAL = [name for name in OPTIMIZERS if name not in LAYERWISE]
 #: One of each kind: a low-rank one, a sparse one, a preconditioner over all tensors, a layer-wise one.
 KINDS = ["ldadam", "microadam", "sparse_mfac", "ldadam_layerwise"]
 STOP = 6
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+DEVICES = ["cpu", pytest.param("cuda", marks=ON_GPU)]
 
 
 class StopAt(TrainerCallback):

@@ -26,6 +26,7 @@ from hf_lowmem_optim import (
 from hf_lowmem_optim.memory.report import load_report
 from tests.trainer.runs import (
     ARGUMENTS,
+    DEVICES,
     LAYERWISE,
     LEARNING_RATES,
     STOP,
@@ -37,12 +38,6 @@ from tests.trainer.tiny_models import VOCAB, token_rows
 
 pytest.importorskip("bitsandbytes")
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-    ),
-]
 QUANTIZED = {
     "4-bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "8-bit": {"load_in_8bit": True},

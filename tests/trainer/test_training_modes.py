@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback
 from hf_lowmem_optim import OPTIMIZERS, OptimizerStateMemoryCallback, measure_state, plan_optimizer
 from hf_lowmem_optim.memory.measure import unwrap_optimizer
 from tests.optimizers.cases import assert_same_state
-from tests.trainer.runs import ARGUMENTS, LAYERWISE, NORMAL, assert_same_parameters, logged, make_trainer
+from tests.trainer.runs import ARGUMENTS, DEVICES, LAYERWISE, NORMAL, assert_same_parameters, logged, make_trainer
 from tests.trainer.tiny_models import tiny_llama, token_rows
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
@@ -82,15 +82,6 @@ class HalveTheScale(TrainerCallback):
         if state.global_step == OVERFLOWS_AT:
             assert self.scaler is not None
             self.scaler.update(new_scale=self.scaler.get_scale() / 2)
-
-
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")],
-    ),
-]
 
 
 @pytest.mark.parametrize("device", DEVICES)
