@@ -7,6 +7,7 @@ Parameters and gradients stay where they are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ __all__ = ["Batch", "TensorUpdate", "allocate_stacked", "batches", "most_tensors
 
 #: CPU instructions, and with them the rounding, may depend on an address modulo this.
 _ALIGNMENT_BYTES = 64
-#: Rows of a multiple of this many float32 numbers are all aligned.
+#: Matrices of a multiple of this many float32 numbers are all aligned, one after the other.
 _EVEN = 16
 
 
@@ -165,13 +166,16 @@ def _bucketed(updates: Sequence[TensorUpdate], whole: bool) -> Iterator[Batch]:
 def _rounds_alike(update: TensorUpdate) -> bool:
     """Return whether products of several tensors in one call are rounded like those of each alone.
 
-    A GPU's need not be. A CPU's are where every row is aligned; a product with a vector is another routine.
+    A GPU's need not be. A CPU's are where every matrix begins at an aligned address, the state's and those of the size
+    of its smallest dimension among them; a product with a vector is another routine.
     """
-    param = update.param
-    rows = param.shape[0] if param.dim() else 1
-    aligned = rows % _EVEN == 0 and param.numel() // rows % _EVEN == 0
-    vectors = any(1 in part.shape for key, part in update.state.items() if key != "step")
-    return param.device.type != "cpu" or (aligned and not vectors)
+    if update.param.device.type != "cpu":
+        return True
+    shapes = [update.param.shape, *[part.shape for key, part in update.state.items() if key != "step"]]
+    matrices = [shape for shape in shapes if len(shape) >= 2]
+    smallest = min([min(shape) for shape in matrices], default=1)
+    sizes = [smallest**2, *[math.prod(shape) for shape in matrices]]
+    return smallest > 1 and all(size % _EVEN == 0 for size in sizes)
 
 
 def most_tensors(entries: int, device: torch.device) -> int:

@@ -129,7 +129,7 @@ def ldadam_update_(
         # 3. V ← bᵀU₋;  Y ← bV;  U ← orthonormalize(Y), with b = s·U₋m + (1 − ρ)·a
         s = numbers.momentum_weight
         V = torch.baddbmm(m, old.mT, a, beta=s, alpha=1 - o.rho).mT
-        U = orthonormalize(torch.baddbmm(old @ (m @ V), a, V, beta=s, alpha=1 - o.rho))
+        U = orthonormalize((old @ (m @ V)).baddbmm_(a, V, beta=s, alpha=1 - o.rho))
     bases = torch.cat((old.mT, U.mT), dim=1)  # U₋ᵀ over Uᵀ, [n, 2r, p]
     old_rows, rows = bases.tensor_split(2, dim=1)
     R = rows @ old_rows.mT
@@ -185,7 +185,7 @@ def ldadam_moments_(R: Tensor, m: Tensor, v: Tensor, p: Tensor, numbers: Coeffic
     # 5. m̃ ← R m
     m_moved = R @ m
     # 7. v ← c2·|(R∘R)(v/c2 − (m/c1)²) + (m̃/c1)²|, times the β2 of line 8: with k = c2/c1², c1 and c2 cancel
-    v_moved = torch.baddbmm(v, R * R, v.addcmul(m, m, value=-k), beta=0, alpha=β2)
+    v_moved = torch.empty_like(v).baddbmm_(R * R, v.addcmul(m, m, value=-k), beta=0, alpha=β2)
     v_moved.addcmul_(m_moved, m_moved, value=β2 * k).abs_()
     # 8. m ← β1·m̃ + (1 − β1)·p̃;  v ← β2·v + (1 − β2)·p̃²; so that p̃ + c·m̃ is m/(1 − β1)
     kept = m * (β1 / (1 - β1))

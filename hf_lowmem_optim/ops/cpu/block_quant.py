@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_lowmem_optim.ops.block_quant import Quantized, _dequantize_into, _quantize_into, rounding_keys
-from hf_lowmem_optim.ops.cpu.floats import BFLOAT16, load_floats, store_floats
+from hf_lowmem_optim.ops.cpu.floats import BFLOAT16, FLOAT32, load_floats, store_floats
 from hf_lowmem_optim.ops.cpu.jit import inlined, loop
 from hf_lowmem_optim.ops.cpu.launch import (
     DTYPE_CODES,
@@ -276,6 +276,11 @@ def _dequantize(
         start, end = block * block_size, min(min(block + blocks, stop) * block_size, numel)
         start, count = np.uint64(start), np.uint64(end - start)
         decode_blocks(x, start, count, buffer, np.float32(scale), scratch)
+        if add and onto_code == FLOAT32 and out_code == FLOAT32:  # in one pass
+            wide, onto_wide = out.view(np.float32), onto.view(np.float32)
+            for i in range(count):
+                wide[start + i] = onto_wide[start + i] + x[i]
+            continue
         if add:
             load_floats(onto, onto_code, start, count, base)
             for i in range(count):
