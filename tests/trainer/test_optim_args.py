@@ -7,25 +7,27 @@ import pytest
 from transformers import TrainingArguments
 
 from hf_lowmem_optim import OPTIMIZERS, OptimizerFactory
+from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
+from hf_lowmem_optim.engine.options import Options, option
 from hf_lowmem_optim.optimizers.ldadam import LDAdam
 from hf_lowmem_optim.trainer.optim_args import parse_optim_args
 
 
-class Every(LowMemoryOptimizer):
-    """An optimizer with an argument of every type, for its signature only."""
+@dataclass(frozen=True)
+class EveryOptions(Options):
+    """An option of every type."""
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        weight_decay: float = 0.0,
-        *,
-        size: int = 3,
-        limit: int | None = 4,
-        mode: Literal["a", "b"] = "a",
-        exact: bool = False,
-    ) -> None: ...
+    size: int = option(3, "A count.")
+    limit: int | None = option(4, "A count or none.", none="no limit")
+    mode: Literal["a", "b"] = option("a", "One of two.")
+    exact: bool = option(False, "Yes or no.")
+
+
+class Every(LowMemoryOptimizer):
+    """An optimizer for its options only."""
+
+    method = Method("every", EveryOptions, lambda *_: None, lambda *_: None, switch=("exact", False))
 
 
 @pytest.mark.parametrize(
@@ -70,7 +72,6 @@ def test_values_are_typed_by_the_signature(
         (LDAdam, "eps=1e-6", "TrainingArguments.adam_epsilon="),
         (LDAdam, "params=1", "has no argument 'params'"),
         (Every, "exact=maybe", "exact='maybe' is not true or false"),
-        (Every, "beta1=0.9", "has no argument 'beta1'"),
         (Every, "size=none", "size='none' is not an int"),
     ],
 )

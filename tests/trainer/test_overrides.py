@@ -195,8 +195,8 @@ def test_the_dense_rule_may_have_a_rate_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("hyper", "error", "message"),
     [
-        ({"dense_lr_ratio": 0}, ValueError, "dense_lr_ratio=0 is not positive"),
-        ({"lr_ratio": 0}, ValueError, "lr_ratio=0 is not positive"),
+        ({"dense_lr_ratio": 0}, ValueError, "dense_lr_ratio=0 is out of range"),
+        ({"lr_ratio": 0}, ValueError, "lr_ratio=0 is out of range"),
         ({"lr_ratio": "16"}, TypeError, "lr_ratio='16'"),
         ({"lr_ratio": float("inf")}, ValueError, "lr_ratio=inf"),
         ({"lr_ratio": 16}, ValueError, "lr_ratio=16 .*LlamaForCausalLM has no trainable lora_B"),

@@ -169,7 +169,7 @@ def test_every_trainable_parameter_is_placed_once_by_its_role(case: Case) -> Non
 def test_groups_decay_what_the_trainer_decays_and_none_is_empty(case: Case) -> None:
     model = case.model()
     placements = place(model, case.targets)
-    groups = build_param_groups(placements, "rank", 0.1)
+    groups = build_param_groups(placements, ("rank", None), 0.1)
     assert all(group["params"] for group in groups)
     assert sum(len(group["params"]) for group in groups) == len(placements)
     # The Trainer's own split, over the same parameters.
