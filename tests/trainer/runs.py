@@ -27,6 +27,8 @@ ARGUMENTS.update({f"{name}_layerwise": text for name, text in ARGUMENTS.items() 
 LEARNING_RATES = {"sparse_ggt": 0.3}
 LAYERWISE = [name for name, entry in OPTIMIZERS.items() if entry.optimizer_class.method.layerwise]
 NORMAL = [name for name in OPTIMIZERS if name not in LAYERWISE]
+#: For what takes seconds each: the layer-wise mode is the same for all methods.
+TRAINED = [*NORMAL, "ldadam_layerwise", "microadam_layerwise"]
 #: One of each kind: a low-rank one, a sparse one, a preconditioner over all tensors, a layer-wise one.
 KINDS = ["ldadam", "microadam", "sparse_mfac", "ldadam_layerwise"]
 STOP = 6

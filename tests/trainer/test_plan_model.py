@@ -281,7 +281,7 @@ def test_a_budget_that_nothing_fits_says_the_least_and_what_would_help() -> None
     with pytest.raises(ValueError, match="nothing fits") as caught:
         plan_memory("llama-2-7b", ["ldadam", "microadam"], budget="20GiB")
     message = str(caught.value)
-    assert "The least for llama-2-7b (bfloat16) is 25.8 GiB with --optim ldadam" in message
+    assert "The least for llama-2-7b (bfloat16) is 25.9 GiB with --optim ldadam" in message
     assert "fits: " in message and "--lora r=16,target=all-linear" in message
 
 

@@ -30,6 +30,7 @@ from tests.trainer.runs import (
     LAYERWISE,
     LEARNING_RATES,
     STOP,
+    TRAINED,
     StopAt,
     assert_equal_to_the_bit,
     make_trainer,
@@ -108,7 +109,7 @@ def values(model: nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("bits", QUANTIZED)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", TRAINED)
 def test_adapters_on_a_quantized_base_train_and_resume_to_the_bit(
     name: str, bits: str, device: str, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

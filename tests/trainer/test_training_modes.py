@@ -17,10 +17,19 @@ from transformers import Trainer, TrainerCallback
 from hf_lowmem_optim import OPTIMIZERS, OptimizerStateMemoryCallback, measure_state, plan_optimizer
 from hf_lowmem_optim.memory.measure import unwrap_optimizer
 from tests.optimizers.cases import assert_same_state
-from tests.trainer.runs import ARGUMENTS, DEVICES, LAYERWISE, NORMAL, assert_same_parameters, logged, make_trainer
+from tests.trainer.runs import (
+    ARGUMENTS,
+    DEVICES,
+    LAYERWISE,
+    NORMAL,
+    TRAINED,
+    assert_same_parameters,
+    logged,
+    make_trainer,
+)
 from tests.trainer.tiny_models import tiny_llama, token_rows
 
-every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+every_optimizer = pytest.mark.parametrize("name", TRAINED)
 OVERFLOWS_AT = 3
 
 
