@@ -9,19 +9,19 @@ from transformers import TrainingArguments
 from hf_lowmem_optim import OPTIMIZERS, OptimizerFactory
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
-from hf_lowmem_optim.engine.options import Options, option
+from hf_lowmem_optim.engine.options import COUNT, Options, option
 from hf_lowmem_optim.optimizers.ldadam import LDAdam
 from hf_lowmem_optim.trainer.optim_args import parse_optim_args
 
 
 @dataclass(frozen=True)
 class EveryOptions(Options):
-    """An option of every type."""
+    """Options of every type."""
 
-    size: int = option(3, "A count.")
-    limit: int | None = option(4, "A count or none.", none="no limit")
-    mode: Literal["a", "b"] = option("a", "One of two.")
-    exact: bool = option(False, "Yes or no.")
+    size: int = option(3, "A size.", within=COUNT)
+    limit: int | None = option(4, "A limit.", within=COUNT, none="no limit")
+    mode: Literal["a", "b"] = option("a", "A mode.")
+    exact: bool = option(False, "A switch.")
 
 
 class Every(LowMemoryOptimizer):
@@ -72,6 +72,7 @@ def test_values_are_typed_by_the_signature(
         (LDAdam, "eps=1e-6", "TrainingArguments.adam_epsilon="),
         (LDAdam, "params=1", "has no argument 'params'"),
         (Every, "exact=maybe", "exact='maybe' is not true or false"),
+        (Every, "beta3=0.9", "has no argument 'beta3'"),
         (Every, "size=none", "size='none' is not an int"),
     ],
 )
