@@ -11,6 +11,9 @@ from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before anything imports torch. What tests compute is too small to be shared between threads, which spin while they
+# wait; the cores are for several processes of pytest. Tests of threads set their own number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before anything imports triton, as transformers' Trainer does: the kernel tests run in its interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -10,13 +10,14 @@
 | m      | `exp_avg`    | shape W | `dense_state` | 4 (fp32), 2 (bf16)  |
 | v      | `exp_avg_sq` | shape W | `dense_state` | 4 (fp32), 2 (bf16)  |
 
-``dense_state="param"`` stores the moments in the dtype of W, ``"fp32"`` in float32. torch's own functional AdamW does the
-arithmetic: with ``"param"`` the result is that of ``torch.optim.AdamW`` to the bit, with ``"fp32"`` that of
+``dense_state="param"`` stores the moments in the dtype of W, ``"fp32"`` in float32. torch's own functional AdamW does
+the arithmetic: with ``"param"`` the result is that of ``torch.optim.AdamW`` to the bit, with ``"fp32"`` that of
 ``torch.optim.AdamW`` on a float32 copy of W, rounded to the dtype of W.
 
-``dense_state="8bit"`` (Dettmers et al., arXiv 2110.02861) is bitsandbytes' own operation, imported when first used: both
-moments in blocks of 256 entries, as codes of a dynamic map times the block's largest absolute value. Tensors below 4096
-entries keep float32 moments, as in bitsandbytes; a trajectory is bit for bit that of ``bitsandbytes.optim.AdamW8bit``.
+``dense_state="8bit"`` (Dettmers et al., arXiv 2110.02861) is bitsandbytes' own operation, imported when first used:
+both moments in blocks of 256 entries, as codes of a dynamic map times the block's largest absolute value. Tensors below
+4096 entries keep float32 moments, as in bitsandbytes; a trajectory is bit for bit that of
+``bitsandbytes.optim.AdamW8bit``.
 """
 
 from __future__ import annotations

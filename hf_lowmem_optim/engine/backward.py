@@ -421,8 +421,8 @@ def layerwise(optimizer_class: _T) -> _T:
     options = dataclasses.make_dataclass(f"{normal.options.__name__}Layerwise", fields, bases=bases, frozen=True)
     method = dataclasses.replace(normal, name=f"{normal.name}_layerwise", options=options, layerwise=True)
     doc = (
-        f"{optimizer_class.__name__} that updates each parameter in the backward pass, as soon as its gradient is there."
-        f"\n\nSee :func:`layerwise`, and :class:`{optimizer_class.__name__}` for the method."
+        f"{optimizer_class.__name__} that updates each parameter in the backward pass, as soon as its gradient is "
+        f"there.\n\nSee :func:`layerwise`, and :class:`{optimizer_class.__name__}` for the method."
     )
     body = {"__doc__": doc, "__module__": __name__, "method": method, "normal": optimizer_class}
     made = type(f"{optimizer_class.__name__}Layerwise", (Layerwise, optimizer_class), body)

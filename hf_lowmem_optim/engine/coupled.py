@@ -1,7 +1,7 @@
 """Methods whose tensors share a system: one over all parameters (``scope="model"``), or one for each (``"tensor"``).
 
-A system's state, such as the Gram matrix of a window of gradients, is in ``optimizer.state["shared"]`` or in the state of
-its tensor. A tensor that has no gradient in a step of the common system counts as zero there and is not moved.
+A system's state, such as the Gram matrix of a window of gradients, is in ``optimizer.state["shared"]`` or in the state
+of its tensor. A tensor that has no gradient in a step of the common system counts as zero there and is not moved.
 """
 
 from __future__ import annotations

@@ -62,8 +62,8 @@ def add_residual(g: Sequence[Tensor], state: Mapping[str, Tensor], fmt: QuantFor
     """Return a = g + ξ in float32.
 
     Args:
-        g: Gradients of one shape, contiguous, any floating dtype; only read, unless one is the error's own buffer, which
-            then holds g + ξ already.
+        g: Gradients of one shape, contiguous, any floating dtype; only read, unless one is the error's own buffer,
+            which then holds g + ξ already.
         state: The stacked state of the tensors; a float32 error is overwritten, until :func:`save_residual_`.
         fmt: How the error is quantized; None where it is not.
 

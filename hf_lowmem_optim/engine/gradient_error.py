@@ -14,10 +14,12 @@ gradient, or act on it before all of it is there, is refused. For the parameters
   memory also where gradients would be freed.
 - ξ is in the parameter's dtype, and so is the sum g + ξ.
 - A gradient set by hand is left alone, and added to the error in ``step()``.
-- A gradient cannot be dropped: ``zero_grad()`` between backward pass and ``step()``, and whatever else replaces or zeroes
-  ``param.grad`` there, raises ``RuntimeError``, at once or in the next backward pass or ``step()``. What is written into
-  it in place right before ``step()`` counts as clipping, zeros too. Before the first step nothing is refused.
-- A gradient scaler (fp16), several processes (DDP, FSDP), layer-wise mode and ``backward(create_graph=True)`` are refused.
+- A gradient cannot be dropped: ``zero_grad()`` between backward pass and ``step()``, and whatever else replaces or
+  zeroes ``param.grad`` there, raises ``RuntimeError``, at once or in the next backward pass or ``step()``. What is
+  written into it in place right before ``step()`` counts as clipping, zeros too. Before the first step nothing is
+  refused.
+- A gradient scaler (fp16), several processes (DDP, FSDP), layer-wise mode and ``backward(create_graph=True)`` are
+  refused.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ Per matrix W (p × q, the smaller dimension first; a tall matrix is used transpo
 | v      | `exp_avg_sq` | (r, q) | `state_dtype`    | 4·r/p                    |
 | ξ      | `error…`     | W      | `error_feedback` | 4, 2, 1.06, 0.56 or 0    |
 
-Six products of p·q·r multiplications a step. Besides a itself, and a float32 copy of a narrower W, nothing of the size of
-W is allocated.
+Six products of p·q·r multiplications a step. Besides a itself, and a float32 copy of a narrower W, nothing of the size
+of W is allocated.
 """
 
 from __future__ import annotations

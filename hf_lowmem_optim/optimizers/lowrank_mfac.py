@@ -18,8 +18,8 @@ window m, with the window's rows as the matrix G. Per matrix (p × q), rank r:
 | ξ       | `error`…  | W         | `error_feedback` | 4 (fp32), 2 (bf16), 1.06 (8bit), 0.56 (4bit)  |
 | g       | `rows`    | (m, n)    | fp32             | 4·m: tensors that are not compressed, no ξ    |
 
-and GGᵀ and vel as in ``preconditioned.py``. Q₋ is the right factor of the row before. Vectors, and matrices whose factors
-would take more than themselves, have their gradients in the window as they are.
+and GGᵀ and vel as in ``preconditioned.py``. Q₋ is the right factor of the row before. Vectors, and matrices whose
+factors would take more than themselves, have their gradients in the window as they are.
 """
 
 from __future__ import annotations

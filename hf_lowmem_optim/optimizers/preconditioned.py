@@ -6,8 +6,8 @@
 | vel    | `velocity` | W      | fp32  | 4 if μ > 0                      |
 | t      | `step`     |        | int   |                                 |
 
-With ``scope="model"`` GGᵀ and t belong to all parameters together, and a tensor that has no gradient in a step counts as
-zero in that row and is not moved. With ``scope="tensor"`` they are in the tensor's own state.
+With ``scope="model"`` GGᵀ and t belong to all parameters together, and a tensor that has no gradient in a step counts
+as zero in that row and is not moved. With ``scope="tensor"`` they are in the tensor's own state.
 """
 
 from __future__ import annotations

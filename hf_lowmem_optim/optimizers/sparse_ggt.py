@@ -24,9 +24,9 @@ class SparseGGT(LowMemoryOptimizer):
     """SparseGGT: the gradient, preconditioned by full-matrix AdaGrad over a window of sparse gradients.
 
     Options, parameter groups, absent and non-finite gradients are as in
-    :class:`~hf_lowmem_optim.optimizers.sparse_mfac.SparseMFAC`. ``damping`` is GGT's eps, added to the singular values of
-    the window: it has the unit of a gradient's norm, not of its square. The first step is c/(‖c‖ + eps): its length is
-    the learning rate, whatever the size of the gradient; later ones are at most as long.
+    :class:`~hf_lowmem_optim.optimizers.sparse_mfac.SparseMFAC`. ``damping`` is GGT's eps, added to the singular values
+    of the window: it has the unit of a gradient's norm, not of its square. The first step is c/(‖c‖ + eps): its length
+    is the learning rate, whatever the size of the gradient; later ones are at most as long.
 
     Example:
         >>> optimizer = SparseGGT(model.parameters(), lr=1e-2, window=32, density=0.01)

@@ -2,7 +2,7 @@
 
 ``import hf_lowmem_optim`` must make ``optim="ldadam"`` valid, yet a plain PyTorch user must not pay for (or need)
 transformers. So: modules that are already imported are handled at once, the others right after Python has executed
-them. This module imports only the standard library.
+them. This module and ``attachment`` import only the standard library.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-__all__ = ["UnsupportedTransformersError", "install"]
+from hf_lowmem_optim.trainer.attachment import (
+    HANDLERS_MODULE,
+    MEMBERS_MODULE,
+    TRAINER_MODULE,
+    UnsupportedTransformersError,
+)
 
-MEMBERS_MODULE = "transformers.training_args"
-HANDLERS_MODULE = "transformers.trainer_optimizer"
-TRAINER_MODULE = "transformers.trainer"
+__all__ = ["install"]
+
 _WATCHED = (MEMBERS_MODULE, HANDLERS_MODULE, TRAINER_MODULE)
-
-
-class UnsupportedTransformersError(ImportError):
-    """The installed transformers does not have what the optim strings are attached to."""
 
 
 def _after_import(module: ModuleType) -> None:

@@ -12,14 +12,19 @@ from __future__ import annotations
 import importlib
 import logging
 import pickle
+import sys
 from types import ModuleType
 from typing import Any
 
 from hf_lowmem_optim.registry import OPTIMIZERS, after_registration
-from hf_lowmem_optim.trainer import import_hook
-from hf_lowmem_optim.trainer.import_hook import UnsupportedTransformersError
+from hf_lowmem_optim.trainer.attachment import (
+    HANDLERS_MODULE,
+    MEMBERS_MODULE,
+    TRAINER_MODULE,
+    UnsupportedTransformersError,
+)
 
-__all__ = ["UnsupportedTransformersError", "add_callbacks", "add_handlers", "add_members", "register_optimizer_strings"]
+__all__ = ["add_callbacks", "add_handlers", "add_members", "register_optimizer_strings"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +48,7 @@ def add_members(training_args: ModuleType) -> None:
     """Add a member per registered optimizer to ``OptimizerNames`` of the module ``transformers.training_args``."""
     names = getattr(training_args, "OptimizerNames", None)
     if names is None or not issubclass(names, str):
-        raise _unsupported(f"{import_hook.MEMBERS_MODULE}.OptimizerNames is not an Enum of strings")
+        raise _unsupported(f"{MEMBERS_MODULE}.OptimizerNames is not an Enum of strings")
     for name in OPTIMIZERS:
         member = names._value2member_map_.get(name) or _insert_member(names, name)
         if hasattr(member, _MARK):
@@ -63,9 +68,9 @@ def add_handlers(trainer_optimizer: ModuleType) -> None:
     """Add a handler per registered optimizer to the table in the module ``transformers.trainer_optimizer``."""
     handlers = getattr(trainer_optimizer, "_OPTIMIZER_HANDLERS", None)
     if not isinstance(handlers, dict):
-        raise _unsupported(f"{import_hook.HANDLERS_MODULE} has no table of optimizer handlers")
+        raise _unsupported(f"{HANDLERS_MODULE} has no table of optimizer handlers")
     # trainer_optimizer imports training_args, so the members are there.
-    names = importlib.import_module(import_hook.MEMBERS_MODULE).OptimizerNames
+    names = importlib.import_module(MEMBERS_MODULE).OptimizerNames
     for name in OPTIMIZERS:
         if hasattr(names(name), _MARK):
             handlers[names(name)] = _make_factory
@@ -78,7 +83,7 @@ def add_callbacks(trainer: ModuleType) -> None:
 
     defaults = getattr(trainer, "DEFAULT_CALLBACKS", None)
     if not isinstance(defaults, list):
-        raise _unsupported(f"{import_hook.TRAINER_MODULE}.DEFAULT_CALLBACKS is not a list of callbacks")
+        raise _unsupported(f"{TRAINER_MODULE}.DEFAULT_CALLBACKS is not a list of callbacks")
     ours: list[Any] = [BackwardCallback, EarlyLogCallback]
     # By name, to find those of an earlier import; and in place, because other modules hold the same list.
     names = {(callback.__module__, callback.__name__) for callback in ours}
@@ -88,9 +93,9 @@ def add_callbacks(trainer: ModuleType) -> None:
 
 #: What is added to which module of transformers, in the order in which they import each other.
 ADDITIONS = {
-    import_hook.MEMBERS_MODULE: add_members,
-    import_hook.HANDLERS_MODULE: add_handlers,
-    import_hook.TRAINER_MODULE: add_callbacks,
+    MEMBERS_MODULE: add_members,
+    HANDLERS_MODULE: add_handlers,
+    TRAINER_MODULE: add_callbacks,
 }
 
 
@@ -122,7 +127,7 @@ def _insert_member(names: Any, name: str) -> Any:
 
 def _restore_member(name: str) -> Any:
     """Return the member ``name``; what a pickled member calls when it is loaded."""
-    return importlib.import_module(import_hook.MEMBERS_MODULE).OptimizerNames(name)
+    return importlib.import_module(MEMBERS_MODULE).OptimizerNames(name)
 
 
 def _check_member(names: Any, member: Any) -> None:
@@ -144,6 +149,14 @@ def _unsupported(reason: str) -> UnsupportedTransformersError:
     )
 
 
-# This module is loaded with the first module of transformers that it adds to: an optimizer that is registered later has
-# to be added then. One that was registered before is in the table already.
-after_registration.append(import_hook.install)
+def _add_to_loaded_modules() -> None:
+    """Add what was registered later to the modules that are there; the import hook adds it to the others."""
+    for name, add in ADDITIONS.items():
+        module = sys.modules.get(name)
+        if module is not None and not getattr(module.__spec__, "_initializing", False):
+            add(module)
+
+
+# This module is loaded with the first module of transformers that it adds to. What was registered before that is in the
+# table already.
+after_registration.append(_add_to_loaded_modules)

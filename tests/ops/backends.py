@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_lowmem_optim.ops.block_quant import Quantized, quantized_state
+from hf_lowmem_optim.ops.block_quant import Quantized
 from hf_lowmem_optim.spec import QuantFormat, quantized_specs
 
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
@@ -30,7 +30,7 @@ def device_of(backend: str) -> str:
 def empty_quantized(numel: int, fmt: QuantFormat, device: str = "cpu") -> Quantized:
     """A buffer of zeros, as an optimizer allocates it."""
     state = {name: spec.allocate(device) for name, spec in quantized_specs(numel, fmt).items()}
-    return quantized_state(state, numel, fmt)
+    return Quantized(*state.values(), numel, fmt)
 
 
 def same(a: Tensor, b: Tensor) -> bool:

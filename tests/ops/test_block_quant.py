@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_lowmem_optim.ops.block_quant import Quantized, dequantize_, dequantize_add_, quantize_, quantized_state
+from hf_lowmem_optim.ops.block_quant import Quantized, dequantize_, dequantize_add_, quantize_
 from hf_lowmem_optim.spec import QuantFormat, quantized_specs
 from tests.ops.backends import BF16, FAST, FP16, FP32, QUIET, same
 from tests.reference import block_quant as paper
@@ -190,7 +190,7 @@ def test_a_block_that_is_not_finite_comes_back_as_nan_and_leaves_the_others():
 def test_allocated_state_holds_zeros_and_serves_the_operations(numel, fmt):
     state = {name: spec.allocate("cpu") for name, spec in quantized_specs(numel, fmt, prefix="xi").items()}
     assert set(state) == {"xi_codes", "xi_lo", "xi_hi"}
-    stored, out = quantized_state(state, numel, fmt, prefix="xi"), torch.full((numel,), torch.nan)
+    stored, out = Quantized(*state.values(), numel, fmt), torch.full((numel,), torch.nan)
     dequantize_(out, stored)
     assert torch.equal(out, torch.zeros(numel))
     quantize_(stored, torch.ones(numel))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ Installed = Callable[..., None]
 
 
 @pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> Installed:
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Installed]:
     """Say which of triton and numba are installed."""
 
     def say(*modules: str) -> None:
@@ -29,8 +29,10 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Installed:
             return None if package in modules else f"{package} is not installed"
 
         monkeypatch.setattr(dispatch, "_loaded", loaded)
+        dispatch._resolve.cache_clear()
 
-    return say
+    yield say
+    dispatch._resolve.cache_clear()
 
 
 def test_choice_by_device(installed: Installed) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -26,9 +27,13 @@ ARGUMENTS.update({f"{name}_layerwise": text for name, text in ARGUMENTS.items() 
 LEARNING_RATES = {"sparse_ggt": 0.3}
 LAYERWISE = [name for name, entry in OPTIMIZERS.items() if entry.optimizer_class.method.layerwise]
 NORMAL = [name for name in OPTIMIZERS if name not in LAYERWISE]
+#: For what takes seconds each: the layer-wise mode is the same for all methods.
+TRAINED = [*NORMAL, "ldadam_layerwise", "microadam_layerwise"]
 #: One of each kind: a low-rank one, a sparse one, a preconditioner over all tensors, a layer-wise one.
 KINDS = ["ldadam", "microadam", "sparse_mfac", "ldadam_layerwise"]
 STOP = 6
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+DEVICES = ["cpu", pytest.param("cuda", marks=ON_GPU)]
 
 
 class StopAt(TrainerCallback):

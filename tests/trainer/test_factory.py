@@ -48,24 +48,13 @@ def test_overrides_serve_one_optimizer_only() -> None:
         factory(rank=4)
 
 
-@pytest.mark.parametrize(
-    ("name", "hyper", "error", "message"),
-    [
-        ("ldamm", {}, ValueError, "did you mean 'ldadam'"),
-        ("ldadam", {"rnak": 4}, TypeError, "did you mean 'rank'"),
-        ("ldadam", {"rank": 0}, ValueError, "rank=0"),
-        ("ldadam", {"rank": "x"}, TypeError, "rank='x'"),
-        ("ldadam", {"betas": (0.9, 1.0)}, ValueError, "betas"),
-    ],
-)
-def test_construction_refuses_what_cannot_work(
-    name: str, hyper: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        OptimizerFactory(name, **hyper)
-
-
-def test_parameters_instead_of_a_model_are_refused() -> None:
+def test_what_cannot_work_is_refused() -> None:
+    with pytest.raises(ValueError, match="did you mean 'ldadam'"):
+        OptimizerFactory("ldamm")
+    with pytest.raises(TypeError, match="did you mean 'rank'"):
+        OptimizerFactory("ldadam", rnak=4)
+    with pytest.raises(ValueError, match="rank=0"):
+        OptimizerFactory("ldadam", rank=0)
     with pytest.raises(TypeError, match=r"needs the model, not list.*LDAdam\(groups"):
         OptimizerFactory("ldadam")(list(tiny_llama().parameters()))  # type: ignore[call-overload]
 
@@ -109,12 +98,9 @@ def test_adapters_below_the_rank_train_densely_with_a_warning(caplog: pytest.Log
         optimizer = OptimizerFactory("ldadam", rank=16)(model)
     assert "compresses nothing here: every target is too small for rank=16" in caplog.text
     assert plan_optimizer(optimizer).component_bytes.keys() == {"dense"}
-
-
-def test_dense_on_request_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
-    OptimizerFactory("ldadam", rank=None)(tiny_llama())
-    assert "compresses nothing" not in caplog.text
-    assert "dense: rank=None" in caplog.text
+    caplog.clear()
+    OptimizerFactory("ldadam", rank=None)(tiny_llama())  # on request it is no warning
+    assert "compresses nothing" not in caplog.text and "dense: rank=None" in caplog.text
 
 
 @pytest.mark.parametrize(

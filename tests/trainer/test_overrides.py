@@ -196,6 +196,10 @@ def test_the_dense_rule_may_have_a_rate_of_its_own(tmp_path: Path) -> None:
     ("hyper", "error", "message"),
     [
         ({"dense_lr_ratio": 0}, ValueError, "dense_lr_ratio=0 is out of range"),
+        ({"lr_ratio": 0}, ValueError, "lr_ratio=0 is out of range"),
+        ({"lr_ratio": "16"}, TypeError, "lr_ratio='16'"),
+        ({"lr_ratio": float("inf")}, ValueError, "lr_ratio=inf"),
+        ({"lr_ratio": 16}, ValueError, "lr_ratio=16 .*LlamaForCausalLM has no trainable lora_B"),
         ({"dense_lr_ratio": 4, "rank": None}, ValueError, "dense_lr_ratio=4 has no effect: nothing is compressed"),
         (
             {"dense_lr_ratio": 4, "overrides": {key: {"lr": 1e-3} for key in ("lm_head", "embed", "norm")}},
@@ -204,23 +208,11 @@ def test_the_dense_rule_may_have_a_rate_of_its_own(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_dense_rate_without_effect_is_refused(hyper: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_a_ratio_that_is_wrong_or_without_effect_is_refused(
+    hyper: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         OptimizerFactory("ldadam", **{"rank": 4, **hyper}).build(tiny_llama())
-
-
-@pytest.mark.parametrize(
-    ("ratio", "error", "message"),
-    [
-        (0, ValueError, "lr_ratio=0 is out of range"),
-        ("16", TypeError, "lr_ratio='16'"),
-        (float("inf"), ValueError, "lr_ratio=inf"),
-        (16, ValueError, "lr_ratio=16 .*LlamaForCausalLM has no trainable lora_B"),
-    ],
-)
-def test_a_wrong_ratio_is_refused(ratio: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        OptimizerFactory("ldadam", lr_ratio=ratio).build(tiny_llama())
 
 
 def test_a_wrong_ratio_in_optim_args_is_refused() -> None:

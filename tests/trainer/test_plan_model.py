@@ -22,6 +22,7 @@ from hf_lowmem_optim.memory.plan_table import plan_text
 from hf_lowmem_optim.memory.weights import Processes, nf4_bytes, plan_weights
 from hf_lowmem_optim.trainer.presets import PRESETS
 from tests.memory.layout import layout
+from tests.trainer.runs import NORMAL
 from tests.trainer.tiny_models import tiny_bert_classifier, tiny_gpt2, tiny_llama, tiny_mamba, tiny_t5, tiny_vit
 
 GIB = 2**30
@@ -76,7 +77,7 @@ def step_with_gradients(optimizer: torch.optim.Optimizer) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("model_name", MODELS)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [*NORMAL, "ldadam_layerwise"])
 def test_planned_is_measured_to_the_byte(name: str, model_name: str, dtype: torch.dtype) -> None:
     model = MODELS[model_name]().to(dtype)
     hyper = SMALL.get(name.removesuffix("_layerwise"), {})

@@ -26,9 +26,11 @@ from hf_lowmem_optim import (
 from hf_lowmem_optim.memory.report import load_report
 from tests.trainer.runs import (
     ARGUMENTS,
+    DEVICES,
     LAYERWISE,
     LEARNING_RATES,
     STOP,
+    TRAINED,
     StopAt,
     assert_equal_to_the_bit,
     make_trainer,
@@ -37,12 +39,6 @@ from tests.trainer.tiny_models import VOCAB, token_rows
 
 pytest.importorskip("bitsandbytes")
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-    ),
-]
 QUANTIZED = {
     "4-bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "8-bit": {"load_in_8bit": True},
@@ -113,7 +109,7 @@ def values(model: nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("bits", QUANTIZED)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", TRAINED)
 def test_adapters_on_a_quantized_base_train_and_resume_to_the_bit(
     name: str, bits: str, device: str, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_lowmem_optim import OPTIMIZERS
 from tests.trainer.resume_worker import CASES, STEPS, run_phase
-from tests.trainer.runs import KINDS, STOP, assert_equal_to_the_bit, make_trainer
+from tests.trainer.runs import KINDS, STOP, TRAINED, assert_equal_to_the_bit, make_trainer
 
 REPOSITORY = Path(__file__).parents[2]
 WORKER = "tests.trainer.resume_worker"
@@ -69,7 +68,7 @@ def check_resume(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "case"),
-    [(name, case) for name in OPTIMIZERS for case in CASES if name in KINDS or case in ("fp32", "bf16", "lora")],
+    [(name, case) for name in TRAINED for case in CASES if name in KINDS or case in ("fp32", "bf16", "lora")],
 )
 def test_resume_in_a_new_process_is_exact(name: str, case: str, fresh_processes: BaseContext, tmp_path: Path) -> None:
     folder = run_phases(fresh_processes, tmp_path, name, case)

@@ -22,7 +22,7 @@ from transformers.training_args import OptimizerNames
 import hf_lowmem_optim
 from hf_lowmem_optim import OPTIMIZERS, OptimizerFactory, register_optimizer_strings
 from hf_lowmem_optim.trainer import import_hook, strings
-from hf_lowmem_optim.trainer.import_hook import UnsupportedTransformersError
+from hf_lowmem_optim.trainer.attachment import UnsupportedTransformersError
 from tests.trainer.runs import make_trainer
 from tests.trainer.tiny_models import tiny_llama
 

@@ -17,10 +17,19 @@ from transformers import Trainer, TrainerCallback
 from hf_lowmem_optim import OPTIMIZERS, OptimizerStateMemoryCallback, measure_state, plan_optimizer
 from hf_lowmem_optim.memory.measure import unwrap_optimizer
 from tests.optimizers.cases import assert_same_state
-from tests.trainer.runs import ARGUMENTS, LAYERWISE, NORMAL, assert_same_parameters, logged, make_trainer
+from tests.trainer.runs import (
+    ARGUMENTS,
+    DEVICES,
+    LAYERWISE,
+    NORMAL,
+    TRAINED,
+    assert_same_parameters,
+    logged,
+    make_trainer,
+)
 from tests.trainer.tiny_models import tiny_llama, token_rows
 
-every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+every_optimizer = pytest.mark.parametrize("name", TRAINED)
 OVERFLOWS_AT = 3
 
 
@@ -82,15 +91,6 @@ class HalveTheScale(TrainerCallback):
         if state.global_step == OVERFLOWS_AT:
             assert self.scaler is not None
             self.scaler.update(new_scale=self.scaler.get_scale() / 2)
-
-
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")],
-    ),
-]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -164,12 +164,8 @@ def test_a_compiled_model_trains_alike_and_resumes_in_either_way(
         groups = runs[compiled].optimizer.param_groups
         names = [parameter for group in groups for parameter in group["param_names"]]
         assert sorted(names) == sorted(n for n, _ in tiny_llama().named_parameters())
-        chosen = [
-            n
-            for group in groups
-            if not OPTIMIZERS[name].optimizer_class.method.is_dense(group)
-            for n in group["param_names"]
-        ]
+        method = OPTIMIZERS[name].optimizer_class.method
+        chosen = [n for group in groups if not method.is_dense(group) for n in group["param_names"]]
         assert sorted(chosen) == [
             "model.layers.0.self_attn.q_proj.weight",
             "model.layers.1.mlp.down_proj.weight",

@@ -238,7 +238,7 @@ def _check_alike(weights: Sequence[Tensor]) -> None:
         raise ValueError(f"one of the weights' strides must be 1, got {first.stride()}")
 
 
-# ---- the method's own operations, which are registered by their names, since its module is in a higher layer ----------
+# ---- the method's own operations, which are registered by their names, since its module is in a higher layer ---------
 
 
 def _why_not(R: Tensor, *_: object) -> str | None:
