@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from hf_lowmem_optim.engine.backward import layerwise
@@ -14,7 +15,15 @@ from hf_lowmem_optim.optimizers.microadam import MicroAdam
 from hf_lowmem_optim.optimizers.sparse_ggt import SparseGGT
 from hf_lowmem_optim.optimizers.sparse_mfac import SparseMFAC
 
-__all__ = ["OPTIMIZERS", "LDAdamLayerwise", "MicroAdamLayerwise", "OptimizerEntry", "get_entry", "register_optimizer"]
+__all__ = [
+    "OPTIMIZERS",
+    "LDAdamLayerwise",
+    "MicroAdamLayerwise",
+    "OptimizerEntry",
+    "after_registration",
+    "get_entry",
+    "register_optimizer",
+]
 
 
 @dataclass(frozen=True)
@@ -37,14 +46,19 @@ class OptimizerEntry:
 OPTIMIZERS: dict[str, OptimizerEntry] = {}
 """Every optimizer by its string."""
 
+after_registration: list[Callable[[], None]] = []
+"""Called after every registration: the Trainer layer adds the string to transformers, if that is loaded."""
+
 
 def register_optimizer(
     name: str, optimizer_class: type[LowMemoryOptimizer], *, paper: str = "", summary: str = ""
 ) -> None:
     """Make an optimizer known under a string, and its layer-wise version under ``<name>_layerwise``.
 
-    It then has whatever the methods of this package have: the ``optim`` string and ``optim_args``, the factory, plan and
-    report, exact resume, layer-wise mode. Register before building ``TrainingArguments``.
+    It then has whatever the methods of this package have: the ``optim`` string and ``optim_args``, the factory, plan
+    and report, exact resume, layer-wise mode. Register before building ``TrainingArguments``, before or after
+    transformers is imported; ``docs/adding-an-optimizer.md`` has a complete example. A class that is defined anew, as
+    when a cell of a notebook runs again, takes the place of its earlier self.
 
     Args:
         name: The string, in lower case: the name of the class's :class:`~hf_lowmem_optim.engine.method.Method`.
@@ -67,34 +81,58 @@ def register_optimizer(
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name.endswith("_layerwise"):
         raise ValueError(f"name={name!r} must be a lower-case identifier that does not end in '_layerwise'")
     if name != method.name:
-        raise ValueError(f"name={name!r} is not the name of {optimizer_class.__name__}'s method, {method.name!r}")
+        who = optimizer_class.__name__
+        raise ValueError(
+            f"name={name!r} is not the name of {who}'s method, {method.name!r}; to vary a method under a name of its "
+            f"own give {who} the attribute `method = dataclasses.replace(Base.method, name={name!r})`"
+        )
     known = OPTIMIZERS.get(name)
-    if known is not None and known.optimizer_class is not optimizer_class:
+    if known is not None and _identity(known.optimizer_class) != _identity(optimizer_class):
         raise ValueError(f"name={name!r} is taken by {known.optimizer_class.__name__}; choose another one")
     OPTIMIZERS[name] = OptimizerEntry(name, optimizer_class, paper, summary)
     other = f"{name}_layerwise"
     note = f"{name}, each parameter updated in the backward pass as soon as its gradient is there"
     OPTIMIZERS[other] = OptimizerEntry(other, layerwise(optimizer_class), paper, note)
+    for call in after_registration:
+        call()
 
 
-def get_entry(name: str) -> OptimizerEntry:
-    """Look an optimizer up by its string.
+def _identity(optimizer_class: type) -> tuple[str, str]:
+    return optimizer_class.__module__, optimizer_class.__qualname__
+
+
+def get_entry(optimizer: str | type[LowMemoryOptimizer]) -> OptimizerEntry:
+    """Look an optimizer up by its string or its class.
 
     Args:
-        name: For example ``"ldadam"``.
+        optimizer: For example ``"ldadam"`` or ``LDAdam``.
 
     Returns:
         Its entry.
 
     Raises:
-        ValueError: There is none of that name; the message has the nearest one and the list.
+        ValueError: There is none of that name; the message has the nearest one and the list. Or the class is not
+            registered.
+        TypeError: It is neither a string nor a class of this package.
     """
-    if name not in OPTIMIZERS:
-        known = ", ".join(OPTIMIZERS)
-        raise ValueError(
-            f"optim={name!r} is not an optimizer of this package{nearest(str(name), OPTIMIZERS)} ({known})"
-        )
-    return OPTIMIZERS[name]
+    if isinstance(optimizer, str):
+        if optimizer not in OPTIMIZERS:
+            known = ", ".join(OPTIMIZERS)
+            raise ValueError(
+                f"optim={optimizer!r} is not an optimizer of this package{nearest(optimizer, OPTIMIZERS)} ({known})"
+            )
+        return OPTIMIZERS[optimizer]
+    for entry in OPTIMIZERS.values():
+        if entry.optimizer_class is optimizer:
+            return entry
+    if isinstance(optimizer, type) and issubclass(optimizer, LowMemoryOptimizer):
+        who = optimizer.__name__
+        name = optimizer.method.name if "method" in vars(optimizer) else who.lower()
+        raise ValueError(f"{who} is not registered: call register_optimizer({name!r}, {who}) first")
+    raise TypeError(
+        f"{optimizer!r} is no optimizer of this package: give the name or the class of one ({', '.join(OPTIMIZERS)}). "
+        "Any other optimizer goes straight to the Trainer: optimizer_cls_and_kwargs=(SomeOptimizer, {...})"
+    )
 
 
 for _class, _paper, _summary in (

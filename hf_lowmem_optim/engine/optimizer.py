@@ -221,6 +221,7 @@ class LowMemoryOptimizer(Optimizer):
             self._allocate_(fresh)
         sparse: list[TensorUpdate] = []
         dense: dict[int, list[TensorUpdate]] = {}
+        changed: list[Tensor] = []
         for (index, param, group), (options, compressed, specs) in zip(live, rules, strict=True):
             grad, state = param.grad, self.state[param]
             assert grad is not None
@@ -237,8 +238,9 @@ class LowMemoryOptimizer(Optimizer):
             grad = grad.detach() if grad.requires_grad else grad
             update = TensorUpdate(param.detach(), grad, state, options, step, seed)
             (sparse if compressed else dense.setdefault(id(group), [])).append(update)
+            changed.append(param)
         # fused and own kernels hide a change from autograd; a pass through an older graph must see it
-        torch.autograd.graph.increment_version([param for _, param, _ in live])
+        torch.autograd.graph.increment_version(changed)
         with full_precision():
             if method.coupled_update_ is not None:
                 self._coupled_update_(sparse)

@@ -43,8 +43,7 @@ class Coefficients(NamedTuple):
 def orthonormalize(Y: Tensor) -> Tensor:
     """Return orthonormal columns that span those of a matrix, or of each of a batch, whatever its rank.
 
-    That is Q of a QR decomposition, but for the signs of its columns. ``benchmarks/orthonormalize.py`` has the ways
-    there are side by side.
+    That is Q of a QR decomposition, but for the signs of its columns.
 
     Args:
         Y: float32, shape (p, r) or (batch, p, r), p ≥ r.

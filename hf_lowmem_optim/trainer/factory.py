@@ -57,7 +57,7 @@ class OptimizerFactory:
     biases and norms do not decay; frozen parameters stay out. What went where is logged.
 
     Args:
-        name: String of the optimizer, for example ``"ldadam"``.
+        optimizer: The optimizer's string or its class, for example ``"ldadam"`` or ``LDAdam``.
         target_modules: What is compressed instead: a list of module names or parts of them, a regex, or
             ``"all-linear"``, as in ``TrainingArguments.optim_target_modules``.
         overrides: Hyper-parameters of single modules: ``{"mlp": {"rank": 64}, "lm_head": {"lr": 1e-4}}``. A key is the
@@ -71,8 +71,8 @@ class OptimizerFactory:
         **hyper: Hyper-parameters of the optimizer. Those left out have its own defaults, the learning rate too.
 
     Raises:
-        TypeError: A hyper-parameter is unknown or has the wrong type.
-        ValueError: The name is unknown or a hyper-parameter is out of range.
+        TypeError: The optimizer is not of this package, or a hyper-parameter is unknown or has the wrong type.
+        ValueError: The name is unknown, the class is not registered, or a hyper-parameter is out of range.
 
     Example:
         >>> factory = OptimizerFactory("ldadam", lr=1e-3, rank=32)
@@ -82,7 +82,7 @@ class OptimizerFactory:
 
     def __init__(
         self,
-        name: str,
+        optimizer: str | type[LowMemoryOptimizer],
         /,
         target_modules: TargetModules = None,
         *,
@@ -91,7 +91,7 @@ class OptimizerFactory:
         dense_lr_ratio: float | None = None,
         **hyper: Any,
     ) -> None:
-        self.name = name
+        self.name = get_entry(optimizer).name
         self.target_modules = target_modules
         self.overrides = overrides
         self.lr_ratio = lr_ratio

@@ -15,7 +15,7 @@ import pickle
 from types import ModuleType
 from typing import Any
 
-from hf_lowmem_optim.registry import OPTIMIZERS
+from hf_lowmem_optim.registry import OPTIMIZERS, after_registration
 from hf_lowmem_optim.trainer import import_hook
 from hf_lowmem_optim.trainer.import_hook import UnsupportedTransformersError
 
@@ -142,3 +142,8 @@ def _unsupported(reason: str) -> UnsupportedTransformersError:
         f"{transformers.__version__}: {reason}. Supported: transformers >= {OLDEST_TRANSFORMERS}. With another version "
         f"pass Trainer(..., optimizer_cls_and_kwargs=(OptimizerFactory({next(iter(OPTIMIZERS))!r}), {{}})) instead."
     )
+
+
+# This module is loaded with the first module of transformers that it adds to: an optimizer that is registered later has
+# to be added then. One that was registered before is in the table already.
+after_registration.append(import_hook.install)

@@ -1,10 +1,10 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """Orthonormal columns on a GPU: by Cholesky decomposition of YᵀY in float64 where that is accurate.
 
-A GPU does that for a whole batch and for ranks of some hundred in a fraction of the time of its QR
-(``benchmarks/orthonormalize.py --device cuda``), and it needs no workspace of megabytes. Where columns are dependent,
-zero or nearly so, what comes out is not orthonormal: there a kernel, which otherwise ends at once, begins again with
-Householder reflections. So the host need not know.
+A GPU does that for a whole batch and for ranks of some hundred in a fraction of the time of its QR, and it needs no
+workspace of megabytes (``docs/design-notes.md``). Where columns are dependent, zero or nearly so, the result is not
+orthonormal: there a kernel, which otherwise ends at once, starts over with Householder reflections, so that the host
+need not know.
 """
 
 from __future__ import annotations
