@@ -43,7 +43,7 @@ def plot_plan(plan: MemoryPlan, path: str | Path) -> None:
     if not rows:
         raise ValueError("there is nothing to plot: no optimizer of this plan can be used for the model")
     stacks = {_label(row): _stack(plan, row) for row in rows}
-    figure, axes = pyplot.subplots(figsize=(_WIDTH, 2.0 + 0.35 * len(rows)), dpi=_DPI, layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(_WIDTH, min(2.0 + 0.35 * len(rows), 8.0)), dpi=_DPI, layout="constrained")
     _draw_stacks(axes, stacks)
     if plan.budget_bytes is not None:
         unit = _unit(stacks.values())[0]
