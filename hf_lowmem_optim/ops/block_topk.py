@@ -51,7 +51,6 @@ __all__ = [
     "VALUE_DTYPES",
     "Selection",
     "TopK",
-    "block_topk_",
     "check_block_size",
     "foreach_block_topk_",
     "kept_per_block",
@@ -167,45 +166,15 @@ class TopK(NamedTuple):
     seed: int | None = None
 
 
-def block_topk_(
-    indices: Tensor,
-    values: Tensor,
-    grad: Tensor,
-    error: Quantized | Tensor | None,
-    *,
-    block_size: int,
-    density: float,
-    error_scale: float = 1.0,
-    seed: int | None = None,
-) -> None:
-    """Move the largest entries of ``grad + error_scale · error`` into a row of a window, and the rest into ``error``.
-
-    Args:
-        indices: int16 [kept], contiguous: one row. Written.
-        values: bfloat16 or float32 [kept], likewise. Written.
-        grad: This and all others: as in :class:`TopK`.
-        error: Likewise.
-        block_size: Likewise.
-        density: Likewise.
-        error_scale: Likewise.
-        seed: Likewise.
-
-    Raises:
-        ValueError: An argument is out of range, or a tensor has the wrong dtype, size or device or is not contiguous.
-    """
-    call = TopK(indices.unsqueeze(0), values.unsqueeze(0), 0, grad, error, block_size, density, error_scale, seed)
-    foreach_block_topk_([call])
-
-
 def foreach_block_topk_(calls: Sequence[TopK]) -> None:
-    """Do :func:`block_topk_` for several tensors, to the bit what it does for each.
+    """Move the largest entries of ``grad + error_scale · error`` into a row of a window, and the rest into ``error``.
 
     Args:
         calls: The tensors, all on one device, none written for two of them, and how each is treated.
 
     Raises:
-        ValueError: As :func:`block_topk_`, or there is no such row, or the tensors are on several devices. Nothing has
-            been written then.
+        ValueError: An argument is out of range, or a tensor has the wrong dtype, shape or device or is not contiguous.
+            Nothing has been written then.
     """
     selections = []
     for call in calls:

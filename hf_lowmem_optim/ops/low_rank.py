@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_lowmem_optim.ops.dispatch import Op
 
-__all__ = ["Coefficients", "addmm", "leading_left_singular_vectors", "mm", "orthonormalize", "seeded_sketch"]
+__all__ = ["Coefficients", "leading_left_singular_vectors", "orthonormalize", "seeded_sketch"]
 
 _OVERSAMPLING = 8
 _POWER_ITERATIONS = 2
@@ -105,47 +105,3 @@ def leading_left_singular_vectors(matrix: Tensor, rank: int) -> Tensor:
     rotation: Tensor = torch.linalg.eigh(projected @ projected.T)[1]
     # eigh sorts in ascending order
     return basis @ rotation.flip(1)[:, :rank]
-
-
-# On the CPU a batch is a loop over the same calls as for single matrices: a batched routine may round otherwise, and an
-# update must not depend on which other tensors are there. On GPUs, where each call is a launch, it is one batched call.
-
-
-def mm(left: Tensor, right: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """Return ``left @ right`` for one matrix or a batch of equal ones, written to ``out`` if given.
-
-    Args:
-        left: Shape (p, k) or (batch, p, k).
-        right: Shape (k, q) or (batch, k, q).
-        out: Shape (p, q) or (batch, p, q).
-
-    Returns:
-        ``out``, or a new tensor.
-    """
-    if left.dim() == 2:
-        return torch.mm(left, right, out=out)
-    if left.device.type != "cpu":
-        return torch.bmm(left, right, out=out)
-    if out is None:
-        out = left.new_empty(len(left), left.shape[1], right.shape[2])
-    for into, one, other in zip(out.unbind(), left.unbind(), right.unbind(), strict=True):
-        torch.mm(one, other, out=into)
-    return out
-
-
-def addmm(
-    onto: Tensor, left: Tensor, right: Tensor, *, beta: float = 1.0, alpha: float = 1.0, out: Tensor | None = None
-) -> Tensor:
-    """Return ``beta · onto + alpha · left @ right``, written to ``out`` if given, which may be ``onto``.
-
-    Shapes are those of :func:`mm`.
-    """
-    if left.dim() == 2:
-        return torch.addmm(onto, left, right, beta=beta, alpha=alpha, out=out)
-    if left.device.type != "cpu":
-        return torch.baddbmm(onto, left, right, beta=beta, alpha=alpha, out=out)
-    if out is None:
-        out = torch.empty_like(onto)
-    for into, base, one, other in zip(out.unbind(), onto.unbind(), left.unbind(), right.unbind(), strict=True):
-        torch.addmm(base, one, other, beta=beta, alpha=alpha, out=into)
-    return out

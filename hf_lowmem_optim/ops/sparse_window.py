@@ -3,17 +3,15 @@
 A :class:`SparseWindow` holds the last ``window`` block-Top-K compressed gradients of one tensor. These operations read
 it, none of them changes it:
 
-- :func:`window_update_` — Adam's statistics from the window, and the step at the entries that it touches;
-- :func:`window_gram_row` — G·g for a row g of G;
+- :func:`foreach_window_update_` — Adam's statistics from the window, and the step at the entries that it touches;
+- :func:`foreach_window_gram_rows` — G·g for a row g of G;
 - :func:`window_combine_` — out ← out + Gᵀ·w;
-- :func:`window_descend_` — W ← W·(1 − lr·wd) − lr·Gᵀ·w.
+- :func:`foreach_window_descend_` — W ← W·(1 − lr·wd) − lr·Gᵀ·w.
 
-``foreach_…`` takes several tensors in one call.
-
-The torch version is the specification. Rows are added in float32 in the order of their storage, so that all backends
-agree bit for bit in :func:`window_update_`, :func:`window_combine_` and :func:`window_descend_`; where a device's
-division or square root is not correctly rounded, the update (not the parameter) may differ in its last place.
-:func:`window_gram_row` adds in float64, in an order that depends on the backend.
+``foreach_…`` takes several tensors in one call. The torch version is the specification. Rows are added in float32 in
+the order of their storage, so that all backends agree bit for bit; where a device's division or square root is not
+correctly rounded, the update (not the parameter) may differ in its last place. The Gram matrix's rows are added up in
+float64, in an order that depends on the backend.
 
 NaN and infinity propagate as in AdamW: an infinite value gives z1/√z2 = Inf/Inf = NaN, and a NaN value gives NaN, at
 the entry that it touches and nowhere else.
@@ -40,9 +38,6 @@ __all__ = [
     "foreach_window_gram_rows",
     "foreach_window_update_",
     "window_combine_",
-    "window_descend_",
-    "window_gram_row",
-    "window_update_",
 ]
 
 #: Entries of the tensor that the torch version works on at a time.
@@ -150,18 +145,10 @@ class WindowStep(NamedTuple):
         return self.param.device
 
 
-def window_update_(
-    param: Tensor,
-    window: SparseWindow,
-    weights: Tensor,
-    *,
-    lr: float,
-    eps: float,
-    weight_decay: float = 0.0,
-) -> None:
-    """Take MicroAdam's step from the statistics of a window (arXiv 2405.15593, algorithm 1).
+def foreach_window_update_(steps: Sequence[WindowStep]) -> None:
+    """Take MicroAdam's step from the statistics of windows (arXiv 2405.15593, algorithm 1).
 
-    With V the window's rows scattered to the size of the tensor::
+    With V a window's rows scattered to the size of its tensor::
 
         z1 ← Σ_rows weights[0, row]·V_row
         z2 ← Σ_rows weights[1, row]·(V_row·V_row)
@@ -169,62 +156,31 @@ def window_update_(
 
     An entry is touched if it occurs in a row that counts; a row counts if one of its two weights is not zero. Without
     weight decay the untouched entries are left as they are, bit for bit. Everything is computed in float32 and each
-    new entry is rounded once to the dtype of ``param``.
+    new entry is rounded once to the dtype of the parameter.
 
     Args:
-        param: As in :class:`WindowStep`; changed in place.
-        window: The compressed gradients.
-        weights: float32 ``[2, window]``, not negative: for the first and the second moment, the weight of each row
-            with the bias correction in it. Zero for a row that was not written yet.
-        lr: Learning rate.
-        eps: Added to the root of z2.
-        weight_decay: Decoupled weight decay.
+        steps: The tensors, all on one device. Their weights are not negative, one for each moment and row with the
+            bias correction in it, and zero for a row that was not written yet.
 
     Raises:
-        TypeError: For a dtype that is not listed.
-        ValueError: For shapes or devices that contradict each other, or a tensor that is not contiguous.
-    """
-    foreach_window_update_([WindowStep(param, window, weights, lr, weight_decay, eps)])
-
-
-def foreach_window_update_(steps: Sequence[WindowStep]) -> None:
-    """Do :func:`window_update_` for several tensors of one device; to the bit what it does for each.
-
-    Raises:
-        TypeError: As :func:`window_update_`. Nothing has been written then.
-        ValueError: Likewise, or the tensors are on several devices.
+        TypeError: For a dtype that is not listed. Nothing has been written then.
+        ValueError: For shapes or devices that contradict each other, or a tensor that is not contiguous. Likewise.
     """
     if steps:
         _update_all([_checked(step, (2, len(step.rows.indices)), steps[0].param.device) for step in steps])
 
 
-def window_descend_(
-    param: Tensor, window: SparseWindow, weights: Tensor, *, lr: float, weight_decay: float = 0.0
-) -> None:
-    """Descend along a linear combination of the window's rows: W ← W·(1 − lr·weight_decay) − lr·(Gᵀ·weights).
+def foreach_window_descend_(steps: Sequence[WindowStep]) -> None:
+    """Descend along combinations of the windows' rows: W ← W·(1 − lr·weight_decay) − lr·(Gᵀ·weights).
 
-    Gᵀ·weights and the new entries are computed in float32; each entry is rounded once to the dtype of ``param``.
+    Gᵀ·weights and the new entries are computed in float32; each entry is rounded once to the dtype of the parameter.
 
     Args:
-        param: As in :class:`WindowStep`; changed in place.
-        window: The compressed gradients, as rows of G.
-        weights: float32 ``[window]``. A row of weight zero is skipped.
-        lr: Learning rate.
-        weight_decay: Decoupled weight decay.
+        steps: The tensors, all on one device.
 
     Raises:
-        TypeError: For a dtype that is not listed.
-        ValueError: For shapes or devices that contradict each other, or a tensor that is not contiguous.
-    """
-    foreach_window_descend_([WindowStep(param, window, weights, lr, weight_decay)])
-
-
-def foreach_window_descend_(steps: Sequence[WindowStep]) -> None:
-    """Do :func:`window_descend_` for several tensors of one device; to the bit what it does for each.
-
-    Raises:
-        TypeError: As :func:`window_descend_`. Nothing has been written then.
-        ValueError: Likewise, or the tensors are on several devices.
+        TypeError: As :func:`foreach_window_update_`.
+        ValueError: Likewise.
     """
     if steps:
         _descend_all([_checked(step, (len(step.rows.indices),), steps[0].param.device) for step in steps])
@@ -248,24 +204,8 @@ def window_combine_(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
     _combine(step.param, window, weights)
 
 
-def window_gram_row(window: SparseWindow, row: int) -> Tensor:
-    """Return the inner products of all rows with one of them: a row of the Gram matrix GGᵀ.
-
-    Args:
-        window: The compressed gradients, as rows of G. Rows that were not written yet must hold zeros as values.
-        row: Which row.
-
-    Returns:
-        float64 ``[window]``.
-
-    Raises:
-        IndexError: There is no such row.
-    """
-    return foreach_window_gram_rows([window], row)[0]
-
-
 def foreach_window_gram_rows(windows: Sequence[SparseWindow], row: int) -> Tensor:
-    """Return :func:`window_gram_row` of several tensors of one device.
+    """Return the inner products of all rows of each window with one of them.
 
     Args:
         windows: At least one window, all of as many rows.

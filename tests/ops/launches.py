@@ -17,16 +17,14 @@ from torch import Tensor
 
 from hf_lowmem_optim.ops import dispatch
 from hf_lowmem_optim.ops.block_quant import Quantized, dequantize_, dequantize_add_, quantize_
-from hf_lowmem_optim.ops.block_topk import block_topk_, num_kept
+from hf_lowmem_optim.ops.block_topk import num_kept
 from hf_lowmem_optim.ops.low_rank import Coefficients, orthonormalize
 from hf_lowmem_optim.ops.sparse_window import (
     SparseWindow,
     window_combine_,
-    window_descend_,
-    window_gram_row,
-    window_update_,
 )
 from hf_lowmem_optim.spec import QuantFormat
+from tests.ops.singles import block_topk_, window_descend_, window_gram_row, window_update_
 
 __all__ = ["LAUNCHES", "Launch", "force_triton"]
 

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_lowmem_optim.ops.block_quant import Quantized, dequantize_
-from hf_lowmem_optim.ops.block_topk import MAX_BLOCK_SIZE, block_topk_, kept_per_block, num_kept, window_specs
+from hf_lowmem_optim.ops.block_topk import MAX_BLOCK_SIZE, kept_per_block, num_kept, window_specs
 from hf_lowmem_optim.ops.dispatch import ENVIRONMENT_VARIABLE
 from hf_lowmem_optim.spec import QuantFormat, quantized_specs
 from tests.ops.backends import BACKENDS, BF16, DEVICE, FAST, FP16, FP32, QUIET, empty_quantized, same
+from tests.ops.singles import block_topk_
 from tests.ops.test_block_quant import AWKWARD, awkward
 from tests.reference import block_topk as paper
 

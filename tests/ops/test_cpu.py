@@ -34,12 +34,10 @@ from hf_lowmem_optim.ops.sparse_window import (
     foreach_window_gram_rows,
     foreach_window_update_,
     window_combine_,
-    window_descend_,
-    window_gram_row,
-    window_update_,
 )
 from hf_lowmem_optim.spec import QuantFormat
 from tests.ops.backends import BF16, FP16, FP32, empty_quantized, same
+from tests.ops.singles import window_descend_, window_gram_row, window_update_
 
 Use = Callable[[str], str]
 

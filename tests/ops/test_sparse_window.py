@@ -16,16 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_lowmem_optim.ops.block_topk import block_topk_, kept_per_block, window_specs
+from hf_lowmem_optim.ops.block_topk import kept_per_block, window_specs
 from hf_lowmem_optim.ops.sparse_window import (
     SparseWindow,
     foreach_window_gram_rows,
     window_combine_,
-    window_descend_,
-    window_gram_row,
-    window_update_,
 )
 from tests.ops.backends import BACKENDS, BF16, FAST, FP16, FP32, QUIET, device_of, same
+from tests.ops.singles import block_topk_, window_descend_, window_gram_row, window_update_
 from tests.reference import sparse_window as paper
 
 pytestmark = QUIET
