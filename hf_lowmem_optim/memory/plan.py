@@ -39,9 +39,7 @@ def plan_optimizer(optimizer: torch.optim.Optimizer) -> StateReport:
 
 
 def plan_state(
-    optimizer: str | type[LowMemoryOptimizer],
-    tensors: Mapping[str, tuple[Sequence[int], torch.dtype]],
-    **hyper: Any,
+    optimizer: str | type[LowMemoryOptimizer], tensors: Mapping[str, tuple[Sequence[int], torch.dtype]], **hyper: Any
 ) -> StateReport:
     """Predict the state for parameters that need not exist.
 

@@ -144,12 +144,7 @@ def dequantize_add_(out: Tensor, quantized: Quantized, *, scale: float = 1.0, on
 
 
 def check_dense(
-    tensor: Tensor,
-    name: str,
-    *,
-    numel: int,
-    device: torch.device,
-    dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES,
+    tensor: Tensor, name: str, *, numel: int, device: torch.device, dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
 ) -> Tensor:
     """Return the dense argument of an operation, detached.
 

@@ -105,12 +105,7 @@ def check_block_size(block_size: int) -> None:
 
 
 def window_specs(
-    numel: int,
-    *,
-    window: int,
-    density: float,
-    block_size: int,
-    value_dtype: torch.dtype = torch.bfloat16,
+    numel: int, *, window: int, density: float, block_size: int, value_dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, TensorSpec]:
     """Describe the window of the last ``window`` selections of a tensor of ``numel`` entries.
 
@@ -130,10 +125,7 @@ def window_specs(
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window!r}")
     shape = (window, num_kept(numel, block_size, density))
-    return {
-        "indices": TensorSpec(shape, torch.int16, "indices"),
-        "values": TensorSpec(shape, value_dtype, "values"),
-    }
+    return {"indices": TensorSpec(shape, torch.int16, "indices"), "values": TensorSpec(shape, value_dtype, "values")}
 
 
 class TopK(NamedTuple):

@@ -49,11 +49,7 @@ class MicroAdamOptions(Options):
 
     window: int = option(10, "m, how many sparse gradients are kept.", within=COUNT, shapes_state=True)
     density: float | None = option(
-        0.01,
-        "Share of each block's entries that a step keeps.",
-        within=FRACTION,
-        none="dense AdamW",
-        shapes_state=True,
+        0.01, "Share of each block's entries that a step keeps.", within=FRACTION, none="dense AdamW", shapes_state=True
     )
     block_size: int = option(
         4096,

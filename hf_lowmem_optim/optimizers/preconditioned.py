@@ -23,13 +23,7 @@ from hf_lowmem_optim.engine.error_feedback import CompressedErrorFeedback
 from hf_lowmem_optim.engine.options import COUNT, POSITIVE, UNIT, Options, option
 from hf_lowmem_optim.spec import TensorSpec
 
-__all__ = [
-    "PreconditionedOptions",
-    "add_momentum_",
-    "descend_",
-    "gram_state",
-    "own_state",
-]
+__all__ = ["PreconditionedOptions", "add_momentum_", "descend_", "gram_state", "own_state"]
 
 
 @dataclass(frozen=True)

@@ -110,10 +110,7 @@ def sparse_mfac_state(shape: Sequence[int], dtype: torch.dtype, o: SparseMFACOpt
 
 
 def sparse_update_(
-    tensors: Sequence[Batch],
-    shared: Mapping[str, Tensor],
-    t: int,
-    row_weights: Callable[..., Tensor] = mfac_weights,
+    tensors: Sequence[Batch], shared: Mapping[str, Tensor], t: int, row_weights: Callable[..., Tensor] = mfac_weights
 ) -> None:
     """Take one step on the tensors of one system, in place; without momentum nothing of their size is allocated.
 

@@ -17,14 +17,7 @@ import torch
 from hf_lowmem_optim.ops.block_quant import Quantized
 from hf_lowmem_optim.ops.block_topk import Selection, _select_all
 from hf_lowmem_optim.ops.cpu.block_quant import decode_blocks, encode_blocks, random_keys
-from hf_lowmem_optim.ops.cpu.floats import (
-    BFLOAT16,
-    FLOAT32,
-    load_floats,
-    narrow,
-    store_floats,
-    widen,
-)
+from hf_lowmem_optim.ops.cpu.floats import BFLOAT16, FLOAT32, load_floats, narrow, store_floats, widen
 from hf_lowmem_optim.ops.cpu.jit import inlined, loop
 from hf_lowmem_optim.ops.cpu.launch import DTYPE_CODES, NO_BYTES, block_ranges, buffer_arguments, run_pieces
 from hf_lowmem_optim.ops.dispatch import register

@@ -11,15 +11,7 @@ import numpy as np
 
 from hf_lowmem_optim.ops.cpu.jit import inlined
 
-__all__ = [
-    "BFLOAT16",
-    "FLOAT16",
-    "FLOAT32",
-    "load_floats",
-    "narrow",
-    "store_floats",
-    "widen",
-]
+__all__ = ["BFLOAT16", "FLOAT16", "FLOAT32", "load_floats", "narrow", "store_floats", "widen"]
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 

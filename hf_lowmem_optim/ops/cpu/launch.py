@@ -48,11 +48,7 @@ def block_ranges(numel: int, block_size: int) -> list[tuple[int, int]]:
 
 
 def run_pieces(
-    loop: Callable[..., R],
-    pieces: Iterable[tuple[Any, ...]],
-    entries: int,
-    *,
-    each: int | None = None,
+    loop: Callable[..., R], pieces: Iterable[tuple[Any, ...]], entries: int, *, each: int | None = None
 ) -> list[R]:
     """Call a loop for every piece, on as many threads as torch may use and the entries are worth.
 

@@ -18,14 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_lowmem_optim.ops.cpu.floats import (
-    BFLOAT16,
-    FLOAT16,
-    FLOAT32,
-    load_floats,
-    narrow,
-    widen,
-)
+from hf_lowmem_optim.ops.cpu.floats import BFLOAT16, FLOAT16, FLOAT32, load_floats, narrow, widen
 from hf_lowmem_optim.ops.cpu.jit import Loop, inlined, loop
 from hf_lowmem_optim.ops.cpu.launch import DTYPE_CODES, ENTRIES_PER_PIECE, block_ranges, run_pieces
 from hf_lowmem_optim.ops.dispatch import register

@@ -18,15 +18,7 @@ from hf_lowmem_optim.ops.block_quant import Quantized, _dequantize_into, _quanti
 from hf_lowmem_optim.ops.dispatch import register
 from hf_lowmem_optim.ops.triton.device import on_device
 
-__all__ = [
-    "block_range",
-    "decode",
-    "dequantize_into",
-    "encode",
-    "load_codes",
-    "quantize_into",
-    "store_codes",
-]
+__all__ = ["block_range", "decode", "dequantize_into", "encode", "load_codes", "quantize_into", "store_codes"]
 
 _TILE = 2048
 _NUM_WARPS = 4
