@@ -55,11 +55,7 @@ class Host(Protocol):
 
 
 class BackwardMode:
-    """What acts on gradients during the backward pass of one optimizer; the normal mode has none.
-
-    Args:
-        host: The optimizer.
-    """
+    """What both modes that act on gradients during the backward pass have; the normal mode does not."""
 
     def __init__(self, host: Host) -> None:
         self._host = weakref.ref(host)
@@ -72,39 +68,16 @@ class BackwardMode:
         assert host is not None
         return host
 
-    def watch(self, index: int) -> None:
-        """Watch the parameters of a group."""
-        raise NotImplementedError
-
     def on_gradient(self, param: Tensor) -> None:
         """Act on a gradient that has just been completed; autograd calls this."""
         raise NotImplementedError
-
-    def before_step(self) -> None:
-        """Begin ``step()``."""
-
-    def after_step(self) -> None:
-        """End ``step()``."""
 
     def has_more(self, param: Tensor) -> bool:
         """Return whether a part of the parameter's gradient of this step is in its state already."""
         return False
 
-    def abandon_step(self) -> int:
-        """Forget a step that has begun; return the number of parameters whose gradients were used already."""
-        return 0
-
-    def check_zero_grad(self) -> None:
-        """Refuse ``zero_grad()`` where it could not do what it says."""
-
     def check_save(self, what: str) -> None:
         """Refuse to save or copy the state in the middle of a step, if that is not whole; ``what`` begins the error."""
-
-    def refuse_scaler(self) -> None:
-        """Refuse a gradient scaler."""
-
-    def after_load(self) -> None:
-        """Forget what a step had begun: other state has been loaded."""
 
     def remove_hooks(self) -> None:
         """Go over to the normal mode."""
@@ -171,9 +144,10 @@ class LayerwiseMode(BackwardMode):
         grad = param.grad
         assert grad is not None
         compressed, specs, state = self.host._prepared(param, group)
-        if compressed:
-            check_accumulation(group)
-        if not compressed or not ("error" in specs or "error_codes" in specs):
+        if not compressed:
+            return
+        check_accumulation(group)
+        if not ("error" in specs or "error_codes" in specs):
             return
         self._norms.append(_norm(grad))
         number = self._micro_batches.get(id(param), 0)
@@ -225,7 +199,7 @@ class LayerwiseMode(BackwardMode):
         return id(param) in self._micro_batches
 
     def abandon_step(self) -> int:
-        """Forget a step whose backward pass failed half-way."""
+        """Forget a step whose backward pass failed half-way; return how many gradients were used already."""
         used = len(self._updated | self._micro_batches.keys())
         self.after_load()
         return used
@@ -271,14 +245,7 @@ def _norm(tensor: Tensor) -> Tensor:
 
 
 def check_accumulation(options: Mapping[str, Any]) -> None:
-    """Refuse settings with which layer-wise mode cannot put a gradient aside until the rest of it comes.
-
-    Args:
-        options: The options of a group.
-
-    Raises:
-        ValueError: The message says which setting and why.
-    """
+    """Raise ValueError for options with which layer-wise mode cannot put a gradient aside until the rest comes."""
     if options["clip_tensor_norm"] is not None:
         raise ValueError(
             f"clip_tensor_norm={options['clip_tensor_norm']!r} cannot be combined with gradient accumulation: the "
@@ -305,7 +272,7 @@ class Layerwise:
     """
 
     normal: ClassVar[type[Any]]
-    _backward: Any
+    _backward: LayerwiseMode
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -313,13 +280,12 @@ class Layerwise:
 
         With accumulation, of the pieces as they came: the root of the sum of their squares.
         """
-        norm: Tensor | None = self._backward.grad_norm
-        return norm
+        return self._backward.grad_norm
 
     @property
     def peak_gradient_bytes(self) -> int:
         """The most that ``param.grad`` of all parameters took together while a hook ran."""
-        return int(self._backward.peak_gradient_bytes)
+        return self._backward.peak_gradient_bytes
 
     @property
     def is_last_micro_batch(self) -> Callable[[], bool] | None:
@@ -327,8 +293,7 @@ class Layerwise:
 
         In the Trainer it is accelerate's answer; loops of your own use :meth:`accumulating`.
         """
-        ask: Callable[[], bool] | None = self._backward.is_last_micro_batch
-        return ask
+        return self._backward.is_last_micro_batch
 
     @is_last_micro_batch.setter
     def is_last_micro_batch(self, ask: Callable[[], bool] | None) -> None:
@@ -414,9 +379,8 @@ def layerwise(optimizer_class: _T) -> _T:
     fields: list[tuple[str, Any, Any]] = [("clip_tensor_norm", float | None, clip)]
     if "scope" in normal.options.defaults():  # a common system is not to be had
         metadata = next(f.metadata for f in dataclasses.fields(normal.options) if f.name == "scope")
-        fields.append(
-            ("scope", normal.options.types()["scope"], dataclasses.field(default="tensor", metadata=metadata))
-        )
+        scope = dataclasses.field(default="tensor", metadata=metadata)
+        fields.append(("scope", normal.options.types()["scope"], scope))
     bases = (_LayerwiseChecks, normal.options)
     options = dataclasses.make_dataclass(f"{normal.options.__name__}Layerwise", fields, bases=bases, frozen=True)
     method = dataclasses.replace(normal, name=f"{normal.name}_layerwise", options=options, layerwise=True)
@@ -425,6 +389,5 @@ def layerwise(optimizer_class: _T) -> _T:
         f"there.\n\nSee :func:`layerwise`, and :class:`{optimizer_class.__name__}` for the method."
     )
     body = {"__doc__": doc, "__module__": __name__, "method": method, "normal": optimizer_class}
-    made = type(f"{optimizer_class.__name__}Layerwise", (Layerwise, optimizer_class), body)
-    _MADE[optimizer_class] = made
+    made = _MADE[optimizer_class] = type(f"{optimizer_class.__name__}Layerwise", (Layerwise, optimizer_class), body)
     return cast("_T", made)

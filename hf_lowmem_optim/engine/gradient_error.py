@@ -1,25 +1,18 @@
 """``error_feedback="grad"``: the error is kept between steps in the buffer of the gradient itself.
 
-Between two steps ``state[param]["error"]`` holds ξ, and ``param.grad`` is None, so that nothing that zeroes gradients
-reaches it. When a backward pass has accumulated a fresh gradient g, a hook adds g to ξ and makes that buffer
-``param.grad``; the fresh one is freed, so that there is one buffer a parameter, and for a moment one gradient. Further
-backward passes of the step accumulate into the buffer. ``step()`` uses g + ξ, leaves the new ξ in its place, and sets
-``param.grad`` to None.
+Between two steps ``state[param]["error"]`` holds ξ, in the parameter's dtype, and ``param.grad`` is None, so that
+nothing that zeroes gradients reaches it. When a backward pass has accumulated a gradient g, a hook adds g to ξ, makes
+that buffer ``param.grad``, and frees g; further backward passes of the step accumulate into the buffer. ``step()`` uses
+g + ξ, leaves the new ξ in its place, and sets ``param.grad`` to None. A gradient set by hand is added in ``step()``.
 
-Once g is in, ξ alone cannot be had back. So the hook notes that it has acted, and whatever would go on without this
-gradient, or act on it before all of it is there, is refused. For the parameters that are compressed:
+So clipping by norm and a logged norm see gradient plus error, a tensor that a backward pass does not reach keeps its
+error, and the buffer stays in memory also where gradients would be freed.
 
-- ``param.grad`` holds gradient plus error between backward pass and ``step()``, and clipping by norm and a logged norm
-  see that; a tensor which the next backward pass does not reach is skipped and keeps its error. The buffer stays in
-  memory also where gradients would be freed.
-- ξ is in the parameter's dtype, and so is the sum g + ξ.
-- A gradient set by hand is left alone, and added to the error in ``step()``.
-- A gradient cannot be dropped: ``zero_grad()`` between backward pass and ``step()``, and whatever else replaces or
-  zeroes ``param.grad`` there, raises ``RuntimeError``, at once or in the next backward pass or ``step()``. What is
-  written into it in place right before ``step()`` counts as clipping, zeros too. Before the first step nothing is
-  refused.
-- A gradient scaler (fp16), several processes (DDP, FSDP), layer-wise mode and ``backward(create_graph=True)`` are
-  refused.
+Once g is in, ξ alone cannot be had back. So the hook notes that it has acted, and a gradient can no longer be dropped:
+``zero_grad()`` between backward pass and ``step()``, and whatever else replaces or zeroes ``param.grad`` there, raises
+``RuntimeError``, at once or in the next backward pass or ``step()``. What is written into it in place right before
+``step()`` counts as clipping, zeros too. Before the first step there is no error, and nothing is refused. A gradient
+scaler (fp16), several processes, layer-wise mode and ``backward(create_graph=True)`` are refused always.
 """
 
 from __future__ import annotations
@@ -45,11 +38,7 @@ _LOST = (
 
 
 class GradientErrors(BackwardMode):
-    """Adds gradients to the errors of one optimizer, for all parameters or for some groups; see the head of this file.
-
-    Args:
-        host: The optimizer.
-    """
+    """Adds gradients to the errors of one optimizer, for all or for some groups; see the head of this file."""
 
     def __init__(self, host: Host) -> None:
         super().__init__(host)
@@ -66,11 +55,7 @@ class GradientErrors(BackwardMode):
         return grad and any(method.compresses(param.shape, group) for param in group["params"])
 
     def watch(self, index: int) -> None:
-        """Watch the parameters of a group whose error is kept in the gradient.
-
-        Raises:
-            NotImplementedError: There are several processes.
-        """
+        """Watch the parameters of a group whose error is kept in the gradient; refuse several processes."""
         group = self.host.param_groups[index]
         params = [param for param in group["params"] if self._keeps_error(param, group)]
         if not params:
@@ -169,7 +154,7 @@ class GradientErrors(BackwardMode):
         self._added.clear()
 
     def abandon_step(self) -> int:
-        """Leave the gradients of a step that failed in the errors, for later steps to use."""
+        """Leave the gradients of a step that failed in the errors, for later steps; return how many there are."""
         used = len(self._added)
         self._added.clear()
         return used

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from hf_lowmem_optim.engine.adamw import adamw_update_, require_bitsandbytes
-from hf_lowmem_optim.engine.backward import BackwardMode, LayerwiseMode
+from hf_lowmem_optim.engine.backward import LayerwiseMode
 from hf_lowmem_optim.engine.buckets import TensorUpdate, allocate_stacked, batches
 from hf_lowmem_optim.engine.checks import check_parameter, check_rounding, check_tensor, check_unchanged
 from hf_lowmem_optim.engine.coupled import check_agreement, note_absent_
@@ -42,7 +42,7 @@ class LowMemoryOptimizer(Optimizer):
 
     method: ClassVar[Method]
     #: What acts on gradients during the backward pass; None in the normal mode.
-    _backward: BackwardMode | None = None
+    _backward: LayerwiseMode | GradientErrors | None = None
 
     def __init_subclass__(cls) -> None:
         """Give a method's class the signature and the argument list of its options."""
