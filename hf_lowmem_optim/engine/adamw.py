@@ -48,26 +48,13 @@ _FUSED_DEVICES = frozenset({"cpu", "cuda"})
 
 
 def adamw_state(shape: Sequence[int], dtype: torch.dtype, dense_state: str) -> dict[str, TensorSpec]:
-    """Describe both moments of one parameter.
-
-    Args:
-        shape: Shape of the parameter.
-        dtype: Dtype of the parameter.
-        dense_state: Storage of the moments: ``"param"``, ``"fp32"`` or ``"8bit"``.
-
-    Returns:
-        Specs by state key; allocated as zeros, all of it holds zeros.
-    """
+    """Describe both moments of one parameter; allocated as zeros, all of it holds zeros."""
     numel = math.prod(shape)
     if dense_state == "8bit" and numel >= _MIN_QUANTIZED_ENTRIES:
         codes = TensorSpec((numel,), torch.uint8, "dense")
         absmax = TensorSpec((-(-numel // _BLOCK_SIZE),), torch.float32, "dense statistics")
-        return {
-            "exp_avg_codes": codes,
-            "exp_avg_absmax": absmax,
-            "exp_avg_sq_codes": codes,
-            "exp_avg_sq_absmax": absmax,
-        }
+        moments = ("exp_avg", "exp_avg_sq")
+        return {f"{key}_{part}": spec for key in moments for part, spec in (("codes", codes), ("absmax", absmax))}
     moment = TensorSpec(tuple(shape), dtype if dense_state == "param" else torch.float32, "dense")
     return {"exp_avg": moment, "exp_avg_sq": moment}
 
@@ -90,8 +77,7 @@ def adamw_update_(updates: Sequence[TensorUpdate]) -> None:
     if in_place:
         moments = [(u.state["exp_avg"], u.state["exp_avg_sq"]) for u in in_place]
         _adamw_(updates=in_place, W=[u.param for u in in_place], g=[u.grad for u in in_place], moments=moments)
-    rest = [update for update in updates if _needs_copies(update)]
-    for slices in _shared_slices(rest):
+    for slices in _shared_slices([update for update in updates if _needs_copies(update)]):
         _update_slices_(slices)
 
 
@@ -215,13 +201,9 @@ def _update_slices_(slices: Sequence[_Slice]) -> None:
 
 
 def require_bitsandbytes(params: Iterable[Tensor]) -> None:
-    """Refuse ``dense_state="8bit"`` where bitsandbytes cannot do it.
+    """Raise ImportError where bitsandbytes is missing, or has no 8-bit AdamW for the CPU and a parameter is on it.
 
-    Args:
-        params: The parameters; those on the meta device are only planned with and need nothing.
-
-    Raises:
-        ImportError: bitsandbytes is missing, or has no such operation for the CPU.
+    Parameters on the meta device are only planned with and need nothing.
     """
     devices = {param.device.type for param in params} - {"meta"}
     if not devices:
@@ -291,13 +273,10 @@ def _dynamic_map(signed: bool, device: torch.device) -> Tensor:
 @contextmanager
 def _on_the_default_stream(device: torch.device) -> Iterator[None]:
     """Order bitsandbytes' kernels, which run on CUDA's default stream, after and before those of torch's stream."""
-    if device.type != "cuda":
+    if device.type != "cuda" or torch.cuda.default_stream(device) == torch.cuda.current_stream(device):
         yield
         return
     default, current = torch.cuda.default_stream(device), torch.cuda.current_stream(device)
-    if default == current:
-        yield
-        return
     default.wait_stream(current)
     yield
     current.wait_stream(default)
