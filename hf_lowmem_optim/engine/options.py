@@ -175,17 +175,9 @@ _KNOWN_NAMES: set[str] = set(Options.__annotations__)
 
 
 def check_group_keys(group: Mapping[str, Any], own: Iterable[str], owner: str) -> None:
-    """Refuse keys of a parameter group that are options of another method, or misspelt ones of this one.
+    """Raise TypeError for keys of a parameter group that are options of another method, or misspelt ones of this one.
 
     What torch or another library adds to a group (``initial_lr``, ``param_names``, ``differentiable``) passes.
-
-    Args:
-        group: The parameter group.
-        own: The options that it may have.
-        owner: The optimizer, for the error.
-
-    Raises:
-        TypeError: A key is none of them.
     """
     own = set(own)
     for key in group:
@@ -218,15 +210,16 @@ def as_plain(value: Any) -> Any:
 def _check(name: str, value: Any, kind: Any, metadata: Mapping[str, Any]) -> None:
     """Raise TypeError or ValueError, naming argument, value and what is right, if a value is none of those allowed."""
     if get_origin(kind) is Literal:
-        _check_choice(name, value, get_args(kind))
+        choices = get_args(kind)
+        if isinstance(value, bool) or value not in choices:
+            hint = nearest(value, map(str, choices)) if isinstance(value, str) else ""
+            raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}{hint}")
     elif kind is bool:
         if not isinstance(value, bool):
             raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it must be True or False")
     elif get_origin(kind) is tuple:
-        count = len(get_args(kind))
-        if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != count:
-            example = "two floats in [0, 1), for example betas=(0.9, 0.99)"
-            raise TypeError(f"{name}={value!r} must be {example}")
+        if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != len(get_args(kind)):
+            raise TypeError(f"{name}={value!r} must be two floats in [0, 1), for example betas=(0.9, 0.99)")
         for index, number in enumerate(value):
             check_number(f"{name}[{index}]", number, metadata["within"])
     elif not (value is None and metadata["none"] is not None):
@@ -243,9 +236,3 @@ def check_number(name: str, value: Any, within: Range, none: str | None = None) 
         raise ValueError(f"{name}={value!r} is not finite; it must be {expected}")
     if not within.contains(value):
         raise ValueError(f"{name}={value!r} is out of range; it must be {expected}")
-
-
-def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    if isinstance(value, bool) or value not in choices:
-        hint = nearest(value, map(str, choices)) if isinstance(value, str) else ""
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}{hint}")
