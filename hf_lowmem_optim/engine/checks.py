@@ -123,16 +123,7 @@ def _refuse_state(
 
 
 def check_unchanged(before: Options, now: Options, method: Method) -> None:
-    """Refuse new values of options on which the state depends; their shapes need not tell.
-
-    Args:
-        before: The options with which the state of a group was made.
-        now: Those of this step.
-        method: The optimizer's method.
-
-    Raises:
-        ValueError: They differ in such an option.
-    """
+    """Raise ValueError for new values of options on which the state depends; its shapes need not tell."""
     for key in method.shaping:
         was, value = getattr(before, key), getattr(now, key)
         if value != was:
@@ -143,14 +134,7 @@ def check_unchanged(before: Options, now: Options, method: Method) -> None:
 
 
 def check_rounding(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse stochastic rounding that would round nothing.
-
-    Args:
-        groups: Parameter groups, with ``"params"``.
-
-    Raises:
-        ValueError: It is asked for, and no weight is narrower than float32.
-    """
+    """Raise ValueError if stochastic rounding is asked for and would round nothing: every parameter is float32."""
     asked = [group for group in groups if group["weight_rounding"] == "stochastic"]
     if asked and not any(param.dtype != torch.float32 for group in asked for param in group["params"]):
         raise ValueError(
