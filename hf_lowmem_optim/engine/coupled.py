@@ -21,16 +21,7 @@ Scope = Literal["model", "tensor"]
 
 
 def check_agreement(method: Method, groups: Sequence[Mapping[str, Any]], who: str) -> None:
-    """Refuse groups that cannot be in one system.
-
-    Args:
-        method: The optimizer's method.
-        groups: The parameter groups, with every option.
-        who: Name of the optimizer's class.
-
-    Raises:
-        ValueError: They differ in an option on which they must agree.
-    """
+    """Raise ValueError for groups, with every option, that differ in one on which a system's must agree."""
     members = [group for group in groups if method.shared_options and not method.is_dense(group)]
     for group in members[1:]:
         for key in method.shared_options if members[0]["scope"] == "model" else ("scope",):
