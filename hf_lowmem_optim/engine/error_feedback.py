@@ -40,16 +40,7 @@ FORMATS = {"8bit": QuantFormat(8, 64), "4bit": QuantFormat(4, 64)}
 
 
 def error_state(shape: Sequence[int], dtype: torch.dtype, storage: str) -> dict[str, TensorSpec]:
-    """Describe the state that holds the error of one tensor.
-
-    Args:
-        shape: Shape of the parameter.
-        dtype: Dtype of the parameter.
-        storage: One of :data:`ErrorFeedback`.
-
-    Returns:
-        Specs by state key; empty for ``"none"``.
-    """
+    """Describe the state that holds the error of one tensor; ``storage`` is one of :data:`ErrorFeedback`."""
     if storage == "none":
         return {}
     if storage in FORMATS:
@@ -74,12 +65,11 @@ def add_residual(g: Sequence[Tensor], state: Mapping[str, Tensor], fmt: QuantFor
     error = state.get("error")
     if error is None and fmt is None and len(g) == 1:
         return g[0].float()[None]
-    if error is not None and error.data_ptr() == g[0].data_ptr():
-        return error.float().view(1, *g[0].shape)
     if error is not None:
         a = error.float().view(len(g), *g[0].shape)
-        for part, grad in zip(a.unbind(), g, strict=True):
-            _add_(part, grad)
+        if error.data_ptr() != g[0].data_ptr():
+            for part, grad in zip(a.unbind(), g, strict=True):
+                _add_(part, grad)
         return a
     a = torch.empty((len(g), *g[0].shape), dtype=torch.float32, device=g[0].device)
     if fmt is not None and len(g) == 1 and g[0].dtype in FLOAT_DTYPES:  # in one pass
@@ -129,11 +119,7 @@ def _pairs(
 ) -> Iterator[tuple[Quantized, Tensor]]:
     """Yield quantized errors with their parts of a float32 tensor: all as one buffer where no block spans two tensors.
 
-    Args:
-        state: The stacked state.
-        fmt: How the error is quantized.
-        dense: float32 [number of tensors, ...], contiguous.
-        one_by_one: Keep the tensors apart: what is drawn at random goes by an entry's place in the buffer.
+    Not ``one_by_one``: what is drawn at random goes by an entry's place in the buffer.
     """
     count, numel = len(dense), dense[0].numel()
     stacked = [state[f"error_{part}"] for part in ("codes", "lo", "hi")]
