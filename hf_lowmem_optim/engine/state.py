@@ -40,14 +40,7 @@ class _AsSaved:
 
 
 def pack_shared(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Move the shared entry of a state dict from its state to its first parameter group.
-
-    Args:
-        state_dict: As ``torch.optim.Optimizer.state_dict`` gave it; not changed.
-
-    Returns:
-        The packed state dict; the same one if there is no shared entry.
-    """
+    """Return torch's state dict with the shared entry moved from its state to its first parameter group."""
     if SHARED not in state_dict["state"]:
         return state_dict
     state = {key: value for key, value in state_dict["state"].items() if key != SHARED}
