@@ -55,7 +55,7 @@ class Host(Protocol):
 
 
 class BackwardMode:
-    """What both modes that act on gradients during the backward pass have; the normal mode does not."""
+    """What the modes share that act on gradients during the backward pass; the normal mode has none of it."""
 
     def __init__(self, host: Host) -> None:
         self._host = weakref.ref(host)

@@ -11,8 +11,8 @@ error, and the buffer stays in memory also where gradients would be freed.
 Once g is in, ξ alone cannot be had back. So the hook notes that it has acted, and a gradient can no longer be dropped:
 ``zero_grad()`` between backward pass and ``step()``, and whatever else replaces or zeroes ``param.grad`` there, raises
 ``RuntimeError``, at once or in the next backward pass or ``step()``. What is written into it in place right before
-``step()`` counts as clipping, zeros too. Before the first step there is no error, and none of that is refused.
-A gradient scaler (fp16), several processes (DDP, FSDP), layer-wise mode and ``backward(create_graph=True)`` are refused.
+``step()`` counts as clipping, zeros too. Before the first step there is no error, and none of that is refused. A
+gradient scaler (fp16), several processes (DDP, FSDP), layer-wise mode and ``backward(create_graph=True)`` are refused.
 """
 
 from __future__ import annotations
