@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -74,9 +75,9 @@ def plan_groups(optimizer_class: type[LowMemoryOptimizer], groups: Groups, *, nu
     method, pieces = optimizer_class.method, list[Piece]()
     for index, group in enumerate(groups):
         options = method.options_of(group)
-        for param in group["params"]:
-            for spec in method.specs(param.shape, param.dtype, options).values():
-                nbytes = spec.shard(num_shards).stored_bytes
+        for (shape, dtype), count in Counter((param.shape, param.dtype) for param in group["params"]).items():
+            for spec in method.specs(shape, dtype, options).values():
+                nbytes = count * spec.shard(num_shards).stored_bytes
                 pieces.append(Piece(index, spec.component, spec.dtype, nbytes, spec.in_gradient))
     pieces += [Piece(None, s.component, s.dtype, s.nbytes) for s in method.shared_specs(groups).values()]
     return add_up(pieces, len(groups), sum(param.numel() for group in groups for param in group["params"]))
