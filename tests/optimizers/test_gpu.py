@@ -74,7 +74,7 @@ def test_matrices_of_one_shape_come_out_together_as_alone(
 
 
 #: M-FAC and GGT ask the GPU once a step whether rows depend on each other, which decides the way to solve.
-WITHOUT_A_QUESTION = [case for case in CASES.values() if not case.coupled]
+WITHOUT_A_QUESTION = [case for case in CASES.values() if not case.shared_keys]
 
 
 @pytest.mark.parametrize("case", WITHOUT_A_QUESTION, ids=lambda case: f"{case.name} {case.hyper}")
