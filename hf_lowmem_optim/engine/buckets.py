@@ -187,7 +187,7 @@ def most_tensors(entries: int, device: torch.device) -> int:
         entries: Entries of each tensor.
         device: Where they lie; the meta device counts as a GPU.
     """
-    largest, together = (1 << 16, 1 << 18) if device.type == "cpu" else (1 << 22, 1 << 23)
+    largest, together = (1 << 18, 1 << 20) if device.type == "cpu" else (1 << 22, 1 << 23)
     return max(1, together // max(1, entries)) if entries <= largest else 1
 
 

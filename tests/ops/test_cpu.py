@@ -177,18 +177,16 @@ def test_results_are_in_order_and_every_thread_works(threads: Callable[[int], No
         names.add(threading.current_thread().name)
         return number * factor
 
-    before = threading.active_count()
     assert launch.run_pieces(piece, ((n, 2) for n in range(50)), MANY) == list(range(0, 100, 2))
     assert len(names) == 3
     assert threading.current_thread().name in names
-    assert threading.active_count() == before
 
 
 def test_one_thread_where_more_would_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_pool(*_: object, **__: object) -> None:
-        raise AssertionError("a pool was made")
+    def no_pool(process: int) -> None:
+        raise AssertionError("a thread was asked for")
 
-    monkeypatch.setattr(launch, "ThreadPoolExecutor", no_pool)
+    monkeypatch.setattr(launch, "_pool", no_pool)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     assert launch.run_pieces(abs, [(-1,), (2,)], 2 * launch._ENTRIES_PER_THREAD - 1) == [1, 2]
     assert launch.run_pieces(abs, [], 0) == []
@@ -229,13 +227,22 @@ def test_a_failure_stops_the_others_and_comes_out_when_they_have_ended(
 ) -> None:
     threads(2)
     started = Started(in_main_thread, error)
-    before = threading.active_count()
     with pytest.raises(type(error)):
         launch.run_pieces(started.piece, ((n,) for n in range(100)), MANY)
     assert sorted(started.begun) == [0, 1]
     assert len(started.ended) == 1
-    assert threading.active_count() == before
     assert launch.run_pieces(abs, [(-1,)] * 3, MANY) == [1] * 3
+
+
+def test_a_thread_that_finds_no_core_is_not_waited_for(threads: Callable[[int], None]) -> None:
+    threads(2)
+    pool, go_on = launch._pool(os.getpid()), threading.Event()
+    busy = [pool.submit(go_on.wait) for _ in range(pool._max_workers)]
+    try:
+        assert launch.run_pieces(abs, [(-1,)] * 3, MANY) == [1] * 3
+    finally:
+        go_on.set()
+    assert all(future.result(timeout=30) for future in busy)
 
 
 def test_a_failure_while_a_piece_is_made_comes_out(threads: Callable[[int], None]) -> None:

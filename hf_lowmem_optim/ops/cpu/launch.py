@@ -1,4 +1,4 @@
-"""How tensors reach the loops: as arrays, and cut into pieces, on threads that begin and end with the call.
+"""How tensors reach the loops: as arrays, and cut into pieces, on threads that sleep between calls.
 
 A piece is one call of a compiled loop, which runs without the GIL. Where a tensor is cut into pieces depends on sizes
 only, so that no result depends on the number of threads.
@@ -6,9 +6,11 @@ only, so that no result depends on the number of threads.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -68,18 +70,24 @@ def run_pieces(
     if threads <= 1:
         return [loop(*piece) for piece in pieces]
     shared = _SharedPieces(loop, pieces)
-    pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="hf_lowmem_optim")
     futures: list[Future[None]] = []
     try:
         for _ in range(threads - 1):
-            futures.append(pool.submit(shared.work))
+            futures.append(_pool(os.getpid()).submit(shared.work))
         shared.work()
     finally:
         shared.stop()
-        _close(pool, futures)
+        _join(futures)
     for future in futures:
-        future.result()
+        if not future.cancelled():
+            future.result()
     return shared.results
+
+
+@lru_cache(maxsize=1)
+def _pool(process: int) -> ThreadPoolExecutor:
+    """Return the threads of a process, which sleep between calls; a forked child has none of its parent's."""
+    return ThreadPoolExecutor(_MAX_THREADS - 1, thread_name_prefix="hf_lowmem_optim")
 
 
 class _SharedPieces(Generic[R]):
@@ -112,14 +120,12 @@ class _SharedPieces(Generic[R]):
         self._stopped = True
 
 
-def _close(pool: ThreadPoolExecutor, futures: list[Future[None]]) -> None:
-    """Wait for the threads to end; an interrupt meanwhile is raised when they have."""
+def _join(futures: list[Future[None]]) -> None:
+    """Wait for what runs, and call off what has found no core yet; an interrupt meanwhile is raised afterwards."""
     interrupt: BaseException | None = None
     while True:
         try:
-            # before the pool: in some versions of Python, a thread whose join was interrupted passes for ended
-            wait(futures)
-            pool.shutdown()
+            wait([future for future in futures if not future.cancel()])
             break
         except BaseException as error:
             interrupt = error
