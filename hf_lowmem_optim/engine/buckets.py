@@ -20,7 +20,10 @@ from hf_lowmem_optim.engine.options import Options
 from hf_lowmem_optim.engine.rounding import StochasticRounding
 from hf_lowmem_optim.spec import TensorSpec
 
-__all__ = ["Batch", "TensorUpdate", "allocate_stacked", "batches", "most_tensors"]
+__all__ = ["SHARED_PREFIX", "Batch", "TensorUpdate", "allocate_stacked", "batches", "most_tensors", "own_tensors"]
+
+#: Begins the keys under which one parameter's state keeps what belongs to all parameters together.
+SHARED_PREFIX = "shared_"
 
 #: CPU instructions, and with them the rounding, may depend on an address modulo this.
 _ALIGNMENT_BYTES = 64
@@ -57,6 +60,11 @@ class TensorUpdate:
     def rounding(self) -> StochasticRounding | None:
         """Return the rounding of its weights in this step, from the start."""
         return None if self.rounding_seed is None else StochasticRounding(self.rounding_seed, self.param.device)
+
+
+def own_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors that a parameter's state has for the parameter itself."""
+    return {key: value for key, value in state.items() if key != "step" and not key.startswith(SHARED_PREFIX)}
 
 
 @dataclass(slots=True)
@@ -171,7 +179,7 @@ def _rounds_alike(update: TensorUpdate) -> bool:
     """
     if update.param.device.type != "cpu":
         return True
-    shapes = [update.param.shape, *[part.shape for key, part in update.state.items() if key != "step"]]
+    shapes = [update.param.shape, *[part.shape for part in own_tensors(update.state).values()]]
     matrices = [shape for shape in shapes if len(shape) >= 2]
     smallest = min([min(shape) for shape in matrices], default=1)
     sizes = [smallest**2, *[math.prod(shape) for shape in matrices]]
@@ -193,10 +201,11 @@ def most_tensors(entries: int, device: torch.device) -> int:
 
 def _batch(updates: Sequence[TensorUpdate]) -> Batch:
     one = updates[0]
+    keys = [key for key in one.state if key != "step" and not key.startswith(SHARED_PREFIX)]
     if len(updates) == 1:
-        state = {key: value[None] for key, value in one.state.items() if key != "step"}
+        state = {key: one.state[key][None] for key in keys}
     else:
-        state = {key: _stacked([update.state[key] for update in updates]) for key in one.state if key != "step"}
+        state = {key: _stacked([update.state[key] for update in updates]) for key in keys}
     g = [update.grad for update in updates]
     if not all(grad.is_contiguous() and grad.dim() <= 2 for grad in g):
         g = _matrices(g)
@@ -224,9 +233,7 @@ def _runs(bucket: Sequence[TensorUpdate]) -> Iterator[list[TensorUpdate]]:
 def _continues(run: Sequence[TensorUpdate], update: TensorUpdate) -> bool:
     """Return whether a tensor's state lies as far behind the run's last as that lies behind the one before."""
     last = run[-1]
-    for key, part in update.state.items():
-        if key == "step":
-            continue
+    for key, part in own_tensors(update.state).items():
         before = last.state[key]
         distance = part.data_ptr() - before.data_ptr()
         if distance < part.nbytes or part.untyped_storage().data_ptr() != before.untyped_storage().data_ptr():
@@ -241,7 +248,7 @@ def _stack_loose_(bucket: Sequence[TensorUpdate]) -> None:
     loose = [update for update in bucket if _is_loose(update)]
     if len(loose) < 2:
         return
-    for key in [key for key in loose[0].state if key != "step"]:
+    for key in own_tensors(loose[0].state):
         first = loose[0].state[key]
         spec = {key: TensorSpec(tuple(first.shape), first.dtype, "")}
         for update, new in zip(loose, allocate_stacked(spec, len(loose), first.device), strict=True):
@@ -250,6 +257,6 @@ def _stack_loose_(bucket: Sequence[TensorUpdate]) -> None:
 
 def _is_loose(update: TensorUpdate) -> bool:
     """Return whether a state belongs to no stack; what is kept in a gradient's buffer never does."""
-    parts = [part for key, part in update.state.items() if key != "step"]
+    parts = own_tensors(update.state).values()
     own = all(part.untyped_storage().nbytes() == part.nbytes for part in parts)
     return own and all(part.untyped_storage().data_ptr() != update.grad.untyped_storage().data_ptr() for part in parts)

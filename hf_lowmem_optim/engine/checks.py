@@ -9,11 +9,20 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from hf_lowmem_optim.engine.buckets import SHARED_PREFIX
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.options import Options
 from hf_lowmem_optim.spec import TensorSpec
 
-__all__ = ["check_parameter", "check_rounding", "check_tensor", "check_unchanged", "describe_parameter"]
+__all__ = [
+    "check_parameter",
+    "check_part",
+    "check_rounding",
+    "check_tensor",
+    "check_unchanged",
+    "describe_parameter",
+    "fault_of_tensor",
+]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -79,19 +88,84 @@ def check_tensor(
         )
     if type(param) is not Parameter and hasattr(param, "placements"):
         _check_sharded(param, group, compressed, method, who)
+    elif grad.shape != param.shape or grad.device != param.device:
+        raise RuntimeError(
+            f"{describe_parameter(param, group)} is {tuple(param.shape)} on {param.device}, its gradient "
+            f"{tuple(grad.shape)} on {grad.device}: param.data was replaced after the backward pass. Call zero_grad() "
+            "when it is"
+        )
+    else:
+        for tensor, whose in ((param, ""), (grad, "the gradient of ")):
+            needed = tensor.storage_offset() * tensor.element_size() + tensor.nbytes
+            # a gradient may be expanded, or a slice
+            if tensor.untyped_storage().nbytes() < needed and not (tensor is grad and _has_storage(grad)):
+                raise RuntimeError(
+                    f"{whose}{describe_parameter(param, group)} has no memory of its size: its storage was freed or "
+                    "cut (by FSDP, or by resize_)"
+                )
     if not state:
         return
     for key, spec in specs.items():
         part = state.get(key)
-        if part is None:
-            if key not in method.optional_state:
-                _refuse_state(param, group, method, key, "missing", spec)
-        elif part.shape != spec.shape or part.dtype != spec.dtype:
-            _refuse_state(param, group, method, key, f"{tuple(part.shape)}, {part.dtype}", spec)
+        # written out, because every step does it for every tensor
+        fits = (
+            part is not None
+            and part.shape == spec.shape
+            and part.dtype == spec.dtype
+            and part.device == param.device
+            and part.layout == torch.strided
+            and part.is_contiguous()
+            and not part.is_neg()
+            and part.untyped_storage().nbytes() >= part.storage_offset() * spec.dtype.itemsize + part.nbytes
+        )
+        if not fits and (part is not None or key not in method.optional_state):
+            check_part(key, part, spec, param, group, method)
     if len(state) > len(specs) + 1:
-        superfluous = [key for key in state if key not in specs and key != "step" and key not in method.optional_state]
+        known = {"step", *specs, *method.optional_state}
+        superfluous = [key for key in state if key not in known and not key.startswith(SHARED_PREFIX)]
         if superfluous:
             _refuse_state(param, group, method, superfluous[0], "there", None)
+
+
+def check_part(
+    key: str, part: Tensor | None, spec: TensorSpec, param: Tensor, group: Mapping[str, Any], method: Method
+) -> None:
+    """Raise ValueError for a tensor of a parameter's state that a kernel would read as what it is not."""
+    if part is None or part.shape != spec.shape or part.dtype != spec.dtype:
+        found = "missing" if part is None else f"{tuple(part.shape)}, {part.dtype}"
+        _refuse_state(param, group, method, key, found, spec)
+        return
+    what = f"{key!r} of the state of {describe_parameter(param, group)}"
+    if part.device != param.device:
+        raise ValueError(f"{what} is on {part.device}, the parameter on {param.device}: move the state with it")
+    if (fault := fault_of_tensor(part)) is not None:
+        raise ValueError(f"{what} {fault}")
+
+
+def fault_of_tensor(part: Tensor) -> str | None:
+    """Return why a kernel cannot be handed a state tensor, as a clause; None if it can.
+
+    Kernels walk ``numel()`` entries from an address on.
+    """
+    if type(part) is not Tensor and hasattr(part, "to_local"):
+        part = part.to_local()
+    if part.layout != torch.strided or not part.is_contiguous():
+        return f"is not contiguous ({part.layout}, strides {part.stride() if part.layout == torch.strided else 'none'})"
+    if not _has_storage(part):
+        return "has no memory of its size"
+    if part.is_neg():
+        return "is a lazily negated view: resolve_neg() makes numbers of it"
+    return None
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    """Return whether the memory of a tensor is there: a storage may be freed or cut under it, as FSDP does."""
+    if tensor.is_contiguous():
+        entries = tensor.numel()
+    else:
+        entries = 1 + sum([(n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)])
+    needed = (tensor.storage_offset() + entries) * tensor.element_size()
+    return tensor.untyped_storage().nbytes() >= needed or tensor.numel() == 0
 
 
 def _check_sharded(param: Tensor, group: Mapping[str, Any], compressed: bool, method: Method, who: str) -> None:

@@ -1,7 +1,9 @@
 """Methods whose tensors share a system: one over all parameters (``scope="model"``), or one for each (``"tensor"``).
 
-A system's state, such as the Gram matrix of a window of gradients, is in ``optimizer.state["shared"]`` or in the state
-of its tensor. A tensor that has no gradient in a step of the common system counts as zero there and is not moved.
+A system's state, such as the Gram matrix of a window of gradients, is in the state of its tensor. That of the common
+system, and the count of its steps, are in the state of one of its tensors, under keys that begin with ``"shared_"``:
+so they travel wherever the state of a parameter does. A tensor that has no gradient in a step of the common system
+counts as zero there and is not moved.
 """
 
 from __future__ import annotations
@@ -9,12 +11,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from hf_lowmem_optim.engine.buckets import TensorUpdate
+from hf_lowmem_optim.engine.buckets import SHARED_PREFIX, TensorUpdate
+from hf_lowmem_optim.engine.checks import describe_parameter
 from hf_lowmem_optim.engine.method import Method
 
-__all__ = ["Scope", "check_agreement", "note_absent_"]
+__all__ = ["SHARED_STEP", "Scope", "check_agreement", "note_absent_", "system_home"]
+
+#: Counts the steps of the common system.
+SHARED_STEP = f"{SHARED_PREFIX}step"
 
 Scope = Literal["model", "tensor"]
 """``"model"`` for one system over all parameters, ``"tensor"`` for one for each."""
@@ -32,6 +39,31 @@ def check_agreement(method: Method, groups: Sequence[Mapping[str, Any]], who: st
                     f"all groups share one preconditioner. Give them the same {key}, opt the group out with "
                     f'{switch}={off!r}, or build {who} with scope="tensor"'
                 )
+
+
+def system_home(optimizer: Optimizer, method: Method) -> Tensor:
+    """Return the parameter in whose state the common system is or is to be: the first that takes part and is trained.
+
+    Raises:
+        ValueError: No state has it, although a tensor has rows of it.
+    """
+    members: list[tuple[Tensor, Any]] = [
+        (param, group)
+        for group in optimizer.param_groups
+        for param in group["params"]
+        if method.compresses(param.shape, group)
+    ]
+    for param, _ in members:
+        if SHARED_STEP in optimizer.state.get(param, ()):
+            return param
+    for param, group in members:
+        if optimizer.state.get(param, {}).get("step"):
+            raise ValueError(
+                f"the state of {describe_parameter(param, group)} has a window of gradients, but no parameter's state "
+                f"has {SHARED_STEP!r} and what belongs to all parameters together. Load the whole of "
+                "optimizer.state_dict()"
+            )
+    return next((param for param, _ in members if param.requires_grad), members[0][0])
 
 
 def note_absent_(optimizer: Optimizer, method: Method, updates: Sequence[TensorUpdate], t: int) -> None:

@@ -83,6 +83,8 @@ class Method:
         shared_state: Describes the state of a system.
         shared_options: The options on which all groups of a system must agree, ``"scope"`` among them.
         absent_: Notes in a tensor's state that it had no gradient in a step of its system: ``(state, t) -> None``.
+        check_loaded: Finds what its kernels could not be handed in a tensor's loaded state, beyond shapes and dtypes:
+            ``(state, shape, options)`` -> the fault as a clause, or None.
         layerwise: Whether it updates during the backward pass.
 
     Raises:
@@ -103,6 +105,7 @@ class Method:
     shared_state: Callable[[Any], dict[str, TensorSpec]] | None = None
     shared_options: tuple[str, ...] = ()
     absent_: Callable[[Mapping[str, Tensor], int], None] | None = None
+    check_loaded: Callable[[Mapping[str, Tensor], Sequence[int], Any], str | None] | None = None
     layerwise: bool = False
 
     def __post_init__(self) -> None:
@@ -179,7 +182,9 @@ class Method:
         return adamw_state(shape, dtype, options.dense_state) if compressed is None else compressed
 
     def shared_specs(self, groups: Sequence[Mapping[str, Any]]) -> dict[str, TensorSpec]:
-        """Describe the state that belongs to all parameters together, ``optimizer.state["shared"]``.
+        """Describe the state that belongs to all parameters together.
+
+        It is kept in the state of one of them, under ``"shared_"`` and its own key, with ``"shared_step"``.
 
         Args:
             groups: The parameter groups, with ``"params"``.

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, ClassVar, cast, overload
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
@@ -13,13 +12,14 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from hf_lowmem_optim.engine.adamw import adamw_update_, require_bitsandbytes
 from hf_lowmem_optim.engine.backward import LayerwiseMode
-from hf_lowmem_optim.engine.buckets import TensorUpdate, allocate_stacked, batches
-from hf_lowmem_optim.engine.checks import check_parameter, check_rounding, check_tensor, check_unchanged
-from hf_lowmem_optim.engine.coupled import check_agreement, note_absent_
+from hf_lowmem_optim.engine.buckets import SHARED_PREFIX, TensorUpdate, allocate_stacked, batches
+from hf_lowmem_optim.engine.checks import check_parameter, check_part, check_rounding, check_tensor, check_unchanged
+from hf_lowmem_optim.engine.coupled import SHARED_STEP, check_agreement, note_absent_, system_home
 from hf_lowmem_optim.engine.gradient_error import GradientErrors
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.options import Options, as_plain, check_group_keys
-from hf_lowmem_optim.engine.state import SHARED, exact_load, pack_shared, shared_device
+from hf_lowmem_optim.engine.state import exact_load
+from hf_lowmem_optim.ops.dispatch import full_precision
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["LowMemoryOptimizer"]
@@ -79,7 +79,9 @@ class LowMemoryOptimizer(Optimizer):
         given = dict(zip(_POSITIONAL, positional, strict=False))
         if both := given.keys() & options.keys():
             raise TypeError(f"{who} got {both.pop()!r} twice")
-        defaults = vars(method.check({**given, **options}, who))
+        defaults = dict(vars(method.check({**given, **options}, who)))
+        # a learning rate that is a tensor stays one, to be changed in place
+        defaults["lr"] = as_plain({**defaults, **given, **options}["lr"], tensors=False)
         self._start()
         self._complete = False
         try:
@@ -96,6 +98,7 @@ class LowMemoryOptimizer(Optimizer):
         self._complete = True
         self._options: dict[int, tuple[tuple[Any, ...], Options]] = {}
         self._specs: dict[tuple[Any, ...], tuple[bool, dict[str, TensorSpec]]] = {}
+        self._system_home: Tensor | None = None
         if self.method.layerwise:
             self._backward = LayerwiseMode(self)
 
@@ -115,10 +118,11 @@ class LowMemoryOptimizer(Optimizer):
             ImportError: ``dense_state="8bit"`` without bitsandbytes.
             NotImplementedError: The group's settings do not work with several processes.
         """
-        # not self.defaults, to which torch adds names of its own when a state is loaded
         who, own = type(self).__name__, self.method.options.defaults()
         check_group_keys(param_group, own, who)
-        param_group = {key: as_plain(value) if key in own else value for key, value in param_group.items()}
+        param_group = {
+            key: as_plain(value, tensors=False) if key in own else value for key, value in param_group.items()
+        }
         full = {**self.defaults, **param_group}
         self.method.check({key: full[key] for key in own}, who)
         check_agreement(self.method, [*self.param_groups, full], who)
@@ -149,6 +153,8 @@ class LowMemoryOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        # torch adds 'differentiable', which would then be saved with every group
+        self.defaults = {key: self.defaults[key] for key in self.method.options.defaults()}
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -156,6 +162,7 @@ class LowMemoryOptimizer(Optimizer):
             self._start()
             for index in range(len(self.param_groups)):
                 self._watch(index)
+        self._system_home = None
         # the options with which the state was made
         self._options.clear()
         for group in self.param_groups:
@@ -219,6 +226,12 @@ class LowMemoryOptimizer(Optimizer):
         fresh = [(param, rule) for (_, param, _), rule in zip(live, rules, strict=True) if not self.state.get(param)]
         if fresh:
             self._allocate_(fresh)
+        coupled = next((o for o, compressed, _ in rules if compressed and method.shared_state is not None), None)
+        system = None
+        if coupled is not None and vars(coupled)["scope"] == "model":
+            system = None if self._system_home is None else self.state.get(self._system_home)
+            if system is None or SHARED_STEP not in system:
+                system = self._common_system(coupled)
         sparse: list[TensorUpdate] = []
         dense: dict[int, list[TensorUpdate]] = {}
         changed: list[Tensor] = []
@@ -235,7 +248,8 @@ class LowMemoryOptimizer(Optimizer):
                 _follow_options_(state, specs, method.optional_state, param.device)
             stochastic = options.weight_rounding == "stochastic" and param.dtype != torch.float32
             seed = step * _MAX_PARAMETERS + index if stochastic else None
-            grad = grad.detach() if grad.requires_grad else grad
+            # kernels read the memory of a gradient, which a lazily negated one does not tell alone
+            grad = (grad.detach() if grad.requires_grad else grad).resolve_neg()
             update = TensorUpdate(param.detach(), grad, state, options, step, seed)
             (sparse if compressed else dense.setdefault(id(group), [])).append(update)
             changed.append(param)
@@ -243,7 +257,7 @@ class LowMemoryOptimizer(Optimizer):
         torch.autograd.graph.increment_version(changed)
         with full_precision():
             if method.coupled_update_ is not None:
-                self._coupled_update_(sparse)
+                self._coupled_update_(sparse, system)
             elif sparse:
                 assert method.update_ is not None
                 for batch in batches(sparse, whole=method.whole):
@@ -252,28 +266,38 @@ class LowMemoryOptimizer(Optimizer):
             for updates in dense.values():
                 adamw_update_(updates)
 
-    def _coupled_update_(self, updates: Sequence[TensorUpdate]) -> None:
+    def _common_system(self, options: Options) -> dict[str, Any]:
+        """Return the state that has the system over all parameters, checked, or allocated if there is none yet."""
+        home = self._system_home = system_home(self, self.method)
+        group = next(group for group in self.param_groups if any(param is home for param in group["params"]))
+        state = self._prepared(home, group)[2]
+        assert self.method.shared_state is not None
+        for key, spec in self.method.shared_state(options).items():
+            if SHARED_STEP not in state:
+                state[SHARED_PREFIX + key] = spec.allocate(home.device)
+            check_part(SHARED_PREFIX + key, state.get(SHARED_PREFIX + key), spec, home, group, self.method)
+        state.setdefault(SHARED_STEP, 0)
+        return state
+
+    def _coupled_update_(self, updates: Sequence[TensorUpdate], system: dict[str, Any] | None) -> None:
         """Take a step of the tensors' common system, or of each one's own."""
         method = self.method
         if not updates:
             return
-        update_, describe = method.coupled_update_, method.shared_state
-        assert update_ is not None and describe is not None
+        update_ = method.coupled_update_
+        assert update_ is not None and method.shared_state is not None
         options: Any = updates[0].options
         if options.scope == "tensor":
             for update in updates:
-                own = {key: update.state[key] for key in describe(options)}
+                own = {key: update.state[key] for key in method.shared_state(options)}
                 update_(list(batches([update], whole=method.whole)), own, update.step)
             return
-        # torch, too, keeps what belongs to no parameter under a string
-        shared = cast("dict[Any, dict[str, Any]]", self.state)[SHARED]
-        if not shared:
-            device = shared_device(self.param_groups)
-            shared.update(step=0, **{key: spec.allocate(device) for key, spec in describe(options).items()})
-        shared["step"] += 1
+        assert system is not None
+        system[SHARED_STEP] += 1
         if len(updates) < sum([len(group["params"]) for group in self.param_groups]):
-            note_absent_(self, method, updates, shared["step"])
-        update_(list(batches(updates, whole=method.whole)), shared, shared["step"])
+            note_absent_(self, method, updates, system[SHARED_STEP])
+        shared = {k.removeprefix(SHARED_PREFIX): v for k, v in system.items() if k.startswith(SHARED_PREFIX)}
+        update_(list(batches(updates, whole=method.whole)), shared, system[SHARED_STEP])
 
     def _is_real(self, param: Tensor) -> bool:
         """Return whether a gradient of zero is nevertheless one of training."""
@@ -281,7 +305,7 @@ class LowMemoryOptimizer(Optimizer):
 
     def _options_of(self, group: dict[str, Any]) -> Options:
         """Return the options of a group, made anew and checked when one of them has changed."""
-        values = tuple([group[key] for key in self.defaults])
+        values = tuple([value.item() if isinstance(value := group[key], Tensor) else value for key in self.defaults])
         known = self._options.get(id(group))
         if known is not None and known[0] == values:
             return known[1]
@@ -376,14 +400,14 @@ class LowMemoryOptimizer(Optimizer):
     # ---------------------------------------------------------------------------------------------------- resume
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as torch does; what belongs to all parameters is in ``["param_groups"][0]["shared"]``.
+        """Return the state as torch does.
 
         Raises:
             RuntimeError: A step has begun whose gradients are in the state already.
         """
         if self._backward is not None:
             self._backward.check_save("the state cannot be saved between backward pass and step(): ")
-        return pack_shared(super().state_dict())
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict; tensors keep the dtypes in which they were saved, what a step had begun is forgotten.
@@ -412,26 +436,3 @@ def _follow_options_(
             state[key] = specs[key].allocate(device)
         elif key not in specs:
             state.pop(key, None)
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Compute float32 products in float32, whatever TF32, bfloat16 or autocast setting training runs with."""
-    autocast = [torch.autocast(kind, enabled=False) for kind in ("cuda", "cpu") if torch.is_autocast_enabled(kind)]
-    changed = []
-    for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn):
-        owner: Any = getattr(backend, "matmul", backend)
-        name, full = ("fp32_precision", "ieee") if hasattr(owner, "fp32_precision") else ("allow_tf32", False)
-        before = getattr(owner, name, None)
-        if before in ("tf32", "bf16", True):
-            changed.append((owner, name, before))
-            setattr(owner, name, full)
-    for context in autocast:
-        context.__enter__()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        for context in reversed(autocast):
-            context.__exit__(None, None, None)
-        for owner, name, before in changed:
-            setattr(owner, name, before)

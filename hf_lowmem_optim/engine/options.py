@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
+from torch import Tensor
 
 __all__ = [
     "COUNT",
@@ -200,11 +201,16 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def as_plain(value: Any) -> Any:
-    """Return a numpy scalar as a Python number: it could be saved, but not loaded with ``weights_only=True``."""
-    if isinstance(value, np.generic):
+def as_plain(value: Any, *, tensors: bool = True) -> Any:
+    """Return a numpy scalar as a Python number: it could be saved, but not loaded with ``weights_only=True``.
+
+    Args:
+        value: A value of an option, or several in a tuple or list.
+        tensors: Whether tensors of one entry become numbers as well.
+    """
+    if isinstance(value, np.generic) or (tensors and isinstance(value, Tensor) and value.numel() == 1):
         return value.item()
-    return tuple(map(as_plain, value)) if isinstance(value, (tuple, list)) else value
+    return tuple([as_plain(each, tensors=tensors) for each in value]) if isinstance(value, (tuple, list)) else value
 
 
 def _check(name: str, value: Any, kind: Any, metadata: Mapping[str, Any]) -> None:

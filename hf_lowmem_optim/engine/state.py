@@ -1,12 +1,9 @@
-"""Loading a state dict exactly, and the state that belongs to all parameters together.
+"""Loading a state dict exactly, after a check of everything in it.
 
 torch casts every loaded state tensor to the dtype of its parameter (int16 indices, codes and float32 moments of
 bfloat16 parameters included). Here the state passes through torch's own ``load_state_dict`` in wrappers that it does
-not look into, and is checked against what the optimizer would allocate.
-
-What belongs to all parameters together (a Gram matrix) lies in ``optimizer.state["shared"]`` and travels in the first
-parameter group of a state dict: ``torch.distributed.checkpoint`` rejects keys of the state that are no parameters, and
-drops keys that it does not know beside ``"state"`` and ``"param_groups"``.
+not look into. A checkpoint is a file that people share: what it holds is compared with what the optimizer would
+allocate, and with what its kernels take for granted, before anything is changed.
 """
 
 from __future__ import annotations
@@ -16,20 +13,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from hf_lowmem_optim.engine.buckets import SHARED_PREFIX
+from hf_lowmem_optim.engine.checks import fault_of_tensor
+from hf_lowmem_optim.engine.coupled import SHARED_STEP
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.options import as_plain
 from hf_lowmem_optim.spec import TensorSpec
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["SHARED", "exact_load", "pack_shared", "shared_device"]
+__all__ = ["exact_load"]
 
-#: Key of what belongs to all parameters together, in ``optimizer.state`` and in the packed parameter group.
-SHARED = "shared"
+#: No run takes that many steps, and the seeds of a step are integers of 64 bits.
+_MAX_STEPS = 1 << 38
+#: Where versions before 0.2 kept what belongs to all parameters together: a key of the first parameter group.
+_OLD_SHARED = "shared"
 
 
 class _AsSaved:
@@ -37,25 +38,6 @@ class _AsSaved:
 
     def __init__(self, state: Mapping[str, Any]) -> None:
         self.state = state
-
-
-def pack_shared(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return torch's state dict with the shared entry moved from its state to its first parameter group."""
-    if SHARED not in state_dict["state"]:
-        return state_dict
-    state = {key: value for key, value in state_dict["state"].items() if key != SHARED}
-    first, *rest = state_dict["param_groups"]
-    return {**state_dict, "state": state, "param_groups": [{**first, SHARED: state_dict["state"][SHARED]}, *rest]}
-
-
-def _unpack_shared(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Undo :func:`pack_shared`."""
-    groups = state_dict["param_groups"]
-    if not groups or SHARED not in groups[0]:
-        return state_dict
-    first = {key: value for key, value in groups[0].items() if key != SHARED}
-    state = {**state_dict["state"], SHARED: groups[0][SHARED]}
-    return {**state_dict, "state": state, "param_groups": [first, *groups[1:]]}
 
 
 @contextmanager
@@ -66,17 +48,18 @@ def exact_load(optimizer: Optimizer, method: Method) -> Iterator[None]:
     """
 
     def wrap(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        who = type(optimizer).__name__
+        _check_containers(state_dict, who)
         _check_groups(optimizer, method, state_dict["param_groups"])
-        state_dict = _unpack_shared(state_dict)
+        state_dict = _move_old_shared(optimizer, method, state_dict)
         _check_state(optimizer, method, state_dict)
-        _check_shared(optimizer, method, state_dict)
         return {**state_dict, "state": {key: _AsSaved(value) for key, value in state_dict["state"].items()}}
 
     def unwrap(_: Optimizer) -> None:
         for param, saved in list(optimizer.state.items()):
-            device = param.device if isinstance(param, Tensor) else shared_device(optimizer.param_groups)
             optimizer.state[param] = {
-                key: value.to(device) if isinstance(value, Tensor) else value for key, value in saved.state.items()
+                key: value.detach().to(param.device) if isinstance(value, Tensor) else value
+                for key, value in saved.state.items()
             }
 
     before = optimizer.register_load_state_dict_pre_hook(wrap)
@@ -88,22 +71,43 @@ def exact_load(optimizer: Optimizer, method: Method) -> Iterator[None]:
         after.remove()
 
 
-def shared_device(groups: Sequence[Mapping[str, Any]]) -> torch.device:
-    """Return where the shared state lies: with the first parameter."""
-    first: Tensor = next(param for group in groups for param in group["params"])
-    return first.device
+def _check_containers(state_dict: Any, who: str) -> None:
+    """Refuse what is no state dict of any optimizer."""
+    state = state_dict.get("state") if isinstance(state_dict, Mapping) else None
+    groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
+    if not isinstance(state, Mapping) or not isinstance(groups, list):
+        raise TypeError(
+            f"{who} cannot load this: a state dict has a dict 'state' and a list 'param_groups', as state_dict() gives "
+            "them"
+        )
+    for index, group in enumerate(groups):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), list):
+            raise TypeError(f"{who} cannot load this: param_groups[{index}] must be a dict with a list 'params'")
+    known = [saved_id for group in groups for saved_id in group["params"]]
+    try:
+        unique = len(set(known)) == len(known)
+    except TypeError:
+        unique = False
+    if not unique:
+        raise ValueError(f"{who} cannot load this: 'params' of its groups must name every parameter once")
+    for key, entry in state.items():
+        if key not in known:
+            raise ValueError(f"{who} cannot load this: state[{key!r}] belongs to no parameter of its groups")
+        if not isinstance(entry, Mapping):
+            raise TypeError(f"{who} cannot load this: state[{key!r}] is a {type(entry).__name__}, not a dict")
 
 
 def _check_groups(optimizer: Optimizer, method: Method, saved_groups: list[dict[str, Any]]) -> None:
-    """Refuse the groups of another optimizer, of another model, or of a differently shaped state."""
+    """Refuse the groups of another optimizer, of another model, of a differently shaped state, or with bad options."""
     who = type(optimizer).__name__
     for saved in saved_groups:
         missing = [key for key in method.shaping if key not in saved]
         if missing:
             raise ValueError(
                 f"{who} cannot load this state: its groups have no {missing[0]!r} (they have "
-                f"{', '.join(sorted(set(saved) - {'params', 'param_names'}))}), so another optimizer wrote it. Resume "
-                f"with that optimizer, or start {who} from the weights alone, without the old optimizer state"
+                f"{', '.join(sorted(map(str, set(saved) - {'params', 'param_names'})))}), so another optimizer wrote "
+                f"it. Resume with that optimizer, or start {who} from the weights alone, without the old optimizer "
+                "state"
             )
     sizes, saved_sizes = ([len(g["params"]) for g in groups] for groups in (optimizer.param_groups, saved_groups))
     if sizes != saved_sizes:
@@ -112,69 +116,109 @@ def _check_groups(optimizer: Optimizer, method: Method, saved_groups: list[dict[
             f"{sizes}. Build it with the same model, trainable parameters and target modules"
         )
     for index, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
-        for key in sorted(optimizer.defaults.keys() & saved.keys() - {"lr", *method.shaping}):
-            if group[key] != as_plain(saved[key]):
-                logger.warning(
-                    "parameter group %d goes on with %s=%r, as it was saved; the %s=%r of this %s has no effect",
-                    *(index, key, saved[key], key, group[key], who),
-                )
         for key in method.shaping:
-            if group[key] != saved[key]:
+            if group[key] != as_plain(saved[key]):
                 raise ValueError(
                     f"{who} cannot load this state: parameter group {index} was saved with {key}={saved[key]!r}, this "
                     f"optimizer has {key}={group[key]!r}. Build it with {key}={saved[key]!r} to resume"
                 )
+        try:
+            _loaded_options(method, group, saved)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{who} cannot load this state: in parameter group {index}, {error}") from error
+        for key in sorted(method.options.defaults().keys() & saved.keys() - {"lr", *method.shaping}):
+            if as_plain(group[key]) != as_plain(saved[key]):
+                logger.warning(
+                    "parameter group %d goes on with %s=%r, as it was saved; the %s=%r of this %s has no effect",
+                    *(index, key, saved[key], key, group[key], who),
+                )
+
+
+def _loaded_options(method: Method, group: Mapping[str, Any], saved: Mapping[str, Any]) -> Any:
+    """Return the options that a group will have: those saved, which hold after the load."""
+    return method.options_of({key: saved.get(key, group[key]) for key in method.options.defaults()})
+
+
+def _move_old_shared(optimizer: Optimizer, method: Method, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Put what older versions kept in the first group where it is now: the state of the first parameter concerned."""
+    groups, shared = state_dict["param_groups"], None
+    if groups:
+        shared = groups[0].get(_OLD_SHARED)
+    if shared is None:
+        return state_dict
+    first = {key: value for key, value in groups[0].items() if key != _OLD_SHARED}
+    moved = {**state_dict, "param_groups": [first, *groups[1:]]}
+    for group, saved_group in zip(optimizer.param_groups, groups, strict=True):
+        for param, saved_id in zip(group["params"], saved_group["params"], strict=True):
+            own = state_dict["state"].get(saved_id)
+            if own and isinstance(shared, Mapping) and method.compresses(param.shape, group):
+                packed = {f"{SHARED_PREFIX}{key}": value for key, value in shared.items()}
+                return {**moved, "state": {**state_dict["state"], saved_id: {**own, **packed}}}
+    raise ValueError(
+        f"{type(optimizer).__name__} cannot load this state: param_groups[0][{_OLD_SHARED!r}] belongs to no parameter"
+    )
 
 
 def _check_state(optimizer: Optimizer, method: Method, state_dict: dict[str, Any]) -> None:
-    """Compare every saved tensor with what this optimizer would allocate for the same parameter."""
+    """Compare every saved entry with what this optimizer would allocate for the same parameter."""
+    who, homes, counts = type(optimizer).__name__, list[str](), [0]
+    shared_specs = method.shared_specs(optimizer.param_groups)
     for group, saved_group in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        options = _loaded_options(method, group, saved_group)
         names = group.get("param_names") or saved_group["params"]
         for param, name, saved_id in zip(group["params"], names, saved_group["params"], strict=True):
             saved = state_dict["state"].get(saved_id)
             if not saved:
                 continue
-            # the saved options hold after the load
-            options = method.options_of(
-                {**group, **{key: saved_group.get(key, group[key]) for key in optimizer.defaults}}
-            )
-            specs = method.specs(param.shape, param.dtype, options)
-            expected, found = _layout(specs), _found_layout(saved)
-            if found != expected or not isinstance(saved.get("step"), int):
-                key = next((k for k in {**expected, **found} if found.get(k) != expected.get(k)), "step")
+            specs = dict(method.specs(param.shape, param.dtype, options))
+            compressed = method.compressed_state(param.shape, param.dtype, options) is not None
+            steps = ["step"]
+            if compressed and shared_specs and any(str(key).startswith(SHARED_PREFIX) for key in saved):
+                specs.update({f"{SHARED_PREFIX}{key}": spec for key, spec in shared_specs.items()})
+                steps.append(SHARED_STEP)
+                homes.append(str(name))
+            fault = _fault_of_entry(saved, specs, steps)
+            if fault is None and compressed and method.check_loaded is not None:
+                fault = method.check_loaded(saved, param.shape, options)
+            if fault is not None:
                 raise ValueError(
-                    f"{type(optimizer).__name__} cannot load the state of parameter {name!r} (shape "
-                    f"{tuple(param.shape)}): {key!r} was saved as {found.get(key, saved.get(key))}, this optimizer "
-                    f"expects {expected.get(key, 'an int')}. It belongs to another optimizer, model or dtype"
+                    f"{who} cannot load the state of parameter {name!r} (shape {tuple(param.shape)}): {fault}. It "
+                    "belongs to another optimizer, model or dtype, or the file is damaged"
                 )
-
-
-def _check_shared(optimizer: Optimizer, method: Method, state_dict: Mapping[str, Any]) -> None:
-    """Compare what was saved for all parameters together with what this optimizer would allocate."""
-    specs = method.shared_specs(optimizer.param_groups)
-    saved = state_dict["state"].get(SHARED)
-    if saved is None:
-        # So it is before the first update of a compressed tensor.
-        updated = {key for key, entry in state_dict["state"].items() if entry.get("step")}
-        if not specs or not any(
-            saved_id in updated and method.compresses(param.shape, group)
-            for group, saved_group in zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
-            for param, saved_id in zip(group["params"], saved_group["params"], strict=True)
-        ):
-            return
-        saved = {}
-    expected, found = _layout(specs), _found_layout(saved)
-    if found != expected or not isinstance(saved.get("step"), int):
+            if compressed:
+                counts.append(saved["step"])
+    if shared_specs and (len(homes) > 1 or (not homes and max(counts) > 0)):
         raise ValueError(
-            f"{type(optimizer).__name__} cannot load this state: param_groups[0][{SHARED!r}], which belongs to all "
-            f"parameters together, has {found or 'nothing'}, this optimizer expects {expected} and the int 'step'. "
-            "Save and load the whole of optimizer.state_dict()"
+            f"{who} cannot load this state: {', '.join(f'{SHARED_PREFIX}{key}' for key in shared_specs)} and "
+            f"{SHARED_STEP}, which belong to all parameters together, must be in the state of one parameter, and are "
+            f"in that of {' and '.join(map(repr, homes)) or 'none'}. Save and load the whole of optimizer.state_dict()"
         )
 
 
-def _layout(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    return {key: (spec.shape, spec.dtype) for key, spec in specs.items()}
+def _fault_of_entry(saved: Mapping[Any, Any], specs: Mapping[str, TensorSpec], steps: Sequence[str]) -> str | None:
+    """Return what is wrong with the saved state of one parameter, as a clause; None if nothing is."""
+    for key in saved:
+        if key not in specs and key not in steps:
+            return f"there is no {key!r} in it"
+    for key in steps:
+        count = saved.get(key)
+        if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count < _MAX_STEPS:
+            return f"{key!r} was saved as {_shortened(count)}, and must be an int from 0 to 2^38"
+    for key, spec in specs.items():
+        part = saved.get(key)
+        expected = f"this optimizer expects {(spec.shape, spec.dtype)}"
+        if not isinstance(part, Tensor):
+            return f"{key!r} was saved as {_shortened(part)}, {expected}"
+        if tuple(part.shape) != spec.shape or part.dtype != spec.dtype:
+            return f"{key!r} was saved as {(tuple(part.shape), part.dtype)}, {expected}"
+        fault = "is on the meta device" if part.is_meta else fault_of_tensor(part)
+        if fault is not None:
+            return f"{key!r} {fault}"
+        if key == "exp_avg_sq" and part.numel() and bool((part.detach().amin() < 0).any()):
+            return f"{key!r} has negative entries, and is a mean of squares"
+    return None
 
 
-def _found_layout(saved: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    return {key: (tuple(value.shape), value.dtype) for key, value in saved.items() if isinstance(value, Tensor)}
+def _shortened(value: Any) -> str:
+    text = repr(value) if not isinstance(value, Tensor) else f"a tensor {tuple(value.shape)}, {value.dtype}"
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from hf_lowmem_optim.engine.buckets import SHARED_PREFIX
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.spec import TensorSpec
 
@@ -110,13 +111,18 @@ def _pieces(optimizer: Optimizer, local: bool) -> Iterator[Piece]:
     """Yield the state of every parameter, and what an optimizer keeps for all of them together."""
     seen, in_groups = set[int](), set()
     method = optimizer.method if isinstance(optimizer, LowMemoryOptimizer) else None
+    common = {} if method is None else method.shared_specs(optimizer.param_groups)
+    shared_specs = {SHARED_PREFIX + key: spec for key, spec in common.items()}
     for index, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
             in_groups.add(parameter)
             # `get`, because torch's state is a defaultdict: looking must not create entries.
             if state := optimizer.state.get(parameter):
                 specs = {} if method is None else method.state_specs(parameter, group)
-                yield from _pieces_of(state, index, specs, parameter.grad, seen, local)
+                shared = {key: value for key, value in state.items() if specs and str(key).startswith(SHARED_PREFIX)}
+                own = {key: value for key, value in state.items() if key not in shared}
+                yield from _pieces_of(own, index, specs, parameter.grad, seen, local)
+                yield from _pieces_of(shared, None, shared_specs, None, seen, local)
     for key, state in optimizer.state.items():
         if key not in in_groups:
             entry = state if isinstance(state, Mapping) else {str(key): state}

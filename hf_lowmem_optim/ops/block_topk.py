@@ -52,6 +52,7 @@ __all__ = [
     "Selection",
     "TopK",
     "check_block_size",
+    "fault_of_indices",
     "foreach_block_topk_",
     "kept_per_block",
     "num_kept",
@@ -102,6 +103,22 @@ def check_block_size(block_size: int) -> None:
     """Raise ValueError if int16 indices cannot address a block of this size."""
     if not 1 <= block_size <= MAX_BLOCK_SIZE:
         raise ValueError(f"block_size must be in [1, {MAX_BLOCK_SIZE}] (indices are int16), got {block_size!r}")
+
+
+def fault_of_indices(indices: Tensor, numel: int, block_size: int, density: float) -> str | None:
+    """Return why a window's loaded indices cannot be used, as a clause; None if each is of an entry of its block.
+
+    Args:
+        indices: int16 [window, kept], as :func:`window_specs` describes them.
+        numel: Entries of the tensor.
+        block_size: Entries of a block.
+        density: Fraction of each block's entries that is kept.
+    """
+    in_full_blocks = numel // block_size * kept_per_block(block_size, density)
+    for part, entries in ((indices[:, :in_full_blocks], block_size), (indices[:, in_full_blocks:], numel % block_size)):
+        if part.numel() and not 0 <= int(part.amin()) <= int(part.amax()) < entries:
+            return f"'indices' holds {int(part.amin())} … {int(part.amax())} for blocks of {entries} entries"
+    return None
 
 
 def window_specs(

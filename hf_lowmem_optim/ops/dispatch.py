@@ -22,12 +22,14 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, Literal, ParamSpec, TypeVar, get_args, overload
 
 import torch
 
-__all__ = ["ENVIRONMENT_VARIABLE", "Backend", "Op", "register"]
+__all__ = ["ENVIRONMENT_VARIABLE", "Backend", "Op", "full_precision", "register"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,8 @@ _FAST: dict[str, Backend] = {"cuda": "triton", "cpu": "cpu"}
 _PACKAGE: dict[str, str] = {"triton": "triton", "cpu": "numba"}
 _EXTRA: dict[str, str] = {"triton": "gpu", "cpu": "cpu"}
 
+#: Triton's interpreter keeps the program that it is at in global variables.
+_INTERPRETER = threading.RLock()
 #: Faster versions by operation and backend, each with a function that says why it cannot serve a call.
 _VERSIONS: dict[tuple[str, str], tuple[Callable[..., Any], Callable[..., str | None] | None]] = {}
 
@@ -82,6 +86,9 @@ class Op(Generic[P, R]):
         if why_not is not None and (reason := why_not(*args, **kwargs)) is not None:
             refuse_override(self.name, backend, reason)
             return self.torch_version(*args, **kwargs)
+        if backend == "triton" and first.device.type == "cpu":
+            with _INTERPRETER:
+                return run(*args, **kwargs)  # type: ignore[no-any-return]
         return run(*args, **kwargs)  # type: ignore[no-any-return]
 
 
@@ -197,3 +204,26 @@ def _loaded(backend: Backend) -> str | None:
 
 def _triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Compute float32 products in float32, whatever TF32, bfloat16 or autocast setting training runs with."""
+    autocast = [torch.autocast(kind, enabled=False) for kind in ("cuda", "cpu") if torch.is_autocast_enabled(kind)]
+    changed = []
+    for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn):
+        owner: Any = getattr(backend, "matmul", backend)
+        name, full = ("fp32_precision", "ieee") if hasattr(owner, "fp32_precision") else ("allow_tf32", False)
+        before = getattr(owner, name, None)
+        if before in ("tf32", "bf16", True):
+            changed.append((owner, name, before))
+            setattr(owner, name, full)
+    for context in autocast:
+        context.__enter__()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for context in reversed(autocast):
+            context.__exit__(None, None, None)
+        for owner, name, before in changed:
+            setattr(owner, name, before)

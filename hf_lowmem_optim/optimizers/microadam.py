@@ -36,7 +36,14 @@ from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import COUNT, FRACTION, UNIT, Options, count_up_to, option
 from hf_lowmem_optim.ops.block_quant import dequantize_add_
-from hf_lowmem_optim.ops.block_topk import MAX_BLOCK_SIZE, TopK, foreach_block_topk_, kept_per_block, window_specs
+from hf_lowmem_optim.ops.block_topk import (
+    MAX_BLOCK_SIZE,
+    TopK,
+    fault_of_indices,
+    foreach_block_topk_,
+    kept_per_block,
+    window_specs,
+)
 from hf_lowmem_optim.ops.sparse_window import SparseWindow, WindowStep, foreach_window_update_
 from hf_lowmem_optim.spec import QuantFormat, TensorSpec, quantized_specs
 
@@ -189,4 +196,7 @@ class MicroAdam(LowMemoryOptimizer):
         switch=("density", None),
         scratch=0,
         whole=True,
+        check_loaded=lambda state, shape, o: fault_of_indices(
+            state["indices"], math.prod(shape), o.block_size, o.density
+        ),
     )

@@ -36,7 +36,14 @@ from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import FRACTION, count_up_to, option
 from hf_lowmem_optim.ops.block_quant import Quantized
-from hf_lowmem_optim.ops.block_topk import MAX_BLOCK_SIZE, TopK, foreach_block_topk_, kept_per_block, window_specs
+from hf_lowmem_optim.ops.block_topk import (
+    MAX_BLOCK_SIZE,
+    TopK,
+    fault_of_indices,
+    foreach_block_topk_,
+    kept_per_block,
+    window_specs,
+)
 from hf_lowmem_optim.ops.gram import mfac_weights, write_gram_row_
 from hf_lowmem_optim.ops.sparse_window import (
     SparseWindow,
@@ -212,4 +219,7 @@ class SparseMFAC(LowMemoryOptimizer):
         shared_state=gram_state,
         shared_options=("scope", "window", "damping"),
         absent_=clear_sparse_row_,
+        check_loaded=lambda state, shape, o: fault_of_indices(
+            state["indices"], math.prod(shape), o.block_size, o.density
+        ),
     )

@@ -283,7 +283,7 @@ def test_groups_that_come_to_disagree_are_refused_before_anything_moves() -> Non
     with pytest.raises(ValueError, match=r"damping=0\.5 of a parameter group differs"):
         optimizer.step()
     assert [optimizer.state[each]["step"] for each in params] == [3, 3]
-    assert optimizer.state["shared"]["step"] == 3  # type: ignore[index]
+    assert optimizer.state_dict()["state"][0]["shared_step"] == 3
 
 
 # -------------------------------------------------------------------------------------------- a method of one's own

@@ -36,7 +36,10 @@ def test_an_old_checkpoint_goes_on(saved: dict[str, Any], monkeypatch: pytest.Mo
     optimizer = OPTIMIZERS[saved["name"]].optimizer_class(groups, **saved["hyper"])
     optimizer.load_state_dict(saved["optimizer"])
     for index, param in enumerate(params):
-        expected, state = saved["optimizer"]["state"][index], optimizer.state[param]
+        expected, state = dict(saved["optimizer"]["state"][index]), optimizer.state[param]
+        # what belongs to all parameters together was in the first group, and is in the state of the first parameter
+        shared = saved["optimizer"]["param_groups"][0].get("shared", {}) if index == 0 else {}
+        expected.update({f"shared_{key}": value for key, value in shared.items()})
         assert state.keys() == expected.keys() and state["step"] == 5
         assert all(torch.equal(value, expected[key]) for key, value in state.items() if isinstance(value, Tensor))
     generator = torch.Generator().manual_seed(saved["seed"])

@@ -25,10 +25,13 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 def shared(optimizer: LowMemoryOptimizer) -> dict[str, Any]:
-    return optimizer.state["shared"]  # type: ignore[index]
+    """What the state of the first parameter has beside its own."""
+    (home,) = [param for param, state in optimizer.state.items() if "shared_step" in state]
+    assert home is optimizer.param_groups[0]["params"][0]
+    return {key.removeprefix("shared_"): v for key, v in optimizer.state[home].items() if key.startswith("shared_")}
 
 
-def test_it_is_one_entry_of_the_state_and_of_the_saved_first_group(case: Case) -> None:
+def test_it_is_in_the_state_of_the_first_parameter(case: Case) -> None:
     params = make_params()
     optimizer = case.build(params.values())
     run(optimizer, params, gradients(7))
@@ -36,10 +39,21 @@ def test_it_is_one_entry_of_the_state_and_of_the_saved_first_group(case: Case) -
     window = case.hyper["window"]
     assert entry["step"] == 7 and entry["gram"].shape == (window, window) and entry["gram"].dtype == torch.float64
     assert torch.equal(entry["gram"], entry["gram"].T) and (entry["gram"].diagonal() > 0).all()
-    saved = optimizer.state_dict()
-    assert set(saved["state"]) == set(range(len(SHAPES)))
-    assert saved["param_groups"][0]["shared"] is entry
-    assert "shared" not in optimizer.param_groups[0]
+    assert optimizer.state_dict()["state"][0]["shared_gram"] is entry["gram"]
+
+
+def test_it_is_there_though_the_first_parameter_has_no_gradient_yet(case: Case) -> None:
+    runs = []
+    for absent in (None, torch.zeros(SHAPES["wide"])):
+        params = make_params()
+        optimizer = case.build(params.values())
+        for grads in gradients(3):
+            for key, param in params.items():
+                param.grad = grads[key].clone() if key != "wide" else absent
+            optimizer.step()
+        assert shared(optimizer)["step"] == 3
+        runs.append([param.detach() for key, param in params.items() if key != "wide"])
+    assert next(iter(SHAPES)) == "wide" and all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize("steps_before", [1, 4, 6])
@@ -70,13 +84,12 @@ def test_loading_replaces_what_was_there(case: Case) -> None:
     run(optimizer, params, gradients(3, seed=9))
     assert shared(optimizer)["step"] == 8
     optimizer.load_state_dict(saved)
-    gram = saved["param_groups"][0]["shared"]["gram"]
+    gram = saved["state"][0]["shared_gram"]
     assert shared(optimizer)["step"] == 5 and torch.equal(shared(optimizer)["gram"], gram)
-    assert "shared" not in optimizer.param_groups[0]
     # a state from before the first step has none
     fresh = case.build(make_params().values()).state_dict()
     optimizer.load_state_dict(fresh)
-    assert "shared" not in optimizer.state
+    assert not optimizer.state
 
 
 def test_distributed_checkpoint_carries_it(case: Case) -> None:
@@ -115,19 +128,24 @@ def test_a_state_without_it_or_with_another_one_is_refused(case: Case) -> None:
     params = make_params()
     optimizer = case.build(params.values())
     run(optimizer, params, gradients(3))
-    for spoil in (
-        lambda group: group.pop("shared"),
-        lambda group: group["shared"].pop("step"),
-        lambda group: group["shared"].pop("gram"),
-        lambda group: group["shared"].update(gram=torch.zeros(3, 3, dtype=torch.float64)),
-        lambda group: group["shared"].update(gram=group["shared"]["gram"].float()),
+    for spoil, message in (
+        (lambda state: [state[0].pop("shared_gram"), state[0].pop("shared_step")], "belong to all parameters together"),
+        (lambda state: state[1].update(state[0]), "'shared_gram'|belongs to another optimizer"),
+        (lambda state: state[0].pop("shared_step"), "'shared_step' was saved as None"),
+        (lambda state: state[0].pop("shared_gram"), "'shared_gram' was saved as None"),
+        (lambda state: state[0].update(shared_gram=torch.zeros(3, 3, dtype=torch.float64)), "'shared_gram' was saved"),
+        (lambda state: state[0].update(shared_gram=state[0]["shared_gram"].float()), "'shared_gram' was saved as"),
     ):
         saved = copy.deepcopy(optimizer.state_dict())
-        spoil(saved["param_groups"][0])
+        spoil(saved["state"])
         fresh = case.build(make_params().values())
-        with pytest.raises(ValueError, match="belongs to all parameters together"):
+        with pytest.raises(ValueError, match=message):
             fresh.load_state_dict(saved)
         assert not fresh.state
+    # a wrapper that fills in the state itself
+    del optimizer.state[optimizer.param_groups[0]["params"][0]]["shared_step"]
+    with pytest.raises(ValueError, match="has a window of gradients, but no parameter's state has 'shared_step'"):
+        optimizer.step()
     for key, value in (("window", 3), ("scope", "tensor")):
         other = case.build(make_params().values(), **{key: value})
         with pytest.raises(ValueError, match=f"saved with {key}="):
@@ -138,7 +156,8 @@ def test_dense_groups_alone_have_none(case: Case) -> None:
     params = make_params()
     optimizer = case.build(params.values(), **{case.dense_key: None})
     run(optimizer, params, gradients(2))
-    assert "shared" not in optimizer.state and not optimizer.method.shared_specs(optimizer.param_groups)
+    assert not any("shared_step" in state for state in optimizer.state.values())
+    assert not optimizer.method.shared_specs(optimizer.param_groups)
     second = case.build(make_params().values(), **{case.dense_key: None})
     second.load_state_dict(optimizer.state_dict())
     assert_same_state(optimizer, second)
