@@ -22,6 +22,7 @@ __all__ = [
     "check_unchanged",
     "describe_parameter",
     "fault_of_tensor",
+    "refuse_mps",
 ]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -116,6 +117,7 @@ def check_tensor(
             and part.layout == torch.strided
             and part.is_contiguous()
             and not part.is_neg()
+            and not part._is_zerotensor()
             and part.untyped_storage().nbytes() >= part.storage_offset() * spec.dtype.itemsize + part.nbytes
         )
         if not fits and (part is not None or key not in method.optional_state):
@@ -153,8 +155,8 @@ def fault_of_tensor(part: Tensor) -> str | None:
         return f"is not contiguous ({part.layout}, strides {part.stride() if part.layout == torch.strided else 'none'})"
     if not _has_storage(part):
         return "has no memory of its size"
-    if part.is_neg():
-        return "is a lazily negated view: resolve_neg() makes numbers of it"
+    if part.is_neg() or part._is_zerotensor():
+        return "is a lazily negated or zero tensor, whose memory does not hold its numbers"
     return None
 
 
@@ -205,6 +207,15 @@ def check_unchanged(before: Options, now: Options, method: Method) -> None:
                 f"{key}={value!r} of a parameter group was {key}={was!r} when its state was made, which depends on it: "
                 "it cannot change in a run. Set it back, or build a new optimizer"
             )
+
+
+def refuse_mps(params: Sequence[Tensor], who: str) -> None:
+    """Raise ValueError for parameters on Apple's MPS, which has no float64, for a method that computes in it."""
+    if any(param.device.type == "mps" for param in params):
+        raise ValueError(
+            f"{who} computes the inner products of gradients in float64, which mps has not: train on another device, "
+            "or use ldadam or microadam"
+        )
 
 
 def check_rounding(groups: Sequence[Mapping[str, Any]]) -> None:

@@ -8,12 +8,20 @@ from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from hf_lowmem_optim.engine.adamw import adamw_update_, require_bitsandbytes
 from hf_lowmem_optim.engine.backward import LayerwiseMode
 from hf_lowmem_optim.engine.buckets import SHARED_PREFIX, TensorUpdate, allocate_stacked, batches
-from hf_lowmem_optim.engine.checks import check_parameter, check_part, check_rounding, check_tensor, check_unchanged
+from hf_lowmem_optim.engine.checks import (
+    check_parameter,
+    check_part,
+    check_rounding,
+    check_tensor,
+    check_unchanged,
+    refuse_mps,
+)
 from hf_lowmem_optim.engine.coupled import SHARED_STEP, check_agreement, note_absent_, system_home
 from hf_lowmem_optim.engine.gradient_error import GradientErrors
 from hf_lowmem_optim.engine.method import Method
@@ -113,8 +121,8 @@ class LowMemoryOptimizer(Optimizer):
         Raises:
             TypeError: A parameter is no float32, bfloat16 or float16 tensor, or an override is unknown or has the wrong
                 type.
-            ValueError: A parameter is not a leaf, or an override is out of range, has no effect, or differs from
-                another group's where all must agree.
+            ValueError: A parameter is not a leaf, or on a device that the method does not serve; or an override is out
+                of range, has no effect, or differs from another group's where all must agree.
             ImportError: ``dense_state="8bit"`` without bitsandbytes.
             NotImplementedError: The group's settings do not work with several processes.
         """
@@ -139,6 +147,8 @@ class LowMemoryOptimizer(Optimizer):
             check_rounding([{**full, "params": tensors}])
         if full["dense_state"] == "8bit":
             require_bitsandbytes(tensors)
+        if self.method.shared_state is not None and not self.method.is_dense(full):
+            refuse_mps(tensors, who)
         super().add_param_group({**param_group, "params": params})
         self._watch(len(self.param_groups) - 1)
 
@@ -182,6 +192,7 @@ class LowMemoryOptimizer(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @_disable_dynamo  # what a compiler traces of it is not what it computes
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient.
@@ -248,8 +259,9 @@ class LowMemoryOptimizer(Optimizer):
                 _follow_options_(state, specs, method.optional_state, param.device)
             stochastic = options.weight_rounding == "stochastic" and param.dtype != torch.float32
             seed = step * _MAX_PARAMETERS + index if stochastic else None
-            # kernels read the memory of a gradient, which a lazily negated one does not tell alone
-            grad = (grad.detach() if grad.requires_grad else grad).resolve_neg()
+            grad = grad.detach() if grad.requires_grad else grad
+            # kernels read memory, which does not hold the numbers of a lazy gradient
+            grad = grad.clone() if grad.is_neg() or grad._is_zerotensor() else grad
             update = TensorUpdate(param.detach(), grad, state, options, step, seed)
             (sparse if compressed else dense.setdefault(id(group), [])).append(update)
             changed.append(param)

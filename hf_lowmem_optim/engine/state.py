@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
@@ -58,7 +59,7 @@ def exact_load(optimizer: Optimizer, method: Method) -> Iterator[None]:
     def unwrap(_: Optimizer) -> None:
         for param, saved in list(optimizer.state.items()):
             optimizer.state[param] = {
-                key: value.detach().to(param.device) if isinstance(value, Tensor) else value
+                key: _placed(value, param.device) if isinstance(value, Tensor) else value
                 for key, value in saved.state.items()
             }
 
@@ -69,6 +70,16 @@ def exact_load(optimizer: Optimizer, method: Method) -> Iterator[None]:
     finally:
         before.remove()
         after.remove()
+
+
+def _placed(value: Tensor, device: torch.device) -> Tensor:
+    """Return a checked tensor on a device, with the strides of a new one also where a dimension has one entry."""
+    value = value.detach().to(device)
+    return (
+        value
+        if value.stride() == torch.empty(value.shape, device="meta").stride()
+        else value.clone(memory_format=torch.contiguous_format)
+    )
 
 
 def _check_containers(state_dict: Any, who: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor
 
 from hf_lowmem_optim.ops.dispatch import Op
 
-__all__ = ["Coefficients", "leading_left_singular_vectors", "orthonormalize", "seeded_sketch"]
+__all__ = ["PROJECTION_NOISE", "Coefficients", "leading_left_singular_vectors", "orthonormalize", "seeded_sketch"]
 
+#: Of the largest projection of a column: what is smaller is rounding, of products and of the basis, up to 6e-7 of it.
+PROJECTION_NOISE = 2.0**-20
 _OVERSAMPLING = 8
 _POWER_ITERATIONS = 2
 _SEED = 0
@@ -91,17 +94,21 @@ def leading_left_singular_vectors(matrix: Tensor, rank: int) -> Tensor:
         the values themselves carry the fault on, as they do in AdamW.
     """
     # One of them is NaN or infinite if an entry is; unlike isfinite of all entries, this takes no memory.
-    if not torch.isfinite(torch.stack((matrix.amin(), matrix.amax()))).all():
+    least, most = torch.stack((matrix.amin(), matrix.amax())).tolist()
+    if not (math.isfinite(least) and math.isfinite(most)):
         return torch.eye(matrix.shape[0], rank, dtype=matrix.dtype, device=matrix.device)
+    # A power of two, which changes no digit, keeps the products of entries of any size in the range of float32.
+    exponent = math.frexp(max(-least, most))[1]
+    scale = 2.0 ** -min(max(exponent, -100), 100) if abs(exponent) > 40 else 1.0
     width = rank + _OVERSAMPLING
     if 2 * width >= matrix.shape[0]:  # the exact decomposition is as cheap as the randomized one
-        left: Tensor = torch.linalg.svd(matrix, full_matrices=False)[0]
+        left: Tensor = torch.linalg.svd(matrix if scale == 1.0 else matrix * scale, full_matrices=False)[0]
         return left[:, :rank].contiguous()
     sketch = seeded_sketch(matrix.shape[1], width, matrix.device)
-    basis = orthonormalize(matrix @ sketch)
+    basis = orthonormalize(matrix @ (sketch * scale))
     for _ in range(_POWER_ITERATIONS):
-        basis = orthonormalize(matrix @ (matrix.T @ basis))
-    projected = basis.T @ matrix
+        basis = orthonormalize(matrix @ ((matrix.T @ (basis * scale)) * scale))
+    projected = (basis * scale).T @ matrix
     rotation: Tensor = torch.linalg.eigh(projected @ projected.T)[1]
     # eigh sorts in ascending order
     return basis @ rotation.flip(1)[:, :rank]

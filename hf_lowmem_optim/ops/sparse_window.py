@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -294,7 +295,7 @@ def _update_all(steps: Sequence[WindowStep]) -> None:
                 z1.scatter_add_(0, positions, w1 * value)
                 z2.scatter_add_(0, positions, w2 * (value * value))
             z2.masked_fill_(z2.view(torch.int32) == _UNTOUCHED_BITS, 1)  # z1 is 0 there: no step, whatever eps is
-            root = z2.double().sqrt_().float()  # torch's float32 square root on the CPU is not correctly rounded
+            root = _square_root(z2)
             update = z1.div_(root.add_(eps)).mul_(lr)
             stepped = piece if piece.dtype == torch.float32 else piece.float()
             if weight_decay != 0:
@@ -302,6 +303,11 @@ def _update_all(steps: Sequence[WindowStep]) -> None:
             stepped.sub_(update)
             if stepped is not piece:
                 piece.copy_(stepped)
+
+
+def _square_root(x: Tensor) -> Tensor:
+    """Return the square roots, correctly rounded, as torch's of a CPU are not; without float64, which MPS has not."""
+    return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else x.sqrt()
 
 
 @Op

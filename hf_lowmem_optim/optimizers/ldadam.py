@@ -19,6 +19,9 @@ Per matrix W (p × q, the smaller dimension first; a tall matrix is used transpo
 | v      | `exp_avg_sq` | (r, q) | `state_dtype`    | 4·r/p                    |
 | ξ      | `error…`     | W      | `error_feedback` | 4, 2, 1.06, 0.56 or 0    |
 
+Where a gradient has a rank below r, the spare columns of U project it to rounding noise, which m̂/√v̂ would turn into
+full steps: an entry of p̃ below 2⁻²⁰ of the largest of its column counts as zero.
+
 Six products of p·q·r multiplications a step. Besides a itself, and a float32 copy of a narrower W, nothing of the size
 of W is allocated.
 """
@@ -38,7 +41,7 @@ from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import COUNT, UNIT, Options, option
 from hf_lowmem_optim.ops.dispatch import Op
-from hf_lowmem_optim.ops.low_rank import Coefficients, leading_left_singular_vectors, orthonormalize
+from hf_lowmem_optim.ops.low_rank import PROJECTION_NOISE, Coefficients, leading_left_singular_vectors, orthonormalize
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["LDAdam", "LDAdamOptions", "ldadam_state", "ldadam_update_"]
@@ -175,13 +178,17 @@ def ldadam_moments_(R: Tensor, m: Tensor, v: Tensor, p: Tensor, numbers: Coeffic
         R: UᵀU₋, float32 [n, r, r]; contiguous, as all tensors here.
         m: First moments, float32 [n, r, q]; written.
         v: Second moments, likewise.
-        p: p̃, likewise; overwritten with the direction m/(√v + δ).
+        p: p̃, likewise; entries below ``PROJECTION_NOISE`` of the largest of their column count as zero. Overwritten
+            with the direction m/(√v + δ).
         numbers: The numbers of this step.
 
     Returns:
         float32 [n, 2r, q]: c·m of the old moment over −(p̃ + c·m̃), the right factors of line 6.
     """
     β1, β2, k = numbers.beta1, numbers.beta2, numbers.correction
+    size = p.abs()
+    p.masked_fill_(size < size.amax(1, keepdim=True).mul_(PROJECTION_NOISE), 0)
+    del size
     # 5. m̃ ← R m
     m_moved = R @ m
     # 7. v ← c2·|(R∘R)(v/c2 − (m/c1)²) + (m̃/c1)²|, times the β2 of line 8: with k = c2/c1², c1 and c2 cancel

@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["address_table", "aligned", "on_device"]
+__all__ = ["MAX_OFFSET", "address_table", "aligned", "on_device"]
 
 _HERE: AbstractContextManager[Any] = nullcontext()
+
+#: Kernels that count in 32 bits reach the entries up to here.
+MAX_OFFSET = (1 << 31) - 1
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_lowmem_optim.ops.dispatch import register
-from hf_lowmem_optim.ops.low_rank import Coefficients
-from hf_lowmem_optim.ops.triton.device import address_table, aligned, on_device
+from hf_lowmem_optim.ops.low_rank import PROJECTION_NOISE, Coefficients
+from hf_lowmem_optim.ops.triton.device import MAX_OFFSET, address_table, aligned, on_device
 
 __all__ = ["MAX_RANK", "descend_", "descend_weights_", "move_moments_", "update_moments_"]
 
@@ -42,6 +42,7 @@ def _moments_kernel(
     beta2,
     correction,
     damping,
+    NOISE: tl.constexpr,
     RANK: tl.constexpr,  # r rounded up
     TERMS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -67,6 +68,8 @@ def _moments_kernel(
     at = first + row * q + column
     m = tl.load(m_ptr + at, mask=inside, other=0.0)
     p = tl.load(projected_ptr + at, mask=inside, other=0.0)
+    size = tl.abs(p)
+    p = tl.where(size < tl.max(size, axis=0)[None, :] * NOISE, 0.0, p)
     # everything is read before anything is written
     tl.debug_barrier()
 
@@ -111,6 +114,7 @@ def update_moments_(
             float(coefficients.beta2),
             float(coefficients.correction),
             float(coefficients.damping),
+            NOISE=PROJECTION_NOISE,
             RANK=rank,
             TERMS=_MOMENT_TERMS,
             COLUMNS=_MOMENT_COLUMNS,
@@ -241,12 +245,14 @@ def _check_alike(weights: Sequence[Tensor]) -> None:
 # ---- the method's own operations, which are registered by their names, since its module is in a higher layer ---------
 
 
-def _why_not(R: Tensor, *_: object) -> str | None:
+def _why_no_moments(R: Tensor, m: Tensor, *_: object) -> str | None:
     rank = R.shape[1]
+    if m[0].numel() > MAX_OFFSET:
+        return f"{m[0].numel()} entries of a moment are more than a kernel counts"
     return None if rank <= MAX_RANK else f"rank {rank} does not fit into a program's shared memory (at most {MAX_RANK})"
 
 
-@register("ldadam_moments_", "triton", why_not=_why_not)
+@register("ldadam_moments_", "triton", why_not=_why_no_moments)
 def move_moments_(R: Tensor, m: Tensor, v: Tensor, p: Tensor, numbers: Coefficients) -> Tensor:
     """See :func:`hf_lowmem_optim.optimizers.ldadam.ldadam_moments_`."""
     n, r, q = m.shape
@@ -255,7 +261,12 @@ def move_moments_(R: Tensor, m: Tensor, v: Tensor, p: Tensor, numbers: Coefficie
     return factors
 
 
-@register("ldadam_descend_", "triton")
+def _why_no_descent(W: Sequence[Tensor], U: Tensor, direction: Tensor, *_: object) -> str | None:
+    entries = max(U[0].numel(), direction[0].numel())
+    return None if entries <= MAX_OFFSET else f"{entries} entries of a factor are more than a kernel counts"
+
+
+@register("ldadam_descend_", "triton", why_not=_why_no_descent)
 def descend_weights_(W: Sequence[Tensor], U: Tensor, direction: Tensor, decay: float, step_size: float) -> None:
     """See :func:`hf_lowmem_optim.optimizers.ldadam.ldadam_descend_`."""
     if len(W) > 1 or (W[0].dtype != torch.float32 and U.shape[2] <= _MOST_TERMS):

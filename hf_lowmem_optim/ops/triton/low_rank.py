@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_lowmem_optim.ops.dispatch import register
 from hf_lowmem_optim.ops.low_rank import _orthonormal_columns
-from hf_lowmem_optim.ops.triton.device import on_device
+from hf_lowmem_optim.ops.triton.device import MAX_OFFSET, on_device
 
 __all__ = ["orthonormal_columns"]
 
@@ -139,7 +139,12 @@ def reflect(A_ptr, tau, j, p, r, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
             tl.store(A_ptr + column[:, None] * p + entry[None, :], a - weight[:, None] * v[None, :], mask=inside)
 
 
-@register(_orthonormal_columns, "triton")
+def _why_not(Y: Tensor) -> str | None:
+    entries = Y.shape[-2] * Y.shape[-1]
+    return None if entries <= MAX_OFFSET else f"{entries} entries of a matrix are more than a kernel counts"
+
+
+@register(_orthonormal_columns, "triton", why_not=_why_not)
 def orthonormal_columns(Y: Tensor) -> Tensor:
     """Find them by Cholesky, and by Householder reflections where that was not accurate."""
     columns = (Y if Y.dim() == 3 else Y[None]).contiguous()
