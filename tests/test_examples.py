@@ -17,7 +17,7 @@ SHORT = {
     "layerwise_full_finetuning.py": (["--max_steps", "2"], "resident memory"),
     "lora_finetuning.py": (
         ["--max_steps", "2", "--per_device_eval_batch_size", "64", "--use_dora"],
-        "merged model: {'ev",
+        "merged model: {'eval_loss'",
     ),
     "qlora_finetuning.py": (["--max_steps", "2", "--per_device_train_batch_size", "2"], "optimizer state: "),
     "per_module_settings.py": (["--max_steps", "2", "--per_device_eval_batch_size", "64"], "eval_loss"),
