@@ -42,9 +42,12 @@ EXAMPLE = re.findall(r"^```python\n(.*?)^```$", DOCUMENT.read_text(), re.M | re.
 NAMES = ["sgdm8bit", "sgdm8bit_layerwise"]
 
 
-def forget(names: set[str]) -> None:
+@pytest.fixture(autouse=True)
+def registered_for_a_test_only() -> Iterator[None]:
     """Take registered names out again: other tests run over every optimizer."""
-    for name in names:
+    before = set(OPTIMIZERS)
+    yield
+    for name in OPTIMIZERS.keys() - before:
         del OPTIMIZERS[name]
         member = OptimizerNames._value2member_map_.pop(name)
         del trainer_optimizer._OPTIMIZER_HANDLERS[member]
@@ -53,13 +56,6 @@ def forget(names: set[str]) -> None:
         type.__delattr__(OptimizerNames, name.upper())
         if hasattr(OptimizerNames, "_hashable_values_"):  # Python 3.13
             OptimizerNames._hashable_values_.remove(name)
-
-
-@pytest.fixture(autouse=True)
-def registered_for_a_test_only() -> Iterator[None]:
-    before = set(OPTIMIZERS)
-    yield
-    forget(OPTIMIZERS.keys() - before)
 
 
 @pytest.fixture
@@ -74,7 +70,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleT
 def train(folder: Path, name: str, model: nn.Module | None = None, **settings: Any) -> Trainer:
     defaults = {"learning_rate": 0.1, "max_steps": 2 * STOP, "lr_scheduler_type": "cosine", "weight_decay": 0.1}
     resume = settings.pop("resume", None)
-    trainer = make_trainer(folder, model, optim=name, rows=24, **{**defaults, **settings})
+    trainer = make_trainer(folder, model, optim=name, rows=24, **defaults | settings)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -86,16 +82,12 @@ def inner(trainer: Trainer) -> LowMemoryOptimizer:
     return optimizer
 
 
-def test_the_example_is_short() -> None:
-    assert len([line for line in EXAMPLE.splitlines() if line.strip()]) <= 80
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_it_trains_is_planned_and_resumes_to_the_bit(example: ModuleType, name: str, tmp_path: Path) -> None:
-    planned = plan_memory(tiny_llama(), name, optim_args="momentum=0.8")[name].state
-    callback = OptimizerStateMemoryCallback()
+def test_it_is_short_trains_is_planned_and_resumes_to_the_bit(example: ModuleType, name: str, tmp_path: Path) -> None:
+    assert len([line for line in EXAMPLE.splitlines() if line.strip()]) <= 80
     settings: dict[str, Any] = {"optim_args": "momentum=0.8"}
-    straight = train(tmp_path / "straight", name, given={"callbacks": [callback]}, **settings)
+    planned = plan_memory(tiny_llama(), name, **settings)[name].state
+    straight = train(tmp_path / "straight", name, given={"callbacks": [OptimizerStateMemoryCallback()]}, **settings)
     optimizer = inner(straight)
     assert type(optimizer) is OPTIMIZERS[name].optimizer_class and isinstance(optimizer, example.SGDM8bit)
     assert {group["momentum"] for group in optimizer.param_groups} == {0.8}
@@ -155,17 +147,14 @@ def test_the_update_is_sgd_with_momentum_but_for_the_quantization(example: Modul
     assert (weight.double() - exact).abs().max() > 0
 
 
-@pytest.mark.parametrize(
-    ("optim_args", "message"),
-    [
+def test_optim_args_are_typed_and_strict(example: ModuleType, tmp_path: Path) -> None:
+    for optim_args, message in (
         ("momentun=0.9", r"SGDM8bit has no argument 'momentun'; did you mean 'momentum'\?"),
         ("momentum=x", r"momentum='x' is not a float"),
         ("momentum=1.5", r"momentum=1.5 is out of range; it must be a float in \[0, 1\)"),
-    ],
-)
-def test_optim_args_are_typed_and_strict(example: ModuleType, optim_args: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message):
-        train(tmp_path, "sgdm8bit", optim_args=optim_args)
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(tmp_path, "sgdm8bit", optim_args=optim_args)
 
 
 def test_the_factory_takes_the_name_and_the_class(example: ModuleType) -> None:
@@ -196,45 +185,30 @@ def test_a_method_is_varied_and_a_default_redeclared(example: ModuleType) -> Non
     assert torch.equal(weight, torch.full_like(weight, 0.5))
 
 
-def test_the_factory_refuses_other_classes() -> None:
-    class MyLD(LDAdam):
-        pass
-
-    class Varied(LDAdam):
-        method = dataclasses.replace(LDAdam.method, name="varied")
-
-    with pytest.raises(ValueError, match=r"^MyLD is not registered: call register_optimizer\('myld', MyLD\) first$"):
-        OptimizerFactory(MyLD)
-    with pytest.raises(ValueError, match=r"^Varied is not registered: call register_optimizer\('varied', Varied\)"):
-        OptimizerFactory(Varied)
-    with pytest.raises(TypeError, match=r"torch\.optim\.sgd\.SGD'> is no optimizer of this package.*straight to the T"):
-        OptimizerFactory(torch.optim.SGD)  # type: ignore[arg-type]
+def test_the_factory_and_the_registry_refuse_what_cannot_work() -> None:
+    MyLD, Bare = type("MyLD", (LDAdam,), {}), type("Bare", (LowMemoryOptimizer,), {})
+    Taken = type("Taken", (LDAdam,), {"method": dataclasses.replace(LDAdam.method)})
+    Varied = type("Varied", (LDAdam,), {"method": dataclasses.replace(LDAdam.method, name="varied")})
+    before = set(OPTIMIZERS)
+    for optimizer, error, message in (
+        (MyLD, ValueError, r"^MyLD is not registered: call register_optimizer\('myld', MyLD\) first$"),
+        (Varied, ValueError, r"^Varied is not registered: call register_optimizer\('varied', Varied\)"),
+        (torch.optim.SGD, TypeError, r"torch\.optim\.sgd\.SGD'> is no optimizer of this package.*straight to the T"),
+    ):
+        with pytest.raises(error, match=message):
+            OptimizerFactory(optimizer)
+    for name, optimizer, error, message in (
+        ("myld", MyLD, ValueError, r"not the name of MyLD's method, 'ldadam'.*replace\(Base.method, name='myld'"),
+        ("ldadam", Taken, ValueError, r"name='ldadam' is taken by LDAdam"),
+        ("My LD", MyLD, ValueError, r"name='My LD' must be a lower-case identifier"),
+        ("bare", Bare, TypeError, r"Bare has no class attribute `method"),
+        ("sgd", torch.optim.SGD, TypeError, r"no subclass of LowMemoryOptimizer"),
+    ):
+        with pytest.raises(error, match=message):
+            register_optimizer(name, optimizer)
+    assert set(OPTIMIZERS) == before
     register_optimizer("varied", Varied)
     assert isinstance(OptimizerFactory(Varied)(tiny_llama()), Varied)
-
-
-def test_registering_refuses_what_cannot_work() -> None:
-    class MyLD(LDAdam):
-        pass
-
-    class Taken(LDAdam):
-        method = dataclasses.replace(LDAdam.method)
-
-    class Bare(LowMemoryOptimizer):
-        pass
-
-    before = set(OPTIMIZERS)
-    with pytest.raises(ValueError, match=r"not the name of MyLD's method, 'ldadam'.*replace\(Base.method, name='myld'"):
-        register_optimizer("myld", MyLD)
-    with pytest.raises(ValueError, match=r"name='ldadam' is taken by LDAdam"):
-        register_optimizer("ldadam", Taken)
-    with pytest.raises(ValueError, match=r"name='My LD' must be a lower-case identifier"):
-        register_optimizer("My LD", MyLD)
-    with pytest.raises(TypeError, match=r"Bare has no class attribute `method"):
-        register_optimizer("bare", Bare)
-    with pytest.raises(TypeError, match=r"no subclass of LowMemoryOptimizer"):
-        register_optimizer("sgd", torch.optim.SGD)  # type: ignore[arg-type]
-    assert set(OPTIMIZERS) == before
 
 
 def test_a_class_that_is_defined_anew_takes_the_place_of_its_earlier_self(example: ModuleType, tmp_path: Path) -> None:

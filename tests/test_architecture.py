@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ MAX_ARGUMENTS = 9
 MAX_PACKAGE_LINES = 12_400
 #: Decorators whose functions are compiled: by Triton, or by numba through ``ops/cpu/jit.py``.
 COMPILED = {"jit", "loop", "inlined"}
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 RUNTIME_OF_OUR_OWN = re.compile(r"GOMP|omp_pause|set_num_threads|_getframe|ctypes")
 
 FILES = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
@@ -59,27 +61,26 @@ def own_imports(file: str) -> set[str]:
     return {name for name in imports(file) if name.split(".")[0] == NAME}
 
 
-def functions(file: str) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
-    """Every function outside kernels, with where it stands."""
-
-    def visit(node: ast.AST) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
-                if COMPILED & {decorator_name(each) for each in child.decorator_list}:
-                    continue
-                yield f"{file}:{child.lineno} {child.name}", child
-            yield from visit(child)
-
-    yield from visit(TREES[file])
-
-
 def decorator_name(node: ast.expr) -> str:
     if isinstance(node, ast.Call):
         node = node.func
     return node.attr if isinstance(node, ast.Attribute) else ast.unparse(node)
 
 
-def all_arguments(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.arg]:
+def outside_kernels(node: ast.AST) -> Iterator[Function]:
+    """Every function in there that is not compiled."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, Function):
+            if COMPILED & {decorator_name(each) for each in child.decorator_list}:
+                continue
+            yield child
+        yield from outside_kernels(child)
+
+
+FUNCTIONS = {f"{file}:{f.lineno} {f.name}": f for file, tree in TREES.items() for f in outside_kernels(tree)}
+
+
+def all_arguments(function: Function) -> list[ast.arg]:
     arguments = function.args
     starred = [each for each in (arguments.vararg, arguments.kwarg) if each is not None]
     return [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, *starred]
@@ -104,18 +105,7 @@ def test_only_the_command_line_imports_the_package_itself() -> None:
 
 def test_modules_have_no_import_cycle() -> None:
     graph = {name: own_imports(file) for name, file in MODULES.items()}
-    done: set[str] = set()
-
-    def visit(module: str, path: tuple[str, ...]) -> None:
-        assert module not in path, f"import cycle: {' -> '.join((*path[path.index(module) :], module))}"
-        if module not in done:
-            for target in sorted(graph[module]):
-                visit(target, (*path, module))
-            done.add(module)
-
-    for module in graph:
-        visit(module, ())
-    assert done == set(MODULES)
+    assert set(TopologicalSorter(graph).static_order()) == set(MODULES)  # raises what names the cycle
 
 
 def test_heavy_packages_stay_in_their_place() -> None:
@@ -138,23 +128,15 @@ def test_files_and_the_package_stay_small() -> None:
 
 def test_functions_take_few_arguments() -> None:
     """Kernels take what their launch needs, constructors an optimizer's options."""
-    many = [
-        where
-        for file in FILES
-        for where, function in functions(file)
-        if function.name != "__init__" and len(all_arguments(function)) > MAX_ARGUMENTS
-    ]
-    assert not many
+    counts = {where: len(all_arguments(f)) for where, f in FUNCTIONS.items() if f.name != "__init__"}
+    assert {where: count for where, count in counts.items() if count > MAX_ARGUMENTS} == {}
 
 
 def test_everything_is_annotated() -> None:
-    missing = []
-    for file in FILES:
-        for where, function in functions(file):
-            without = [each.arg for each in all_arguments(function) if each.annotation is None]
-            if {*without} - {"self", "cls"} or function.returns is None:
-                missing.append(f"{where}: {', '.join(without)}" + (", its result" if function.returns is None else ""))
-    assert not missing
+    for where, function in FUNCTIONS.items():
+        without = {each.arg for each in all_arguments(function) if each.annotation is None}
+        assert not without - {"self", "cls"}, where
+        assert function.returns is not None, where
 
 
 def test_module_names_say_something() -> None:
@@ -175,8 +157,7 @@ def test_the_package_works_without_its_optional_dependencies() -> None:
     """An import that finds none of them: as on a machine where no extra is installed."""
     code = f"""
 import sys
-for absent in ("triton", "numba", "peft", "bitsandbytes", "matplotlib"):
-    sys.modules[absent] = None
+sys.modules |= dict.fromkeys(("triton", "numba", "peft", "bitsandbytes", "matplotlib"))
 import torch
 import {NAME}
 from {NAME}.registry import OPTIMIZERS

@@ -32,9 +32,7 @@ def fake_run(entry: str, lr: float, seed: int, held_out: str) -> Row:
 
 
 @given(optimum=st.floats(-6.9, 6.9), start=st.floats(-1, 1), diverges_above=st.floats(0.5, 3))
-def test_the_grid_grows_until_the_best_rate_has_worse_neighbours(
-    optimum: float, start: float, diverges_above: float
-) -> None:
+def test_a_grid_grows_until_the_best_has_worse_neighbours(optimum: float, start: float, diverges_above: float) -> None:
     def loss_at(lr: float) -> float:
         distance = math.log2(lr) - optimum
         return math.nan if distance > diverges_above else distance**2
@@ -52,9 +50,7 @@ def test_the_grid_grows_until_the_best_rate_has_worse_neighbours(
         bracket(lambda lr: 1 / lr, 1e-3)
 
 
-def test_rates_are_chosen_on_validation_and_reported_on_test_and_an_interrupted_comparison_goes_on(
-    tmp_path: Path,
-) -> None:
+def test_rates_are_chosen_on_validation_and_an_interrupted_comparison_goes_on(tmp_path: Path) -> None:
     calls: list[tuple[str, float, int, str]] = []
 
     def compare(path: Path, stop_after: int) -> dict[str, float]:

@@ -35,9 +35,7 @@ def test_what_is_no_result_file_is_refused(content: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
-def test_every_result_file_can_be_printed_and_drawn_and_names_no_folder_of_the_machine(
-    path: Path, tmp_path: Path
-) -> None:
+def test_every_result_file_can_be_printed_and_drawn_and_names_no_folder(path: Path, tmp_path: Path) -> None:
     run = load_run(path)
     assert run.command in render.report(run)
     for text in (path.read_text(), path.with_suffix(".csv").read_text()):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import Adafactor
 
 from hf_lowmem_optim import measure_state
 from hf_lowmem_optim.memory.baselines import BASELINES, ParameterFacts, plan_baseline
@@ -35,47 +35,28 @@ def parameters(dtype: torch.dtype) -> list[nn.Parameter]:
     return given
 
 
-def adamw(fused: bool) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
-    return lambda given: torch.optim.AdamW(given, fused=fused, foreach=not fused)
-
-
-def adamw_8bit(given: list[nn.Parameter]) -> torch.optim.Optimizer:
-    optim = pytest.importorskip("bitsandbytes.optim")
-    manager = optim.GlobalOptimManager.get_instance()
-    # as the Trainer does for embeddings
-    manager.override_config(given[0], "optim_bits", 32)
-    manager.register_parameters(given)
-    return optim.AdamW8bit(given)
-
-
-def adamw_4bit(given: list[nn.Parameter]) -> torch.optim.Optimizer:
-    optim = pytest.importorskip("torchao.optim")
-    return optim.AdamW4bit(given)
-
-
-def galore(given: list[nn.Parameter]) -> torch.optim.Optimizer:
-    library = pytest.importorskip("galore_torch")
-    matrices = [p for p, (_, kind) in zip(given, FACTS.values(), strict=True) if "matrix" in kind]
-    rest = [p for p in given if not any(p is m for m in matrices)]
-    settings = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
-    return library.GaLoreAdamW([{"params": rest}, {"params": matrices, **settings}])
-
-
-def adafactor(given: list[nn.Parameter]) -> torch.optim.Optimizer:
-    from transformers import Adafactor
-
-    return Adafactor(given, lr=1e-3, scale_parameter=False, relative_step=False)
-
-
-BUILDERS: Mapping[str, Any] = {
-    "adamw_fp32": adamw(fused=True),
-    "adamw_torch_fused": adamw(fused=True),
-    "adamw_torch": adamw(fused=False),
-    "adamw_8bit": adamw_8bit,
-    "adamw_4bit": adamw_4bit,
-    "galore_adamw": galore,
-    "adafactor": adafactor,
-}
+def build(name: str, given: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer behind a baseline, with the settings that its formula assumes."""
+    if name == "adamw_8bit":
+        optim = pytest.importorskip("bitsandbytes.optim")
+        manager = optim.GlobalOptimManager.get_instance()
+        # as the Trainer does for embeddings
+        manager.override_config(given[0], "optim_bits", 32)
+        manager.register_parameters(given)
+        return optim.AdamW8bit(given)
+    if name == "adamw_4bit":
+        return pytest.importorskip("torchao.optim").AdamW4bit(given)
+    if name == "galore_adamw":
+        library = pytest.importorskip("galore_torch")
+        groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+        for parameter, (_, kind) in zip(given, FACTS.values(), strict=True):
+            groups["matrix" in kind].append(parameter)
+        settings = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+        return library.GaLoreAdamW([{"params": groups[False]}, {"params": groups[True], **settings}])
+    if name == "adafactor":
+        return Adafactor(given, lr=1e-3, scale_parameter=False, relative_step=False)
+    fused = {"adamw_fp32": True, "adamw_torch_fused": True, "adamw_torch": False}[name]
+    return torch.optim.AdamW(given, fused=fused, foreach=not fused)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -86,25 +67,21 @@ def test_the_formula_is_what_the_class_keeps(name: str, dtype: torch.dtype, monk
     # torchao compiles its update, which takes half a minute and changes no size.
     monkeypatch.setattr(torch, "compile", lambda function=None, **_: function if function else lambda f: f)
     given = parameters(dtype)
-    optimizer = BUILDERS[name](given)
+    optimizer = build(name, given)
     optimizer.step()
-    planned_state = plan_baseline(BASELINES[name], [facts(dtype)])
-    measured = measure_state(optimizer)
-    assert measured.component_bytes == planned_state.component_bytes
-    assert measured.dtype_bytes == planned_state.dtype_bytes
-    assert measured.num_parameters == planned_state.num_parameters
+    planned, measured = plan_baseline(BASELINES[name], [facts(dtype)]), measure_state(optimizer)
+    for key in ("component_bytes", "dtype_bytes", "num_parameters"):
+        assert getattr(measured, key) == getattr(planned, key)
 
 
 @pytest.mark.parametrize("largest", ["embedding", "wide", "odd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [name for name, baseline in BASELINES.items() if baseline.temporaries])
-def test_a_step_stays_within_its_bound(
-    name: str, dtype: torch.dtype, largest: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_stays_within_its_bound(name: str, dtype: torch.dtype, largest: str, monkeypatch: Any) -> None:
     """The first step and later ones, whichever kind of parameter is the largest."""
     monkeypatch.setitem(FACTS, largest, ((600, 500), FACTS[largest][1]))
     given = parameters(dtype)
-    optimizer = BUILDERS[name](given)
+    optimizer = build(name, given)
     if name == "adamw_8bit":
         # The CPU's update is plain torch. A GPU's kernel gets the tensors to write to; nothing beside it may allocate.
         for update in ("optimizer_update_8bit_blockwise", "optimizer_update_32bit"):

@@ -17,8 +17,7 @@ from hf_lowmem_optim.spec import TensorSpec
 
 
 @pytest.mark.parametrize(
-    ("text", "count"),
-    [("24GiB", 24 * 2**30), ("80 GB", 80 * 10**9), ("1.5 mib", 3 * 2**19), ("7B", 7), (12, 12)],
+    ("text", "count"), [("24GiB", 24 * 2**30), ("80 GB", 80 * 10**9), ("1.5 mib", 3 * 2**19), ("7B", 7), (12, 12)]
 )
 def test_bytes_are_read(text: str | int, count: int) -> None:
     assert parse_bytes(text) == count

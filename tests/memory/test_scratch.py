@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,12 +21,9 @@ CONSTANT_BYTES = 2**24
 WIDE, TALL = (1536, 3072), (3072, 1536)
 SMALL = (*[(160, 192)] * 7, (24, 4, 3, 3), (30,), ())
 
-ERRORS = {
-    "ldadam": ("param", "fp32", "bf16", "8bit", "4bit", "grad", "none"),
-    "sparse_mfac": ("fp32", "bf16", "8bit", "4bit"),
-    "lowrank_mfac": ("fp32", "bf16", "8bit", "4bit"),
-    "sparse_ggt": ("fp32", "bf16", "8bit", "4bit"),
-}
+STORED = ("fp32", "bf16", "8bit", "4bit")
+ERRORS = dict.fromkeys(("sparse_mfac", "lowrank_mfac", "sparse_ggt"), STORED)
+ERRORS["ldadam"] = ("param", *STORED, "grad", "none")
 OTHERS: dict[str, tuple[dict[str, Any], ...]] = {
     "ldadam": ({"state_dtype": "param", "rank": 64}, {"stochastic_rounding": True}),
     "microadam": ({}, {"alpha": 0.5, "stochastic_rounding": True, "bits": 8}),
@@ -36,18 +34,46 @@ OTHERS: dict[str, tuple[dict[str, Any], ...]] = {
 ROUNDED: dict[str, Any] = {"weight_rounding": "stochastic"}
 
 
-def cases() -> Iterator[Any]:
-    """Yield name, options and dtype: what each method may be told, in the normal mode and the layer-wise one."""
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+def steps() -> Iterator[Any]:
+    """Yield name, options, dtype, backend, device, shapes: what each method may be told, and what is far from usual."""
     for name, entry in OPTIMIZERS.items():
         base = name.removesuffix("_layerwise")
         settings = [{"error_feedback": error} for error in ERRORS.get(base, ())] + [*OTHERS.get(base, ({},)), ROUNDED]
         if entry.optimizer_class.method.layerwise:  # the updates are the same ones
             settings = [{}, ROUNDED]
         for options in settings:
-            for dtype in (torch.float32, torch.bfloat16):
-                if options != ROUNDED or dtype == torch.bfloat16:
-                    label = "-".join([name, *(f"{k}={v}" for k, v in options.items()), str(dtype)[6:]])
-                    yield pytest.param(name, options, dtype, id=label)
+            for dtype in (torch.bfloat16,) if options == ROUNDED else (torch.float32, torch.bfloat16):
+                yield name, options, dtype, "reference", "cpu", [*SMALL, WIDE, *SMALL[:2]]
+                yield name, options, dtype, "", "cpu", [*SMALL, TALL, *SMALL[:2]]
+                for shapes in ([(1024, 512)] * 20, [WIDE, *SMALL], [TALL, *SMALL]):
+                    yield pytest.param(name, options, dtype, "", "cuda", shapes, marks=GPU)
+    # the first step's singular value decomposition is the exact one, and factors are as large as the matrix
+    for shape in ((1024, 1024), (768, 1536), (1536, 768)):
+        for rank in (min(shape) // 2, min(shape) - 1):
+            yield "ldadam", {"rank": rank}, torch.float32, "", "cpu", [shape]
+            yield "ldadam", {"rank": rank, "state_dtype": "param"}, torch.bfloat16, "", "cpu", [shape]
+    # few rows of many entries
+    for rank, shape in ((1, (18, 80_000)), (4, (24, 400_000)), (16, (200_000, 40))):
+        yield "ldadam", {"rank": rank}, torch.float32, "", "cpu", [shape]
+    for error in ("param", "8bit"):
+        yield "ldadam", {"error_feedback": error}, torch.bfloat16, "reference", "cpu", [TALL]
+    # a wide window has a large system
+    for name in ("lowrank_mfac", "sparse_mfac", "sparse_ggt"):
+        for scope in ("model", "tensor"):
+            yield name, {"window": 900, "scope": scope}, torch.float32, "", "cpu", [(64, 96), (30,)]
+    # the dense rule works in slices
+    for stored in ("param", "fp32", "8bit"):
+        options = {"rank": None, "dense_state": stored}
+        for dtype, rounded in ((torch.float32, {}), (torch.bfloat16, {}), (torch.bfloat16, ROUNDED)):
+            yield "ldadam", options | rounded, dtype, "", "cpu", [*SMALL, WIDE, WIDE]
+
+
+def label(value: Any) -> str:
+    """Of a list of shapes the largest."""
+    return str(max(value, key=math.prod)) if isinstance(value, list) else str(value)
 
 
 @pytest.fixture(autouse=True)
@@ -78,34 +104,29 @@ def scratch(optimizer: LowMemoryOptimizer, steps: int = 2) -> list[int]:
     generator = torch.Generator(weights[0].device).manual_seed(0)
     gradients = [torch.randn(w.shape, generator=generator, device=w.device).to(w.dtype) for w in weights]
     in_gradient = any(group.get("error_feedback") == "grad" for group in optimizer.param_groups)
+    layerwise, device = optimizer.method.layerwise, weights[0].device
 
-    def set_gradients() -> None:
+    def backward() -> None:
         for weight, gradient in zip(weights, gradients, strict=True):
-            weight.grad = gradient.clone()
+            if layerwise:
+                _Gradient.apply(weight, gradient).backward()
+            else:
+                weight.grad = gradient.clone()
 
     def step() -> None:
         # with the gradients, so that the count knows those that a step frees
-        set_gradients()
+        backward()
         optimizer.step()
 
-    def layerwise_step() -> None:
-        for weight, gradient in zip(weights, gradients, strict=True):
-            _Gradient.apply(weight, gradient).backward()
-        optimizer.step()
-
-    def peak(first: bool) -> int:
-        device = weights[0].device
-        if optimizer.method.layerwise:
-            return peak_bytes(layerwise_step, device) - max(weight.nbytes for weight in weights)
-        if in_gradient and not first:
-            # the buffers of the gradients are there, and the fresh gradients are gone before the updates begin
-            set_gradients()
-            return peak_bytes(optimizer.step, device)
-        return peak_bytes(step, device) - sum(weight.nbytes for weight in weights)
-
-    found = []
+    found, kept = [], plan_optimizer(optimizer).total_bytes
     for number in range(steps):
-        found.append(peak(number == 0) - (plan_optimizer(optimizer).total_bytes if number == 0 else 0))
+        if in_gradient and number > 0:
+            # the buffers of the gradients are there, and the fresh gradients are gone before the updates begin
+            backward()
+            found.append(peak_bytes(optimizer.step, device))
+        else:
+            held = max if layerwise else sum
+            found.append(peak_bytes(step, device) - held(w.nbytes for w in weights) - (0 if number else kept))
         for weight in weights:
             weight.grad = None
     assert measure_state(optimizer) == plan_optimizer(optimizer)
@@ -123,24 +144,21 @@ def bound(optimizer: LowMemoryOptimizer) -> int:
 
 def test_the_count_sees_a_temporary_of_the_size_of_the_gradient() -> None:
     gradient = torch.randn(WIDE)
-    assert gradient.nbytes <= peak_bytes(lambda: (gradient * 2).sum()) < 1.1 * gradient.nbytes
+    assert 1.1 * CONSTANT_BYTES < gradient.nbytes <= peak_bytes(lambda: (gradient * 2).sum()) < 1.1 * gradient.nbytes
 
 
-@pytest.mark.parametrize(("backend", "largest"), [("reference", WIDE), (None, TALL)], ids=["reference", "default"])
-@pytest.mark.parametrize(("name", "options", "dtype"), cases())
+@pytest.mark.parametrize(("name", "options", "dtype", "backend", "device", "shapes"), steps(), ids=label)
 def test_a_step_stays_within_its_bound(
-    name: str,
-    options: dict[str, Any],
-    dtype: torch.dtype,
-    largest: tuple[int, int],
-    backend: str | None,
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, options: dict[str, Any], dtype: torch.dtype, backend: str, device: str, shapes: Any, monkeypatch: Any
 ) -> None:
-    if backend is not None:
-        monkeypatch.setenv("HF_LOWMEM_OPTIM_BACKEND", backend)
-    optimizer = build(name, options, dtype, *SMALL, largest, *SMALL[:2])
+    monkeypatch.setenv("HF_LOWMEM_OPTIM_BACKEND", backend)
+    if options.get("dense_state") == "8bit":
+        pytest.importorskip("bitsandbytes")
+    if device == "cuda":
+        scratch(build(name, options, dtype, *shapes, device=device))  # libraries take their workspaces once
+    optimizer = build(name, options, dtype, *shapes, device=device)
     assert max(scratch(optimizer)) <= bound(optimizer)
-    assert 4 * largest[0] * largest[1] > 1.1 * CONSTANT_BYTES
+    assert "dense_state" not in options or bound(optimizer) == CONSTANT_BYTES
 
 
 @pytest.mark.parametrize(
@@ -156,9 +174,7 @@ def test_a_step_stays_within_its_bound(
         ("sparse_ggt", {"momentum": 0.9, **ROUNDED}, torch.bfloat16),
     ],
 )
-def test_the_bound_is_no_more_than_its_constant_and_a_tenth_above(
-    name: str, options: dict[str, Any], dtype: torch.dtype
-) -> None:
+def test_the_bound_is_hardly_above_its_constant_and_the_truth(name: str, options: Any, dtype: torch.dtype) -> None:
     optimizer = build(name, options, dtype, WIDE)
     assert bound(optimizer) <= 1.1 * max(scratch(optimizer)) + CONSTANT_BYTES
 
@@ -167,48 +183,6 @@ def test_the_bound_is_no_more_than_its_constant_and_a_tenth_above(
 def test_an_update_in_place_takes_the_constant(shape: tuple[int, ...]) -> None:
     assert bound(build("microadam", {}, torch.bfloat16, shape)) == CONSTANT_BYTES
     assert bound(build("ldadam", {"rank": None, **ROUNDED}, torch.bfloat16, shape)) == CONSTANT_BYTES
-
-
-@pytest.mark.parametrize("shape", [(1024, 1024), (768, 1536), (1536, 768)], ids=str)
-@pytest.mark.parametrize("options", [{}, {"state_dtype": "param"}], ids=str)
-def test_a_rank_near_the_dimensions(shape: tuple[int, int], options: dict[str, Any]) -> None:
-    """The first step's singular value decomposition is the exact one, and factors are as large as the matrix."""
-    dtype = torch.bfloat16 if options else torch.float32
-    for rank in (min(shape) // 2, min(shape) - 1):
-        optimizer = build("ldadam", {"rank": rank, **options}, dtype, shape)
-        assert max(scratch(optimizer)) <= bound(optimizer)
-
-
-@pytest.mark.parametrize(("rank", "shape"), [(1, (18, 80_000)), (4, (24, 400_000)), (16, (200_000, 40))], ids=str)
-def test_few_rows_of_many_entries(rank: int, shape: tuple[int, int]) -> None:
-    optimizer = build("ldadam", {"rank": rank}, torch.float32, shape)
-    assert max(scratch(optimizer)) <= bound(optimizer)
-
-
-@pytest.mark.parametrize("error_feedback", ["param", "8bit"])
-def test_a_tall_matrix_in_torch(error_feedback: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_LOWMEM_OPTIM_BACKEND", "reference")
-    optimizer = build("ldadam", {"error_feedback": error_feedback}, torch.bfloat16, TALL)
-    assert max(scratch(optimizer)) <= bound(optimizer)
-
-
-@pytest.mark.parametrize("dense_state", ["param", "fp32", "8bit"])
-@pytest.mark.parametrize(
-    ("dtype", "rounding"), [(torch.float32, "nearest"), (torch.bfloat16, "nearest"), (torch.bfloat16, "stochastic")]
-)
-def test_the_dense_rule_works_in_slices(dense_state: str, dtype: torch.dtype, rounding: str) -> None:
-    if dense_state == "8bit":
-        pytest.importorskip("bitsandbytes")
-    options = {"rank": None, "dense_state": dense_state, "weight_rounding": rounding}
-    optimizer = build("ldadam", options, dtype, *SMALL, WIDE, WIDE)
-    assert max(scratch(optimizer)) <= bound(optimizer) == CONSTANT_BYTES
-
-
-@pytest.mark.parametrize("name", ["lowrank_mfac", "sparse_mfac", "sparse_ggt"])
-@pytest.mark.parametrize("scope", ["model", "tensor"])
-def test_a_wide_window_has_a_large_system(name: str, scope: str) -> None:
-    optimizer = build(name, {"window": 900, "scope": scope}, torch.float32, (64, 96), (30,))
-    assert max(scratch(optimizer)) <= bound(optimizer)
 
 
 @pytest.mark.parametrize("dependent", [False, True])
@@ -234,15 +208,3 @@ def test_tensors_that_one_call_serves_count_together() -> None:
     assert two - one == 4 * (1024**2 + 6 * 3 * 16 * 1024)
     assert (eight - one, many) == (7 * (two - one), eight)
     assert largest - one == 4 * (2048 * 2049 - 1024**2 + 6 * 16 * (2048 + 2 * 2049 - 3 * 1024))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("shapes", [((1024, 512),) * 20, (WIDE, *SMALL), (TALL, *SMALL)], ids=["many", "wide", "tall"])
-@pytest.mark.parametrize(("name", "options", "dtype"), cases())
-def test_a_step_on_a_gpu_stays_within_its_bound(
-    name: str, options: dict[str, Any], dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...]
-) -> None:
-    scratch(build(name, options, dtype, *shapes, device="cuda"))  # libraries take their workspaces once
-    optimizer = build(name, options, dtype, *shapes, device="cuda")
-    assert max(scratch(optimizer)) <= bound(optimizer)

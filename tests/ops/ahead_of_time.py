@@ -14,11 +14,9 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-__all__ = ["TARGETS", "Compiled", "Target"]
 
 
 @dataclass(frozen=True)
@@ -48,51 +46,15 @@ TARGETS = {
 }
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """What one launch became on one target.
-
-    Attributes:
-        launch: Name of the launch.
-        target: Name of the target.
-        error: Message of the failed compilation; empty if it passed, and the other fields are meaningless otherwise.
-        num_warps: Warps per program.
-        registers: Vector registers per thread.
-        spill_bytes: Bytes of local (scratch) memory per thread, which a spill would use.
-        shared_bytes: Shared memory per program.
-        widest_load: Bytes that one thread loads at once from global memory, at most.
-        required_load: The same as the launch table demands, at least.
-        occupancy: Share of the multiprocessor's warps that registers, shared memory and program size allow.
-    """
-
-    launch: str
-    target: str
-    error: str = ""
-    num_warps: int = 0
-    registers: int = 0
-    spill_bytes: int = 0
-    shared_bytes: int = 0
-    widest_load: int = 0
-    required_load: int = 0
-    occupancy: float = 0.0
-
-
-@dataclass(frozen=True)
-class _Recorded:
-    kernel: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-def _record(launch: Any, target: Target) -> _Recorded:
-    """Run the call of a launch with the launching itself replaced."""
+def _record(launch: Any, target: Target) -> tuple[Any, dict[str, Any]]:
+    """Run the call of a launch with the launching itself replaced; return kernel, and arguments and options by name."""
     import torch
     from triton.runtime.jit import JITFunction
 
-    seen: list[_Recorded] = []
+    seen: list[tuple[Any, dict[str, Any]]] = []
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        seen.append(_Recorded(self, args, kwargs))
+        seen.append((self, dict(zip(self.arg_names, args, strict=False)) | kwargs))
 
     real_run, real_hip = JITFunction.run, torch.version.hip
     JITFunction.run, torch.version.hip = run, "ahead of time" if target.backend == "hip" else None
@@ -118,15 +80,13 @@ def _type_of(value: Any) -> str:
     return "fp32"
 
 
-def _compile(recorded: _Recorded, target: Target) -> Any:
+def _compile(kernel: Any, values: dict[str, Any], target: Target) -> Any:
     """Specialize as triton's launcher would (constants, ones, multiples of 16), then compile."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, options = recorded.kernel, dict(recorded.kwargs)
-    values = dict(zip(kernel.arg_names, recorded.args, strict=False))
-    values |= {name: options.pop(name) for name in list(options) if name in kernel.arg_names}
+    options = {name: value for name, value in values.items() if name not in kernel.arg_names}
     signature, constants, attributes = {}, {}, {}
     for param in kernel.params:
         value = values[param.name]
@@ -172,16 +132,8 @@ def _registers_and_spills(compiled: Any, target: Target) -> tuple[int, int]:
 
 def _widest_load(compiled: Any, target: Target) -> int:
     if target.backend == "hip":
-        widths = {
-            "ubyte": 1,
-            "sbyte": 1,
-            "ushort": 2,
-            "sshort": 2,
-            "dword": 4,
-            "dwordx2": 8,
-            "dwordx3": 12,
-            "dwordx4": 16,
-        }
+        widths = {"ubyte": 1, "sbyte": 1, "ushort": 2, "sshort": 2}
+        widths |= {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
         loads = re.findall(r"(?:global|buffer|flat)_load_(\w+?)(?:_d16\w*)?\s", compiled.asm["amdgcn"])
         return max((widths.get(load, 0) for load in loads), default=0)
     loads = re.findall(r"ld\.global[.\w:]*?(?:\.v(\d))?\.[bfsu](\d+)\b", compiled.asm["ptx"])
@@ -198,31 +150,27 @@ def occupancy(target: Target, num_warps: int, registers: int, shared_bytes: int)
     return min(by_registers, by_shared, by_warps) * num_warps / target.warps_per_processor
 
 
-def compile_launch(name: str, target_name: str) -> Compiled:
-    """Compile one launch for one target; a failure becomes the ``error`` of the result."""
+def compile_launch(name: str, target_name: str) -> dict[str, Any]:
+    """Compile one launch for one target; if that fails, there is nothing but its ``error``.
+
+    Registers and spilled bytes are those of a thread; ``widest_load`` is what one thread loads at once from global
+    memory, at most, and ``required_load`` what the launch table demands, at least.
+    """
     from tests.ops.launches import LAUNCHES, force_triton
 
     force_triton()
     target = TARGETS[target_name]
     launch = next(launch for launch in LAUNCHES if launch.name == name)
-    recorded = _record(launch, target)
+    recorded, found = _record(launch, target), {"launch": name, "target": target_name}
     try:
-        compiled = _compile(recorded, target)
+        compiled = _compile(*recorded, target)
     except Exception as error:  # whatever the compiler raises is the result
-        return Compiled(name, target_name, error=f"{type(error).__name__}: {error}"[-400:])
+        return found | {"error": f"{type(error).__name__}: {error}"[-400:]}
     registers, spill_bytes = _registers_and_spills(compiled, target)
     num_warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
-    return Compiled(
-        launch=name,
-        target=target_name,
-        num_warps=num_warps,
-        registers=registers,
-        spill_bytes=spill_bytes,
-        shared_bytes=shared,
-        widest_load=_widest_load(compiled, target),
-        required_load=launch.widest_load,
-        occupancy=occupancy(target, num_warps, registers, shared),
-    )
+    found |= {"error": "", "num_warps": num_warps, "registers": registers, "spill_bytes": spill_bytes}
+    found |= {"shared_bytes": shared, "occupancy": occupancy(target, num_warps, registers, shared)}
+    return found | {"widest_load": _widest_load(compiled, target), "required_load": launch.widest_load}
 
 
 def main(names: list[str]) -> None:
@@ -236,7 +184,7 @@ def main(names: list[str]) -> None:
         os.environ["TRITON_CACHE_DIR"] = cache
         with ProcessPoolExecutor(2) as pool:
             results = list(pool.map(compile_launch, *zip(*jobs, strict=True)))
-    print(json.dumps([asdict(result) for result in results]))
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,18 +14,15 @@ from torch import Tensor
 from hf_lowmem_optim.ops.block_quant import Quantized, dequantize_
 from hf_lowmem_optim.ops.block_topk import MAX_BLOCK_SIZE, kept_per_block, num_kept, window_specs
 from hf_lowmem_optim.ops.dispatch import ENVIRONMENT_VARIABLE
-from hf_lowmem_optim.spec import QuantFormat, quantized_specs
-from tests.ops.backends import BACKENDS, BF16, DEVICE, FAST, FP16, FP32, QUIET, empty_quantized, same
-from tests.ops.singles import block_topk_
-from tests.ops.test_block_quant import AWKWARD, awkward
+from hf_lowmem_optim.spec import QuantFormat
+from tests.ops.backends import BF16, DEVICE, FAST, FP16, FP32, QUIET, Use, block_topk_, new_error, parts, same
+from tests.ops.test_block_quant import AWKWARD
 from tests.reference import block_topk as paper
 
 pytestmark = QUIET
 
 #: The largest block that Triton serves: ``ops.triton.block_topk.MAX_BLOCK_SIZE``, which needs triton to be imported.
 TRITON_MAX_BLOCK_SIZE = 8192
-
-Error = Quantized | Tensor | None
 
 
 @dataclass(frozen=True)
@@ -40,15 +36,10 @@ class Case:
     error_scale: float = 1.0
     seed: int | None = None
 
-    def new_error(self, numel: int, device: str = "cpu") -> Error:
-        """An error of zero."""
-        if self.error is None:
-            return None
-        if isinstance(self.error, torch.dtype):
-            return torch.zeros(numel, dtype=self.error, device=device)
-        return empty_quantized(numel, self.error, device)
+    def new_error(self, numel: int, device: str = "cpu") -> Quantized | Tensor | None:
+        return new_error(numel, self.error, device)
 
-    def select(self, grad: Tensor, error: Error) -> tuple[Tensor, Tensor]:
+    def select(self, grad: Tensor, error: Quantized | Tensor | None) -> tuple[Tensor, Tensor]:
         """One call, on poisoned outputs."""
         kept = num_kept(grad.numel(), self.block_size, self.density)
         indices = torch.full((kept,), -7, dtype=torch.int16, device=grad.device)
@@ -81,17 +72,19 @@ def scatter(indices: Tensor, values: Tensor, numel: int, case: Case) -> Tensor:
     return out
 
 
+GRADIENTS = AWKWARD | {
+    "all tied": torch.full((300,), -0.25),
+    "tied magnitudes": torch.tensor([1.0, -1.0, 0.5, -0.5, 0.0] * 50),
+    # every NaN is tied with every other one, whatever its bits
+    "nan payloads": (torch.arange(120, dtype=torch.int32) * 1001 + 0x7FC00000).view(FP32),
+    "ties of the last bit": AWKWARD["last bit"].repeat(2) * torch.tensor([1.0, -1.0]).repeat(128),
+}
+
+
 @pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("name", [*AWKWARD, "all tied", "tied magnitudes", "ties of the last bit", "nan payloads"])
-def test_backends_agree_bit_for_bit(name: str, backend: str, use: Callable[[str], str]) -> None:
-    more = {
-        "all tied": torch.full((300,), -0.25),
-        "tied magnitudes": torch.tensor([1.0, -1.0, 0.5, -0.5, 0.0] * 50),
-        # every NaN is tied with every other one, whatever its bits
-        "nan payloads": (torch.arange(120, dtype=torch.int32) * 1001 + 0x7FC00000).view(FP32),
-        "ties of the last bit": awkward("last bit").repeat(2) * torch.tensor([1.0, -1.0]).repeat(128),
-    }
-    first = (more[name] if name in more else awkward(name))[:170]
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_backends_agree_bit_for_bit(name: str, backend: str, use: Use) -> None:
+    first = GRADIENTS[name][:170]
     grads = [first, first.flip(0) * 0.125]
     for number, case in enumerate(CASES):
         dtype = (FP32, BF16, FP16)[number % 3] if name in ("odd", "ragged", "tied magnitudes") else FP32
@@ -99,29 +92,18 @@ def test_backends_agree_bit_for_bit(name: str, backend: str, use: Callable[[str]
         for which in ("reference", backend):
             on = use(which)
             error = case.new_error(len(first), on)
-            result = [t for g in grads for t in case.select(g.to(on, dtype), error)]
-            tensors = (error.codes, error.lo, error.hi) if isinstance(error, Quantized) else (error,)
-            results.append(result + [t for t in tensors if t is not None])
+            results.append([t for g in grads for t in case.select(g.to(on, dtype), error)] + parts(error))
         for i, (expected, got) in enumerate(zip(*results, strict=True)):
             assert same(got, expected), f"tensor {i} of {case} from {dtype}"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_tensor_without_entries_is_left_alone(backend: str, use: Callable[[str], str]) -> None:
-    case, grad = CASES[0], torch.zeros(0, device=use(backend))
-    indices, values = case.select(grad, case.new_error(0, grad.device))
-    assert indices.shape == values.shape == (0,)
-
-
 @pytest.mark.parametrize("backend", FAST)
-def test_largest_block_and_default_block(backend: str, use: Callable[[str], str]) -> None:
+def test_largest_block_and_default_block(backend: str, use: Use) -> None:
     grad = torch.randn(40_000, generator=torch.Generator().manual_seed(3)).round(decimals=1)  # many ties
     largest = TRITON_MAX_BLOCK_SIZE if backend == "triton" else MAX_BLOCK_SIZE
     for case in (Case(largest, 0.01, QuantFormat()), Case(largest, 1.0, FP32), Case(4096, 0.01, QuantFormat())):
-        results = []
-        for which in ("reference", backend):
-            on = use(which)
-            results.append(case.select(grad.to(on), case.new_error(len(grad), on)))
+        devices = (use(which) for which in ("reference", backend))
+        results = [case.select(grad.to(on), case.new_error(len(grad), on)) for on in devices]
         assert all(map(same, *results)), case
 
 
@@ -146,14 +128,15 @@ def test_agrees_with_the_transcription_and_loses_nothing(spec):
         assert torch.equal(grad, before), "the gradient is left intact"
 
 
-@given(grids, st.sampled_from([BF16, FP32]), st.sampled_from([BF16, FP32, FP16]))
-def test_kept_and_rest_are_the_input_and_the_rest_contracts(spec, value_dtype, grad_dtype):
+@given(grids, st.sampled_from([BF16, FP32]), st.sampled_from([BF16, FP32, FP16]), st.sampled_from([1.0, 0.25]))
+def test_kept_and_rest_are_the_input_and_the_rest_contracts(spec, value_dtype, grad_dtype, error_scale):
+    """Of the error a part goes in: what MicroAdam's alpha added to the update is not fed back again."""
     numel, block_size, density, seed = spec
-    case = Case(block_size, density, FP32, value_dtype)
+    case = Case(block_size, density, FP32, value_dtype, error_scale)
     generator = torch.Generator().manual_seed(seed)
     error = torch.randn(numel, generator=generator)
     grad = torch.randn(numel, generator=generator).to(grad_dtype)
-    a = grad.float() + error
+    a = grad.float() + error_scale * error
     indices, values = case.select(grad, error)
     # the values' rounding residual is in the error: the sum is exact
     assert torch.equal(scatter(indices, values, numel, case) + error.double(), a.double())
@@ -179,15 +162,6 @@ def test_a_quantized_error_is_within_half_a_step_of_the_rest():
         assert torch.all(lost.abs() <= u / 2 + 1e-6)
 
 
-def test_alpha_takes_its_part_of_the_error():
-    """error_scale = 1 − alpha: what the caller added to the update is not fed back again."""
-    case = Case(64, 0.1, FP32, FP32, error_scale=0.25)
-    error = torch.randn(200)
-    grad, before = torch.randn(200), error.clone()
-    indices, values = case.select(grad, error)
-    assert torch.equal(scatter(indices, values, 200, case) + error.double(), (grad + 0.25 * before).double())
-
-
 def test_what_is_not_finite_is_selected_first_and_does_not_stay_in_the_error():
     for error_format in (QuantFormat(), FP32):
         case = Case(64, 0.05, error_format)  # 4 of 64
@@ -197,11 +171,9 @@ def test_what_is_not_finite_is_selected_first_and_does_not_stay_in_the_error():
         indices, values = case.select(grad, error)
         assert indices[:4].tolist() == [0, 3, 9, 50] and indices[4:].tolist() == [0, 1, 2, 36]
         assert values[1].isnan() and values[2] == torch.inf and values[3] == -torch.inf and values[7] == torch.inf
-        kept = torch.full((128,), torch.nan)
+        kept = torch.full((128,), torch.nan) if isinstance(error, Quantized) else error
         if isinstance(error, Quantized):
             dequantize_(kept, error)
-        else:
-            kept = error
         assert kept.isfinite().all()
     # more than can be selected: the others stay visible in the error
     error = Case(64, 0.05, FP32).new_error(64)
@@ -209,28 +181,9 @@ def test_what_is_not_finite_is_selected_first_and_does_not_stay_in_the_error():
     assert torch.equal(error.isnan(), torch.arange(64) >= 4)
 
 
-def test_counts():
+def test_counts_and_window_rows():
     assert kept_per_block(4096, 0.01) == 41 and kept_per_block(100, 0.07) == 7 and kept_per_block(1, 0.001) == 1
     assert num_kept(10_000, 4096, 0.01) == 41 + 41 + 19 and num_kept(0, 64, 0.1) == 0 and num_kept(64, 64, 1.0) == 64
-
-
-def test_bytes_of_microadam_at_its_defaults() -> None:
-    numel = 4096 * 11008
-    specs = window_specs(numel, window=10, density=0.01, block_size=4096) | quantized_specs(numel, QuantFormat())
-    per_parameter = {
-        name: sum(s.nbytes for s in specs.values() if s.component == name) / numel
-        for name in ("indices", "values", "error codes", "error statistics")
-    }
-    assert per_parameter == {
-        "indices": pytest.approx(0.2, rel=2e-3),
-        "values": pytest.approx(0.2, rel=2e-3),
-        "error codes": 0.5,
-        "error statistics": 2 * 2 / 64,
-    }
-    assert sum(per_parameter.values()) <= 0.97
-
-
-def test_window_rows_and_refusals() -> None:
     specs = window_specs(10_000, window=3, density=0.01, block_size=4096, value_dtype=FP32)
     assert specs["indices"].shape == specs["values"].shape == (3, 41 + 41 + 19)
     assert specs["indices"].dtype == torch.int16 and specs["values"].dtype == FP32
@@ -238,28 +191,24 @@ def test_window_rows_and_refusals() -> None:
         window_specs(10, window=0, density=0.1, block_size=4)
 
 
-def test_wrong_arguments_say_what_is_wrong():
-    grad, error = torch.zeros(128), torch.zeros(128)
-    indices, values = torch.zeros(8, dtype=torch.int16), torch.zeros(8)
-
-    def call(indices=indices, values=values, grad=grad, error=error, block_size=64, density=0.05):
-        block_topk_(indices, values, grad, error, block_size=block_size, density=density)
-
-    call()
-    with pytest.raises(ValueError, match=r"block_size must be in \[1, 32768\]"):
-        call(block_size=65536)
-    with pytest.raises(ValueError, match=r"density must be in \(0, 1\]"):
-        call(density=0.0)
-    with pytest.raises(ValueError, match=r"indices must be contiguous, .* = \[1, 16\], got \[1, 8\]"):
-        call(density=0.12)
-    with pytest.raises(ValueError, match=r"indices must be one of torch\.int16; got torch\.int32"):
-        call(indices=indices.int())
-    with pytest.raises(ValueError, match="grad must be contiguous"):
-        call(grad=torch.zeros(64, 4)[:, :2])
-    with pytest.raises(ValueError, match="multiple of the error's quantization block size"):
-        call(error=Case(64, 0.05, QuantFormat(4, 48)).new_error(128))
-    with pytest.raises(ValueError, match="error has 100 entries"):
-        call(error=Case(64, 0.05, QuantFormat()).new_error(100))
+@pytest.mark.parametrize(
+    ("says", "changed"),
+    [
+        (r"block_size must be in \[1, 32768\]", {"block_size": 65536}),
+        (r"density must be in \(0, 1\]", {"density": 0.0}),
+        (r"indices must be contiguous, .* = \[1, 16\], got \[1, 8\]", {"density": 0.12}),
+        (r"indices must be one of torch\.int16; got torch\.int32", {"indices": torch.zeros(8).int()}),
+        ("grad must be contiguous", {"grad": torch.zeros(64, 4)[:, :2]}),
+        ("multiple of the error's quantization block size", {"error": new_error(128, QuantFormat(4, 48))}),
+        ("error has 100 entries", {"error": new_error(100, QuantFormat())}),
+    ],
+)
+def test_wrong_arguments_say_what_is_wrong(says, changed):
+    right = {"indices": torch.zeros(8, dtype=torch.int16), "values": torch.zeros(8), "grad": torch.zeros(128)}
+    right |= {"error": torch.zeros(128), "block_size": 64, "density": 0.05}
+    block_topk_(**right)
+    with pytest.raises(ValueError, match=says):
+        block_topk_(**right | changed)
 
 
 def test_what_triton_cannot_serve_is_refused_if_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

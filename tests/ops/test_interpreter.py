@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
-if os.environ["TRITON_INTERPRET"] != "1":
+from tests.ops.backends import INTERPRETED, python
+
+if not INTERPRETED:
     pytest.skip("tests of the interpreter", allow_module_level=True)
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from triton.runtime.errors import InterpreterError  # noqa: E402
 
+HALFWAY_TO_EVEN_BOTH_WAYS, JUST_OFF = [1.00390625, 1.01171875], [1.0039063, 1.0117186]
+BFLOAT16_SUBNORMALS, SMALLEST, OVERFLOWING = [1e-39, -3e-40, 9.2e-41], [1.4e-45], [3.4e38]
 SPECIAL = [float("inf"), float("-inf"), float("nan")]
-# halfway to even both ways, just off halfway, bf16 subnormals, smallest fp32, overflow to inf, specials
-AWKWARD = torch.tensor(
-    [
-        1.00390625,
-        1.01171875,
-        1.0039063,
-        1.0117186,
-        1e-39,
-        -3e-40,
-        1.4e-45,
-        9.2e-41,
-        3.4e38,
-        0.0,
-        -0.0,
-        1 / 3,
-        -7.77,
-        *SPECIAL,
-    ]
-)
+ROUNDED = [*HALFWAY_TO_EVEN_BOTH_WAYS, *JUST_OFF, 1 / 3, -7.77]
+AWKWARD = torch.tensor([*ROUNDED, *BFLOAT16_SUBNORMALS, *SMALLEST, *OVERFLOWING, *SPECIAL, 0.0, -0.0])
 
 
 @triton.jit
@@ -118,12 +100,8 @@ def test_races_and_out_of_bounds_raise():
         _copy_kernel[(2,)](x, y, 8, 1, 16, N=8)
     with pytest.raises(InterpreterError, match="store out of bounds"):
         _copy_kernel[(2,)](x, y[:12], 8, 0, 16, N=8)
-
-
-def test_bounds_are_those_of_the_view():
-    matrix = torch.zeros(2, 8)
-    with pytest.raises(InterpreterError, match="store out of bounds"):
-        _copy_kernel[(1,)](torch.zeros(16), matrix[0], 8, 0, 16, N=16)
+    with pytest.raises(InterpreterError, match="store out of bounds"):  # of the view
+        _copy_kernel[(1,)](x, torch.zeros(2, 8)[0], 8, 0, 16, N=16)
 
 
 @triton.jit
@@ -156,7 +134,5 @@ def test_enable_refuses_a_triton_that_was_imported_without_the_variable():
         "import os, triton\nos.environ['TRITON_INTERPRET'] = '1'\n"
         "from tests.ops import interpreter\ninterpreter.enable()"
     )
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    root = Path(__file__).parents[2]
-    run = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+    run = python("-c", code, TRITON_INTERPRET=None)
     assert run.returncode != 0 and "before TRITON_INTERPRET=1 was set" in run.stderr

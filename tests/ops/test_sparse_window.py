@@ -16,19 +16,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_lowmem_optim.ops.block_topk import kept_per_block, window_specs
-from hf_lowmem_optim.ops.sparse_window import (
-    SparseWindow,
-    foreach_window_gram_rows,
-    window_combine_,
+from hf_lowmem_optim.ops.sparse_window import SparseWindow, foreach_window_gram_rows, window_combine_
+from tests.ops.backends import (
+    BACKENDS,
+    BF16,
+    FAST,
+    FP16,
+    FP32,
+    QUIET,
+    Use,
+    device_of,
+    same,
+    window_descend_,
+    window_gram_row,
+    window_update_,
 )
-from tests.ops.backends import BACKENDS, BF16, FAST, FP16, FP32, QUIET, device_of, same
-from tests.ops.singles import block_topk_, window_descend_, window_gram_row, window_update_
 from tests.reference import sparse_window as paper
 
 pytestmark = QUIET
-
-Use = Callable[[str], str]
 
 
 @dataclass(frozen=True)
@@ -135,25 +140,9 @@ def _poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_torch_version_is_the_paper(case: Case, use: Use) -> None:
-    use("reference")
-    window, weights, param = make_window(case), moment_weights(case), make_param(case)
-    result = updated(param, window, weights, eps=case.eps, weight_decay=case.weight_decay)
-    w1, w2 = weights.double().numpy()
-    expected = paper.step(param.double(), rows_of(window), w1, w2, 0.01, case.eps, case.weight_decay)
-    np.testing.assert_allclose(result.double().numpy(), expected, rtol=ROUNDING[case.param], atol=1e-7)
-
-    window, weights = make_window(case, unwritten=0.0), row_weights(case)
-    direction = paper.combine(rows_of(window), weights.double().numpy(), case.numel)
-    expected = param.double().numpy() * (1 - 0.1 * case.weight_decay) - 0.1 * direction
-    window_descend_(param, window, weights, lr=0.1, weight_decay=case.weight_decay)
-    np.testing.assert_allclose(param.double().numpy(), expected, rtol=ROUNDING[case.param], atol=1e-5)
-
-
-@pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_backends_agree_bit_for_bit(case: Case, backend: str, use: Use) -> None:
+def test_torch_is_the_paper_and_the_other_backends_are_torch_to_the_bit(case: Case, backend: str, use: Use) -> None:
     here = device_of(backend)
     window, zeroed = make_window(case, device=here), make_window(case, device=here, unwritten=0.0)
     moments, weights, param = moment_weights(case, here), row_weights(case, here), make_param(case, device=here)
@@ -169,9 +158,21 @@ def test_backends_agree_bit_for_bit(case: Case, backend: str, use: Use) -> None:
     assert agrees(found[1][0], found[0][0], 0.1)
     assert same(found[1][1], found[0][1])
     assert agrees(found[1][2], found[0][2], 100.0)
-    expected = paper.combine(rows_of(zeroed), weights.double().cpu().numpy(), case.numel)
-    expected += param.double().cpu().numpy()
-    np.testing.assert_allclose(found[1][2].double().cpu().numpy(), expected, rtol=1e-5, atol=1e-4)
+
+    before = param.double().cpu().numpy()
+    update, descended, combined = (each.double().cpu().numpy() for each in found[1])
+    w1, w2 = moments.double().cpu().numpy()
+    expected = paper.step(before, rows_of(window), w1, w2, 0.01, case.eps, case.weight_decay)
+    np.testing.assert_allclose(update, expected, rtol=ROUNDING[case.param], atol=1e-7)
+    direction = paper.combine(rows_of(zeroed), weights.double().cpu().numpy(), case.numel)
+    expected = before * (1 - 0.1 * case.weight_decay) - 0.1 * direction
+    np.testing.assert_allclose(descended, expected, rtol=ROUNDING[case.param], atol=1e-5)
+    np.testing.assert_allclose(combined, direction + before, rtol=1e-5, atol=1e-4)
+    G = np.array([paper.combine([row], [1.0], case.numel) for row in rows_of(zeroed)])
+    for row in {0, min(case.step, case.window) - 1}:
+        products = window_gram_row(zeroed, row)
+        assert products.dtype == torch.float64 and products.device == zeroed.values.device
+        np.testing.assert_allclose(products.cpu().numpy(), G @ G[row], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -186,16 +187,20 @@ def test_awkward_numbers(param_dtype: torch.dtype, values_dtype: torch.dtype, ba
     window = SparseWindow(indices, values, 2 * length, 2 * length, length)
     weights = torch.tensor([[0.3, 0.7], [0.0, 1e-3]], device=here)
     param = torch.tensor([*awkward[3:], *awkward[:3], *awkward]).to(param_dtype).to(here)
+    visible = torch.tensor([not math.isfinite(a) or not math.isfinite(b) for a, b in values.T.tolist()])
     for weight_decay in (0.0, 0.5):
         results = []
         for each in ("reference", backend):
             use(each)
-            results.append(updated(param, window, weights, weight_decay=weight_decay, lr=1.0, eps=0.0))
-        assert same(results[1], results[0])
-        visible = torch.tensor([not math.isfinite(a) or not math.isfinite(b) for a, b in values.T.tolist()])
-        assert results[1][:length].cpu()[visible].isnan().all()
+            descended = param.clone()
+            window_descend_(descended, window, weights[0], lr=0.1, weight_decay=weight_decay)
+            results.append((updated(param, window, weights, weight_decay=weight_decay, lr=1.0, eps=0.0), descended))
+        assert all(map(same, *results))
+        assert results[1][0][:length].cpu()[visible].isnan().all()
+        assert not results[1][1][:length].cpu()[visible].isfinite().any()
         if weight_decay == 0:
-            assert torch.equal(results[1][length:].view(torch.uint8), param[length:].view(torch.uint8))
+            assert torch.equal(results[1][0][length:].view(torch.uint8), param[length:].view(torch.uint8))
+            assert same(results[1][1][length:], param[length:])
 
 
 @given(
@@ -228,22 +233,11 @@ def test_properties(block_size: int, numel: int, window: int, step: int, share: 
             assert same(updated(param, rows, weights), result)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_gram_row(case: Case, backend: str, use: Use) -> None:
-    window = make_window(case, device=use(backend), unwritten=0.0)
-    G = np.array([paper.combine([row], [1.0], case.numel) for row in rows_of(window)])
-    for row in {0, min(case.step, case.window) - 1}:
-        found = window_gram_row(window, row)
-        assert found.dtype == torch.float64 and found.device.type == window.device.type
-        np.testing.assert_allclose(found.cpu().numpy(), G @ G[row], rtol=1e-10, atol=1e-10)
-
-
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("window", [1, 33, 70])
 @pytest.mark.parametrize("programs", [1, 3])
-def test_many_rows_and_several_blocks_a_program(
-    window: int, programs: int, backend: str, use: Use, monkeypatch: pytest.MonkeyPatch
+def test_many_rows_and_blocks_in_a_program(
+    window: int, programs: int, backend: str, use: Use, monkeypatch: Any
 ) -> None:
     """On a GPU rows go in groups, and a program has several blocks in its scratch memory, one after the other."""
     case = Case(numel=64 * 4 + 7, block_size=64, kept_per_block=5, kept_in_last_block=2, window=window, step=window)
@@ -264,72 +258,26 @@ def test_many_rows_and_several_blocks_a_program(
     assert same(found[0][1], found[1][1]) and same(found[0][2], found[1][2])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_descent_leaves_untouched_entries_alone(backend: str, use: Use) -> None:
-    """Also −0 and NaN; what is not finite in the window reaches only its own entries."""
-    case, here = CASES[4], use(backend)
-    window, param = make_window(case, device=here, unwritten=0.0), make_param(case, device=here)
-    window.values[1, 0] = math.inf
-    touched = torch.zeros(case.numel, dtype=torch.bool)
-    for row in rows_of(window):
-        touched[[position for position, _ in row]] = True
-    param[~touched] = torch.where(torch.arange(case.numel)[~touched] % 2 == 0, -0.0, math.nan).to(param)
-    before = param.clone()
-    window_descend_(param, window, torch.ones(case.window, device=here), lr=0.1)
-    assert same(param[~touched], before[~touched])
-    assert int((~param[touched].isfinite()).sum()) == 1
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_window_of_selections_is_its_matrix(backend: str, use: Use) -> None:
-    """What Top-K wrote is what was taken from the gradients."""
-    numel, block_size, density, here = 360, 64, 0.1, use(backend)
-    specs = window_specs(numel, window=5, density=density, block_size=block_size)
-    indices, values = (specs[key].allocate(here) for key in ("indices", "values"))
-    G = torch.zeros(5, numel, dtype=torch.float64)
-    for row in range(5):
-        gradient = torch.randn(numel, generator=torch.Generator().manual_seed(row)).to(here)
-        error = torch.zeros(numel, device=here)
-        block_topk_(indices[row], values[row], gradient, error, block_size=block_size, density=density)
-        G[row] = gradient - error
-    window = SparseWindow(indices, values, numel, block_size, kept_per_block(block_size, density))
-    for row in range(5):
-        torch.testing.assert_close(window_gram_row(window, row).cpu(), G @ G[row], rtol=1e-12, atol=1e-12)
-    weights, out = torch.randn(5, device=here), torch.randn(numel, device=here)
-    expected = out.double().cpu() + G.T @ weights.double().cpu()
-    window_combine_(out, window, weights)
-    torch.testing.assert_close(out.double().cpu(), expected, rtol=1e-5, atol=1e-5)
-
-
 def test_contradictions_are_refused() -> None:
     case = CASES[0]
     window, weights, param = make_window(case), moment_weights(case), make_param(case)
     step = {"lr": 0.1, "eps": 1e-8}
-    with pytest.raises(TypeError, match="int16"):
-        replace(window, indices=window.indices.int())
-    with pytest.raises(TypeError, match="bfloat16 or float32"):
-        replace(window, values=window.values.half())
-    with pytest.raises(ValueError, match="block_size must be"):
-        replace(window, block_size=40000)
-    with pytest.raises(ValueError, match="kept_per_block must be between 1 and block_size, got 5000"):
-        replace(window, kept_per_block=5000)
-    with pytest.raises(ValueError, match="cannot give rows of"):
-        replace(window, numel=case.numel + 4096)
-    with pytest.raises(ValueError, match="contiguous"):
-        replace(window, indices=window.indices.T.contiguous().T)
-    with pytest.raises(ValueError, match="entries, the window is of"):
-        window_update_(param[1:], window, weights, **step)
-    with pytest.raises(TypeError, match="param must be"):
-        window_update_(param.double(), window, weights, **step)
-    with pytest.raises(ValueError, match="of shape"):
-        window_update_(param, window, weights[:1], **step)
-    with pytest.raises(TypeError, match="float64"):
-        window_descend_(param.double(), window, weights[0], lr=0.1)
-    with pytest.raises(ValueError, match=r"weights must be contiguous and of shape \[10\], got \[9\]"):
-        window_descend_(param, window, weights[0, 1:], lr=0.1)
-    with pytest.raises(TypeError, match="out must be float32"):
-        window_combine_(param.half(), window, weights[0])
-    with pytest.raises(IndexError, match="row 10 is not one of the window's 10"):
-        window_gram_row(window, case.window)
-    with pytest.raises(ValueError, match="a window has 3 rows, another one 10"):
-        foreach_window_gram_rows([window, make_window(CASES[3])], 0)
+    refusals: list[tuple[type[Exception], str, Callable[[], object]]] = [
+        (TypeError, "int16", lambda: replace(window, indices=window.indices.int())),
+        (TypeError, "bfloat16 or float32", lambda: replace(window, values=window.values.half())),
+        (ValueError, "block_size must be", lambda: replace(window, block_size=40000)),
+        (ValueError, "between 1 and block_size, got 5000", lambda: replace(window, kept_per_block=5000)),
+        (ValueError, "cannot give rows of", lambda: replace(window, numel=case.numel + 4096)),
+        (ValueError, "contiguous", lambda: replace(window, indices=window.indices.T.contiguous().T)),
+        (ValueError, "entries, the window is of", lambda: window_update_(param[1:], window, weights, **step)),
+        (TypeError, "param must be", lambda: window_update_(param.double(), window, weights, **step)),
+        (ValueError, "of shape", lambda: window_update_(param, window, weights[:1], **step)),
+        (TypeError, "float64", lambda: window_descend_(param.double(), window, weights[0], lr=0.1)),
+        (ValueError, r"shape \[10\], got \[9\]", lambda: window_descend_(param, window, weights[0, 1:], lr=0.1)),
+        (TypeError, "out must be float32", lambda: window_combine_(param.half(), window, weights[0])),
+        (IndexError, "row 10 is not one of the window's 10", lambda: window_gram_row(window, case.window)),
+        (ValueError, "3 rows, another one 10", lambda: foreach_window_gram_rows([window, make_window(CASES[3])], 0)),
+    ]
+    for error, says, call in refusals:
+        with pytest.raises(error, match=says):
+            call()

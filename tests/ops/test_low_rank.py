@@ -1,4 +1,4 @@
-"""LDAdam's two Triton kernels: the moments in their new basis, and the descent of weights where they lie."""
+"""The Triton kernels of low rank: orthonormal columns, LDAdam's moments in their new basis, the descent of weights."""
 
 from __future__ import annotations
 
@@ -9,26 +9,94 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_lowmem_optim.ops.low_rank import Coefficients
-from tests.ops.backends import BF16, DEVICE, FP16, FP32, INTERPRETED, ON_GPU, QUIET
+from hf_lowmem_optim.ops.low_rank import orthonormalize
+from tests.ops.backends import BF16, DEVICE, FP16, FP32, INTERPRETED, ON_GPU, QUIET, normal
+from tests.ops.launches import NUMBERS
 
+kernel = pytest.importorskip("hf_lowmem_optim.ops.triton.low_rank", exc_type=ImportError)
 ldadam = pytest.importorskip("hf_lowmem_optim.ops.triton.ldadam", exc_type=ImportError)
 pytestmark = [*([] if INTERPRETED else ON_GPU), QUIET]
 
-NUMBERS = Coefficients(
-    momentum_weight=0.8,
-    gradient_weight=0.3,
-    beta1=0.9,
-    beta2=0.99,
-    correction=0.7,
-    damping=1e-4,
-    decay=0.9,
-    step_size=0.4,
+DEPENDENT = ("as dependent as Cholesky serves", "nearly dependent", "a repeated column", "a repeated column, large")
+BAD = (*DEPENDENT, "a chain of neighbours", "zero columns", "lengths of all sizes", "one row")
+
+
+def columns(name: str, p: int, r: int) -> Tensor:
+    """A matrix whose first two columns are independent."""
+    Y = normal(p, r)
+    if name.startswith("a repeated column"):
+        Y[:, 3] = Y[:, 1]
+        Y *= 1e13 if name.endswith("large") else 1.0
+    elif name == "zero columns":
+        Y[:, 2:5] = 0
+    elif name == "as dependent as Cholesky serves":
+        Y[:, 2:] = Y[:, :1] + 1e-4 * Y[:, 2:]
+    elif name == "a chain of neighbours":
+        orthonormal = torch.linalg.qr(Y)[0]
+        for j in range(1, r):
+            Y[:, j] = (1 - 0.03**2) ** 0.5 * orthonormal[:, j - 1] + 0.03 * orthonormal[:, j]
+        Y[:, 0] = orthonormal[:, 0]
+    elif name == "nearly dependent":
+        Y[:, 2:] = Y[:, :1] + 1e-6 * Y[:, 2:]
+    elif name == "lengths of all sizes":
+        Y *= torch.logspace(-25, 17, r, device=DEVICE)
+    elif name == "one row":
+        Y[1:] = 0
+        Y[2, 1] = 1
+    return Y
+
+
+@pytest.mark.parametrize(
+    ("name", "p", "r"),
+    [
+        *((name, p, r) for name in ("any", *BAD) for p, r in [(7, 7), (40, 6), (45, 18)]),
+        *((name, 90, 37) for name in ("any", "a chain of neighbours")),
+    ],
 )
+def test_columns_are_orthonormal_and_span_the_same(name: str, p: int, r: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # several tiles of small matrices
+    monkeypatch.setattr(kernel, "_ROWS", 16 if p < 50 else 32)
+    monkeypatch.setattr(kernel, "_COLUMNS", 8 if p < 50 else 16)
+    Y = columns(name, p, r)
+    U = kernel.orthonormal_columns(Y)
+    assert U.shape == Y.shape and U.dtype == torch.float32
+    wide, lengths = U.double(), Y.double().norm(dim=0).clamp(min=1e-300)
+    assert (wide.mT @ wide - torch.eye(r, device=DEVICE)).abs().max() <= 1e-6
+    # every column lies in the span of the first ones of U, upper triangular as in a QR
+    assert (wide.mT @ (Y.double() / lengths)).tril(-1).abs().max() <= 1e-6
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+@pytest.mark.parametrize("name", BAD)
+def test_each_of_a_batch_goes_its_own_way(name: str) -> None:
+    good, bad = normal(40, 6), columns(name, 40, 6)
+    bad_as_well = torch.full_like(good, math.nan)
+    U = kernel.orthonormal_columns(torch.stack([good, bad, bad_as_well, good]))
+    assert torch.equal(U[0], kernel.orthonormal_columns(good)) and torch.equal(U[3], U[0])
+    assert torch.equal(U[1], kernel.orthonormal_columns(bad))
+    assert not U[2].isfinite().any()
+
+
+def test_reflections_are_those_of_a_qr() -> None:
+    """Also their signs; the column of zeros sends the matrix there."""
+    Y = normal(60, 12)
+    U = kernel.orthonormal_columns(Y * torch.tensor([*[1.0] * 11, 0.0], device=DEVICE))
+    torch.testing.assert_close(U[:, :11], torch.linalg.qr(Y)[0][:, :11], rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("length", [1.0, 0.0])
+def test_what_is_not_finite_stays_so_and_one_column_is_fine(length: float) -> None:
+    for value in (math.nan, math.inf):
+        Y = normal(40, 6) * length
+        Y[7, 2] = value
+        assert not kernel.orthonormal_columns(Y)[:, 2:].isfinite().all(0).any()
+    U = kernel.orthonormal_columns(normal(2, 40, 1) * length)
+    assert U.shape == (2, 40, 1) and (U.norm(dim=1) - 1).abs().max() <= 1e-6
+
+
+def test_what_has_no_such_columns_is_refused() -> None:
+    for wrong in (normal(3, 4), normal(4), normal(4, 3).double()):
+        with pytest.raises(ValueError, match=r"p ≥ r; got"):
+            orthonormalize(wrong)
 
 
 def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -78,27 +146,17 @@ def test_moments_carry_on_what_is_not_finite_and_nowhere_else(value: float, r: i
         assert tensor[..., torch.arange(100) != 7].isfinite().all()
 
 
-def test_a_rank_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match="r must be at most 256, got 257"):
-        ldadam.update_moments_(*state(1, 257, 4), NUMBERS)
-
-
 def weights_of(n: int, rows: int, columns: int, dtype: torch.dtype) -> list[Tensor]:
     return [normal(rows, columns, seed=10 + i).to(dtype) for i in range(n)]
 
 
-def descended(weights: Sequence[Tensor], left: Tensor, right: Tensor) -> list[Tensor]:
-    """By the formula, in float64."""
-    return [
-        NUMBERS.decay * weight.double() - NUMBERS.step_size * a.double() @ b.double()
-        for weight, a, b in zip(weights, left, right, strict=True)
-    ]
-
-
 def check_descent(weights: Sequence[Tensor], left: Tensor, right: Tensor) -> None:
     """Against the formula: half a unit of the last place, and what float32 rounded before."""
-    expected = descended(weights, left, right)
-    ldadam.descend_(weights, left, right, NUMBERS.decay, NUMBERS.step_size)
+    decay, step_size = NUMBERS.decay, NUMBERS.step_size
+    expected = [
+        decay * w.double() - step_size * (a.double() @ b.double()) for w, a, b in zip(weights, left, right, strict=True)
+    ]
+    ldadam.descend_(weights, left, right, decay, step_size)
     for weight, exact in zip(weights, expected, strict=True):
         last_place = 0 if weight.dtype == FP32 else torch.finfo(weight.dtype).eps / 2
         error = (weight.double() - exact).abs()
@@ -155,7 +213,9 @@ def test_what_is_not_finite_reaches_its_own_entries() -> None:
     assert at == [[[3, 5]], [[row, 7] for row in range(20)]]
 
 
-def test_weights_that_one_launch_cannot_address_are_refused() -> None:
+def test_what_one_launch_cannot_serve_is_refused() -> None:
+    with pytest.raises(ValueError, match="r must be at most 256, got 257"):
+        ldadam.update_moments_(*state(1, 257, 4), NUMBERS)
     left, right = normal(2, 8, 3), normal(2, 3, 8)
     wrong = {
         r"got torch.float32 \[8, 4\]": [normal(8, 8), normal(8, 4)],
@@ -169,7 +229,8 @@ def test_weights_that_one_launch_cannot_address_are_refused() -> None:
 
 
 def test_a_table_of_addresses_is_made_again_when_they_change() -> None:
-    device = pytest.importorskip("hf_lowmem_optim.ops.triton.device", exc_type=ImportError)
+    from hf_lowmem_optim.ops.triton import device
+
     first, second = normal(4), normal(4)
     table = device.address_table([first, second])
     assert table.tolist() == [first.data_ptr(), second.data_ptr()] and table.device.type == DEVICE
