@@ -26,9 +26,6 @@ def weight(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(shape or (20, 30), generator=torch.Generator().manual_seed(0)))
 
 
-# -------------------------------------------------------------------------------------------------- declaration
-
-
 @every_name
 def test_the_class_shows_every_option_with_default_type_and_help(name: str) -> None:
     cls = OPTIMIZERS[name].optimizer_class
@@ -80,9 +77,6 @@ def test_numpy_scalars_are_numbers(number: type[Any]) -> None:
     group["lr"] = number(2)
     group["params"][0].grad = torch.ones(20, 30)
     optimizer.step()
-
-
-# ------------------------------------------------------------------------------------------------- keys of groups
 
 
 @pytest.mark.parametrize(
@@ -155,9 +149,6 @@ def test_torchs_schedulers_drive_groups() -> None:
         schedule.step()
         seen.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["betas"][0]))
     assert len(set(seen)) == 5
-
-
-# ---------------------------------------------------------------------------------------------- changes in a run
 
 
 @every_name
@@ -284,9 +275,6 @@ def test_groups_that_come_to_disagree_are_refused_before_anything_moves() -> Non
         optimizer.step()
     assert [optimizer.state[each]["step"] for each in params] == [3, 3]
     assert optimizer.state["shared"]["step"] == 3  # type: ignore[index]
-
-
-# -------------------------------------------------------------------------------------------- a method of one's own
 
 
 @dataclass(frozen=True)

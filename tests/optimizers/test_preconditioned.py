@@ -64,9 +64,6 @@ def deviation(params: Mapping[str, nn.Parameter], reference: ReferenceMFAC) -> f
     return float(np.sqrt(apart / sum(np.sum((theirs - origin) ** 2) for _, theirs, origin in pairs)))
 
 
-# ------------------------------------------------------------------------------------------- against the definition
-
-
 @dataclass(frozen=True)
 class Parity:
     optimizer: type[LowMemoryOptimizer]
@@ -162,9 +159,6 @@ def test_a_tensor_without_a_gradient_counts_as_zero_and_stays(case: Parity) -> N
     assert error <= 1e-4, error
 
 
-# --------------------------------------------------------------------------------------------------- conservation
-
-
 @given(
     st.integers(1, 300),
     st.sampled_from([0.01, 0.1, 0.37, 1.0]),
@@ -212,9 +206,6 @@ def test_every_storage_of_the_error_keeps_most_of_it(cls: type[LowMemoryOptimize
     average = -weight.detach() * 1e6 / 400
     allowed = {"fp32": 0.12, "bf16": 0.13, "8bit": 0.2, "4bit": 0.6}[error_feedback]
     assert torch.linalg.norm(average - gradient) <= allowed * torch.linalg.norm(gradient)
-
-
-# ----------------------------------------------------------------------------------------------------- invariances
 
 
 @pytest.mark.parametrize("cls", [SparseMFAC, SparseGGT])
@@ -276,9 +267,6 @@ def test_scope_tensor_is_one_optimizer_per_tensor() -> None:
     assert all(torch.equal(together[k], alone[k]) for k in SHAPES)
 
 
-# -------------------------------------------------------------------------------------------------------- groups
-
-
 def test_groups_must_agree_on_what_they_share() -> None:
     for key, value in (("window", 8), ("damping", 1e-3), ("scope", "tensor")):
         one, other = ({"params": [nn.Parameter(torch.zeros(8, 8))]} for _ in range(2))
@@ -321,9 +309,6 @@ def test_the_velocity_follows_the_momentum() -> None:
         for param in params.values():
             specs = optimizer.method.state_specs(param, optimizer.param_groups[0])
             assert set(specs) == set(optimizer.state[param]) - {"step"}
-
-
-# ---------------------------------------------------------------------------------------------------- ill-posed
 
 
 @pytest.mark.parametrize("cls", CLASSES)
