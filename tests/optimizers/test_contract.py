@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from hf_lowmem_optim.engine import adamw
+from hf_lowmem_optim.optimizers import LowMemoryOptimizer
 from hf_lowmem_optim.registry import OPTIMIZERS
 from tests.optimizers.cases import (
     CASES,
@@ -102,6 +103,16 @@ def test_copies_go_on_alike(case: Case, copier) -> None:  # type: ignore[no-unty
         run(each, tensors, gradients(4, seed=5))
     assert_equal(params.values(), twins.values())
     assert_same_state(optimizer, twin_optimizer)
+    assert_takes_a_group(twin_optimizer)
+
+
+def assert_takes_a_group(optimizer: LowMemoryOptimizer) -> None:
+    """Torch puts a default of its own into an optimizer that has been loaded or copied."""
+    late = nn.Parameter(torch.ones(12, 40))
+    optimizer.add_param_group({"params": [late], "lr": 0.25})
+    (late * 2).sum().backward()
+    optimizer.step()
+    assert optimizer.state[late]["step"] == 1 and optimizer.param_groups[1]["lr"] == 0.25
 
 
 def test_layout_does_not_matter_and_the_gradient_is_left_alone(case: Case) -> None:
@@ -424,6 +435,7 @@ def test_load_hooks_of_the_user_see_plain_state(case: Case) -> None:
     fresh.load_state_dict(optimizer.state_dict())
     assert seen == [True, True]
     assert_same_state(optimizer, fresh)
+    assert_takes_a_group(fresh)
 
 
 def test_a_refused_constructor_leaves_no_hooks(case: Case) -> None:

@@ -283,32 +283,21 @@ def test_groups_must_agree_on_what_they_share() -> None:
         feed(SparseMFAC(groups, scope="tensor"), params, next(drifting_gradients(1)))
 
 
-def test_groups_have_their_own_rates() -> None:
-    frozen, moving = nn.Parameter(torch.ones(8, 8)), nn.Parameter(torch.ones(8, 8))
-    groups = [
-        {"params": [frozen], "lr": 0.0, "density": 0.5},
-        {"params": [moving], "momentum": 0.9, "weight_decay": 0.1},
-    ]
-    optimizer = SparseMFAC(groups, window=4)
-    for _ in range(3):
-        frozen.grad = moving.grad = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
-        optimizer.step()
-    assert torch.equal(frozen, torch.ones(8, 8)) and not torch.equal(moving, torch.ones(8, 8))
-    assert "velocity" in optimizer.state[moving] and "velocity" not in optimizer.state[frozen]
-
-
-def test_the_velocity_follows_the_momentum() -> None:
+def test_the_velocity_follows_the_momentum_of_its_group() -> None:
     """Momentum may be scheduled; a run that turns it on or off can be saved and resumed."""
     params = as_parameters(start())
-    optimizer = SparseMFAC(params.values(), window=4, density=0.3)
+    frozen = params["tall"]
+    others = [param for param in params.values() if param is not frozen]
+    optimizer = SparseMFAC([{"params": others}, {"params": [frozen], "lr": 0.0}], window=4, density=0.3)
     for step, gradients in enumerate(drifting_gradients(9)):
         optimizer.param_groups[0]["momentum"] = 0.9 if 3 <= step < 6 else 0.0
         feed(optimizer, params, gradients)
-        has = all("velocity" in optimizer.state[p] for p in params.values())
-        assert has is (3 <= step < 6)
-        for param in params.values():
-            specs = optimizer.method.state_specs(param, optimizer.param_groups[0])
-            assert set(specs) == set(optimizer.state[param]) - {"step"}
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                assert ("velocity" in optimizer.state[param]) is (3 <= step < 6 and param is not frozen)
+                assert set(optimizer.method.state_specs(param, group)) == set(optimizer.state[param]) - {"step"}
+    moved = {key for key, began in start().items() if not torch.equal(params[key], torch.tensor(began))}
+    assert moved == {*params} - {"tall"}
 
 
 @pytest.mark.parametrize("cls", CLASSES)
