@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_lowmem_optim import OPTIMIZERS, LDAdam
-from hf_lowmem_optim.engine import buckets
-from hf_lowmem_optim.engine.buckets import Batch, allocate_stacked
+from hf_lowmem_optim.engine.buckets import allocate_stacked
 from hf_lowmem_optim.spec import TensorSpec
-from tests.optimizers.cases import assert_equal, assert_same_state, through_a_file
+from tests.optimizers.cases import assert_equal, assert_same_state, sizes_of_batches, through_a_file
 
 #: Of one size and several shapes; of odd sizes; a vector.
 SHAPES = (
@@ -44,16 +43,7 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.fixture
 def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tensors each batch has had."""
-    found: list[int] = []
-    original = buckets._batch
-
-    def counted(updates: Any) -> Batch:
-        found.append(len(updates))
-        return original(updates)
-
-    monkeypatch.setattr(buckets, "_batch", counted)
-    return found
+    return sizes_of_batches(monkeypatch)
 
 
 def weights_of(dtype: torch.dtype = torch.float32, shapes: list[tuple[int, ...]] = SHAPES) -> list[nn.Parameter]:
@@ -214,7 +204,7 @@ def test_the_number_of_threads_changes_nothing(name: str, hyper: dict[str, Any],
         tensors = [v for entry in optimizer.state.values() for v in entry.values() if isinstance(v, Tensor)]
         results.append([*weights, *tensors])
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        assert_equal(results[0], other)
 
 
 @pytest.mark.usefixtures("threads")

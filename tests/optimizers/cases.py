@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hf_lowmem_optim.engine import buckets
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.ops.block_quant import Quantized, dequantize_
 from hf_lowmem_optim.optimizers import LowMemoryOptimizer
@@ -201,6 +202,19 @@ def stored_error(state: Mapping[str, Any], numel: int, fmt: QuantFormat) -> Tens
     out = torch.empty(numel)
     dequantize_(out, Quantized(*(state[f"error_{part}"] for part in ("codes", "lo", "hi")), numel, fmt))
     return out
+
+
+def sizes_of_batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Note from now on how many tensors each batch has."""
+    found: list[int] = []
+    original = buckets._batch
+
+    def counted(updates: Any) -> buckets.Batch:
+        found.append(len(updates))
+        return original(updates)
+
+    monkeypatch.setattr(buckets, "_batch", counted)
+    return found
 
 
 def odd_layout(value: Tensor) -> Tensor:
