@@ -96,11 +96,7 @@ WRONG_PRECONDITIONED: Wrong = {
     "error_feedback": ("param",),
     "scope": ("layer",),
 }
-WRONG_SPARSE: Wrong = {
-    "density": (0.0, 1.5, "x", True),
-    "block_size": (0, 40000, 100),
-    "value_dtype": ("fp16",),
-}
+WRONG_SPARSE: Wrong = {"density": (0.0, 1.5, "x", True), "block_size": (0, 40000, 100), "value_dtype": ("fp16",)}
 
 CASES = {
     case.name: case
@@ -109,12 +105,7 @@ CASES = {
             "ldadam",
             {**RATES, "rank": 4},
             {"rank": 5},
-            {
-                "rank": (0, -1, "x", True, 2.0),
-                "rho": (1.0, -0.1),
-                "state_dtype": ("fp8",),
-                "error_feedback": ("fp23",),
-            },
+            {"rank": (0, -1, "x", True, 2.0), "rho": (1.0, -0.1), "state_dtype": ("fp8",), "error_feedback": ("fp23",)},
         ),
         Case("sparse_mfac", {**PRECONDITIONED, **SPARSE}, {"density": 0.2}, {**WRONG_PRECONDITIONED, **WRONG_SPARSE}),
         Case(

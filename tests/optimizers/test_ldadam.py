@@ -202,17 +202,6 @@ def test_stochastic_rounding_needs_a_quantized_error() -> None:
         LDAdam([nn.Parameter(torch.zeros(30, 50))], error_feedback="bf16", stochastic_rounding=True)
 
 
-def test_convolution_kernels_are_matrices() -> None:
-    kernel = nn.Parameter(torch.randn(16, 3, 2, 4))
-    matrix = nn.Parameter(kernel.detach().reshape(16, 24).clone())
-    for weight in (kernel, matrix):
-        optimizer = LDAdam([weight], rank=4)
-        for gradient in drifting_gradients((16, 24), 4, seed=3):
-            weight.grad = torch.tensor(gradient).view(weight.shape)
-            optimizer.step()
-    assert torch.equal(kernel.view(16, 24), matrix)
-
-
 @pytest.mark.parametrize("matrix", ["zero", "rank one", "ill-conditioned", "huge", "tiny"])
 def test_orthonormalize(matrix: str) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -107,18 +107,16 @@ def test_a_trajectory_on_the_quantizers_grid_is_exact() -> None:
     """
     small = (torch.arange(64) % 16 - 8).float()
     weight = nn.Parameter(torch.zeros(64))
-    optimizer = MicroAdam([weight], lr=0.5, density=1 / 64, window=2, block_size=64, quant_block_size=64,
-                          min_compress_size=1)  # fmt: skip
-    state = optimizer.state
+    sizes = {"block_size": 64, "quant_block_size": 64, "min_compress_size": 1}
+    optimizer = MicroAdam([weight], lr=0.5, density=1 / 64, window=2, **sizes)
+    # entry 5 is selected: its grid value goes with it at the first step
+    expected = small.clone()
+    expected[5] = 0.0
     for step in range(5):
         weight.grad = small.clone() if step == 0 else torch.zeros(64)
         weight.grad[5] = 1024.0
         optimizer.step()
-        stored = stored_error(state[weight], 64, QuantFormat(4, 64))
-        expected = small.clone()
-        # entry 5 was selected: its grid value went with it at the first step
-        expected[5] = 0.0
-        assert torch.equal(stored, expected)
+        assert torch.equal(stored_error(optimizer.state[weight], 64, QuantFormat(4, 64)), expected)
 
 
 def test_window_bias_correction_bounds_the_step() -> None:
