@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hf_lowmem_optim.engine import buckets
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.ops.block_quant import Quantized, dequantize_
 from hf_lowmem_optim.optimizers import LowMemoryOptimizer
@@ -26,6 +28,9 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "scalar": (),
 }
 
+#: Values that are refused, by hyper-parameter.
+Wrong = dict[str, tuple[Any, ...]]
+
 
 @dataclass(frozen=True)
 class Case:
@@ -36,7 +41,7 @@ class Case:
     #: Another value of a hyper-parameter that shapes the state.
     other: dict[str, Any] = field(default_factory=dict)
     #: Wrong values of the optimizer's own hyper-parameters.
-    wrong: tuple[tuple[str, Any], ...] = ()
+    wrong: Wrong = field(default_factory=dict)
 
     @property
     def method(self) -> Method:
@@ -72,107 +77,70 @@ class Case:
         return OPTIMIZERS[self.name].optimizer_class(params, **{**self.hyper, **override})
 
 
+RATES = {"weight_decay": 0.1, "lr": 1e-2}
 #: A window that wraps within the tests' steps.
-PRECONDITIONED = {"window": 4, "damping": 1e-3, "momentum": 0.5, "weight_decay": 0.1, "lr": 1e-2}
-WRONG_PRECONDITIONED = (
-    ("window", 0),
-    ("window", 2.5),
-    ("damping", 0.0),
-    ("damping", -1e-5),
-    ("damping", "small"),
-    ("momentum", 1.0),
-    ("momentum", -0.1),
-    ("error_feedback", "param"),
-    ("scope", "layer"),
-)
-WRONG_SPARSE = (
-    ("density", 0.0),
-    ("density", 1.5),
-    ("density", "x"),
-    ("density", True),
-    ("block_size", 0),
-    ("block_size", 40000),
-    ("block_size", 100),
-    ("value_dtype", "fp16"),
-)
+PRECONDITIONED = {**RATES, "window": 4, "damping": 1e-3, "momentum": 0.5}
+SPARSE = {"density": 0.1, "block_size": 64}
+WRONG_EVERYWHERE: Wrong = {
+    "lr": (-1e-3, "fast", float("nan")),
+    "betas": ((0.9, 1.0), (-0.1, 0.9), 0.9, (0.9,)),
+    "eps": (0.0,),
+    "weight_decay": (-0.1,),
+    "dense_state": ("bf16", 8),
+    "weight_rounding": ("up",),
+}
+WRONG_PRECONDITIONED: Wrong = {
+    "window": (0, 2.5),
+    "damping": (0.0, -1e-5, "small"),
+    "momentum": (1.0, -0.1),
+    "error_feedback": ("param",),
+    "scope": ("layer",),
+}
+WRONG_SPARSE: Wrong = {"density": (0.0, 1.5, "x", True), "block_size": (0, 40000, 100), "value_dtype": ("fp16",)}
 
 CASES = {
     case.name: case
     for case in (
         Case(
             "ldadam",
-            {"rank": 4, "weight_decay": 0.1, "lr": 1e-2},
+            {**RATES, "rank": 4},
             {"rank": 5},
-            (
-                ("rank", 0),
-                ("rank", -1),
-                ("rank", "x"),
-                ("rank", True),
-                ("rank", 2.0),
-                ("rho", 1.0),
-                ("rho", -0.1),
-                ("state_dtype", "fp8"),
-                ("error_feedback", "fp23"),
-            ),
+            {"rank": (0, -1, "x", True, 2.0), "rho": (1.0, -0.1), "state_dtype": ("fp8",), "error_feedback": ("fp23",)},
         ),
-        Case(
-            "sparse_mfac",
-            {**PRECONDITIONED, "density": 0.1, "block_size": 64},
-            {"density": 0.2},
-            (*WRONG_PRECONDITIONED, *WRONG_SPARSE),
-        ),
+        Case("sparse_mfac", {**PRECONDITIONED, **SPARSE}, {"density": 0.2}, {**WRONG_PRECONDITIONED, **WRONG_SPARSE}),
         Case(
             "lowrank_mfac",
             {**PRECONDITIONED, "rank": 3},
             {"rank": 2},
-            (*WRONG_PRECONDITIONED, ("rank", 0), ("rank", "x"), ("rank", True), ("rank", 2.0)),
+            {**WRONG_PRECONDITIONED, "rank": (0, "x", True, 2.0)},
         ),
-        Case(
-            "sparse_ggt",
-            {**PRECONDITIONED, "density": 0.1, "block_size": 64},
-            {"window": 5},
-            (*WRONG_PRECONDITIONED, *WRONG_SPARSE),
-        ),
+        Case("sparse_ggt", {**PRECONDITIONED, **SPARSE}, {"window": 5}, {**WRONG_PRECONDITIONED, **WRONG_SPARSE}),
         Case(
             "microadam",
-            {
-                "density": 0.2,
-                "window": 3,
-                "block_size": 32,
-                "quant_block_size": 8,
-                "min_compress_size": 100,
-                "weight_decay": 0.1,
-                "lr": 1e-2,
-            },
+            {**RATES, "density": 0.2, "window": 3, "block_size": 32, "quant_block_size": 8, "min_compress_size": 100},
             {"window": 4},
-            (
-                ("window", 0),
-                ("density", 0.0),
-                ("density", 1.5),
-                ("density", "dense"),
-                ("block_size", 40000),
-                ("block_size", 100),
-                ("quant_block_size", 7),
-                ("bits", 5),
-                ("bits", "4"),
-                ("bias_correction", "none"),
-                ("alpha", 1.0),
-                ("min_compress_size", 0),
-                ("stochastic_rounding", 1),
-            ),
+            {
+                "window": (0,),
+                "density": (0.0, 1.5, "dense"),
+                "block_size": (40000, 100),
+                "quant_block_size": (7,),
+                "bits": (5, "4"),
+                "bias_correction": ("none",),
+                "alpha": (1.0,),
+                "min_compress_size": (0,),
+                "stochastic_rounding": (1,),
+            },
         ),
     )
 }
 
 
-WRONG_EVERYWHERE = (("dense_state", "bf16"), ("dense_state", 8), ("weight_rounding", "up"))
-
 #: The layer-wise optimizers take what the normal ones take.
 for normal in list(CASES):
     name = f"{normal}_layerwise"
-    wrong = (*CASES[normal].wrong, ("clip_tensor_norm", 0.0), ("clip_tensor_norm", "1"), ("clip_tensor_norm", True))
+    wrong = {**CASES[normal].wrong, "clip_tensor_norm": (0.0, "1", True)}
     if "scope" in OPTIMIZERS[name].optimizer_class.method.options.defaults():
-        wrong = (*wrong, ("scope", "model"))
+        wrong["scope"] = ("layer", "model")
     CASES[name] = replace(CASES[normal], name=name, wrong=wrong)
 
 #: Settings of an optimizer with which it works in another way.
@@ -186,7 +154,7 @@ CASES["ldadam error in gradient"] = replace(
 MIN_QUANTIZED = 8
 VARIANTS = {
     f"{name} {storage}": replace(
-        CASES[name], hyper={**CASES[name].hyper, "dense_state": storage}, other={"dense_state": "param"}, wrong=()
+        CASES[name], hyper={**CASES[name].hyper, "dense_state": storage}, other={"dense_state": "param"}, wrong={}
     )
     for name, storage in (("ldadam", "8bit"), ("ldadam_layerwise", "fp32"), ("microadam_layerwise", "8bit"))
 }
@@ -225,6 +193,64 @@ def stored_error(state: Mapping[str, Any], numel: int, fmt: QuantFormat) -> Tens
     out = torch.empty(numel)
     dequantize_(out, Quantized(*(state[f"error_{part}"] for part in ("codes", "lo", "hi")), numel, fmt))
     return out
+
+
+def sizes_of_batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Note from now on how many tensors each batch has."""
+    found: list[int] = []
+    original = buckets._batch
+
+    def counted(updates: Any) -> buckets.Batch:
+        found.append(len(updates))
+        return original(updates)
+
+    monkeypatch.setattr(buckets, "_batch", counted)
+    return found
+
+
+def odd_layout(value: Tensor) -> Tensor:
+    """The same values, not contiguous where the shape allows it."""
+    if value.dim() == 2:
+        return value.t().contiguous().t()
+    if value.dim() == 4:
+        return value.to(memory_format=torch.channels_last)
+    return value.repeat_interleave(2)[::2] if value.dim() == 1 else value
+
+
+def through_a_file(value: Any) -> Any:
+    """As the Trainer does: what is loaded lies on the CPU first."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True, map_location="cpu")
+
+
+def assert_resumes(
+    case: Case,
+    steps: list[dict[str, Tensor]],
+    done: int,
+    layout: Callable[[Tensor], Tensor] = lambda value: value,
+    **hyper: Any,
+) -> None:
+    """Check that a run which is saved after some steps and resumed is the one that was not stopped, to the bit."""
+    dtype, device = steps[0]["wide"].dtype, steps[0]["wide"].device
+    straight = make_params(dtype, device=str(device))
+    optimizer = case.build(straight.values(), **hyper)
+    run(optimizer, straight, iter(steps[:done]))
+    values, saved = through_a_file(({k: v.data for k, v in straight.items()}, optimizer.state_dict()))
+    resumed = {k: nn.Parameter(layout(v.to(device))) for k, v in values.items()}
+    second = case.build(resumed.values(), **hyper)
+    second.load_state_dict(saved)
+    for each, params in ((optimizer, straight), (second, resumed)):
+        run(each, params, iter(steps[done:]))
+    assert_equal(straight.values(), resumed.values())
+    assert_same_state(optimizer, second)
+
+
+def assert_equal(left: Iterable[Tensor], right: Iterable[Tensor]) -> None:
+    """Check that tensors are equal to the bit."""
+    for index, (a, b) in enumerate(zip(left, right, strict=True)):
+        assert torch.equal(a, b), index
 
 
 def assert_same_state(left: LowMemoryOptimizer, right: LowMemoryOptimizer) -> None:

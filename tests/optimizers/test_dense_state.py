@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import BertConfig, BertModel
 
-from hf_lowmem_optim import OPTIMIZERS, plan_optimizer, plan_state
+from hf_lowmem_optim import OPTIMIZERS, OptimizerFactory, plan_optimizer, plan_state
 from hf_lowmem_optim.optimizers import LowMemoryOptimizer
-from tests.optimizers.cases import CASES
+from tests.optimizers.cases import CASES, NEEDS_GPU, assert_equal
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 #: More than one slice and no whole number of blocks; a short block; the least that is quantized; less; a scalar.
@@ -119,71 +123,52 @@ def test_a_bitsandbytes_without_the_operation_for_the_cpu_is_refused(monkeypatch
 @pytest.mark.parametrize("name", ["ldadam", "microadam"])
 def test_minilm_takes_less_than_1_6_bytes_per_parameter(name: str) -> None:
     """The shapes of ``benchmarks/shapes.py``, where embeddings are most of the state."""
-    from transformers import BertConfig, BertModel
-
-    from hf_lowmem_optim import OptimizerFactory
-
+    sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
     with torch.device("meta"):
-        model = BertModel(
-            BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
-        )
-    per_parameter = {}
-    for storage in ("param", "8bit"):
-        report = plan_optimizer(OptimizerFactory(name, dense_state=storage)(model))
-        per_parameter[storage] = report.total_bytes / report.num_parameters
-    assert per_parameter["8bit"] < 1.6 < 4 < per_parameter["param"]
+        model = BertModel(BertConfig(**sizes))
+    narrow, wide = (plan_optimizer(OptimizerFactory(name, dense_state=kind)(model)) for kind in ("8bit", "param"))
+    assert narrow.total_bytes < 1.6 * narrow.num_parameters < 4 * wide.num_parameters < wide.total_bytes
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """Two processes of which this is one."""
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield init_device_mesh("cpu", (2,))
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("setting", [{"dense_state": "fp32"}, {"weight_rounding": "stochastic"}], ids=str)
-def test_sharded_parameters_are_refused_before_anything_moves(setting: dict[str, Any]) -> None:
-    """Two processes of which this is one."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    try:
-        whole = torch.ones(8, 4, dtype=torch.bfloat16)
-        weight = nn.Parameter(distribute_tensor(whole, init_device_mesh("cpu", (2,)), [Shard(0)]))
-        optimizer = OPTIMIZERS["ldadam"].optimizer_class([weight], rank=None, **setting)
-        weight.grad = torch.ones_like(weight)
-        (key, value), *_ = setting.items()
-        with pytest.raises(NotImplementedError, match=f"there is no {key}={value!r}; give its group {key}="):
-            optimizer.step()
-        assert torch.equal(weight.to_local(), whole[:4]) and not optimizer.state
-    finally:
-        torch.distributed.destroy_process_group()
+def test_sharded_parameters_are_refused_before_anything_moves(setting: dict[str, Any], mesh: DeviceMesh) -> None:
+    whole = torch.ones(8, 4, dtype=torch.bfloat16)
+    weight = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+    optimizer = OPTIMIZERS["ldadam"].optimizer_class([weight], rank=None, **setting)
+    weight.grad = torch.ones_like(weight)
+    (key, value), *_ = setting.items()
+    with pytest.raises(NotImplementedError, match=f"there is no {key}={value!r}; give its group {key}="):
+        optimizer.step()
+    assert torch.equal(weight.to_local(), whole[:4]) and not optimizer.state
 
 
 @pytest.mark.parametrize("name", ["ldadam", "sparse_mfac"])
-def test_a_sharded_dense_parameter_has_sharded_state(name: str) -> None:
+def test_a_sharded_dense_parameter_has_sharded_state(name: str, mesh: DeviceMesh) -> None:
     """Each process updates its part, as one that has nothing but that part."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    try:
-        mesh, whole = init_device_mesh("cpu", (2,)), torch.ones(8, 4)
-        weight = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
-        part = nn.Parameter(whole[:4].clone())
-        optimizer, alone = (dense(name, [param]) for param in (weight, part))
-        for grad in (torch.arange(32.0).view(8, 4), torch.ones(8, 4)):
-            weight.grad, part.grad = distribute_tensor(grad, mesh, [Shard(0)]), grad[:4].clone()
-            for each in (optimizer, alone):
-                each.step()
-        for key in ("exp_avg", "exp_avg_sq"):
-            moment = optimizer.state[weight][key]
-            assert isinstance(moment, DTensor)
-            assert torch.equal(moment.to_local(), alone.state[part][key])
-        assert torch.equal(weight.to_local(), part)
-    finally:
-        torch.distributed.destroy_process_group()
+    whole = torch.ones(8, 4)
+    weight = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+    part = nn.Parameter(whole[:4].clone())
+    optimizer, alone = (dense(name, [param]) for param in (weight, part))
+    for grad in (torch.arange(32.0).view(8, 4), torch.ones(8, 4)):
+        weight.grad, part.grad = distribute_tensor(grad, mesh, [Shard(0)]), grad[:4].clone()
+        for each in (optimizer, alone):
+            each.step()
+    for key in ("exp_avg", "exp_avg_sq"):
+        moment = optimizer.state[weight][key]
+        assert isinstance(moment, DTensor)
+        assert torch.equal(moment.to_local(), alone.state[part][key])
+    assert torch.equal(weight.to_local(), part)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(dtype, marks=NEEDS_GPU, id=str(dtype)) for dtype in DTYPES])
 def test_8_bit_is_bitsandbytes_on_a_gpu_and_on_a_stream_of_ones_own(dtype: torch.dtype) -> None:
     optim = pytest.importorskip("bitsandbytes.optim")
     results = []
@@ -199,4 +184,4 @@ def test_8_bit_is_bitsandbytes_on_a_gpu_and_on_a_stream_of_ones_own(dtype: torch
         torch.cuda.synchronize()
         results.append(params)
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        assert_equal(results[0], other)

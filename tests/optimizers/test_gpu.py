@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from hf_lowmem_optim import LDAdam
-from hf_lowmem_optim.engine import buckets
-from tests.optimizers.cases import CASES, NEEDS_GPU, VARIANTS, Case, gradients, make_params, run
+from tests.optimizers.cases import CASES, NEEDS_GPU, VARIANTS, Case, gradients, make_params, run, sizes_of_batches
 
 pytestmark = NEEDS_GPU
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -48,14 +47,7 @@ def test_matrices_of_one_shape_come_out_together_as_alone(
     shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To rounding; layer-wise mode, which updates each alone, is the normal mode to that."""
-    sizes: list[int] = []
-    original = buckets._batch
-
-    def counted(updates: Any) -> buckets.Batch:
-        sizes.append(len(updates))
-        return original(updates)
-
-    monkeypatch.setattr(buckets, "_batch", counted)
+    sizes = sizes_of_batches(monkeypatch)
     generator = torch.Generator().manual_seed(0)
     starts = [torch.randn(shape, generator=generator) for _ in range(5)]
     together, alone = ([nn.Parameter(start.cuda()) for start in starts] for _ in range(2))

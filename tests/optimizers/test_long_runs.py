@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lowmem_optim import OptimizerFactory
-from tests.optimizers.cases import CASES, Case, assert_same_state, gradients, make_params
+from tests.optimizers.cases import CASES, Case, assert_equal, assert_same_state, gradients, make_params
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.name)
 
@@ -23,37 +23,27 @@ def test_a_step_that_the_gradient_scaler_skips_leaves_no_trace(case: Case) -> No
     """fp16 training: the overflowing batch is as if it had not been there; scales are powers of two, so exact."""
     if case.layerwise or case.takes_gradients:
         pytest.skip("refused: tests/optimizers/test_layerwise.py and test_gradient_error.py")
-    steps = list(gradients(6))
-    ends = []
-    for overflow in (False, True):
+    steps, ends = list(gradients(6)), []
+    overflowing = {key: torch.full_like(grad, torch.inf) for key, grad in steps[0].items()}
+    for given in (steps, [*steps[:3], overflowing, *steps[3:]]):
         params = make_params()
         optimizer = case.build(list(params.values()))
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=10**6)
-        for number, grads in enumerate(steps):
-            if overflow and number == 3:
-                scaled_step(optimizer, scaler, params, {k: torch.full_like(g, torch.inf) for k, g in grads.items()})
-            scaled_step(optimizer, scaler, params, grads)
-        assert scaler.get_scale() == (2.0**9 if overflow else 2.0**10)
+        for grads in given:
+            # the loss, and so every gradient, is multiplied by the scale
+            scale = scaler.scale(torch.ones(()))
+            for key, param in params.items():
+                param.grad = grads[key] * scale
+            scaler.step(optimizer)
+            scaler.update()
+        assert scaler.get_scale() == (2.0**10 if given is steps else 2.0**9)
         ends.append((params, optimizer))
     (params, optimizer), (others, other) = ends
+    assert_equal(params.values(), others.values())
     assert_same_state(optimizer, other)
-    for key, param in params.items():
-        assert torch.equal(param, others[key])
-        assert not torch.equal(param, make_params()[key])
-
-
-def scaled_step(
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    params: dict[str, nn.Parameter],
-    grads: dict[str, Tensor],
-) -> None:
-    """One step as with fp16=True: the loss, and so every gradient, is multiplied by the scale."""
-    scale = scaler.scale(torch.ones(()))
-    for key, param in params.items():
-        param.grad = grads[key] * scale
-    scaler.step(optimizer)
-    scaler.update()
+    assert not any(
+        torch.equal(param, before) for param, before in zip(params.values(), make_params().values(), strict=True)
+    )
 
 
 def live_tensors() -> Counter[tuple[int, ...]]:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import copy
-import io
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch import Tensor
 
-from hf_lowmem_optim.optimizers import LowMemoryOptimizer, LowRankMFAC, SparseGGT, SparseMFAC
-from tests.optimizers.cases import CASES, SHAPES, Case, assert_same_state, gradients, make_params, run
+from hf_lowmem_optim import plan_optimizer, plan_state
+from hf_lowmem_optim.memory.table import llama_2_7b_tensors
+from hf_lowmem_optim.optimizers import LowMemoryOptimizer
+from tests.optimizers.cases import CASES, SHAPES, Case, assert_resumes, assert_same_state, gradients, make_params, run
 
 SHARING = [case for case in CASES.values() if case.coupled]
-CLASSES = [SparseMFAC, LowRankMFAC, SparseGGT]
 
 
 @pytest.fixture(params=SHARING, ids=lambda case: case.name)
@@ -59,21 +57,7 @@ def test_it_is_there_though_the_first_parameter_has_no_gradient_yet(case: Case) 
 @pytest.mark.parametrize("steps_before", [1, 4, 6])
 @pytest.mark.parametrize("hyper", [{}, {"error_feedback": "4bit"}, {"scope": "tensor"}, {"error_feedback": "bf16"}])
 def test_resume_is_bit_for_bit_wherever_the_ring_stands(case: Case, steps_before: int, hyper: dict[str, Any]) -> None:
-    straight = make_params()
-    optimizer = case.build(straight.values(), **hyper)
-    steps = list(gradients(11))
-    run(optimizer, straight, iter(steps[:steps_before]))
-    file = io.BytesIO()
-    torch.save((optimizer.state_dict(), {k: v.data for k, v in straight.items()}), file)
-    run(optimizer, straight, iter(steps[steps_before:]))
-    file.seek(0)
-    saved, values = torch.load(file, weights_only=True)
-    resumed = {k: nn.Parameter(v) for k, v in values.items()}
-    second = case.build(resumed.values(), **hyper)
-    second.load_state_dict(saved)
-    run(second, resumed, iter(steps[steps_before:]))
-    assert all(torch.equal(straight[k], resumed[k]) for k in SHAPES)
-    assert_same_state(optimizer, second)
+    assert_resumes(case, list(gradients(11)), steps_before, **hyper)
 
 
 def test_loading_replaces_what_was_there(case: Case) -> None:
@@ -90,38 +74,6 @@ def test_loading_replaces_what_was_there(case: Case) -> None:
     fresh = case.build(make_params().values()).state_dict()
     optimizer.load_state_dict(fresh)
     assert not optimizer.state
-
-
-def test_distributed_checkpoint_carries_it(case: Case) -> None:
-    model, twin = (nn.ParameterDict(make_params()) for _ in range(2))
-    optimizer, second = case.build(model.parameters()), case.build(twin.parameters())
-    run(optimizer, dict(model.items()), gradients(6))
-    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
-    twin.load_state_dict(model.state_dict())
-    set_optimizer_state_dict(twin, second, saved)
-    for each, tensors in ((optimizer, model), (second, twin)):
-        run(each, dict(tensors.items()), gradients(5, seed=3))
-    assert all(torch.equal(model[k], twin[k]) for k in SHAPES)
-    assert_same_state(optimizer, second)
-
-
-def test_accelerates_round_trip_before_the_first_step(case: Case) -> None:
-    from accelerate import Accelerator
-    from accelerate.optimizer import AcceleratedOptimizer
-
-    Accelerator(cpu=True)
-    params, plain = make_params(), make_params()
-    optimizer, untouched = case.build(params.values()), case.build(plain.values())
-    wrapped = AcceleratedOptimizer(optimizer)
-    for grads in gradients(6):
-        for key in SHAPES:
-            params[key].grad, plain[key].grad = grads[key].clone(), grads[key].clone()
-        wrapped.step()
-        untouched.step()
-    # and after it, as a wrapper around a resumed optimizer makes it
-    AcceleratedOptimizer(optimizer)
-    assert all(torch.equal(params[k], plain[k]) for k in SHAPES)
-    assert_same_state(optimizer, untouched)
 
 
 def test_a_state_without_it_or_with_another_one_is_refused(case: Case) -> None:
@@ -163,61 +115,37 @@ def test_dense_groups_alone_have_none(case: Case) -> None:
     assert_same_state(optimizer, second)
 
 
-# ------------------------------------------------------------------------------------------------------- memory
-
-
-def planned_bytes(optimizer_class: type[LowMemoryOptimizer], groups: list[dict[str, Any]]) -> int:
-    own = (s.nbytes for g in groups for p in g["params"] for s in optimizer_class.method.state_specs(p, g).values())
-    return sum(own) + sum(spec.nbytes for spec in optimizer_class.method.shared_specs(groups).values())
-
-
 @pytest.mark.parametrize("error_feedback", ["fp32", "bf16", "8bit", "4bit"])
 @pytest.mark.parametrize("scope", ["model", "tensor"])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("cls", CLASSES)
-def test_planned_bytes_are_measured_bytes(
-    cls: Callable[..., LowMemoryOptimizer], error_feedback: str, scope: str, momentum: float
-) -> None:
+def test_planned_bytes_are_measured_bytes(case: Case, error_feedback: str, scope: str, momentum: float) -> None:
     params = make_params(torch.bfloat16)
-    groups = [{"params": [params.pop("square"), params.pop("vector")], cls.method.switch[0]: None}]  # type: ignore[attr-defined]
-    groups.append({"params": list(params.values())})
-    optimizer = cls(groups, window=7, error_feedback=error_feedback, scope=scope, momentum=momentum)
-    everything = [p for g in optimizer.param_groups for p in g["params"]]
-    for param in everything:
-        param.grad = torch.randn_like(param)
-    planned = planned_bytes(type(optimizer), optimizer.param_groups)
-    optimizer.step()
+    dense = {"params": [params["square"], params["vector"]], case.dense_key: None}
+    others = {"params": [params[key] for key in ("wide", "tall", "conv", "scalar")]}
+    optimizer = case.build([dense, others], error_feedback=error_feedback, scope=scope, momentum=momentum)
+    planned = plan_optimizer(optimizer).total_bytes
+    run(optimizer, params, gradients(1, torch.bfloat16))
     tensors = [v for entry in optimizer.state.values() for v in entry.values() if isinstance(v, Tensor)]
-    assert planned == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert planned == sum(tensor.nbytes for tensor in tensors)
     # nothing is a view of something larger but of equal tensors side by side, at multiples of 64 bytes
     stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     assert planned <= sum(stored.values()) <= planned + 63 * len(tensors)
 
 
-def llama_2_7b() -> list[Tensor]:
-    """Shapes of the 6.7 B parameters, on the meta device."""
-    hidden, inner, vocabulary, layers = 4096, 11008, 32000, 32
-    layer = [(hidden, hidden)] * 4 + [(inner, hidden)] * 2 + [(hidden, inner)] + [(hidden,)] * 2
-    shapes = [(vocabulary, hidden)] * 2 + layer * layers + [(hidden,)]
-    return [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes]
-
-
 @pytest.mark.parametrize(
-    ("cls", "hyper", "most"),
+    ("name", "hyper", "most"),
     [
-        (SparseMFAC, {"window": 32, "density": 0.01, "error_feedback": "8bit"}, 2.4),
-        (SparseGGT, {"window": 32, "density": 0.01, "error_feedback": "8bit"}, 2.4),
-        (SparseMFAC, {"window": 32, "density": 0.01, "error_feedback": "4bit"}, 1.9),
-        (SparseMFAC, {"window": 1024, "density": 0.01, "error_feedback": "fp32"}, 45.1),
-        (LowRankMFAC, {"window": 32, "rank": 4, "error_feedback": "8bit"}, 1.4),
+        ("sparse_mfac", {"window": 32, "density": 0.01, "error_feedback": "8bit"}, 2.4),
+        ("sparse_ggt", {"window": 32, "density": 0.01, "error_feedback": "8bit"}, 2.4),
+        ("sparse_mfac", {"window": 32, "density": 0.01, "error_feedback": "4bit"}, 1.9),
+        ("sparse_mfac", {"window": 1024, "density": 0.01, "error_feedback": "fp32"}, 45.1),
+        ("lowrank_mfac", {"window": 32, "rank": 4, "error_feedback": "8bit"}, 1.4),
+        ("microadam", {}, 0.97),
     ],
     ids=str,
 )
-def test_bytes_per_parameter_on_llama_2_7b(cls: type[LowMemoryOptimizer], hyper: dict[str, Any], most: float) -> None:
-    params = llama_2_7b()
-    count = sum(p.numel() for p in params)
-    assert 6.73e9 < count < 6.75e9
-    group = {**cls.method.options.defaults(), **hyper, "params": params}
-    per_parameter = planned_bytes(cls, [group]) / count
-    print(f"{cls.__name__} {hyper}: {per_parameter:.3f} bytes per parameter")
-    assert per_parameter <= most
+def test_bytes_per_parameter_on_llama_2_7b(name: str, hyper: dict[str, Any], most: float) -> None:
+    linear, norms = llama_2_7b_tensors()
+    report = plan_state(name, {key: (shape, torch.bfloat16) for key, shape in {**linear, **norms}.items()}, **hyper)
+    assert 6.73e9 < report.num_parameters < 6.75e9
+    assert report.total_bytes / report.num_parameters <= most

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
-
 import pytest
 import torch
 from torch import nn
 
-from hf_lowmem_optim.engine import adamw
 from hf_lowmem_optim.registry import OPTIMIZERS
-from tests.optimizers.cases import CASES, MIN_QUANTIZED, SHAPES, assert_same_state, gradients, make_params, run
+from tests.optimizers.cases import CASES, SHAPES, gradients, make_params, run
 
 NARROW = [torch.bfloat16, torch.float16]
 
@@ -64,64 +61,6 @@ def test_small_updates_add_up_in_the_mean(name: str, rule: str, storage: str) ->
     # bfloat16 has a spacing of 2^-8 below 1: a sum of draws, each of that size at most
     deviation = (lost * 2**-8 / weight.numel()).sqrt()
     assert abs(results["stochastic"].mean() - results["exact"].mean()) < 5 * deviation
-
-
-@pytest.mark.parametrize("dtype", NARROW, ids=str)
-@pytest.mark.parametrize("storage", ["param", "fp32", "8bit"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_resume_is_bit_for_bit(name: str, storage: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also in a layout that has no flat view."""
-    if storage == "8bit":
-        pytest.importorskip("bitsandbytes")
-        monkeypatch.setattr(adamw, "_MIN_QUANTIZED_ENTRIES", MIN_QUANTIZED)
-    settings = {"weight_rounding": "stochastic", "dense_state": storage}
-    straight = make_params(dtype)
-    optimizer = CASES[name].build(straight.values(), **settings)
-    steps = list(gradients(8, dtype))
-    run(optimizer, straight, iter(steps[:4]))
-    file = io.BytesIO()
-    torch.save({"model": {k: v.data for k, v in straight.items()}, "optimizer": optimizer.state_dict()}, file)
-    run(optimizer, straight, iter(steps[4:]))
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    resumed = {k: nn.Parameter(v.t().contiguous().t() if v.dim() == 2 else v) for k, v in saved["model"].items()}
-    resumed["vector"] = nn.Parameter(resumed["vector"].detach().repeat_interleave(2)[::2])
-    second = CASES[name].build(resumed.values(), **settings)
-    second.load_state_dict(saved["optimizer"])
-    run(second, resumed, iter(steps[4:]))
-    for key in SHAPES:
-        assert torch.equal(straight[key], resumed[key]), key
-    assert_same_state(optimizer, second)
-
-
-@pytest.mark.parametrize("normal", ["ldadam", "microadam"])
-def test_layer_wise_mode_rounds_alike(normal: str) -> None:
-    results = []
-    for name in (normal, f"{normal}_layerwise"):
-        params = make_params(torch.bfloat16)
-        optimizer = CASES[name].build(params.values(), weight_rounding="stochastic", dense_state="fp32")
-        for grads in gradients(4, torch.bfloat16):
-            sum((params[k] * grads[k]).sum() for k in reversed(SHAPES)).backward()
-            assert all((p.grad is None) == name.endswith("layerwise") for p in params.values())
-            optimizer.step()
-            optimizer.zero_grad()
-        results.append(params)
-    assert all(torch.equal(results[0][k], results[1][k]) for k in SHAPES)
-
-
-def test_small_matrices_that_are_updated_together_round_as_alone() -> None:
-    results = []
-    for together in (True, False):
-        generator = torch.Generator().manual_seed(0)
-        pair = [nn.Parameter(torch.randn(16, 32, generator=generator).bfloat16()) for _ in range(2)]
-        groups = [{"params": pair}] if together else [{"params": [weight]} for weight in pair]
-        optimizer = OPTIMIZERS["ldadam"].optimizer_class(groups, rank=4, weight_rounding="stochastic")
-        for _ in range(4):
-            for weight in pair:
-                weight.grad = torch.randn(16, 32, generator=generator).bfloat16()
-            optimizer.step()
-        results.append(pair)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_equal_tensors_get_draws_of_their_own() -> None:

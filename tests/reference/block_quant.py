@@ -14,6 +14,13 @@ def round_to_bfloat16(x: np.ndarray, direction: float) -> np.ndarray:
     return np.where(near > x, near - step, near)
 
 
+def nearest_bfloat16(x: np.ndarray) -> np.ndarray:
+    """Nearest bfloat16, ties to even; float64 in and out, by way of float32."""
+    bits = x.astype(np.float32).view(np.uint32).astype(np.uint64)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return rounded.astype(np.uint32).view(np.float32).astype(np.float64)
+
+
 def quantize(x: np.ndarray, bits: int, block: int, bf16: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes (one per entry, not packed), lo and hi of each block."""
     levels = 2**bits - 1

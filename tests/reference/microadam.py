@@ -6,22 +6,13 @@ statistics rounded outwards. Loops over blocks, a dense buffer per window row: s
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numpy.typing import NDArray
 
+from tests.reference import block_quant, block_topk
+from tests.reference.block_quant import nearest_bfloat16
+
 Array = NDArray[np.float64]
-
-
-def round_bfloat16(x: float, direction: str = "nearest") -> float:
-    """Round to 8 significant bits: to nearest even, "down" or "up" (normal range only)."""
-    if x == 0:
-        return 0.0
-    ulp = 2.0 ** (math.floor(math.log2(abs(x))) - 7)
-    scaled = x / ulp
-    whole = {"nearest": np.rint, "down": np.floor, "up": np.ceil}[direction](scaled)
-    return float(whole * ulp)
 
 
 class ReferenceMicroAdam:
@@ -35,7 +26,7 @@ class ReferenceMicroAdam:
         density: float = 0.01,
         block_size: int = 4096,
         quant_block_size: int = 64,
-        bits: int | None = 4,
+        bits: int = 4,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -51,33 +42,18 @@ class ReferenceMicroAdam:
         self.rows: list[dict[int, float]] = []
         self.t = 0
 
-    def quantize(self, a: Array) -> Array:
-        """Q⁻¹(Q(a))."""
-        if self.bits is None:
-            return a.copy()
-        out, levels = np.empty_like(a), 2**self.bits - 1
-        for start in range(0, a.size, self.quant_block_size):
-            block = a[start : start + self.quant_block_size]
-            low, high = round_bfloat16(block.min(), "down"), round_bfloat16(block.max(), "up")
-            u = (high - low) / levels
-            codes = np.clip(np.floor((block - low) / u + 0.5), 0, levels) if u > 0 else np.zeros(block.size)
-            out[start : start + self.quant_block_size] = codes * u + low
-        return out
-
     def step(self, gradient: Array, lr: float) -> None:
         self.t += 1
         applied = self.alpha * self.error
         a = np.asarray(gradient, dtype=np.float64) + (1 - self.alpha) * self.error
         row: dict[int, float] = {}
         for start in range(0, a.size, self.block_size):
-            block = a[start : start + self.block_size]
-            # a stable sort of the negated magnitudes: ties stay in the order of their indices
-            kept = np.argsort(-np.abs(block), kind="stable")[: math.ceil(round(self.density * block.size, 9))]
-            for index in kept:
-                row[start + int(index)] = round_bfloat16(float(block[index]))
+            indices, values, _ = block_topk.step(a[start : start + self.block_size], self.block_size, self.density)
+            row.update(zip((start + indices).tolist(), nearest_bfloat16(values).tolist(), strict=True))
         for index, value in row.items():
             a[index] -= value
-        self.error = self.quantize(a)
+        stored = block_quant.quantize(a, self.bits, self.quant_block_size, bf16=True)
+        self.error = block_quant.dequantize(*stored, self.bits, self.quant_block_size)
         self.rows = [*self.rows, row][-self.window :]
 
         beta1, beta2 = self.betas

@@ -255,11 +255,12 @@ def combine(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
 def gram_rows(windows: Sequence[SparseWindow], row: int) -> Tensor:
     """See :func:`hf_lowmem_optim.ops.sparse_window.foreach_window_gram_rows`."""
     # each piece of so many blocks has sums of its own, which are added up in a fixed order
-    step = max(1, ENTRIES_PER_PIECE // windows[0].block_size)
-    starts = np.cumsum([0, *[-(-window.numel // (window.block_size * step)) for window in windows]])
+    steps = [max(1, ENTRIES_PER_PIECE // window.block_size) for window in windows]
+    pieces = [-(-window.numel // (window.block_size * step)) for window, step in zip(windows, steps, strict=True)]
+    starts = np.cumsum([0, *pieces])
     sums = np.empty((starts[-1], windows[0].indices.shape[0]))
-    parts = zip(windows, starts[:-1], starts[1:], strict=True)
-    _run(_gram, windows, [(*_window_arguments(window), row, sums[a:b], step) for window, a, b in parts])
+    parts = zip(windows, steps, starts[:-1], starts[1:], strict=True)
+    _run(_gram, windows, [(*_window_arguments(window), row, sums[a:b], step) for window, step, a, b in parts])
     return torch.from_numpy(np.add.reduceat(sums, starts[:-1]))
 
 
