@@ -9,17 +9,17 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from hf_lowmem_optim import OPTIMIZERS, measure_state, plan_optimizer
-from tests.trainer.runs import ARGUMENTS, LEARNING_RATES, STOP, StopAt, logged, make_trainer
-from tests.trainer.tiny_models import tiny_llama
+from hf_lowmem_optim import OPTIMIZERS, OptimizerFactory, measure_state, plan_optimizer
+from tests.trainer.runs import ARGUMENTS, KINDS, LEARNING_RATES, STOP, TRAINED, StopAt, logged, make_trainer, values
+from tests.trainer.tiny_models import tiny_llama, with_lora
 
 STEPS = 12
 # As in conftest.py: the Trainer's collections of garbage would take longer than training.
@@ -35,34 +35,42 @@ class Case:
     adapters: dict[str, Any] | None = None
     """How the adapters differ from plain LoRA; None for no adapters."""
     settings: dict[str, Any] = field(default_factory=dict)
-    defaults: bool = False
+    optim_args: str | None = ""
+    """What is added to :data:`ARGUMENTS`; None for neither."""
+    factory: dict[str, Any] | None = None
+    """What the factory gets that stands in place of the string."""
+    names: Sequence[str] = tuple(TRAINED)
 
 
 CASES = {
     "fp32": Case(),
-    "bf16": Case(dtype=torch.bfloat16),
-    "autocast": Case(settings={"bf16": True}),
+    "bf16": Case(torch.bfloat16),
+    "autocast": Case(settings={"bf16": True}, names=KINDS),
     # Without accumulation, with which the layer-wise optimizers do not clip.
-    "defaults": Case(settings={"gradient_accumulation_steps": 1}, defaults=True),
+    "defaults": Case(settings={"gradient_accumulation_steps": 1}, optim_args=None, names=KINDS),
+    "error in gradients": Case(optim_args=",error_feedback=grad", names=["ldadam"]),
+    "error in gradients bf16": Case(torch.bfloat16, optim_args=",error_feedback=grad", names=["ldadam"]),
     # The gradients of fresh adapters are small; they too shall be clipped.
     "lora": Case(adapters={}, settings={"max_grad_norm": 0.01}),
-    "lora bf16": Case(torch.bfloat16, {}, {"max_grad_norm": 0.01}),
+    "lora bf16": Case(torch.bfloat16, {}, {"max_grad_norm": 0.01}, names=KINDS),
     # DoRA's magnitudes, and a head that peft trains and saves whole
     "lora autocast": Case(
         adapters={"use_dora": True, "use_rslora": True, "modules_to_save": ["lm_head"]},
         settings={"max_grad_norm": 0.01, "bf16": True},
+        names=KINDS,
+    ),
+    "lora with own settings": Case(
+        adapters={"modules_to_save": ["lm_head"]},
+        settings={"max_grad_norm": 0.01},
+        factory={"lr_ratio": 4, "overrides": {"down_proj": {"rank": 5}, "lm_head": {"lr": 1e-3}}},
+        names=["ldadam"],
     ),
 }
 
 
 def build_model(case: Case) -> nn.Module:
     model = tiny_llama().to(case.dtype)
-    if case.adapters is None:
-        return model
-    torch.manual_seed(7)
-    return get_peft_model(
-        model, LoraConfig(r=6, target_modules=["q_proj", "down_proj"], lora_dropout=0.1, **case.adapters)
-    )
+    return model if case.adapters is None else with_lora(model, lora_dropout=0.1, **case.adapters)
 
 
 def train(name: str, case: Case, folder: Path, *, stop: bool = False, resume: bool = False) -> None:
@@ -77,7 +85,7 @@ def train(name: str, case: Case, folder: Path, *, stop: bool = False, resume: bo
         "weight_decay": 0.1,
         **case.settings,
     }
-    optim_args = None if case.defaults else ARGUMENTS[name]
+    optim_args = None if case.optim_args is None else ARGUMENTS[name] + case.optim_args
     clipped_at = settings["max_grad_norm"]
     if OPTIMIZERS[name].optimizer_class.method.layerwise:
         settings["max_grad_norm"] = clipped_at = 0.0
@@ -86,12 +94,15 @@ def train(name: str, case: Case, folder: Path, *, stop: bool = False, resume: bo
             # A norm of all tensors beyond this is that of at least one which is clipped.
             clipped_at = CLIP_TENSOR_NORM * len(list(build_model(case).parameters())) ** 0.5
     model = build_model(case)
-    given = {"callbacks": [StopAt()] if stop else []}
+    given: dict[str, Any] = {"callbacks": [StopAt()] if stop else []}
+    if case.factory is not None:
+        factory = OptimizerFactory(name, lr=settings["learning_rate"], weight_decay=0.1, rank=4, **case.factory)
+        given["optimizer_cls_and_kwargs"] = (factory, {})
     trainer = make_trainer(folder, model, rows=24, given=given, optim=name, optim_args=optim_args, **settings)
     trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{STOP}") if resume else None)
     torch.save(
         {
-            "initial": dict(build_model(case).named_parameters()),
+            "initial": values(build_model(case)),
             "parameters": dict(model.named_parameters()),
             "trainable": [n for n, p in model.named_parameters() if p.requires_grad],
             "optimizer": trainer.optimizer.state_dict(),

@@ -23,7 +23,7 @@ from tests.optimizers.cases import CASES
 from tests.trainer.runs import assert_equal_to_the_bit
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "tests/trainer/distributed_script.py"
+SCRIPT = ROOT / "tests/trainer/training_script.py"
 SETTINGS = [
     *("--output_dir", "out", "--report_to", "none", "--use_cpu", "true", "--disable_tqdm", "true"),
     *("--max_steps", "4", "--save_steps", "2", "--logging_steps", "1", "--per_device_train_batch_size", "2"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,43 +70,17 @@ def test_it_is_as_if_run_by_python(name: str, as_module: bool, tmp_path: Path) -
         assert launched.returncode == -signal.SIGINT
 
 
-TRAINING = """
-from dataclasses import dataclass, field
-
-from transformers import HfArgumentParser, TrainingArguments
-
-
-@dataclass
-class DataArguments:
-    num_rows: int = field(default=8)
-
-
-def main():
-    data, args = HfArgumentParser((DataArguments, TrainingArguments)).parse_args_into_dataclasses()
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Trainer
-    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1)
-    rows = [{"input_ids": (r := torch.arange(i, i + 16) % 64), "labels": r} for i in range(data.num_rows)]
-    trainer = Trainer(LlamaForCausalLM(config), args, train_dataset=rows)
-    trainer.train()
-    print("trained with", type(trainer.optimizer.optimizer).__name__, trainer.optimizer.param_groups[0]["rank"])
-
-
-if __name__ == "__main__":
-    main()
-"""
-
-
 @pytest.mark.slow
 def test_an_unmodified_script_trains_with_our_optimizers(tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text(TRAINING)
+    shutil.copy(ROOT / "tests/trainer/training_script.py", tmp_path / "train.py")
     settings = ["--output_dir", "out", "--max_steps", "2", "--report_to", "none", "--use_cpu", "true"]
     arguments = [*settings, "--optim", "ldadam", "--optim_args", "rank=4"]
     assert run([sys.executable, "train.py", *arguments], tmp_path).returncode == 2
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     launched = run([*accelerate, "-m", "hf_lowmem_optim", "run", "train.py", *arguments], tmp_path)
     assert launched.returncode == 0, launched.stderr
-    assert "trained with LDAdam 4" in launched.stdout
+    assert "trained with LDAdam to step 2" in launched.stdout
+    assert "compressed (rank=4, " in launched.stderr
     wrong = run([*LAUNCHER, "train.py", *settings, "--optim", "ldamm"], tmp_path)
     assert wrong.returncode == 2
     assert "did you mean 'ldadam'" in wrong.stderr

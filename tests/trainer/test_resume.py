@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.trainer.resume_worker import CASES, STEPS, run_phase
-from tests.trainer.runs import KINDS, STOP, TRAINED, assert_equal_to_the_bit, make_trainer
+from tests.trainer.runs import STOP, assert_equal_to_the_bit, make_trainer
 
 REPOSITORY = Path(__file__).parents[2]
 WORKER = "tests.trainer.resume_worker"
@@ -66,25 +66,26 @@ def check_resume(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "case"),
-    [(name, case) for name in TRAINED for case in CASES if name in KINDS or case in ("fp32", "bf16", "lora")],
-)
+@pytest.mark.parametrize(("name", "case"), [(name, key) for key, case in CASES.items() for name in case.names])
 def test_resume_in_a_new_process_is_exact(name: str, case: str, fresh_processes: BaseContext, tmp_path: Path) -> None:
     folder = run_phases(fresh_processes, tmp_path, name, case)
     check_resume(folder)
     result = load(folder, "straight")
     if case != "defaults":
         assert set(result["measured"]) - {"dense"}
-    if case.startswith("lora"):
-        assert result["trainable"]
+    assert result["trainable"]
+    groups = result["optimizer"]["param_groups"]
+    assert {n for group in groups for n in group["param_names"]} == set(result["trainable"])
+    adapters = CASES[case].adapters
+    if adapters is not None:
         saved = {parameter for parameter in result["trainable"] if "modules_to_save" in parameter}
-        assert len(saved) == len((CASES[case].adapters or {}).get("modules_to_save", []))
+        assert len(saved) == len(adapters.get("modules_to_save", []))
         assert all("lora_" in parameter for parameter in set(result["trainable"]) - saved)
-        groups = result["optimizer"]["param_groups"]
-        assert {n for group in groups for n in group["param_names"]} == set(result["trainable"])
     if case == "bf16":
         assert {p.dtype for p in result["parameters"].values()} == {torch.bfloat16}
+    if case == "lora with own settings":
+        chosen = {(group["initial_lr"], group["rank"]) for group in groups}
+        assert chosen == {(1e-2, 4), (4e-2, 4), (1e-2, 5), (4e-2, 5), (1e-3, None)}
 
 
 @pytest.mark.slow
@@ -109,8 +110,9 @@ def test_resume_under_accelerate_launch_is_exact_and_the_same(fresh_processes: B
         (("ldadam", "rank=8"), ("ldadam", "rank=4"), "rank=8.*rank=4"),
         (("ldadam", None), ("ldadam", "error_feedback=none"), "error_feedback='4bit'.*error_feedback='none'"),
         (("adamw_torch", None), ("ldadam", None), "another optimizer"),
+        (("ldadam", "rank=8,dense_lr_ratio=2"), ("ldadam", "rank=8"), "groups of"),
     ],
-    ids=["another rank", "another error feedback", "another optimizer"],
+    ids=["another rank", "another error feedback", "another optimizer", "other groups"],
 )
 def test_resume_with_what_cannot_fit_is_refused(
     first: tuple[str, str | None], second: tuple[str, str | None], message: str, tmp_path: Path

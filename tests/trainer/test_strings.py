@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import importlib.metadata
 import json
 import pickle
 import subprocess
@@ -14,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from packaging.requirements import Requirement
 from transformers import HfArgumentParser, Trainer, TrainingArguments, trainer_optimizer
 from transformers import trainer as transformers_trainer
 from transformers.training_args import OptimizerNames
@@ -24,7 +22,6 @@ from hf_lowmem_optim import OPTIMIZERS, OptimizerFactory, register_optimizer_str
 from hf_lowmem_optim.trainer import import_hook, strings
 from hf_lowmem_optim.trainer.attachment import UnsupportedTransformersError
 from tests.trainer.runs import make_trainer
-from tests.trainer.tiny_models import tiny_llama
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -45,7 +42,8 @@ class Extended(TrainingArguments):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_string_works_wherever_transformers_takes_one(name: str, tmp_path: Path) -> None:
-    args = TrainingArguments(str(tmp_path), optim=name, max_grad_norm=0, report_to=[])
+    settings = {"learning_rate": 3e-4, "weight_decay": 0.1, "max_grad_norm": 0}
+    args = TrainingArguments(str(tmp_path), optim=name, report_to=[], **settings)
     assert args.optim == name
     assert isinstance(args.optim, OptimizerNames)
     assert TrainingArguments(str(tmp_path), report_to=[]).set_optimizer(name=name, args="beta1=0.5").optim is args.optim
@@ -63,7 +61,9 @@ def test_string_works_wherever_transformers_takes_one(name: str, tmp_path: Path)
         assert twin.optim is args.optim
     chosen, keywords = Trainer.get_optimizer_cls_and_kwargs(args)
     assert isinstance(chosen, OptimizerFactory)
-    assert keywords == {}
+    assert (chosen.name, keywords) == (name, {})
+    defaults = chosen.optimizer_class.method.options.defaults()
+    assert {**defaults, **chosen.hyper} == {**defaults, "lr": 3e-4, "weight_decay": 0.1}
 
 
 def test_registering_again_changes_nothing() -> None:
@@ -131,16 +131,11 @@ assert sys.modules["hf_lowmem_optim.trainer.import_hook"] is not before
 #: Builds a Trainer and checks that what it uses is of the package that is imported now, and there once.
 CHECK = """
 import collections, io, pickle, sys
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 import hf_lowmem_optim, hf_lowmem_optim.trainer.strings
-from tests.trainer.runs import make_trainer
+from tests.trainer.runs import Reporter, make_trainer
 
-class Reporter(TrainerCallback):
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        keys.append([key for key in logs if key.startswith("optimizer_state/total")])
-
-keys = []
-given = {"callbacks": [Reporter(), hf_lowmem_optim.OptimizerStateMemoryCallback]}
+given = {"callbacks": [reporter := Reporter(), hf_lowmem_optim.OptimizerStateMemoryCallback]}
 trainer = make_trainer(sys.argv[1], optim="ldadam", optim_args="rank=4", max_steps=1, given=given)
 kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
 names = collections.Counter(kind.__name__ for kind in kinds)
@@ -149,7 +144,7 @@ ours = [kind for kind in kinds if kind.__module__.startswith("hf_lowmem_optim")]
 assert len(ours) == 3
 assert all(getattr(sys.modules[kind.__module__], kind.__name__) is kind for kind in ours)
 trainer.train()
-assert len(keys) == 2 and all(keys), keys
+assert len(reporter.seen) == 2 and all("optimizer_state/total_bytes" in logs for logs in reporter.seen), reporter.seen
 assert type(trainer.optimizer.optimizer) is hf_lowmem_optim.LDAdam
 factory, keywords = Trainer.get_optimizer_cls_and_kwargs(trainer.args)
 assert type(factory) is hf_lowmem_optim.OptimizerFactory and keywords == {}
@@ -207,42 +202,3 @@ for path in sys.argv[1:]:
 """
     printed = python(code, str(tmp_path / "training_args.bin"), str(tmp_path / "plain.pt"))
     assert printed.split() == ["ldadam", "rank=4"] * 2
-
-
-def test_trl_configs_and_trainer_take_the_string(tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
-    for requirement in map(Requirement, importlib.metadata.requires("trl") or []):
-        if requirement.name in ("transformers", "accelerate"):
-            installed = importlib.metadata.version(requirement.name)
-            if not requirement.specifier.contains(installed):
-                pytest.skip(f"this TRL needs {requirement}, installed is {installed}")
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {word: index for index, word in enumerate(["<pad>", "<eos>", "<unk>", "one", "two", "three"])}
-    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
-    args = trl.SFTConfig(
-        str(tmp_path),
-        optim="ldadam",
-        optim_args="rank=4",
-        max_steps=2,
-        use_cpu=True,
-        bf16=False,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        per_device_train_batch_size=2,
-    )
-    trainer = trl.SFTTrainer(
-        model=tiny_llama(),
-        args=args,
-        train_dataset=datasets.Dataset.from_dict({"text": ["one two three", "three two one"] * 4}),
-        processing_class=tokenizer,
-    )
-    trainer.train()
-    assert {group["rank"] for group in trainer.optimizer.param_groups} == {4, None}

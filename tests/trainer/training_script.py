@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,7 +55,6 @@ def main() -> None:
             {
                 "world_size": args.world_size,
                 "wrapped": type(trainer.model_wrapped).__name__,
-                "argv": sys.argv[0],
                 "parameters": dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters()),
                 "optimizer": trainer.optimizer.state_dict(),
                 "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
