@@ -7,9 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from transformers import Trainer, TrainerCallback
-from transformers.trainer import DEFAULT_CALLBACKS
+from transformers import Trainer
 
 from hf_lowmem_optim import OptimizerFactory, OptimizerStateMemoryCallback, measure_state, plan_optimizer
 from hf_lowmem_optim.memory.report import load_report, report_text
@@ -17,12 +15,12 @@ from hf_lowmem_optim.registry import get_entry
 from hf_lowmem_optim.trainer.backward import BackwardCallback, check_backward_arguments
 from hf_lowmem_optim.trainer.optim_args import hyperparameters_from_text
 from tests.optimizers.cases import assert_same_state
-from tests.trainer.runs import STOP, StopAt, assert_same_parameters, logged, make_trainer
+from tests.trainer.runs import Reporter, assert_same_parameters, logged, make_trainer, moved, values
 from tests.trainer.tiny_models import tiny_llama
 
 RATES = {"ldadam": 1e-2, "microadam": 1e-3}
 SMALL = {"ldadam": "rank=4", "microadam": "min_compress_size=64,density=0.1"}
-IN_GRADIENT = "rank=4,error_feedback=grad"
+IN_GRADIENT, IN_STATE = "rank=4,error_feedback=grad", "rank=4,error_feedback=param"
 
 
 def trainer_for(folder: Path, optim: str = "ldadam", *, model: Any = None, **settings: Any) -> Trainer:
@@ -31,74 +29,43 @@ def trainer_for(folder: Path, optim: str = "ldadam", *, model: Any = None, **set
     return make_trainer(folder, model, rows=24, weight_decay=0.1, optim=optim, **{**defaults, **settings})
 
 
-def test_the_callback_is_a_default_one_once() -> None:
-    assert DEFAULT_CALLBACKS.count(BackwardCallback) == 1
-
-
-@pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"gradient_checkpointing": True}], ids=str)
-@pytest.mark.parametrize("normal", RATES)
-def test_a_layerwise_run_is_that_of_the_normal_mode_to_the_bit(
-    normal: str, settings: dict[str, Any], tmp_path: Path
-) -> None:
+#: Two ways to the same run: the optimizer and what differs.
+ALIKE: dict[str, list[tuple[str, dict[str, Any]]]] = {
     # a limit that scales nothing: without one older Trainers log no norm
-    limits = {normal: 1e9, f"{normal}_layerwise": 0.0}
-    normal_run, layerwise_run = (
-        trainer_for(tmp_path, optim, max_grad_norm=limit, **settings) for optim, limit in limits.items()
-    )
-    for trainer in (normal_run, layerwise_run):
-        trainer.train()
-    assert isinstance(layerwise_run.optimizer.optimizer.peak_gradient_bytes, int)
-    assert_same_parameters(layerwise_run, normal_run)
-    assert logged(layerwise_run, "loss") == logged(normal_run, "loss")
-    norms = logged(layerwise_run, "grad_norm")
-    assert len(norms) == 6
-    assert min(norms) > 0
-    assert norms == pytest.approx(logged(normal_run, "grad_norm"), rel=1e-4)
+    **{normal: [(normal, {"max_grad_norm": 1e9}), (f"{normal}_layerwise", {})] for normal in RATES},
+    "error in gradients": [("ldadam", {"optim_args": text}) for text in (IN_GRADIENT, IN_STATE)],
+}
 
 
 @pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"gradient_checkpointing": True}], ids=str)
-def test_without_clipping_and_accumulation_the_error_in_gradients_is_that_in_state_to_the_bit(
-    settings: dict[str, Any], tmp_path: Path
+@pytest.mark.parametrize("case", ALIKE)
+def test_what_acts_in_the_backward_pass_is_the_normal_mode_to_the_bit(
+    case: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    texts = (IN_GRADIENT, "rank=4,error_feedback=param")
-    trainers = [trainer_for(tmp_path, optim_args=text, max_steps=5, **settings) for text in texts]
-    for trainer in trainers:
+    runs = [trainer_for(tmp_path, optim, **differs, **settings) for optim, differs in ALIKE[case]]
+    for trainer in runs:
         trainer.train()
-    assert_same_parameters(*trainers)
-    assert_same_state(*(trainer.optimizer.optimizer for trainer in trainers))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_an_error_in_gradients_resumes_to_the_bit_with_clipping_and_accumulation(
-    dtype: torch.dtype, tmp_path: Path
-) -> None:
-    def run(resume: bool = False, callbacks: Any = ()) -> Trainer:
-        settings = {"optim_args": IN_GRADIENT, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "max_steps": 14}
-        given = {"callbacks": list(callbacks)}
-        trainer = trainer_for(tmp_path, model=tiny_llama().to(dtype), given=given, **settings)
-        trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STOP}") if resume else None)
-        return trainer
-
-    straight = run()
-    run(callbacks=[StopAt()])
-    resumed = run(resume=True)
-    assert_same_parameters(resumed, straight)
-    assert_same_state(straight.optimizer.optimizer, resumed.optimizer.optimizer)
-    norms, losses = logged(straight, "grad_norm"), logged(straight, "loss")
-    assert len(norms) == 14
-    assert max(norms) > 0.5
-    assert losses[-1] < losses[0]
+    assert_same_parameters(*runs)
+    assert_same_state(*(trainer.optimizer.optimizer for trainer in runs))
+    assert logged(runs[0], "loss") == logged(runs[1], "loss")
+    if case != "error in gradients":  # which are part of the norm there
+        assert isinstance(runs[1].optimizer.optimizer.peak_gradient_bytes, int)
+        norms = logged(runs[1], "grad_norm")
+        assert len(norms) == 6
+        assert min(norms) > 0
+        assert norms == pytest.approx(logged(runs[0], "grad_norm"), rel=1e-4)
 
 
 def test_layerwise_accumulation_goes_through_the_error(tmp_path: Path) -> None:
     """With an exact error it is the normal mode's; the norm logged is that of the pieces."""
     exact: dict[str, Any] = {"optim_args": "rank=4,error_feedback=fp32", "gradient_accumulation_steps": 3}
     normal, layerwise = (trainer_for(tmp_path, optim, **exact) for optim in ("ldadam", "ldadam_layerwise"))
-    start = [p.detach().clone() for p in normal.model.parameters()]
+    start = values(normal.model)
     for trainer in (normal, layerwise):
         trainer.train()
-    for mine, theirs, before in zip(layerwise.model.parameters(), normal.model.parameters(), start, strict=True):
-        assert (mine - theirs).norm() <= 1e-4 * (theirs - before).norm()
+    theirs = values(normal.model)
+    for name, mine in values(layerwise.model).items():
+        assert (mine - theirs[name]).norm() <= 1e-4 * (theirs[name] - start[name]).norm()
     assert min(logged(layerwise, "grad_norm")) > 0
     steps = [state["step"] for state in layerwise.optimizer.state.values()]
     assert steps == [6] * len(steps)
@@ -145,37 +112,33 @@ def test_what_cannot_work_is_refused_before_the_first_gradient(case: str, way: s
             given = {"optimizers": (optimizer_class(model.parameters(), **hyper), None)}
         settings = {**settings, "optim_args": None}
     trainer = trainer_for(tmp_path, optim, model=model, given=given, **settings)
-    before = [p.detach().clone() for p in model.parameters()]
+    before = values(model)
     with pytest.raises(ValueError, match=message):
         trainer.train()
-    assert all(torch.equal(p, b) and p.grad is None for p, b in zip(model.parameters(), before, strict=True))
+    assert not moved(model, before) and all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize(
-    ("name", "in_gradients", "message"),
-    [
-        ("ldadam_layerwise", False, "uses a gradient before the 2 processes have averaged it"),
-        ("ldadam", True, "before the 2 processes have averaged it"),
-    ],
-)
-def test_several_processes_are_refused(name: str, in_gradients: bool, message: str) -> None:
+@pytest.mark.parametrize(("name", "in_gradients"), [("ldadam_layerwise", False), ("ldadam", True)])
+def test_several_processes_are_refused(name: str, in_gradients: bool) -> None:
     args: Any = SimpleNamespace(fp16=False, world_size=2, max_grad_norm=0)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="before the 2 processes have averaged it"):
         check_backward_arguments(args, get_entry(name).optimizer_class, error_in_gradients=in_gradients)
     check_backward_arguments(args, get_entry("ldadam").optimizer_class, error_in_gradients=False)
 
 
 @pytest.mark.parametrize("way", ["factory", "object"])
 def test_other_ways_into_the_trainer_are_served_too(way: str, tmp_path: Path) -> None:
+    """A dense group may clip and accumulate: its gradients accumulate whole, those of compressed tensors do not."""
     model = tiny_llama()
     if way == "factory":
-        given: dict[str, Any] = {"optimizer_cls_and_kwargs": (OptimizerFactory("ldadam_layerwise", rank=4), {})}
+        factory = OptimizerFactory("ldadam_layerwise", rank=4, overrides={"lm_head": {"clip_tensor_norm": 1e-3}})
+        given: dict[str, Any] = {"optimizer_cls_and_kwargs": (factory, {})}
     else:
         layerwise = get_entry("ldadam_layerwise").optimizer_class
         given = {"optimizers": (layerwise(model.parameters(), rank=4), None)}
-    run = make_trainer(tmp_path, model, given=given)
+    run = make_trainer(tmp_path, model, given=given, gradient_accumulation_steps=2)
     run.train()
-    assert min(logged(run, "grad_norm")) > 0
+    assert run.state.global_step == 2 and min(logged(run, "grad_norm")) > 0
 
 
 def test_other_optimizers_do_not_notice(tmp_path: Path) -> None:
@@ -189,20 +152,11 @@ def test_other_optimizers_do_not_notice(tmp_path: Path) -> None:
 
 
 def test_reporters_see_the_norm_and_the_report_the_gradients(tmp_path: Path) -> None:
-    class Reporter(TrainerCallback):
-        def __init__(self) -> None:
-            self.norms: list[float] = []
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if "grad_norm" in logs:
-                self.norms.append(logs["grad_norm"])
-
-    reporter = Reporter()
-    given = {"callbacks": [reporter, OptimizerStateMemoryCallback()]}
+    given = {"callbacks": [reporter := Reporter(), OptimizerStateMemoryCallback()]}
     trainer = trainer_for(tmp_path, "ldadam_layerwise", given=given)
     trainer.train()
-    assert reporter.norms == logged(trainer, "grad_norm")
-    assert len(reporter.norms) == 6
+    norms = [logs["grad_norm"] for logs in reporter.seen if "grad_norm" in logs]
+    assert norms == logged(trainer, "grad_norm") and len(norms) == 6
     sizes = [p.nbytes for p in trainer.model.parameters()]
     report = load_report(tmp_path)
     assert report["gradients"] == {"peak_bytes": max(sizes), "all_bytes": sum(sizes)}
@@ -226,12 +180,3 @@ def test_the_accounts_name_the_gradients_that_keep_errors(tmp_path: Path, caplog
     assert "of the gradients, which stayed in memory" in report_text(report)
     assert "not the predicted" not in caplog.text
     assert caplog.text.count("grad_norm is the norm of gradient plus error, and max_grad_norm=1.0 clips by it") == 1
-
-
-def test_a_dense_group_may_clip_and_accumulate(tmp_path: Path) -> None:
-    """Its gradients accumulate whole; only compressed tensors lose theirs to the error."""
-    factory = OptimizerFactory("ldadam_layerwise", rank=4, overrides={"lm_head": {"clip_tensor_norm": 1e-3}})
-    given = {"optimizer_cls_and_kwargs": (factory, {})}
-    trainer = make_trainer(tmp_path, gradient_accumulation_steps=2, given=given)
-    trainer.train()
-    assert trainer.state.global_step == 2
