@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,7 @@ TRAINED = [*NORMAL, "ldadam_layerwise", "microadam_layerwise"]
 #: One of each kind: a low-rank one, a sparse one, a preconditioner over all tensors, a layer-wise one.
 KINDS = ["ldadam", "microadam", "sparse_mfac", "ldadam_layerwise"]
 STOP = 6
+REPOSITORY = Path(__file__).parents[2]
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 DEVICES = ["cpu", pytest.param("cuda", marks=ON_GPU)]
 
@@ -87,6 +91,27 @@ def make_trainer(
         arguments(folder, **settings),
         train_dataset=token_rows(rows) if isinstance(rows, int) else rows,
         **(given or {}),
+    )
+
+
+def settings_of(name: str, **settings: Any) -> dict[str, Any]:
+    """Settings with which a tiny model learns by an optimizer in a few steps, and ``settings``."""
+    rate, limit = LEARNING_RATES.get(name, 1e-2), 0.0 if name in LAYERWISE else 0.5
+    own = {"optim": name, "optim_args": ARGUMENTS[name], "learning_rate": rate, "max_grad_norm": limit}
+    return {**own, **settings}
+
+
+def run_python(*arguments: str, folder: Path = REPOSITORY, timeout: int = 600) -> subprocess.CompletedProcess[str]:
+    """Run an interpreter of its own, with a limit for machines that are much slower or busy."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "300"},
+        text=True,
+        capture_output=True,
+        input="typed\n",
+        timeout=timeout,
+        check=False,
     )
 
 

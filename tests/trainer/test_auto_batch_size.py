@@ -102,24 +102,23 @@ def test_layerwise_ends_where_the_normal_mode_does(normal: str, tmp_path: Path) 
     assert_same_parameters(one, other)
 
 
-def test_pieces_of_an_abandoned_step_do_not_count_as_micro_batches(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        # The first micro-batch failed, of which the error feedback has a part: no update.
+        ("ldadam_layerwise", {"gradient_accumulation_steps": 2}, "cannot take back"),
+        ("ldadam", {"optim_args": "rank=4,error_feedback=grad"}, "stay in their errors, for later steps to use"),
+    ],
+    ids=["accumulation", "error in gradients"],
+)
+def test_what_has_reached_an_error_stays_there_and_counts_as_no_step(
+    name: str, settings: dict[str, Any], said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer, batches = run("ldadam_layerwise", "backward", tmp_path, gradient_accumulation_steps=2)
+    trainer, batches = run(name, "backward", tmp_path, **settings)
+    accumulated = settings.get("gradient_accumulation_steps", 1)
     assert trainer.state.global_step == STEPS
-    assert len(batches) == 2 * BEFORE + 1 + 2 * STEPS
-    # The first micro-batch failed, of which the error feedback has a part: no update.
-    assert len(set(updates(trainer).values())) == 1
-    assert "cannot take back" in caplog.text
-
-
-def test_what_has_reached_an_error_in_the_gradient_stays_there(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    trainer, batches = run("ldadam", "backward", tmp_path, optim_args="rank=4,error_feedback=grad")
-    assert trainer.state.global_step == STEPS
-    assert len(batches) == BEFORE + 1 + STEPS
+    assert len(batches) == accumulated * (BEFORE + STEPS) + 1
     assert set(updates(trainer).values()) == {BEFORE + STEPS}
-    assert "stay in their errors, for later steps to use" in caplog.text
+    assert said in caplog.text
     losses = logged(trainer, "loss")
     assert losses[-1] < losses[0]

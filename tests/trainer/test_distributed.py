@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,8 @@ from torch.utils import _pytree as pytree
 
 from hf_lowmem_optim.memory.report import REPORT_NAME
 from tests.optimizers.cases import CASES
-from tests.trainer.runs import assert_equal_to_the_bit
+from tests.trainer.runs import REPOSITORY, assert_equal_to_the_bit, run_python
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "tests/trainer/training_script.py"
 SETTINGS = [
     *("--output_dir", "out", "--report_to", "none", "--use_cpu", "true", "--disable_tqdm", "true"),
     *("--max_steps", "4", "--save_steps", "2", "--logging_steps", "1", "--per_device_train_batch_size", "2"),
@@ -41,15 +37,8 @@ def free_port() -> int:
 def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the script in two processes; accelerate itself starts several on CPUs by MPI only."""
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    done = subprocess.run(
-        [sys.executable, *torchrun, "-m", "hf_lowmem_optim", "run", str(SCRIPT), *SETTINGS, *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        text=True,
-        capture_output=True,
-        timeout=600,
-        check=False,
-    )
+    script = [str(REPOSITORY / "tests/trainer/training_script.py"), *SETTINGS, *arguments]
+    done = run_python(*torchrun, "-m", "hf_lowmem_optim", "run", *script, folder=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 

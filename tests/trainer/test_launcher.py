@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-LAUNCHER = [sys.executable, "-m", "hf_lowmem_optim", "run"]
+from tests.trainer.runs import REPOSITORY, run_python
+
+LAUNCHER = ["-m", "hf_lowmem_optim", "run"]
 
 #: What a script may look at or do; {folder} has the module `beside.py`.
 SCRIPTS = {
@@ -37,26 +35,21 @@ SCRIPTS = {
 }
 
 
-def run(command: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "COLUMNS": "300", **environment}
-    return subprocess.run(command, cwd=folder, env=env, text=True, capture_output=True, input="typed\n", timeout=300)
-
-
 @pytest.mark.parametrize("as_module", [False, True], ids=["script", "module"])
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_it_is_as_if_run_by_python(name: str, as_module: bool, tmp_path: Path) -> None:
-    (tmp_path / "beside.py").write_text("VALUE = 5")
-    (tmp_path / "broken.py").write_text("import beside\nbeside.nothing")
-    folder = tmp_path / "scripts"
-    folder.mkdir()
-    home = tmp_path if as_module else folder
-    for module in ("beside.py", "broken.py"):
-        (home / module).write_text((tmp_path / module).read_text())
-    (home / "job.py").write_text(SCRIPTS[name])
+    home = tmp_path if as_module else tmp_path / "scripts"
+    home.mkdir(exist_ok=True)
+    for module, code in {
+        "beside": "VALUE = 5",
+        "broken": "import beside\nbeside.nothing",
+        "job": SCRIPTS[name],
+    }.items():
+        (home / f"{module}.py").write_text(code)
     target = ["-m", "job"] if as_module else ["scripts/job.py"]
     arguments = ["--optim", "x", "-m", "--", "--help"]
-    direct = run([sys.executable, *target, *arguments], tmp_path)
-    launched = run([*LAUNCHER, *target, *arguments], tmp_path)
+    direct = run_python(*target, *arguments, folder=tmp_path)
+    launched = run_python(*LAUNCHER, *target, *arguments, folder=tmp_path)
     assert launched.returncode == direct.returncode
     assert launched.stdout == direct.stdout
     if as_module:
@@ -72,16 +65,16 @@ def test_it_is_as_if_run_by_python(name: str, as_module: bool, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_an_unmodified_script_trains_with_our_optimizers(tmp_path: Path) -> None:
-    shutil.copy(ROOT / "tests/trainer/training_script.py", tmp_path / "train.py")
+    shutil.copy(REPOSITORY / "tests/trainer/training_script.py", tmp_path / "train.py")
     settings = ["--output_dir", "out", "--max_steps", "2", "--report_to", "none", "--use_cpu", "true"]
     arguments = [*settings, "--optim", "ldadam", "--optim_args", "rank=4"]
-    assert run([sys.executable, "train.py", *arguments], tmp_path).returncode == 2
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    launched = run([*accelerate, "-m", "hf_lowmem_optim", "run", "train.py", *arguments], tmp_path)
+    assert run_python("train.py", *arguments, folder=tmp_path).returncode == 2
+    accelerate = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    launched = run_python(*accelerate, *LAUNCHER, "train.py", *arguments, folder=tmp_path)
     assert launched.returncode == 0, launched.stderr
     assert "trained with LDAdam to step 2" in launched.stdout
     assert "compressed (rank=4, " in launched.stderr
-    wrong = run([*LAUNCHER, "train.py", *settings, "--optim", "ldamm"], tmp_path)
+    wrong = run_python(*LAUNCHER, "train.py", *settings, "--optim", "ldamm", folder=tmp_path)
     assert wrong.returncode == 2
     assert "did you mean 'ldadam'" in wrong.stderr
 
@@ -91,6 +84,6 @@ def test_an_unmodified_script_trains_with_our_optimizers(tmp_path: Path) -> None
     [([], "nothing to run"), (["-m"], "nothing to run"), (["-x", "job.py"], "'-x'"), (["job.py"], "no file 'job.py'")],
 )
 def test_what_cannot_be_run(arguments: list[str], message: str, tmp_path: Path) -> None:
-    refused = run([*LAUNCHER, *arguments], tmp_path)
+    refused = run_python(*LAUNCHER, *arguments, folder=tmp_path)
     assert refused.returncode == 2
     assert message in refused.stderr

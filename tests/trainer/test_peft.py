@@ -1,4 +1,4 @@
-"""Kinds of adapters in the Trainer: what trains, what is saved, and what merging gives."""
+"""Kinds of adapters in the Trainer: what trains, what is saved, and what merging gives; on quantized models too."""
 
 from __future__ import annotations
 
@@ -10,13 +10,26 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
-from transformers import Trainer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer
 
 from hf_lowmem_optim import OPTIMIZERS, OptimizerFactory, measure_state, plan_memory, plan_optimizer
-from tests.trainer.runs import ARGUMENTS, KINDS, LEARNING_RATES, logged, make_trainer
-from tests.trainer.tiny_models import tiny_llama, token_rows
+from hf_lowmem_optim.memory.report import load_report
+from tests.trainer.runs import (
+    ARGUMENTS,
+    DEVICES,
+    KINDS,
+    LEARNING_RATES,
+    TRAINED,
+    assert_resumes_to_the_bit,
+    logged,
+    make_trainer,
+    moved,
+    settings_of,
+    values,
+)
+from tests.trainer.tiny_models import VOCAB, tiny_llama, token_rows, with_lora
 
 
 def lora(**settings: Any) -> LoraConfig:
@@ -25,14 +38,7 @@ def lora(**settings: Any) -> LoraConfig:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A kind of adapter.
-
-    Attributes:
-        config: Makes its configuration.
-        trained: Number of trainable tensors.
-        compressed: Number of those that LDAdam compresses at rank 4.
-        merges: Whether peft can merge it.
-    """
+    """A kind of adapter: what makes its configuration, and how many tensors train and are compressed at rank 4."""
 
     config: Callable[[], Any]
     trained: int
@@ -53,8 +59,8 @@ ADAPTERS = {
 
 
 def train(model: nn.Module, name: str, folder: Path, max_steps: int = 8) -> Trainer:
-    settings = {"optim_args": ARGUMENTS[name], "learning_rate": LEARNING_RATES.get(name, 1e-2), "max_steps": max_steps}
-    trainer = make_trainer(folder, model, optim=name, per_device_train_batch_size=8, **settings)
+    settings = settings_of(name, max_steps=max_steps, per_device_train_batch_size=8)
+    trainer = make_trainer(folder, model, **settings)
     trainer.train()
     return trainer
 
@@ -65,14 +71,6 @@ def outputs(model: nn.Module) -> torch.Tensor:
         logits = model(input_ids=torch.stack([row["input_ids"] for row in token_rows(4, seed=5)])).logits
     assert isinstance(logits, torch.Tensor)
     return logits
-
-
-def values(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def moved(model: nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
-    return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
 
 
 # all optimizers on plain LoRA are in test_resume.py
@@ -138,7 +136,7 @@ def test_nothing_to_compress_is_said_and_a_named_target_without_a_match_refused(
 
 
 def test_a_window_that_takes_more_than_adamw_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    model = get_peft_model(tiny_llama(), lora())
+    model = with_lora()
     for window, more in ((32, True), (1, False)):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
@@ -146,3 +144,85 @@ def test_a_window_that_takes_more_than_adamw_is_said(caplog: pytest.LogCaptureFi
         plan = plan_optimizer(optimizer)
         assert (plan.total_bytes > plan.adamw_fp32_bytes) is more
         assert ("This is more than AdamW takes; a smaller rank or window saves memory." in caplog.text) is more
+
+
+QUANTIZED = {
+    "4-bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "8-bit": {"load_in_8bit": True},
+}
+LINEAR = 2 * (4 * 64 * 64 + 3 * 64 * 128)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model, to be quantized as it is loaded; its rows are as long as a block of bitsandbytes."""
+    pytest.importorskip("bitsandbytes")
+    folder = tmp_path_factory.mktemp("base")
+    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(folder)
+    return folder
+
+
+def load(base: Path, bits: str, device: str = "cpu") -> nn.Module:
+    quantization = BitsAndBytesConfig(**QUANTIZED[bits])
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantization, device_map={"": device})
+    return with_lora(prepare_model_for_kbit_training(model, use_gradient_checkpointing=True), lora_dropout=0.1)
+
+
+@torch.no_grad()
+def loss(model: nn.Module) -> float:
+    """Of all rows, as that of one batch is mostly noise in so short a run.
+
+    With dropout, the same each time: in evaluation bitsandbytes repacks a 4-bit base for the CPU, for good.
+    """
+    torch.manual_seed(0)
+    rows = torch.stack([row["input_ids"] for row in token_rows(24)]).to(next(model.parameters()).device)
+    return model.train()(input_ids=rows, labels=rows).loss.item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bits", QUANTIZED)
+@pytest.mark.parametrize("name", TRAINED)
+def test_adapters_on_a_quantized_base_train_and_resume_to_the_bit(
+    name: str, bits: str, device: str, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load(base, bits, device)
+    start, loss_before = values(model), loss(model)
+    assert {p.dtype for p in model.parameters()} == {torch.float32, torch.uint8 if bits == "4-bit" else torch.int8}
+    settings = settings_of(name, max_steps=12, gradient_checkpointing=True, use_cpu=device == "cpu")
+    if name not in LEARNING_RATES:
+        settings["learning_rate"] = 3e-2
+    straight = assert_resumes_to_the_bit(tmp_path, lambda: load(base, bits, device), **settings)
+    assert loss(straight.model) < loss_before
+    adapters = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert len(adapters) == 8 and all("lora_" in n for n in adapters)
+    assert moved(straight.model, start) == adapters
+    assert {n for group in straight.optimizer.param_groups for n in group["param_names"]} == adapters
+    assert "not the predicted" not in caplog.text
+    assert load_report(tmp_path)["measured"] == load_report(tmp_path)["predicted"]
+
+
+@pytest.mark.parametrize("bits", QUANTIZED)
+def test_a_live_model_is_planned_with_the_bytes_of_its_quantized_base(bits: str, base: Path) -> None:
+    model = load(base, bits)
+    plan = plan_memory(model)
+    weights = plan.weights
+    # What bitsandbytes would write to a checkpoint is what it holds, but for a description of each tensor and, in the
+    # other direction, the mean of the first statistics (a float32), which is in that description.
+    held = {
+        n: t for n, t in model.state_dict().items() if "bitsandbytes__" not in n and not n.endswith("weight_format")
+    }
+    quantized = sum(p.dtype in (torch.uint8, torch.int8) for p in model.parameters())
+    assert quantized == 14
+    means = 4 * quantized * (bits == "4-bit")
+    buffers = sum(b.nbytes for b in model.buffers())
+    assert sum(weights.weight_bytes.values()) - buffers == sum(t.nbytes for t in held.values()) + means
+    assert weights.dtypes[bits] == LINEAR
+    rate = {"4-bit": 0.5 + 1 / 64, "8-bit": 1.0}[bits]
+    assert rate * LINEAR < weights.weight_bytes[f"frozen {bits}"] < 1.4 * rate * LINEAR
+    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert weights.num_trainable == adapters
+    assert weights.gradient_bytes == {"gradients": 4 * adapters}
+    assert weights.num_parameters == LINEAR + 2 * VOCAB * 64 + 5 * 64 + adapters
+    assert plan["adamw_fp32"].state is not None
+    assert all(plan[name].problem is None for name in OPTIMIZERS)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import subprocess
-import sys
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,8 @@ import pytest
 import torch
 
 from tests.trainer.resume_worker import CASES, STEPS, run_phase
-from tests.trainer.runs import STOP, assert_equal_to_the_bit, make_trainer
+from tests.trainer.runs import STOP, assert_equal_to_the_bit, make_trainer, run_python
 
-REPOSITORY = Path(__file__).parents[2]
 WORKER = "tests.trainer.resume_worker"
 #: Seconds for one process, which takes a few: also on a machine that is much slower or busy.
 LIMIT = 600
@@ -93,8 +90,8 @@ def test_resume_under_accelerate_launch_is_exact_and_the_same(fresh_processes: B
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", WORKER]
     for phase in ("begin", "resume"):
-        command = [sys.executable, *launch, phase, str(tmp_path / "launched"), "fp32", *LAUNCHED]
-        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=3 * LIMIT, check=False)
+        arguments = [phase, str(tmp_path / "launched"), "fp32", *LAUNCHED]
+        done = run_python(*launch, *arguments, timeout=3 * LIMIT)
         assert done.returncode == 0, done.stderr[-4000:]
     for name in LAUNCHED:
         check_resume(tmp_path / "launched" / f"{name}-fp32")

@@ -4,7 +4,6 @@ import copy
 import importlib
 import json
 import pickle
-import subprocess
 import sys
 import types
 from dataclasses import dataclass
@@ -21,16 +20,12 @@ import hf_lowmem_optim
 from hf_lowmem_optim import OPTIMIZERS, OptimizerFactory, register_optimizer_strings
 from hf_lowmem_optim.trainer import import_hook, strings
 from hf_lowmem_optim.trainer.attachment import UnsupportedTransformersError
-from tests.trainer.runs import make_trainer
-
-REPOSITORY = Path(__file__).parents[2]
+from tests.trainer.runs import make_trainer, run_python
 
 
 def python(code: str, *arguments: str) -> str:
-    """Run code in a fresh interpreter, from the root of the repository, and return what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
+    """Run code in a fresh interpreter and return what it printed."""
+    done = run_python("-c", code, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

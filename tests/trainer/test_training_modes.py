@@ -18,14 +18,17 @@ from hf_lowmem_optim import OPTIMIZERS, OptimizerStateMemoryCallback, measure_st
 from hf_lowmem_optim.memory.measure import unwrap_optimizer
 from tests.optimizers.cases import assert_same_state
 from tests.trainer.runs import (
-    ARGUMENTS,
     DEVICES,
     LAYERWISE,
     NORMAL,
     TRAINED,
+    assert_resumes_to_the_bit,
     assert_same_parameters,
     logged,
     make_trainer,
+    moved,
+    settings_of,
+    values,
 )
 from tests.trainer.tiny_models import tiny_llama, token_rows
 
@@ -51,45 +54,32 @@ class InOrder(Trainer):
         return loss * torch.inf if (inputs["input_ids"] == 0).any() else loss
 
 
+SCHEDULE = {"max_steps": 4, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2, "weight_decay": 0.1}
+
+
 def trainer_for(folder: Path, name: str, *, rows: Any = 16, callbacks: Any = (), **settings: Any) -> Trainer:
-    defaults: dict[str, Any] = {
-        "optim": name,
-        "optim_args": ARGUMENTS[name],
-        "learning_rate": 1e-2,
-        "max_steps": 4,
-        "lr_scheduler_type": "constant_with_warmup",
-        "warmup_steps": 2,
-        "weight_decay": 0.1,
-        "max_grad_norm": 0.0 if name in LAYERWISE else 0.5,
-    }
-    given = {"callbacks": list(callbacks)}
-    return make_trainer(folder, rows=rows, trainer_class=InOrder, given=given, **{**defaults, **settings})
+    settings = settings_of(name, **{**SCHEDULE, **settings})
+    return make_trainer(folder, rows=rows, trainer_class=InOrder, given={"callbacks": list(callbacks)}, **settings)
 
 
 def assert_same_end(left: Trainer, right: Trainer) -> None:
     """Parameters and optimizer state equal to the bit, and not where they began."""
     assert_same_parameters(left, right)
-    assert not all(
-        torch.equal(now.cpu(), before)
-        for now, before in zip(left.model.parameters(), tiny_llama().parameters(), strict=True)
-    )
-    optimizers = [unwrap_optimizer(each.optimizer) for each in (left, right)]
-    assert_same_state(*optimizers)
-    for each in optimizers:
-        measured = measure_state(each).component_bytes
-        assert measured == plan_optimizer(each).component_bytes
-        assert set(measured) - {"dense"}
+    assert moved(left.model, values(tiny_llama().to(left.model.device)))
+    assert_same_state(*(unwrap_optimizer(each.optimizer) for each in (left, right)))
+    for each in (left, right):
+        measured = measure_state(each.optimizer)
+        assert measured == plan_optimizer(each.optimizer)
+        assert set(measured.component_bytes) - {"dense"}
 
 
 class HalveTheScale(TrainerCallback):
     """Gives a run without an overflow the scale that an overflow leaves, so that fp16 rounds alike from there on."""
 
-    def __init__(self, scaler: torch.amp.GradScaler | None = None) -> None:
-        self.scaler = scaler
+    scaler: torch.amp.GradScaler
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == OVERFLOWS_AT:
-            assert self.scaler is not None
             self.scaler.update(new_scale=self.scaler.get_scale() / 2)
 
 
@@ -99,42 +89,27 @@ def test_a_batch_that_overflows_in_fp16_is_as_if_it_had_not_been_there(name: str
     """With accumulation: its step is skipped as a whole, with the other micro-batch, which was finite."""
     good = token_rows(24)
     bad = [{key: value - value.min() for key, value in row.items()} for row in token_rows(4, seed=9)]
-    ends = []
-    for overflow in (True, False):
-        rows = [*good[: 4 * OVERFLOWS_AT], *bad[:2], *good[:2], *good[4 * OVERFLOWS_AT :]] if overflow else good
-        halve = HalveTheScale()
-        trainer = trainer_for(
-            tmp_path,
-            name,
-            rows=rows,
-            fp16=True,
-            use_cpu=device == "cpu",
-            gradient_accumulation_steps=2,
-            max_steps=7 if overflow else 6,
-            callbacks=[] if overflow else [halve],
-        )
-        halve.scaler = trainer.accelerator.scaler
-        trainer.train()
-        ends.append(trainer)
-    overflown, clean = ends
+    mixed = [*good[: 4 * OVERFLOWS_AT], *bad[:2], *good[:2], *good[4 * OVERFLOWS_AT :]]
+    settings = {"fp16": True, "use_cpu": device == "cpu", "gradient_accumulation_steps": 2}
+    overflown = trainer_for(tmp_path, name, rows=mixed, max_steps=7, **settings)
+    clean = trainer_for(tmp_path, name, rows=good, max_steps=6, callbacks=[halve := HalveTheScale()], **settings)
+    halve.scaler = clean.accelerator.scaler
+    overflown.train()
+    clean.train()
     assert overflown.accelerator.scaler.get_scale() == clean.accelerator.scaler.get_scale()
     assert len(logged(overflown, "loss")) == 7 and logged(overflown, "loss")[-3:] == logged(clean, "loss")[-3:]
     assert {state["step"] for state in overflown.optimizer.state.values()} == {6}
     assert_same_end(overflown, clean)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("device", DEVICES[1:])
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @every_optimizer
-def test_resume_on_a_gpu_is_exact(name: str, bf16: bool, tmp_path: Path) -> None:
-    settings = {"use_cpu": False, "bf16": bf16, "save_strategy": "steps", "save_steps": 2}
-    straight = trainer_for(tmp_path / "straight", name, **settings)
-    straight.train()
-    assert {parameter.device.type for parameter in straight.model.parameters()} == {"cuda"}
-    resumed = trainer_for(tmp_path / "resumed", name, **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
-    assert_same_end(resumed, straight)
+def test_resume_on_a_gpu_is_exact(name: str, bf16: bool, device: str, tmp_path: Path) -> None:
+    settings = settings_of(name, **{**SCHEDULE, "max_steps": 12})
+    straight = assert_resumes_to_the_bit(tmp_path, tiny_llama, use_cpu=False, bf16=bf16, **settings)
+    assert {parameter.device.type for parameter in straight.model.parameters()} == {device}
+    assert_same_end(straight, straight)
 
 
 @pytest.mark.slow
@@ -143,37 +118,24 @@ def test_a_compiled_model_trains_alike_and_resumes_in_either_way(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With the part of torch.compile that could matter: graphs forward and backward. Inductor would take minutes."""
-    targets = [r".*q_proj", r".*layers\.1\.mlp\.down_proj"]
+    chosen = [f"model.layers.{part}.weight" for part in ("0.self_attn.q_proj", "1.mlp.down_proj", "1.self_attn.q_proj")]
+    settings = {"optim_target_modules": [r".*q_proj", r".*layers\.1\.mlp\.down_proj"], "save_strategy": "steps"}
+    ways: dict[bool, dict[str, Any]] = {False: settings, True: {**settings, "torch_compile_backend": "aot_eager"}}
     runs: dict[bool, Trainer] = {}
-    for compiled in (False, True):
+    for compiled, way in ways.items():
         torch._dynamo.reset()
         counters.clear()
-        settings = {"torch_compile_backend": "aot_eager"} if compiled else {}
-        runs[compiled] = trainer_for(
-            tmp_path / str(compiled),
-            name,
-            optim_target_modules=targets,
-            save_strategy="steps",
-            save_steps=2,
-            **settings,
-        )
+        runs[compiled] = trainer_for(tmp_path / str(compiled), name, save_steps=2, **way)
         runs[compiled].train()
         assert ("saves no memory for gradients" in caplog.text) == (compiled and name in LAYERWISE)
         # one graph, and none again in a later step for a hook's sake
         assert counters["stats"].get("unique_graphs", 0) == compiled
-        groups = runs[compiled].optimizer.param_groups
-        names = [parameter for group in groups for parameter in group["param_names"]]
-        assert sorted(names) == sorted(n for n, _ in tiny_llama().named_parameters())
         method = OPTIMIZERS[name].optimizer_class.method
-        chosen = [n for group in groups if not method.is_dense(group) for n in group["param_names"]]
-        assert sorted(chosen) == [
-            "model.layers.0.self_attn.q_proj.weight",
-            "model.layers.1.mlp.down_proj.weight",
-            "model.layers.1.self_attn.q_proj.weight",
-        ]
+        dense = {n: method.is_dense(g) for g in runs[compiled].optimizer.param_groups for n in g["param_names"]}
+        assert dense == {n: n not in chosen for n, _ in tiny_llama().named_parameters()}
     assert_close_ends(runs[True], runs[False])
-    for compiled, settings in ((False, {}), (True, {"torch_compile_backend": "aot_eager"})):
-        resumed = trainer_for(tmp_path / "resumed", name, optim_target_modules=targets, **settings)
+    for compiled, way in ways.items():
+        resumed = trainer_for(tmp_path / "resumed", name, **way)
         resumed.train(resume_from_checkpoint=str(tmp_path / str(not compiled) / "checkpoint-2"))
         assert resumed.state.global_step == 4
         assert_close_ends(resumed, runs[False])
@@ -181,9 +143,8 @@ def test_a_compiled_model_trains_alike_and_resumes_in_either_way(
 
 def assert_close_ends(left: Trainer, right: Trainer) -> None:
     """As near as two orders of summation are, compared to how far training went."""
-    for mine, theirs, start in zip(
-        left.model.parameters(), right.model.parameters(), tiny_llama().parameters(), strict=True
-    ):
+    parameters = (each.parameters() for each in (left.model, right.model, tiny_llama()))
+    for mine, theirs, start in zip(*parameters, strict=True):
         assert (mine - theirs).norm() <= 1e-3 * (theirs - start).norm()
     assert logged(left, "loss") == pytest.approx(logged(right, "loss"), rel=1e-5)
     assert logged(left, "grad_norm") == pytest.approx(logged(right, "grad_norm"), rel=1e-4)
@@ -193,18 +154,14 @@ def assert_close_ends(left: Trainer, right: Trainer) -> None:
 
 @every_optimizer
 def test_gradient_checkpointing_changes_nothing(name: str, tmp_path: Path) -> None:
-    ends = []
-    for reentrant in (None, False, True):
-        settings: dict[str, Any] = {}
-        if reentrant is not None:
-            settings = {
-                "gradient_checkpointing": True,
-                "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
-            }
-        ends.append(trainer_for(tmp_path, name, gradient_accumulation_steps=2, **settings))
-        ends[-1].train()
-        assert ends[-1].model.is_gradient_checkpointing == (reentrant is not None)
-    for end in ends[1:]:
+    checkpointing = [
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+        for reentrant in (False, True)
+    ]
+    ends = [trainer_for(tmp_path, name, gradient_accumulation_steps=2, **each) for each in ({}, *checkpointing)]
+    for end in ends:
+        end.train()
+        assert end.model.is_gradient_checkpointing == (end is not ends[0])
         assert_same_end(end, ends[0])
         assert logged(end, "grad_norm") == pytest.approx(logged(ends[0], "grad_norm"), rel=1e-5)
 
