@@ -1,20 +1,27 @@
+"""The factory: what it makes of models, targets, settings of single modules and LoRA+, and what it says and refuses."""
+
 from __future__ import annotations
 
 import copy
-import logging
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import IA3Config, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from torch import nn
+from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from hf_lowmem_optim import OPTIMIZERS, OptimizerFactory, measure_state, plan_optimizer
+from hf_lowmem_optim import OPTIMIZERS, LDAdam, OptimizerFactory, measure_state, plan_optimizer
+from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.memory.byte_sizes import format_bytes
-from tests.trainer.runs import make_trainer
-from tests.trainer.tiny_models import only_head, tiny_llama, with_lora
+from hf_lowmem_optim.trainer.param_groups import COMPRESSED
+from tests.trainer.runs import NORMAL, assert_equal_to_the_bit, make_trainer, moved, values
+from tests.trainer.tiny_models import only_head, tiny_llama, token_rows, with_lora
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -56,20 +63,13 @@ def test_factory_copies_pickles_and_prints() -> None:
         assert len(twin(tiny_llama()).param_groups) == len(factory(tiny_llama()).param_groups)
 
 
-def test_summary_says_what_went_where_once_unless_transformers_is_told_to_be_silent(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    optimizer = OptimizerFactory("ldadam", rank=8)(tiny_llama())
+def test_summary_says_what_went_where_once_unless_told_to_be_silent(caplog: pytest.LogCaptureFixture) -> None:
+    plan = plan_optimizer(OptimizerFactory("ldadam", rank=8)(tiny_llama()))
     assert len(caplog.records) == 1
-    for part in (
-        f"LDAdam for {sum(p.numel() for p in tiny_llama().parameters()):,} trainable parameters",
-        "compressed (rank=8, ",
-        "dense: embedding",
-        "dense: output head",
-        "dense: norm, bias or other vector",
-        f"state: {format_bytes(plan_optimizer(optimizer).total_bytes)} (",
-    ):
+    assert f"LDAdam for {sum(p.numel() for p in tiny_llama().parameters()):,} trainable parameters" in caplog.text
+    for part in ("compressed (rank=8, ", "dense: embedding", "dense: output head", "dense: norm, bias or other vector"):
         assert part in caplog.text
+    assert f"state: {format_bytes(plan.total_bytes)} (" in caplog.text
     caplog.clear()
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -80,15 +80,36 @@ def test_summary_says_what_went_where_once_unless_transformers_is_told_to_be_sil
     assert not caplog.records
 
 
-def test_adapters_below_the_rank_train_densely_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    model = with_lora(r=4)
-    with caplog.at_level(logging.WARNING):
-        optimizer = OptimizerFactory("ldadam", rank=16)(model)
-    assert "compresses nothing here: every target is too small for rank=16" in caplog.text
-    assert plan_optimizer(optimizer).component_bytes.keys() == {"dense"}
-    caplog.clear()
-    OptimizerFactory("ldadam", rank=None)(tiny_llama())  # on request it is no warning
-    assert "compresses nothing" not in caplog.text and "dense: rank=None" in caplog.text
+def ia3() -> nn.Module:
+    config = IA3Config(target_modules=["k_proj", "up_proj"], feedforward_modules=["up_proj"])
+    return get_peft_model(tiny_llama(), config)
+
+
+NOTHING, MORE = "compresses nothing here", "This is more than AdamW takes; a smaller rank or window saves memory."
+NO_LAYER = f"{NOTHING}: besides embeddings and the output head no linear"
+
+
+@pytest.mark.parametrize(
+    ("name", "hyper", "model", "said"),
+    [
+        *((name, {}, ia3, NO_LAYER) for name in OPTIMIZERS),
+        ("ldadam", {"rank": 16}, lambda: with_lora(r=4), f"{NOTHING}: every target is too small for rank=16"),
+        # on request it is no warning
+        ("ldadam", {"rank": None}, tiny_llama, "dense: rank=None"),
+        ("lowrank_mfac", {"window": 32, "rank": 1}, with_lora, MORE),
+        ("lowrank_mfac", {"window": 1, "rank": 1}, with_lora, "compressed (rank=1, "),
+    ],
+)
+def test_what_saves_no_memory_is_said(
+    name: str, hyper: dict[str, Any], model: Any, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    optimizer = OptimizerFactory(name, **hyper)(model())
+    plan = plan_optimizer(optimizer)
+    assert said in caplog.text
+    assert (f"{type(optimizer).__name__} {NOTHING}" in caplog.text) == (NOTHING in said)
+    assert ("all 4 tensors take the dense AdamW rule" in caplog.text) == (model is ia3)
+    assert (plan.component_bytes.keys() == {"dense"}) == (NOTHING in said or hyper == {"rank": None})
+    assert (MORE in caplog.text) == (said == MORE) == (plan.total_bytes > plan.adamw_fp32_bytes)
 
 
 @pytest.mark.parametrize(
@@ -137,6 +158,144 @@ def test_dense_state_reaches_every_group_and_the_summary(tmp_path: Any, caplog: 
     report = measure_state(trainer.optimizer)
     assert report == plan_optimizer(trainer.optimizer) and report.component_bytes["dense statistics"] > 0
     assert "dense, 8 bit: embedding" in caplog.text and "rounded stochastically" in caplog.text
+
+
+def settings(optimizer: LowMemoryOptimizer, key: str) -> dict[str, Any]:
+    """The value of a hyper-parameter by name of the parameter."""
+    return {name: group[key] for group in optimizer.param_groups for name in group["param_names"]}
+
+
+def test_the_first_entry_that_matches_holds_and_the_rest_is_as_before(caplog: pytest.LogCaptureFixture) -> None:
+    overrides = {
+        "mlp.up_proj": {"rank": None},
+        "mlp": {"rank": 12, "lr": 2e-3},
+        r"model\.layers\.1\.self_attn\.(q|k)_proj": {"error_feedback": "none"},
+        "norm": {"lr": 3e-3, "weight_decay": 0.0},
+        "lm_head": {"rank": 6, "weight_decay": 0.5},
+    }
+    factory = OptimizerFactory("ldadam", lr=1e-3, rank=8, weight_decay=0.1, overrides=overrides)
+    model = tiny_llama()
+    optimizer = factory(model)
+    names = [name for name, _ in model.named_parameters()]
+    ranks, rates, decays, errors = (settings(optimizer, k) for k in ("rank", "lr", "weight_decay", "error_feedback"))
+    for name in names:
+        norm, mlp, head = "norm" in name, "mlp" in name, "lm_head" in name
+        dense = norm or "up_proj" in name or "embed" in name
+        assert ranks[name] == (None if dense else 12 if mlp else 6 if head else 8)
+        assert rates[name] == (3e-3 if norm else 2e-3 if mlp and not dense else 1e-3)
+        assert decays[name] == (0.0 if norm else 0.5 if head else 0.1)
+        assert errors[name] == ("none" if "layers.1.self_attn.q" in name or "layers.1.self_attn.k" in name else "4bit")
+    assert ranks.keys() == set(names)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
+    for label in (
+        "compressed (rank=8, state_dtype=fp32, error_feedback=4bit)   ",
+        "compressed (rank=8, state_dtype=fp32, error_feedback=none)   ",
+        "compressed (rank=12, state_dtype=fp32, error_feedback=4bit), lr=0.002  ",
+        "compressed (rank=6, state_dtype=fp32, error_feedback=4bit), weight_decay=0.5",
+        "dense: rank=None ",
+        "dense: norm, bias or other vector, lr=0.003",
+        "dense: embedding ",
+    ):
+        assert label in caplog.text
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_takes_targets_and_overrides_and_keeps_its_plan(name: str) -> None:
+    """Of embedding and head too, which are compressed where they are named."""
+    key, off = OPTIMIZERS[name].optimizer_class.method.switch
+    model = tiny_llama()
+    small = {"min_compress_size": 64} if name.startswith("microadam") else {"rank": 4} if key == "rank" else {}
+    overrides = {"k_proj": {key: off}, "q_proj": {"lr": 5e-4}}
+    targets = ["embed_tokens", "lm_head", "self_attn"]
+    optimizer = OptimizerFactory(name, targets, lr=1e-3, overrides=overrides, **small)(model)
+    before = values(model)
+    torch.manual_seed(0)
+    model(input_ids=torch.randint(1, 40, (2, 8)), labels=torch.randint(1, 40, (2, 8))).loss.backward()
+    optimizer.step()
+    assert {n for n in before if "k_proj" in n or "q_proj" in n} <= moved(model, before)
+    state = {n: optimizer.state[p] for n, p in model.named_parameters()}
+    dense = {n for n, s in state.items() if s.keys() == {"step", "exp_avg", "exp_avg_sq"}}
+    assert dense == {n for n in state if "k_proj" in n or not any(target in n for target in targets)}
+    assert measure_state(optimizer) == plan_optimizer(optimizer)
+
+
+def test_lora_plus_is_the_optimizer_with_two_rates(tmp_path: Path) -> None:
+    """Through `optim_args`, under a schedule, against groups made by hand."""
+    finals = []
+    for by_hand in (False, True):
+        model = with_lora()
+        halves = [[p for n, p in model.named_parameters() if f"lora_{x}" in n] for x in "AB"]
+        groups = [{"params": halves[0]}, {"params": halves[1], "lr": 16e-3}]
+        given = {"optimizers": (LDAdam(groups, lr=1e-3, rank=4) if by_hand else None, None)}
+        settings = {"learning_rate": 1e-3, "lr_scheduler_type": "linear", "max_steps": 6, "max_grad_norm": 1.0}
+        text = "rank=4,lr_ratio=16"
+        trainer = make_trainer(tmp_path, model, given=given, optim="ldadam", optim_args=text, **settings)
+        trainer.train()
+        assert trainer.state.global_step == 6
+        finals.append(values(model))
+    assert_equal_to_the_bit(*finals)
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert moved(model, values(with_lora())) == trainable
+
+
+@pytest.mark.parametrize("dense_ratio", [None, 4])
+def test_lora_plus_is_for_b_alone_on_top_of_overrides_and_the_dense_rate(dense_ratio: int | None) -> None:
+    model = with_lora(target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"])
+    ratios = {"lr_ratio": 8, "dense_lr_ratio": dense_ratio}
+    factory = OptimizerFactory("ldadam", lr=1e-3, rank=4, overrides={"layers.1": {"lr": 1e-4}}, **ratios)
+    rates = settings(factory(model), "lr")
+    assert len(rates) == 4 + 2 + 1
+    for name, rate in rates.items():
+        base = 1e-4 if "layers.1" in name else 1e-3 if "q_proj" in name else 1e-3 * (dense_ratio or 1)
+        # an embedding's B starts at random, not at zero
+        assert rate == pytest.approx(8 * base if "lora_B" in name else base), name
+    assert repr(factory).startswith("OptimizerFactory('ldadam', overrides={'layers.1': {'lr': 0.0001}}, lr_ratio=8, ")
+    again = settings(factory.build(model, lr=2e-3)[0], "lr")
+    assert again["base_model.model.lm_head.modules_to_save.default.weight"] == 2e-3 * (dense_ratio or 1)
+
+
+def test_the_dense_rule_may_have_a_rate_of_its_own(tmp_path: Path) -> None:
+    """Through `optim_args` too; a rate that an override sets stays."""
+    factory = OptimizerFactory("ldadam", lr=1e-3, rank=4, dense_lr_ratio=4, overrides={"lm_head": {"lr": 1e-5}})
+    rates = settings(factory(tiny_llama()), "lr")
+    for name, rate in rates.items():
+        expected = 1e-5 if "lm_head" in name else 1e-3 if "_proj" in name else 4e-3
+        assert rate == pytest.approx(expected), name
+    assert all(p.rule == COMPRESSED for p in factory.build(tiny_llama())[1] if "_proj" in p.name)
+    args = TrainingArguments(str(tmp_path), optim="ldadam", optim_args="rank=4,dense_lr_ratio=4", learning_rate=1e-3)
+    from_args = settings(OptimizerFactory.from_training_args(args)(tiny_llama()), "lr")
+    assert from_args == {**rates, "lm_head.weight": 4e-3}
+
+
+@pytest.mark.parametrize("name", NORMAL)
+def test_pefts_own_helper_takes_our_classes(name: str) -> None:
+    model = with_lora()
+    optimizer = create_loraplus_optimizer(model, OPTIMIZERS[name].optimizer_class, lr=1e-3, loraplus_lr_ratio=16)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert rates == {id(p): 16e-3 if "lora_B" in n else 1e-3 for n, p in trainable.items()}
+    batch = torch.stack([row["input_ids"] for row in token_rows(2)])
+    losses = []
+    for _ in range(6):
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert measure_state(optimizer) == plan_optimizer(optimizer)
+
+
+def test_weights_of_single_modules_are_rounded_stochastically() -> None:
+    """Of dense ones too, and beside norms in float32, which are not rounded."""
+    model = tiny_llama().bfloat16()
+    model.model.norm.float()
+    stochastic = {"weight_rounding": "stochastic"}
+    optimizer = OptimizerFactory("ldadam", rank=4, overrides={"lm_head": stochastic, "norm": stochastic})(model)
+    chosen = settings(optimizer, "weight_rounding")
+    assert {name for name, how in chosen.items() if how == "stochastic"} == {
+        name for name in chosen if "lm_head" in name or "norm" in name
+    }
 
 
 def bf16_but_norms() -> nn.Module:

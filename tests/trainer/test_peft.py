@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,21 +13,9 @@ from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer
 
-from hf_lowmem_optim import OPTIMIZERS, OptimizerFactory, measure_state, plan_memory, plan_optimizer
+from hf_lowmem_optim import OPTIMIZERS, measure_state, plan_memory, plan_optimizer
 from hf_lowmem_optim.memory.report import load_report
-from tests.trainer.runs import (
-    ARGUMENTS,
-    DEVICES,
-    KINDS,
-    LEARNING_RATES,
-    TRAINED,
-    assert_resumes_to_the_bit,
-    logged,
-    make_trainer,
-    moved,
-    settings_of,
-    values,
-)
+from tests.trainer import runs
 from tests.trainer.tiny_models import VOCAB, tiny_llama, token_rows, with_lora
 
 
@@ -59,8 +46,8 @@ ADAPTERS = {
 
 
 def train(model: nn.Module, name: str, folder: Path, max_steps: int = 8) -> Trainer:
-    settings = settings_of(name, max_steps=max_steps, per_device_train_batch_size=8)
-    trainer = make_trainer(folder, model, **settings)
+    settings = runs.settings_of(name, max_steps=max_steps, per_device_train_batch_size=8)
+    trainer = runs.make_trainer(folder, model, **settings)
     trainer.train()
     return trainer
 
@@ -75,19 +62,19 @@ def outputs(model: nn.Module) -> torch.Tensor:
 
 # all optimizers on plain LoRA are in test_resume.py
 @pytest.mark.parametrize("kind", ADAPTERS)
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", runs.KINDS)
 def test_an_adapter_trains_and_is_saved_and_merged(name: str, kind: str, tmp_path: Path) -> None:
     case = ADAPTERS[kind]
     torch.manual_seed(7)
     model = get_peft_model(tiny_llama(), case.config())
-    before, untrained = values(model), outputs(model)
-    planned = plan_memory(model, name, optim_args=ARGUMENTS[name])
+    before, untrained = runs.values(model), outputs(model)
+    planned = plan_memory(model, name, optim_args=runs.ARGUMENTS[name])
     trainer = train(model, name, tmp_path)
 
-    losses = logged(trainer, "loss")
+    losses = runs.logged(trainer, "loss")
     assert losses[-1] < losses[0]
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert moved(model, before) == trainable and len(trainable) == case.trained
+    assert runs.moved(model, before) == trainable and len(trainable) == case.trained
     names = [n for group in trainer.optimizer.param_groups for n in group["param_names"]]
     assert sorted(names) == sorted(trainable)
     measured = measure_state(trainer.optimizer)
@@ -112,38 +99,11 @@ def test_of_several_adapters_the_active_one_trains(name: str, tmp_path: Path) ->
     model.add_adapter("second", lora(r=5, target_modules=["v_proj", "down_proj"]))
     for active, count in (("second", 8), ("first", 8), ("second", 8)):
         model.set_adapter(active)
-        before = values(model)
+        before = runs.values(model)
         trainer = train(model, name, tmp_path, max_steps=3)
-        changed = moved(model, before)
+        changed = runs.moved(model, before)
         assert len(changed) == count and all(f".{active}." in n for n in changed)
         assert measure_state(trainer.optimizer) == plan_optimizer(trainer.optimizer)
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_nothing_to_compress_is_said_and_a_named_target_without_a_match_refused(
-    name: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = get_peft_model(tiny_llama(), ADAPTERS["ia3"].config())
-    with caplog.at_level(logging.WARNING):
-        OptimizerFactory(name)(model)
-    who = OPTIMIZERS[name].optimizer_class.__name__
-    assert f"{who} compresses nothing here: besides embeddings and the output head no linear" in caplog.text
-    assert "all 4 tensors take the dense AdamW rule" in caplog.text
-    with pytest.raises(ValueError, match=r"optim_target_modules=\['lora_A'\]: 'lora_A' matches no module"):
-        OptimizerFactory(name, target_modules=["lora_A"])(model)
-    with pytest.raises(ValueError, match="no trainable parameter"):
-        OptimizerFactory(name)(model.requires_grad_(False))
-
-
-def test_a_window_that_takes_more_than_adamw_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    model = with_lora()
-    for window, more in ((32, True), (1, False)):
-        caplog.clear()
-        with caplog.at_level(logging.WARNING):
-            optimizer = OptimizerFactory("lowrank_mfac", window=window, rank=1)(model)
-        plan = plan_optimizer(optimizer)
-        assert (plan.total_bytes > plan.adamw_fp32_bytes) is more
-        assert ("This is more than AdamW takes; a smaller rank or window saves memory." in caplog.text) is more
 
 
 QUANTIZED = {
@@ -180,23 +140,23 @@ def loss(model: nn.Module) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", runs.DEVICES)
 @pytest.mark.parametrize("bits", QUANTIZED)
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", runs.TRAINED)
 def test_adapters_on_a_quantized_base_train_and_resume_to_the_bit(
     name: str, bits: str, device: str, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = load(base, bits, device)
-    start, loss_before = values(model), loss(model)
+    start, loss_before = runs.values(model), loss(model)
     assert {p.dtype for p in model.parameters()} == {torch.float32, torch.uint8 if bits == "4-bit" else torch.int8}
-    settings = settings_of(name, max_steps=12, gradient_checkpointing=True, use_cpu=device == "cpu")
-    if name not in LEARNING_RATES:
+    settings = runs.settings_of(name, max_steps=12, gradient_checkpointing=True, use_cpu=device == "cpu")
+    if name not in runs.LEARNING_RATES:
         settings["learning_rate"] = 3e-2
-    straight = assert_resumes_to_the_bit(tmp_path, lambda: load(base, bits, device), **settings)
+    straight = runs.assert_resumes_to_the_bit(tmp_path, lambda: load(base, bits, device), **settings)
     assert loss(straight.model) < loss_before
     adapters = {n for n, p in model.named_parameters() if p.requires_grad}
     assert len(adapters) == 8 and all("lora_" in n for n in adapters)
-    assert moved(straight.model, start) == adapters
+    assert runs.moved(straight.model, start) == adapters
     assert {n for group in straight.optimizer.param_groups for n in group["param_names"]} == adapters
     assert "not the predicted" not in caplog.text
     assert load_report(tmp_path)["measured"] == load_report(tmp_path)["predicted"]
