@@ -5,23 +5,31 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, get_peft_model
+from peft import IA3Config, PromptTuningConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from hf_lowmem_optim import OPTIMIZERS, LDAdam, OptimizerFactory, measure_state, plan_optimizer
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.memory.byte_sizes import format_bytes
-from hf_lowmem_optim.trainer.param_groups import COMPRESSED
+from hf_lowmem_optim.trainer import param_groups
+from hf_lowmem_optim.trainer.param_groups import COMPRESSED, EMBEDDING, HEAD, NOT_TARGET, TOO_SMALL, VECTOR
+from tests.trainer import tiny_models as tiny
 from tests.trainer.runs import NORMAL, assert_equal_to_the_bit, make_trainer, moved, values
 from tests.trainer.tiny_models import only_head, tiny_llama, token_rows, with_lora
+
+
+def ia3() -> nn.Module:
+    config = IA3Config(target_modules=["k_proj", "up_proj"], feedforward_modules=["up_proj"])
+    return get_peft_model(tiny_llama(), config)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -80,11 +88,6 @@ def test_summary_says_what_went_where_once_unless_told_to_be_silent(caplog: pyte
     assert not caplog.records
 
 
-def ia3() -> nn.Module:
-    config = IA3Config(target_modules=["k_proj", "up_proj"], feedforward_modules=["up_proj"])
-    return get_peft_model(tiny_llama(), config)
-
-
 NOTHING, MORE = "compresses nothing here", "This is more than AdamW takes; a smaller rank or window saves memory."
 NO_LAYER = f"{NOTHING}: besides embeddings and the output head no linear"
 
@@ -97,7 +100,7 @@ NO_LAYER = f"{NOTHING}: besides embeddings and the output head no linear"
         # on request it is no warning
         ("ldadam", {"rank": None}, tiny_llama, "dense: rank=None"),
         ("lowrank_mfac", {"window": 32, "rank": 1}, with_lora, MORE),
-        ("lowrank_mfac", {"window": 1, "rank": 1}, with_lora, "compressed (rank=1, "),
+        ("lowrank_mfac", {"window": 1, "rank": 1}, with_lora, "  compressed ("),
     ],
 )
 def test_what_saves_no_memory_is_said(
@@ -160,30 +163,151 @@ def test_dense_state_reaches_every_group_and_the_summary(tmp_path: Any, caplog: 
     assert "dense, 8 bit: embedding" in caplog.text and "rounded stochastically" in caplog.text
 
 
+RANK = 4
+
+
+def above_rank(parameter: nn.Parameter, settings: object) -> str:
+    shape = parameter.shape
+    return COMPRESSED if len(shape) >= 2 and min(shape[0], shape[1:].numel()) > RANK else TOO_SMALL
+
+
+def lora(targets: list[str], **settings: Any) -> Callable[[], nn.Module]:
+    """Makes a tiny Llama with adapters that are large enough to be compressed."""
+    return lambda: with_lora(tiny_llama(), r=8, target_modules=targets, **settings)
+
+
+def prompt_tuning() -> nn.Module:
+    return get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+
+def frozen_backbone() -> nn.Module:
+    model = tiny.tiny_bert_classifier()
+    model.bert.requires_grad_(False)
+    model.bert.encoder.layer[0].attention.output.dense.requires_grad_(True)
+    return model
+
+
+def t5_with_its_own_head() -> nn.Module:
+    model = tiny.tiny_t5()
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    return model
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A model, and names (endings) of parameters by the rule they must take."""
+
+    model: Callable[[], nn.Module]
+    compressed: int
+    dense: dict[str, set[str]] = field(default_factory=dict)
+    targets: object = None
+    absent: tuple[str, ...] = ()
+
+
+TOKENS, BASE = {"model.embed_tokens.weight"}, "base_model.model."
+IN_EMBEDDING = {f"{BASE}model.embed_tokens.lora_embedding_{x}.default" for x in "AB"}
+IN_HEAD = {f"{BASE}lm_head.lora_{x}.default.weight" for x in "AB"}
+OF_TOKENS = {f"{BASE}model.embed_tokens.token_adapter.trainable_tokens_delta.default"}
+SAVED_HEAD = {f"{BASE}lm_head.modules_to_save.default.weight"}
+VIT = {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings"}
+PLACED = {
+    "llama": Placed(tiny_llama, 14, {EMBEDDING: TOKENS, HEAD: {"lm_head.weight"}}),
+    "llama tied": Placed(lambda: tiny_llama(tied=True), 14, {EMBEDDING: TOKENS, HEAD: set()}),
+    "llama classifier": Placed(lambda: tiny_llama(classifier=True), 14, {EMBEDDING: TOKENS, HEAD: {"score.weight"}}),
+    "gpt2 (Conv1D, tied)": Placed(
+        tiny.tiny_gpt2, 4, {EMBEDDING: {"transformer.wte.weight", "transformer.wpe.weight"}, HEAD: set()}
+    ),
+    "bert classifier": Placed(tiny.tiny_bert_classifier, 7, {HEAD: {"classifier.weight"}, NOT_TARGET: set()}),
+    "gpt2 untied": Placed(lambda: tiny.tiny_gpt2(tied=False), 4, {HEAD: {"lm_head.weight"}}),
+    # Its attention biases are an embedding of positions; transformers 5 always ties its head.
+    "t5": Placed(tiny.tiny_t5, 16, {HEAD: set(), NOT_TARGET: set()}),
+    # No separate base model: the head is known from `get_output_embeddings` alone.
+    "t5 untied": Placed(t5_with_its_own_head, 16, {HEAD: {"lm_head.weight"}, NOT_TARGET: set()}),
+    # The patch projection is a convolution; class token and positions are bare parameters.
+    "vit": Placed(tiny.tiny_vit, 7, {HEAD: {"classifier.weight"}, NOT_TARGET: VIT}),
+    "frozen": Placed(frozen_backbone, 1, {HEAD: {"classifier.weight"}, EMBEDDING: set()}, absent=("bert.pooler",)),
+    "lora": Placed(
+        lora(["q_proj", "down_proj"]),
+        8,
+        {EMBEDDING: set(), HEAD: set(), VECTOR: set()},
+        absent=("base_layer", "lm_head"),
+    ),
+    "lora below the rank": Placed(lambda: with_lora(r=2), 0),
+    "lora with a saved head": Placed(lora(["q_proj"], modules_to_save=["lm_head"]), 4, {HEAD: SAVED_HEAD}),
+    "lora on the head": Placed(lora(["q_proj", "lm_head"]), 4, {HEAD: IN_HEAD}),
+    # Nothing was named, so that nothing to compress is no mistake.
+    "no matrix": Placed(lambda: nn.Sequential(nn.Embedding(9, 8), nn.LayerNorm(8)), 0, {EMBEDDING: {"0.weight"}}),
+    "only the head trains": Placed(only_head, 0, {HEAD: {"lm_head.weight"}}),
+    "lora on the embedding": Placed(lora(["embed_tokens", "q_proj"]), 4, {EMBEDDING: IN_EMBEDDING}),
+    "dora": Placed(lora(["q_proj"], use_dora=True), 4, {NOT_TARGET: set()}),
+    "tokens": Placed(lora(["q_proj"], trainable_token_indices=[1, 2]), 4, {EMBEDDING: OF_TOKENS}),
+    "ia3": Placed(ia3, 0, absent=("base_layer",)),
+    "prompt tuning": Placed(prompt_tuning, 0, {EMBEDDING: {"prompt_encoder.default.embedding.weight"}}),
+    "plain modules": Placed(lambda: nn.Sequential(nn.Embedding(9, 8), nn.Conv2d(8, 8, 3), nn.LayerNorm(8)), 1),
+    "inside a wrapper": Placed(lambda: nn.ModuleDict({"net": tiny_llama()}), 14, {HEAD: {"net.lm_head.weight"}}),
+    "list of names": Placed(tiny_llama, 4, targets=["q_proj", "mlp.up_proj"]),
+    "regex": Placed(tiny_llama, 2, targets=r"model\.layers\.1\.self_attn\.(q|k)_proj"),
+    "all-linear takes the head": Placed(tiny_llama, 15, {HEAD: set()}, targets="all-linear"),
+    "all_linear": Placed(tiny_llama, 15, {HEAD: set()}, targets="all_linear"),
+    "when named": Placed(tiny_llama, 2, {EMBEDDING: set(), HEAD: set()}, targets=["embed_tokens", "lm_head"]),
+    "tied head when named": Placed(lambda: tiny_llama(tied=True), 1, {EMBEDDING: set()}, targets=["lm_head"]),
+    "bare parameters of a custom module": Placed(tiny.tiny_vit, 1, targets=["vit.embeddings.patch_embeddings"]),
+}
+
+
+@pytest.mark.parametrize("case", PLACED.values(), ids=PLACED.keys())
+def test_every_trainable_parameter_is_placed_once_by_its_role_and_decays_as_in_the_trainer(case: Placed) -> None:
+    model = case.model()
+    placements = param_groups.place_parameters(model, case.targets, above_rank)  # type: ignore[arg-type]
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {p.name: p.parameter for p in placements} == trainable
+    assert sum(p.rule == COMPRESSED for p in placements) == case.compressed
+    assert all(p.rule == VECTOR for p in placements if p.parameter.ndim < 2)
+    for rule, names in case.dense.items():
+        assert {p.name for p in placements if p.rule == rule} == names
+    assert not [p.name for p in placements if any(part in p.name for part in case.absent)]
+
+    groups = param_groups.build_param_groups(placements, ("rank", None), 0.1)
+    assert all(group["params"] for group in groups)
+    assert sum(len(group["params"]) for group in groups) == len(placements)
+    # The Trainer's own split, over the same parameters.
+    decaying = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    for group in groups:
+        for name, _ in group["params"]:
+            assert group["weight_decay"] == (0.1 if name in decaying else 0.0)
+    dense = {name for group in groups if "rank" in group for name, _ in group["params"]}
+    assert all(group.get("rank", 1) in (None, 1) for group in groups)
+    assert dense == {p.name for p in placements if p.rule not in (COMPRESSED, TOO_SMALL)}
+
+
 def settings(optimizer: LowMemoryOptimizer, key: str) -> dict[str, Any]:
     """The value of a hyper-parameter by name of the parameter."""
     return {name: group[key] for group in optimizer.param_groups for name in group["param_names"]}
 
 
-def test_the_first_entry_that_matches_holds_and_the_rest_is_as_before(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_first_override_that_matches_holds_and_the_rest_is_as_before(caplog: pytest.LogCaptureFixture) -> None:
     overrides = {
         "mlp.up_proj": {"rank": None},
         "mlp": {"rank": 12, "lr": 2e-3},
         r"model\.layers\.1\.self_attn\.(q|k)_proj": {"error_feedback": "none"},
-        "norm": {"lr": 3e-3, "weight_decay": 0.0},
-        "lm_head": {"rank": 6, "weight_decay": 0.5},
+        # also beside norms in float32, which are not rounded
+        "norm": {"lr": 3e-3, "weight_decay": 0.0, "weight_rounding": "stochastic"},
+        "lm_head": {"rank": 6, "weight_decay": 0.5, "weight_rounding": "stochastic"},
     }
     factory = OptimizerFactory("ldadam", lr=1e-3, rank=8, weight_decay=0.1, overrides=overrides)
-    model = tiny_llama()
+    model = tiny_llama().bfloat16()
+    model.model.norm.float()
     optimizer = factory(model)
     names = [name for name, _ in model.named_parameters()]
     ranks, rates, decays, errors = (settings(optimizer, k) for k in ("rank", "lr", "weight_decay", "error_feedback"))
+    rounding = settings(optimizer, "weight_rounding")
     for name in names:
         norm, mlp, head = "norm" in name, "mlp" in name, "lm_head" in name
         dense = norm or "up_proj" in name or "embed" in name
         assert ranks[name] == (None if dense else 12 if mlp else 6 if head else 8)
         assert rates[name] == (3e-3 if norm else 2e-3 if mlp and not dense else 1e-3)
         assert decays[name] == (0.0 if norm else 0.5 if head else 0.1)
+        assert rounding[name] == ("stochastic" if norm or head else "nearest")
         assert errors[name] == ("none" if "layers.1.self_attn.q" in name or "layers.1.self_attn.k" in name else "4bit")
     assert ranks.keys() == set(names)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
@@ -274,28 +398,12 @@ def test_pefts_own_helper_takes_our_classes(name: str) -> None:
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert rates == {id(p): 16e-3 if "lora_B" in n else 1e-3 for n, p in trainable.items()}
-    batch = torch.stack([row["input_ids"] for row in token_rows(2)])
-    losses = []
-    for _ in range(6):
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
+    batch, before = torch.stack([row["input_ids"] for row in token_rows(2)]), values(model)
+    for _ in range(2):  # in the first step A has no gradient, for B is zero
+        model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
+    assert moved(model, before) == set(trainable)
     assert measure_state(optimizer) == plan_optimizer(optimizer)
-
-
-def test_weights_of_single_modules_are_rounded_stochastically() -> None:
-    """Of dense ones too, and beside norms in float32, which are not rounded."""
-    model = tiny_llama().bfloat16()
-    model.model.norm.float()
-    stochastic = {"weight_rounding": "stochastic"}
-    optimizer = OptimizerFactory("ldadam", rank=4, overrides={"lm_head": stochastic, "norm": stochastic})(model)
-    chosen = settings(optimizer, "weight_rounding")
-    assert {name for name, how in chosen.items() if how == "stochastic"} == {
-        name for name in chosen if "lm_head" in name or "norm" in name
-    }
 
 
 def bf16_but_norms() -> nn.Module:

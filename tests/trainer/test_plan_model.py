@@ -150,10 +150,8 @@ def test_the_papers_figures_for_llama_2_7b() -> None:
     assert round(state["adamw_fp32"] / GIB, 1) == 50.2
     assert round(state["adamw_torch_fused"] / GIB, 1) == 25.1
     authors = plan_memory("llama-2-7b", "ldadam", optim_args="rank=16,state_dtype=param,error_feedback=none")
-    assert authors["ldadam"].state is not None
     assert round(authors["ldadam"].state.total_bytes / GIB, 2) == 1.10
     theirs = plan_memory("llama-2-7b", "ldadam", optim_args="rank=16,state_dtype=param,error_feedback=grad")
-    assert theirs["ldadam"].state is not None
     assert theirs["ldadam"].state.component_bytes == authors["ldadam"].state.component_bytes
     # two bytes for each entry of what is compressed: all but embedding, head and norms
     assert theirs["ldadam"].state.in_gradient_bytes == 2 * (size - 2 * 32000 * 4096 - 65 * 4096)
@@ -164,7 +162,6 @@ def test_the_papers_figures_for_llama_2_7b() -> None:
     assert microadam == pytest.approx(0.9 + 4 / 64, abs=5e-4)
     assert round((microadam - 4 / 64) * size / GIB, 2) == 5.65
     everything = plan_memory("llama-2-7b", "microadam", target_modules=".*(proj|embed_tokens|lm_head)")["microadam"]
-    assert everything.state is not None
     statistics = everything.state.component_bytes["error statistics"]
     assert round((everything.state.total_bytes - statistics) / GIB, 2) == 5.65
 
@@ -227,7 +224,6 @@ def test_gpus_share_the_bytes() -> None:
     assert re.search("error_feedback='grad' .*one process", str(kept.problem))
     sharded = plan_memory("bert-base", gpus=4, sharding="fsdp")
     for before, after in zip(one.optimizers, sharded.optimizers, strict=True):
-        assert before.state is not None and after.state is not None
         assert 0 <= after.state.total_bytes - before.state.total_bytes / 4 < 0.05 * before.state.total_bytes
     total = sum(one.weights.weight_bytes.values())
     assert 0 <= sum(sharded.weights.weight_bytes.values()) - total / 4 < 0.01 * total
@@ -348,10 +344,9 @@ def test_a_model_without_a_matrix_to_compress_is_planned_densely() -> None:
     plan = plan_memory(model, budget="1GiB")
     assert [row.name for row in plan.optimizers] == [*OPTIMIZERS, *BASELINES]
     for row in plan.optimizers[: len(OPTIMIZERS)]:
-        assert row.state is not None and row.state.component_bytes == {"dense": 8 * plan.weights.num_trainable}
+        assert row.state.component_bytes == {"dense": 8 * plan.weights.num_trainable}
         assert row.compressed_bytes_per_parameter is None and row.problem is None
-    adamw = plan["adamw_fp32"].state
-    assert adamw is not None and adamw.total_bytes == 8 * plan.weights.num_trainable + 4
+    assert plan["adamw_fp32"].state.total_bytes == 8 * plan.weights.num_trainable + 4
 
 
 def test_the_layout_of_the_plan() -> None:

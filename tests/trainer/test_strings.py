@@ -1,3 +1,5 @@
+"""The optimizers as strings of transformers: `optim` wherever it is taken, and what `optim_args` and its fields set."""
+
 from __future__ import annotations
 
 import copy
@@ -8,18 +10,23 @@ import sys
 import types
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from transformers import HfArgumentParser, Trainer, TrainingArguments, trainer_optimizer
 from transformers import trainer as transformers_trainer
 from transformers.training_args import OptimizerNames
+from transformers.utils.generic import ExplicitEnum
 
 import hf_lowmem_optim
-from hf_lowmem_optim import OPTIMIZERS, OptimizerFactory, register_optimizer_strings
+from hf_lowmem_optim import OPTIMIZERS, LDAdam, OptimizerFactory, register_optimizer_strings
+from hf_lowmem_optim.engine.method import Method
+from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
+from hf_lowmem_optim.engine.options import COUNT, Options, option
 from hf_lowmem_optim.trainer import import_hook, strings
 from hf_lowmem_optim.trainer.attachment import UnsupportedTransformersError
+from hf_lowmem_optim.trainer.optim_args import parse_optim_args
 from tests.trainer.runs import make_trainer, run_python
 
 
@@ -48,9 +55,8 @@ def test_string_works_wherever_transformers_takes_one(name: str, tmp_path: Path)
         assert parsed.optim is args.optim
     assert json.loads(args.to_json_string())["optim"] == args.to_dict()["optim"] == name
     assert args.to_sanitized_dict()["optim"] == name
-    (from_file,) = HfArgumentParser(TrainingArguments).parse_dict(
-        {"output_dir": str(tmp_path), "optim": args.to_dict()["optim"]}
-    )
+    written = {"output_dir": str(tmp_path), "optim": args.to_dict()["optim"]}
+    (from_file,) = HfArgumentParser(TrainingArguments).parse_dict(written)
     assert from_file.optim is args.optim
     for twin in (copy.deepcopy(args), pickle.loads(pickle.dumps(args))):
         assert twin.optim is args.optim
@@ -82,22 +88,11 @@ def test_what_transformers_itself_refuses_has_its_own_message(tmp_path: Path) ->
     args = TrainingArguments(str(tmp_path), optim="ldadam", optim_args="rank", use_cpu=True)
     with pytest.raises(ValueError, match="not enough values to unpack"):
         Trainer.get_optimizer_cls_and_kwargs(args)
-    args = TrainingArguments(str(tmp_path), optim="ldadam", optim_args="rnak=4", use_cpu=True)
-    with pytest.raises(ValueError, match="has no argument 'rnak'; did you mean 'rank'"):
-        Trainer.get_optimizer_cls_and_kwargs(args)
-
-
-def enum_module(*values: str) -> types.ModuleType:
-    """Stands for `transformers.training_args` with optimizers of these names."""
-    from transformers.utils.generic import ExplicitEnum
-
-    module = types.ModuleType("transformers.training_args")
-    module.OptimizerNames = ExplicitEnum("OptimizerNames", {value.upper(): value for value in values})
-    return module
 
 
 def test_a_value_of_transformers_itself_stays(caplog: pytest.LogCaptureFixture) -> None:
-    module = enum_module("sgd", *OPTIMIZERS)
+    module: Any = types.ModuleType("transformers.training_args")
+    module.OptimizerNames = ExplicitEnum("OptimizerNames", {value.upper(): value for value in ("sgd", *OPTIMIZERS)})
     theirs = module.OptimizerNames("ldadam")
     strings.add_members(module)
     assert module.OptimizerNames("ldadam") is theirs
@@ -155,6 +150,7 @@ assert not [name for name in ("torch", "transformers", "accelerate", "triton", "
 import hf_lowmem_optim.optimizers, hf_lowmem_optim.registry, hf_lowmem_optim.memory.plan
 assert not [name for name in ("transformers", "accelerate", "peft") if name in sys.modules]
 assert set(hf_lowmem_optim.__all__) <= set(dir(hf_lowmem_optim))
+assert all(hasattr(hf_lowmem_optim, name) for name in hf_lowmem_optim.__all__)
 """
 PICKLED = """
 import pickle
@@ -178,8 +174,7 @@ def test_the_order_of_imports_does_not_matter_nor_their_number(code: str, tmp_pa
     python(code, str(tmp_path))
 
 
-def test_public_names_are_there() -> None:
-    assert [name for name in hf_lowmem_optim.__all__ if not hasattr(hf_lowmem_optim, name)] == []
+def test_a_misspelt_name_is_no_attribute() -> None:
     with pytest.raises(AttributeError, match="no attribute 'LDAdamm'"):
         _ = hf_lowmem_optim.LDAdamm
 
@@ -197,3 +192,111 @@ for path in sys.argv[1:]:
 """
     printed = python(code, str(tmp_path / "training_args.bin"), str(tmp_path / "plain.pt"))
     assert printed.split() == ["ldadam", "rank=4"] * 2
+
+
+@dataclass(frozen=True)
+class EveryOptions(Options):
+    """Options of every type."""
+
+    size: int = option(3, "A size.", within=COUNT)
+    limit: int | None = option(4, "A limit.", within=COUNT, none="no limit")
+    mode: Literal["a", "b"] = option("a", "A mode.")
+    exact: bool = option(False, "A switch.")
+
+
+class Every(LowMemoryOptimizer):
+    """An optimizer for its options only."""
+
+    method = Method("every", EveryOptions, lambda *_: None, lambda *_: None, switch=("exact", False))
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "text", "expected"),
+    [
+        (LDAdam, None, {}),
+        (LDAdam, "", {}),
+        (LDAdam, "rank=8", {"rank": 8}),
+        (LDAdam, "rank=none", {"rank": None}),
+        (LDAdam, " rank = 8 , rho=.5 ", {"rank": 8, "rho": 0.5}),
+        (LDAdam, "beta1=0.9,beta2=0.999", {"beta1": 0.9, "beta2": 0.999}),
+        (LDAdam, "error_feedback=none", {"error_feedback": "none"}),
+        (Every, "size=2,limit=None,mode=b,exact=True", {"size": 2, "limit": None, "mode": "b", "exact": True}),
+        (Every, "exact=false", {"exact": False}),
+    ],
+)
+def test_values_are_typed(
+    optimizer_class: type[LowMemoryOptimizer], text: str | None, expected: dict[str, Any]
+) -> None:
+    parsed = parse_optim_args(text, optimizer_class)
+    assert parsed == expected
+    assert [type(value) for value in parsed.values()] == [type(value) for value in expected.values()]
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "text", "message"),
+    [
+        (LDAdam, "rnak=4", "has no argument 'rnak'; did you mean 'rank'"),
+        (LDAdam, "beta3=0.4", "did you mean 'beta"),
+        (LDAdam, "rank=x", "rank='x' is not an int or none"),
+        (LDAdam, "rank=8.5", "rank='8.5' is not an int or none"),
+        (LDAdam, "rank=", "rank='' is not an int or none"),
+        (LDAdam, "rho=much", "rho='much' is not a float"),
+        (LDAdam, "rank", "'rank' is not of the form key=value"),
+        (LDAdam, "rank=4,", "'' is not of the form key=value"),
+        (LDAdam, "rank=4=5", "'rank=4=5' is not of the form key=value"),
+        (LDAdam, "rank=4,rho=0.5,rank=8", "'rank' is given twice"),
+        (LDAdam, "error_feedback=fp64", "not one of param, fp32, bf16, 8bit, 4bit, grad, none"),
+        (LDAdam, "betas=(0.9,0.99)", "write beta1"),
+        (LDAdam, "lr=1e-3", "TrainingArguments.learning_rate="),
+        (LDAdam, "weight_decay=0.1", "TrainingArguments.weight_decay="),
+        (LDAdam, "eps=1e-6", "TrainingArguments.adam_epsilon="),
+        (LDAdam, "params=1", "has no argument 'params'"),
+        (Every, "exact=maybe", "exact='maybe' is not true or false"),
+        (Every, "beta3=0.9", "has no argument 'beta3'"),
+        (Every, "size=none", "size='none' is not an int"),
+    ],
+)
+def test_what_is_not_understood_is_refused(optimizer_class: type[LowMemoryOptimizer], text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")) as error:
+        parse_optim_args(text, optimizer_class)
+    assert f"optim_args={text!r}" in str(error.value)
+
+
+PAPER = LDAdam.method.options.defaults()
+B1, B2 = PAPER["betas"]
+#: Arguments, and what the optimizer's hyper-parameters must become.
+SOURCES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "nothing set: the paper's": ({}, {"betas": (B1, B2), "eps": PAPER["eps"], "rank": PAPER["rank"]}),
+    "the field's default counts as unset": ({"adam_beta1": 0.9, "adam_beta2": 0.999}, {"betas": (B1, B2)}),
+    "a set field wins": ({"adam_beta1": 0.8, "adam_beta2": 0.95}, {"betas": (0.8, 0.95)}),
+    "one set field": ({"adam_beta2": 0.95}, {"betas": (B1, 0.95)}),
+    "optim_args win over both": ({"adam_beta1": 0.8, "optim_args": "beta1=0.9,beta2=0.999"}, {"betas": (0.9, 0.999)}),
+    "one in optim_args": ({"adam_beta2": 0.95, "optim_args": "beta1=0.9"}, {"betas": (0.9, 0.95)}),
+    "epsilon": ({"adam_epsilon": 1e-6}, {"eps": 1e-6}),
+    "rank": ({"optim_args": "rank=8"}, {"rank": 8}),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_which_value_wins(source: str) -> None:
+    given, expected = SOURCES[source]
+    args = TrainingArguments("out", optim="ldadam", learning_rate=2e-3, weight_decay=0.1, report_to=[], **given)
+    factory = OptimizerFactory.from_training_args(args)
+    hyper = {**factory.optimizer_class.method.options.defaults(), **factory.hyper}
+    expected = {"lr": 2e-3, "weight_decay": 0.1, **expected}
+    assert {key: hyper[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"optim_args": "rank=0"}, "rank=0"),
+        ({"optim_args": "rnak=4"}, "has no argument 'rnak'; did you mean 'rank'"),
+        ({"adam_beta1": 1.0}, "betas"),
+        ({"optim": "adamw_torch"}, "optim='adamw_torch' is not an optimizer of this package"),
+    ],
+)
+def test_wrong_values_are_refused_before_any_model(arguments: dict[str, Any], message: str) -> None:
+    args = TrainingArguments("out", **{"optim": "ldadam", "report_to": [], **arguments})
+    with pytest.raises(ValueError, match=message):
+        OptimizerFactory.from_training_args(args)
