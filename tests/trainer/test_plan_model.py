@@ -62,13 +62,6 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-def step_with_gradients(optimizer: torch.optim.Optimizer) -> None:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.randn_like(parameter)
-    optimizer.step()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("trained_part", TRAINED_PARTS)
 @pytest.mark.parametrize("model_name", MODELS)
@@ -78,10 +71,12 @@ def test_planned_is_measured_to_the_byte(name: str, model_name: str, trained_par
     hyper = SMALL.get(name.removesuffix("_layerwise"), {})
     plan = plan_memory(model, name, optim_args=",".join(f"{key}={value}" for key, value in hyper.items()))
     optimizer = OptimizerFactory(name, **hyper)(model)
-    step_with_gradients(optimizer)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
     assert plan[name].state == measure_state(optimizer)
     assert plan[name].compressed_bytes_per_parameter
-    trained = [p for p in model.parameters() if p.requires_grad]
     assert plan.weights.gradient_bytes == {"gradients": sum(p.grad.nbytes for p in trained)}
     held = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
     assert sum(plan.weights.weight_bytes.values()) == held
