@@ -134,8 +134,7 @@ PUBLISHED_SIZES = {
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_have_the_published_number_of_parameters(name: str) -> None:
-    plan = plan_memory(name, "ldadam")
-    assert plan.weights.num_parameters == PUBLISHED_SIZES[name]
+    assert plan_memory(name, "ldadam").weights.num_parameters == PUBLISHED_SIZES[name]
 
 
 def test_the_papers_figures_for_llama_2_7b() -> None:
