@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_lowmem_optim import OPTIMIZERS
+from hf_lowmem_optim import OPTIMIZERS, OptimizerStateMemoryCallback, measure_state, plan_optimizer
 from tests.trainer.tiny_models import tiny_llama, token_rows
 
 #: With the defaults the tensors of the tiny models are too small to be compressed, or gain nothing by it.
@@ -32,8 +36,19 @@ TRAINED = [*NORMAL, "ldadam_layerwise", "microadam_layerwise"]
 #: One of each kind: a low-rank one, a sparse one, a preconditioner over all tensors, a layer-wise one.
 KINDS = ["ldadam", "microadam", "sparse_mfac", "ldadam_layerwise"]
 STOP = 6
+REPOSITORY = Path(__file__).parents[2]
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 DEVICES = ["cpu", pytest.param("cuda", marks=ON_GPU)]
+
+
+class Reporter(TrainerCallback):
+    """Stands for TensorBoard or W&B: keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Any]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.seen.append(dict(logs))
 
 
 class StopAt(TrainerCallback):
@@ -79,6 +94,35 @@ def make_trainer(
     )
 
 
+def settings_of(name: str, **settings: Any) -> dict[str, Any]:
+    """Settings with which a tiny model learns by an optimizer in a few steps, and ``settings``."""
+    rate, limit = LEARNING_RATES.get(name, 1e-2), 0.0 if name in LAYERWISE else 0.5
+    own = {"optim": name, "optim_args": ARGUMENTS[name], "learning_rate": rate, "max_grad_norm": limit}
+    return {**own, **settings}
+
+
+def run_python(*arguments: str, folder: Path = REPOSITORY, timeout: int = 600) -> subprocess.CompletedProcess[str]:
+    """Run an interpreter of its own, with a limit for machines that are much slower or busy."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "300"},
+        text=True,
+        capture_output=True,
+        input="typed\n",
+        timeout=timeout,
+        check=False,
+    )
+
+
+def values(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def moved(model: nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+
+
 def logged(trainer: Trainer, key: str) -> list[float]:
     return [float(entry[key]) for entry in trainer.state.log_history if key in entry]
 
@@ -94,6 +138,25 @@ def assert_equal_to_the_bit(left: Any, right: Any) -> None:
             assert torch.equal(leaf, other)
         else:
             assert leaf == other
+
+
+def assert_resumes_to_the_bit(folder: Path, make_model: Callable[[], nn.Module], **settings: Any) -> Trainer:
+    """Train without a stop, anew with one, and on from there, to the same end. Return the trainer of the first run."""
+
+    def train(*callbacks: TrainerCallback, resume: str | None = None) -> Trainer:
+        given = {"callbacks": [OptimizerStateMemoryCallback(), *callbacks]}
+        trainer = make_trainer(folder, make_model(), given=given, **{"rows": 24, **settings})
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    straight = train()
+    train(StopAt())
+    resumed = train(resume=str(folder / f"checkpoint-{STOP}"))
+    assert straight.state.global_step == resumed.state.global_step > STOP
+    assert_same_parameters(resumed, straight)
+    assert_equal_to_the_bit(resumed.optimizer.state_dict(), straight.optimizer.state_dict())
+    assert measure_state(straight.optimizer) == plan_optimizer(straight.optimizer)
+    return straight
 
 
 def assert_same_parameters(left: Trainer, right: Trainer) -> None:

@@ -15,23 +15,11 @@ from hf_lowmem_optim.memory import step_memory
 from hf_lowmem_optim.memory.report import load_report, report_text
 from hf_lowmem_optim.trainer.callbacks import EarlyLogCallback
 from tests.memory.layout import layout
-from tests.trainer.runs import make_trainer
+from tests.trainer.runs import Reporter, make_trainer
 from tests.trainer.tiny_models import token_rows
 
 PREFIX = "optimizer_state/"
-
-
-class Reporter(TrainerCallback):
-    """Stands for TensorBoard or W&B: keeps what it is given."""
-
-    def __init__(self) -> None:
-        self.seen: list[dict[str, Any]] = []
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        self.seen.append(dict(logs))
-
-
-EXACT = "error_feedback=param"
+EXACT = "rank=4,error_feedback=param"
 
 
 def trainer_for(folder: Path, callbacks: list[Any], **settings: Any) -> Trainer:
@@ -48,41 +36,56 @@ def added(logs: dict[str, Any]) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_bytes_reach_history_and_the_reporters_before_it(name: str, tmp_path: Path) -> None:
-    trainer = trainer_for(tmp_path, [reporter := Reporter(), OptimizerStateMemoryCallback()], optim=name)
+@pytest.mark.parametrize("optim", [*OPTIMIZERS, "adamw_torch", "adafactor", "adamw_bnb_8bit"])
+def test_bytes_reach_history_reporters_and_the_report(optim: str, tmp_path: Path, capsys: Any) -> None:
+    if "bnb" in optim:
+        pytest.importorskip("bitsandbytes")
+    trainer = trainer_for(tmp_path, [reporter := Reporter(), OptimizerStateMemoryCallback()], optim=optim)
     trainer.train()
 
     measured = measure_state(trainer.optimizer)
-    assert measured == plan_optimizer(trainer.optimizer)
-    expected = {
-        f"{PREFIX}total_bytes": measured.total_bytes,
-        f"{PREFIX}adamw_fp32_bytes": 8 * measured.num_parameters,
-        f"{PREFIX}predicted_bytes": measured.total_bytes,
-        **{
-            f"{PREFIX}{component.replace(' ', '_')}_bytes": count
-            for component, count in measured.component_bytes.items()
-        },
-        **{f"{PREFIX}group_{i}_bytes": count for i, count in enumerate(measured.group_bytes)},
-    }
-    if OPTIMIZERS[name].optimizer_class.method.layerwise:
-        expected[f"{PREFIX}gradient_peak_bytes"] = max(p.nbytes for p in trainer.model.parameters())
-    assert len(measured.group_bytes) == len(trainer.optimizer.param_groups)
+    entries = sum(p.numel() for p in trainer.model.parameters())
+    expected = {"total": measured.total_bytes, "adamw_fp32": 8 * entries}
+    expected |= {component.replace(" ", "_"): count for component, count in measured.component_bytes.items()}
+    if optim in OPTIMIZERS:
+        assert measured == plan_optimizer(trainer.optimizer)
+        assert len(measured.group_bytes) == len(trainer.optimizer.param_groups)
+        expected["predicted"] = measured.total_bytes
+        if OPTIMIZERS[optim].optimizer_class.method.layerwise:
+            expected["gradient_peak"] = max(p.nbytes for p in trainer.model.parameters())
+    if optim == "adamw_torch":
+        assert expected["exp_avg"] == expected["exp_avg_sq"] == 4 * entries
+    expected |= {f"group_{i}": count for i, count in enumerate(measured.group_bytes)}
+    expected = {f"{PREFIX}{key}_bytes": count for key, count in expected.items()}
     for stream in (reporter.seen, trainer.state.log_history):
-        training = [logs for logs in stream if "loss" in logs or "train_loss" in logs]
-        assert len(training) == 3
-        assert [added(logs) for logs in training] == [expected] * 3
-        evaluation = [logs for logs in stream if "eval_loss" in logs]
-        assert len(evaluation) == 2
-        assert [added(logs) for logs in evaluation] == [{}] * 2
+        training = [added(logs) for logs in stream if "loss" in logs or "train_loss" in logs]
+        assert training == [expected] * 3
+        evaluation = [added(logs) for logs in stream if "eval_loss" in logs]
+        assert evaluation == [{}] * 2
+
+    report = load_report(tmp_path)
+    assert report == load_report(tmp_path / "optimizer_state_report.json")
+    assert report["measured"]["total_bytes"] == report["this_process_bytes"] == measured.total_bytes
+    for key in ("component_bytes", "dtype_bytes"):
+        assert report["measured"][key] == getattr(measured, key)
+        assert sum(report["measured"][key].values()) == measured.total_bytes
+    assert report["measured"]["group_bytes"] == list(measured.group_bytes)
+    assert report["predicted"] == (report["measured"] if optim in OPTIMIZERS else None)
+    assert report["log_history"] == json.loads(json.dumps(trainer.state.log_history))
+    assert report["step_memory"]["process_rss_bytes"] > 2**20
+    table = report_text(report)
+    printed = capsys.readouterr().out
+    assert table in printed
+    assert all(f"{PREFIX}total_bytes" in line for line in printed.splitlines() if "'loss'" in line)
+    assert all(component in table for component in measured.component_bytes)
 
 
 @pytest.mark.parametrize(
     "callback", [OptimizerStateMemoryCallback, OptimizerStateMemoryCallback()], ids=["class", "object"]
 )
 @pytest.mark.parametrize("late", [False, True], ids=["in the list", "added later"])
-def test_reporters_of_the_arguments_get_them_whichever_way_it_is_added(
-    late: bool, callback: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_reporters_get_them_whichever_way_it_is_added(
+    late: bool, callback: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """Such as TensorBoard's: the Trainer makes them from ``report_to``, and puts them before the user's callbacks."""
     monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "fake", Reporter)
@@ -115,115 +118,47 @@ def test_a_callback_taken_off_or_added_during_training_loses_only_what_is_docume
     assert not any(map(added, trainer.state.log_history))
 
 
-def test_a_torch_optimizer_is_reported_too(tmp_path: Path) -> None:
-    trainer = trainer_for(tmp_path, [OptimizerStateMemoryCallback()], optim="adamw_torch")
-    trainer.train()
-    logged = added(trainer.state.log_history[-1])
-    entries = sum(p.numel() for p in trainer.model.parameters())
-    assert logged[f"{PREFIX}exp_avg_bytes"] == logged[f"{PREFIX}exp_avg_sq_bytes"] == 4 * entries
-    assert logged[f"{PREFIX}adamw_fp32_bytes"] == 8 * entries
-
-
-@pytest.mark.parametrize("optim", [*OPTIMIZERS, "adamw_torch", "adafactor", "adamw_bnb_8bit"])
-def test_the_report_has_what_was_predicted_and_measured(
-    optim: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    if "bnb" in optim:
-        pytest.importorskip("bitsandbytes")
-    trainer = trainer_for(tmp_path, [OptimizerStateMemoryCallback()], optim=optim)
-    trainer.train()
-    report = load_report(tmp_path)
-    assert report == load_report(tmp_path / "optimizer_state_report.json")
-    measured = measure_state(trainer.optimizer)
-    assert report["measured"]["total_bytes"] == report["this_process_bytes"] == measured.total_bytes
-    for key in ("component_bytes", "dtype_bytes"):
-        assert report["measured"][key] == getattr(measured, key)
-        assert sum(report["measured"][key].values()) == measured.total_bytes
-    assert report["measured"]["group_bytes"] == list(measured.group_bytes)
-    assert report["predicted"] == (report["measured"] if optim in OPTIMIZERS else None)
-    assert report["log_history"] == json.loads(json.dumps(trainer.state.log_history))
-    assert report["step_memory"]["process_rss_bytes"] > 2**20
-    table = report_text(report)
-    printed = capsys.readouterr().out
-    assert table in printed
-    assert all(f"{PREFIX}total_bytes" in line for line in printed.splitlines() if "'loss'" in line)
-    assert all(component in table for component in measured.component_bytes)
-
-
 def test_the_layout_of_the_report(tmp_path: Path) -> None:
-    settings = {"optim_args": f"rank=4,{EXACT}", "max_grad_norm": 1.0}
-    trainer_for(tmp_path, [OptimizerStateMemoryCallback()], **settings).train()
+    trainer_for(tmp_path, [OptimizerStateMemoryCallback()], optim_args=EXACT, max_grad_norm=1.0).train()
     golden = json.loads((Path(__file__).parent.parent / "memory" / "report_layout.json").read_text())
     assert layout(load_report(tmp_path)) == golden
 
 
-def test_a_state_that_is_not_as_predicted_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    class Meddler(TrainerCallback):
-        def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-            parameter = optimizer.param_groups[0]["params"][0]
-            optimizer.state[parameter]["error"] = optimizer.state[parameter]["error"].double()
-
-    trainer_for(tmp_path, [OptimizerStateMemoryCallback()], optim_args=f"rank=4,{EXACT}").train()
+def test_a_state_that_is_not_as_predicted_is_warned_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer_for(tmp_path, [OptimizerStateMemoryCallback()], optim_args=EXACT).train()
     assert "not the predicted" not in caplog.text
-    trainer = trainer_for(tmp_path, [], optim_args=f"rank=4,{EXACT}", max_steps=1)
-    callback = OptimizerStateMemoryCallback()
+    trainer = trainer_for(tmp_path, [], optim_args=EXACT, max_steps=1)
     trainer.train()
-    Meddler().on_optimizer_step(None, None, None, optimizer=trainer.optimizer)
-    callback.on_optimizer_step(trainer.args, trainer.state, trainer.control, optimizer=trainer.optimizer)
-    assert "not the predicted" in caplog.text and "error +4,096 B" in caplog.text
-    caplog.clear()
-    callback.on_optimizer_step(trainer.args, trainer.state, trainer.control, optimizer=trainer.optimizer)
-    assert not caplog.text  # once
+    state = trainer.optimizer.state[trainer.optimizer.param_groups[0]["params"][0]]
+    state["error"] = state["error"].double()
+    callback = OptimizerStateMemoryCallback()
+    for _ in range(2):
+        callback.on_optimizer_step(trainer.args, trainer.state, trainer.control, optimizer=trainer.optimizer)
+    assert "error +4,096 B" in caplog.text and caplog.text.count("not the predicted") == 1
 
 
 def test_a_parameter_without_gradient_is_the_reason_given(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    trainer = trainer_for(tmp_path, [OptimizerStateMemoryCallback()], optim_args=f"rank=4,{EXACT}")
+    trainer = trainer_for(tmp_path, [OptimizerStateMemoryCallback()], optim_args=EXACT)
     trainer.model.unused = torch.nn.Linear(8, 8)
     trainer.train()
     assert "2 of 23 parameters have had no gradient yet" in caplog.text
 
 
-class FakeDevice:
-    """Counts like torch.cuda; a test sets what is allocated."""
-
-    def __init__(self) -> None:
-        self.peak, self.resets = 100, 0
-
-    def max_memory_allocated(self, device: Any) -> int:
-        return self.peak
-
-    def reset_peak_memory_stats(self, device: Any) -> None:
-        self.resets += 1
-        self.peak = 10
-
-
 @pytest.mark.parametrize("reset_peak", [False, True])
 def test_the_peak_of_a_step_is_told_only_where_it_is_known(reset_peak: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    device = FakeDevice()
+    peak = {"bytes": 100, "resets": 0}
+    device = SimpleNamespace(
+        max_memory_allocated=lambda _: peak["bytes"],
+        reset_peak_memory_stats=lambda _: peak.update(bytes=10, resets=peak["resets"] + 1),
+    )
     monkeypatch.setattr(torch, "get_device_module", lambda _: device)
-    parameter = SimpleNamespace(device=torch.device("cuda", 0))
-    optimizer: Any = SimpleNamespace(param_groups=[{"params": [parameter]}])
+    optimizer: Any = SimpleNamespace(param_groups=[{"params": [SimpleNamespace(device=torch.device("cuda", 0))]}])
     meter = step_memory.StepMemoryMeter(reset_peak=reset_peak)
     meter.start(optimizer)
     quiet = meter.stop(optimizer)
     assert quiet.peak_bytes == (10 if reset_peak else None)
     meter.start(optimizer)
-    device.peak = 170
+    peak["bytes"] = 170
     loud = meter.stop(optimizer)
     assert loud.peak_bytes == 170 == quiet.largest(loud).peak_bytes == loud.largest(quiet).peak_bytes
-    assert device.resets == (2 if reset_peak else 0)
-
-
-def test_other_processes_log_and_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trainer = trainer_for(tmp_path, [])
-    trainer.train()
-    capsys.readouterr()
-    trainer.state.is_world_process_zero = False
-    callback = OptimizerStateMemoryCallback()
-    for event in (callback.on_pre_optimizer_step, callback.on_optimizer_step, callback.on_train_end):
-        event(trainer.args, trainer.state, trainer.control, optimizer=trainer.optimizer)
-    logs: dict[str, Any] = {"loss": 1.0}
-    callback.on_log(trainer.args, trainer.state, trainer.control, logs=logs, optimizer=trainer.optimizer)
-    assert logs == {"loss": 1.0}
-    assert not capsys.readouterr().out
-    assert not (tmp_path / "optimizer_state_report.json").exists()
+    assert peak["resets"] == (2 if reset_peak else 0)

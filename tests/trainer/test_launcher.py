@@ -1,18 +1,32 @@
-"""`hf-lowmem-optim run`: the script cannot tell it from python, except that our optimizers are there."""
+"""`hf-lowmem-optim run`: the script cannot tell it from python, except that our optimizers are there.
+
+In two real processes too, with DDP over gloo: replicas stay equal, checkpoints resume, and only one process reports.
+"""
 
 from __future__ import annotations
 
-import os
+import gc
+import shutil
 import signal
+import socket
 import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import transformers
+from packaging.version import Version
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree as pytree
 
-ROOT = Path(__file__).parents[2]
-LAUNCHER = [sys.executable, "-m", "hf_lowmem_optim", "run"]
+from hf_lowmem_optim.memory.report import REPORT_NAME
+from tests.optimizers.cases import CASES
+from tests.trainer.runs import REPOSITORY, assert_equal_to_the_bit, moved, run_python, values
 
+LAUNCHER = ["-m", "hf_lowmem_optim", "run"]
+SCRIPT = REPOSITORY / "tests/trainer/training_script.py"
 #: What a script may look at or do; {folder} has the module `beside.py`.
 SCRIPTS = {
     "argv": "import sys; print(sys.argv)",
@@ -36,26 +50,21 @@ SCRIPTS = {
 }
 
 
-def run(command: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "COLUMNS": "300", **environment}
-    return subprocess.run(command, cwd=folder, env=env, text=True, capture_output=True, input="typed\n", timeout=300)
-
-
 @pytest.mark.parametrize("as_module", [False, True], ids=["script", "module"])
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_it_is_as_if_run_by_python(name: str, as_module: bool, tmp_path: Path) -> None:
-    (tmp_path / "beside.py").write_text("VALUE = 5")
-    (tmp_path / "broken.py").write_text("import beside\nbeside.nothing")
-    folder = tmp_path / "scripts"
-    folder.mkdir()
-    home = tmp_path if as_module else folder
-    for module in ("beside.py", "broken.py"):
-        (home / module).write_text((tmp_path / module).read_text())
-    (home / "job.py").write_text(SCRIPTS[name])
+    home = tmp_path if as_module else tmp_path / "scripts"
+    home.mkdir(exist_ok=True)
+    for module, code in {
+        "beside": "VALUE = 5",
+        "broken": "import beside\nbeside.nothing",
+        "job": SCRIPTS[name],
+    }.items():
+        (home / f"{module}.py").write_text(code)
     target = ["-m", "job"] if as_module else ["scripts/job.py"]
     arguments = ["--optim", "x", "-m", "--", "--help"]
-    direct = run([sys.executable, *target, *arguments], tmp_path)
-    launched = run([*LAUNCHER, *target, *arguments], tmp_path)
+    direct = run_python(*target, *arguments, folder=tmp_path)
+    launched = run_python(*LAUNCHER, *target, *arguments, folder=tmp_path)
     assert launched.returncode == direct.returncode
     assert launched.stdout == direct.stdout
     if as_module:
@@ -69,44 +78,18 @@ def test_it_is_as_if_run_by_python(name: str, as_module: bool, tmp_path: Path) -
         assert launched.returncode == -signal.SIGINT
 
 
-TRAINING = """
-from dataclasses import dataclass, field
-
-from transformers import HfArgumentParser, TrainingArguments
-
-
-@dataclass
-class DataArguments:
-    num_rows: int = field(default=8)
-
-
-def main():
-    data, args = HfArgumentParser((DataArguments, TrainingArguments)).parse_args_into_dataclasses()
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Trainer
-    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1)
-    rows = [{"input_ids": (r := torch.arange(i, i + 16) % 64), "labels": r} for i in range(data.num_rows)]
-    trainer = Trainer(LlamaForCausalLM(config), args, train_dataset=rows)
-    trainer.train()
-    print("trained with", type(trainer.optimizer.optimizer).__name__, trainer.optimizer.param_groups[0]["rank"])
-
-
-if __name__ == "__main__":
-    main()
-"""
-
-
 @pytest.mark.slow
 def test_an_unmodified_script_trains_with_our_optimizers(tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text(TRAINING)
+    shutil.copy(SCRIPT, tmp_path / "train.py")
     settings = ["--output_dir", "out", "--max_steps", "2", "--report_to", "none", "--use_cpu", "true"]
     arguments = [*settings, "--optim", "ldadam", "--optim_args", "rank=4"]
-    assert run([sys.executable, "train.py", *arguments], tmp_path).returncode == 2
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    launched = run([*accelerate, "-m", "hf_lowmem_optim", "run", "train.py", *arguments], tmp_path)
+    assert run_python("train.py", *arguments, folder=tmp_path).returncode == 2
+    accelerate = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    launched = run_python(*accelerate, *LAUNCHER, "train.py", *arguments, folder=tmp_path)
     assert launched.returncode == 0, launched.stderr
-    assert "trained with LDAdam 4" in launched.stdout
-    wrong = run([*LAUNCHER, "train.py", *settings, "--optim", "ldamm"], tmp_path)
+    assert "trained with LDAdam to step 2" in launched.stdout
+    assert "compressed (rank=4, " in launched.stderr
+    wrong = run_python(*LAUNCHER, "train.py", *settings, "--optim", "ldamm", folder=tmp_path)
     assert wrong.returncode == 2
     assert "did you mean 'ldadam'" in wrong.stderr
 
@@ -116,6 +99,98 @@ def test_an_unmodified_script_trains_with_our_optimizers(tmp_path: Path) -> None
     [([], "nothing to run"), (["-m"], "nothing to run"), (["-x", "job.py"], "'-x'"), (["job.py"], "no file 'job.py'")],
 )
 def test_what_cannot_be_run(arguments: list[str], message: str, tmp_path: Path) -> None:
-    refused = run([*LAUNCHER, *arguments], tmp_path)
+    refused = run_python(*LAUNCHER, *arguments, folder=tmp_path)
     assert refused.returncode == 2
     assert message in refused.stderr
+
+
+SETTINGS = [
+    *("--output_dir", "out", "--report_to", "none", "--use_cpu", "true", "--disable_tqdm", "true"),
+    *("--max_steps", "4", "--save_steps", "2", "--logging_steps", "1", "--per_device_train_batch_size", "2"),
+    *("--learning_rate", "1e-2", "--optim", "ldadam", "--optim_args", "rank=4"),
+    *("--callback", "hf_lowmem_optim:OptimizerStateMemoryCallback"),
+]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the script in two processes; accelerate itself starts several on CPUs by MPI only."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    done = run_python(*torchrun, *LAUNCHER, str(SCRIPT), *SETTINGS, *arguments, folder=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def ends(folder: Path) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.3"),
+    reason="its Trainer asks torch for the place 'cpu:0', which torch does not know, to load an optimizer on two CPUs",
+)
+def test_an_unmodified_script_trains_in_two_processes(tmp_path: Path) -> None:
+    straight = launch(tmp_path, "--dump", "straight")
+    (tmp_path / "out" / REPORT_NAME).unlink()
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    resumed = launch(tmp_path, "--dump", "resumed", "--resume_from_checkpoint", str(checkpoint))
+    assert (tmp_path / "out" / REPORT_NAME).is_file()
+    for run in (straight, resumed):
+        assert run.stdout.count("trained with LDAdam to step 4") == 1
+        assert run.stdout.count("Optimizer state of LDAdam") == 1
+        assert run.stderr.count("LDAdam for 14,432 trainable parameters") == 1
+    first, second = ends(tmp_path / "straight")
+    assert (first["world_size"], first["wrapped"]) == (2, "DistributedDataParallel")
+    assert first["losses"][-1] < first["losses"][0]
+    assert {state["step"] for state in first["optimizer"]["state"].values()} == {4}
+    for end in (second, *ends(tmp_path / "resumed")):
+        for part in ("parameters", "optimizer"):
+            assert_equal_to_the_bit(end[part], first[part])
+
+
+def replicas(rank: int, port: int) -> None:
+    """Train every optimizer on data of this process alone; what differs from the other process is an error."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    compare_replicas(rank)
+    # No model under DDP is left: the last to hold a process group must not be one, whose end would wait for a thread of
+    # the group that waits for the GIL.
+    gc.collect()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def compare_replicas(rank: int) -> None:
+    for case in CASES.values():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 40), nn.GELU(), nn.Linear(40, 12))
+        if case.layerwise or case.hyper.get("error_feedback") == "grad":
+            with pytest.raises(NotImplementedError, match="before DDP or FSDP has averaged it"):
+                case.build(model.parameters())
+            continue
+        wrapped = DistributedDataParallel(model)
+        optimizer = case.build(wrapped.parameters())
+        generator = torch.Generator().manual_seed(rank)
+        start = values(model)
+        for _ in range(6):
+            wrapped(torch.randn(8, 12, generator=generator)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        mine = [*model.parameters(), *pytree.tree_leaves(optimizer.state_dict()["state"])]
+        for tensor in (each.detach() for each in mine if isinstance(each, torch.Tensor)):
+            both = [torch.empty_like(tensor) for _ in range(2)]
+            # gloo knows no int16
+            torch.distributed.all_gather([b.view(torch.uint8) for b in both], tensor.contiguous().view(torch.uint8))
+            assert torch.equal(both[0], both[1]), case.name
+        assert moved(model, start) == set(start)
+
+
+@pytest.mark.slow
+def test_replicas_of_every_optimizer_stay_equal() -> None:
+    torch.multiprocessing.spawn(replicas, (free_port(),), nprocs=2)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hf_lowmem_optim import OPTIMIZERS, ModelOptions, OptimizerFactory, measure_state, plan_memory
@@ -22,14 +19,17 @@ from hf_lowmem_optim.memory.plan_table import plan_text
 from hf_lowmem_optim.memory.weights import Processes, nf4_bytes, plan_weights
 from hf_lowmem_optim.trainer.presets import PRESETS
 from tests.memory.layout import layout
-from tests.trainer.runs import NORMAL
-from tests.trainer.tiny_models import tiny_bert_classifier, tiny_gpt2, tiny_llama, tiny_mamba, tiny_t5, tiny_vit
+from tests.trainer import tiny_models as tiny
+from tests.trainer.runs import NORMAL, run_python
+from tests.trainer.tiny_models import tiny_llama, with_lora
 
 GIB = 2**30
 
 
-def with_lora(model: nn.Module, targets: str | list[str] = "all-linear") -> nn.Module:
-    return get_peft_model(model, LoraConfig(r=4, target_modules=targets))
+def with_adapters(model: nn.Module) -> nn.Module:
+    # peft refuses adapters on Mamba's other layers
+    targets = ["in_proj", "x_proj"] if model.config.model_type == "mamba" else "all-linear"
+    return with_lora(model, r=4, target_modules=targets)
 
 
 def frozen_backbone(model: nn.Module) -> nn.Module:
@@ -43,23 +43,17 @@ def frozen_backbone(model: nn.Module) -> nn.Module:
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama": tiny_llama,
     "llama, tied": lambda: tiny_llama(tied=True),
-    "llama, LoRA": lambda: with_lora(tiny_llama()),
-    "llama, frozen": lambda: frozen_backbone(tiny_llama()),
-    "gpt2": tiny_gpt2,
-    "gpt2, untied": lambda: tiny_gpt2(tied=False),
-    "gpt2, LoRA": lambda: with_lora(tiny_gpt2()),
-    "bert": tiny_bert_classifier,
-    "bert, frozen": lambda: frozen_backbone(tiny_bert_classifier()),
-    "bert, LoRA": lambda: with_lora(tiny_bert_classifier()),
-    "t5": tiny_t5,
-    "t5, LoRA": lambda: with_lora(tiny_t5()),
-    "t5, frozen": lambda: frozen_backbone(tiny_t5()),
-    "vit": tiny_vit,
-    "vit, LoRA": lambda: with_lora(tiny_vit()),
-    "mamba": tiny_mamba,
-    # peft refuses adapters on Mamba's other layers
-    "mamba, LoRA": lambda: with_lora(tiny_mamba(), ["in_proj", "x_proj"]),
-    "mamba, frozen": lambda: frozen_backbone(tiny_mamba()),
+    "gpt2": tiny.tiny_gpt2,
+    "gpt2, untied": lambda: tiny.tiny_gpt2(tied=False),
+    "bert": tiny.tiny_bert_classifier,
+    "t5": tiny.tiny_t5,
+    "vit": tiny.tiny_vit,
+    "mamba": tiny.tiny_mamba,
+}
+TRAINED_PARTS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "all": lambda model: model,
+    "LoRA": with_adapters,
+    "last half": frozen_backbone,
 }
 #: Settings with which even tiny tensors are compressed.
 SMALL: dict[str, dict[str, Any]] = {
@@ -68,54 +62,44 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-def step_with_gradients(optimizer: torch.optim.Optimizer) -> None:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.randn_like(parameter)
-    optimizer.step()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("trained_part", TRAINED_PARTS)
 @pytest.mark.parametrize("model_name", MODELS)
 @pytest.mark.parametrize("name", [*NORMAL, "ldadam_layerwise"])
-def test_planned_is_measured_to_the_byte(name: str, model_name: str, dtype: torch.dtype) -> None:
-    model = MODELS[model_name]().to(dtype)
+def test_planned_is_measured_to_the_byte(name: str, model_name: str, trained_part: str, dtype: torch.dtype) -> None:
+    model = TRAINED_PARTS[trained_part](MODELS[model_name]()).to(dtype)
     hyper = SMALL.get(name.removesuffix("_layerwise"), {})
     plan = plan_memory(model, name, optim_args=",".join(f"{key}={value}" for key, value in hyper.items()))
     optimizer = OptimizerFactory(name, **hyper)(model)
-    step_with_gradients(optimizer)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
     assert plan[name].state == measure_state(optimizer)
     assert plan[name].compressed_bytes_per_parameter
-    trained = [p for p in model.parameters() if p.requires_grad]
     assert plan.weights.gradient_bytes == {"gradients": sum(p.grad.nbytes for p in trained)}
     held = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
     assert sum(plan.weights.weight_bytes.values()) == held
     assert plan.weights.num_trainable == sum(p.numel() for p in trained)
 
 
+@pytest.mark.parametrize("trained_part", ["all", "LoRA"])
 @pytest.mark.parametrize("model_name", ["llama, tied", "gpt2", "bert", "t5", "vit", "mamba"])
-def test_a_configuration_plans_as_the_live_model_does(model_name: str, tmp_path: Path) -> None:
+def test_a_configuration_plans_as_the_live_model_does(model_name: str, trained_part: str, tmp_path: Path) -> None:
     model = MODELS[model_name]()
     model.config.architectures = [type(model).__name__]
-    live = plan_memory(model)
-    with torch.device(
-        "meta"
-    ):  # a configuration is planned as for a GPU, where a step does not allocate what it does here
-        nowhere = plan_memory(MODELS[model_name]())
     model.config.save_pretrained(tmp_path)
+    lora = f"r=4,target={'in_proj+x_proj' if model_name == 'mamba' else 'all-linear'}"
+    options = ModelOptions(lora=lora if trained_part == "LoRA" else None)
+    live = plan_memory(TRAINED_PARTS[trained_part](MODELS[model_name]()))
+    # A configuration is planned as for a GPU, where a step does not allocate what it does here.
+    with torch.device("meta"):
+        nowhere = plan_memory(TRAINED_PARTS[trained_part](MODELS[model_name]()))
     for source in (model.config, tmp_path, str(tmp_path / "config.json")):
-        planned = plan_memory(source)
+        planned = plan_memory(source, options=options)
         assert planned.weights == live.weights
         assert state_of(planned) == state_of(live)
         assert planned.optimizers == nowhere.optimizers
-    targets = ["in_proj", "x_proj"] if model_name == "mamba" else "all-linear"
-    lora = f"r=4,target={targets if isinstance(targets, str) else '+'.join(targets)}"
-    adapted = plan_memory(model.config, options=ModelOptions(lora=lora))
-    live = plan_memory(with_lora(model, targets))
-    assert adapted.weights == live.weights
-    assert state_of(adapted) == state_of(live)
-    with torch.device("meta"):
-        assert adapted.optimizers == plan_memory(with_lora(MODELS[model_name](), targets)).optimizers
 
 
 def state_of(plan: Any) -> list[Any]:
@@ -150,8 +134,7 @@ PUBLISHED_SIZES = {
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_have_the_published_number_of_parameters(name: str) -> None:
-    plan = plan_memory(name, "ldadam")
-    assert plan.weights.num_parameters == PUBLISHED_SIZES[name]
+    assert plan_memory(name, "ldadam").weights.num_parameters == PUBLISHED_SIZES[name]
 
 
 def test_the_papers_figures_for_llama_2_7b() -> None:
@@ -161,10 +144,8 @@ def test_the_papers_figures_for_llama_2_7b() -> None:
     assert round(state["adamw_fp32"] / GIB, 1) == 50.2
     assert round(state["adamw_torch_fused"] / GIB, 1) == 25.1
     authors = plan_memory("llama-2-7b", "ldadam", optim_args="rank=16,state_dtype=param,error_feedback=none")
-    assert authors["ldadam"].state is not None
     assert round(authors["ldadam"].state.total_bytes / GIB, 2) == 1.10
     theirs = plan_memory("llama-2-7b", "ldadam", optim_args="rank=16,state_dtype=param,error_feedback=grad")
-    assert theirs["ldadam"].state is not None
     assert theirs["ldadam"].state.component_bytes == authors["ldadam"].state.component_bytes
     # two bytes for each entry of what is compressed: all but embedding, head and norms
     assert theirs["ldadam"].state.in_gradient_bytes == 2 * (size - 2 * 32000 * 4096 - 65 * 4096)
@@ -175,7 +156,6 @@ def test_the_papers_figures_for_llama_2_7b() -> None:
     assert microadam == pytest.approx(0.9 + 4 / 64, abs=5e-4)
     assert round((microadam - 4 / 64) * size / GIB, 2) == 5.65
     everything = plan_memory("llama-2-7b", "microadam", target_modules=".*(proj|embed_tokens|lm_head)")["microadam"]
-    assert everything.state is not None
     statistics = everything.state.component_bytes["error statistics"]
     assert round((everything.state.total_bytes - statistics) / GIB, 2) == 5.65
 
@@ -195,36 +175,36 @@ def test_a_plan_takes_seconds_and_little_memory(preset: str, tmp_path: Path) -> 
         "print(status, imported - start, time.process_time() - imported, peak)"
     )
     source = preset if preset == "llama-2-7b" else str(tmp_path)
-    printed = subprocess.run([sys.executable, "-c", code, source], capture_output=True, text=True, check=True).stdout
-    status, importing, planning, peak_gib = printed.splitlines()[-1].split()
+    status, importing, planning, peak_gib = run_python("-c", code, source).stdout.splitlines()[-1].split()
     assert status == "0"
     assert float(planning) < float(importing)
     assert float(peak_gib) < 1.5
 
 
 def test_options_do_to_weights_and_gradients_what_they_say() -> None:
+    def weights(**options: Any) -> Any:
+        return plan_memory("qwen2.5-0.5b", "ldadam", options=ModelOptions(**options)).weights
+
     size = PUBLISHED_SIZES["qwen2.5-0.5b"]
-    base = plan_memory("qwen2.5-0.5b", "adamw_fp32")
-    assert base.weights.weight_bytes["trainable"] == 2 * size
-    wide = plan_memory("qwen2.5-0.5b", "adamw_fp32", options=ModelOptions(dtype="fp32"))
-    assert wide.weights.weight_bytes["trainable"] == 4 * size
+    assert weights().weight_bytes["trainable"] == 2 * size
+    assert weights(dtype="fp32").weight_bytes["trainable"] == 4 * size
 
-    frozen = plan_memory("qwen2.5-0.5b", "ldadam", options=ModelOptions(freeze=["embed_tokens", r".*layers\.\d\..*"]))
-    assert frozen.weights.weight_bytes["frozen"] + frozen.weights.weight_bytes["trainable"] == 2 * size
-    assert frozen.weights.weight_bytes["frozen"] > 2 * 151936 * 896
+    frozen = weights(freeze=["embed_tokens", r".*layers\.\d\..*"]).weight_bytes
+    assert frozen["frozen"] + frozen["trainable"] == 2 * size
+    assert frozen["frozen"] > 2 * 151936 * 896
 
-    adapted = plan_memory("qwen2.5-0.5b", "ldadam", options=ModelOptions(lora="r=8,target=q_proj+v_proj"))
+    adapted = weights(lora="r=8,target=q_proj+v_proj")
     # 24 layers, hidden 896, two key-value heads of 64; adapters are float32, as peft makes them
     adapters = 24 * 8 * ((896 + 896) + (896 + 128))
-    assert adapted.weights.num_trainable == adapters
-    assert adapted.weights.weight_bytes["trainable"] == 4 * adapters
-    assert adapted.weights.weight_bytes["frozen"] == 2 * size
+    assert adapted.num_trainable == adapters
+    assert adapted.weight_bytes["trainable"] == 4 * adapters
+    assert adapted.weight_bytes["frozen"] == 2 * size
 
-    small = plan_memory("qwen2.5-0.5b", "ldadam", options=ModelOptions(lora="r=8", quantize="4bit"))
+    small = weights(lora="r=8", quantize="4bit")
     linear = 24 * (2 * 896 * 896 + 2 * 896 * 128 + 3 * 896 * 4864)
-    assert small.weights.dtypes["4-bit"] == linear
-    assert small.weights.weight_bytes["frozen 4-bit"] == linear // 2 + 4 * linear // 64 + 64 * 7 * 24
-    assert small.weights.weight_bytes["frozen"] == 2 * (size - linear)
+    assert small.dtypes["4-bit"] == linear
+    assert small.weight_bytes["frozen 4-bit"] == linear // 2 + 4 * linear // 64 + 64 * 7 * 24
+    assert small.weight_bytes["frozen"] == 2 * (size - linear)
 
 
 def test_gpus_share_the_bytes() -> None:
@@ -238,7 +218,6 @@ def test_gpus_share_the_bytes() -> None:
     assert re.search("error_feedback='grad' .*one process", str(kept.problem))
     sharded = plan_memory("bert-base", gpus=4, sharding="fsdp")
     for before, after in zip(one.optimizers, sharded.optimizers, strict=True):
-        assert before.state is not None and after.state is not None
         assert 0 <= after.state.total_bytes - before.state.total_bytes / 4 < 0.05 * before.state.total_bytes
     total = sum(one.weights.weight_bytes.values())
     assert 0 <= sum(sharded.weights.weight_bytes.values()) - total / 4 < 0.01 * total
@@ -273,9 +252,8 @@ def test_a_budget_finds_what_fits_and_what_to_change() -> None:
     chosen = suggestion.change.split()[-1]
     again = plan_memory("llama-2-7b", "ldadam", optim_args=chosen)
     assert again.total_bytes(again["ldadam"]) == suggestion.total_bytes
-    (kept,) = plan_memory(
-        "llama-2-7b", "ldadam", optim_args=f"rank=32, rho=0.5, {too_exact}", budget="36GiB"
-    ).suggestions
+    text = f"rank=32, rho=0.5, {too_exact}"
+    (kept,) = plan_memory("llama-2-7b", "ldadam", optim_args=text, budget="36GiB").suggestions
     assert "--optim-args rank=32,rho=0.5,error_feedback=" in kept.change
 
 
@@ -287,44 +265,43 @@ def test_a_budget_that_nothing_fits_says_the_least_and_what_would_help() -> None
     assert "fits: " in message and "--lora r=16,target=all-linear" in message
 
 
+def refused(message: str, error: type[Exception] = ValueError, **given: Any) -> Any:
+    return pytest.param(message, error, given, id=message)
+
+
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("message", "error", "given"),
     [
-        ({"model": "lama-2-7b"}, FileNotFoundError, "did you mean 'llama-2-7b'"),
-        ({"model": "/nowhere/at/all"}, FileNotFoundError, "neither a file, nor a directory, nor a preset"),
-        ({"model": 7}, TypeError, "not int"),
-        ({"optim": "ldamm"}, ValueError, "did you mean 'ldadam'"),
-        ({"optim": "ldadam", "optim_args": "rnak=3"}, ValueError, "did you mean 'rank'"),
-        ({"optim_args": "rank=3"}, ValueError, "needs optim"),
-        ({"optim": "adamw_8bit", "optim_args": "rank=3"}, ValueError, "fixed settings"),
-        ({"target_modules": ["q_porj"], "optim": "ldadam"}, ValueError, "matches no module"),
-        ({"gpus": 0}, ValueError, "gpus=0"),
-        ({"sharding": "zero"}, ValueError, "sharding='zero'"),
-        ({"budget": "24"}, ValueError, "budget='24'"),
+        refused("did you mean 'llama-2-7b'", FileNotFoundError, model="lama-2-7b"),
+        refused("neither a file, nor a directory, nor a preset", FileNotFoundError, model="/nowhere/at/all"),
+        refused("without a config", FileNotFoundError, model=Path(__file__).parent),
+        refused("not int", TypeError, model=7),
+        refused("did you mean 'ldadam'", optim="ldamm"),
+        refused("did you mean 'rank'", optim="ldadam", optim_args="rnak=3"),
+        refused("did you mean 'lr_ratio'", optim="microadam", optim_args="lr_ratoi=2"),
+        refused("lr_ratio='x' is not a float", optim="microadam", optim_args="lr_ratio=x"),
+        refused("no trainable lora_B", optim="ldadam", optim_args="lr_ratio=16"),
+        refused("needs optim", optim_args="rank=3"),
+        refused("fixed settings", optim="adamw_8bit", optim_args="rank=3"),
+        refused("matches no module", optim="ldadam", target_modules=["q_porj"]),
+        refused("gpus=0", gpus=0),
+        refused("sharding='zero'", sharding="zero"),
+        refused("budget='24'", budget="24"),
+        refused("plan for its configuration", model=tiny_llama(), options={"dtype": "bf16"}),
+        refused("did you mean 'bf16'", options={"dtype": "bf61"}),
+        refused("needs lora", options={"quantize": "4bit"}),
+        refused("quantize='3bit'", options={"quantize": "3bit", "lora": "r=4"}),
+        refused("must be an int ≥ 1", options={"lora": "r=0"}),
+        refused("is not r=… or target=…", options={"lora": "rank=8"}),
+        refused("no module of BertForMaskedLM; did you mean 'query'", options={"lora": "r=8,target=qurey"}),
+        refused("no parameter of BertForMaskedLM; did you mean 'embeddings'", options={"freeze": ["embedings"]}),
+        refused("leaves no parameter", options={"freeze": [".*"]}),
+        refused("not a valid regex", options={"freeze": ["("]}),
     ],
 )
-def test_wrong_arguments_are_named(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_wrong_arguments_are_named(message: str, error: type[Exception], given: dict[str, Any]) -> None:
     with pytest.raises(error, match=message):
-        plan_memory(**{"model": "bert-base", **arguments})
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"dtype": "bf61"}, "did you mean 'bf16'"),
-        ({"quantize": "4bit"}, "needs lora"),
-        ({"quantize": "3bit", "lora": "r=4"}, "quantize='3bit'"),
-        ({"lora": "r=0"}, "must be an int ≥ 1"),
-        ({"lora": "rank=8"}, "is not r=… or target=…"),
-        ({"lora": "r=8,target=qurey"}, "matches no module of BertForMaskedLM; did you mean 'query'"),
-        ({"freeze": ["embedings"]}, "matches no parameter of BertForMaskedLM; did you mean 'embeddings'"),
-        ({"freeze": [".*"]}, "leaves no parameter"),
-        ({"freeze": ["("]}, "not a valid regex"),
-    ],
-)
-def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        plan_memory("bert-base", "ldadam", options=ModelOptions(**options))
+        plan_memory(**{"model": "bert-base", **given, "options": ModelOptions(**given.get("options", {}))})
 
 
 @pytest.mark.parametrize(
@@ -339,16 +316,9 @@ def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
     ],
 )
 def test_unreadable_configurations(content: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="without a config"):
-        plan_memory(tmp_path)
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         plan_memory(tmp_path)
-
-
-def test_a_live_model_is_taken_as_it_is() -> None:
-    with pytest.raises(ValueError, match="plan for its configuration"):
-        plan_memory(tiny_llama(), options=ModelOptions(dtype="bf16"))
 
 
 def test_an_optimizer_that_cannot_be_used_is_listed_with_the_reason() -> None:
@@ -357,8 +327,7 @@ def test_an_optimizer_that_cannot_be_used_is_listed_with_the_reason() -> None:
     for row in plan.optimizers:
         assert "no trainable lora_B" in str(row.problem)
         assert plan.total_bytes(row) is None
-    with pytest.raises(ValueError, match="no trainable lora_B"):
-        plan_memory(tiny_llama(), "ldadam", optim_args="lr_ratio=16")
+    assert plan_memory(with_lora(), "microadam", optim_args="lr_ratio=2")["microadam"].problem is None
 
 
 def test_a_model_without_a_matrix_to_compress_is_planned_densely() -> None:
@@ -367,14 +336,11 @@ def test_a_model_without_a_matrix_to_compress_is_planned_densely() -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("embed" in name)
     plan = plan_memory(model, budget="1GiB")
-    for name in OPTIMIZERS:
-        state = plan[name].state
-        assert state is not None and state.component_bytes == {"dense": 8 * plan.weights.num_trainable}
-        assert plan[name].compressed_bytes_per_parameter is None and plan[name].problem is None
-    adamw = plan["adamw_fp32"].state
-    assert adamw is not None and adamw.total_bytes == 8 * plan.weights.num_trainable + 4
-    assert set(plan.to_dict()["optimizers"][0]) == set(plan.to_dict()["optimizers"][-1])
-    assert len(plan.optimizers) == len(OPTIMIZERS) + len(BASELINES)
+    assert [row.name for row in plan.optimizers] == [*OPTIMIZERS, *BASELINES]
+    for row in plan.optimizers[: len(OPTIMIZERS)]:
+        assert row.state.component_bytes == {"dense": 8 * plan.weights.num_trainable}
+        assert row.compressed_bytes_per_parameter is None and row.problem is None
+    assert plan["adamw_fp32"].state.total_bytes == 8 * plan.weights.num_trainable + 4
 
 
 def test_the_layout_of_the_plan() -> None:

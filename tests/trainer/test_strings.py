@@ -1,39 +1,38 @@
+"""The optimizers as strings of transformers: `optim` wherever it is taken, and what `optim_args` and its fields set."""
+
 from __future__ import annotations
 
 import copy
 import importlib
-import importlib.metadata
 import json
 import pickle
-import subprocess
 import sys
 import types
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
-from packaging.requirements import Requirement
 from transformers import HfArgumentParser, Trainer, TrainingArguments, trainer_optimizer
 from transformers import trainer as transformers_trainer
 from transformers.training_args import OptimizerNames
+from transformers.utils.generic import ExplicitEnum
 
 import hf_lowmem_optim
-from hf_lowmem_optim import OPTIMIZERS, OptimizerFactory, register_optimizer_strings
+from hf_lowmem_optim import OPTIMIZERS, LDAdam, OptimizerFactory, register_optimizer_strings
+from hf_lowmem_optim.engine.method import Method
+from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
+from hf_lowmem_optim.engine.options import COUNT, Options, option
 from hf_lowmem_optim.trainer import import_hook, strings
 from hf_lowmem_optim.trainer.attachment import UnsupportedTransformersError
-from tests.trainer.runs import make_trainer
-from tests.trainer.tiny_models import tiny_llama
-
-REPOSITORY = Path(__file__).parents[2]
+from hf_lowmem_optim.trainer.optim_args import parse_optim_args
+from tests.trainer.runs import make_trainer, run_python
 
 
 def python(code: str, *arguments: str) -> str:
-    """Run code in a fresh interpreter, from the root of the repository, and return what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
+    """Run code in a fresh interpreter and return what it printed."""
+    done = run_python("-c", code, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -45,7 +44,8 @@ class Extended(TrainingArguments):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_string_works_wherever_transformers_takes_one(name: str, tmp_path: Path) -> None:
-    args = TrainingArguments(str(tmp_path), optim=name, max_grad_norm=0, report_to=[])
+    settings = {"learning_rate": 3e-4, "weight_decay": 0.1, "max_grad_norm": 0}
+    args = TrainingArguments(str(tmp_path), optim=name, report_to=[], **settings)
     assert args.optim == name
     assert isinstance(args.optim, OptimizerNames)
     assert TrainingArguments(str(tmp_path), report_to=[]).set_optimizer(name=name, args="beta1=0.5").optim is args.optim
@@ -55,15 +55,16 @@ def test_string_works_wherever_transformers_takes_one(name: str, tmp_path: Path)
         assert parsed.optim is args.optim
     assert json.loads(args.to_json_string())["optim"] == args.to_dict()["optim"] == name
     assert args.to_sanitized_dict()["optim"] == name
-    (from_file,) = HfArgumentParser(TrainingArguments).parse_dict(
-        {"output_dir": str(tmp_path), "optim": args.to_dict()["optim"]}
-    )
+    written = {"output_dir": str(tmp_path), "optim": args.to_dict()["optim"]}
+    (from_file,) = HfArgumentParser(TrainingArguments).parse_dict(written)
     assert from_file.optim is args.optim
     for twin in (copy.deepcopy(args), pickle.loads(pickle.dumps(args))):
         assert twin.optim is args.optim
     chosen, keywords = Trainer.get_optimizer_cls_and_kwargs(args)
     assert isinstance(chosen, OptimizerFactory)
-    assert keywords == {}
+    assert (chosen.name, keywords) == (name, {})
+    defaults = chosen.optimizer_class.method.options.defaults()
+    assert {**defaults, **chosen.hyper} == {**defaults, "lr": 3e-4, "weight_decay": 0.1}
 
 
 def test_registering_again_changes_nothing() -> None:
@@ -87,22 +88,11 @@ def test_what_transformers_itself_refuses_has_its_own_message(tmp_path: Path) ->
     args = TrainingArguments(str(tmp_path), optim="ldadam", optim_args="rank", use_cpu=True)
     with pytest.raises(ValueError, match="not enough values to unpack"):
         Trainer.get_optimizer_cls_and_kwargs(args)
-    args = TrainingArguments(str(tmp_path), optim="ldadam", optim_args="rnak=4", use_cpu=True)
-    with pytest.raises(ValueError, match="has no argument 'rnak'; did you mean 'rank'"):
-        Trainer.get_optimizer_cls_and_kwargs(args)
-
-
-def enum_module(*values: str) -> types.ModuleType:
-    """Stands for `transformers.training_args` with optimizers of these names."""
-    from transformers.utils.generic import ExplicitEnum
-
-    module = types.ModuleType("transformers.training_args")
-    module.OptimizerNames = ExplicitEnum("OptimizerNames", {value.upper(): value for value in values})
-    return module
 
 
 def test_a_value_of_transformers_itself_stays(caplog: pytest.LogCaptureFixture) -> None:
-    module = enum_module("sgd", *OPTIMIZERS)
+    module: Any = types.ModuleType("transformers.training_args")
+    module.OptimizerNames = ExplicitEnum("OptimizerNames", {value.upper(): value for value in ("sgd", *OPTIMIZERS)})
     theirs = module.OptimizerNames("ldadam")
     strings.add_members(module)
     assert module.OptimizerNames("ldadam") is theirs
@@ -131,16 +121,11 @@ assert sys.modules["hf_lowmem_optim.trainer.import_hook"] is not before
 #: Builds a Trainer and checks that what it uses is of the package that is imported now, and there once.
 CHECK = """
 import collections, io, pickle, sys
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 import hf_lowmem_optim, hf_lowmem_optim.trainer.strings
-from tests.trainer.runs import make_trainer
+from tests.trainer.runs import Reporter, make_trainer
 
-class Reporter(TrainerCallback):
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        keys.append([key for key in logs if key.startswith("optimizer_state/total")])
-
-keys = []
-given = {"callbacks": [Reporter(), hf_lowmem_optim.OptimizerStateMemoryCallback]}
+given = {"callbacks": [reporter := Reporter(), hf_lowmem_optim.OptimizerStateMemoryCallback]}
 trainer = make_trainer(sys.argv[1], optim="ldadam", optim_args="rank=4", max_steps=1, given=given)
 kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
 names = collections.Counter(kind.__name__ for kind in kinds)
@@ -149,7 +134,7 @@ ours = [kind for kind in kinds if kind.__module__.startswith("hf_lowmem_optim")]
 assert len(ours) == 3
 assert all(getattr(sys.modules[kind.__module__], kind.__name__) is kind for kind in ours)
 trainer.train()
-assert len(keys) == 2 and all(keys), keys
+assert len(reporter.seen) == 2 and all("optimizer_state/total_bytes" in logs for logs in reporter.seen), reporter.seen
 assert type(trainer.optimizer.optimizer) is hf_lowmem_optim.LDAdam
 factory, keywords = Trainer.get_optimizer_cls_and_kwargs(trainer.args)
 assert type(factory) is hf_lowmem_optim.OptimizerFactory and keywords == {}
@@ -165,6 +150,7 @@ assert not [name for name in ("torch", "transformers", "accelerate", "triton", "
 import hf_lowmem_optim.optimizers, hf_lowmem_optim.registry, hf_lowmem_optim.memory.plan
 assert not [name for name in ("transformers", "accelerate", "peft") if name in sys.modules]
 assert set(hf_lowmem_optim.__all__) <= set(dir(hf_lowmem_optim))
+assert all(hasattr(hf_lowmem_optim, name) for name in hf_lowmem_optim.__all__)
 """
 PICKLED = """
 import pickle
@@ -188,8 +174,7 @@ def test_the_order_of_imports_does_not_matter_nor_their_number(code: str, tmp_pa
     python(code, str(tmp_path))
 
 
-def test_public_names_are_there() -> None:
-    assert [name for name in hf_lowmem_optim.__all__ if not hasattr(hf_lowmem_optim, name)] == []
+def test_a_misspelt_name_is_no_attribute() -> None:
     with pytest.raises(AttributeError, match="no attribute 'LDAdamm'"):
         _ = hf_lowmem_optim.LDAdamm
 
@@ -209,40 +194,109 @@ for path in sys.argv[1:]:
     assert printed.split() == ["ldadam", "rank=4"] * 2
 
 
-def test_trl_configs_and_trainer_take_the_string(tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
-    for requirement in map(Requirement, importlib.metadata.requires("trl") or []):
-        if requirement.name in ("transformers", "accelerate"):
-            installed = importlib.metadata.version(requirement.name)
-            if not requirement.specifier.contains(installed):
-                pytest.skip(f"this TRL needs {requirement}, installed is {installed}")
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+@dataclass(frozen=True)
+class EveryOptions(Options):
+    """Options of every type."""
 
-    words = {word: index for index, word in enumerate(["<pad>", "<eos>", "<unk>", "one", "two", "three"])}
-    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
-    args = trl.SFTConfig(
-        str(tmp_path),
-        optim="ldadam",
-        optim_args="rank=4",
-        max_steps=2,
-        use_cpu=True,
-        bf16=False,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        per_device_train_batch_size=2,
-    )
-    trainer = trl.SFTTrainer(
-        model=tiny_llama(),
-        args=args,
-        train_dataset=datasets.Dataset.from_dict({"text": ["one two three", "three two one"] * 4}),
-        processing_class=tokenizer,
-    )
-    trainer.train()
-    assert {group["rank"] for group in trainer.optimizer.param_groups} == {4, None}
+    size: int = option(3, "A size.", within=COUNT)
+    limit: int | None = option(4, "A limit.", within=COUNT, none="no limit")
+    mode: Literal["a", "b"] = option("a", "A mode.")
+    exact: bool = option(False, "A switch.")
+
+
+class Every(LowMemoryOptimizer):
+    """An optimizer for its options only."""
+
+    method = Method("every", EveryOptions, lambda *_: None, lambda *_: None, switch=("exact", False))
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "text", "expected"),
+    [
+        (LDAdam, None, {}),
+        (LDAdam, "", {}),
+        (LDAdam, "rank=8", {"rank": 8}),
+        (LDAdam, "rank=none", {"rank": None}),
+        (LDAdam, " rank = 8 , rho=.5 ", {"rank": 8, "rho": 0.5}),
+        (LDAdam, "beta1=0.9,beta2=0.999", {"beta1": 0.9, "beta2": 0.999}),
+        (LDAdam, "error_feedback=none", {"error_feedback": "none"}),
+        (Every, "size=2,limit=None,mode=b,exact=True", {"size": 2, "limit": None, "mode": "b", "exact": True}),
+        (Every, "exact=false", {"exact": False}),
+    ],
+)
+def test_values_are_typed(
+    optimizer_class: type[LowMemoryOptimizer], text: str | None, expected: dict[str, Any]
+) -> None:
+    parsed = parse_optim_args(text, optimizer_class)
+    assert parsed == expected
+    assert [type(value) for value in parsed.values()] == [type(value) for value in expected.values()]
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "text", "message"),
+    [
+        (LDAdam, "rnak=4", "has no argument 'rnak'; did you mean 'rank'"),
+        (LDAdam, "beta3=0.4", "did you mean 'beta"),
+        (LDAdam, "rank=x", "rank='x' is not an int or none"),
+        (LDAdam, "rank=8.5", "rank='8.5' is not an int or none"),
+        (LDAdam, "rank=", "rank='' is not an int or none"),
+        (LDAdam, "rho=much", "rho='much' is not a float"),
+        (LDAdam, "rank", "'rank' is not of the form key=value"),
+        (LDAdam, "rank=4,", "'' is not of the form key=value"),
+        (LDAdam, "rank=4=5", "'rank=4=5' is not of the form key=value"),
+        (LDAdam, "rank=4,rho=0.5,rank=8", "'rank' is given twice"),
+        (LDAdam, "error_feedback=fp64", "not one of param, fp32, bf16, 8bit, 4bit, grad, none"),
+        (LDAdam, "betas=(0.9,0.99)", "write beta1"),
+        (LDAdam, "lr=1e-3", "TrainingArguments.learning_rate="),
+        (LDAdam, "weight_decay=0.1", "TrainingArguments.weight_decay="),
+        (LDAdam, "eps=1e-6", "TrainingArguments.adam_epsilon="),
+        (LDAdam, "params=1", "has no argument 'params'"),
+        (Every, "exact=maybe", "exact='maybe' is not true or false"),
+        (Every, "beta3=0.9", "has no argument 'beta3'"),
+        (Every, "size=none", "size='none' is not an int"),
+    ],
+)
+def test_what_is_not_understood_is_refused(optimizer_class: type[LowMemoryOptimizer], text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")) as error:
+        parse_optim_args(text, optimizer_class)
+    assert f"optim_args={text!r}" in str(error.value)
+
+
+PAPER = LDAdam.method.options.defaults()
+B1, B2 = PAPER["betas"]
+#: Arguments, and what the optimizer's hyper-parameters must become.
+SOURCES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "nothing set: the paper's": ({}, {"betas": (B1, B2), "eps": PAPER["eps"], "rank": PAPER["rank"]}),
+    "the field's default counts as unset": ({"adam_beta1": 0.9, "adam_beta2": 0.999}, {"betas": (B1, B2)}),
+    "a set field wins": ({"adam_beta1": 0.8, "adam_beta2": 0.95}, {"betas": (0.8, 0.95)}),
+    "one set field": ({"adam_beta2": 0.95}, {"betas": (B1, 0.95)}),
+    "optim_args win over both": ({"adam_beta1": 0.8, "optim_args": "beta1=0.9,beta2=0.999"}, {"betas": (0.9, 0.999)}),
+    "one in optim_args": ({"adam_beta2": 0.95, "optim_args": "beta1=0.9"}, {"betas": (0.9, 0.95)}),
+    "epsilon": ({"adam_epsilon": 1e-6}, {"eps": 1e-6}),
+    "rank": ({"optim_args": "rank=8"}, {"rank": 8}),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_which_value_wins(source: str) -> None:
+    given, expected = SOURCES[source]
+    args = TrainingArguments("out", optim="ldadam", learning_rate=2e-3, weight_decay=0.1, report_to=[], **given)
+    factory = OptimizerFactory.from_training_args(args)
+    hyper = {**factory.optimizer_class.method.options.defaults(), **factory.hyper}
+    expected = {"lr": 2e-3, "weight_decay": 0.1, **expected}
+    assert {key: hyper[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"optim_args": "rank=0"}, "rank=0"),
+        ({"optim_args": "rnak=4"}, "has no argument 'rnak'; did you mean 'rank'"),
+        ({"adam_beta1": 1.0}, "betas"),
+        ({"optim": "adamw_torch"}, "optim='adamw_torch' is not an optimizer of this package"),
+    ],
+)
+def test_wrong_values_are_refused_before_any_model(arguments: dict[str, Any], message: str) -> None:
+    args = TrainingArguments("out", **{"optim": "ldadam", "report_to": [], **arguments})
+    with pytest.raises(ValueError, match=message):
+        OptimizerFactory.from_training_args(args)

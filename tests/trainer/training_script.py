@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import (
-    HfArgumentParser,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+import transformers
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 
 @dataclass
@@ -38,16 +30,15 @@ class NamedOnRankZero(TrainerCallback):
 
 def main() -> None:
     data, args = HfArgumentParser((DataArguments, TrainingArguments)).parse_args_into_dataclasses()
-    set_seed(args.seed)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
-    )
+    transformers.set_seed(args.seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes))
     rows = [{"input_ids": (row := torch.arange(i, i + 16) % 64), "labels": row} for i in range(data.num_rows)]
     callbacks: list[TrainerCallback] = [NamedOnRankZero()]
     if data.callback:
         module, name = data.callback.split(":")
         callbacks.append(getattr(importlib.import_module(module), name)())
-    trainer = Trainer(LlamaForCausalLM(config), args, train_dataset=rows, callbacks=callbacks)
+    trainer = Trainer(model, args, train_dataset=rows, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if data.dump:
         folder = Path(data.dump)
@@ -56,7 +47,6 @@ def main() -> None:
             {
                 "world_size": args.world_size,
                 "wrapped": type(trainer.model_wrapped).__name__,
-                "argv": sys.argv[0],
                 "parameters": dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters()),
                 "optimizer": trainer.optimizer.state_dict(),
                 "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
