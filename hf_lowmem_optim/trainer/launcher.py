@@ -27,7 +27,6 @@ Runs a training script as python would, with the optim strings of this package r
     accelerate launch -m hf_lowmem_optim run SCRIPT [args ...]
     torchrun -m hf_lowmem_optim run SCRIPT [args ...]
 """
-_STARTUP = Path(__file__).with_name("startup")
 _REFUSED = re.compile(r"argument --optim: invalid choice: '([^']*)'")
 
 
@@ -38,8 +37,7 @@ def run_script(argv: Sequence[str]) -> int:
         argv: What follows ``run``: the script or ``-m MODULE``, then its own arguments.
 
     Returns:
-        0 for help, or 2 if there is nothing to run. The script's own exit status where this process cannot be replaced:
-        on Windows, and where a program calls :func:`hf_lowmem_optim.__main__.main`.
+        0 for help, 2 if there is nothing to run; the script's exit status on Windows, or if a program called ``main``.
     """
     target = next(iter(argv[argv[:1] == ["-m"] :]), "")
     if target in ("-h", "--help"):
@@ -78,7 +76,7 @@ def _interpreter_arguments(ours: Sequence[str]) -> list[str] | None:
 
 def _environment() -> dict[str, str]:
     """Return the environment of a run, which all of its processes inherit."""
-    startup, before = str(_STARTUP), os.environ.get("PYTHONPATH")
+    startup, before = str(Path(__file__).with_name("startup")), os.environ.get("PYTHONPATH")
     others = [folder for folder in before.split(os.pathsep) if folder != startup] if before else []
     paths = os.pathsep.join([startup, *others])
     return {**os.environ, "PYTHONPATH": paths, "HF_LOWMEM_OPTIM_RUN": os.path.realpath(sys.prefix)}
@@ -92,7 +90,6 @@ def suggest_names() -> None:
     @functools.wraps(complain)
     def error(self: argparse.ArgumentParser, message: str) -> Any:
         if refused := _REFUSED.match(message):
-            # here, so that a script starts as fast as without us
             from hf_lowmem_optim.engine.options import nearest
             from hf_lowmem_optim.registry import OPTIMIZERS
 

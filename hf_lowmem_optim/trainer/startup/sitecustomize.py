@@ -9,8 +9,7 @@ import os
 import sys
 from importlib.machinery import ModuleSpec, PathFinder
 
-#: …/hf_lowmem_optim/trainer/startup
-FOLDER = __file__.rpartition(os.sep)[0]
+FOLDER = __file__.rpartition(os.sep)[0]  # …/hf_lowmem_optim/trainer/startup
 
 
 class _RunFinder:
