@@ -41,8 +41,7 @@ MAX_REPEATS = 10_000
 #: Fields that may be any number, because nothing has that size; what any other may be at most.
 _NO_SIZE = re.compile(r"seed|theta|base|factor|max_length|param|_ids?$")
 MAX_SIZE = 2**30
-#: Parameters and modules of a model, at most; that many take some seconds to make.
-MAX_PARTS = 50_000
+MAX_PARTS = 50_000  # parameters and modules of a model, which take some seconds to make
 
 
 @dataclass(frozen=True)
