@@ -176,6 +176,7 @@ def test_files_that_are_no_object(content: bytes, outcome: Outcome, tmp_path: Pa
     ("changes", "expected"),
     [
         ({"num_hidden_layers": 10**18}, "'num_hidden_layers': 1000000000000000000"),
+        ({"num_labels": 2**30}, "'num_labels': 1073741824"),
         ({"num_hidden_layers": 10_000}, "more than 50,000 parts"),
         ({"num_attention_heads": 0}, "ZeroDivisionError"),
         ({"head_dim": 10**18}, "'head_dim': 1000000000000000000"),
@@ -191,6 +192,14 @@ def test_sizes_that_no_model_has(changes: dict[str, Any], expected: str, outcome
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**PRESETS["llama-3.2-1b"], "num_hidden_layers": 1, **changes}))
     assert outcome(["plan", str(file)], expected) == 2
+
+
+def test_large_sizes_that_models_have(outcome: Outcome, tmp_path: Path) -> None:
+    """Gemma 3n's vocabulary by layer, Doge's experts, Llama 4's positions, a tokenizer's "no limit"."""
+    large = {"vocab_size_per_layer_input": 262_144, "num_experts": 16_384, "max_position_embeddings": 10_485_760}
+    content = {**PRESETS["llama-3.2-1b"], "num_hidden_layers": 1, **large, "model_max_length": 10**30, "seed": 2**63}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert outcome(["plan", str(tmp_path), "--optim", "ldadam"]) == 0
 
 
 NINES = "9" * 5000

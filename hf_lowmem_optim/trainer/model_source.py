@@ -36,8 +36,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES.update((str(dtype).removeprefix("torch."), dtype) for dtype in list(DTYPES.values()))
 
 #: Fields of a configuration that say how often something is repeated, and how often at most.
-_REPEATS = re.compile(r"(^|_)(layers?|depths?|blocks?|stages?|experts?|heads?)($|_(?!dim|size))")
-MAX_REPEATS = 10_000
+_REPEATS = re.compile(r"(^|_)(layers?|depths?|blocks?|stages?|experts?|heads?|labels|classes)($|_(?!dim|size))")
+MAX_REPEATS = 2**20
 #: Fields that may be any number, because nothing has that size; what any other may be at most.
 _NO_SIZE = re.compile(r"seed|theta|base|factor|max_length|param|_ids?$")
 MAX_SIZE = 2**30
