@@ -135,34 +135,15 @@ def get_entry(optimizer: str | type[LowMemoryOptimizer]) -> OptimizerEntry:
     )
 
 
+_LDADAM, _MICROADAM, _EFCP = "2410.16103 (ICLR 2025)", "2405.15593 (NeurIPS 2024)", "2306.06098 (ICML 2024)"
 for _class, _paper, _summary in (
-    (
-        LDAdam,
-        "arXiv 2410.16103 (ICLR 2025)",
-        "Adam in a low-rank subspace that follows the gradient, with error feedback",
-    ),
-    (
-        MicroAdam,
-        "arXiv 2405.15593 (NeurIPS 2024)",
-        "Adam over a window of Top-K gradients, the rest fed back from a 4-bit error",
-    ),
-    (
-        SparseMFAC,
-        "arXiv 2306.06098 (ICML 2024)",
-        "inverse Fisher matrix (M-FAC) of a window of sparse gradients, with error feedback",
-    ),
-    (
-        LowRankMFAC,
-        "arXiv 2306.06098 (ICML 2024)",
-        "inverse Fisher matrix (M-FAC) of a window of low-rank gradients, with error feedback",
-    ),
-    (
-        SparseGGT,
-        "arXiv 2306.06098 (ICML 2024)",
-        "full-matrix AdaGrad (GGT) over a window of sparse gradients, with error feedback",
-    ),
+    (LDAdam, _LDADAM, "Adam in a low-rank subspace that follows the gradient, with error feedback"),
+    (MicroAdam, _MICROADAM, "Adam over a window of Top-K gradients, the rest fed back from a 4-bit error"),
+    (SparseMFAC, _EFCP, "inverse Fisher matrix (M-FAC) of a window of sparse gradients, with error feedback"),
+    (LowRankMFAC, _EFCP, "inverse Fisher matrix (M-FAC) of a window of low-rank gradients, with error feedback"),
+    (SparseGGT, _EFCP, "full-matrix AdaGrad (GGT) over a window of sparse gradients, with error feedback"),
 ):
-    register_optimizer(_class.method.name, _class, paper=_paper, summary=_summary)
+    register_optimizer(_class.method.name, _class, paper=f"arXiv {_paper}", summary=_summary)
 
 LDAdamLayerwise = layerwise(LDAdam)
 MicroAdamLayerwise = layerwise(MicroAdam)

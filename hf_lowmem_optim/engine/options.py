@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -33,12 +34,17 @@ __all__ = [
     "count_up_to",
     "nearest",
     "option",
+    "shown",
 ]
 
 DenseState = Literal["param", "fp32", "8bit"]
 WeightRounding = Literal["nearest", "stochastic"]
 
 _O = TypeVar("_O", bound="Options")
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 200
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 12
 
 
 @dataclass(frozen=True)
@@ -167,7 +173,9 @@ class Options:
         known = cls.defaults()
         for key in values:
             if key not in known:
-                raise TypeError(f"{owner} has no argument {key!r}{nearest(key, known)} (it has: {', '.join(known)})")
+                raise TypeError(
+                    f"{owner} has no argument {shown(key)}{nearest(key, known)} (it has: {', '.join(known)})"
+                )
         return cls(**{key: as_plain(value) for key, value in values.items()})
 
 
@@ -197,20 +205,31 @@ def check_group_keys(group: Mapping[str, Any], own: Iterable[str], owner: str) -
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return ``"; did you mean 'x'?"`` for the known name closest to ``name``, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    # the time that difflib takes grows with the length, to minutes
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff) if len(name) <= 200 else []
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def shown(value: Any) -> str:
+    """Return ``repr`` of what somebody gave, shortened where it is long or nested deep."""
+    return _SHORT.repr(value)
 
 
 def as_plain(value: Any, *, tensors: bool = True) -> Any:
     """Return a numpy scalar as a Python number: it could be saved, but not loaded with ``weights_only=True``.
 
     Args:
-        value: A value of an option, or several in a tuple or list.
+        value: A value of an option, or several in a tuple or list; no option is nested deeper.
         tensors: Whether tensors of one entry become numbers as well.
     """
-    if isinstance(value, np.generic) or (tensors and isinstance(value, Tensor) and value.numel() == 1):
-        return value.item()
-    return tuple([as_plain(each, tensors=tensors) for each in value]) if isinstance(value, (tuple, list)) else value
+    if isinstance(value, (tuple, list)):
+        return tuple([_number(each, tensors) for each in value])
+    return _number(value, tensors)
+
+
+def _number(value: Any, tensors: bool) -> Any:
+    is_number = isinstance(value, np.generic) or (tensors and isinstance(value, Tensor) and value.numel() == 1)
+    return value.item() if is_number else value
 
 
 def _check(name: str, value: Any, kind: Any, metadata: Mapping[str, Any]) -> None:
@@ -219,13 +238,13 @@ def _check(name: str, value: Any, kind: Any, metadata: Mapping[str, Any]) -> Non
         choices = get_args(kind)
         if isinstance(value, bool) or value not in choices:
             hint = nearest(value, map(str, choices)) if isinstance(value, str) else ""
-            raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}{hint}")
+            raise ValueError(f"{name}={shown(value)} is not one of {', '.join(map(repr, choices))}{hint}")
     elif kind is bool:
         if not isinstance(value, bool):
-            raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it must be True or False")
+            raise TypeError(f"{name}={shown(value)} is a {type(value).__name__}; it must be True or False")
     elif get_origin(kind) is tuple:
         if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != len(get_args(kind)):
-            raise TypeError(f"{name}={value!r} must be two floats in [0, 1), for example betas=(0.9, 0.99)")
+            raise TypeError(f"{name}={shown(value)} must be two floats in [0, 1), for example betas=(0.9, 0.99)")
         for index, number in enumerate(value):
             check_number(f"{name}[{index}]", number, metadata["within"])
     elif not (value is None and metadata["none"] is not None):
@@ -237,8 +256,8 @@ def check_number(name: str, value: Any, within: Range, none: str | None = None) 
     expected = within.text if none is None else f"{within.text}, or None ({none})"
     kinds = (int,) if within.text.startswith("an int") else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it must be {expected}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}={value!r} is not finite; it must be {expected}")
-    if not within.contains(value):
-        raise ValueError(f"{name}={value!r} is out of range; it must be {expected}")
+        raise TypeError(f"{name}={shown(value)} is a {type(value).__name__}; it must be {expected}")
+    if not isinstance(value, int) and not math.isfinite(value):
+        raise ValueError(f"{name}={shown(value)} is not finite; it must be {expected}")
+    if not within.contains(value) or value >= 2**63:  # which no tensor can have, nor a float64 exactly
+        raise ValueError(f"{name}={shown(value)} is out of range; it must be {expected}")

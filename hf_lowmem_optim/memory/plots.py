@@ -62,7 +62,7 @@ def plot_report(report: Mapping[str, Any], path: str | Path) -> None:
         ImportError: matplotlib is not installed.
     """
     pyplot = _pyplot()
-    predicted, measured = report["predicted"], report["measured"]
+    predicted, measured = report.get("predicted"), report["measured"]
     stacks = {} if predicted is None else {"predicted": predicted["component_bytes"]}
     stacks |= {
         "measured": measured["component_bytes"],
@@ -124,7 +124,7 @@ def _draw_stacks(axes: Any, stacks: Mapping[str, Mapping[str, int]]) -> None:
     for bar, total in starts.items():
         _note(axes, format_bytes(total), (total / unit, bar), (5, 0), va="center", bbox=box)
     axes.invert_yaxis()
-    axes.set_xlim(0, max(starts.values()) / unit * 1.1)
+    axes.set_xlim(0, max(*starts.values(), 1) / unit * 1.1)
     axes.set_xlabel(unit_name)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9, frameon=False)
@@ -137,7 +137,12 @@ def _note(axes: Any, text: str, place: tuple[float, float | str], offset: tuple[
 
 def _draw_curve(axes: Any, history: Sequence[Mapping[str, Any]], keys: Mapping[str, str], title: str) -> None:
     """Draw logged values over the steps, a line per key that occurs."""
-    lines = {label: [(e["step"], e[key]) for e in history if key in e and "step" in e] for key, label in keys.items()}
+    pairs = {label: [(e.get("step"), e.get(key)) for e in history] for key, label in keys.items()}
+    # NaN leaves a gap; text and numbers beyond every axis have no place
+    lines = {
+        label: [pair for pair in points if all(isinstance(x, (int, float)) and not abs(x) > 1e300 for x in pair)]
+        for label, points in pairs.items()
+    }
     drawn = {label: points for label, points in lines.items() if points}
     for label, points in drawn.items():
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3 if len(points) > 40 else 5, label=label)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,9 @@ from torch.optim import Optimizer
 
 from hf_lowmem_optim.engine.backward import Layerwise
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
+from hf_lowmem_optim.engine.options import shown
 from hf_lowmem_optim.memory.byte_sizes import format_bytes
+from hf_lowmem_optim.memory.json_file import check_shape, read_json
 from hf_lowmem_optim.memory.measure import StateReport, measure_state, unwrap_optimizer
 from hf_lowmem_optim.memory.plan_table import align
 from hf_lowmem_optim.memory.step_memory import StepMemory
@@ -21,6 +22,21 @@ __all__ = ["REPORT_NAME", "REPORT_SCHEMA", "build_report", "load_report", "repor
 
 REPORT_NAME = "optimizer_state_report.json"
 REPORT_SCHEMA = "hf-lowmem-optim/report/1"
+
+_STATE = {"total_bytes": int, "component_bytes": {str: int}, "dtype_bytes": {str: int}}
+_SHAPE = {
+    "optimizer": str,
+    "settings": {str: (str, int, float, type(None))},
+    "num_parameters": int,
+    "adamw_fp32_bytes": int,
+    "predicted?": _STATE,
+    "measured": {**_STATE, "group_bytes": [int], "in_gradient_bytes?": int},
+    "this_process_bytes": int,
+    "groups": [{"num_parameters": int, "description": str}],
+    "gradients?": {"peak_bytes": int, "all_bytes": int},
+    "step_memory?": {"device": str, "peak_bytes?": int, "process_rss_bytes?": int},
+    "log_history": [dict],
+}
 
 
 def build_report(
@@ -65,19 +81,20 @@ def load_report(path: Path) -> dict[str, Any]:
             f"{str(file)!r} does not exist; train with callbacks=[OptimizerStateMemoryCallback()], which writes it to "
             "output_dir at the end of training"
         )
-    try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{str(file)!r} is not valid JSON: {error}") from error
+    report = read_json(file)
     loaded: dict[str, Any] = report if isinstance(report, dict) else {}
     if (schema := loaded.get("schema")) != REPORT_SCHEMA:
-        raise ValueError(f"{str(file)!r} has schema {schema!r}; this version reads {REPORT_SCHEMA!r}")
+        raise ValueError(f"{shown(str(file))} has schema {shown(schema)}; this version reads {REPORT_SCHEMA!r}")
+    check_shape(report, _SHAPE, f"{shown(str(file))} is no report")
+    groups, sizes = (len(values) for values in (report["groups"], report["measured"]["group_bytes"]))
+    if groups != sizes:
+        raise ValueError(f"{shown(str(file))} is no report: it has {groups} groups and the bytes of {sizes}")
     return loaded
 
 
 def report_text(report: Mapping[str, Any]) -> str:
     """Write a report for people to read."""
-    measured, predicted = report["measured"], report["predicted"]
+    measured, predicted = report["measured"], report.get("predicted")
     planned, found = None if predicted is None else predicted["component_bytes"], measured["component_bytes"]
     rows = [("component", "predicted", "measured")]
     for component in dict.fromkeys([*(planned or {}), *found]):
@@ -98,11 +115,11 @@ def report_text(report: Mapping[str, Any]) -> str:
         lines.append(f"  group {number}: {size} ({group['description']})")
     if report["this_process_bytes"] != measured["total_bytes"]:
         lines.append(f"  sharded: {format_bytes(report['this_process_bytes'])} of it in the main process")
-    if report["gradients"] is not None:
+    if report.get("gradients") is not None:
         peak, everything = (format_bytes(report["gradients"][key]) for key in ("peak_bytes", "all_bytes"))
         lines.append(f"  gradients: at most {peak} at once, of {everything} in all (layer-wise)")
-    if (memory := report["step_memory"]) is not None:
-        lines.append(f"  {_step_memory_text(**memory)}")
+    if (memory := report.get("step_memory")) is not None:
+        lines.append(f"  {_step_memory_text(memory)}")
     return "\n".join(lines)
 
 
@@ -121,12 +138,12 @@ def _row(name: str, planned: int | None, found: int) -> tuple[str, str, str]:
     return name, format_bytes(planned), format_bytes(found) + ("" if planned == found else f" ({found - planned:+,} B)")
 
 
-def _step_memory_text(device: str, peak_bytes: int | None, process_rss_bytes: int | None) -> str:
-    if process_rss_bytes is not None:
-        return f"resident memory of the process after a step: {format_bytes(process_rss_bytes)}"
-    if peak_bytes is None:
-        return f"{device}: no step went beyond what the process had taken before"
-    return f"{device}: at most {format_bytes(peak_bytes)} allocated during step()"
+def _step_memory_text(memory: Mapping[str, Any]) -> str:
+    if (resident := memory.get("process_rss_bytes")) is not None:
+        return f"resident memory of the process after a step: {format_bytes(resident)}"
+    if (peak := memory.get("peak_bytes")) is None:
+        return f"{memory['device']}: no step went beyond what the process had taken before"
+    return f"{memory['device']}: at most {format_bytes(peak)} allocated during step()"
 
 
 def _describe_group(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from hf_lowmem_optim.engine.options import shown
+
 __all__ = ["Processes", "WeightReport", "nf4_bytes", "plan_weights"]
 
 SHARDINGS = ("ddp", "fsdp")
@@ -29,7 +31,7 @@ class Processes:
         if self.gpus < 1:
             raise ValueError(f"gpus={self.gpus} must be 1 or more")
         if self.sharding not in SHARDINGS:
-            raise ValueError(f"sharding={self.sharding!r} is not one of {', '.join(map(repr, SHARDINGS))}")
+            raise ValueError(f"sharding={shown(self.sharding)} is not one of {', '.join(map(repr, SHARDINGS))}")
 
     @property
     def num_shards(self) -> int:

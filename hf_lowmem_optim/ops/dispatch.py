@@ -190,15 +190,16 @@ def _loaded(backend: Backend) -> str | None:
         missing = False
     if missing:
         return f"{package} is not installed"
-    try:
-        importlib.import_module(f"{__package__}.{backend}")
-    except ImportError as error:
-        logger.warning(
-            "%s is installed but cannot be imported (%s): the optimizers compute with plain torch, which is slower",
-            package,
-            error,
-        )
-        return f"{package} cannot be imported ({error})"
+    # a package may fail in any way, such as OSError for a library that cannot be loaded; our own versions may not
+    for module, failures in ((package, Exception), (f"{__package__}.{backend}", ImportError)):
+        try:
+            importlib.import_module(module)
+        except failures as error:
+            logger.warning(
+                "%s is installed but cannot be imported (%s): the optimizers compute with plain torch, which is slower",
+                *(package, error),
+            )
+            return f"{package} cannot be imported ({error})"
     return None
 
 

@@ -5,7 +5,7 @@ A source is a preset, a directory with a ``config.json``, such a file, a transfo
 
 from __future__ import annotations
 
-import json
+import itertools
 import logging
 import re
 import warnings
@@ -17,13 +17,15 @@ from typing import Any, cast
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from torch.nn.modules import module as registration
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from hf_lowmem_optim.engine.options import nearest
+from hf_lowmem_optim.engine.options import nearest, shown
+from hf_lowmem_optim.memory.json_file import check_shape, read_json
+from hf_lowmem_optim.trainer.param_groups import compile_regex
 from hf_lowmem_optim.trainer.presets import PRESETS
 
 __all__ = ["ModelOptions", "OpenedModel", "open_model"]
@@ -32,6 +34,14 @@ Source = str | Path | PreTrainedConfig | nn.Module
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES.update((str(dtype).removeprefix("torch."), dtype) for dtype in list(DTYPES.values()))
+
+#: Fields of a configuration that say how often something is repeated, and how often at most.
+_REPEATS = re.compile(r"(^|_)(layers?|depths?|blocks?|stages?|experts?|heads?|labels|classes)($|_(?!dim|size))")
+MAX_REPEATS = 2**20
+#: Fields that may be any number, because nothing has that size; what any other may be at most.
+_NO_SIZE = re.compile(r"seed|theta|base|factor|max_length|param|_ids?$")
+MAX_SIZE = 2**30
+MAX_PARTS = 50_000  # parameters and modules of a model, which take some seconds to make
 
 
 @dataclass(frozen=True)
@@ -50,13 +60,13 @@ class LoraOptions:
             if key not in ("r", "target") or not value or key in values:
                 hint = nearest(key, ("r", "target"))
                 raise ValueError(
-                    f"lora={text!r}: {entry.strip()!r} is not r=… or target=…, once each{hint}; "
+                    f"lora={shown(text)}: {shown(entry.strip())} is not r=… or target=…, once each{hint}; "
                     "write for example r=16,target=all-linear or r=8,target=q_proj+v_proj"
                 )
             values[key] = value
         rank = values.get("r", "8")
-        if not rank.isdigit() or int(rank) < 1:
-            raise ValueError(f"lora={text!r}: r={rank!r} must be an int ≥ 1")
+        if not re.fullmatch("0*[1-9][0-9]{0,17}", rank):
+            raise ValueError(f"lora={shown(text)}: r={shown(rank)} must be an int ≥ 1")
         return cls(int(rank), tuple(map(str.strip, values.get("target", "all-linear").split("+"))))
 
     def __str__(self) -> str:
@@ -85,11 +95,13 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}{nearest(self.dtype, DTYPES)}")
+            raise ValueError(
+                f"dtype={shown(self.dtype)} is not one of {', '.join(DTYPES)}{nearest(self.dtype, DTYPES)}"
+            )
         if isinstance(self.freeze, str):
-            raise TypeError(f"freeze={self.freeze!r} must be a list of names, for example [{self.freeze!r}]")
+            raise TypeError(f"freeze={shown(self.freeze)} must be a list of names, for example [{shown(self.freeze)}]")
         if self.quantize not in (None, "4bit"):
-            raise ValueError(f"quantize={self.quantize!r} is not supported; the choice is '4bit'")
+            raise ValueError(f"quantize={shown(self.quantize)} is not supported; the choice is '4bit'")
         if self.quantize and not self.lora:
             raise ValueError("quantize='4bit' needs lora as well: weights in 4 bits cannot be trained")
         if self.lora:
@@ -135,6 +147,8 @@ def open_model(source: Source, options: ModelOptions) -> OpenedModel:
         lora = LoraOptions.parse(options.lora)
         model = _add_lora(model, lora)
         words.append(f"LoRA {lora}")
+    if not any(parameter.numel() for parameter in model.parameters() if parameter.requires_grad):
+        raise ValueError(f"{name!r} describes a model without anything to train")
     if quantized:
         words.append(f"{len(quantized)} frozen linear layers in 4 bits")
     return OpenedModel(model, name, ", ".join(words), quantized)
@@ -149,8 +163,11 @@ def _add_lora(model: nn.Module, options: LoraOptions) -> nn.Module:
     everything = options.targets == ("all-linear",)
     if not everything:
         _check_targets(model, options.targets)
+    largest = max(size for parameter in model.parameters() for size in (1, *parameter.shape))
+    if options.r > largest:
+        raise ValueError(f"lora r={options.r} is more than any matrix of {type(model).__name__} can use: {largest}")
     config = LoraConfig(r=options.r, target_modules="all-linear" if everything else list(options.targets))
-    with warnings.catch_warnings():
+    with torch.device("meta"), warnings.catch_warnings():
         # about Conv1D's layout, which changes no size
         warnings.simplefilter("ignore")
         try:
@@ -166,7 +183,7 @@ def _check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             ends = {name.rpartition(".")[2] for name in names if not re.search(r"\.\d+$", name)}
             raise ValueError(
-                f"lora target={target!r} matches no module of {type(model).__name__}{nearest(target, ends)}"
+                f"lora target={shown(target)} matches no module of {type(model).__name__}{nearest(target, ends)}"
             )
 
 
@@ -188,13 +205,11 @@ def _read_config(source: Any) -> tuple[PreTrainedConfig, str]:
         path = path / "config.json"
     elif not path.is_file():
         raise FileNotFoundError(
-            f"{str(source)!r} is neither a file, nor a directory, nor a preset{nearest(str(source).lower(), PRESETS)} "
-            f"(presets: {', '.join(PRESETS)})"
+            f"{shown(str(source))} is neither a file, nor a directory, nor a preset"
+            f"{nearest(str(source).lower(), PRESETS)} (presets: {', '.join(PRESETS)})"
         )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{str(path)!r} is not valid JSON: {error}") from error
+    content = read_json(path)
+    _check_sizes(content, repr(str(path)))
     return _config_from_dict(content, str(path)), str(source)
 
 
@@ -205,7 +220,7 @@ def _config_from_dict(content: Any, where: str) -> PreTrainedConfig:
     kind = content["model_type"]
     if kind not in CONFIG_MAPPING:
         raise ValueError(
-            f"{where!r} has model_type={kind!r}, which transformers {transformers.__version__} does not "
+            f"{where!r} has model_type={shown(kind)}, which transformers {transformers.__version__} does not "
             f"know{nearest(kind, CONFIG_MAPPING.keys())}. Build the model yourself and plan for it: plan_memory(model)"
         )
     if content.get("quantization_config"):
@@ -215,8 +230,23 @@ def _config_from_dict(content: Any, where: str) -> PreTrainedConfig:
         )
     try:
         return CONFIG_MAPPING[kind].from_dict(dict(content))
-    except (TypeError, ValueError, AttributeError, KeyError, StrictDataclassError) as error:
-        raise ValueError(f"{where!r} is no valid configuration of {kind!r}: {error}") from error
+    except Exception as error:  # transformers computes with whatever the file holds
+        raise ValueError(f"{where!r} is no valid configuration of {kind!r}: {_in_a_line(error)}") from error
+
+
+def _check_sizes(content: Any, where: str) -> None:
+    """Refuse a number that nobody's model has: transformers makes lists of some, before a model is built."""
+    for key, value in content.items() if isinstance(content, dict) else ():
+        most = MAX_REPEATS if _REPEATS.search(key) else MAX_SIZE
+        for number in value if isinstance(value, list) else (value,):
+            _check_sizes(number, where)
+            if isinstance(number, int) and number > most and not _NO_SIZE.search(key):
+                raise ValueError(f"{where} has {shown(key)}: {shown(number)}, and a plan is for {most:,} at most")
+
+
+def _in_a_line(error: Exception) -> str:
+    """Return another library's message as one line."""
+    return shown(f"{type(error).__name__}: {' '.join(str(error).split())}")[1:-1]
 
 
 def _own_dtype(config: PreTrainedConfig) -> torch.dtype:
@@ -230,15 +260,16 @@ def _build(config: PreTrainedConfig, dtype: torch.dtype, name: str) -> PreTraine
     model_class = _model_class(config, name)
     try:
         with _building(dtype):
-            model: PreTrainedModel = model_class(config)
-    except (TypeError, ValueError, AttributeError, KeyError, ZeroDivisionError, RuntimeError) as error:
-        raise ValueError(f"{name!r} cannot be built as {model_class.__name__}: {error}") from error
-    return model
+            return model_class(config)
+    except Exception as error:  # as above
+        raise ValueError(f"{name!r} cannot be built as {model_class.__name__}: {_in_a_line(error)}") from error
 
 
 def _model_class(config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:
     """Return the class in ``architectures``, else the one for training the bare model type."""
-    for architecture in getattr(config, "architectures", None) or ():
+    architectures = getattr(config, "architectures", None) or []
+    check_shape(architectures, [str], f"architectures of {name!r}")
+    for architecture in architectures:
         found = getattr(transformers, architecture, None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
             return found
@@ -263,11 +294,21 @@ def _building(dtype: torch.dtype) -> Iterator[None]:
     before, level = torch.get_default_dtype(), log.level
     torch.set_default_dtype(dtype)
     log.setLevel(logging.ERROR)
+    parts = itertools.count(1)
+
+    def count(*_: Any) -> None:
+        if next(parts) > MAX_PARTS:
+            raise ValueError(f"it has more than {MAX_PARTS:,} parts, which a plan takes too long for")
+
+    handles = [registration.register_module_parameter_registration_hook(count)]
+    handles.append(registration.register_module_module_registration_hook(count))
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        for handle in handles:
+            handle.remove()
         torch.set_default_dtype(before)
         log.setLevel(level)
 
@@ -277,22 +318,19 @@ def _freeze(model: nn.Module, entries: Sequence[str]) -> int:
     named = dict(model.named_parameters())
     frozen = set()
     for entry in entries:
-        try:
-            whole = re.compile(entry)
-        except re.error as error:
-            raise ValueError(f"freeze={entry!r} is not a valid regex: {error}") from error
+        whole = compile_regex(entry, "freeze")
         matching = {name for name in named if f".{entry}." in f".{name}." or whole.fullmatch(name)}
         if not matching:
             words = {word for name in named for word in name.split(".") if not word.isdigit()}
             raise ValueError(
-                f"freeze={entry!r} matches no parameter of {type(model).__name__}{nearest(entry, words)} "
+                f"freeze={shown(entry)} matches no parameter of {type(model).__name__}{nearest(entry, words)} "
                 f"(names are like {next(iter(named))!r})"
             )
         frozen |= matching
     for name in frozen:
         named[name].requires_grad_(False)
     if len(frozen) == len(named):
-        raise ValueError(f"freeze={list(entries)} leaves no parameter of {type(model).__name__} to train")
+        raise ValueError(f"freeze={shown(list(entries))} leaves no parameter of {type(model).__name__} to train")
     return len(frozen)
 
 

@@ -20,7 +20,7 @@ import types
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
-from hf_lowmem_optim.engine.options import nearest
+from hf_lowmem_optim.engine.options import nearest, shown
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -59,9 +59,7 @@ def hyperparameters_from_training_args(
 
 
 def hyperparameters_from_text(
-    text: str | None,
-    optimizer_class: type[LowMemoryOptimizer],
-    betas: tuple[float | None, float | None] = (None, None),
+    text: str | None, optimizer_class: type[LowMemoryOptimizer], betas: tuple[float | None, float | None] = (None, None)
 ) -> dict[str, Any]:
     """Collect the hyper-parameters that ``optim_args`` sets, as keyword arguments for ``OptimizerFactory``.
 
@@ -94,7 +92,7 @@ def parse_optim_args(text: str | None, optimizer_class: type[LowMemoryOptimizer]
     """
     options = optimizer_class.method.options.types()
     allowed = {key: kind for key, kind in {**options, **_MORE}.items() if key != "betas" and key not in _FIELDS}
-    where = f"optim_args={text!r}"
+    where = f"optim_args={shown(text)}"
     parsed: dict[str, Any] = {}
     for entry in (text or "").split(",") if (text or "").strip() else []:
         key, separator, value = (part.strip() for part in entry.partition("="))
@@ -103,12 +101,12 @@ def parse_optim_args(text: str | None, optimizer_class: type[LowMemoryOptimizer]
         if not separator or not key or "=" in value:
             counts = [key for key, kind in allowed.items() if _without_none(kind) is int]
             example = f"{counts[0]}=8" if counts else "beta1=0.9"
-            raise ValueError(f"{where}: {entry.strip()!r} is not of the form key=value, such as {example}")
+            raise ValueError(f"{where}: {shown(entry.strip())} is not of the form key=value, such as {example}")
         if key in _FIELDS:
             raise ValueError(f"{where}: set {key} with TrainingArguments({_FIELDS[key]}=…), not in optim_args")
         if key not in allowed:
             raise ValueError(
-                f"{where}: {optimizer_class.__name__} has no argument {key!r}{nearest(key, allowed)} "
+                f"{where}: {optimizer_class.__name__} has no argument {shown(key)}{nearest(key, allowed)} "
                 f"(optim_args may set: {', '.join(allowed)})"
             )
         if key in parsed:
@@ -116,7 +114,7 @@ def parse_optim_args(text: str | None, optimizer_class: type[LowMemoryOptimizer]
         try:
             parsed[key] = _parse(value, allowed[key])
         except (ValueError, KeyError):
-            raise ValueError(f"{where}: {key}={value!r} is not {_describe(allowed[key])}") from None
+            raise ValueError(f"{where}: {key}={shown(value)} is not {_describe(allowed[key])}") from None
     return parsed
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
-from hf_lowmem_optim.trainer.param_groups import COMPRESSED, NOT_WORTH, Placement, matching_modules
+from hf_lowmem_optim.engine.options import shown
+from hf_lowmem_optim.trainer.param_groups import COMPRESSED, NOT_WORTH, Placement, compile_regex, matching_modules
 
 __all__ = ["Overrides", "check_overrides", "check_overrides_apply", "own_settings", "scale_dense_rates"]
 
@@ -38,18 +39,21 @@ def check_overrides(overrides: Any, optimizer_class: type[LowMemoryOptimizer], h
 
     Raises:
         TypeError: They are no mapping of mappings, or a key or a type is wrong.
-        ValueError: An entry is empty, or a value is out of range.
+        ValueError: An entry is empty or no regex, or a value is out of range.
     """
     if overrides is None:
         return
     if not isinstance(overrides, Mapping):
-        raise TypeError(f'overrides={overrides!r} must be a dict such as {{"mlp": {{"lr": 1e-3}}}}')
+        raise TypeError(f'overrides={shown(overrides)} must be a dict such as {{"mlp": {{"lr": 1e-3}}}}')
     for entry, values in overrides.items():
-        where = f"overrides[{entry!r}]"
+        where = f"overrides[{shown(entry)}]"
         if not isinstance(entry, str) or not isinstance(values, Mapping):
-            raise TypeError(f'{where}={values!r}: write a module\'s name and a dict, such as {{"mlp": {{"lr": 1e-3}}}}')
+            raise TypeError(
+                f'{where}={shown(values)}: write a module\'s name and a dict, such as {{"mlp": {{"lr": 1e-3}}}}'
+            )
         if not entry or not values:
-            raise ValueError(f"{where}={values!r} is empty; name a module and what differs for it")
+            raise ValueError(f"{where}={shown(values)} is empty; name a module and what differs for it")
+        compile_regex(entry, where)
         try:
             optimizer_class.method.check({**hyper, **values}, optimizer_class.__name__)
         except (TypeError, ValueError) as error:
@@ -64,14 +68,14 @@ def own_settings(model: nn.Module, overrides: Overrides | None, lr_ratio: float 
     """
     own = OwnSettings()
     for entry, values in (overrides or {}).items():
-        modules = matching_modules(model, [entry], f"overrides[{entry!r}]", lambda m: m.parameters(recurse=False))
+        modules = matching_modules(model, [entry], f"overrides[{shown(entry)}]", lambda m: m.parameters(recurse=False))
         matched = {id(p) for m in modules.values() for p in m.parameters(recurse=False) if p.requires_grad}
         added = matched - own.entries.keys()
         if not added:
-            earlier = ", ".join(map(repr, sorted({own.entries[parameter] for parameter in matched})))
+            earlier = ", ".join(map(shown, sorted({own.entries[parameter] for parameter in matched})))
             raise ValueError(
-                f"overrides[{entry!r}] has no effect: the first entry that matches a module holds, and all that this "
-                f"one matches are taken by {earlier}; put {entry!r} before"
+                f"overrides[{shown(entry)}] has no effect: the first entry that matches a module holds, and all that "
+                f"this one matches are taken by {earlier}; put {shown(entry)} before"
             )
         own.values.update((parameter, dict(sorted(values.items()))) for parameter in added)
         own.entries.update((parameter, entry) for parameter in added)
@@ -135,7 +139,7 @@ def check_overrides_apply(
         found = next(_without_effect(values, concerned, optimizer_class), None)
         if found is not None:
             key, reason = found
-            raise ValueError(f"overrides[{entry!r}]: {key}={values[key]!r} has no effect: {reason}")
+            raise ValueError(f"overrides[{shown(entry)}]: {key}={shown(values[key])} has no effect: {reason}")
 
 
 def _without_effect(

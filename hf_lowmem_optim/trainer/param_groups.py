@@ -17,9 +17,12 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer import Trainer
 from transformers.trainer_utils import check_target_module_exists
 
-from hf_lowmem_optim.engine.options import nearest
+from hf_lowmem_optim.engine.options import nearest, shown
 
-__all__ = ["Placement", "build_param_groups", "matching_modules", "place_parameters"]
+__all__ = ["Placement", "build_param_groups", "compile_regex", "matching_modules", "place_parameters"]
+
+MAX_ENTRY = 10_000
+"""Characters of a name or regex; looking for a much longer one takes minutes."""
 
 TargetModules = str | Sequence[str] | None
 """What TrainingArguments.optim_target_modules may be."""
@@ -141,20 +144,20 @@ def _selected_targets(model: nn.Module, target_modules: str | Sequence[str]) -> 
     entries = [target_modules] if isinstance(target_modules, str) else target_modules
     if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, str) for entry in entries):
         raise TypeError(
-            f"optim_target_modules={target_modules!r} must be a list of module names, a regex or 'all-linear'"
+            f"optim_target_modules={shown(target_modules)} must be a list of module names, a regex or 'all-linear'"
         )
     if isinstance(target_modules, str) and target_modules.replace("_", "-") == "all-linear":
         return _matrix_weights(model)
     if not entries or not all(entries):
         raise ValueError(
-            f"optim_target_modules={target_modules!r} is empty or has an empty entry; name at least one module, or "
-            "leave it unset to compress every linear layer except the output head"
+            f"optim_target_modules={shown(target_modules)} is empty or has an empty entry; name at least one module, "
+            "or leave it unset to compress every linear layer except the output head"
         )
     selected: set[int] = set()
     for entry in entries:
         # transformers' rule: a lone string is a regex for the whole name, an entry of a list may be a part of it.
         pattern = entry if isinstance(target_modules, str) else [entry]
-        matching = matching_modules(model, pattern, f"optim_target_modules={target_modules!r}", _matrices)
+        matching = matching_modules(model, pattern, f"optim_target_modules={shown(target_modules)}", _matrices)
         selected |= {id(p) for module in matching.values() for p in _matrices(module) if p.requires_grad}
     return selected
 
@@ -174,10 +177,8 @@ def matching_modules(
         ValueError: It matches nothing, or nothing that is trained, or is no regex.
     """
     entry = pattern if isinstance(pattern, str) else pattern[0]
-    try:
-        matching = {name: m for name, m in model.named_modules() if name and check_target_module_exists(pattern, name)}
-    except re.error as error:
-        raise ValueError(f"{where}: {entry!r} is not a valid regex: {error}") from error
+    compile_regex(entry, where)
+    matching = {name: m for name, m in model.named_modules() if name and check_target_module_exists(pattern, name)}
     if any(parameter.requires_grad for module in matching.values() for parameter in held(module)):
         return matching
     by_kind: dict[str, str] = {}
@@ -188,14 +189,24 @@ def matching_modules(
     if matching:
         kind = " of two or more dimensions" * (held is _matrices)
         raise ValueError(
-            f"{where}: {entry!r} matches {len(matching)} modules, for example {next(iter(matching))!r}, but none of "
-            f"them holds a trainable parameter{kind} itself; name the layers that do, such as {examples}"
+            f"{where}: {shown(entry)} matches {len(matching)} modules, for example {next(iter(matching))!r}, but none "
+            f"of them holds a trainable parameter{kind} itself; name the layers that do, such as {examples}"
         )
     leaves = {name.rpartition(".")[2] for name, module in model.named_modules() if list(held(module))}
     raise ValueError(
-        f"{where}: {entry!r} matches no module of {type(model).__name__}; a regex must match the whole name of a "
+        f"{where}: {shown(entry)} matches no module of {type(model).__name__}; a regex must match the whole name of a "
         f"module, such as {examples}{nearest(entry, leaves)}"
     )
+
+
+def compile_regex(entry: str, where: str) -> re.Pattern[str]:
+    """Compile what a user wrote, or raise ValueError; ``where`` is what it was given as."""
+    if len(entry) > MAX_ENTRY:
+        raise ValueError(f"{where}: {shown(entry)} has {len(entry):,} characters, of {MAX_ENTRY:,} at most")
+    try:
+        return re.compile(entry)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{where}: {shown(entry)} is not a valid regex: {error}") from error
 
 
 def _matrices(module: nn.Module) -> Iterator[nn.Parameter]:

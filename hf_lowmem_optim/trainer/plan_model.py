@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_lowmem_optim.engine.options import nearest
+from hf_lowmem_optim.engine.options import nearest, shown
 from hf_lowmem_optim.memory.baselines import BASELINES, ParameterFacts, plan_baseline
 from hf_lowmem_optim.memory.budget import BudgetSearch
 from hf_lowmem_optim.memory.byte_sizes import format_bytes, parse_bytes
@@ -78,14 +78,16 @@ def _optimizer_names(optim: str | Sequence[str] | None, optim_args: str | None) 
     known = [*OPTIMIZERS, *BASELINES]
     if optim is None:
         if optim_args:
-            raise ValueError(f"optim_args={optim_args!r} needs optim: say which optimizer they are for")
+            raise ValueError(f"optim_args={shown(optim_args)} needs optim: say which optimizer they are for")
         return known
     names = [optim] if isinstance(optim, str) else list(optim)
     for name in names:
         if name not in known:
-            raise ValueError(f"optim={name!r} cannot be planned{nearest(str(name), known)} ({', '.join(known)})")
+            raise ValueError(f"optim={shown(name)} cannot be planned{nearest(str(name), known)} ({', '.join(known)})")
         if optim_args and name in BASELINES:
-            raise ValueError(f"optim_args={optim_args!r} cannot be given for {name}, a reference with fixed settings")
+            raise ValueError(
+                f"optim_args={shown(optim_args)} cannot be given for {name}, a reference with fixed settings"
+            )
     if not names:
         raise ValueError("optim=[] names no optimizer")
     return names

@@ -92,11 +92,7 @@ def add_callbacks(trainer: ModuleType) -> None:
 
 
 #: What is added to which module of transformers, in the order in which they import each other.
-ADDITIONS = {
-    MEMBERS_MODULE: add_members,
-    HANDLERS_MODULE: add_handlers,
-    TRAINER_MODULE: add_callbacks,
-}
+ADDITIONS = {MEMBERS_MODULE: add_members, HANDLERS_MODULE: add_handlers, TRAINER_MODULE: add_callbacks}
 
 
 def _make_factory(context: Any) -> tuple[Any, dict[str, Any]]:
