@@ -73,7 +73,7 @@ def add_handlers(trainer_optimizer: ModuleType) -> None:
     names = importlib.import_module(MEMBERS_MODULE).OptimizerNames
     for name in OPTIMIZERS:
         if hasattr(names(name), _MARK):
-            handlers[names(name)] = _make_factory
+            handlers[names(name)] = _class_and_arguments
 
 
 def add_callbacks(trainer: ModuleType) -> None:
@@ -99,11 +99,14 @@ ADDITIONS = {
 }
 
 
-def _make_factory(context: Any) -> tuple[Any, dict[str, Any]]:
-    """Handle transformers' ``OptimizerContext``: return a factory and its (no) keyword arguments."""
-    from hf_lowmem_optim.trainer.factory import OptimizerFactory
+def _class_and_arguments(context: Any) -> tuple[Any, dict[str, Any]]:
+    """Handle transformers' ``OptimizerContext``: return a class and its keyword arguments, as its own handlers do.
 
-    return OptimizerFactory.from_training_args(context.args), {}
+    Not a factory, to which the Trainer would not give the groups that it, or a subclass, has made.
+    """
+    from hf_lowmem_optim.trainer.factory import class_and_arguments
+
+    return class_and_arguments(context.args, context.model)
 
 
 def _insert_member(names: Any, name: str) -> Any:

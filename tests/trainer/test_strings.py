@@ -62,8 +62,8 @@ def test_string_works_wherever_transformers_takes_one(name: str, tmp_path: Path)
     for twin in (copy.deepcopy(args), pickle.loads(pickle.dumps(args))):
         assert twin.optim is args.optim
     chosen, keywords = Trainer.get_optimizer_cls_and_kwargs(args)
-    assert isinstance(chosen, OptimizerFactory)
-    assert keywords == {}
+    assert chosen is OPTIMIZERS[name].optimizer_class
+    assert keywords == OptimizerFactory.from_training_args(args).hyper
 
 
 def test_registering_again_changes_nothing() -> None:
@@ -151,8 +151,8 @@ assert all(getattr(sys.modules[kind.__module__], kind.__name__) is kind for kind
 trainer.train()
 assert len(keys) == 2 and all(keys), keys
 assert type(trainer.optimizer.optimizer) is hf_lowmem_optim.LDAdam
-factory, keywords = Trainer.get_optimizer_cls_and_kwargs(trainer.args)
-assert type(factory) is hf_lowmem_optim.OptimizerFactory and keywords == {}
+chosen, keywords = Trainer.get_optimizer_cls_and_kwargs(trainer.args)
+assert chosen is hf_lowmem_optim.LDAdam and keywords["rank"] == 4
 assert pickle.loads(pickle.dumps(trainer.args.optim)) is trainer.args.optim
 finders = [finder for finder in sys.meta_path if type(finder).__name__ == "_PostImportFinder"]
 assert [type(finder) for finder in finders] == [sys.modules["hf_lowmem_optim.trainer.import_hook"]._PostImportFinder]
