@@ -17,7 +17,7 @@ from hf_lowmem_optim.memory.measure import StateReport, measure_state, unwrap_op
 from hf_lowmem_optim.memory.plan_table import align
 from hf_lowmem_optim.memory.step_memory import StepMemory
 
-__all__ = ["REPORT_NAME", "REPORT_SCHEMA", "build_report", "load_report", "report_text"]
+__all__ = ["REPORT_NAME", "REPORT_SCHEMA", "build_report", "load_report", "report_text", "settings_text"]
 
 REPORT_NAME = "optimizer_state_report.json"
 REPORT_SCHEMA = "hf-lowmem-optim/report/1"
@@ -104,6 +104,16 @@ def report_text(report: Mapping[str, Any]) -> str:
     if (memory := report["step_memory"]) is not None:
         lines.append(f"  {_step_memory_text(**memory)}")
     return "\n".join(lines)
+
+
+def settings_text(optimizer: LowMemoryOptimizer) -> str:
+    """Write the options that an optimizer's groups have in a line: every value of each, of the groups in turn."""
+    words = []
+    for key in optimizer.method.options.defaults():
+        # the schedule changes lr itself
+        values = [g.get("initial_lr", g["lr"]) if key == "lr" else g[key] for g in optimizer.param_groups]
+        words.append(f"{key}={' or '.join(dict.fromkeys(map(repr, values)))}")
+    return f"{type(optimizer).__name__} of hf_lowmem_optim with {', '.join(words)}"
 
 
 def _gradients(optimizer: Optimizer) -> dict[str, int] | None:

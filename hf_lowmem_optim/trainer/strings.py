@@ -3,6 +3,7 @@
 ``TrainingArguments`` and ``set_optimizer`` call ``OptimizerNames(value)``, an Enum, and command lines list its members,
 so each name becomes a real member of that Enum; and the Trainer looks the member up in a table of handlers, so each
 gets a handler there. Both are additions, and a value which transformers has or gains itself stays transformers' own.
+A model card, which describes every optimizer by Adam's fields, describes ours by its options.
 Registering again replaces what is there of ours: this package may have been removed from ``sys.modules`` and imported
 anew, and then the functions and classes that were registered first are not those in use.
 """
@@ -18,13 +19,14 @@ from typing import Any
 
 from hf_lowmem_optim.registry import OPTIMIZERS, after_registration
 from hf_lowmem_optim.trainer.attachment import (
+    CARD_MODULE,
     HANDLERS_MODULE,
     MEMBERS_MODULE,
     TRAINER_MODULE,
     UnsupportedTransformersError,
 )
 
-__all__ = ["add_callbacks", "add_handlers", "add_members", "register_optimizer_strings"]
+__all__ = ["add_callbacks", "add_handlers", "add_members", "correct_model_cards", "register_optimizer_strings"]
 
 logger = logging.getLogger(__name__)
 
@@ -91,10 +93,36 @@ def add_callbacks(trainer: ModuleType) -> None:
     defaults[:] = [*others, *ours]
 
 
+def correct_model_cards(modelcard: ModuleType) -> None:
+    """Have ``transformers.modelcard`` say of our optimizers what they used.
+
+    It states ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` for whatever has "adam" in its name.
+    """
+    collect = getattr(modelcard, "extract_hyperparameters_from_trainer", None)
+    if collect is None:  # then it states nothing
+        return
+    original = getattr(collect, _MARK, collect)
+
+    def extract_hyperparameters_from_trainer(trainer: Any) -> Any:
+        from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
+        from hf_lowmem_optim.memory.measure import unwrap_optimizer
+        from hf_lowmem_optim.memory.report import settings_text
+
+        hyperparameters = original(trainer)
+        optimizer = unwrap_optimizer(trainer.optimizer) if trainer.optimizer is not None else None
+        if isinstance(optimizer, LowMemoryOptimizer):
+            hyperparameters["optimizer"] = settings_text(optimizer)
+        return hyperparameters
+
+    setattr(extract_hyperparameters_from_trainer, _MARK, original)
+    modelcard.extract_hyperparameters_from_trainer = extract_hyperparameters_from_trainer  # type: ignore[attr-defined]
+
+
 #: What is added to which module of transformers, in the order in which they import each other.
 ADDITIONS = {
     MEMBERS_MODULE: add_members,
     HANDLERS_MODULE: add_handlers,
+    CARD_MODULE: correct_model_cards,
     TRAINER_MODULE: add_callbacks,
 }
 
