@@ -106,14 +106,16 @@ def report_text(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def settings_text(optimizer: LowMemoryOptimizer) -> str:
-    """Write the options that an optimizer's groups have in a line: every value of each, of the groups in turn."""
-    words = []
-    for key in optimizer.method.options.defaults():
-        # the schedule changes lr itself
-        values = [g.get("initial_lr", g["lr"]) if key == "lr" else g[key] for g in optimizer.param_groups]
-        words.append(f"{key}={' or '.join(dict.fromkeys(map(repr, values)))}")
-    return f"{type(optimizer).__name__} of hf_lowmem_optim with {', '.join(words)}"
+def settings_text(optimizer: Optimizer | None) -> str | None:
+    """Write the options of an optimizer's groups in a line, with every value; None for one of somebody else."""
+    inner = None if optimizer is None else unwrap_optimizer(optimizer)
+    if not isinstance(inner, LowMemoryOptimizer):
+        return None
+    # the schedule changes lr itself
+    groups = [{**group, "lr": group.get("initial_lr", group["lr"])} for group in inner.param_groups]
+    keys = inner.method.options.defaults()
+    words = [f"{key}={' or '.join(dict.fromkeys(repr(group[key]) for group in groups))}" for key in keys]
+    return f"{type(inner).__name__} of hf_lowmem_optim with {', '.join(words)}"
 
 
 def _gradients(optimizer: Optimizer) -> dict[str, int] | None:

@@ -24,7 +24,7 @@ from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.memory.measure import unwrap_optimizer
 from hf_lowmem_optim.trainer.callbacks import add_to_log
 
-__all__ = ["BackwardCallback", "check_backward_arguments"]
+__all__ = ["BackwardCallback", "check_adapters", "check_backward_arguments"]
 
 logger = logging.getLogger(__name__)
 
@@ -63,33 +63,33 @@ def check_backward_arguments(
         )
 
 
-class BackwardCallback(TrainerCallback):
-    """Prepares optimizers, above all those that act during the backward pass.
+def check_adapters(model: nn.Module, who: str) -> None:
+    """Raise ValueError for AdaLoRA, which reads ``param.grad`` after the backward pass, where ``who`` leaves none."""
+    for module in model.modules():
+        configs = getattr(module, "peft_config", None)
+        if isinstance(configs, dict) and any(config.peft_type == "ADALORA" for config in configs.values()):
+            raise ValueError(
+                f"AdaLoRA reads gradients when update_and_allocate() is called, but {who} has used them up by then. "
+                "Use the normal mode, with another error_feedback than 'grad'; or LoRA"
+            )
 
-    ``import hf_lowmem_optim`` adds it to every Trainer.
-    """
+
+class BackwardCallback(TrainerCallback):
+    """Prepares optimizers at the start of a run; ``import hf_lowmem_optim`` adds it to every Trainer."""
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: Any,
-        optimizer: Optimizer | None = None,
-        model: nn.Module | None = None,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: Any, optimizer: Any = None, **given: Any
     ) -> None:
         """Refuse what cannot work, connect the optimizer with accelerate's count of micro-batches, begin a step."""
-        if optimizer is not None and model is not None:
-            # of an earlier Trainer's optimizer, where this Trainer's has none
-            take_over(model.parameters(), unwrap_optimizer(optimizer))
+        if optimizer is not None and "model" in given:
+            take_over(given["model"].parameters(), unwrap_optimizer(optimizer))
         if (inner := _ours(optimizer)) is None:
             return
         inner.restore_hooks()
         if state.global_step > 0 and not any(inner.state.values()):
             logger.warning(
                 "training resumes after step %d, but %s has no state: the checkpoint lacks optimizer.pt or "
-                "scheduler.pt, and the Trainer goes on without both. Moments and errors begin at zero, the learning "
-                "rate at the start of its schedule",
+                "scheduler.pt, and the Trainer begins both anew",
                 *(state.global_step, type(inner).__name__),
             )
         layerwise = inner.method.layerwise

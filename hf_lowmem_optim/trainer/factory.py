@@ -21,7 +21,7 @@ from hf_lowmem_optim.memory.byte_sizes import format_bytes
 from hf_lowmem_optim.memory.plan import plan_optimizer
 from hf_lowmem_optim.memory.plan_table import align
 from hf_lowmem_optim.registry import get_entry
-from hf_lowmem_optim.trainer.backward import check_backward_arguments
+from hf_lowmem_optim.trainer.backward import check_adapters, check_backward_arguments
 from hf_lowmem_optim.trainer.optim_args import hyperparameters_from_training_args
 from hf_lowmem_optim.trainer.overrides import (
     Overrides,
@@ -160,20 +160,13 @@ class OptimizerFactory:
                 f"OptimizerFactory makes its own parameter groups and needs the model, not {type(model).__name__}; "
                 f"for groups of your own call hf_lowmem_optim.{self.optimizer_class.__name__}(groups, ...)"
             )
-        return self._reported(*self.build(model, **hyper))
-
-    @staticmethod
-    def _reported(optimizer: LowMemoryOptimizer, placements: list[Placement]) -> LowMemoryOptimizer:
-        if _is_main_process():
-            _report(optimizer, placements)
-        return optimizer
+        return _reported(*self.build(model, **hyper))
 
     def class_for(self, model: nn.Module) -> type[LowMemoryOptimizer]:
         """Return a class that makes the optimizer for ``model`` from parameter groups of somebody else.
 
-        It is called as a torch optimizer is: with groups, or parameters, and hyper-parameters. Every group stays
-        together with its settings, split into what is compressed and what is not. What it makes is an instance of
-        :attr:`optimizer_class`.
+        Every group keeps its settings, split into what is compressed and what is not. What the class makes is an
+        instance of :attr:`optimizer_class`.
         """
         # a class goes with the next garbage collection; the model must not wait for that
         alive = weakref.ref(model)
@@ -181,7 +174,7 @@ class OptimizerFactory:
         def make(_: type, params: Iterable[Any], **hyper: Any) -> LowMemoryOptimizer:
             if (model := alive()) is None:
                 raise RuntimeError(f"the model that this {self.name} is for is gone")
-            return self._reported(*self.build(model, params, **hyper))
+            return _reported(*self.build(model, params, **hyper))
 
         made = self.optimizer_class
         return type(made.__name__, (made,), {"__new__": make, "__module__": __name__, "__doc__": made.__doc__})
@@ -202,6 +195,8 @@ class OptimizerFactory:
         optimizer_class, method = self.optimizer_class, self.optimizer_class.method
         everyone = vars(method.check({**self.hyper, **hyper}, optimizer_class.__name__))
         check_overrides(self.overrides, optimizer_class, everyone)
+        if method.layerwise or everyone.get("error_feedback") == "grad":
+            check_adapters(model, f"optim={self.name!r}" if method.layerwise else "error_feedback='grad'")
         given = None if params is None else read_groups(params, model, everyone["weight_decay"])
         own = own_settings(model, self.overrides, self.lr_ratio, everyone["lr"], given)
         listed = [*model.parameters(), *(p for group in given or () for _, p in group.params)]
@@ -226,17 +221,15 @@ def class_and_arguments(
     """Return what ``Trainer.get_optimizer_cls_and_kwargs`` does: a class, and its arguments beside parameter groups.
 
     Raises:
-        ValueError: A setting needs the model, and there is none; or what
-            :meth:`OptimizerFactory.from_training_args` refuses.
+        ValueError: A value is wrong, or needs the model, and there is none.
     """
-    factory = OptimizerFactory.from_training_args(args)
+    factory, remedy = OptimizerFactory.from_training_args(args), "call get_optimizer_cls_and_kwargs(args, model)"
     if model is not None:
         return factory.class_for(model), dict(factory.hyper)
-    remedy = "call get_optimizer_cls_and_kwargs(args, model)"
-    for key in ("target_modules", "lr_ratio", "dense_lr_ratio"):
-        if (value := getattr(factory, key)) is not None:
-            where = "optim_target_modules" if key == "target_modules" else key
-            raise ValueError(f"{where}={value!r} cannot be followed without the model; {remedy}")
+    needing = {"optim_target_modules": factory.target_modules, "lr_ratio": factory.lr_ratio}
+    for key, value in {**needing, "dense_lr_ratio": factory.dense_lr_ratio}.items():
+        if value is not None:
+            raise ValueError(f"{key}={value!r} cannot be followed without the model; {remedy}")
     logger.warning(
         "optim=%r without the model: it cannot tell embeddings and the output head from other matrices, and compresses "
         "all that it is given, but for groups with %s=%r. To leave those two dense, %s.",
@@ -259,8 +252,10 @@ def _rule(method: Method, everyone: Mapping[str, Any], parameter: nn.Parameter, 
     return COMPRESSED if sizes[0] < sizes[1] or not method.adam_like else NOT_WORTH
 
 
-def _report(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) -> None:
+def _reported(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) -> LowMemoryOptimizer:
     """Log what went where, and warn where compression was asked for and none came of it."""
+    if not _is_main_process():
+        return optimizer
     (key, off), who = optimizer.method.switch, type(optimizer).__name__
     setting, rules = optimizer.defaults[key], {placement.rule for placement in placements}
     error = " or error_feedback" if "error_feedback" in optimizer.defaults else ""
@@ -281,6 +276,7 @@ def _report(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) -> N
     # At warning level, which Python and transformers show by default; not where transformers is told to be silent.
     if transformers_logging.get_verbosity() <= logging.WARNING:
         logger.warning("%s", _summary(optimizer, placements))
+    return optimizer
 
 
 def _summary(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) -> str:

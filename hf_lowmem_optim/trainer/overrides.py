@@ -27,8 +27,7 @@ class OwnSettings:
 
     values: dict[int, dict[str, Any]] = field(default_factory=dict)
     entries: dict[int, str] = field(default_factory=dict)
-    with_rate: set[int] = field(default_factory=set)
-    """Ids of those whose learning rate an override or a given group sets."""
+    with_rate: set[int] = field(default_factory=set)  # those whose learning rate an override or a given group sets
 
     def with_value(self, key: str, off: Any) -> set[int]:
         """Return ids of the parameters to which an override gives ``key`` a value other than ``off``."""

@@ -6,6 +6,7 @@ or the output head it is dense, unless ``optim_target_modules`` selects it expli
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -65,13 +66,7 @@ class GivenGroup:
 
 
 def read_groups(params: Iterable[Any], model: nn.Module, weight_decay: float) -> list[GivenGroup]:
-    """Read what torch's optimizers take: parameters, with names or without, or groups of them.
-
-    Args:
-        params: Those.
-        model: Has the names of the parameters, where they have none.
-        weight_decay: Weight decay of a group that says nothing about it.
-    """
+    """Read what torch's optimizers take: parameters or groups; the model has names, where they have none."""
     entries, names = list(params), {id(parameter): name for name, parameter in model.named_parameters()}
     groups = []
     for index, group in enumerate(entries if entries and isinstance(entries[0], dict) else [{"params": entries}]):
@@ -101,8 +96,8 @@ def place_parameters(
     Args:
         model: Any module; transformers models may be wrapped (PEFT, DDP) or be parts of it.
         target_modules: ``TrainingArguments.optim_target_modules``: a list of names (of which a part suffices, or a
-            regex), a regex for the whole name, ``"all-linear"``, or None for every linear and convolution weight
-            except embeddings and the output head.
+            regex), also as JSON; the name of layers; a regex for the whole name; ``"all-linear"``; or None for every
+            linear and convolution weight except embeddings and the output head.
         judge: From a targeted parameter and its own settings to its rule: ``"compressed"``, or why it is not.
         own: Settings of single parameters, by id.
         also_targeted: Ids of parameters that are targeted besides.
@@ -150,8 +145,7 @@ def build_param_groups(
 ) -> list[dict[str, Any]]:
     """Turn placements into the optimizer's parameter groups: targeted or dense, with weight decay or without.
 
-    Parameters with the same settings of their own are in groups of their own, behind those without. No group is empty,
-    and none holds parameters of two given ones.
+    Parameters with the same settings of their own are in groups of their own, behind those without. No group is empty.
 
     Args:
         placements: What :func:`place_parameters` returned.
@@ -184,6 +178,7 @@ def _matrix_weights(model: nn.Module) -> set[int]:
 
 def _selected_targets(model: nn.Module, target_modules: str | Sequence[str]) -> set[int]:
     """Return ids of the parameters which ``optim_target_modules`` selects; every entry must select something."""
+    target_modules = _from_command_line(model, target_modules)
     entries = [target_modules] if isinstance(target_modules, str) else target_modules
     if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, str) for entry in entries):
         raise TypeError(
@@ -203,6 +198,21 @@ def _selected_targets(model: nn.Module, target_modules: str | Sequence[str]) -> 
         matching = matching_modules(model, pattern, f"optim_target_modules={target_modules!r}", _matrices)
         selected |= {id(p) for module in matching.values() for p in _matrices(module) if p.requires_grad}
     return selected
+
+
+def _from_command_line(model: nn.Module, target_modules: str | Sequence[str]) -> str | Sequence[str]:
+    """Return the list that a string stands for: JSON, or the bare name of layers that is nothing's whole name."""
+    if not isinstance(target_modules, str):
+        return target_modules
+    if target_modules.startswith('["'):
+        try:
+            listed: list[str] = json.loads(target_modules)
+        except ValueError as error:
+            raise ValueError(f"optim_target_modules={target_modules!r} is not a JSON list of names: {error}") from error
+        return listed
+    modules = dict(model.named_modules())
+    leaves = {name.rpartition(".")[2] for name, module in modules.items() if any(True for _ in _matrices(module))}
+    return [target_modules] if target_modules in leaves - modules.keys() else target_modules
 
 
 def matching_modules(

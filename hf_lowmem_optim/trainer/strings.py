@@ -3,7 +3,6 @@
 ``TrainingArguments`` and ``set_optimizer`` call ``OptimizerNames(value)``, an Enum, and command lines list its members,
 so each name becomes a real member of that Enum; and the Trainer looks the member up in a table of handlers, so each
 gets a handler there. Both are additions, and a value which transformers has or gains itself stays transformers' own.
-A model card, which describes every optimizer by Adam's fields, describes ours by its options.
 Registering again replaces what is there of ours: this package may have been removed from ``sys.modules`` and imported
 anew, and then the functions and classes that were registered first are not those in use.
 """
@@ -104,15 +103,10 @@ def correct_model_cards(modelcard: ModuleType) -> None:
     original = getattr(collect, _MARK, collect)
 
     def extract_hyperparameters_from_trainer(trainer: Any) -> Any:
-        from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
-        from hf_lowmem_optim.memory.measure import unwrap_optimizer
         from hf_lowmem_optim.memory.report import settings_text
 
-        hyperparameters = original(trainer)
-        optimizer = unwrap_optimizer(trainer.optimizer) if trainer.optimizer is not None else None
-        if isinstance(optimizer, LowMemoryOptimizer):
-            hyperparameters["optimizer"] = settings_text(optimizer)
-        return hyperparameters
+        used = settings_text(trainer.optimizer)
+        return original(trainer) | ({} if used is None else {"optimizer": used})
 
     setattr(extract_hyperparameters_from_trainer, _MARK, original)
     modelcard.extract_hyperparameters_from_trainer = extract_hyperparameters_from_trainer  # type: ignore[attr-defined]
@@ -128,10 +122,8 @@ ADDITIONS = {
 
 
 def _class_and_arguments(context: Any) -> tuple[Any, dict[str, Any]]:
-    """Handle transformers' ``OptimizerContext``: return a class and its keyword arguments, as its own handlers do.
-
-    Not a factory, to which the Trainer would not give the groups that it, or a subclass, has made.
-    """
+    """Handle transformers' ``OptimizerContext``: return a class and its keyword arguments, as its own handlers do."""
+    # not a factory, to which the Trainer would not give the groups that it, or a subclass, has made
     from hf_lowmem_optim.trainer.factory import class_and_arguments
 
     return class_and_arguments(context.args, context.model)
