@@ -60,7 +60,7 @@ class BackwardMode:
 
     def __init__(self, host: Host) -> None:
         self._host = weakref.ref(host)
-        self._hooks = GradientHooks(cast("Optimizer", host), self)
+        self.hooks = GradientHooks(cast("Optimizer", host), self)
 
     @property
     def host(self) -> Host:
@@ -82,7 +82,7 @@ class BackwardMode:
 
     def remove_hooks(self) -> None:
         """Go over to the normal mode."""
-        self._hooks.remove()
+        self.hooks.remove()
 
 
 class LayerwiseMode(BackwardMode):
@@ -112,7 +112,7 @@ class LayerwiseMode(BackwardMode):
         refuse_several_processes(f"optim={name!r}", f"use {name.removesuffix('_layerwise')!r}", params)
         before = sum(len(group["params"]) for group in groups[:index])
         self._place_of.update((id(param), (index, place)) for place, param in enumerate(params, before))
-        self._hooks.add(params)
+        self.hooks.add(params)
 
     def on_gradient(self, param: Tensor) -> None:
         """Use a gradient that has just been completed, and free it."""
@@ -128,7 +128,8 @@ class LayerwiseMode(BackwardMode):
                 f"{describe_parameter(param, group)} gets a second gradient in one step, after its update. Several "
                 "backward passes a step need `with optimizer.accumulating():` around all but the last, and step() "
                 "after it; one that failed needs step() as well; a layer used repeatedly under gradient checkpointing "
-                "needs use_reentrant=False"
+                "needs use_reentrant=False. If another optimizer trains the model now, first call remove_hooks() of "
+                f"this older {type(self.host).__name__}"
             )
         if self.accumulating or (self.is_last_micro_batch is not None and not self.is_last_micro_batch()):
             self._put_aside(param, group)

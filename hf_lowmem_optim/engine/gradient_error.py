@@ -62,7 +62,7 @@ class GradientErrors(BackwardMode):
             return
         refuse_several_processes("error_feedback='grad'", _INSTEAD, params)
         self._group_index.update((id(param), index) for param in params)
-        self._hooks.add(params)
+        self.hooks.add(params)
 
     def _keeps_error(self, param: Tensor, group: Mapping[str, Any]) -> bool:
         return group["error_feedback"] == "grad" and self.host.method.compresses(param.shape, group)
@@ -143,7 +143,7 @@ class GradientErrors(BackwardMode):
                 continue
             self._merge(param, self.host._prepared(param, group)[2]["error"])
             if not is_hooked(param):  # frozen until now
-                self._hooks.add([param])
+                self.hooks.add([param])
         self._used = [param for param, _ in used]
 
     def after_step(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -16,11 +17,11 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["GradientHooks", "is_hooked", "refuse_several_processes"]
+__all__ = ["GradientHooks", "is_hooked", "refuse_several_processes", "take_over"]
 
 logger = logging.getLogger(__name__)
 
-#: The hook of each parameter that has one: two optimizers must not both act on one gradient.
+#: The hook of each parameter that has one, and whose it is: two optimizers must not both act on one gradient.
 _HOOKED = WeakIdKeyDictionary()
 
 
@@ -40,13 +41,16 @@ class GradientHooks:
     """
 
     def __init__(self, optimizer: Optimizer, owner: Owner) -> None:
-        self._owner, self._who = weakref.ref(owner), type(optimizer).__name__
+        self._owner, self._optimizer = weakref.ref(owner), weakref.ref(optimizer)
         self._handles: list[Any] = []
         weakref.finalize(optimizer, _remove_all, self._handles)
 
     def add(self, parameters: Iterable[Tensor]) -> None:
-        """Watch parameters; those that are frozen stay without. A parameter's older hook is taken off."""
-        owner = self._owner
+        """Watch parameters; those that are frozen stay without. Another optimizer's hook is taken off."""
+        owner, optimizer = self._owner, self._optimizer()
+        assert optimizer is not None
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        take_over(trained, optimizer)
 
         def call(parameter: Tensor) -> None:
             told = owner()
@@ -54,23 +58,15 @@ class GradientHooks:
                 with torch.no_grad():
                     told.on_gradient(parameter)
 
-        replaced = 0
-        for parameter in parameters:
-            if not parameter.requires_grad:
-                continue
-            if parameter in _HOOKED:
-                replaced += is_hooked(parameter)
-                _HOOKED[parameter].remove()
-            handle = parameter.register_post_accumulate_grad_hook(call)  # type: ignore[no-untyped-call]
-            _HOOKED[parameter] = handle
-            self._handles.append(handle)
-        if replaced:
-            logger.warning(
-                "%d parameters had the hooks of another optimizer, which is still there; from now on only the new %s "
-                "acts on their gradients",
-                replaced,
-                self._who,
-            )
+        for parameter in trained:
+            if not is_hooked(parameter):
+                handle = parameter.register_post_accumulate_grad_hook(call)  # type: ignore[no-untyped-call]
+                _HOOKED[parameter] = handle, self._optimizer
+                self._handles.append(handle)
+
+    def __bool__(self) -> bool:
+        """Return whether there are hooks that :meth:`remove` has not taken off."""
+        return bool(self._handles)
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -81,9 +77,25 @@ def is_hooked(parameter: Tensor) -> bool:
     """Return whether an optimizer watches a parameter."""
     if parameter not in _HOOKED:
         return False
-    handle = _HOOKED[parameter]
+    handle, _ = _HOOKED[parameter]
     hooks = handle.hooks_dict_ref()
     return hooks is not None and handle.id in hooks
+
+
+def take_over(parameters: Iterable[Tensor], optimizer: Optimizer) -> None:
+    """Take the hooks of other optimizers off: from now on only ``optimizer`` acts on the gradients."""
+    older: Counter[str] = Counter()
+    for parameter in parameters:
+        if is_hooked(parameter) and _HOOKED[parameter][1]() is not optimizer:
+            handle, other = _HOOKED[parameter]
+            handle.remove()
+            older[type(other()).__name__] += 1
+    for name, count in older.items():
+        logger.warning(
+            "%d parameters had the hooks of another optimizer, an older %s, which is still there; from now on only the "
+            "new %s acts on their gradients",
+            *(count, name, type(optimizer).__name__),
+        )
 
 
 def _remove_all(handles: list[Any]) -> None:

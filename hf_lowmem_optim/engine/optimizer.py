@@ -392,6 +392,12 @@ class LowMemoryOptimizer(Optimizer):
         if self._backward is not None:
             self._backward.remove_hooks()
 
+    def restore_hooks(self) -> None:
+        """Take hooks back that another optimizer of the same parameters took over; those that are removed stay off."""
+        if self._backward is not None and self._backward.hooks:
+            for index in range(len(self.param_groups)):
+                self._backward.watch(index)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear what gradients there are, as in torch.
 

@@ -189,9 +189,15 @@ def check_group_keys(group: Mapping[str, Any], own: Iterable[str], owner: str) -
     What torch or another library adds to a group (``initial_lr``, ``param_names``, ``differentiable``) passes.
     """
     own = set(own)
+    of_sam = {"rho"} if {"rho", "adaptive"} <= group.keys() else set()
+    if of_sam & own:
+        raise TypeError(
+            f"a parameter group has the keys 'rho' and 'adaptive', which are SAM's: {owner} has an option rho as well, "
+            "and would take SAM's radius for it. Use SAM with another optimizer"
+        )
     for key in group:
         # schedulers keep max_lr, base_momentum and the like beside the option itself
-        if key in own or key == "params" or key.endswith(tuple(f"_{name}" for name in own)):
+        if key in own or key in of_sam or key == "params" or key.endswith(tuple(f"_{name}" for name in own)):
             continue
         hint = nearest(key, own, cutoff=0.75)
         if hint:

@@ -120,11 +120,18 @@ def _check_groups(optimizer: Optimizer, method: Method, saved_groups: list[dict[
                 f"it. Resume with that optimizer, or start {who} from the weights alone, without the old optimizer "
                 "state"
             )
-    sizes, saved_sizes = ([len(g["params"]) for g in groups] for groups in (optimizer.param_groups, saved_groups))
+    own = optimizer.param_groups
+    sizes, saved_sizes = ([len(g["params"]) for g in groups] for groups in (own, saved_groups))
     if sizes != saved_sizes:
+        off, changed = method.switch[1], []
+        for key in method.shaping:  # what is worth being compressed depends on them
+            was, now = ({repr(group[key]) for group in groups} - {repr(off)} for groups in (saved_groups, own))
+            if was and now and not was & now:
+                changed.append(f"{key}={' or '.join(sorted(was))}, as it was saved")
+        remedy = "; and ".join(changed) or "the same model, trainable parameters and target modules"
         raise ValueError(
             f"{who} cannot load this state: it was saved with groups of {saved_sizes} parameters, this optimizer has "
-            f"{sizes}. Build it with the same model, trainable parameters and target modules"
+            f"{sizes}. Build it with {remedy}"
         )
     for index, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
         for key in method.shaping:

@@ -18,7 +18,7 @@ from hf_lowmem_optim.memory.measure import StateReport, measure_state, unwrap_op
 from hf_lowmem_optim.memory.plan_table import align
 from hf_lowmem_optim.memory.step_memory import StepMemory
 
-__all__ = ["REPORT_NAME", "REPORT_SCHEMA", "build_report", "load_report", "report_text"]
+__all__ = ["REPORT_NAME", "REPORT_SCHEMA", "build_report", "load_report", "report_text", "settings_text"]
 
 REPORT_NAME = "optimizer_state_report.json"
 REPORT_SCHEMA = "hf-lowmem-optim/report/1"
@@ -121,6 +121,18 @@ def report_text(report: Mapping[str, Any]) -> str:
     if (memory := report.get("step_memory")) is not None:
         lines.append(f"  {_step_memory_text(memory)}")
     return "\n".join(lines)
+
+
+def settings_text(optimizer: Optimizer | None) -> str | None:
+    """Write the options of an optimizer's groups in a line, with every value; None for one of somebody else."""
+    inner = None if optimizer is None else unwrap_optimizer(optimizer)
+    if not isinstance(inner, LowMemoryOptimizer):
+        return None
+    # the schedule changes lr itself
+    groups = [{**group, "lr": group.get("initial_lr", group["lr"])} for group in inner.param_groups]
+    keys = inner.method.options.defaults()
+    words = [f"{key}={' or '.join(dict.fromkeys(repr(group[key]) for group in groups))}" for key in keys]
+    return f"{type(inner).__name__} of hf_lowmem_optim with {', '.join(words)}"
 
 
 def _gradients(optimizer: Optimizer) -> dict[str, int] | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["HANDLERS_MODULE", "MEMBERS_MODULE", "TRAINER_MODULE", "UnsupportedTransformersError"]
+__all__ = ["CARD_MODULE", "HANDLERS_MODULE", "MEMBERS_MODULE", "TRAINER_MODULE", "UnsupportedTransformersError"]
 
 MEMBERS_MODULE = "transformers.training_args"
 HANDLERS_MODULE = "transformers.trainer_optimizer"
+CARD_MODULE = "transformers.modelcard"
 TRAINER_MODULE = "transformers.trainer"
 
 

@@ -1,9 +1,10 @@
-"""The Trainer's part for optimizers that act during the backward pass: layer-wise ones and ``error_feedback="grad"``.
+"""What the Trainer must be told of an optimizer at the start: above all of one that acts during the backward pass.
 
 The Trainer looks at ``param.grad`` after the backward pass, where a layer-wise optimizer has left nothing: it would log
 a gradient norm of 0, and clip nothing. So a callback, added to the Trainer's default ones, refuses settings that cannot
 be honoured before the first gradient, tells the optimizer which micro-batch is the last of a step, and logs the norm
-that the optimizer measured. With any other optimizer it does nothing.
+that the optimizer measured. For every optimizer it takes off the hooks that an earlier one left on the model, and for
+all of this package it warns where a run resumes without their state.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ import logging
 from typing import Any
 
 from accelerate.state import GradientState
+from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from hf_lowmem_optim.engine.backward import check_accumulation
 from hf_lowmem_optim.engine.gradient_error import GradientErrors
+from hf_lowmem_optim.engine.hooks import take_over
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.memory.measure import unwrap_optimizer
 from hf_lowmem_optim.trainer.callbacks import add_to_log
 
-__all__ = ["BackwardCallback", "check_backward_arguments"]
+__all__ = ["BackwardCallback", "check_adapters", "check_backward_arguments"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,15 +63,35 @@ def check_backward_arguments(
         )
 
 
+def check_adapters(model: nn.Module, who: str) -> None:
+    """Raise ValueError for AdaLoRA, which reads ``param.grad`` after the backward pass, where ``who`` leaves none."""
+    for module in model.modules():
+        configs = getattr(module, "peft_config", None)
+        if isinstance(configs, dict) and any(config.peft_type == "ADALORA" for config in configs.values()):
+            raise ValueError(
+                f"AdaLoRA reads gradients when update_and_allocate() is called, but {who} has used them up by then. "
+                "Use the normal mode, with another error_feedback than 'grad'; or LoRA"
+            )
+
+
 class BackwardCallback(TrainerCallback):
-    """Serves optimizers that act during the backward pass; ``import hf_lowmem_optim`` adds it to every Trainer."""
+    """Prepares optimizers at the start of a run; ``import hf_lowmem_optim`` adds it to every Trainer."""
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: Any, optimizer: Optimizer | None = None, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: Any, optimizer: Any = None, **given: Any
     ) -> None:
         """Refuse what cannot work, connect the optimizer with accelerate's count of micro-batches, begin a step."""
+        if optimizer is not None and "model" in given:
+            take_over(given["model"].parameters(), unwrap_optimizer(optimizer))
         if (inner := _ours(optimizer)) is None:
             return
+        inner.restore_hooks()
+        if state.global_step > 0 and not any(inner.state.values()):
+            logger.warning(
+                "training resumes after step %d, but %s has no state: the checkpoint lacks optimizer.pt or "
+                "scheduler.pt, and the Trainer begins both anew",
+                *(state.global_step, type(inner).__name__),
+            )
         layerwise = inner.method.layerwise
         error_in_gradients = any(GradientErrors.serves(inner.method, group) for group in inner.param_groups)
         if not layerwise and not error_in_gradients:

@@ -42,7 +42,8 @@ class OptimizerStateMemoryCallback(TrainerCallback):
     them. It works with any torch optimizer; components are then the keys of its state.
 
     After the first step it warns if what is measured is not what was predicted. At the end of training it prints a
-    table and writes ``optimizer_state_report.json`` to the output directory (``hf-lowmem-optim report DIR`` reads it).
+    table and writes ``optimizer_state_report.json`` to the output directory (``hf-lowmem-optim report DIR`` reads it);
+    so it does with every checkpoint, for a run that does not come to its end. Where it cannot write, it warns.
 
     Only training logs have the keys (those with a loss), on the main process, from the first step on. Tensors that
     FSDP2 shards (DTensors) count with all their parts.
@@ -87,19 +88,37 @@ class OptimizerStateMemoryCallback(TrainerCallback):
             self._compared = True
             _compare(optimizer, measured)
 
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: Any, optimizer: Optimizer | None = None, **_: Any
+    ) -> None:
+        """Write the report so far."""
+        self._write_report(args, state, optimizer)
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: Any, optimizer: Optimizer | None = None, **_: Any
     ) -> None:
         """Print the table and write the report."""
+        if (report := self._write_report(args, state, optimizer)) is not None:
+            print(report_text(report))
+
+    def _write_report(
+        self, args: TrainingArguments, state: TrainerState, optimizer: Optimizer | None
+    ) -> dict[str, Any] | None:
+        """Write the report, if there is anything to report, and return it."""
         if optimizer is None or args.output_dir is None or not state.is_world_process_zero:
-            return
+            return None
         if not (measured := measure_state(optimizer)).total_bytes:
-            return
+            return None
         report = build_report(optimizer, measured, _predicted(optimizer), self._step_memory, state.log_history)
-        folder = Path(args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        print(report_text(report))
+        path = Path(args.output_dir) / REPORT_NAME
+        unfinished = path.with_suffix(".tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            unfinished.replace(path)
+        except OSError as error:  # a full disk must not cost the run its model, which is saved after this
+            logger.warning("the report of the optimizer's state could not be written: %s", error)
+        return report
 
     def on_log(
         self, args: Any, state: TrainerState, control: Any, logs: Any = None, optimizer: Any = None, **_: Any

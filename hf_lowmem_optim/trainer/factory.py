@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, overload
 
@@ -20,7 +21,7 @@ from hf_lowmem_optim.memory.byte_sizes import format_bytes
 from hf_lowmem_optim.memory.plan import plan_optimizer
 from hf_lowmem_optim.memory.plan_table import align
 from hf_lowmem_optim.registry import get_entry
-from hf_lowmem_optim.trainer.backward import check_backward_arguments
+from hf_lowmem_optim.trainer.backward import check_adapters, check_backward_arguments
 from hf_lowmem_optim.trainer.optim_args import hyperparameters_from_training_args
 from hf_lowmem_optim.trainer.overrides import (
     Overrides,
@@ -38,12 +39,13 @@ from hf_lowmem_optim.trainer.param_groups import (
     TargetModules,
     build_param_groups,
     place_parameters,
+    read_groups,
 )
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-__all__ = ["OptimizerFactory"]
+__all__ = ["OptimizerFactory", "class_and_arguments"]
 
 logger = logging.getLogger(__name__)
 
@@ -158,16 +160,33 @@ class OptimizerFactory:
                 f"OptimizerFactory makes its own parameter groups and needs the model, not {type(model).__name__}; "
                 f"for groups of your own call hf_lowmem_optim.{self.optimizer_class.__name__}(groups, ...)"
             )
-        optimizer, placements = self.build(model, **hyper)
-        if _is_main_process():
-            _report(optimizer, placements)
-        return optimizer
+        return _reported(*self.build(model, **hyper))
 
-    def build(self, model: nn.Module, /, **hyper: Any) -> tuple[LowMemoryOptimizer, list[Placement]]:
+    def class_for(self, model: nn.Module) -> type[LowMemoryOptimizer]:
+        """Return a class that makes the optimizer for ``model`` from parameter groups of somebody else.
+
+        Every group keeps its settings, split into what is compressed and what is not. What the class makes is an
+        instance of :attr:`optimizer_class`.
+        """
+        # a class goes with the next garbage collection; the model must not wait for that
+        alive = weakref.ref(model)
+
+        def make(_: type, params: Iterable[Any], **hyper: Any) -> LowMemoryOptimizer:
+            if (model := alive()) is None:
+                raise RuntimeError(f"the model that this {self.name} is for is gone")
+            return _reported(*self.build(model, params, **hyper))
+
+        made = self.optimizer_class
+        return type(made.__name__, (made,), {"__new__": make, "__module__": __name__, "__doc__": made.__doc__})
+
+    def build(
+        self, model: nn.Module, params: Iterable[Any] | None = None, /, **hyper: Any
+    ) -> tuple[LowMemoryOptimizer, list[Placement]]:
         """Make the optimizer for ``model`` without a word in the log; the planner takes the same way.
 
         Args:
             model: The model, on any device: on the meta device this plans a model that does not exist.
+            params: Parameters or groups of parameters, as torch's optimizers take them, to which it keeps.
             **hyper: Hyper-parameters that replace the factory's for this optimizer.
 
         Returns:
@@ -176,13 +195,17 @@ class OptimizerFactory:
         optimizer_class, method = self.optimizer_class, self.optimizer_class.method
         everyone = vars(method.check({**self.hyper, **hyper}, optimizer_class.__name__))
         check_overrides(self.overrides, optimizer_class, everyone)
-        own = own_settings(model, self.overrides, self.lr_ratio, everyone["lr"])
-        switched_on = own.with_value(*method.switch) & {id(p) for p in model.parameters() if p.ndim >= 2}
+        if method.layerwise or everyone.get("error_feedback") == "grad":
+            check_adapters(model, f"optim={self.name!r}" if method.layerwise else "error_feedback='grad'")
+        given = None if params is None else read_groups(params, model, everyone["weight_decay"])
+        own = own_settings(model, self.overrides, self.lr_ratio, everyone["lr"], given)
+        listed = [*model.parameters(), *(p for group in given or () for _, p in group.params)]
+        switched_on = own.with_value(*method.switch) & {id(p) for p in listed if p.ndim >= 2}
         judge = partial(_rule, method, everyone)
-        placements = place_parameters(model, self.target_modules, judge, own.values, switched_on)
+        placements = place_parameters(model, self.target_modules, judge, own.values, switched_on, given)
         check_overrides_apply(self.overrides, own, placements, optimizer_class)
-        placements = scale_dense_rates(placements, own, self.overrides, self.dense_lr_ratio, everyone["lr"])
-        groups = build_param_groups(placements, method.switch, everyone["weight_decay"])
+        placements = scale_dense_rates(placements, own, self.dense_lr_ratio, everyone["lr"])
+        groups = build_param_groups(placements, method.switch, everyone["weight_decay"], given)
         return optimizer_class(groups, **everyone), placements
 
     def __repr__(self) -> str:
@@ -190,6 +213,29 @@ class OptimizerFactory:
         settings = {**{key: value for key, value in own.items() if value is not None}, **self.hyper}
         arguments = [repr(self.name), *(f"{key}={value!r}" for key, value in settings.items())]
         return f"OptimizerFactory({', '.join(arguments)})"
+
+
+def class_and_arguments(
+    args: TrainingArguments, model: nn.Module | None
+) -> tuple[type[LowMemoryOptimizer], dict[str, Any]]:
+    """Return what ``Trainer.get_optimizer_cls_and_kwargs`` does: a class, and its arguments beside parameter groups.
+
+    Raises:
+        ValueError: A value is wrong, or needs the model, and there is none.
+    """
+    factory, remedy = OptimizerFactory.from_training_args(args), "call get_optimizer_cls_and_kwargs(args, model)"
+    if model is not None:
+        return factory.class_for(model), dict(factory.hyper)
+    needing = {"optim_target_modules": factory.target_modules, "lr_ratio": factory.lr_ratio}
+    for key, value in {**needing, "dense_lr_ratio": factory.dense_lr_ratio}.items():
+        if value is not None:
+            raise ValueError(f"{key}={value!r} cannot be followed without the model; {remedy}")
+    logger.warning(
+        "optim=%r without the model: it cannot tell embeddings and the output head from other matrices, and compresses "
+        "all that it is given, but for groups with %s=%r. To leave those two dense, %s.",
+        *(factory.name, *factory.optimizer_class.method.switch, remedy),
+    )
+    return factory.optimizer_class, dict(factory.hyper)
 
 
 def _rule(method: Method, everyone: Mapping[str, Any], parameter: nn.Parameter, own: Mapping[str, Any]) -> str:
@@ -206,8 +252,10 @@ def _rule(method: Method, everyone: Mapping[str, Any], parameter: nn.Parameter, 
     return COMPRESSED if sizes[0] < sizes[1] or not method.adam_like else NOT_WORTH
 
 
-def _report(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) -> None:
+def _reported(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) -> LowMemoryOptimizer:
     """Log what went where, and warn where compression was asked for and none came of it."""
+    if not _is_main_process():
+        return optimizer
     (key, off), who = optimizer.method.switch, type(optimizer).__name__
     setting, rules = optimizer.defaults[key], {placement.rule for placement in placements}
     error = " or error_feedback" if "error_feedback" in optimizer.defaults else ""
@@ -228,6 +276,7 @@ def _report(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) -> N
     # At warning level, which Python and transformers show by default; not where transformers is told to be silent.
     if transformers_logging.get_verbosity() <= logging.WARNING:
         logger.warning("%s", _summary(optimizer, placements))
+    return optimizer
 
 
 def _summary(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) -> str:

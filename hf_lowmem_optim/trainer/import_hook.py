@@ -15,6 +15,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 from hf_lowmem_optim.trainer.attachment import (
+    CARD_MODULE,
     HANDLERS_MODULE,
     MEMBERS_MODULE,
     TRAINER_MODULE,
@@ -23,7 +24,7 @@ from hf_lowmem_optim.trainer.attachment import (
 
 __all__ = ["install"]
 
-_WATCHED = (MEMBERS_MODULE, HANDLERS_MODULE, TRAINER_MODULE)
+_WATCHED = (MEMBERS_MODULE, HANDLERS_MODULE, CARD_MODULE, TRAINER_MODULE)
 
 
 def _after_import(module: ModuleType) -> None:

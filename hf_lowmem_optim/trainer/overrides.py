@@ -11,7 +11,14 @@ from torch import nn
 
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import shown
-from hf_lowmem_optim.trainer.param_groups import COMPRESSED, NOT_WORTH, Placement, compile_regex, matching_modules
+from hf_lowmem_optim.trainer.param_groups import (
+    COMPRESSED,
+    NOT_WORTH,
+    GivenGroup,
+    Placement,
+    compile_regex,
+    matching_modules,
+)
 
 __all__ = ["Overrides", "check_overrides", "check_overrides_apply", "own_settings", "scale_dense_rates"]
 
@@ -28,6 +35,7 @@ class OwnSettings:
 
     values: dict[int, dict[str, Any]] = field(default_factory=dict)
     entries: dict[int, str] = field(default_factory=dict)
+    with_rate: set[int] = field(default_factory=set)  # those whose learning rate an override or a given group sets
 
     def with_value(self, key: str, off: Any) -> set[int]:
         """Return ids of the parameters to which an override gives ``key`` a value other than ``off``."""
@@ -60,13 +68,23 @@ def check_overrides(overrides: Any, optimizer_class: type[LowMemoryOptimizer], h
             raise type(error)(f"{where}: {error}") from error
 
 
-def own_settings(model: nn.Module, overrides: Overrides | None, lr_ratio: float | None, lr: float) -> OwnSettings:
+def own_settings(
+    model: nn.Module,
+    overrides: Overrides | None,
+    lr_ratio: float | None,
+    lr: float,
+    given: Sequence[GivenGroup] | None = None,
+) -> OwnSettings:
     """Find which parameters have settings of their own: of the first override that matches, times LoRA+'s ratio for B.
+
+    Before those come the settings of the group that a parameter was given in.
 
     Raises:
         ValueError: An entry matches nothing, or nothing that an earlier one does not, or there is no B.
     """
     own = OwnSettings()
+    for group in given or ():
+        own.values.update((id(parameter), dict(group.settings)) for _, parameter in group.params)
     for entry, values in (overrides or {}).items():
         modules = matching_modules(model, [entry], f"overrides[{shown(entry)}]", lambda m: m.parameters(recurse=False))
         matched = {id(p) for m in modules.values() for p in m.parameters(recurse=False) if p.requires_grad}
@@ -77,8 +95,9 @@ def own_settings(model: nn.Module, overrides: Overrides | None, lr_ratio: float 
                 f"overrides[{shown(entry)}] has no effect: the first entry that matches a module holds, and all that "
                 f"this one matches are taken by {earlier}; put {shown(entry)} before"
             )
-        own.values.update((parameter, dict(sorted(values.items()))) for parameter in added)
+        own.values.update((p, dict(sorted({**own.values.get(p, {}), **values}.items()))) for p in added)
         own.entries.update((parameter, entry) for parameter in added)
+    own.with_rate.update(parameter for parameter, values in own.values.items() if "lr" in values)
     if lr_ratio is not None:
         _scale_lora_b(model, own.values, lr_ratio, lr)
     return own
@@ -99,17 +118,16 @@ def _scale_lora_b(model: nn.Module, own: dict[int, dict[str, Any]], lr_ratio: fl
 
 
 def scale_dense_rates(
-    placements: Sequence[Placement], own: OwnSettings, overrides: Overrides | None, ratio: float | None, lr: float
+    placements: Sequence[Placement], own: OwnSettings, ratio: float | None, lr: float
 ) -> list[Placement]:
-    """Multiply the learning rate of what takes the dense rule, except where an override sets it.
+    """Multiply the learning rate of what takes the dense rule, except where an override or a given group sets it.
 
     Raises:
         ValueError: Nothing is compressed, or nothing is left to have another rate.
     """
     if ratio is None:
         return list(placements)
-    with_rate = {p for p, entry in own.entries.items() if "lr" in (overrides or {})[entry]}
-    scaled = [p.rule != COMPRESSED and id(p.parameter) not in with_rate for p in placements]
+    scaled = [p.rule != COMPRESSED and id(p.parameter) not in own.with_rate for p in placements]
     where = f"dense_lr_ratio={ratio!r} has no effect"
     if not any(scaled):
         raise ValueError(f"{where}: nothing without a rate of its own takes the dense rule; leave it out")

@@ -6,12 +6,13 @@ or the output head it is dense, unless ``optim_target_modules`` selects it expli
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer import Trainer
@@ -19,7 +20,15 @@ from transformers.trainer_utils import check_target_module_exists
 
 from hf_lowmem_optim.engine.options import nearest, shown
 
-__all__ = ["Placement", "build_param_groups", "compile_regex", "matching_modules", "place_parameters"]
+__all__ = [
+    "GivenGroup",
+    "Placement",
+    "build_param_groups",
+    "compile_regex",
+    "matching_modules",
+    "place_parameters",
+    "read_groups",
+]
 
 MAX_ENTRY = 10_000
 """Characters of a name or regex; looking for a much longer one takes minutes."""
@@ -50,11 +59,34 @@ class Placement:
     rule: str  # "compressed", or why it takes the dense rule: "embedding", "output head", ...
     decays: bool
     settings: Mapping[str, Any] = field(default_factory=dict)  # its own hyper-parameters, where not those of all
+    group: int = 0  # which of the given groups it is in; without such, 0 decays and 1 does not
 
     @property
     def targeted(self) -> bool:
         """Return whether it goes to a group with compression (where the optimizer may find it too small)."""
         return self.rule in (COMPRESSED, TOO_SMALL)
+
+
+@dataclass(frozen=True)
+class GivenGroup:
+    """A parameter group that a Trainer's subclass or another library made."""
+
+    params: Sequence[tuple[str, nn.Parameter]]
+    weight_decay: float
+    settings: Mapping[str, Any]  # all else
+
+
+def read_groups(params: Iterable[Any], model: nn.Module, weight_decay: float) -> list[GivenGroup]:
+    """Read what torch's optimizers take: parameters or groups; the model has names, where they have none."""
+    entries, names = list(params), {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = []
+    for index, group in enumerate(entries if entries and isinstance(entries[0], dict) else [{"params": entries}]):
+        members = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
+        pairs = [each if isinstance(each, tuple) else (names.get(id(each)), each) for each in members]
+        named = [(name or f"{number} of group {index}", each) for number, (name, each) in enumerate(pairs)]
+        settings = {key: value for key, value in group.items() if key not in ("params", "weight_decay")}
+        groups.append(GivenGroup(named, group.get("weight_decay", weight_decay), settings))
+    return groups
 
 
 def place_parameters(
@@ -63,8 +95,11 @@ def place_parameters(
     judge: Callable[[nn.Parameter, Mapping[str, Any]], str],
     own: Mapping[int, Mapping[str, Any]] | None = None,
     also_targeted: Set[int] = frozenset(),
+    given: Sequence[GivenGroup] | None = None,
 ) -> list[Placement]:
     """Decide for every trainable parameter of ``model``, each listed once, in the model's order.
+
+    Where there are groups already, decide for every parameter in them, in their order.
 
     Where ``target_modules`` is None and the model trains no linear or convolution weight (IA³, prompt tuning, a head
     alone), everything is dense.
@@ -72,19 +107,27 @@ def place_parameters(
     Args:
         model: Any module; transformers models may be wrapped (PEFT, DDP) or be parts of it.
         target_modules: ``TrainingArguments.optim_target_modules``: a list of names (of which a part suffices, or a
-            regex), a regex for the whole name, ``"all-linear"``, or None for every linear and convolution weight
-            except embeddings and the output head.
+            regex), also as JSON; the name of layers; a regex for the whole name; ``"all-linear"``; or None for every
+            linear and convolution weight except embeddings and the output head.
         judge: From a targeted parameter and its own settings to its rule: ``"compressed"``, or why it is not.
         own: Settings of single parameters, by id.
         also_targeted: Ids of parameters that are targeted besides.
+        given: The groups that there are already.
 
     Raises:
         TypeError: ``target_modules`` is neither a list of strings, a string nor None.
         ValueError: The model has no trainable parameter, or a target matches nothing.
     """
-    # Named with their first name and without duplicates, as the Trainer lists them.
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if not trainable:
+    if given is None:
+        # The Trainer's own rule: a method that does not use its instance, in every version from 5.2 on.
+        decaying = set(Trainer.get_decay_parameter_names(cast(Any, None), model))
+        # Named with their first name and without duplicates, as the Trainer lists them.
+        members = [(name, p, int(name not in decaying)) for name, p in model.named_parameters() if p.requires_grad]
+        decays = [True, False]
+    else:
+        members = [(name, p, index) for index, group in enumerate(given) for name, p in group.params]
+        decays = [group.weight_decay > 0 for group in given]
+    if not any(parameter.requires_grad for _, parameter, _ in members):
         raise ValueError(
             f"{type(model).__name__} has no trainable parameter: every requires_grad is False. "
             "Unfreeze some, or add an adapter, before the optimizer is made."
@@ -94,21 +137,22 @@ def place_parameters(
         targets = _matrix_weights(model) - reasons.keys() | also_targeted
     else:
         targets = _selected_targets(model, target_modules) | also_targeted
-    # The Trainer's own rule: a method that does not use its instance, in every version from 5.2 on.
-    decaying = set(Trainer.get_decay_parameter_names(cast(Any, None), model))
     placements = []
-    for name, parameter in trainable:
+    for name, parameter, group in members:
         settings = (own or {}).get(id(parameter), {})
         if id(parameter) in targets:
             rule = judge(parameter, settings)
         else:
             rule = VECTOR if parameter.ndim < 2 else reasons.get(id(parameter), NOT_TARGET)
-        placements.append(Placement(name, parameter, rule, name in decaying, settings))
+        placements.append(Placement(name, parameter, rule, decays[group], settings, group))
     return placements
 
 
 def build_param_groups(
-    placements: Iterable[Placement], switch: tuple[str, Any], weight_decay: float
+    placements: Iterable[Placement],
+    switch: tuple[str, Any],
+    weight_decay: float,
+    given: Sequence[GivenGroup] | None = None,
 ) -> list[dict[str, Any]]:
     """Turn placements into the optimizer's parameter groups: targeted or dense, with weight decay or without.
 
@@ -117,17 +161,21 @@ def build_param_groups(
     Args:
         placements: What :func:`place_parameters` returned.
         switch: The option that sends a group to the dense rule, and the value that does.
-        weight_decay: Weight decay of the parameters that decay.
+        weight_decay: Weight decay of the parameters that decay, where no groups are given.
+        given: The groups that the placements were made for.
     """
-    gathered: dict[tuple[int, bool, bool], list[Placement]] = {}
-    numbers = {repr({}): 0}
+    gathered: dict[tuple[int, bool, int], list[Placement]] = {}
+    numbers: dict[str, int] = {}
+    for known in [{}] if given is None else [group.settings for group in given]:
+        numbers.setdefault(repr(known), len(numbers))
     for placement in placements:
         number = numbers.setdefault(repr(placement.settings), len(numbers))
-        gathered.setdefault((number, not placement.targeted, not placement.decays), []).append(placement)
+        gathered.setdefault((number, not placement.targeted, placement.group), []).append(placement)
     groups = []
-    for (_, dense, spared), chosen in sorted(gathered.items(), key=lambda item: item[0]):
-        settings = {"weight_decay": weight_decay, **chosen[0].settings, **dict([switch] if dense else [])}
-        if spared:
+    for (_, dense, index), chosen in sorted(gathered.items(), key=lambda item: item[0]):
+        decay = weight_decay if given is None else given[index].weight_decay
+        settings = {"weight_decay": decay, **chosen[0].settings, **dict([switch] if dense else [])}
+        if not chosen[0].decays:
             settings["weight_decay"] = 0.0
         groups.append({"params": [(p.name, p.parameter) for p in chosen], **settings})
     return groups
@@ -141,6 +189,7 @@ def _matrix_weights(model: nn.Module) -> set[int]:
 
 def _selected_targets(model: nn.Module, target_modules: str | Sequence[str]) -> set[int]:
     """Return ids of the parameters which ``optim_target_modules`` selects; every entry must select something."""
+    target_modules = _from_command_line(model, target_modules)
     entries = [target_modules] if isinstance(target_modules, str) else target_modules
     if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, str) for entry in entries):
         raise TypeError(
@@ -160,6 +209,21 @@ def _selected_targets(model: nn.Module, target_modules: str | Sequence[str]) -> 
         matching = matching_modules(model, pattern, f"optim_target_modules={shown(target_modules)}", _matrices)
         selected |= {id(p) for module in matching.values() for p in _matrices(module) if p.requires_grad}
     return selected
+
+
+def _from_command_line(model: nn.Module, target_modules: str | Sequence[str]) -> str | Sequence[str]:
+    """Return the list that a string stands for: JSON, or the bare name of layers that is nothing's whole name."""
+    if not isinstance(target_modules, str):
+        return target_modules
+    if target_modules.startswith('["'):
+        try:
+            listed: list[str] = json.loads(target_modules)
+        except ValueError as error:
+            raise ValueError(f"optim_target_modules={target_modules!r} is not a JSON list of names: {error}") from error
+        return listed
+    modules = dict(model.named_modules())
+    leaves = {name.rpartition(".")[2] for name, module in modules.items() if any(True for _ in _matrices(module))}
+    return [target_modules] if target_modules in leaves - modules.keys() else target_modules
 
 
 def matching_modules(

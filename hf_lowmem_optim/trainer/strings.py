@@ -18,13 +18,14 @@ from typing import Any
 
 from hf_lowmem_optim.registry import OPTIMIZERS, after_registration
 from hf_lowmem_optim.trainer.attachment import (
+    CARD_MODULE,
     HANDLERS_MODULE,
     MEMBERS_MODULE,
     TRAINER_MODULE,
     UnsupportedTransformersError,
 )
 
-__all__ = ["add_callbacks", "add_handlers", "add_members", "register_optimizer_strings"]
+__all__ = ["add_callbacks", "add_handlers", "add_members", "correct_model_cards", "register_optimizer_strings"]
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def add_handlers(trainer_optimizer: ModuleType) -> None:
     names = importlib.import_module(MEMBERS_MODULE).OptimizerNames
     for name in OPTIMIZERS:
         if hasattr(names(name), _MARK):
-            handlers[names(name)] = _make_factory
+            handlers[names(name)] = _class_and_arguments
 
 
 def add_callbacks(trainer: ModuleType) -> None:
@@ -91,15 +92,41 @@ def add_callbacks(trainer: ModuleType) -> None:
     defaults[:] = [*others, *ours]
 
 
+def correct_model_cards(modelcard: ModuleType) -> None:
+    """Have ``transformers.modelcard`` say of our optimizers what they used.
+
+    It states ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` for whatever has "adam" in its name.
+    """
+    collect = getattr(modelcard, "extract_hyperparameters_from_trainer", None)
+    if collect is None:  # then it states nothing
+        return
+    original = getattr(collect, _MARK, collect)
+
+    def extract_hyperparameters_from_trainer(trainer: Any) -> Any:
+        from hf_lowmem_optim.memory.report import settings_text
+
+        used = settings_text(trainer.optimizer)
+        return original(trainer) | ({} if used is None else {"optimizer": used})
+
+    setattr(extract_hyperparameters_from_trainer, _MARK, original)
+    modelcard.extract_hyperparameters_from_trainer = extract_hyperparameters_from_trainer  # type: ignore[attr-defined]
+
+
 #: What is added to which module of transformers, in the order in which they import each other.
-ADDITIONS = {MEMBERS_MODULE: add_members, HANDLERS_MODULE: add_handlers, TRAINER_MODULE: add_callbacks}
+ADDITIONS = {
+    MEMBERS_MODULE: add_members,
+    HANDLERS_MODULE: add_handlers,
+    CARD_MODULE: correct_model_cards,
+    TRAINER_MODULE: add_callbacks,
+}
 
 
-def _make_factory(context: Any) -> tuple[Any, dict[str, Any]]:
-    """Handle transformers' ``OptimizerContext``: return a factory and its (no) keyword arguments."""
-    from hf_lowmem_optim.trainer.factory import OptimizerFactory
+def _class_and_arguments(context: Any) -> tuple[Any, dict[str, Any]]:
+    """Handle transformers' ``OptimizerContext``: return a class and its keyword arguments, as its own handlers do."""
+    # not a factory, to which the Trainer would not give the groups that it, or a subclass, has made
+    from hf_lowmem_optim.trainer.factory import class_and_arguments
 
-    return OptimizerFactory.from_training_args(context.args), {}
+    return class_and_arguments(context.args, context.model)
 
 
 def _insert_member(names: Any, name: str) -> Any:

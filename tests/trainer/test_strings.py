@@ -61,10 +61,10 @@ def test_string_works_wherever_transformers_takes_one(name: str, tmp_path: Path)
     for twin in (copy.deepcopy(args), pickle.loads(pickle.dumps(args))):
         assert twin.optim is args.optim
     chosen, keywords = Trainer.get_optimizer_cls_and_kwargs(args)
-    assert isinstance(chosen, OptimizerFactory)
-    assert (chosen.name, keywords) == (name, {})
-    defaults = chosen.optimizer_class.method.options.defaults()
-    assert {**defaults, **chosen.hyper} == {**defaults, "lr": 3e-4, "weight_decay": 0.1}
+    assert chosen is OPTIMIZERS[name].optimizer_class
+    assert keywords == OptimizerFactory.from_training_args(args).hyper
+    defaults = chosen.method.options.defaults()
+    assert {**defaults, **keywords} == {**defaults, "lr": 3e-4, "weight_decay": 0.1}
 
 
 def test_registering_again_changes_nothing() -> None:
@@ -136,8 +136,8 @@ assert all(getattr(sys.modules[kind.__module__], kind.__name__) is kind for kind
 trainer.train()
 assert len(reporter.seen) == 2 and all("optimizer_state/total_bytes" in logs for logs in reporter.seen), reporter.seen
 assert type(trainer.optimizer.optimizer) is hf_lowmem_optim.LDAdam
-factory, keywords = Trainer.get_optimizer_cls_and_kwargs(trainer.args)
-assert type(factory) is hf_lowmem_optim.OptimizerFactory and keywords == {}
+chosen, keywords = Trainer.get_optimizer_cls_and_kwargs(trainer.args)
+assert chosen is hf_lowmem_optim.LDAdam and keywords["rank"] == 4
 assert pickle.loads(pickle.dumps(trainer.args.optim)) is trainer.args.optim
 finders = [finder for finder in sys.meta_path if type(finder).__name__ == "_PostImportFinder"]
 assert [type(finder) for finder in finders] == [sys.modules["hf_lowmem_optim.trainer.import_hook"]._PostImportFinder]
