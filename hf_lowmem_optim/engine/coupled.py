@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from hf_lowmem_optim.engine.buckets import SHARED_PREFIX, TensorUpdate
-from hf_lowmem_optim.engine.checks import describe_parameter
+from hf_lowmem_optim.engine.checks import check_part, describe_parameter
 from hf_lowmem_optim.engine.method import Method
 
-__all__ = ["SHARED_STEP", "Scope", "check_agreement", "note_absent_", "system_home"]
+__all__ = ["SHARED_STEP", "Scope", "check_agreement", "note_absent_", "place_system_", "system_home"]
 
 #: Counts the steps of the common system.
 SHARED_STEP = f"{SHARED_PREFIX}step"
@@ -41,21 +41,23 @@ def check_agreement(method: Method, groups: Sequence[Mapping[str, Any]], who: st
                 )
 
 
-def system_home(optimizer: Optimizer, method: Method) -> Tensor:
-    """Return the parameter in whose state the common system is or is to be: the first that takes part and is trained.
+def system_home(optimizer: Optimizer, method: Method) -> tuple[Tensor, dict[str, Any]]:
+    """Return the parameter in whose state the common system is or is to be, and its group.
+
+    That is the first parameter that takes part and is trained.
 
     Raises:
         ValueError: No state has it, although a tensor has rows of it.
     """
-    members: list[tuple[Tensor, Any]] = [
+    members: list[tuple[Tensor, dict[str, Any]]] = [
         (param, group)
         for group in optimizer.param_groups
         for param in group["params"]
         if method.compresses(param.shape, group)
     ]
-    for param, _ in members:
+    for param, group in members:
         if SHARED_STEP in optimizer.state.get(param, ()):
-            return param
+            return param, group
     for param, group in members:
         if optimizer.state.get(param, {}).get("step"):
             raise ValueError(
@@ -63,7 +65,17 @@ def system_home(optimizer: Optimizer, method: Method) -> Tensor:
                 f"has {SHARED_STEP!r} and what belongs to all parameters together. Load the whole of "
                 "optimizer.state_dict()"
             )
-    return next((param for param, _ in members if param.requires_grad), members[0][0])
+    return next((member for member in members if member[0].requires_grad), members[0])
+
+
+def place_system_(state: dict[str, Any], home: Tensor, group: Mapping[str, Any], method: Method, options: Any) -> None:
+    """Check the common system in the state of a parameter, or allocate it there if there is none yet."""
+    assert method.shared_state is not None
+    for key, spec in method.shared_state(options).items():
+        if SHARED_STEP not in state:
+            state[SHARED_PREFIX + key] = spec.allocate(home.device)
+        check_part(SHARED_PREFIX + key, state.get(SHARED_PREFIX + key), spec, home, group, method)
+    state.setdefault(SHARED_STEP, 0)
 
 
 def note_absent_(optimizer: Optimizer, method: Method, updates: Sequence[TensorUpdate], t: int) -> None:

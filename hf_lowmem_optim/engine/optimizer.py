@@ -16,13 +16,12 @@ from hf_lowmem_optim.engine.backward import LayerwiseMode
 from hf_lowmem_optim.engine.buckets import SHARED_PREFIX, TensorUpdate, allocate_stacked, batches
 from hf_lowmem_optim.engine.checks import (
     check_parameter,
-    check_part,
     check_rounding,
     check_tensor,
     check_unchanged,
     refuse_mps,
 )
-from hf_lowmem_optim.engine.coupled import SHARED_STEP, check_agreement, note_absent_, system_home
+from hf_lowmem_optim.engine.coupled import SHARED_STEP, check_agreement, note_absent_, place_system_, system_home
 from hf_lowmem_optim.engine.gradient_error import GradientErrors
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.options import Options, as_plain, check_group_keys
@@ -280,15 +279,10 @@ class LowMemoryOptimizer(Optimizer):
 
     def _common_system(self, options: Options) -> dict[str, Any]:
         """Return the state that has the system over all parameters, checked, or allocated if there is none yet."""
-        home = self._system_home = system_home(self, self.method)
-        group = next(group for group in self.param_groups if any(param is home for param in group["params"]))
+        home, group = system_home(self, self.method)
         state = self._prepared(home, group)[2]
-        assert self.method.shared_state is not None
-        for key, spec in self.method.shared_state(options).items():
-            if SHARED_STEP not in state:
-                state[SHARED_PREFIX + key] = spec.allocate(home.device)
-            check_part(SHARED_PREFIX + key, state.get(SHARED_PREFIX + key), spec, home, group, self.method)
-        state.setdefault(SHARED_STEP, 0)
+        place_system_(state, home, group, self.method, options)
+        self._system_home = home
         return state
 
     def _coupled_update_(self, updates: Sequence[TensorUpdate], system: dict[str, Any] | None) -> None:
