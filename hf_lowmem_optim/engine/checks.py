@@ -22,6 +22,7 @@ __all__ = [
     "check_unchanged",
     "describe_parameter",
     "fault_of_tensor",
+    "named_like_others",
     "refuse_mps",
 ]
 
@@ -207,6 +208,18 @@ def check_unchanged(before: Options, now: Options, method: Method) -> None:
                 f"{key}={value!r} of a parameter group was {key}={was!r} when its state was made, which depends on it: "
                 "it cannot change in a run. Set it back, or build a new optimizer"
             )
+
+
+def named_like_others(params: Any, groups: Sequence[Mapping[str, Any]]) -> Any:
+    """Return a new group's parameters, named by their place if the other groups' are named and these are not.
+
+    torch would refuse them. The Trainer's groups here have names, and who unfreezes layers during a run gives none.
+    """
+    named = bool(groups) and "param_names" in groups[0]
+    if not named or not isinstance(params, list) or any(isinstance(param, tuple) for param in params):
+        return params
+    before = sum(len(group["params"]) for group in groups)
+    return [(f"added.{place}", param) for place, param in enumerate(params, before)]
 
 
 def refuse_mps(params: Sequence[Tensor], who: str) -> None:

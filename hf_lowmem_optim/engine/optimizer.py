@@ -19,6 +19,7 @@ from hf_lowmem_optim.engine.checks import (
     check_rounding,
     check_tensor,
     check_unchanged,
+    named_like_others,
     refuse_mps,
 )
 from hf_lowmem_optim.engine.coupled import SHARED_STEP, check_agreement, note_absent_, place_system_, system_home
@@ -133,7 +134,6 @@ class LowMemoryOptimizer(Optimizer):
         full = {**self.defaults, **param_group}
         self.method.check({key: full[key] for key in own}, who)
         check_agreement(self.method, [*self.param_groups, full], who)
-        # torch itself turns generators into lists; it must not find them used up.
         params = param_group["params"]
         params = [params] if isinstance(params, Tensor) else params if isinstance(params, set) else list(params)
         for item in params:
@@ -148,7 +148,7 @@ class LowMemoryOptimizer(Optimizer):
             require_bitsandbytes(tensors)
         if self.method.shared_state is not None and not self.method.is_dense(full):
             refuse_mps(tensors, who)
-        super().add_param_group({**param_group, "params": params})
+        super().add_param_group({**param_group, "params": named_like_others(params, self.param_groups)})
         self._watch(len(self.param_groups) - 1)
 
     def _watch(self, index: int) -> None:

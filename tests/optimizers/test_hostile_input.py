@@ -189,6 +189,19 @@ def test_a_compiled_step_is_the_step(case: Case) -> None:
     assert_same_state(optimizer, untouched)
 
 
+def test_a_group_without_names_joins_groups_with_names(case: Case) -> None:
+    params = make_params()
+    (first, weight), *others = params.items()
+    optimizer = case.build([(first, weight)])
+    optimizer.add_param_group({"params": [param for _, param in others], "lr": 0.5})
+    run(optimizer, params, gradients(2))
+    assert all(optimizer.state[param]["step"] == 2 for param in params.values())
+    again = case.build([(first, nn.Parameter(weight.detach()))])
+    again.add_param_group({"params": [nn.Parameter(param.detach()) for _, param in others]})
+    again.load_state_dict(optimizer.state_dict())
+    assert_same_state(optimizer, again)
+
+
 def test_no_key_is_added_to_groups_by_a_load(case: Case) -> None:
     params = make_params()
     optimizer = case.build(list(params.values())[:2])
