@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--optim", nargs="+", default=["adamw_torch", "ldadam"], metavar="NAME")
     demo.add_argument("--learning-rate", nargs="+", type=float, metavar="LR", help="rates to try for each")
     demo.add_argument("--optim-args", metavar="A=1,B=2", help="for the optimizers of this package")
-    demo.add_argument("--steps", type=_positive, default=300)
+    demo.add_argument("--steps", type=_positive, default=300, help="rounded up to a multiple of 50")
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
 
@@ -84,9 +84,10 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
 
 def _positive(text: str) -> int:
     """Read an int ≥ 1, for argparse."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{int(text)} is not a positive number")
-    return int(text)
+    number = int(text) if text.isdecimal() and len(text) < 20 else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a positive number")
+    return number
 
 
 def _list(_: argparse.Namespace) -> None:

@@ -194,8 +194,8 @@ def _refuse_state(
     needed = "nothing of that name" if wanted is None else f"{tuple(wanted.shape)}, {wanted.dtype}"
     raise ValueError(
         f"the state of {describe_parameter(param, group)} does not fit the options of its group ({settings}): {key!r} "
-        f"is {found}, but they need {needed}. These options cannot change in a run: set them back, or build a new "
-        "optimizer"
+        f"is {found}, but they need {needed}. Neither these options nor a parameter's shape and dtype can change in a "
+        "run: set them back, or build a new optimizer"
     )
 
 

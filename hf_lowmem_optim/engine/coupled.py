@@ -62,8 +62,9 @@ def system_home(optimizer: Optimizer, method: Method) -> tuple[Tensor, dict[str,
         if optimizer.state.get(param, {}).get("step"):
             raise ValueError(
                 f"the state of {describe_parameter(param, group)} has a window of gradients, but no parameter's state "
-                f"has {SHARED_STEP!r} and what belongs to all parameters together. Load the whole of "
-                "optimizer.state_dict()"
+                f"has {SHARED_STEP!r} and what belongs to all parameters together: it was lost with the parameter that "
+                "kept it, or with a part of a state dict. Load the whole of optimizer.state_dict(), or build a new "
+                "optimizer"
             )
     return next((member for member in members if member[0].requires_grad), members[0])
 

@@ -19,7 +19,7 @@ from torch.optim.optimizer import Optimizer
 
 from hf_lowmem_optim.engine.buckets import SHARED_PREFIX
 from hf_lowmem_optim.engine.checks import fault_of_tensor
-from hf_lowmem_optim.engine.coupled import SHARED_STEP
+from hf_lowmem_optim.engine.coupled import SHARED_STEP, check_agreement
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.options import as_plain
 from hf_lowmem_optim.spec import TensorSpec
@@ -54,6 +54,7 @@ def exact_load(optimizer: Optimizer, method: Method) -> Iterator[None]:
         _check_groups(optimizer, method, state_dict["param_groups"])
         state_dict = _move_old_shared(optimizer, method, state_dict)
         _check_state(optimizer, method, state_dict)
+        _tell_changed_options(optimizer, method, state_dict["param_groups"])
         return {**state_dict, "state": {key: _AsSaved(value) for key, value in state_dict["state"].items()}}
 
     def unwrap(_: Optimizer) -> None:
@@ -144,11 +145,24 @@ def _check_groups(optimizer: Optimizer, method: Method, saved_groups: list[dict[
             _loaded_options(method, group, saved)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{who} cannot load this state: in parameter group {index}, {error}") from error
+    try:
+        # the saved options hold after the load
+        loaded = [
+            vars(_loaded_options(method, g, s)) for g, s in zip(optimizer.param_groups, saved_groups, strict=True)
+        ]
+        check_agreement(method, loaded, who)
+    except ValueError as error:
+        raise ValueError(f"{who} cannot load this state: {error}") from error
+
+
+def _tell_changed_options(optimizer: Optimizer, method: Method, saved_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Warn of options with which this optimizer was built, and which those of the state replace."""
+    for index, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
         for key in sorted(method.options.defaults().keys() & saved.keys() - {"lr", *method.shaping}):
             if as_plain(group[key]) != as_plain(saved[key]):
                 logger.warning(
                     "parameter group %d goes on with %s=%r, as it was saved; the %s=%r of this %s has no effect",
-                    *(index, key, saved[key], key, group[key], who),
+                    *(index, key, saved[key], key, group[key], type(optimizer).__name__),
                 )
 
 
@@ -180,7 +194,7 @@ def _move_old_shared(optimizer: Optimizer, method: Method, state_dict: dict[str,
 def _check_state(optimizer: Optimizer, method: Method, state_dict: dict[str, Any]) -> None:
     """Compare every saved entry with what this optimizer would allocate for the same parameter."""
     who, homes, counts = type(optimizer).__name__, list[str](), [0]
-    shared_specs = method.shared_specs(optimizer.param_groups)
+    shared_specs, shared_step = method.shared_specs(optimizer.param_groups), 0
     for group, saved_group in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         options = _loaded_options(method, group, saved_group)
         names = group.get("param_names") or saved_group["params"]
@@ -203,6 +217,7 @@ def _check_state(optimizer: Optimizer, method: Method, state_dict: dict[str, Any
                     f"{who} cannot load the state of parameter {name!r} (shape {tuple(param.shape)}): {fault}. It "
                     "belongs to another optimizer, model or dtype, or the file is damaged"
                 )
+            shared_step = saved.get(SHARED_STEP, shared_step)
             if compressed:
                 counts.append(saved["step"])
     if shared_specs and (len(homes) > 1 or (not homes and max(counts) > 0)):
@@ -210,6 +225,11 @@ def _check_state(optimizer: Optimizer, method: Method, state_dict: dict[str, Any
             f"{who} cannot load this state: {', '.join(f'{SHARED_PREFIX}{key}' for key in shared_specs)} and "
             f"{SHARED_STEP}, which belong to all parameters together, must be in the state of one parameter, and are "
             f"in that of {' and '.join(map(repr, homes)) or 'none'}. Save and load the whole of optimizer.state_dict()"
+        )
+    if homes and shared_step < max(counts):
+        raise ValueError(
+            f"{who} cannot load this state: {SHARED_STEP!r} is {shared_step}, but a parameter has taken part in "
+            f"{max(counts)} steps. The file is damaged"
         )
 
 

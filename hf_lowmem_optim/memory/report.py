@@ -79,7 +79,7 @@ def load_report(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(
             f"{str(file)!r} does not exist; train with callbacks=[OptimizerStateMemoryCallback()], which writes it to "
-            "output_dir at the end of training"
+            "output_dir with every checkpoint and at the end of training"
         )
     report = read_json(file)
     loaded: dict[str, Any] = report if isinstance(report, dict) else {}

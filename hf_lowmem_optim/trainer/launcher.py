@@ -66,6 +66,8 @@ def _interpreter_arguments(ours: Sequence[str]) -> list[str] | None:
     if not before or sys.orig_argv[1 + len(before) :] != ours:
         return None
     *options, program = before
+    if options and re.fullmatch("-[A-Za-z]*c", options[-1]):  # code that called main()
+        return None
     if program.startswith("-"):  # -mhf_lowmem_optim in one word
         options.append(program.partition("m")[0] + "m")
     if options and re.fullmatch("-[A-Za-z]*m", options[-1]):  # other flags may be joined to -m: -um

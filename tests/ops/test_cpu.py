@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -156,6 +157,21 @@ def test_a_thread_that_finds_no_core_is_not_waited_for(threads: Threads) -> None
     finally:
         go_on.set()
     assert all(future.result(timeout=30) for future in busy)
+
+
+def test_the_calling_thread_works_alone_where_no_other_is_to_be_had() -> None:
+    script = """
+import threading, torch
+from hf_lowmem_optim.ops.cpu import launch
+torch.set_num_threads(3)
+def work():
+    threading.main_thread().join()
+    assert launch.run_pieces(abs, [(-n,) for n in range(9)], 1 << 30) == list(range(9))
+    print("done")
+threading.Thread(target=work).start()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "done\n", done.stderr
 
 
 def test_a_failure_while_a_piece_is_made_comes_out(threads: Threads) -> None:

@@ -58,6 +58,20 @@ def test_indices_beyond_their_block_are_refused(index: int) -> None:
         case.build(make_params().values()).load_state_dict(saved)
 
 
+def test_groups_that_disagree_are_refused_by_the_load(caplog: pytest.LogCaptureFixture) -> None:
+    def build() -> SparseMFAC:
+        wide, tall, *_ = make_params().values()
+        return SparseMFAC([{"params": [wide]}, {"params": [tall]}], window=4, weight_decay=0.1)
+
+    optimizer = build()
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["weight_decay"] = 0.3
+    saved["param_groups"][1]["damping"] = 0.5
+    with pytest.raises(ValueError, match=r"cannot load this state: damping=0\.5 of a parameter group differs"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[1]["damping"] == 1e-5 and not caplog.records
+
+
 def test_distributed_checkpoint_loads_into_a_fresh_optimizer(case: Case) -> None:
     for flat in (False, True):
         options = StateDictOptions(flatten_optimizer_state_dict=flat)

@@ -84,6 +84,7 @@ def test_a_state_without_it_or_with_another_one_is_refused(case: Case) -> None:
         (lambda state: [state[0].pop("shared_gram"), state[0].pop("shared_step")], "belong to all parameters together"),
         (lambda state: state[1].update(state[0]), "'shared_gram'|belongs to another optimizer"),
         (lambda state: state[0].pop("shared_step"), "'shared_step' was saved as None"),
+        (lambda state: state[0].update(shared_step=2), "'shared_step' is 2, but a parameter has taken part in 3 steps"),
         (lambda state: state[0].pop("shared_gram"), "'shared_gram' was saved as None"),
         (lambda state: state[0].update(shared_gram=torch.zeros(3, 3, dtype=torch.float64)), "'shared_gram' was saved"),
         (lambda state: state[0].update(shared_gram=state[0]["shared_gram"].float()), "'shared_gram' was saved as"),

@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
@@ -72,8 +73,9 @@ def run_pieces(
     shared = _SharedPieces(loop, pieces)
     futures: list[Future[None]] = []
     try:
-        for _ in range(threads - 1):
-            futures.append(_pool(os.getpid()).submit(shared.work))
+        with suppress(RuntimeError):  # the interpreter ends, or no thread is to be had: this one does the work
+            for _ in range(threads - 1):
+                futures.append(_pool(os.getpid()).submit(shared.work))
         shared.work()
     finally:
         shared.stop()
