@@ -187,7 +187,7 @@ def ldadam_moments_(R: Tensor, m: Tensor, v: Tensor, p: Tensor, numbers: Coeffic
     """
     β1, β2, k = numbers.beta1, numbers.beta2, numbers.correction
     size = p.abs()
-    p.masked_fill_(size < size.amax(1, keepdim=True).mul_(PROJECTION_NOISE), 0)
+    p.mul_(size >= size.amax(1, keepdim=True).mul_(PROJECTION_NOISE))
     del size
     # 5. m̃ ← R m
     m_moved = R @ m
