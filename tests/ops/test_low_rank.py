@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
 from hf_lowmem_optim.ops.low_rank import orthonormalize
+from hf_lowmem_optim.optimizers.ldadam import ldadam_moments_
 from tests.ops.backends import BF16, DEVICE, FP16, FP32, INTERPRETED, ON_GPU, QUIET, normal
 from tests.ops.launches import NUMBERS
 
@@ -124,6 +125,23 @@ def test_moments_are_the_formulas(n: int, r: int, q: int) -> None:
     # of the moments as they were rounded: next to v = 0 the quotient is ill-conditioned
     close(projected, m.double() / (v.double().sqrt() + NUMBERS.damping), 1e-6)
     close(right, torch.cat([c * old_m, -(p + c * moved)], 1), 1e-6)
+
+
+@pytest.mark.parametrize("update", [ldadam.move_moments_, ldadam_moments_.torch_version])
+def test_a_projection_to_rounding_noise_counts_as_zero(update: Callable[..., Tensor]) -> None:
+    R, m, v, p, _ = state(2, 5, 40)
+    for moments in (R, m, v):
+        moments.zero_()  # as in the first step
+    p[:, 1] = p[:, 0] * 2.0**-19
+    p[:, 2] = p[:, 0] * 2.0**-23
+    p[1, :, 7] = 0
+    signs = p.sign()
+    update(R, m, v, p, NUMBERS)
+    kept = torch.tensor([True, True, False, True, True], device=DEVICE)[None, :, None] & (signs != 0)
+    # noise as well where another row is far larger than the first
+    kept[:, 1] &= m[:, 1] != 0
+    assert torch.equal(m != 0, kept) and torch.equal(v != 0, kept) and torch.equal(p != 0, kept)
+    assert (m[:, 1] != 0).any() and torch.equal(p.sign()[kept], signs[kept])
 
 
 def test_each_of_a_batch_is_what_it_is_alone() -> None:
