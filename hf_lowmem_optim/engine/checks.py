@@ -91,20 +91,13 @@ def check_tensor(
     if type(param) is not Parameter and hasattr(param, "placements"):
         _check_sharded(param, group, compressed, method, who)
     elif grad.shape != param.shape or grad.device != param.device:
-        raise RuntimeError(
-            f"{describe_parameter(param, group)} is {tuple(param.shape)} on {param.device}, its gradient "
-            f"{tuple(grad.shape)} on {grad.device}: param.data was replaced after the backward pass. Call zero_grad() "
-            "when it is"
-        )
+        _refuse_memory(param, grad, group)
     else:
-        for tensor, whose in ((param, ""), (grad, "the gradient of ")):
+        for tensor in (param, grad):
             needed = tensor.storage_offset() * tensor.element_size() + tensor.nbytes
             # a gradient may be expanded, or a slice
             if tensor.untyped_storage().nbytes() < needed and not (tensor is grad and _has_storage(grad)):
-                raise RuntimeError(
-                    f"{whose}{describe_parameter(param, group)} has no memory of its size: its storage was freed or "
-                    "cut (by FSDP, or by resize_)"
-                )
+                _refuse_memory(param, grad, group)
     if not state:
         return
     for key, spec in specs.items():
@@ -128,6 +121,20 @@ def check_tensor(
         superfluous = [key for key in state if key not in known and not key.startswith(SHARED_PREFIX)]
         if superfluous:
             _refuse_state(param, group, method, superfluous[0], "there", None)
+
+
+def _refuse_memory(param: Tensor, grad: Tensor, group: Mapping[str, Any]) -> None:
+    """Raise RuntimeError for a parameter and a gradient that are not alike, or of which one has lost its memory."""
+    what = describe_parameter(param, group)
+    if grad.shape != param.shape or grad.device != param.device:
+        raise RuntimeError(
+            f"{what} is {tuple(param.shape)} on {param.device}, its gradient {tuple(grad.shape)} on {grad.device}: "
+            "param.data was replaced after the backward pass. Call zero_grad() when it is"
+        )
+    whose = "the gradient of " if _has_storage(param) else ""
+    raise RuntimeError(
+        f"{whose}{what} has no memory of its size: its storage was freed or cut (by FSDP, or by resize_)"
+    )
 
 
 def check_part(

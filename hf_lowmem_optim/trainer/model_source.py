@@ -261,7 +261,7 @@ def _build(config: PreTrainedConfig, dtype: torch.dtype, name: str) -> PreTraine
     try:
         with _building(dtype):
             return model_class(config)
-    except Exception as error:  # as above
+    except Exception as error:  # a model's constructor computes with whatever the configuration holds
         raise ValueError(f"{name!r} cannot be built as {model_class.__name__}: {_in_a_line(error)}") from error
 
 
