@@ -125,12 +125,10 @@ def profile_kernels(path: Path) -> None:
                 for _ in range(_PROFILED_STEPS):
                     optimizer.step()
                 torch.cuda.synchronize()
-            rows = [
-                {"shapes": shapes, "optimizer": entry.name, **row} for row in kernel_rows(profiler) if row["launches"]
-            ]
+            rows = [{"shapes": shapes, "optimizer": entry.name, **row} for row in kernel_rows(profiler)]
             run = replace(run, rows=[*run.rows, *rows])
-            total = sum(row["microseconds"] for row in rows)
-            print(f"\n{shapes} {entry.name}: {total:.0f} µs, {sum(row['launches'] for row in rows):.0f} launches")
+            total, launches = (sum(row[key] for row in rows[:-1]) for key in ("microseconds", "launches"))
+            print(f"\n{shapes} {entry.name}: {total:.0f} of {rows[-1]['microseconds']:.0f} µs, {launches:.0f} launches")
             for row in rows[:12]:
                 print(f"  {row['microseconds']:9.1f} µs  {row['launches']:6.1f} ×  {row['kernel'][:90]}", flush=True)
             del optimizer
@@ -138,17 +136,28 @@ def profile_kernels(path: Path) -> None:
 
 
 def kernel_rows(profiler: Any) -> list[dict[str, Any]]:
-    """Return what ran on the device: kernel, launches and microseconds of one step, the slowest first."""
-    rows = [
-        {
-            "kernel": event.key,
-            "launches": event.count / _PROFILED_STEPS,
-            "microseconds": round(event.self_device_time_total / _PROFILED_STEPS, 2),
-        }
-        for event in profiler.key_averages()
-        if event.device_type == torch.autograd.DeviceType.CUDA
-    ]
-    return sorted(rows, key=lambda row: -row["microseconds"])
+    """Return what ran on the device: kernel, launches and microseconds of one step, the slowest first.
+
+    What takes less than a hundredth of all is one row. The row of the step itself is the time from its first launch to
+    the end of its last: where it is much longer than the others' sum, the device waits for the host.
+    """
+    events = [event for event in profiler.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    rows: list[dict[str, Any]] = []
+    rest = {"kernel": "all others", "launches": 0.0, "microseconds": 0.0}
+    step = {"kernel": "first launch to end", "launches": 0.0, "microseconds": 0.0}
+    spans = [event for event in events if event.key.startswith("Optimizer.step#")]
+    events = [event for event in events if event not in spans]
+    least = sum(event.self_device_time_total for event in events) / 100
+    for event in events:
+        found = {"kernel": event.key[:120], "launches": event.count, "microseconds": event.self_device_time_total}
+        if event.self_device_time_total >= least:
+            rows.append(found)
+        else:
+            rest = {key: rest[key] + found[key] if key != "kernel" else rest[key] for key in rest}
+    step["microseconds"] = sum(event.self_device_time_total for event in spans)
+    rows = [*sorted(rows, key=lambda row: -row["microseconds"]), rest, step]
+    per_step = ("launches", "microseconds")
+    return [{k: round(v / _PROFILED_STEPS, 2) if k in per_step else v for k, v in row.items()} for row in rows]
 
 
 def main() -> None:
