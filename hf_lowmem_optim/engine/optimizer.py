@@ -106,6 +106,8 @@ class LowMemoryOptimizer(Optimizer):
         self._complete = True
         self._options: dict[int, tuple[tuple[Any, ...], Options]] = {}
         self._specs: dict[tuple[Any, ...], tuple[bool, dict[str, TensorSpec]]] = {}
+        #: What the state of a parameter was like when it was checked.
+        self.checked: dict[Tensor, tuple[Mapping[str, TensorSpec], list[int]]] = {}
         self._system_home: Tensor | None = None
         if self.method.layerwise:
             self._backward = LayerwiseMode(self)
@@ -225,8 +227,9 @@ class LowMemoryOptimizer(Optimizer):
         method = self.method
         # every check comes before the first change
         rules = []
+        options_of: dict[int, Options] = {}
         for _, param, group in live:
-            options = self._options_of(group)
+            options = options_of.get(id(group)) or options_of.setdefault(id(group), self._options_of(group))
             compressed, specs = self._rule(param, options)
             check_tensor(param, group, self.state.get(param), rule=(compressed, specs), optimizer=self)
             rules.append((options, compressed, specs))
