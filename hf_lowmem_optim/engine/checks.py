@@ -101,7 +101,9 @@ def check_tensor(
     if not state:
         return
     # which tensors they are, where they lie and how large they are: as long as that stays, so does what was checked
-    facts = [fact for part in state.values() if type(part) is Tensor for fact in (id(part), part.data_ptr(), part.nbytes)]
+    facts = [
+        fact for part in state.values() if type(part) is Tensor for fact in (id(part), part.data_ptr(), part.nbytes)
+    ]
     before = optimizer.checked.get(param)
     if before is not None and before[0] is specs and before[1] == facts:
         return

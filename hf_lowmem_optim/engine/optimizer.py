@@ -106,7 +106,6 @@ class LowMemoryOptimizer(Optimizer):
         self._complete = True
         self._options: dict[int, tuple[tuple[Any, ...], Options]] = {}
         self._specs: dict[tuple[Any, ...], tuple[bool, dict[str, TensorSpec]]] = {}
-        #: What the state of a parameter was like when it was checked.
         self.checked: dict[Tensor, tuple[Mapping[str, TensorSpec], list[int]]] = {}
         self._system_home: Tensor | None = None
         if self.method.layerwise:
@@ -229,15 +228,15 @@ class LowMemoryOptimizer(Optimizer):
         rules = []
         options_of: dict[int, Options] = {}
         for _, param, group in live:
-            options = options_of.get(id(group)) or options_of.setdefault(id(group), self._options_of(group))
+            if (options := options_of.get(id(group))) is None:
+                options = options_of[id(group)] = self._options_of(group)
             compressed, specs = self._rule(param, options)
             check_tensor(param, group, self.state.get(param), rule=(compressed, specs), optimizer=self)
             rules.append((options, compressed, specs))
         if method.shared_options and len(self.param_groups) > 1:
             distinct = {id(options): vars(options) for options, compressed, _ in rules if compressed}
             check_agreement(method, list(distinct.values()), type(self).__name__)
-        fresh = [(param, rule) for (_, param, _), rule in zip(live, rules, strict=True) if not self.state.get(param)]
-        if fresh:
+        if fresh := [(p, rule) for (_, p, _), rule in zip(live, rules, strict=True) if not self.state.get(p)]:
             self._allocate_(fresh)
         coupled = next((o for o, compressed, _ in rules if compressed and method.shared_state is not None), None)
         system = None
