@@ -8,6 +8,7 @@ Parameters and gradients stay where they are.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -170,10 +171,12 @@ def _bucketed(updates: Sequence[TensorUpdate], whole: bool) -> Iterator[Batch]:
         elif len(bucket) == 1:
             yield _batch(bucket)
         else:
-            _stack_loose_(bucket)
+            stacked = _is_stacked(bucket)
+            if not stacked:
+                _stack_loose_(bucket)
             param = bucket[0].param
             most = most_tensors(param.numel(), param.device) if _rounds_alike(bucket[0]) else 1
-            for run in _runs(bucket):
+            for run in [bucket] if stacked else _runs(bucket):
                 for start in range(0, len(run), most):
                     yield _batch(run[start : start + most])
 
@@ -245,6 +248,18 @@ def _stacked(parts: Sequence[Tensor]) -> Tensor:
     first = parts[0]
     distance = parts[1].storage_offset() - first.storage_offset()
     return first.as_strided((len(parts), *first.shape), (distance, *first.stride()))
+
+
+def _is_stacked(bucket: Sequence[TensorUpdate]) -> bool:
+    """Return whether the states of all tensors lie at equal distances: cheap, as every step asks it."""
+    for key, first in own_tensors(bucket[0].state).items():
+        places = [update.state[key].data_ptr() for update in bucket]
+        distance, storage = places[1] - places[0], first.untyped_storage()
+        if distance < first.nbytes or any([b - a != distance for a, b in itertools.pairwise(places)]):
+            return False
+        if places[-1] + first.nbytes > storage.data_ptr() + storage.nbytes():
+            return False
+    return True
 
 
 def _runs(bucket: Sequence[TensorUpdate]) -> Iterator[list[TensorUpdate]]:
