@@ -22,7 +22,16 @@ from hf_lowmem_optim.engine.options import Options
 from hf_lowmem_optim.engine.rounding import StochasticRounding
 from hf_lowmem_optim.spec import TensorSpec
 
-__all__ = ["SHARED_PREFIX", "Batch", "TensorUpdate", "allocate_stacked", "batches", "most_entries", "most_tensors", "own_tensors"]
+__all__ = [
+    "SHARED_PREFIX",
+    "Batch",
+    "TensorUpdate",
+    "allocate_stacked",
+    "batches",
+    "most_entries",
+    "most_tensors",
+    "own_tensors",
+]
 
 #: Begins the keys under which one parameter's state keeps what belongs to all parameters together.
 SHARED_PREFIX = "shared_"
@@ -254,10 +263,9 @@ def _is_stacked(bucket: Sequence[TensorUpdate]) -> bool:
     """Return whether the states of all tensors lie at equal distances: cheap, as every step asks it."""
     for key, first in own_tensors(bucket[0].state).items():
         places = [update.state[key].data_ptr() for update in bucket]
-        distance, storage = places[1] - places[0], first.untyped_storage()
-        if distance < first.nbytes or any([b - a != distance for a, b in itertools.pairwise(places)]):
-            return False
-        if places[-1] + first.nbytes > storage.data_ptr() + storage.nbytes():
+        distances, storage = {b - a for a, b in itertools.pairwise(places)}, first.untyped_storage()
+        inside = places[-1] + first.nbytes <= storage.data_ptr() + storage.nbytes()
+        if len(distances) > 1 or min(distances) < first.nbytes or not inside:
             return False
     return True
 
