@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from hf_lowmem_optim.engine.buckets import SHARED_PREFIX, TensorUpdate
+from hf_lowmem_optim.engine.buckets import SHARED_PREFIX, TensorUpdate, split_state
 from hf_lowmem_optim.engine.checks import check_part, describe_parameter
 from hf_lowmem_optim.engine.method import Method
 
@@ -88,4 +88,5 @@ def note_absent_(optimizer: Optimizer, method: Method, updates: Sequence[TensorU
             state = optimizer.state.get(param)
             if state and id(state) not in present and method.compresses(param.shape, group):
                 assert method.absent_ is not None
-                method.absent_(state, t)
+                for each in split_state(state) if method.options_of(group).is_stack(param.shape) else [state]:
+                    method.absent_(each, t)

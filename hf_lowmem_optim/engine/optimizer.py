@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from hf_lowmem_optim.engine.adamw import adamw_update_, require_bitsandbytes
 from hf_lowmem_optim.engine.backward import LayerwiseMode
-from hf_lowmem_optim.engine.buckets import SHARED_PREFIX, TensorUpdate, allocate_stacked, batches
+from hf_lowmem_optim.engine.buckets import SHARED_PREFIX, TensorUpdate, allocate_stacked, batches, split_stacks
 from hf_lowmem_optim.engine.checks import (
     check_parameter,
     check_rounding,
@@ -294,7 +294,7 @@ class LowMemoryOptimizer(Optimizer):
         assert update_ is not None and method.shared_state is not None
         options: Any = updates[0].options
         if options.scope == "tensor":
-            for update in updates:
+            for update in split_stacks(updates):
                 own = {key: update.state[key] for key in method.shared_state(options)}
                 update_(list(batches([update], whole=method.whole)), own, update.step)
             return
