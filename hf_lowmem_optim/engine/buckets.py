@@ -83,10 +83,8 @@ def split_state(state: Mapping[str, Any]) -> list[dict[str, Tensor]]:
     return [dict(zip(tensors, parts, strict=True)) for parts in zip(*tensors.values(), strict=True)]
 
 
-def split_stacks(updates: Sequence[TensorUpdate]) -> Sequence[TensorUpdate]:
+def split_stacks(updates: Sequence[TensorUpdate]) -> list[TensorUpdate]:
     """Replace stacks of matrices by their matrices, which are updated as tensors of their own."""
-    if not any(update.options.stacked for update in updates):
-        return updates
     matrices: list[TensorUpdate] = []
     for update in updates:
         if not update.options.is_stack(update.param.shape):
@@ -180,7 +178,8 @@ def batches(updates: Sequence[TensorUpdate], *, whole: bool) -> Iterator[Batch]:
     Returns:
         The batches, in the order of their first tensors.
     """
-    updates = split_stacks(updates)
+    if any(update.options.stacked for update in updates):
+        updates = split_stacks(updates)
     return iter([_batch(updates)]) if len(updates) == 1 else _bucketed(updates, whole)
 
 
