@@ -214,7 +214,7 @@ def test_a_checkpoint_of_a_version_without_stacks_loads_where_there_is_none() ->
     assert new.param_groups[0]["stacked"] is False
     assert_equal(own_tensors(old.state[weight]).values(), own_tensors(new.state[weight]).values())
     stacked = build("ldadam", [weight], {"rank": 4}, stacked=True)
-    with pytest.raises(ValueError, match="saved with stacked=False, .* has stacked=True"):
+    with pytest.raises(ValueError, match=r"saved with stacked=False, .* has stacked=True"):
         stacked.load_state_dict(saved)
     assert not stacked.state
 
