@@ -22,8 +22,8 @@ from hf_lowmem_optim.ops.block_quant import Quantized, rounding_keys
 from hf_lowmem_optim.ops.block_topk import TopK, _select_all, counts
 from hf_lowmem_optim.ops.dispatch import register
 from hf_lowmem_optim.ops.triton.block_quant import block_range, decode, encode, load_codes, store_codes
-from hf_lowmem_optim.ops.triton.device import aligned, on_device
-from hf_lowmem_optim.ops.triton.tables import TYPES, alike, block_tables, owner_and_block, pointer
+from hf_lowmem_optim.ops.triton.device import on_device
+from hf_lowmem_optim.ops.triton.tables import TYPES, alike, block_tables, owner_and_block, pointer, size, vectorizes
 
 __all__ = ["MAX_BLOCK_SIZE", "select_all"]
 
@@ -77,7 +77,7 @@ def _block_topk_kernel(
 ):
     # everything but the block's own place is in 32 bits: wide offsets would take most of the registers
     record, block = owner_and_block(owners_ptr, table_ptr, tl.program_id(0), 9)
-    n = tl.load(record + 7)
+    n = size(record, 7, ALIGNED)
     kept = tl.load(record + 8)
     base = block * BLOCK
     length = tl.minimum(n - base, BLOCK).to(tl.int32)
@@ -180,7 +180,7 @@ def _key(call: TopK) -> Hashable:
         kind = error.dtype
     dtypes = call.grad.dtype, call.values.dtype, kind
     how = call.row, call.block_size, call.density, call.error_scale, call.seed
-    return dtypes, how, aligned([call.grad, *_parts(error)])
+    return dtypes, how, vectorizes(call.grad, *_parts(error))
 
 
 def _parts(error: Quantized | Tensor | None) -> list[Tensor]:
@@ -233,6 +233,6 @@ def _select(calls: Sequence[TopK]) -> None:
             BUFFER=buffer,
             STATS=stats,
             VALUES=TYPES[one.values.dtype],
-            ALIGNED=aligned([grad, *_parts(error)]),
+            ALIGNED=vectorizes(grad, *_parts(error)),
             **_launch_options(block_size),
         )
