@@ -21,7 +21,16 @@ from hf_lowmem_optim.engine.options import Options
 from hf_lowmem_optim.engine.rounding import StochasticRounding
 from hf_lowmem_optim.spec import TensorSpec
 
-__all__ = ["SHARED_PREFIX", "Batch", "TensorUpdate", "allocate_stacked", "batches", "most_entries", "most_tensors", "own_tensors"]
+__all__ = [
+    "SHARED_PREFIX",
+    "Batch",
+    "TensorUpdate",
+    "allocate_stacked",
+    "batches",
+    "most_entries",
+    "most_tensors",
+    "own_tensors",
+]
 
 #: Begins the keys under which one parameter's state keeps what belongs to all parameters together.
 SHARED_PREFIX = "shared_"

@@ -234,7 +234,9 @@ def _gram(numel, indices, values, value_code, block_size, kept_per_block, newest
 @register(_update_all, "cpu")
 def update_all(steps: Sequence[WindowStep]) -> None:
     """See :func:`hf_lowmem_optim.ops.sparse_window.foreach_window_update_`."""
-    arguments = [(*_arguments(step), float(step.lr), float(step.eps), 1.0 - step.lr * step.weight_decay) for step in steps]
+    arguments = [
+        (*_arguments(step), float(step.lr), float(step.eps), 1.0 - step.lr * step.weight_decay) for step in steps
+    ]
     _run(_update, [step.rows for step in steps], arguments)
 
 

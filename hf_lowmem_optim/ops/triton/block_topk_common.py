@@ -30,8 +30,6 @@ __all__ = ["block_topk_kernel", "common_options", "is_common"]
 _BLOCK, _QUANT_BLOCK, _MOST_KEPT = 4096, 64, 48
 
 _ROWS = tl.constexpr(64)
-#: Rows that one register holds over 128 threads, eight entries each; and how often.
-_GROUP, _REPEATS = tl.constexpr(16), tl.constexpr(4)
 _CANDIDATES = tl.constexpr(64)
 #: Bits of 2^110 and 2^-120: magnitudes from which on, and below which, sums in here might not be exact.
 _HUGE, _TINY = tl.constexpr(0x76800000), tl.constexpr(0x03800000)
@@ -83,11 +81,8 @@ def popcount(x):
 def places_of_codes(BITS: tl.constexpr):
     """The lowest bit of each code in a little-endian word [codes of a word]."""
     code = tl.arange(0, 32 // BITS)
-    if BITS == 4:  # the entry of even index has the high nibble
-        place = code // 2 * 8 + (1 - code % 2) * 4
-    else:
-        place = code * 8
-    return place
+    # of 4 bits the entry of even index has the high nibble
+    return code // 2 * 8 + (1 - code % 2) * 4 if BITS == 4 else code * 8
 
 
 @triton.jit
@@ -104,16 +99,17 @@ def unpack(words, BITS: tl.constexpr):
 
 
 @triton.jit
-def candidates(keys, a, threshold):
+def candidates(keys, a, threshold, GROUP: tl.constexpr):
     """Compact the entries that reach the threshold: index and value of each in a lane, in any order; and how many.
 
     Lanes beyond them hold index −1. All of it is junk if there are more than there are lanes.
     """
-    # a bit for each of a thread's 32 entries
-    keys = tl.reshape(keys, (_REPEATS, _GROUP, 8, 8))
-    bit = (tl.arange(0, _REPEATS)[:, None] * 8 + tl.arange(0, 8)[None, :])[:, None, None, :]
+    # a bit for each of a thread's entries, 32 at most
+    REPEATS: tl.constexpr = _ROWS // GROUP
+    keys = tl.reshape(keys, (REPEATS, GROUP, 8, 8))
+    bit = (tl.arange(0, REPEATS)[:, None] * 8 + tl.arange(0, 8)[None, :])[:, None, None, :]
     bits = tl.sum(tl.sum(tl.where(keys >= threshold, 1 << bit, 0), 3), 0)
-    THREADS: tl.constexpr = _GROUP * 8
+    THREADS: tl.constexpr = GROUP * 8
     bits = tl.reshape(bits, (THREADS,)).to(tl.uint32, bitcast=True)
     count = popcount(bits)
     upto = tl.cumsum(count, 0)
@@ -128,7 +124,7 @@ def candidates(keys, a, threshold):
         mine = tl.where(i < nth, mine & (mine - 1), mine)  # without the lowest bit
     lowest = mine & (0 - mine)
     which = ((lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127) & 31
-    index = (which // 8 * _GROUP + thread // 8) * 64 + thread % 8 * 8 + which % 8
+    index = (which // 8 * GROUP + thread // 8) * 64 + thread % 8 * 8 + which % 8
     there = lane < total
     value = tl.gather(tl.reshape(a, (_ROWS * 64,)), tl.where(there, index, 0), 0)
     return tl.where(there, index, -1), value, total
@@ -143,7 +139,9 @@ def block_topk_kernel(
     K: tl.constexpr,
     BITS: tl.constexpr,
     GRAD: tl.constexpr,
+    GROUP: tl.constexpr,  # rows that one register holds over all threads, eight entries each
 ):
+    """Do a block, or flag it and leave it as it is."""
     program = tl.program_id(0)
     record, block = owner_and_block(owners_ptr, table_ptr, program, 9)
     if (block + 1) * 4096 > tl.load(record + 7):
@@ -168,7 +166,7 @@ def block_topk_kernel(
 
     # a bound that hardly more than k magnitudes reach
     keys = a.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    top = tl.max(tl.max(tl.reshape(keys, (_REPEATS // 2, 2, _GROUP, 8, 8)), 4), 1)
+    top = tl.max(tl.max(tl.reshape(keys, (_ROWS // GROUP // 2, 2, GROUP, 8, 8)), 4), 1)
     greatest = tl.max(top)
     column = window_row * tl.load(record + 8) + block * K
     indices_ptr = pointer(record, 5, tl.int16, False) + column
@@ -183,7 +181,7 @@ def block_topk_kernel(
         tl.store(flags_ptr + program, 0)
         return
     threshold = coarse_threshold(top, greatest, K, K + (_CANDIDATES - K) // 3)
-    at, value, total = candidates(keys, a, threshold)
+    at, value, total = candidates(keys, a, threshold, GROUP)
     if (total > _CANDIDATES) | (greatest >= _HUGE) | (threshold < _TINY):
         tl.store(flags_ptr + program, 1)
         return
@@ -251,5 +249,5 @@ def is_common(call: TopK, k: int) -> bool:
 
 
 def common_options() -> dict[str, int | bool]:
-    """Return the launch parameters: 128 threads, for which the tiles are laid out."""
-    return {"num_warps": 2 if torch.version.hip else 4, "enable_fp_fusion": False}
+    """Return the launch parameters: four warps, of 32 threads or of AMD's 64."""
+    return {"GROUP": 32 if torch.version.hip else 16, "num_warps": 4, "enable_fp_fusion": False}

@@ -14,7 +14,7 @@ multiply-adds they agree with it bit for bit. Nothing is autotuned: these kernel
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton

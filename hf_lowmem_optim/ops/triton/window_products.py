@@ -1,8 +1,9 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined"
 """Products of a sparse window's rows in Triton: with one of the rows, and with weights.
 
-The product of two rows looks up each index of one among those of the other, which ascend. The combination of rows adds
-them up in a program's own scratch memory, as in ``sparse_window.py``; blocks of the parameter are read and written once.
+The product of two rows looks up each index of one among those of the other, which ascend. A combination of rows is
+added up in a program's own scratch memory, as in ``sparse_window.py``; a block of the parameter is read and written
+once.
 """
 
 from __future__ import annotations
@@ -283,7 +284,9 @@ def _multiply(out: Tensor, windows: Sequence[SparseWindow], row: int) -> None:
         )
         columns = triton.next_power_of_2(one.window)
         tile = max(1, _SUM_ENTRIES // columns)
-        _sum_kernel[(len(windows),)](table, partial, out, len(owners), one.window, WINDOW=columns, TILE=tile, enable_fp_fusion=False)
+        _sum_kernel[(len(windows),)](
+            table, partial, out, len(owners), one.window, WINDOW=columns, TILE=tile, enable_fp_fusion=False
+        )
 
 
 @register(_descend_all, "triton")
