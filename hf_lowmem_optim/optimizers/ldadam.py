@@ -105,6 +105,7 @@ def ldadam_state(shape: Sequence[int], dtype: torch.dtype, o: LDAdamOptions) -> 
     }
 
 
+@Op
 def ldadam_update_(
     W: Sequence[Tensor], g: Sequence[Tensor], state: Mapping[str, Tensor], t: int, o: LDAdamOptions
 ) -> None:
@@ -120,7 +121,7 @@ def ldadam_update_(
     """
     tall = W[0].shape[0] > W[0].shape[1]
     m, v, old = (state[key].float().contiguous() for key in ("exp_avg", "exp_avg_sq", "basis"))  # [n, r, q], [n, p, r]
-    numbers = _numbers(t, o)
+    numbers = Coefficients.of_step(t, o)
     # 1. a ← g + ξ
     fmt = FORMATS.get(o.error_feedback)
     residual = add_residual(g, state, fmt)
@@ -151,23 +152,6 @@ def ldadam_update_(
     for key, value in (("basis", U), ("exp_avg", m), ("exp_avg_sq", v)):
         if state[key] is not value:
             state[key].copy_(value)
-
-
-def _numbers(t: int, o: LDAdamOptions) -> Coefficients:
-    """Return the numbers of a step; c1 and c2 are of the old moments, and zero in the first step, which needs none."""
-    (β1, β2), c1, c2 = o.betas, 1 - o.betas[0] ** (t - 1), 1 - o.betas[1] ** (t - 1)
-    # line 9: m̂/(√v̂ + eps) is m/(√v + eps·√(1 − β2ᵗ)) up to a factor that joins the step size
-    root = math.sqrt(1 - β2**t)
-    return Coefficients(
-        momentum_weight=o.rho / c1 if t > 1 else 0.0,
-        gradient_weight=1 - o.rho,
-        beta1=β1,
-        beta2=β2,
-        correction=c2 / c1**2 if t > 1 else 0.0,
-        damping=o.eps * root,
-        decay=1 - o.lr * o.weight_decay,
-        step_size=o.lr * root / (1 - β1**t),
-    )
 
 
 @Op

@@ -1,0 +1,48 @@
+"""Products and multiply-adds as the hardware does them: one rounding of a fused multiply-add, operands of a product cut.
+
+The stock interpreter rounds a fused multiply-add twice, multiplies the bits of bfloat16 operands as integers, and
+computes TF32 products in float32. Tensor cores ignore the 13 low bits of a float32 operand.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from .casts import bfloat16_bits_to_float32
+
+_stock_fma = InterpreterBuilder.create_fma
+_stock_dot = InterpreterBuilder.create_dot
+
+
+def _fma(self: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+    if x.dtype.scalar != tl.float32:
+        return _stock_fma(self, x, y, z)
+    with np.errstate(over="ignore", invalid="ignore"):
+        # the product is exact in float64; its sum is rounded twice in one of 2²⁹ cases
+        exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+        return TensorHandle(exact.astype(np.float32), tl.float32)
+
+
+def _operand(x: TensorHandle, cut: bool) -> TensorHandle:
+    if x.dtype.scalar == tl.bfloat16:
+        return TensorHandle(bfloat16_bits_to_float32(x.data), tl.float32)
+    if x.dtype.scalar == tl.float32 and cut:
+        bits = np.ascontiguousarray(x.data).view(np.uint32) & np.uint32(0xFFFFE000)
+        return TensorHandle(bits.view(np.float32), tl.float32)
+    return x
+
+
+def _dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandle, precision: Any, *more: Any) -> Any:
+    name = str(precision).upper()
+    cut = "TF32" in name and "X3" not in name
+    return _stock_dot(self, _operand(a, cut), _operand(b, cut), d, precision, *more)
+
+
+def enable() -> None:
+    """Replace both operations of the interpreter's builder."""
+    InterpreterBuilder.create_fma = _fma
+    InterpreterBuilder.create_dot = _dot
