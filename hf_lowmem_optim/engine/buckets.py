@@ -11,7 +11,7 @@ import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -137,14 +137,14 @@ def allocate_stacked(specs: Mapping[str, TensorSpec], count: int, device: torch.
     return states
 
 
-def batches(updates: Sequence[TensorUpdate], *, whole: bool) -> Iterator[Batch]:
+def batches(updates: Sequence[TensorUpdate], *, whole: bool | Literal["gpu"]) -> Iterator[Batch]:
     """Put tensors of one bucket together, as many as one call may serve.
 
     One after the other, so that contiguous copies of gradients do not exist all at once.
 
     Args:
         updates: The tensors, all with state; state that is not stacked yet is moved where that is due.
-        whole: Whether a call may serve any number of tensors, because it allocates nothing of their size.
+        whole: Whether a call may serve any number of tensors, because it bounds what it allocates; or "gpu": there.
 
     Returns:
         The batches, in the order of their first tensors.
@@ -152,7 +152,7 @@ def batches(updates: Sequence[TensorUpdate], *, whole: bool) -> Iterator[Batch]:
     return iter([_batch(updates)]) if len(updates) == 1 else _bucketed(updates, whole)
 
 
-def _bucketed(updates: Sequence[TensorUpdate], whole: bool) -> Iterator[Batch]:
+def _bucketed(updates: Sequence[TensorUpdate], whole: bool | Literal["gpu"]) -> Iterator[Batch]:
     buckets: dict[Hashable, list[TensorUpdate]] = {}
     for update in updates:
         buckets.setdefault(update.key, []).append(update)
@@ -162,10 +162,11 @@ def _bucketed(updates: Sequence[TensorUpdate], whole: bool) -> Iterator[Batch]:
             continue
         _stack_loose_(bucket)
         param = bucket[0].param
-        if whole and bucket[0].rounding_seed is None:
+        any_number = whole is True or (whole == "gpu" and param.device.type != "cpu")
+        if any_number and bucket[0].rounding_seed is None:
             most = len(bucket)
         else:
-            most = most_tensors(param.numel(), param.device) if whole or _rounds_alike(bucket[0]) else 1
+            most = most_tensors(param.numel(), param.device) if any_number or _rounds_alike(bucket[0]) else 1
         for run in _runs(bucket):
             for start in range(0, len(run), most):
                 yield _batch(run[start : start + most])

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_lowmem_optim.engine.adamw import adamw_state
 from hf_lowmem_optim.engine.buckets import Batch, most_tensors
 from hf_lowmem_optim.engine.options import Options, as_plain
+from hf_lowmem_optim.ops.low_rank import MOST_FACTOR_BYTES
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["CoupledUpdate", "Method", "StateFunction", "Update"]
@@ -75,7 +76,9 @@ class Method:
         scratch: What an update allocates for a moment, at most, in float32 copies of a weight; 0 if it works in place.
             Or a function that returns it for the options.
         scratch_state: What it allocates beside, at most, in float32 copies of a weight's state, the error left out.
-        whole: Whether one call may serve any number of tensors, because it allocates for one after the other.
+        whole: Whether one call may serve any number of tensors, because it allocates for one after the other; or
+            ``"gpu"``: there it may, because it allocates for as many as ``most_tensors`` says, or factors alone, and of
+            these at most ``MOST_FACTOR_BYTES``.
         adam_like: Whether it is Adam with less state, so that AdamW is as good where compression saves nothing.
         optional_state: State keys that exist only for some values of an option which may change in a run, with that
             option: the state follows it.
@@ -98,7 +101,7 @@ class Method:
     switch: tuple[str, Any] = ("compress", False)
     scratch: float | Callable[[Any], float] = 1.0
     scratch_state: float = 0.0
-    whole: bool = False
+    whole: bool | Literal["gpu"] = False
     adam_like: bool = True
     optional_state: Mapping[str, str] = field(default_factory=dict)
     coupled_update_: CoupledUpdate | None = None
@@ -226,9 +229,11 @@ class Method:
                 rounded = options.weight_rounding == "stochastic" and dtype != torch.float32
                 state = sum(math.prod(spec.shape) for key, spec in specs.items() if not key.startswith("error"))
                 copies = self.scratch_copies(options)
-                together = 1 if self.whole and not rounded else most_tensors(math.prod(shape), device)
+                together = 1 if self.whole is True and not rounded else most_tensors(math.prod(shape), device)
                 each = 4 * ((copies + rounded) * math.prod(shape) + self.scratch_state * state)
                 most = max(most, each * min(count, together))
+                if self.whole == "gpu" and device.type != "cpu":
+                    most = max(most, min(4 * self.scratch_state * state * count, MOST_FACTOR_BYTES))
         system = 0
         if self.shared_state is not None and groups:
             matrices = (self.shared_state(self.options_of(group)).values() for group in groups)

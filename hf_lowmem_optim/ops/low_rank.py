@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_lowmem_optim.ops.dispatch import Op
 
 __all__ = [
+    "MOST_FACTOR_BYTES",
     "PRODUCTS_VARIABLE",
     "PROJECTION_NOISE",
     "Coefficients",
@@ -19,6 +20,7 @@ __all__ = [
     "leading_left_singular_vectors",
     "orthonormalize",
     "precision_of_products",
+    "projection_noise",
     "seeded_sketch",
 ]
 
@@ -29,6 +31,8 @@ PRODUCTS_VARIABLE = "HF_LOWMEM_OPTIM_PRODUCTS"
 
 #: Of the largest projection of a column: what is smaller is rounding, of products and of the basis, up to 6e-7 of it.
 PROJECTION_NOISE = 2.0**-20
+#: What the factors of all matrices of one call may take, unless those of one take more.
+MOST_FACTOR_BYTES = 1 << 28
 #: Terms from which on a 4-bit error has bfloat16 products.
 _MOST_TF32_TERMS = 64
 _OVERSAMPLING = 8
@@ -75,6 +79,16 @@ class Coefficients(NamedTuple):
             decay=1 - o.lr * o.weight_decay,
             step_size=o.lr * root / (1 - β1**t),
         )
+
+
+def projection_noise(products: Products, terms: int) -> float:
+    """Return :data:`PROJECTION_NOISE` for products of some precision over so many terms.
+
+    Where operands are cut, that outweighs all other rounding: independent errors, of which the sum is like the root of
+    their number beside entries of the column. Four times what rank-deficient matrices show at most.
+    """
+    cut = {"tf32": 2.0**-7, "bf16": 2.0**-4}.get(products)
+    return PROJECTION_NOISE if cut is None else cut / math.sqrt(terms)
 
 
 def precision_of_products(error_feedback: str, rank: int) -> Products:

@@ -42,7 +42,7 @@ def _moments_kernel(
     beta2,
     correction,
     damping,
-    NOISE: tl.constexpr,
+    noise,
     RANK: tl.constexpr,  # r rounded up
     TERMS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -69,7 +69,7 @@ def _moments_kernel(
     m = tl.load(m_ptr + at, mask=inside, other=0.0)
     p = tl.load(projected_ptr + at, mask=inside, other=0.0)
     size = tl.abs(p)
-    p = tl.where(size < tl.max(size, axis=0)[None, :] * NOISE, 0.0, p)
+    p = tl.where(size < tl.max(size, axis=0)[None, :] * noise, 0.0, p)
     # everything is read before anything is written
     tl.debug_barrier()
 
@@ -116,7 +116,7 @@ def update_moments_(
             float(coefficients.beta2),
             float(coefficients.correction),
             float(coefficients.damping),
-            NOISE=noise,
+            float(noise),
             RANK=rank,
             TERMS=_MOMENT_TERMS,
             COLUMNS=_MOMENT_COLUMNS,

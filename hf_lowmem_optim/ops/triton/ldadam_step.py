@@ -17,7 +17,13 @@ from torch import Tensor
 
 from hf_lowmem_optim.ops.block_quant import rounding_keys
 from hf_lowmem_optim.ops.dispatch import register
-from hf_lowmem_optim.ops.low_rank import PROJECTION_NOISE, Coefficients, Products, precision_of_products
+from hf_lowmem_optim.ops.low_rank import (
+    MOST_FACTOR_BYTES,
+    Coefficients,
+    Products,
+    precision_of_products,
+    projection_noise,
+)
 from hf_lowmem_optim.ops.triton.device import address_table, aligned, on_device
 from hf_lowmem_optim.ops.triton.ldadam import MAX_RANK, update_moments_
 from hf_lowmem_optim.ops.triton.low_rank import orthonormal_columns
@@ -25,6 +31,7 @@ from hf_lowmem_optim.ops.triton.residual import (
     POINTEE,
     Residual,
     add_error,
+    apply_tile,
     batch_pointers,
     load_factor,
     load_parts,
@@ -35,10 +42,8 @@ from hf_lowmem_optim.ops.triton.residual import (
 
 __all__ = ["later_step_"]
 
-#: Float32 numbers that the factors of a batch may take: 256 MiB.
-_MOST_FACTOR_ENTRIES = 1 << 26
-#: Factors of the size of a moment that are there at once, beside those that orthonormalization takes of the basis.
-_COPIES_OF_MOMENT, _COPIES_OF_BASIS = 5, 9
+#: What a matrix allocates for a moment, at most, in float32 copies of its state: as ``LDAdam.method`` says.
+_FACTOR_COPIES = 6
 
 
 @triton.jit(do_not_specialize=["key0", "key1"])
@@ -74,6 +79,7 @@ def _apply_kernel(
     STOCHASTIC: tl.constexpr,
     TALL: tl.constexpr,
     PRODUCTS: tl.constexpr,
+    MORE_TERMS: tl.constexpr,  # whether r > TERMS
     TERMS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -86,16 +92,16 @@ def _apply_kernel(
     row0, col0 = tl.program_id(0) // across * ROWS, tl.program_id(0) % across * COLS
     if TALL:
         p, p0, q, q0 = c, col0, n, row0
-        SHORT, LONG = COLS, ROWS
     else:
         p, p0, q, q0 = n, row0, c, col0
-        SHORT, LONG = ROWS, COLS
+    SHORT: tl.constexpr = COLS if TALL else ROWS
+    LONG: tl.constexpr = ROWS if TALL else COLS
     old_ptr += b * old_batch
     new_ptr += b * new_batch
     direction_ptr += b * r * q
     factors_ptr += 2 * b * r * q
 
-    # ξ ← a − U(p̃ + c·m̃) + c·U₋m
+    # 6. ξ ← a − U(p̃ + c·m̃) + c·U₋m
     if STORAGE != "none":
         g_ptr, error_ptr, lo_ptr, hi_ptr = batch_pointers(
             table_ptr, error_ptr, lo_ptr, hi_ptr, b, error_batch, stats_batch, GRAD, STORAGE
@@ -103,21 +109,20 @@ def _apply_kernel(
         g, error, lo, hi = load_parts(
             g_ptr, error_ptr, lo_ptr, hi_ptr, row0, col0, n, c, STORAGE, ROWS, COLS, ALIGNED, EVEN
         )
-        change = tl.zeros([ROWS, COLS], tl.float32)
-        for term0 in range(0, r, TERMS):
-            left = load_factor(old_ptr, p0, p, old_along, term0, r, old_term, TERMS, SHORT, EVEN)
-            right = load_factor(factors_ptr, q0, q, 1, term0, r, q, TERMS, LONG, EVEN)
-            change = lifted(left, right, change, TALL, PRODUCTS)
-            left = load_factor(new_ptr, p0, p, new_along, term0, r, new_term, TERMS, SHORT, EVEN)
-            right = load_factor(factors_ptr + r * q.to(tl.int64), q0, q, 1, term0, r, q, TERMS, LONG, EVEN)
-            change = lifted(left, right, change, TALL, PRODUCTS)
-        x = add_error(g, error, lo, hi, magic, STORAGE, ROWS, COLS) + change
+        change = add_lifted(
+            tl.zeros([ROWS, COLS], tl.float32), old_ptr, p0, p, old_along, old_term, factors_ptr, q0, q, r,
+            TALL, PRODUCTS, MORE_TERMS, TERMS, SHORT, LONG, EVEN,
+        )  # fmt: skip
+        change = add_lifted(
+            change, new_ptr, p0, p, new_along, new_term, factors_ptr + r * q.to(tl.int64), q0, q, r,
+            TALL, PRODUCTS, MORE_TERMS, TERMS, SHORT, LONG, EVEN,
+        )  # fmt: skip
         store_error(
-            x, g_ptr, error_ptr, lo_ptr, hi_ptr, row0, col0, n, c, key0, key1,
+            add_error(g, error, lo, hi, magic, STORAGE, ROWS, COLS) + change,
+            g_ptr, error_ptr, lo_ptr, hi_ptr, row0, col0, n, c, key0, key1,
             STORAGE, STOCHASTIC, ROWS, COLS, ALIGNED, EVEN,
         )  # fmt: skip
-
-    # W ← decay·W − step_size·U d
+    # 9. W ← decay·W − step_size·U d
     weight_ptr = tl.load(weights_ptr + b).to(tl.pointer_type(WEIGHT))
     row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
     at = weight_ptr + (row0.to(tl.int64) * c + col0) + (row * c)[:, None] + col[None, :]
@@ -128,16 +133,31 @@ def _apply_kernel(
         weight = tl.load(at)
     else:
         weight = tl.load(at, mask=inside, other=0.0)
-    update = tl.zeros([ROWS, COLS], tl.float32)
-    for term0 in range(0, r, TERMS):
-        left = load_factor(new_ptr, p0, p, new_along, term0, r, new_term, TERMS, SHORT, EVEN)
-        right = load_factor(direction_ptr, q0, q, 1, term0, r, q, TERMS, LONG, EVEN)
-        update = lifted(left, right, update, TALL, PRODUCTS)
+    update = add_lifted(
+        tl.zeros([ROWS, COLS], tl.float32), new_ptr, p0, p, new_along, new_term, direction_ptr, q0, q, r,
+        TALL, PRODUCTS, MORE_TERMS, TERMS, SHORT, LONG, EVEN,
+    )  # fmt: skip
     weight = (decay * weight.to(tl.float32) - step_size * update).to(WEIGHT)
     if EVEN:
         tl.store(at, weight)
     else:
         tl.store(at, weight, mask=inside)
+
+
+@triton.jit
+def add_lifted(
+    acc, basis_ptr, p0, p, basis_along, basis_term, moment_ptr, q0, q, r, TALL: tl.constexpr, PRODUCTS: tl.constexpr,
+    MORE_TERMS: tl.constexpr, TERMS: tl.constexpr, SHORT: tl.constexpr, LONG: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Return acc + basis·moment for a tile of a matrix, or its transpose: [p, r]·[r, q]."""
+    if MORE_TERMS:
+        for term0 in range(TERMS, r, TERMS):
+            left = load_factor(basis_ptr, p0, p, basis_along, term0, r, basis_term, TERMS, SHORT, EVEN)
+            right = load_factor(moment_ptr, q0, q, 1, term0, r, q, TERMS, LONG, EVEN)
+            acc = lifted(left, right, acc, TALL, PRODUCTS)
+    left = load_factor(basis_ptr, p0, p, basis_along, 0, r, basis_term, TERMS, SHORT, EVEN)
+    right = load_factor(moment_ptr, q0, q, 1, 0, r, q, TERMS, LONG, EVEN)
+    return lifted(left, right, acc, TALL, PRODUCTS)
 
 
 @triton.jit
@@ -147,11 +167,6 @@ def lifted(left, right, acc, TALL: tl.constexpr, PRODUCTS: tl.constexpr):
         return product(tl.trans(right), left, acc, PRODUCTS)
     else:
         return product(tl.trans(left), right, acc, PRODUCTS)
-
-
-def _apply_tile(r: int, storage: str) -> dict[str, int]:
-    terms = min(32, max(16, triton.next_power_of_2(r)))
-    return {"TERMS": terms, "ROWS": 64, "COLS": 64, "num_warps": 4, "num_stages": 2}
 
 
 def _why_not(W: Sequence[Tensor], g: Sequence[Tensor], state: Mapping[str, Tensor], t: int, o: Any) -> str | None:
@@ -167,8 +182,8 @@ def _why_not(W: Sequence[Tensor], g: Sequence[Tensor], state: Mapping[str, Tenso
 @register("ldadam_update_", "triton", why_not=_why_not, composed=True)
 def later_step_(W: Sequence[Tensor], g: Sequence[Tensor], state: Mapping[str, Tensor], t: int, o: Any) -> None:
     """See :func:`hf_lowmem_optim.optimizers.ldadam.ldadam_update_`."""
-    moment, basis = state["exp_avg"][0].numel(), state["basis"][0].numel()
-    most = max(1, _MOST_FACTOR_ENTRIES // (_COPIES_OF_MOMENT * moment + _COPIES_OF_BASIS * basis))
+    entries = 2 * state["exp_avg"][0].numel() + state["basis"][0].numel()
+    most = max(1, MOST_FACTOR_BYTES // (4 * _FACTOR_COPIES * entries))
     for start in range(0, len(W), most):
         part = slice(start, start + most)
         _step_(W[part], g[part], {key: stacked[part] for key, stacked in state.items()}, t, o)
@@ -189,7 +204,7 @@ def _step_(W: Sequence[Tensor], g: Sequence[Tensor], state: Mapping[str, Tensor]
     p = a.multiply(U, V, over_rows=not tall).mT
     # 5. to 8. m̃, v, m; p becomes the direction of line 9, and the factors are c·m over −(p̃ + c·m̃)
     factors = torch.empty(len(m), 2 * m.shape[1], m.shape[2], dtype=torch.float32, device=m.device)
-    update_moments_(U.mT @ old, m, v, p, factors, numbers, noise=PROJECTION_NOISE)
+    update_moments_(U.mT @ old, m, v, p, factors, numbers, noise=projection_noise(products, old.shape[1]))
     # 6. ξ ← a − U(p̃ + c·m̃) + c·U₋m;  9. W ← W·(1 − lr·weight_decay) − lr·U[m̂ / (√v̂ + eps)]
     _apply_(W, a, (old, U, factors, p), numbers, seed=t if o.stochastic_rounding else None)
     for key, value in (("basis", U), ("exp_avg", m), ("exp_avg_sq", v)):
@@ -218,7 +233,7 @@ def _apply_(
     """
     old, new, right, direction = factors
     r = direction.shape[1]
-    tile = _apply_tile(r, a.storage)
+    tile = apply_tile(a, r)
     rows, columns = tile["ROWS"], tile["COLS"]
     key0, key1 = rounding_keys(seed) if seed is not None else (0, 0)
     with on_device(direction):
@@ -242,9 +257,11 @@ def _apply_(
             WEIGHT=POINTEE[W[0].dtype],
             STOCHASTIC=seed is not None,
             TALL=a.rows > a.columns,
+            MORE_TERMS=r > tile["TERMS"],
             ALIGNED=a.aligned,
             ALIGNED_WEIGHTS=aligned(W) and a.columns * W[0].itemsize % 16 == 0,
             EVEN=a.rows % rows == 0 and a.columns % columns == 0 and r % tile["TERMS"] == 0,
+            enable_fp_fusion=True,
             **a.constants,
             **tile,
         )

@@ -23,6 +23,7 @@ __all__ = [
     "POINTEE",
     "Residual",
     "add_error",
+    "apply_tile",
     "batch_pointers",
     "load_factor",
     "load_parts",
@@ -269,8 +270,9 @@ def multiply_kernel(
         table_ptr, error_ptr, lo_ptr, hi_ptr, b, error_batch, stats_batch, GRAD, STORAGE
     )
     factor_ptr += b * factor_batch
+    LENGTH: tl.constexpr = COLS if OVER_ROWS else ROWS
+    first, count = tl.program_id(0) // pieces * LENGTH, c if OVER_ROWS else n
     if OVER_ROWS:  # a stripe of columns
-        first, LENGTH, count = tl.program_id(0) // pieces * COLS, COLS, c
         acc = tl.zeros([TERMS, COLS], tl.float32)
         for row0 in range(0, n, ROWS):
             g, error, lo, hi = load_parts(
@@ -279,7 +281,6 @@ def multiply_kernel(
             factor = load_factor(factor_ptr, row0, n, factor_along, term0, r, factor_term, TERMS, ROWS, EVEN)
             acc = product(factor, add_error(g, error, lo, hi, magic, STORAGE, ROWS, COLS), acc, PRODUCTS)
     else:  # a stripe of rows
-        first, LENGTH, count = tl.program_id(0) // pieces * ROWS, ROWS, n
         acc = tl.zeros([ROWS, TERMS], tl.float32)
         for col0 in range(0, c, COLS):
             g, error, lo, hi = load_parts(
@@ -287,14 +288,18 @@ def multiply_kernel(
             )
             factor = load_factor(factor_ptr, col0, c, factor_along, term0, r, factor_term, TERMS, COLS, EVEN)
             acc = product(add_error(g, error, lo, hi, magic, STORAGE, ROWS, COLS), tl.trans(factor), acc, PRODUCTS)
-        acc = tl.trans(acc)
-    term, entry = term0 + tl.arange(0, TERMS)[:, None], first + tl.arange(0, LENGTH)[None, :]
-    at = b * out_batch + term * out_term + entry.to(tl.int64) * out_along
-    inside = (term < r) & (entry < count)
+    entry = first + tl.arange(0, LENGTH)
+    term = term0 + tl.arange(0, TERMS)
+    if OVER_ROWS:
+        at = (term * out_term)[:, None] + (entry.to(tl.int64) * out_along)[None, :]
+        inside = (term < r)[:, None] & (entry < count)[None, :]
+    else:
+        at = (entry.to(tl.int64) * out_along)[:, None] + (term * out_term)[None, :]
+        inside = (entry < count)[:, None] & (term < r)[None, :]
     acc *= weight
     if onto_ptr is not None:
-        acc += onto_weight * tl.load(onto_ptr + at, mask=inside, other=0.0)
-    tl.store(out_ptr + at, acc, mask=inside)
+        acc += onto_weight * tl.load(onto_ptr + b * out_batch + at, mask=inside, other=0.0)
+    tl.store(out_ptr + b * out_batch + at, acc, mask=inside)
 
 
 class Residual:
@@ -342,7 +347,7 @@ class Residual:
             onto_weight: Its factor.
         """
         r = factor.shape[2]
-        tile = multiply_tile(r, over_rows, self.storage)
+        tile = multiply_tile(self, r, over_rows)
         terms, rows, columns = tile["TERMS"], tile["ROWS"], tile["COLS"]
         stripes = triton.cdiv(self.columns, columns) if over_rows else triton.cdiv(self.rows, rows)
         even = self.rows % rows == 0 and self.columns % columns == 0 and r % terms == 0
@@ -363,19 +368,41 @@ class Residual:
                 OVER_ROWS=over_rows,
                 ALIGNED=self.aligned,
                 EVEN=even,
+                enable_fp_fusion=True,
                 **self.constants,
                 **tile,
             )
         return out
 
 
-def multiply_tile(r: int, over_rows: bool, storage: str) -> dict[str, int]:
-    """Return tile and launch parameters of a product with a of ``r`` terms."""
-    terms = min(128, max(16, triton.next_power_of_2(r)))
+def _tile(terms: int, rows: int, columns: int, num_warps: int) -> dict[str, int]:
+    return {"TERMS": terms, "ROWS": rows, "COLS": columns, "num_warps": num_warps, "num_stages": 2}
+
+
+def multiply_tile(a: Residual, r: int, over_rows: bool) -> dict[str, int]:
+    """Return tile and launch parameters of a product with a of ``r`` terms: no registers are spilled with them."""
+    terms, products = max(16, triton.next_power_of_2(r)), a.constants["PRODUCTS"]
+    if products == "ieee":
+        return _tile(min(terms, 32), 32, 64, 4)
+    if a.columns % 16:  # an address of its own for each entry
+        return _tile(min(terms, 32), 32, 64, 8)
+    if terms <= 32:
+        return _tile(terms, 64, 64 if products == "tf32x3" or a.storage == "8bit" else 128, 4)
+    if terms == 64:
+        return _tile(terms, 64, 64, 4)
+    return _tile(128, 64, 64, 8)
+
+
+def apply_tile(a: Residual, r: int) -> dict[str, int]:
+    """Return those of the launch that writes error and weights."""
+    terms, products = max(16, triton.next_power_of_2(r)), a.constants["PRODUCTS"]
+    if a.columns % 16:
+        return _tile(16, 32, 64, 8)
+    if products in ("ieee", "tf32x3"):
+        return _tile(16, 32, 64, 4)
     if terms <= 64:
-        return {"TERMS": terms, "ROWS": 64, "COLS": 128, "num_warps": 4, "num_stages": 2}
-    rows, columns = (64, 128) if over_rows else (128, 64)
-    return {"TERMS": terms, "ROWS": rows, "COLS": columns, "num_warps": 8, "num_stages": 2}
+        return _tile(min(terms, 32), 64, 64, 4)
+    return _tile(32, 64, 128, 8)
 
 
 def why_not_residual(g: Sequence[Tensor], state: Mapping[str, Tensor]) -> str | None:

@@ -36,7 +36,9 @@ def _operand(x: TensorHandle, cut: bool) -> TensorHandle:
     return x
 
 
-def _dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandle, precision: Any, *more: Any) -> Any:
+def _dot(
+    self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandle, precision: Any, *more: Any
+) -> Any:
     name = str(precision).upper()
     cut = "TF32" in name and "X3" not in name
     return _stock_dot(self, _operand(a, cut), _operand(b, cut), d, precision, *more)
