@@ -203,7 +203,7 @@ class OptimizerFactory:
         switched_on = own.with_value(*method.switch) & {id(p) for p in listed if p.ndim >= 2}
         judge = partial(_rule, method, everyone)
         # where only the number of entries matters, experts may be compressed together
-        stack = {} if method.whole or everyone["stacked"] else {"stacked": True}
+        stack = {} if method.whole is True or everyone["stacked"] else {"stacked": True}
         placements = place_parameters(model, self.target_modules, judge, own.values, switched_on, given, stack)
         check_overrides_apply(self.overrides, own, placements, optimizer_class)
         placements = scale_dense_rates(placements, own, self.dense_lr_ratio, everyone["lr"])
