@@ -41,7 +41,8 @@ class Update(Protocol):
         """Update weights and state in place.
 
         Args:
-            W: The weights, contiguous, all of one shape; those of three and more dimensions as matrices (out, rest).
+            W: The weights, contiguous, all of one shape; those of three and more dimensions as matrices (out, rest),
+                or as several weights where they are stacks.
             g: Their gradients, likewise; only read.
             state: Their states stacked, [number of tensors, ...], by state key.
             t: Which update of these tensors it is, 1 for the first.
@@ -226,6 +227,10 @@ class Method:
         for group in groups:
             options = self.options_of(group)
             all_on_cpu &= all(param.device.type == "cpu" for param in group["params"])
+            # a buffer for error and gradient is made whole, a stack's too, while the gradient is there
+            kinds = {(param.shape, param.dtype) for param in group["params"]}
+            made = [spec for kind in kinds for spec in self.specs(*kind, options).values() if spec.in_gradient]
+            most = max([most, *(spec.stored_bytes for spec in made)])
             for (shape, dtype, device), count in _equal_tensors(group["params"], options).items():
                 specs = self.compressed_state(shape, dtype, options)
                 if specs is None:
