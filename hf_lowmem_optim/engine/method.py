@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_lowmem_optim.engine.adamw import adamw_state
-from hf_lowmem_optim.engine.buckets import Batch, most_tensors
+from hf_lowmem_optim.engine.buckets import Batch, most_entries, most_tensors
 from hf_lowmem_optim.engine.options import Options, as_plain
 from hf_lowmem_optim.spec import TensorSpec
 
@@ -36,15 +36,16 @@ class Update(Protocol):
     """One step of equal tensors, each by itself."""
 
     def __call__(
-        self, W: Sequence[Tensor], g: Sequence[Tensor], state: Mapping[str, Tensor], t: int, options: Any, /
+        self, W: Sequence[Tensor], g: Sequence[Tensor], state: Mapping[str, Any], t: int, options: Any, /
     ) -> None:
         """Update weights and state in place.
 
         Args:
             W: The weights, contiguous, all of one shape; those of three and more dimensions as matrices (out, rest),
-                or as several weights where they are stacks.
+                stacks as several weights. Of any shapes for a method that is :attr:`Method.whole`.
             g: Their gradients, likewise; only read.
-            state: Their states stacked, [number of tensors, ...], by state key.
+            state: Their states stacked, [number of tensors, ...], by state key; of a method that is ``whole``, a list
+                of each tensor's own.
             t: Which update of these tensors it is, 1 for the first.
             options: The options of their group.
         """
@@ -76,7 +77,8 @@ class Method:
         scratch: What an update allocates for a moment, at most, in float32 copies of a weight; 0 if it works in place.
             Or a function that returns it for the options.
         scratch_state: What it allocates beside, at most, in float32 copies of a weight's state, the error left out.
-        whole: Whether one call may serve any number of tensors, because it allocates for one after the other.
+        whole: Whether one call serves any number of tensors of any shapes, each with a state of its own, because it
+            allocates for one after the other.
         adam_like: Whether it is Adam with less state, so that AdamW is as good where compression saves nothing.
         optional_state: State keys that exist only for some values of an option which may change in a run, with that
             option: the state follows it.
@@ -231,16 +233,22 @@ class Method:
             kinds = {(param.shape, param.dtype) for param in group["params"]}
             made = [spec for kind in kinds for spec in self.specs(*kind, options).values() if spec.in_gradient]
             most = max([most, *(spec.stored_bytes for spec in made)])
+            total: Counter[torch.device] = Counter()
+            for param in group["params"]:
+                total[param.device] += param.numel()
             for (shape, dtype, device), count in _equal_tensors(group["params"], options).items():
                 specs = self.compressed_state(shape, dtype, options)
                 if specs is None:
                     continue
                 rounded = options.weight_rounding == "stochastic" and dtype != torch.float32
                 state = sum(math.prod(spec.shape) for key, spec in specs.items() if not key.startswith("error"))
-                copies = self.scratch_copies(options)
-                together = 1 if self.whole and not rounded else most_tensors(math.prod(shape), device)
-                each = 4 * ((copies + rounded) * math.prod(shape) + self.scratch_state * state)
-                most = max(most, each * min(count, together))
+                entries, scratch = math.prod(shape), self.scratch_state * state
+                together = 1 if self.whole else min(count, most_tensors(entries, device))
+                copied = rounded * entries * together
+                if rounded and self.whole:  # tensors of other shapes may be copied with it
+                    copied = max(entries, min(total[device], most_entries(device)))
+                scratch += self.scratch_copies(options) * entries
+                most = max(most, 4 * (copied + scratch * together))
         system = 0
         if self.shared_state is not None and groups:
             matrices = (self.shared_state(self.options_of(group)).values() for group in groups)

@@ -29,7 +29,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -52,10 +51,12 @@ __all__ = [
     "Selection",
     "TopK",
     "check_block_size",
+    "counts",
     "fault_of_indices",
     "foreach_block_topk_",
     "kept_per_block",
     "num_kept",
+    "selection_of",
     "window_specs",
 ]
 
@@ -93,7 +94,7 @@ def num_kept(numel: int, block_size: int, density: float) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _counts(numel: int, block_size: int, density: float) -> tuple[int, int, int]:
+def counts(numel: int, block_size: int, density: float) -> tuple[int, int, int]:
     """Return how many entries are kept of a tensor, of a full block, and of the last one."""
     kept, last = num_kept(numel, block_size, density), (numel - 1) % block_size + 1
     return kept, kept_per_block(block_size, density), kept_per_block(last, density)
@@ -185,20 +186,19 @@ def foreach_block_topk_(calls: Sequence[TopK]) -> None:
         ValueError: An argument is out of range, or a tensor has the wrong dtype, shape or device or is not contiguous.
             Nothing has been written then.
     """
-    selections = []
     for call in calls:
         device, first = call.grad.device, calls[0].grad.device
         if device != first:
             raise ValueError(f"grad is on {device}, that of another tensor on {first}")
         if call.grad.numel():
-            selections.append(_checked(call))
-    if selections:
-        _select_all(selections)
+            _check(call)
+    if filled := [call for call in calls if call.grad.numel()]:
+        _select_all(filled)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Selection:
-    """One tensor of a call as the backends take it: checked, dense tensors flat, counts instead of the density.
+    """One tensor of a call, taken apart: dense tensors flat, counts instead of the density.
 
     Attributes:
         indices: int16 [kept]: the row that is written.
@@ -222,19 +222,11 @@ class Selection:
     error_scale: float
     seed: int | None
 
-    #: The device of the tensors.
-    device = property(attrgetter("grad.device"))
 
-    @property
-    def num_blocks(self) -> int:
-        """Number of blocks, the short one included."""
-        return -(-self.grad.numel() // self.block_size)
-
-
-def _checked(call: TopK) -> Selection:
-    """Check the arguments for one tensor, and return them as the backends take them."""
-    block_size, density, numel, device = call.block_size, call.density, call.grad.numel(), call.grad.device
-    kept, k, k_last = _counts(numel, block_size, density)
+def _check(call: TopK) -> None:
+    """Check the arguments for one tensor."""
+    block_size, numel, device = call.block_size, call.grad.numel(), call.grad.device
+    kept, _, _ = counts(numel, block_size, call.density)
     if call.grad.dtype not in FLOAT_DTYPES or not call.grad.is_contiguous():
         check_dense(call.grad, "grad", numel=numel, device=device)  # says what is wrong
     shape = (len(call.indices), kept)
@@ -249,7 +241,7 @@ def _checked(call: TopK) -> Selection:
         raise ValueError(f"row {call.row} is not one of the window's {shape[0]}")
     error = call.error
     if isinstance(error, Tensor):
-        error = check_dense(error, "error", numel=numel, device=device).view(-1)
+        check_dense(error, "error", numel=numel, device=device)
     elif error is not None:
         error.check()
         if error.numel != numel or error.codes.device != device:
@@ -259,17 +251,15 @@ def _checked(call: TopK) -> Selection:
                 f"block_size ({block_size}) must be a multiple of the error's quantization block size "
                 f"({error.format.block_size})"
             )
-    return Selection(
-        call.indices[call.row],
-        call.values[call.row],
-        call.grad.detach().view(-1),
-        error,
-        block_size,
-        k,
-        k_last,
-        float(call.error_scale),
-        call.seed,
-    )
+
+
+def selection_of(call: TopK) -> Selection:
+    """Take the checked arguments for one tensor apart."""
+    indices, values, row, grad, error, block_size, density, error_scale, seed = call
+    _, k, k_last = counts(grad.numel(), block_size, density)
+    flat = error.detach().view(-1) if isinstance(error, Tensor) else error
+    gradient = grad.detach().view(-1)
+    return Selection(indices[row], values[row], gradient, flat, block_size, k, k_last, float(error_scale), seed)
 
 
 # ---- torch version: the specification --------------------------------------------------------------------------------
@@ -277,8 +267,9 @@ def _checked(call: TopK) -> Selection:
 
 
 @Op
-def _select_all(selections: Sequence[Selection]) -> None:
-    """Do every selection."""
+def _select_all(calls: Sequence[TopK]) -> None:
+    """Select from every tensor; the arguments are checked, and no tensor is empty."""
+    selections = [selection_of(call) for call in calls]
     for out, start, stop in [
         (s, *ends) for s in selections for ends in slices(len(s.grad), s.block_size, s.grad.device)
     ]:

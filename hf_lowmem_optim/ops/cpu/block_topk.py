@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from hf_lowmem_optim.ops.block_quant import Quantized
-from hf_lowmem_optim.ops.block_topk import Selection, _select_all
+from hf_lowmem_optim.ops.block_topk import Selection, TopK, _select_all, selection_of
 from hf_lowmem_optim.ops.cpu.block_quant import decode_blocks, encode_blocks, random_keys
 from hf_lowmem_optim.ops.cpu.floats import BFLOAT16, FLOAT32, load_floats, narrow, store_floats, widen
 from hf_lowmem_optim.ops.cpu.jit import inlined, loop
@@ -165,8 +165,9 @@ def _topk(
 
 
 @register(_select_all, "cpu")
-def select_all(selections: Sequence[Selection]) -> None:
+def select_all(calls: Sequence[TopK]) -> None:
     """See :func:`hf_lowmem_optim.ops.block_topk.foreach_block_topk_`."""
+    selections = [selection_of(call) for call in calls]
     tensors = [(_arguments(each), block_ranges(each.grad.numel(), each.block_size)) for each in selections]
     pieces = [(*arguments, *ends) for arguments, ranges in tensors for ends in ranges]
     run_pieces(_topk.run, pieces, sum([each.grad.numel() for each in selections]))
