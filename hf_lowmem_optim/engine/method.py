@@ -42,8 +42,8 @@ class Update(Protocol):
         """Update weights and state in place.
 
         Args:
-            W: The weights, contiguous, all of one shape; those of three and more dimensions as matrices (out, rest).
-                Of any shapes for a method that is :attr:`Method.whole`.
+            W: The weights, contiguous, all of one shape; those of three and more dimensions as matrices (out, rest),
+                stacks as several weights. Of any shapes for a method that is :attr:`Method.whole`.
             g: Their gradients, likewise; only read.
             state: Their states stacked, [number of tensors, ...], by state key; of a method that is ``whole``, a list
                 of each tensor's own.
@@ -231,6 +231,10 @@ class Method:
         for group in groups:
             options = self.options_of(group)
             all_on_cpu &= all(param.device.type == "cpu" for param in group["params"])
+            # a buffer for error and gradient is made whole, a stack's too, while the gradient is there
+            kinds = {(param.shape, param.dtype) for param in group["params"]}
+            made = [spec for kind in kinds for spec in self.specs(*kind, options).values() if spec.in_gradient]
+            most = max([most, *(spec.stored_bytes for spec in made)])
             total: Counter[torch.device] = Counter()
             for param in group["params"]:
                 total[param.device] += param.numel()

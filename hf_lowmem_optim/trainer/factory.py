@@ -55,8 +55,8 @@ _DENSE = {"param": "dense", "fp32": "dense, fp32", "8bit": "dense, 8 bit"}
 class OptimizerFactory:
     """Makes an optimizer of this package for a model.
 
-    Linear and convolution weights are compressed; embeddings, the output head, norms and biases take the dense rule;
-    biases and norms do not decay; frozen parameters stay out. What went where is logged.
+    Linear and convolution weights and experts are compressed; embeddings, the output head, norms and biases take the
+    dense rule; biases and norms do not decay; frozen parameters stay out. What went where is logged.
 
     Args:
         optimizer: The optimizer's string or its class, for example ``"ldadam"`` or ``LDAdam``.

@@ -150,7 +150,8 @@ def place_parameters(
         if parameter.ndim < 2 or id(parameter) in biases:
             rule = VECTOR
         elif id(parameter) in targets:
-            settings = {**stack_settings, **settings} if id(parameter) in stacks else settings
+            if id(parameter) in stacks:  # what is switched off is as if nothing were set
+                settings = {k: v for k, v in {**stack_settings, **settings}.items() if v or k not in stack_settings}
             rule = judge(parameter, settings)
         else:
             rule = reasons.get(id(parameter), NOT_TARGET)
