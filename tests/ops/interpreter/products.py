@@ -1,7 +1,7 @@
 """Products as the hardware does them: of bfloat16 numbers, and of operands cut to TF32.
 
-The stock interpreter multiplies the bits of bfloat16 operands as integers, and computes TF32 products in float32. Tensor
-cores ignore the 13 low bits of a float32 operand.
+The stock interpreter multiplies the bits of bfloat16 operands as integers, and computes TF32 products in float32.
+Tensor cores ignore the 13 low bits of a float32 operand.
 """
 
 from __future__ import annotations
