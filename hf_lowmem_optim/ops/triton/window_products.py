@@ -62,9 +62,7 @@ def add_rows(
     if ONE_TILE:
         # four rows are loaded before the first is added
         for row in range(0, window, 4):
-            index0, part0, live0 = weighted_row(
-                indices_ptr, values_ptr, weights_ptr, row, column, last, kept, window
-            )
+            index0, part0, live0 = weighted_row(indices_ptr, values_ptr, weights_ptr, row, column, last, kept, window)
             index1, part1, live1 = weighted_row(
                 indices_ptr, values_ptr, weights_ptr, row + 1, column, last, kept, window
             )
@@ -98,6 +96,7 @@ def _combine_kernel(
     kept_per_block,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
+    ONE_TILE: tl.constexpr,
 ):
     kept = tl.cast(kept, tl.int64)
     block = tl.program_id(0).to(tl.int64)
@@ -185,6 +184,7 @@ def _descend_kernel(
     kept_per_block,
     BLOCK_SIZE: tl.constexpr,
     SPARSE: tl.constexpr,
+    ONE_TILE: tl.constexpr,  # whether SPARSE lanes are enough for a row of a block
     DENSE: tl.constexpr,
     HAS_DECAY: tl.constexpr,
     PARAM: tl.constexpr,
@@ -231,7 +231,12 @@ def num_programs(num_blocks: int, block_size: int, blocks: int = 1) -> int:
 
 def sparse_tile(kept: int) -> int:
     """Return the lanes for a loop over ``kept`` entries of a row."""
-    return int(min(_SPARSE_TILE, max(128, triton.next_power_of_2(kept))))
+    return int(min(_SPARSE_TILE, max(64, triton.next_power_of_2(kept))))
+
+
+def _num_warps(kept: int) -> int:
+    """Return the warps that add up rows: more would have nothing to do."""
+    return 2 if sparse_tile(kept) <= 128 else _NUM_WARPS
 
 
 def groups(steps: Sequence[WindowStep]) -> Iterable[list[WindowStep]]:
@@ -273,7 +278,8 @@ def combine(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
             window.kept_per_block,
             BLOCK_SIZE=window.block_size,
             TILE=sparse_tile(window.kept_per_block),
-            num_warps=_NUM_WARPS,
+            ONE_TILE=sparse_tile(window.kept_per_block) >= window.kept_per_block,
+            num_warps=_num_warps(window.kept_per_block),
             enable_fp_fusion=False,
         )
 
@@ -353,11 +359,12 @@ def _descend(steps: Sequence[WindowStep]) -> None:
             window.kept_per_block,
             BLOCK_SIZE=window.block_size,
             SPARSE=sparse_tile(window.kept_per_block),
+            ONE_TILE=sparse_tile(window.kept_per_block) >= window.kept_per_block,
             DENSE=int(min(_DENSE_TILE, max(128, triton.next_power_of_2(window.block_size)))),
             HAS_DECAY=weight_decay != 0,
             PARAM=TYPES[param.dtype],
             VALUES=TYPES[window.values.dtype],
             ALIGNED=is_aligned,
-            num_warps=_NUM_WARPS,
+            num_warps=_num_warps(window.kept_per_block),
             enable_fp_fusion=False,
         )
