@@ -345,7 +345,7 @@ class Residual:
             onto_weight: Its factor.
         """
         r = factor.shape[2]
-        tile = multiply_tile(self, r, over_rows)
+        tile = multiply_tile(self, r)
         terms, rows, columns = tile["TERMS"], tile["ROWS"], tile["COLS"]
         stripes = triton.cdiv(self.columns, columns) if over_rows else triton.cdiv(self.rows, rows)
         even = self.rows % rows == 0 and self.columns % columns == 0 and r % terms == 0
@@ -377,7 +377,7 @@ def _tile(terms: int, rows: int, columns: int, num_warps: int) -> dict[str, int]
     return {"TERMS": terms, "ROWS": rows, "COLS": columns, "num_warps": num_warps, "num_stages": 2}
 
 
-def multiply_tile(a: Residual, r: int, over_rows: bool) -> dict[str, int]:
+def multiply_tile(a: Residual, r: int) -> dict[str, int]:
     """Return tile and launch parameters of a product with a of ``r`` terms: no registers are spilled with them."""
     terms, products = max(16, triton.next_power_of_2(r)), a.constants["PRODUCTS"]
     if products == "ieee":
