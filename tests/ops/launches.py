@@ -163,6 +163,7 @@ def residual_product(
     a, state, gradient = residual(numel, rows, rank, error, grad, products)
     summed, other = (rows, numel // rows) if over_rows else (numel // rows, rows)
     factor, out = torch.rand(1, rank, summed).mT, torch.rand(1, rank, other).mT
+    factor = factor.bfloat16() if products == "bf16" else factor
     call = partial(a.multiply, factor, out, over_rows=over_rows, weight=0.1, onto=out, onto_weight=0.5)
     return call, [gradient, *state.values(), factor, out, out]
 
@@ -174,6 +175,8 @@ def low_rank_step(numel: int, rows: int, rank: int, error: str, grad: torch.dtyp
     weight, (p, q) = torch.randn(rows, numel // rows).to(grad), sorted((rows, numel // rows))
     old, new = torch.rand(1, p, rank), torch.rand(1, rank, p).mT
     factors, direction = torch.rand(1, 2 * rank, q), torch.rand(1, rank, q)
+    if products == "bf16":
+        old, new, factors, direction = (each.bfloat16() for each in (old, new, factors, direction))
     call = partial(_apply_, [weight], a, (old, new, factors, direction), NUMBERS, None)
     written = [] if error == "none" else [gradient, *state.values(), *state.values(), old, factors]
     return call, [weight, weight, *written, new, direction]
