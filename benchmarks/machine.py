@@ -19,6 +19,8 @@ _DISTRIBUTIONS = ["torch", "transformers", "numpy", "numba", "triton", "bitsandb
 _DISTRIBUTIONS += ["apollo-torch", "pytorch-optimizer", "peft"]
 #: Environment variables that change allocation or the number of threads.
 _VARIABLES = ("MALLOC_", "OMP_", "MKL_", "NUMBA_", "GLIBC_TUNABLES", "LD_PRELOAD", "PYTORCH_", "HF_LOWMEM_OPTIM_")
+#: Says which commit is measured in a copy without git.
+COMMIT_VARIABLE = "BENCHMARK_COMMIT"
 
 
 class BusyMachineError(RuntimeError):
@@ -54,7 +56,7 @@ def describe_software() -> dict[str, Any]:
             continue
     environment = {key: value for key, value in sorted(os.environ.items()) if key.startswith(_VARIABLES)}
     malloc = " ".join(f"{key}={value}" for key, value in environment.items() if key.startswith("MALLOC_"))
-    return {"versions": versions, "commit": _commit(), "environment": environment, "malloc": malloc or "default"}
+    return {"versions": versions, "commit": commit(), "environment": environment, "malloc": malloc or "default"}
 
 
 def _processor() -> str:
@@ -67,8 +69,10 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Return the short hash of the checkout, with a plus sign if its Python files were changed; None outside of one."""
+    if named := os.environ.get(COMMIT_VARIABLE):
+        return named
     # results are written into the checkout, which does not make it another program
     commands = (["git", "rev-parse", "--short", "HEAD"], ["git", "status", "--porcelain", "-uno", "--", ":(top)*.py"])
     folder = Path(__file__).parent

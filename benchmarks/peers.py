@@ -134,6 +134,7 @@ def _peers() -> Iterator[Peer]:
         yield Peer(f"bitsandbytes {name}", "bitsandbytes", "bitsandbytes", build)
     for name in ("AdamW8bit", "AdamW4bit"):
         yield Peer(f"torchao {name}", "torchao", "torchao", partial(_plain, "torchao.optim", name), compiles=True)
+    yield Peer("flashoptim FlashAdamW", "flashoptim", "flashoptim", partial(_plain, "flashoptim", "FlashAdamW"))
     at_rank: tuple[tuple[str, Callable[..., Optimizer]], ...] = (("galore", galore), ("apollo", apollo))
     for name, of_rank in at_rank:
         module, package = f"{name}_torch", f"{name}-torch"

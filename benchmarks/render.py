@@ -190,12 +190,10 @@ TABLES: dict[str, tuple[Callable[[Run], str], str]] = {
     "memory_gpu": (partial(labelled, memory_rows), "memory_gpu.json"),
     **{f"convergence_{task}": (convergence_report, f"convergence_{task}.json") for task in ("pretrain", "finetune")},
 }
-for _file, _names in {
-    "step_time": ("minilm", "llama", "lora", "small"),
-    "step_time_gpu": ("minilm", "llama", "large"),
-}.items():
-    for _name in _names:
-        TABLES[f"{_file}_{_name}"] = partial(labelled, partial(step_time_rows, shapes=_name)), f"{_file}.json"
+for _name in ("minilm", "llama", "lora", "small"):
+    TABLES[f"step_time_{_name}"] = partial(labelled, partial(step_time_rows, shapes=_name)), "step_time.json"
+for _name in ("large", "llama", "minilm", "small"):
+    TABLES[f"step_time_gpu_{_name}"] = partial(labelled, step_time_rows), f"step_time_gpu_{_name}.json"
 
 
 def render_table(name: str, results: Path = RESULTS) -> str:

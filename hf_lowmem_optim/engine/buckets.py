@@ -1,26 +1,39 @@
 """Tensors of one shape, dtype, device, group and count: their state is stacked, and one call of an update serves them.
 
-A parameter's state tensors are views of tensors that have all of a bucket's side by side, from their first step on.
+A method that treats one tensor after the other in a call takes tensors of any shapes together, unstacked. A
+parameter's state tensors are views of tensors that have all of a bucket's side by side, from their first step on.
 Nothing else remembers a bucket: tensors that lie at equal distances in one storage are stacked, whoever made them.
 Parameters and gradients stay where they are.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from hf_lowmem_optim.engine.options import Options
-from hf_lowmem_optim.engine.rounding import StochasticRounding
+from hf_lowmem_optim.engine.rounding import StochasticRounding, seed_of_part
 from hf_lowmem_optim.spec import TensorSpec
 
-__all__ = ["SHARED_PREFIX", "Batch", "TensorUpdate", "allocate_stacked", "batches", "most_tensors", "own_tensors"]
+__all__ = [
+    "SHARED_PREFIX",
+    "Batch",
+    "TensorUpdate",
+    "allocate_stacked",
+    "batches",
+    "most_entries",
+    "most_tensors",
+    "own_tensors",
+    "split_stacks",
+    "split_state",
+]
 
 #: Begins the keys under which one parameter's state keeps what belongs to all parameters together.
 SHARED_PREFIX = "shared_"
@@ -51,11 +64,15 @@ class TensorUpdate:
     step: int
     rounding_seed: int | None = None
 
-    @property
-    def key(self) -> Hashable:
-        """What the tensors of a bucket have in common."""
+    def key(self, *, whole: bool) -> Hashable:
+        """Return what the tensors of a bucket have in common."""
         param = self.param
-        return id(self.options), param.shape, param.dtype, param.device, self.step
+        return id(self.options), None if whole else param.shape, param.dtype, param.device, self.step
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether a step needs a copy of its weights or of its gradient."""
+        return self.rounding_seed is not None or not (self.param.is_contiguous() and self.grad.is_contiguous())
 
     def rounding(self) -> StochasticRounding | None:
         """Return the rounding of its weights in this step, from the start."""
@@ -67,6 +84,25 @@ def own_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if key != "step" and not key.startswith(SHARED_PREFIX)}
 
 
+def split_state(state: Mapping[str, Any]) -> list[dict[str, Tensor]]:
+    """Return the state of each matrix of a stack: views of the stack's."""
+    tensors = own_tensors(state)
+    return [dict(zip(tensors, parts, strict=True)) for parts in zip(*tensors.values(), strict=True)]
+
+
+def split_stacks(updates: Sequence[TensorUpdate]) -> list[TensorUpdate]:
+    """Replace stacks of matrices by their matrices, which are updated as tensors of their own."""
+    matrices: list[TensorUpdate] = []
+    for update in updates:
+        if not update.options.is_stack(update.param.shape):
+            matrices.append(update)
+            continue
+        for index, parts in enumerate(zip(update.param, update.grad, split_state(update.state), strict=True)):
+            seed = None if update.rounding_seed is None else seed_of_part(update.rounding_seed, index)
+            matrices.append(TensorUpdate(*parts, update.options, update.step, seed))
+    return matrices
+
+
 @dataclass(slots=True)
 class Batch:
     """Tensors of one bucket that one call of an update serves.
@@ -74,14 +110,15 @@ class Batch:
     Attributes:
         updates: The tensors.
         g: Their gradients, contiguous; tensors of three and more dimensions as matrices (out, rest).
-        state: Their state by key, stacked: [number of tensors, ...].
+        state: Their state by key: stacked, [number of tensors, ...]; or each tensor's own, for a method that is
+            ``whole``.
         step: t, 1 for the first update of these tensors.
         options: Those of their group.
     """
 
     updates: Sequence[TensorUpdate]
     g: list[Tensor]
-    state: dict[str, Tensor]
+    state: dict[str, Any]
     step: int
     options: Any
 
@@ -137,38 +174,60 @@ def allocate_stacked(specs: Mapping[str, TensorSpec], count: int, device: torch.
     return states
 
 
-def batches(updates: Sequence[TensorUpdate], *, whole: bool) -> Iterator[Batch]:
+def batches(updates: Sequence[TensorUpdate], *, whole: bool | Literal["gpu"]) -> Iterator[Batch]:
     """Put tensors of one bucket together, as many as one call may serve.
 
     One after the other, so that contiguous copies of gradients do not exist all at once.
 
     Args:
         updates: The tensors, all with state; state that is not stacked yet is moved where that is due.
-        whole: Whether a call may serve any number of tensors, because it allocates nothing of their size.
+        whole: Whether a call serves any number of tensors of any shapes, because it allocates nothing of their size; or
+            ``"gpu"``: any number of one shape, there.
 
     Returns:
         The batches, in the order of their first tensors.
     """
-    return iter([_batch(updates)]) if len(updates) == 1 else _bucketed(updates, whole)
+    if any(update.options.stacked for update in updates):
+        updates = split_stacks(updates)
+    return iter([_batch(updates, whole=whole is True)]) if len(updates) == 1 else _bucketed(updates, whole)
 
 
-def _bucketed(updates: Sequence[TensorUpdate], whole: bool) -> Iterator[Batch]:
+def _bucketed(updates: Sequence[TensorUpdate], whole: bool | Literal["gpu"]) -> Iterator[Batch]:
     buckets: dict[Hashable, list[TensorUpdate]] = {}
     for update in updates:
-        buckets.setdefault(update.key, []).append(update)
+        buckets.setdefault(update.key(whole=whole is True), []).append(update)
     for bucket in buckets.values():
-        if len(bucket) == 1:
+        if whole is True:
+            copied = [update for update in bucket if update.is_copied]
+            in_place = [update for update in bucket if not update.is_copied] if copied else bucket
+            yield from (_batch(part, whole=True) for part in (in_place, *_bounded(copied)) if part)
+        elif len(bucket) == 1:
             yield _batch(bucket)
-            continue
-        _stack_loose_(bucket)
-        param = bucket[0].param
-        if whole and bucket[0].rounding_seed is None:
-            most = len(bucket)
         else:
-            most = most_tensors(param.numel(), param.device) if whole or _rounds_alike(bucket[0]) else 1
-        for run in _runs(bucket):
-            for start in range(0, len(run), most):
-                yield _batch(run[start : start + most])
+            stacked = _is_stacked(bucket)
+            if not stacked:
+                _stack_loose_(bucket)
+            param = bucket[0].param
+            if whole == "gpu" and param.device.type != "cpu" and bucket[0].rounding_seed is None:
+                most = len(bucket)
+            else:
+                most = most_tensors(param.numel(), param.device) if _rounds_alike(bucket[0]) else 1
+            for run in [bucket] if stacked else _runs(bucket):
+                for start in range(0, len(run), most):
+                    yield _batch(run[start : start + most])
+
+
+def _bounded(updates: Iterable[TensorUpdate]) -> Iterator[list[TensorUpdate]]:
+    """Cut tensors into runs of so few entries that a copy of each may exist at a time."""
+    run: list[TensorUpdate] = []
+    entries = 0
+    for update in updates:
+        entries += update.param.numel()
+        if run and entries > most_entries(update.param.device):
+            yield run
+            run, entries = [], update.param.numel()
+        run.append(update)
+    yield run
 
 
 def _rounds_alike(update: TensorUpdate) -> bool:
@@ -195,14 +254,22 @@ def most_tensors(entries: int, device: torch.device) -> int:
         entries: Entries of each tensor.
         device: Where they lie; the meta device counts as a GPU.
     """
-    largest, together = (1 << 18, 1 << 20) if device.type == "cpu" else (1 << 22, 1 << 23)
-    return max(1, together // max(1, entries)) if entries <= largest else 1
+    largest = 1 << 18 if device.type == "cpu" else 1 << 22
+    return max(1, most_entries(device) // max(1, entries)) if entries <= largest else 1
 
 
-def _batch(updates: Sequence[TensorUpdate]) -> Batch:
+def most_entries(device: torch.device) -> int:
+    """Return how many entries together one call may make copies of, unless one tensor has more."""
+    return 1 << 20 if device.type == "cpu" else 1 << 23
+
+
+def _batch(updates: Sequence[TensorUpdate], *, whole: bool = False) -> Batch:
     one = updates[0]
     keys = [key for key in one.state if key != "step" and not key.startswith(SHARED_PREFIX)]
-    if len(updates) == 1:
+    state: dict[str, Any]
+    if whole:
+        state = {key: [update.state[key] for update in updates] for key in keys}
+    elif len(updates) == 1:
         state = {key: one.state[key][None] for key in keys}
     else:
         state = {key: _stacked([update.state[key] for update in updates]) for key in keys}
@@ -217,6 +284,17 @@ def _stacked(parts: Sequence[Tensor]) -> Tensor:
     first = parts[0]
     distance = parts[1].storage_offset() - first.storage_offset()
     return first.as_strided((len(parts), *first.shape), (distance, *first.stride()))
+
+
+def _is_stacked(bucket: Sequence[TensorUpdate]) -> bool:
+    """Return whether the states of all tensors lie at equal distances: cheap, as every step asks it."""
+    for key, first in own_tensors(bucket[0].state).items():
+        places = [update.state[key].data_ptr() for update in bucket]
+        distances, storage = {b - a for a, b in itertools.pairwise(places)}, first.untyped_storage()
+        inside = places[-1] + first.nbytes <= storage.data_ptr() + storage.nbytes()
+        if len(distances) > 1 or min(distances) < first.nbytes or not inside:
+            return False
+    return True
 
 
 def _runs(bucket: Sequence[TensorUpdate]) -> Iterator[list[TensorUpdate]]:
@@ -257,6 +335,8 @@ def _stack_loose_(bucket: Sequence[TensorUpdate]) -> None:
 
 def _is_loose(update: TensorUpdate) -> bool:
     """Return whether a state belongs to no stack; what is kept in a gradient's buffer never does."""
+    if "step" not in update.state:  # that of a parameter's one matrix
+        return False
     parts = own_tensors(update.state).values()
     own = all(part.untyped_storage().nbytes() == part.nbytes for part in parts)
     return own and all(part.untyped_storage().data_ptr() != update.grad.untyped_storage().data_ptr() for part in parts)

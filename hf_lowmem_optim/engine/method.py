@@ -7,14 +7,15 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from hf_lowmem_optim.engine.adamw import adamw_state
-from hf_lowmem_optim.engine.buckets import Batch, most_tensors
+from hf_lowmem_optim.engine.buckets import Batch, most_entries, most_tensors
 from hf_lowmem_optim.engine.options import Options, as_plain
+from hf_lowmem_optim.ops.low_rank import MOST_FACTOR_BYTES
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["CoupledUpdate", "Method", "StateFunction", "Update"]
@@ -36,14 +37,16 @@ class Update(Protocol):
     """One step of equal tensors, each by itself."""
 
     def __call__(
-        self, W: Sequence[Tensor], g: Sequence[Tensor], state: Mapping[str, Tensor], t: int, options: Any, /
+        self, W: Sequence[Tensor], g: Sequence[Tensor], state: Mapping[str, Any], t: int, options: Any, /
     ) -> None:
         """Update weights and state in place.
 
         Args:
-            W: The weights, contiguous, all of one shape; those of three and more dimensions as matrices (out, rest).
+            W: The weights, contiguous, all of one shape; those of three and more dimensions as matrices (out, rest),
+                stacks as several weights. Of any shapes for a method that is :attr:`Method.whole`.
             g: Their gradients, likewise; only read.
-            state: Their states stacked, [number of tensors, ...], by state key.
+            state: Their states stacked, [number of tensors, ...], by state key; of a method that is ``whole``, a list
+                of each tensor's own.
             t: Which update of these tensors it is, 1 for the first.
             options: The options of their group.
         """
@@ -75,7 +78,9 @@ class Method:
         scratch: What an update allocates for a moment, at most, in float32 copies of a weight; 0 if it works in place.
             Or a function that returns it for the options.
         scratch_state: What it allocates beside, at most, in float32 copies of a weight's state, the error left out.
-        whole: Whether one call may serve any number of tensors, because it allocates for one after the other.
+        whole: Whether one call serves any number of tensors of any shapes, each with a state of its own, because it
+            allocates for one after the other; or ``"gpu"``: there it serves any number of one shape, because it
+            allocates for as many as ``most_tensors`` says, or factors alone, of these at most ``MOST_FACTOR_BYTES``.
         adam_like: Whether it is Adam with less state, so that AdamW is as good where compression saves nothing.
         optional_state: State keys that exist only for some values of an option which may change in a run, with that
             option: the state follows it.
@@ -98,7 +103,7 @@ class Method:
     switch: tuple[str, Any] = ("compress", False)
     scratch: float | Callable[[Any], float] = 1.0
     scratch_state: float = 0.0
-    whole: bool = False
+    whole: bool | Literal["gpu"] = False
     adam_like: bool = True
     optional_state: Mapping[str, str] = field(default_factory=dict)
     coupled_update_: CoupledUpdate | None = None
@@ -162,7 +167,14 @@ class Method:
         """Return the state of a tensor under the compressed rule; None where it takes AdamW."""
         if 0 in shape or self.is_dense(vars(options)):
             return None
-        return self.state(shape, dtype, options)
+        if not options.is_stack(shape):
+            return self.state(shape, dtype, options)
+        each = self.state(shape[1:], dtype, options)
+        return None if each is None else {key: spec.stack(shape[0]) for key, spec in each.items()}
+
+    def settings(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return, of options by name, those on which the shape of the state depends; ``stacked`` only if it is set."""
+        return {key: values[key] for key in self.shaping if key != "stacked" or values[key]}
 
     def state_specs(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, TensorSpec]:
         """Describe the state of a parameter in a group: what will be, or was, allocated for it.
@@ -219,16 +231,28 @@ class Method:
         for group in groups:
             options = self.options_of(group)
             all_on_cpu &= all(param.device.type == "cpu" for param in group["params"])
-            for (shape, dtype, device), count in _equal_tensors(group["params"]).items():
+            # a buffer for error and gradient is made whole, a stack's too, while the gradient is there
+            kinds = {(param.shape, param.dtype) for param in group["params"]}
+            made = [spec for kind in kinds for spec in self.specs(*kind, options).values() if spec.in_gradient]
+            most = max([most, *(spec.stored_bytes for spec in made)])
+            total: Counter[torch.device] = Counter()
+            for param in group["params"]:
+                total[param.device] += param.numel()
+            for (shape, dtype, device), count in _equal_tensors(group["params"], options).items():
                 specs = self.compressed_state(shape, dtype, options)
                 if specs is None:
                     continue
                 rounded = options.weight_rounding == "stochastic" and dtype != torch.float32
                 state = sum(math.prod(spec.shape) for key, spec in specs.items() if not key.startswith("error"))
-                copies = self.scratch_copies(options)
-                together = 1 if self.whole and not rounded else most_tensors(math.prod(shape), device)
-                each = 4 * ((copies + rounded) * math.prod(shape) + self.scratch_state * state)
-                most = max(most, each * min(count, together))
+                entries, scratch = math.prod(shape), self.scratch_state * state
+                together = 1 if self.whole is True else min(count, most_tensors(entries, device))
+                copied = rounded * entries * together
+                if rounded and self.whole is True:  # tensors of other shapes may be copied with it
+                    copied = max(entries, min(total[device], most_entries(device)))
+                scratch += self.scratch_copies(options) * entries
+                most = max(most, 4 * (copied + scratch * together))
+                if self.whole == "gpu" and device.type != "cpu":
+                    most = max(most, min(4 * self.scratch_state * state * count, MOST_FACTOR_BYTES))
         system = 0
         if self.shared_state is not None and groups:
             matrices = (self.shared_state(self.options_of(group)).values() for group in groups)
@@ -246,5 +270,12 @@ class Method:
         return None
 
 
-def _equal_tensors(params: Sequence[Tensor]) -> Counter[tuple[torch.Size, torch.dtype, torch.device]]:
-    return Counter((param.shape, param.dtype, param.device) for param in params)
+def _equal_tensors(
+    params: Sequence[Tensor], options: Options
+) -> Counter[tuple[Sequence[int], torch.dtype, torch.device]]:
+    """Count equal tensors that an update is given, the matrices of stacks among them."""
+    counts: Counter[tuple[Sequence[int], torch.dtype, torch.device]] = Counter()
+    for param in params:
+        count, shape = (len(param), param.shape[1:]) if options.is_stack(param.shape) else (1, param.shape)
+        counts[shape, param.dtype, param.device] += count
+    return counts

@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from hf_lowmem_optim.engine.adamw import adamw_update_, require_bitsandbytes
 from hf_lowmem_optim.engine.backward import LayerwiseMode
-from hf_lowmem_optim.engine.buckets import SHARED_PREFIX, TensorUpdate, allocate_stacked, batches
+from hf_lowmem_optim.engine.buckets import TensorUpdate, allocate_stacked, batches
 from hf_lowmem_optim.engine.checks import (
     check_parameter,
     check_rounding,
@@ -22,7 +22,7 @@ from hf_lowmem_optim.engine.checks import (
     named_like_others,
     refuse_mps,
 )
-from hf_lowmem_optim.engine.coupled import SHARED_STEP, check_agreement, note_absent_, place_system_, system_home
+from hf_lowmem_optim.engine.coupled import SHARED_STEP, check_agreement, coupled_step_, place_system_, system_home
 from hf_lowmem_optim.engine.gradient_error import GradientErrors
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.options import Options, as_plain, check_group_keys
@@ -106,6 +106,7 @@ class LowMemoryOptimizer(Optimizer):
         self._complete = True
         self._options: dict[int, tuple[tuple[Any, ...], Options]] = {}
         self._specs: dict[tuple[Any, ...], tuple[bool, dict[str, TensorSpec]]] = {}
+        self.checked: dict[Tensor, tuple[Mapping[str, TensorSpec], list[int]]] = {}
         self._system_home: Tensor | None = None
         if self.method.layerwise:
             self._backward = LayerwiseMode(self)
@@ -203,11 +204,16 @@ class LowMemoryOptimizer(Optimizer):
             What the closure returned.
 
         Raises:
-            RuntimeError: A gradient is sparse or complex. Nothing has been updated then.
+            RuntimeError: A gradient is sparse or complex, or a CUDA graph is captured. Nothing has been updated then.
             NotImplementedError: A parameter is a sharded DTensor, which its group's options do not serve. Nothing has
                 been updated then.
             ValueError: An option was changed on which the state depends. Nothing has been updated then.
         """
+        if torch.cuda._initialized and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{type(self).__name__} counts its steps on the host: a CUDA graph of step() would repeat one step's "
+                "numbers. Capture forward and backward pass, and call step() outside of the graph"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -225,16 +231,17 @@ class LowMemoryOptimizer(Optimizer):
         method = self.method
         # every check comes before the first change
         rules = []
+        options_of: dict[int, Options] = {}
         for _, param, group in live:
-            options = self._options_of(group)
+            if (options := options_of.get(id(group))) is None:
+                options = options_of[id(group)] = self._options_of(group)
             compressed, specs = self._rule(param, options)
             check_tensor(param, group, self.state.get(param), rule=(compressed, specs), optimizer=self)
             rules.append((options, compressed, specs))
         if method.shared_options and len(self.param_groups) > 1:
             distinct = {id(options): vars(options) for options, compressed, _ in rules if compressed}
             check_agreement(method, list(distinct.values()), type(self).__name__)
-        fresh = [(param, rule) for (_, param, _), rule in zip(live, rules, strict=True) if not self.state.get(param)]
-        if fresh:
+        if fresh := [(p, rule) for (_, p, _), rule in zip(live, rules, strict=True) if not self.state.get(p)]:
             self._allocate_(fresh)
         coupled = next((o for o, compressed, _ in rules if compressed and method.shared_state is not None), None)
         system = None
@@ -267,8 +274,8 @@ class LowMemoryOptimizer(Optimizer):
         # fused and own kernels hide a change from autograd; a pass through an older graph must see it
         torch.autograd.graph.increment_version(changed)
         with full_precision():
-            if method.coupled_update_ is not None:
-                self._coupled_update_(sparse, system)
+            if sparse and method.coupled_update_ is not None:
+                coupled_step_(self, sparse, system)
             elif sparse:
                 assert method.update_ is not None
                 for batch in batches(sparse, whole=method.whole):
@@ -284,26 +291,6 @@ class LowMemoryOptimizer(Optimizer):
         place_system_(state, home, group, self.method, options)
         self._system_home = home
         return state
-
-    def _coupled_update_(self, updates: Sequence[TensorUpdate], system: dict[str, Any] | None) -> None:
-        """Take a step of the tensors' common system, or of each one's own."""
-        method = self.method
-        if not updates:
-            return
-        update_ = method.coupled_update_
-        assert update_ is not None and method.shared_state is not None
-        options: Any = updates[0].options
-        if options.scope == "tensor":
-            for update in updates:
-                own = {key: update.state[key] for key in method.shared_state(options)}
-                update_(list(batches([update], whole=method.whole)), own, update.step)
-            return
-        assert system is not None
-        system[SHARED_STEP] += 1
-        if len(updates) < sum([len(group["params"]) for group in self.param_groups]):
-            note_absent_(self, method, updates, system[SHARED_STEP])
-        shared = {k.removeprefix(SHARED_PREFIX): v for k, v in system.items() if k.startswith(SHARED_PREFIX)}
-        update_(list(batches(updates, whole=method.whole)), shared, system[SHARED_STEP])
 
     def _is_real(self, param: Tensor) -> bool:
         """Return whether a gradient of zero is nevertheless one of training."""

@@ -27,9 +27,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
-from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -49,9 +47,9 @@ from hf_lowmem_optim.spec import TensorSpec
 __all__ = [
     "MAX_BLOCK_SIZE",
     "VALUE_DTYPES",
-    "Selection",
     "TopK",
     "check_block_size",
+    "counts",
     "fault_of_indices",
     "foreach_block_topk_",
     "kept_per_block",
@@ -93,7 +91,7 @@ def num_kept(numel: int, block_size: int, density: float) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _counts(numel: int, block_size: int, density: float) -> tuple[int, int, int]:
+def counts(numel: int, block_size: int, density: float) -> tuple[int, int, int]:
     """Return how many entries are kept of a tensor, of a full block, and of the last one."""
     kept, last = num_kept(numel, block_size, density), (numel - 1) % block_size + 1
     return kept, kept_per_block(block_size, density), kept_per_block(last, density)
@@ -185,56 +183,20 @@ def foreach_block_topk_(calls: Sequence[TopK]) -> None:
         ValueError: An argument is out of range, or a tensor has the wrong dtype, shape or device or is not contiguous.
             Nothing has been written then.
     """
-    selections = []
     for call in calls:
         device, first = call.grad.device, calls[0].grad.device
         if device != first:
             raise ValueError(f"grad is on {device}, that of another tensor on {first}")
         if call.grad.numel():
-            selections.append(_checked(call))
-    if selections:
-        _select_all(selections)
+            _check(call)
+    if filled := [call for call in calls if call.grad.numel()]:
+        _select_all(filled)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Selection:
-    """One tensor of a call as the backends take it: checked, dense tensors flat, counts instead of the density.
-
-    Attributes:
-        indices: int16 [kept]: the row that is written.
-        values: bfloat16 or float32 [kept]: likewise.
-        grad: The gradient, flat and not empty.
-        error: The error's buffer, dense (flat) or quantized, or None.
-        block_size: Entries of a full block.
-        k: Entries kept of a full block.
-        k_last: Entries kept of the last block, which may be shorter.
-        error_scale: Factor of the error that is added to the gradient.
-        seed: Seed of the stochastic rounding of a quantized error; None rounds to nearest.
-    """
-
-    indices: Tensor
-    values: Tensor
-    grad: Tensor
-    error: Quantized | Tensor | None
-    block_size: int
-    k: int
-    k_last: int
-    error_scale: float
-    seed: int | None
-
-    #: The device of the tensors.
-    device = property(attrgetter("grad.device"))
-
-    @property
-    def num_blocks(self) -> int:
-        """Number of blocks, the short one included."""
-        return -(-self.grad.numel() // self.block_size)
-
-
-def _checked(call: TopK) -> Selection:
-    """Check the arguments for one tensor, and return them as the backends take them."""
-    block_size, density, numel, device = call.block_size, call.density, call.grad.numel(), call.grad.device
-    kept, k, k_last = _counts(numel, block_size, density)
+def _check(call: TopK) -> None:
+    """Check the arguments for one tensor."""
+    block_size, numel, device = call.block_size, call.grad.numel(), call.grad.device
+    kept, _, _ = counts(numel, block_size, call.density)
     if call.grad.dtype not in FLOAT_DTYPES or not call.grad.is_contiguous():
         check_dense(call.grad, "grad", numel=numel, device=device)  # says what is wrong
     shape = (len(call.indices), kept)
@@ -249,7 +211,7 @@ def _checked(call: TopK) -> Selection:
         raise ValueError(f"row {call.row} is not one of the window's {shape[0]}")
     error = call.error
     if isinstance(error, Tensor):
-        error = check_dense(error, "error", numel=numel, device=device).view(-1)
+        check_dense(error, "error", numel=numel, device=device)
     elif error is not None:
         error.check()
         if error.numel != numel or error.codes.device != device:
@@ -259,17 +221,6 @@ def _checked(call: TopK) -> Selection:
                 f"block_size ({block_size}) must be a multiple of the error's quantization block size "
                 f"({error.format.block_size})"
             )
-    return Selection(
-        call.indices[call.row],
-        call.values[call.row],
-        call.grad.detach().view(-1),
-        error,
-        block_size,
-        k,
-        k_last,
-        float(call.error_scale),
-        call.seed,
-    )
 
 
 # ---- torch version: the specification --------------------------------------------------------------------------------
@@ -277,39 +228,37 @@ def _checked(call: TopK) -> Selection:
 
 
 @Op
-def _select_all(selections: Sequence[Selection]) -> None:
-    """Do every selection."""
-    for out, start, stop in [
-        (s, *ends) for s in selections for ends in slices(len(s.grad), s.block_size, s.grad.device)
-    ]:
-        grad, error = out.grad, out.error
-        # a ← g + s·Q⁻¹(e)
-        if error is None:
-            a = grad[start:stop].to(torch.float32, copy=True)
-        else:
+def _select_all(calls: Sequence[TopK]) -> None:
+    """Select from every tensor; the arguments are checked, and no tensor is empty."""
+    for call in calls:
+        grad, error, stored = call.grad.detach().view(-1), call.error, call.values.dtype
+        indices, values = call.indices[call.row], call.values[call.row]
+        dense = error.detach().view(-1) if isinstance(error, Tensor) else None
+        _, k_full, k_last = counts(len(grad), call.block_size, call.density)
+        for start, stop in slices(len(grad), call.block_size, grad.device):
+            # a ← g + s·Q⁻¹(e)
             if isinstance(error, Quantized):
-                e = dequantize_slice(error, start, stop)
+                a = dequantize_slice(error, start, stop).mul_(call.error_scale).add_(grad[start:stop])
+            elif dense is not None:
+                a = dense[start:stop].to(torch.float32, copy=True).mul_(call.error_scale).add_(grad[start:stop])
             else:
-                e = error[start:stop].to(torch.float32, copy=True)
-            a = e.mul_(out.error_scale).add_(grad[start:stop])
-        rows = a.view(-1, min(out.block_size, stop - start))  # [blocks, entries]
-        k = out.k if rows.shape[1] == out.block_size else out.k_last
-        # I ← the k entries of largest |a| per block;  V ← a[I], rounded to the storage of the values
-        index = _largest(rows, k)
-        kept = rows.gather(1, index)
-        value = kept.to(out.values.dtype)
-        first = start // out.block_size * out.k
-        out.indices[first : first + index.numel()] = index.reshape(-1)
-        out.values[first : first + index.numel()] = value.view(-1)
-        if error is None:
-            continue
-        # e ← Q(a with a[I] ← a[I] − V):  what rounding cuts off the values belongs to the error
-        wide = value.float()
-        rows.scatter_(1, index, torch.where(wide.isfinite(), kept - wide, 0.0))
-        if isinstance(error, Quantized):
-            quantize_slice_(error, a, start, seed=out.seed)
-        else:
-            error[start:stop] = a
+                a = grad[start:stop].to(torch.float32, copy=True)
+            rows = a.view(-1, min(call.block_size, stop - start))  # [blocks, entries]
+            k = k_full if rows.shape[1] == call.block_size else k_last
+            # I ← the k entries of largest |a| per block;  V ← a[I], rounded to the storage of the values
+            index = _largest(rows, k)
+            kept = rows.gather(1, index)
+            value = kept.to(stored)
+            first = start // call.block_size * k_full
+            indices[first : first + index.numel()] = index.reshape(-1)
+            values[first : first + index.numel()] = value.view(-1)
+            # e ← Q(a with a[I] ← a[I] − V):  what rounding cuts off the values belongs to the error
+            wide = value.float()
+            rows.scatter_(1, index, torch.where(wide.isfinite(), kept - wide, 0.0))
+            if isinstance(error, Quantized):
+                quantize_slice_(error, a, start, seed=call.seed)
+            elif dense is not None:
+                dense[start:stop] = a
 
 
 def _largest(rows: Tensor, k: int) -> Tensor:

@@ -167,8 +167,10 @@ def foreach_window_update_(steps: Sequence[WindowStep]) -> None:
         TypeError: For a dtype that is not listed. Nothing has been written then.
         ValueError: For shapes or devices that contradict each other, or a tensor that is not contiguous. Likewise.
     """
+    for step in steps:
+        _check(step, (2, len(step.rows.indices)), steps[0].param.device)
     if steps:
-        _update_all([_checked(step, (2, len(step.rows.indices)), steps[0].param.device) for step in steps])
+        _update_all(steps)
 
 
 def foreach_window_descend_(steps: Sequence[WindowStep]) -> None:
@@ -183,8 +185,10 @@ def foreach_window_descend_(steps: Sequence[WindowStep]) -> None:
         TypeError: As :func:`foreach_window_update_`.
         ValueError: Likewise.
     """
+    for step in steps:
+        _check(step, (len(step.rows.indices),), steps[0].param.device)
     if steps:
-        _descend_all([_checked(step, (len(step.rows.indices),), steps[0].param.device) for step in steps])
+        _descend_all(steps)
 
 
 def window_combine_(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
@@ -201,8 +205,8 @@ def window_combine_(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
     """
     if out.dtype != torch.float32:
         raise TypeError(f"out must be float32, got {out.dtype}")
-    step = _checked(WindowStep(out, window, weights, 0.0), (window.window,), out.device)
-    _combine(step.param, window, weights)
+    _check(WindowStep(out, window, weights, 0.0), (window.window,), out.device)
+    _combine(out.detach().view(-1), window, weights)
 
 
 def foreach_window_gram_rows(windows: Sequence[SparseWindow], row: int) -> Tensor:
@@ -232,9 +236,9 @@ def foreach_window_gram_rows(windows: Sequence[SparseWindow], row: int) -> Tenso
     return _gram_rows(windows, row)
 
 
-def _checked(step: WindowStep, weights_shape: tuple[int, ...], device: torch.device) -> WindowStep:
-    """Check a step, and return it as the backends take it: with a flat parameter and numbers that are floats."""
-    param, rows, weights, lr, weight_decay, eps = step
+def _check(step: WindowStep, weights_shape: tuple[int, ...], device: torch.device) -> None:
+    """Check the arguments for one tensor."""
+    param, rows, weights = step.param, step.rows, step.weights
     if param.dtype not in FLOAT_DTYPES:
         raise TypeError(f"param must be float32, bfloat16 or float16, got {param.dtype}")
     if param.device != device:
@@ -251,7 +255,6 @@ def _checked(step: WindowStep, weights_shape: tuple[int, ...], device: torch.dev
         raise ValueError(f"weights must be contiguous and of shape {[*weights_shape]}, got {[*weights.shape]}")
     if weights.device != device:
         raise ValueError(f"weights: on {weights.device}, but the window is on {device}")
-    return WindowStep(param.detach().view(-1), rows, weights, float(lr), float(weight_decay), float(eps))
 
 
 # ---- torch version: the specification --------------------------------------------------------------------------------
@@ -281,8 +284,9 @@ def _chunks(window: SparseWindow) -> list[tuple[slice, slice, Tensor]]:
 
 @Op
 def _update_all(steps: Sequence[WindowStep]) -> None:
-    """Take MicroAdam's step for each tensor; parameters are flat."""
-    for param, window, weights, lr, weight_decay, eps in steps:
+    """Take MicroAdam's step for each tensor; the arguments are checked."""
+    for weight, window, weights, lr, weight_decay, eps in steps:
+        param = weight.detach().view(-1)
         rows = [(row, w1, w2) for row, (w1, w2) in enumerate(weights.T.tolist()) if w1 != 0 or w2 != 0]
         if not rows and weight_decay == 0:
             continue
@@ -312,8 +316,9 @@ def _square_root(x: Tensor) -> Tensor:
 
 @Op
 def _descend_all(steps: Sequence[WindowStep]) -> None:
-    """Descend for each tensor; parameters are flat."""
-    for param, window, weights, lr, weight_decay, _ in steps:
+    """Descend for each tensor; the arguments are checked."""
+    for weight, window, weights, lr, weight_decay, _ in steps:
+        param = weight.detach().view(-1)
         for entries, columns, starts in _chunks(window):
             piece = param[entries]
             direction = torch.zeros(piece.shape, dtype=torch.float32, device=piece.device)

@@ -25,7 +25,7 @@ factors would take more than themselves, have their gradients in the window as t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,7 @@ from hf_lowmem_optim.engine.error_feedback import FORMATS, add_residual, error_s
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import COUNT, option
+from hf_lowmem_optim.ops.dispatch import Op
 from hf_lowmem_optim.ops.gram import mfac_weights, write_gram_row_
 from hf_lowmem_optim.ops.low_rank import of_safe_size, orthonormalize, seeded_sketch
 from hf_lowmem_optim.optimizers.preconditioned import (
@@ -109,25 +110,40 @@ def lowrank_mfac_update_(tensors: Sequence[Batch], shared: Mapping[str, Tensor],
 
 def _descend_(x: Batch, w: Tensor) -> None:
     """Move the tensors of a batch: u ← Gᵀw, and lines 6 and 7."""
+    o = x.options
     with x.weights() as W:
+        if o.momentum == 0 and "left" in x.state:
+            lowrank_descend_(W, x.state["left"], x.state["right"], w, o)
+            return
         for i, weight in enumerate(W):
-            _descend_one_(weight, {key: part[i] for key, part in x.state.items()}, w, x.options)
+            state = {key: part[i] for key, part in x.state.items()}
+            u = _combination(state, w)
+            if o.momentum > 0:
+                # 6. vel ← μ·vel + u
+                u = add_momentum_(state["velocity"], u, o.momentum)
+            # 7. W ← W·(1 − lr·weight_decay) − lr·(vel or u)
+            descend_(weight, u, o)
 
 
-def _descend_one_(weight: Tensor, state: Mapping[str, Tensor], w: Tensor, o: LowRankMFACOptions) -> None:
-    u = _combination(state, w)
-    if o.momentum > 0:
-        # 6. vel ← μ·vel + u
-        u = add_momentum_(state["velocity"], u, o.momentum)
-    # 7. W ← W·(1 − lr·weight_decay) − lr·(vel or u)
-    descend_(weight, u, o)
+@Op
+def lowrank_descend_(W: Sequence[Tensor], left: Tensor, right: Tensor, w: Tensor, o: LowRankMFACOptions) -> None:
+    """Write W ← W·(1 − lr·weight_decay) − lr·Gᵀw for n matrices, in place: lines 5 and 7 without momentum.
+
+    Args:
+        W: The weights, (p, q) each, contiguous.
+        left: The windows' left factors, float32 [n, m, r, p].
+        right: Their right factors, [n, m, r, q].
+        w: The weights of the window's rows, float32 [m].
+        o: The options: ``lr`` and ``weight_decay``.
+    """
+    for weight, *factors in zip(W, left, right, strict=True):
+        descend_(weight, _combination(dict(zip(("left", "right"), factors, strict=True)), w), o)
 
 
 def _compress_(x: Batch, row: int) -> None:
     """Put the low-rank part of ξ + g into a row of the window and the rest into ξ: lines 1 to 3."""
     if "rows" in x.state:
-        for rows, g in zip(x.state["rows"], x.g, strict=True):
-            rows[row] = g.view(-1)
+        torch._foreach_copy_(list(x.state["rows"][:, row].unbind()), [g.view(-1) for g in x.g])
         return
     left, right, fmt = x.state["left"], x.state["right"], FORMATS.get(x.options.error_feedback)
     # 1. acc ← ξ + g
@@ -147,22 +163,27 @@ def _compress_(x: Batch, row: int) -> None:
 
 def _products(state: Mapping[str, Tensor], row: int) -> Tensor:
     """Return ⟨gᵢ, g_row⟩ for every row i of each tensor, float64 [n, m]: gradients that resemble each other."""
-    if "rows" in state:
-        parts = ((rows, rows[row].double()) for rows in state["rows"])
-        return torch.stack([torch.cat([part.double() @ newest for part in _pieces(rows)]) for rows, newest in parts])
+    # a gradient that is kept as it is counts as one factor of rank 1
+    factors = [state["rows"][:, :, None]] if "rows" in state else [state["left"], state["right"]]
+    together = max(1, _chunk(factors[0]) // max([factor[0].numel() for factor in factors]))
     products = []
-    for factors in zip(state["left"], state["right"], strict=True):
-        overlaps = []
-        for factor in factors:
-            newest = factor[row].double().T  # [p or q, r]
-            overlaps.append(torch.cat([part.double() @ newest for part in _pieces(factor)]))  # [m, r, r]
-        products.append((overlaps[0] * overlaps[1]).sum(dim=(1, 2)))
-    return torch.stack(products)
+    for parts in zip(*[torch.split(factor, together) for factor in factors], strict=True):
+        overlaps = [_overlaps(part, row) for part in parts]  # PᵢᵀP and QᵢᵀQ, [tensors, m, r, r]
+        products.append(torch.stack(overlaps).prod(dim=0).sum(dim=(2, 3)))
+    return torch.cat(products)
 
 
-def _pieces(rows: Tensor) -> Iterator[Tensor]:
-    """Cut [m, …] into pieces of a bounded number of entries."""
-    return iter(torch.split(rows, max(1, _CHUNK_ENTRIES // max(1, rows[0].numel()))))
+def _overlaps(factors: Tensor, row: int) -> Tensor:
+    """Return the products of the factors [n, m, r, p] of every row with those of one, float64 [n, m, r, r]."""
+    newest = factors[:, row].double().mT  # [n, p, r]
+    rows = max(1, _chunk(factors) // factors[:, 0].numel())
+    pieces = [part.double().flatten(1, 2) @ newest for part in torch.split(factors, rows, dim=1)]
+    return torch.cat(pieces, dim=1).view(*factors.shape[:3], -1)
+
+
+def _chunk(factors: Tensor) -> int:
+    """Return how many entries of a window may be widened to float64 at a time."""
+    return _CHUNK_ENTRIES if factors.device.type == "cpu" else 4 * _CHUNK_ENTRIES
 
 
 def _combination(state: Mapping[str, Tensor], w: Tensor) -> Tensor:

@@ -31,11 +31,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_lowmem_optim.engine.error_feedback import quantized_errors
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import COUNT, FRACTION, UNIT, Options, count_up_to, option
-from hf_lowmem_optim.ops.block_quant import dequantize_add_
+from hf_lowmem_optim.ops.block_quant import Quantized, dequantize_add_
 from hf_lowmem_optim.ops.block_topk import (
     MAX_BLOCK_SIZE,
     TopK,
@@ -115,21 +114,22 @@ def microadam_state(shape: Sequence[int], dtype: torch.dtype, o: MicroAdamOption
 
 
 def microadam_update_(
-    W: Sequence[Tensor], g: Sequence[Tensor], state: Mapping[str, Tensor], t: int, o: MicroAdamOptions
+    W: Sequence[Tensor], g: Sequence[Tensor], state: Mapping[str, Sequence[Tensor]], t: int, o: MicroAdamOptions
 ) -> None:
-    """Take one step of MicroAdam on n tensors of one shape, in place; nothing of their size is allocated.
+    """Take one step of MicroAdam on tensors of any shapes, in place; nothing of their size is allocated.
 
     Args:
-        W: The weights, contiguous, any shape; float32, bfloat16 or float16.
+        W: The weights, contiguous; float32, bfloat16 or float16.
         g: Their gradients, likewise; only read.
-        state: As :func:`microadam_state` describes it, stacked: [n, ...]; written.
+        state: As :func:`microadam_state` describes it, by key a list of each tensor's own; written.
         t: 1 for the first update of these tensors.
         o: The options.
     """
     assert o.density is not None
-    numel, row = W[0].numel(), (t - 1) % o.window
-    errors = quantized_errors(state, _format(o.bits, o.quant_block_size), len(W), numel)
-    indices, values = state["indices"].unbind(), state["values"].unbind()
+    row, indices, values = (t - 1) % o.window, state["indices"], state["values"]
+    fmt = _format(o.bits, o.quant_block_size)
+    parts = zip(state["error_codes"], state["error_lo"], state["error_hi"], W, strict=True)
+    errors = [Quantized(codes, lo, hi, weight.numel(), fmt) for codes, lo, hi, weight in parts]
     # 1. W ← W − lr·alpha·Q⁻¹(e); line 7 will decay what is added here, so that it is added undecayed
     if o.alpha > 0:
         for weight, e in zip(W, errors, strict=True):
@@ -147,7 +147,7 @@ def microadam_update_(
     kept, rates = kept_per_block(o.block_size, o.density), (o.lr, o.weight_decay, o.eps)
     foreach_window_update_(
         [
-            WindowStep(weight, SparseWindow(index, value, numel, o.block_size, kept), weights, *rates)
+            WindowStep(weight, SparseWindow(index, value, weight.numel(), o.block_size, kept), weights, *rates)
             for weight, index, value in zip(W, indices, values, strict=True)
         ]
     )

@@ -164,22 +164,22 @@ def _descend_with_momentum_(weight: Tensor, G: SparseWindow, velocity: Tensor, w
 
 def _windows(x: Batch) -> list[SparseWindow]:
     """Return the windows of a batch."""
-    o, numel = x.options, x.g[0].numel()
+    o = x.options
     kept = kept_per_block(o.block_size, o.density)
-    pairs = zip(x.state["indices"].unbind(), x.state["values"].unbind(), strict=True)
-    return [SparseWindow(indices, values, numel, o.block_size, kept) for indices, values in pairs]
+    parts = zip(x.state["indices"], x.state["values"], x.g, strict=True)
+    return [SparseWindow(indices, values, g.numel(), o.block_size, kept) for indices, values, g in parts]
 
 
 def _selections(x: Batch, row: int) -> list[TopK]:
     """Return what lines 1 to 3 are of each tensor of a batch."""
-    o, numel, fmt = x.options, x.g[0].numel(), FORMATS.get(x.options.error_feedback)
+    o, fmt = x.options, FORMATS.get(x.options.error_feedback)
     errors: Sequence[Tensor | Quantized]
     if fmt is None:
-        errors = x.state["error"].unbind()
+        errors = x.state["error"]
     else:
-        parts = zip(*(x.state[f"error_{part}"].unbind() for part in ("codes", "lo", "hi")), strict=True)
-        errors = [Quantized(codes, lo, hi, numel, fmt) for codes, lo, hi in parts]
-    tensors = zip(x.state["indices"].unbind(), x.state["values"].unbind(), x.g, errors, strict=True)
+        parts = zip(*(x.state[f"error_{part}"] for part in ("codes", "lo", "hi")), x.g, strict=True)
+        errors = [Quantized(codes, lo, hi, g.numel(), fmt) for codes, lo, hi, g in parts]
+    tensors = zip(x.state["indices"], x.state["values"], x.g, errors, strict=True)
     return [TopK(indices, values, row, g, e, o.block_size, o.density) for indices, values, g, e in tensors]
 
 

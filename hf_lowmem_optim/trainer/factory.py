@@ -55,8 +55,8 @@ _DENSE = {"param": "dense", "fp32": "dense, fp32", "8bit": "dense, 8 bit"}
 class OptimizerFactory:
     """Makes an optimizer of this package for a model.
 
-    Linear and convolution weights are compressed; embeddings, the output head, norms and biases take the dense rule;
-    biases and norms do not decay; frozen parameters stay out. What went where is logged.
+    Linear and convolution weights and experts are compressed; embeddings, the output head, norms and biases take the
+    dense rule; biases and norms do not decay; frozen parameters stay out. What went where is logged.
 
     Args:
         optimizer: The optimizer's string or its class, for example ``"ldadam"`` or ``LDAdam``.
@@ -203,7 +203,9 @@ class OptimizerFactory:
         listed = [*model.parameters(), *(p for group in given or () for _, p in group.params)]
         switched_on = own.with_value(*method.switch) & {id(p) for p in listed if p.ndim >= 2}
         judge = partial(_rule, method, options)
-        placements = place_parameters(model, self.target_modules, judge, own.values, switched_on, given)
+        # where only the number of entries matters, experts may be compressed together
+        stack = {} if method.whole is True or everyone["stacked"] else {"stacked": True}
+        placements = place_parameters(model, self.target_modules, judge, own.values, switched_on, given, stack)
         check_overrides_apply(self.overrides, own, placements, optimizer_class)
         placements = scale_dense_rates(placements, own, self.dense_lr_ratio, everyone["lr"])
         groups = build_param_groups(placements, method.switch, everyone["weight_decay"], given)
@@ -303,8 +305,8 @@ def _label(optimizer: LowMemoryOptimizer, placement: Placement) -> str:
     settings = {**optimizer.defaults, **placement.settings}
     keys = optimizer.method.shaping
     if placement.rule == COMPRESSED:
-        shaping = (key for key in optimizer.method.shaping if key != "dense_state")
-        label = f"compressed ({', '.join(f'{key}={settings[key]}' for key in shaping)})"
+        shaping = optimizer.method.settings(settings)
+        label = f"compressed ({', '.join(f'{key}={value}' for key, value in shaping.items() if key != 'dense_state')})"
     else:
         key, off = optimizer.method.switch
         keys = (*keys, key)

@@ -78,8 +78,10 @@ def test_a_tensor_does_not_notice_the_others(
     absent = {(0, 3), (1, 3), (2, 1), (3, 5), (3, 6)}
     train([one], together, range(5), absent)
     batched = max(sizes, default=0)
-    if name == "microadam" or (name, hyper.get("scope", "model")) == ("sparse_ggt", "model"):
-        assert batched == 6
+    if name == "microadam":
+        assert batched == 17  # of any shapes, the vector is too small
+    elif (name, hyper.get("scope", "model")) == ("sparse_ggt", "model"):
+        assert batched == 18
     elif hyper.get("rank") == 4:
         assert batched == (1 if hyper.get("error_feedback") == "grad" else 6)
     else:  # products with vectors; systems for each tensor

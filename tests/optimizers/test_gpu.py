@@ -81,3 +81,14 @@ def test_a_later_step_does_not_wait_for_the_gpu(case: Case) -> None:
         run(optimizer, params, iter(steps[3:]))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_graph_of_a_step_is_refused() -> None:
+    param = nn.Parameter(torch.randn(64, 96, device="cuda"))
+    optimizer, graph = LDAdam([param], rank=4), torch.cuda.CUDAGraph()
+    param.grad = torch.randn_like(param)
+    optimizer.step()
+    before = param.detach().clone()
+    with pytest.raises(RuntimeError, match="LDAdam counts its steps on the host"), torch.cuda.graph(graph):
+        optimizer.step()
+    assert torch.equal(param, before) and optimizer.state[param]["step"] == 1

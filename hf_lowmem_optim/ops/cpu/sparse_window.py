@@ -234,14 +234,16 @@ def _gram(numel, indices, values, value_code, block_size, kept_per_block, newest
 @register(_update_all, "cpu")
 def update_all(steps: Sequence[WindowStep]) -> None:
     """See :func:`hf_lowmem_optim.ops.sparse_window.foreach_window_update_`."""
-    arguments = [(*_arguments(step), step.lr, step.eps, 1 - step.lr * step.weight_decay) for step in steps]
+    arguments = [
+        (*_arguments(step), float(step.lr), float(step.eps), 1.0 - step.lr * step.weight_decay) for step in steps
+    ]
     _run(_update, [step.rows for step in steps], arguments)
 
 
 @register(_descend_all, "cpu")
 def descend_all(steps: Sequence[WindowStep]) -> None:
     """See :func:`hf_lowmem_optim.ops.sparse_window.foreach_window_descend_`."""
-    arguments = [(*_arguments(step), step.lr, 1 - step.lr * step.weight_decay) for step in steps]
+    arguments = [(*_arguments(step), float(step.lr), 1.0 - step.lr * step.weight_decay) for step in steps]
     _run(_descend, [step.rows for step in steps], arguments)
 
 
@@ -307,7 +309,7 @@ def _window_arguments(window: SparseWindow) -> tuple[Any, ...]:
 
 def _arguments(step: WindowStep) -> tuple[Any, ...]:
     """Return what the loops of the update and of the descent take for a tensor."""
-    param, rows = step.param, step.rows
+    param, rows = step.param.detach().view(-1), step.rows
     indices, values = rows.indices.numpy(), rows.values.view(torch.uint8).numpy()
     weight = param.view(torch.uint8).numpy(), DTYPE_CODES[param.dtype], rows.numel
     return (

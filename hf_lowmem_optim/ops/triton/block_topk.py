@@ -1,4 +1,4 @@
-"""Error-feedback Top-K in Triton: one program per block, everything between load and store in registers.
+"""Error-feedback Top-K in Triton: one program per block of any tensor, everything between load and store in registers.
 
 The threshold is found by bisection on the bits of |a|, which order as the numbers do; it ends where exactly k entries
 reach it, which saves most rounds. One prefix sum of "above" and "at the threshold" (in the two halves of an integer)
@@ -11,7 +11,7 @@ are not autotuned (the kernel works in place).
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 import triton
@@ -19,10 +19,12 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_lowmem_optim.ops.block_quant import Quantized, rounding_keys
-from hf_lowmem_optim.ops.block_topk import Selection, _select_all
+from hf_lowmem_optim.ops.block_topk import TopK, _select_all, counts
 from hf_lowmem_optim.ops.dispatch import register
 from hf_lowmem_optim.ops.triton.block_quant import block_range, decode, encode, load_codes, store_codes
+from hf_lowmem_optim.ops.triton.block_topk_common import block_topk_kernel, common_options, is_common
 from hf_lowmem_optim.ops.triton.device import on_device
+from hf_lowmem_optim.ops.triton.tables import TYPES, alike, block_tables, owner_and_block, pointer, size, vectorizes
 
 __all__ = ["MAX_BLOCK_SIZE", "select_all"]
 
@@ -32,6 +34,7 @@ MAX_BLOCK_SIZE = 8192
 #: Entries of a row where none are quantized.
 _ROW = 64
 _ENTRIES_PER_WARP = 512  # 16 per thread of a warp of 32
+_FLAGS = tl.constexpr(32)
 
 
 @triton.jit
@@ -53,29 +56,17 @@ def threshold_of(magnitude, k):
     return lo
 
 
-@triton.jit(do_not_specialize=["k", "k_last", "key0", "key1"])
-def _block_topk_kernel(
-    grad_ptr,
-    error_ptr,  # codes of a quantized error, or the dense error, or None
-    lo_ptr,
-    hi_ptr,
-    indices_ptr,
-    values_ptr,
-    n,
-    k,
-    k_last,
-    error_scale,
-    key0,
-    key1,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,  # BLOCK rounded up to a power of two
-    QUANT_BLOCK: tl.constexpr,
-    ERROR: tl.constexpr,  # "none", "dense", "quantized"
-    BITS: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-):
+@triton.jit
+def select_block(
+    table_ptr, owners_ptr, program, window_row, k, error_scale, key0, key1, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    QUANT_BLOCK: tl.constexpr, ERROR: tl.constexpr, BITS: tl.constexpr, STOCHASTIC: tl.constexpr, GRAD: tl.constexpr,
+    BUFFER: tl.constexpr, STATS: tl.constexpr, VALUES: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Do one block; see the kernel for the arguments."""
     # everything but the block's own place is in 32 bits: wide offsets would take most of the registers
-    block = tl.program_id(0).to(tl.int64)
+    record, block = owner_and_block(owners_ptr, table_ptr, program, 9)
+    n = size(record, 7, ALIGNED)
+    kept = tl.load(record + 8)
     base = block * BLOCK
     length = tl.minimum(n - base, BLOCK).to(tl.int32)
     # a quantization block a row, throughout: another order would have to go through shared memory
@@ -85,13 +76,13 @@ def _block_topk_kernel(
     live = row * QUANT_BLOCK < length
     index = row[:, None] * QUANT_BLOCK + tl.arange(0, QUANT_BLOCK)[None, :]  # [ROWS, QUANT_BLOCK]
     valid = index < length
-    grad_ptr += base
+    grad_ptr = pointer(record, 1, GRAD, ALIGNED) + base
     if ERROR == "dense":
-        error_ptr += base
+        error_ptr = pointer(record, 2, BUFFER, ALIGNED) + base
     if ERROR == "quantized":
-        error_ptr += base * BITS // 8
-        lo_ptr += block * (BLOCK // QUANT_BLOCK)
-        hi_ptr += block * (BLOCK // QUANT_BLOCK)
+        error_ptr = pointer(record, 2, BUFFER, ALIGNED) + base * BITS // 8
+        lo_ptr = pointer(record, 3, STATS, ALIGNED) + block * (BLOCK // QUANT_BLOCK)
+        hi_ptr = pointer(record, 4, STATS, ALIGNED) + block * (BLOCK // QUANT_BLOCK)
 
     # a ← g + s·Q⁻¹(e)
     a = tl.load(grad_ptr + index, mask=valid, other=0.0).to(tl.float32)
@@ -106,7 +97,7 @@ def _block_topk_kernel(
     # I ← the k entries of largest |a|: all above the threshold, then the lowest indices among those equal to it
     magnitude = tl.minimum(a.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0x7F800001)  # every NaN just above infinity
     magnitude = tl.where(valid, magnitude, -1)
-    num_kept = tl.where(base + length == n, k_last, k)
+    num_kept = tl.minimum(kept - block * k, k).to(tl.int32)
     threshold = threshold_of(magnitude, num_kept)
     above = (magnitude > threshold).to(tl.int32)
     equal = (magnitude == threshold).to(tl.int32)
@@ -120,9 +111,10 @@ def _block_topk_kernel(
     place = (ranks & 0xFFFF).to(tl.int32) + tl.minimum(equal_rank, room) - 1
 
     # V ← a[I] as stored
-    value = a.to(values_ptr.dtype.element_ty)
-    tl.store(indices_ptr + block * k + place, index.to(tl.int16), mask=selected)
-    tl.store(values_ptr + block * k + place, value, mask=selected)
+    value = a.to(VALUES)
+    column = window_row * kept + block * k
+    tl.store(pointer(record, 5, tl.int16, False) + column + place, index.to(tl.int16), mask=selected)
+    tl.store(pointer(record, 6, VALUES, False) + column + place, value, mask=selected)
 
     # e ← Q(a with a[I] ← a[I] − V)
     if ERROR != "none":
@@ -130,14 +122,57 @@ def _block_topk_kernel(
         finite = (wide.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
         rest = tl.where(selected, tl.where(finite, a - wide, 0.0), a)
         if ERROR == "dense":
-            tl.store(error_ptr + index, rest.to(error_ptr.dtype.element_ty), mask=valid)
+            tl.store(error_ptr + index, rest.to(BUFFER), mask=valid)
         else:
-            BF16_STATS: tl.constexpr = lo_ptr.dtype.element_ty == tl.bfloat16
+            BF16_STATS: tl.constexpr = STATS == tl.bfloat16  # noqa: SIM300
             lo, hi = block_range(rest, valid, BF16_STATS)
             codes = encode(rest, valid, lo, hi, base + index, key0, key1, LEVELS, STOCHASTIC)
             store_codes(error_ptr, codes, row, length, ROWS, QUANT_BLOCK, QUANT_BLOCK, BITS)
-            tl.store(lo_ptr + row, lo.to(lo_ptr.dtype.element_ty), mask=live)
-            tl.store(hi_ptr + row, hi.to(hi_ptr.dtype.element_ty), mask=live)
+            tl.store(lo_ptr + row, lo.to(STATS), mask=live)
+            tl.store(hi_ptr + row, hi.to(STATS), mask=live)
+
+
+@triton.jit(do_not_specialize=["window_row", "k", "key0", "key1"])
+def _block_topk_kernel(
+    table_ptr,  # [tensors, 9]: first program; gradient, error, lo, hi, indices, values; entries, entries kept
+    owners_ptr,
+    flags_ptr,  # [blocks], or None for every block
+    num_blocks,
+    window_row,
+    k,
+    error_scale,
+    key0,
+    key1,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,  # BLOCK rounded up to a power of two
+    QUANT_BLOCK: tl.constexpr,
+    ERROR: tl.constexpr,  # "none", "dense", "quantized"
+    BITS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    GRAD: tl.constexpr,
+    BUFFER: tl.constexpr,  # dtype of a dense error, or of a quantized one's codes
+    STATS: tl.constexpr,
+    VALUES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    if flags_ptr is None:
+        select_block(
+            table_ptr, owners_ptr, tl.program_id(0), window_row, k, error_scale, key0, key1, BLOCK, TILE, QUANT_BLOCK,
+            ERROR, BITS, STOCHASTIC, GRAD, BUFFER, STATS, VALUES, ALIGNED,
+        )  # fmt: skip
+    else:
+        # every program has blocks from all over the tensors; it looks at the flags of many at a time
+        apart = tl.num_programs(0)
+        for first in range(tl.program_id(0), num_blocks, apart * _FLAGS):
+            number = first + apart * tl.arange(0, _FLAGS)
+            flags = tl.load(flags_ptr + number, mask=number < num_blocks, other=0)
+            if tl.max(flags) > 0:
+                for block in range(first, tl.minimum(first + apart * _FLAGS, num_blocks), apart):
+                    if tl.load(flags_ptr + block) > 0:
+                        select_block(
+                            table_ptr, owners_ptr, block, window_row, k, error_scale, key0, key1, BLOCK, TILE,
+                            QUANT_BLOCK, ERROR, BITS, STOCHASTIC, GRAD, BUFFER, STATS, VALUES, ALIGNED,
+                        )  # fmt: skip
 
 
 def _launch_options(block_size: int) -> dict[str, int | bool]:
@@ -148,57 +183,110 @@ def _launch_options(block_size: int) -> dict[str, int | bool]:
     return {"num_warps": max(1, min(most, tile // _ENTRIES_PER_WARP)), "enable_fp_fusion": False}
 
 
-def _why_not(selections: Sequence[Selection]) -> str | None:
+def _why_not(calls: Sequence[TopK]) -> str | None:
     """Return which selection the kernel cannot make; the torch version makes all of such a call."""
-    for each in selections:
-        if each.block_size > MAX_BLOCK_SIZE:
-            return f"a block of {each.block_size} entries does not fit on a GPU (at most {MAX_BLOCK_SIZE})"
-        if isinstance(each.error, Quantized):
-            size = each.error.format.block_size
+    for call in calls:
+        if call.block_size > MAX_BLOCK_SIZE:
+            return f"a block of {call.block_size} entries does not fit on a GPU (at most {MAX_BLOCK_SIZE})"
+        if isinstance(call.error, Quantized):
+            size = call.error.format.block_size
             if size & (size - 1):
                 return f"quantization block size {size} is not a power of two"
     return None
 
 
 @register(_select_all, "triton", why_not=_why_not)
-def select_all(selections: Sequence[Selection]) -> None:
-    """Do every selection, in one launch each."""
-    for each in selections:
-        _select(each)
+def select_all(calls: Sequence[TopK]) -> None:
+    """Select from all tensors that are treated alike in one launch."""
+    for group in alike(calls, _key).values():
+        _select(group)
 
 
-def _select(out: Selection) -> None:
-    grad, error = out.grad, out.error
-    key0, key1 = rounding_keys(out.seed) if out.seed is not None else (0, 0)
-    tile = max(2, triton.next_power_of_2(out.block_size))
-    buffer: Tensor | None
-    lo: Tensor | None
-    hi: Tensor | None
+def _key(call: TopK) -> Hashable:
+    """Return what tensors of one launch have in common."""
+    error = call.error
+    kind: Hashable = None
     if isinstance(error, Quantized):
-        kind, buffer, lo, hi = "quantized", error.codes, error.lo, error.hi
+        kind = error.format
+    elif error is not None:
+        kind = error.dtype
+    dtypes = call.grad.dtype, call.values.dtype, kind
+    how = call.row, call.block_size, call.density, call.error_scale, call.seed
+    return dtypes, how, vectorizes(call.grad, *_parts(error))
+
+
+def _parts(error: Quantized | Tensor | None) -> list[Tensor]:
+    """Return the tensors in which an error is kept."""
+    if isinstance(error, Quantized):
+        return [error.codes, error.lo, error.hi]
+    return [] if error is None else [error]
+
+
+def _record(call: TopK) -> tuple[int, ...]:
+    """Return what the kernel is told of a tensor."""
+    error = [part.data_ptr() for part in _parts(call.error)]
+    error += [0] * (3 - len(error))
+    numel, kept = call.grad.numel(), call.indices.shape[1]
+    return call.grad.data_ptr(), *error, call.indices.data_ptr(), call.values.data_ptr(), numel, kept
+
+
+def _select(calls: Sequence[TopK]) -> None:
+    """Select from tensors that are treated alike, in one launch."""
+    one = calls[0]
+    grad, error, block_size, seed = one.grad, one.error, one.block_size, one.seed
+    _, k, _ = counts(grad.numel(), block_size, one.density)
+    key0, key1 = rounding_keys(seed) if seed is not None else (0, 0)
+    tile = max(2, triton.next_power_of_2(block_size))
+    kind, buffer, stats = "none", tl.uint8, None
+    quant_block, bits = min(tile, _ROW), 8
+    if isinstance(error, Quantized):
+        kind, stats = "quantized", TYPES[error.lo.dtype]
         quant_block, bits = error.format.block_size, error.format.bits
-    else:
-        kind, buffer, lo, hi = "none" if error is None else "dense", error, None, None
-        quant_block, bits = min(tile, _ROW), 8
+    elif error is not None:
+        kind, buffer = "dense", TYPES[error.dtype]
+    table, owners = block_tables(
+        [_record(call) for call in calls], [-(-call.grad.numel() // block_size) for call in calls], grad.device
+    )
+    programs, flags = len(owners), None
     with on_device(grad):
-        _block_topk_kernel[(out.num_blocks,)](
-            grad,
-            buffer,
-            lo,
-            hi,
-            out.indices,
-            out.values,
-            grad.numel(),
-            out.k,
-            out.k_last,
-            out.error_scale,
+        if is_common(one, k):
+            flags = torch.empty(programs, dtype=torch.int32, device=grad.device)
+            block_topk_kernel[(programs,)](
+                table,
+                owners,
+                flags,
+                one.row,
+                K=k,
+                BITS=bits,
+                GRAD=TYPES[grad.dtype],
+                **common_options(),
+            )
+            programs = min(programs, _persistent_programs(grad.device))
+        _block_topk_kernel[(programs,)](
+            table,
+            owners,
+            flags,
+            len(owners),
+            one.row,
+            k,
+            float(one.error_scale),
             key0,
             key1,
-            BLOCK=out.block_size,
+            BLOCK=block_size,
             TILE=tile,
             QUANT_BLOCK=quant_block,
             ERROR=kind,
             BITS=bits,
-            STOCHASTIC=out.seed is not None,
-            **_launch_options(out.block_size),
+            STOCHASTIC=seed is not None,
+            GRAD=TYPES[grad.dtype],
+            BUFFER=buffer,
+            STATS=stats,
+            VALUES=TYPES[one.values.dtype],
+            ALIGNED=vectorizes(grad, *_parts(error)),
+            **_launch_options(block_size),
         )
+
+
+def _persistent_programs(device: torch.device) -> int:
+    """Return how many programs look for flagged blocks: as many as run at a time."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3

@@ -24,7 +24,8 @@ from torch import Tensor
 from hf_lowmem_optim.ops.dispatch import register
 from hf_lowmem_optim.ops.sparse_window import SparseWindow, WindowStep, _update_all
 from hf_lowmem_optim.ops.triton.device import on_device
-from hf_lowmem_optim.ops.triton.window_products import num_programs, sparse_tile
+from hf_lowmem_optim.ops.triton.tables import TYPES, owner_and_block, pointer, size
+from hf_lowmem_optim.ops.triton.window_products import groups, num_programs, sparse_tile, step_tables
 
 __all__ = ["update_all"]
 
@@ -35,24 +36,27 @@ _NUM_WARPS = 4
 
 @triton.jit
 def _sorted_update_kernel(
-    param_ptr,
-    indices_ptr,
-    values_ptr,
+    table_ptr,  # [tensors, 6], see `step_tables`
+    owners_ptr,
     weights_ptr,
     lr,
     eps,
     decay,
-    numel,
-    kept,
     WINDOW: tl.constexpr,
     KEPT_PER_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     SLOTS: tl.constexpr,
     TILE: tl.constexpr,
     HAS_DECAY: tl.constexpr,
+    PARAM: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
-    kept = tl.cast(kept, tl.int64)
-    block = tl.program_id(0).to(tl.int64)
+    record, block = owner_and_block(owners_ptr, table_ptr, tl.program_id(0), 6)
+    param_ptr = pointer(record, 1, PARAM, ALIGNED)
+    indices_ptr = pointer(record, 2, tl.int16, False)
+    values_ptr = pointer(record, 3, tl.bfloat16, False)
+    numel = size(record, 4, ALIGNED)
+    kept = tl.load(record + 5)
     slot = tl.arange(0, SLOTS)
 
     # one key per entry: 12 bits index | 4 bits row | 16 bits bfloat16 value
@@ -94,11 +98,11 @@ def _sorted_update_kernel(
             inner = tile + tl.arange(0, TILE)
             inside = (inner < BLOCK_SIZE) & (start + inner < numel)
             dense = tl.load(param_ptr + start + inner, mask=inside, other=0.0).to(tl.float32)
-            tl.store(param_ptr + start + inner, (dense * decay).to(param_ptr.dtype.element_ty), mask=inside)
+            tl.store(param_ptr + start + inner, (dense * decay).to(PARAM), mask=inside)
         tl.debug_barrier()
         touched = touched * decay
     touched = touched - lr * tl.div_rn(z1, tl.sqrt_rn(z2) + eps)
-    tl.store(touched_ptr, touched.to(param_ptr.dtype.element_ty), mask=first)
+    tl.store(touched_ptr, touched.to(PARAM), mask=first)
 
 
 @triton.jit
@@ -115,32 +119,37 @@ def is_untouched(z2):
 
 @triton.jit
 def _scratch_update_kernel(
-    param_ptr,
-    indices_ptr,
-    values_ptr,
+    table_ptr,
+    owners_ptr,
     weights_ptr,
     scratch_ptr,
     lr,
     eps,
     decay,
-    numel,
-    kept,
     num_blocks,
     window,
     kept_per_block,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     HAS_DECAY: tl.constexpr,
+    PARAM: tl.constexpr,
+    VALUES: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
-    kept = tl.cast(kept, tl.int64)
     program = tl.program_id(0)
     z1_ptr = scratch_ptr + program.to(tl.int64) * (2 * BLOCK_SIZE)
     z2_ptr = z1_ptr + BLOCK_SIZE
     lane = tl.arange(0, TILE)
-    for block in range(program, num_blocks, tl.num_programs(0)):
-        first = tl.cast(block, tl.int64) * kept_per_block
+    for number in range(program, num_blocks, tl.num_programs(0)):
+        record, block = owner_and_block(owners_ptr, table_ptr, number, 6)
+        param_ptr = pointer(record, 1, PARAM, ALIGNED)
+        indices_ptr = pointer(record, 2, tl.int16, False)
+        values_ptr = pointer(record, 3, VALUES, False)
+        numel = size(record, 4, ALIGNED)
+        kept = tl.load(record + 5)
+        first = block * kept_per_block
         last = tl.minimum(first + kept_per_block, kept)
-        start = tl.cast(block, tl.int64) * BLOCK_SIZE
+        start = block * BLOCK_SIZE
 
         # z1 ← +0, z2 ← −0 (untouched), only where they will be used
         if HAS_DECAY:
@@ -188,7 +197,7 @@ def _scratch_update_kernel(
                 dense = tl.load(param_ptr + start + inner, mask=inside, other=0.0).to(tl.float32) * decay
                 stepped = dense - lr * tl.div_rn(z1, tl.sqrt_rn(z2) + eps)
                 dense = tl.where(is_untouched(z2), dense, stepped)
-                tl.store(param_ptr + start + inner, dense.to(param_ptr.dtype.element_ty), mask=inside)
+                tl.store(param_ptr + start + inner, dense.to(PARAM), mask=inside)
         else:
             for row in range(window):
                 w1 = tl.load(weights_ptr + row)
@@ -203,7 +212,7 @@ def _scratch_update_kernel(
                         z1 = tl.load(z1_ptr + index, mask=live, other=0.0)
                         sparse = tl.load(param_ptr + start + index, mask=live, other=0.0).to(tl.float32)
                         sparse = sparse - lr * tl.div_rn(z1, tl.sqrt_rn(z2) + eps)
-                        tl.store(param_ptr + start + index, sparse.to(param_ptr.dtype.element_ty), mask=live)
+                        tl.store(param_ptr + start + index, sparse.to(PARAM), mask=live)
                         tl.store(z2_ptr + index, untouched(TILE), mask=live)  # applied once
                 tl.debug_barrier()
         tl.debug_barrier()
@@ -223,63 +232,64 @@ def _dense_tile(param: Tensor, window: SparseWindow, num_warps: int) -> int:
 
 @register(_update_all, "triton")
 def update_all(steps: Sequence[WindowStep]) -> None:
-    """Take MicroAdam's step, in one launch for each tensor."""
-    for step in steps:
-        with on_device(step.param):
-            slots = sorted_slots(step.rows)
+    """Take MicroAdam's step for all tensors that are treated alike in one launch."""
+    for group in groups(steps):
+        slots = sorted_slots(group[0].rows)
+        with on_device(group[0].param):
             if slots is not None:
-                _launch_sorted(step, slots)
+                _launch_sorted(group, slots)
             else:
-                _launch_scratch(step)
+                _launch_scratch(group)
 
 
-def _launch_sorted(step: WindowStep, slots: int) -> None:
-    param, window, weights, lr, weight_decay, eps = step
+def _launch_sorted(steps: Sequence[WindowStep], slots: int) -> None:
+    param, window, weights, lr, weight_decay, eps = steps[0]
     num_warps = max(4, slots // 256)
-    _sorted_update_kernel[(window.num_blocks,)](
-        param,
-        window.indices,
-        window.values,
+    table, owners, is_aligned = step_tables(steps)
+    _sorted_update_kernel[(len(owners),)](
+        table,
+        owners,
         weights,
-        lr,
-        eps,
-        1 - lr * weight_decay,
-        window.numel,
-        window.kept,
+        float(lr),
+        float(eps),
+        1.0 - lr * weight_decay,
         WINDOW=window.window,
         KEPT_PER_BLOCK=window.kept_per_block,
         BLOCK_SIZE=window.block_size,
         SLOTS=slots,
         TILE=_dense_tile(param, window, num_warps),
         HAS_DECAY=weight_decay != 0,
+        PARAM=TYPES[param.dtype],
+        ALIGNED=is_aligned,
         num_warps=num_warps,
         enable_fp_fusion=False,
     )
 
 
-def _launch_scratch(step: WindowStep) -> None:
-    param, window, weights, lr, weight_decay, eps = step
-    programs = num_programs(window, 2)
+def _launch_scratch(steps: Sequence[WindowStep]) -> None:
+    param, window, weights, lr, weight_decay, eps = steps[0]
+    table, owners, is_aligned = step_tables(steps)
+    programs = num_programs(len(owners), window.block_size, 2)
     has_decay = weight_decay != 0
     tile = _dense_tile(param, window, _NUM_WARPS) if has_decay else sparse_tile(window.kept_per_block)
     scratch = torch.empty(programs, 2, window.block_size, dtype=torch.float32, device=param.device)
     _scratch_update_kernel[(programs,)](
-        param,
-        window.indices,
-        window.values,
+        table,
+        owners,
         weights,
         scratch,
-        lr,
-        eps,
-        1 - lr * weight_decay,
-        window.numel,
-        window.kept,
-        window.num_blocks,
+        float(lr),
+        float(eps),
+        1.0 - lr * weight_decay,
+        len(owners),
         window.window,
         window.kept_per_block,
         BLOCK_SIZE=window.block_size,
         TILE=tile,
         HAS_DECAY=has_decay,
+        PARAM=TYPES[param.dtype],
+        VALUES=TYPES[window.values.dtype],
+        ALIGNED=is_aligned,
         num_warps=_NUM_WARPS,
         enable_fp_fusion=False,
     )

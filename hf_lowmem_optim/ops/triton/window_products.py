@@ -1,13 +1,14 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined"
 """Products of a sparse window's rows in Triton: with one of the rows, and with weights.
 
-A block of a dense vector that is needed in between lies in a program's own scratch memory, as in ``sparse_window.py``;
-blocks of the parameter are read and written once.
+The product of two rows looks up each index of one among those of the other, which ascend. A combination of rows is
+added up in a program's own scratch memory, as in ``sparse_window.py``; a block of the parameter is read and written
+once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import torch
 import triton
@@ -17,16 +18,18 @@ from torch import Tensor
 from hf_lowmem_optim.ops.dispatch import register
 from hf_lowmem_optim.ops.sparse_window import SparseWindow, WindowStep, _combine, _descend_all, _gram_rows
 from hf_lowmem_optim.ops.triton.device import on_device
+from hf_lowmem_optim.ops.triton.tables import TYPES, alike, block_tables, owner_and_block, pointer, size, vectorizes
 
-__all__ = ["GRAM_ROWS", "combine", "descend_all", "gram_rows", "num_programs", "sparse_tile"]
+__all__ = ["GRAM_ROWS", "combine", "descend_all", "gram_rows", "groups", "num_programs", "sparse_tile", "step_tables"]
 
-#: Rows that a program multiplies with one of them, in scratch memory of its own.
-GRAM_ROWS = 32
+#: Rows that a program multiplies with one of them, and how many programs share the blocks of all tensors, at most
+#: (one more for each tensor).
+GRAM_ROWS, _GRAM_PROGRAMS = 32, 4096
 #: Scratch memory at most, which stays in the second-level cache.
 _SCRATCH_BYTES = 1 << 25
 _SPARSE_TILE = 1024
 _DENSE_TILE = 1024
-_GRAM_ENTRIES = 128
+_GRAM_ENTRIES, _SUM_ENTRIES = 16, 1024
 _NUM_WARPS = 4
 
 
@@ -65,69 +68,81 @@ def _combine_kernel(
     add_rows(block_ptr, indices_ptr, values_ptr, weights_ptr, first, kept, window, kept_per_block, TILE)
 
 
+@triton.jit
+def place_of(index, indices_ptr, length, LOG: tl.constexpr):
+    """Where int16 ``indices_ptr[:length]``, which ascend, reach ``index``; length is at most 2^LOG."""
+    place = index * 0
+    for half in tl.static_range(LOG):
+        step = 1 << (LOG - 1 - half)
+        probe = place + (step - 1)
+        before = tl.load(indices_ptr + probe, mask=probe < length, other=32767).to(tl.int32) < index
+        place = tl.where(before, place + step, place)
+    return place
+
+
 @triton.jit(do_not_specialize=["row"])
 def _gram_row_kernel(
-    indices_ptr,
-    values_ptr,
-    scratch_ptr,
-    partial_ptr,  # [window, programs]
+    table_ptr,  # [tensors, 5]: first program, indices, values, number of blocks, entries of a row
+    owners_ptr,
+    partial_ptr,  # [programs, window]
     row,
-    kept,
-    num_blocks,
     window,
     kept_per_block,
-    BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
+    blocks_each,  # of a program
+    VALUES: tl.constexpr,
     ROWS: tl.constexpr,
     ENTRIES: tl.constexpr,
+    LOG: tl.constexpr,  # kept_per_block is at most 2^LOG
 ):
-    kept = tl.cast(kept, tl.int64)
     program = tl.program_id(0)
-    dense_ptr = scratch_ptr + (tl.program_id(1) * tl.num_programs(0) + program).to(tl.int64) * BLOCK_SIZE
-    lane = tl.arange(0, TILE)
-    others = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    record, chunk = owner_and_block(owners_ptr, table_ptr, program, 5)
+    indices_ptr = pointer(record, 1, tl.int16, False)
+    values_ptr = pointer(record, 2, VALUES, False)
+    blocks = tl.load(record + 3)
+    kept = tl.load(record + 4)
+    others = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS, ENTRIES], tl.float64)
-    for tile in range(0, BLOCK_SIZE, TILE):
-        tl.store(dense_ptr + tile + lane, tl.zeros([TILE], tl.float32), mask=tile + lane < BLOCK_SIZE)
-    tl.debug_barrier()
-    for block in range(program, num_blocks, tl.num_programs(0)):
-        first = tl.cast(block, tl.int64) * kept_per_block
-        last = tl.minimum(first + kept_per_block, kept)
-        # the row's block becomes dense, is gathered from, and is zero again
-        for tile in range(0, kept_per_block, TILE):
-            column = first + tile + lane
-            index = tl.load(indices_ptr + row * kept + column, mask=column < last, other=0)
-            value = tl.load(values_ptr + row * kept + column, mask=column < last, other=0.0).to(tl.float32)
-            tl.store(dense_ptr + index, value, mask=column < last)
-        tl.debug_barrier()
+    for block in range(chunk * blocks_each, tl.minimum((chunk + 1) * blocks_each, blocks)):
+        first = block * kept_per_block
+        length = tl.minimum(kept - first, kept_per_block).to(tl.int32)
+        newest = row * kept + first
         for entry in range(0, kept_per_block, ENTRIES):
-            column = first + entry + tl.arange(0, ENTRIES)[None, :]
-            there = (others < window) & (column < last)
-            index = tl.load(indices_ptr + others * kept + column, mask=there, other=0)
-            value = tl.load(values_ptr + others * kept + column, mask=there, other=0.0).to(tl.float32)
-            dense = tl.load(dense_ptr + index, mask=there, other=0.0)
-            total += dense.to(tl.float64) * value.to(tl.float64)
-        tl.debug_barrier()
-        for tile in range(0, kept_per_block, TILE):
-            column = first + tile + lane
-            index = tl.load(indices_ptr + row * kept + column, mask=column < last, other=0)
-            tl.store(dense_ptr + index, tl.zeros([TILE], tl.float32), mask=column < last)
-        tl.debug_barrier()
-    other = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    tl.store(partial_ptr + other * tl.num_programs(0) + program, tl.sum(total, 1), mask=other < window)
+            column = entry + tl.arange(0, ENTRIES)[None, :]
+            there = (others[:, None] < window) & (column < length)
+            at = others[:, None] * kept + first + column
+            index = tl.load(indices_ptr + at, mask=there, other=0).to(tl.int32)
+            value = tl.load(values_ptr + at, mask=there, other=0.0).to(tl.float32)
+            place = place_of(index, indices_ptr + newest, length, LOG)
+            found = tl.load(indices_ptr + newest + place, mask=there & (place < length), other=-1).to(tl.int32)
+            match = there & (found == index)
+            factor = tl.load(values_ptr + newest + place, mask=match, other=0.0).to(tl.float32)
+            total += factor.to(tl.float64) * tl.where(match, value, 0.0).to(tl.float64)
+    tl.store(partial_ptr + program.to(tl.int64) * window + others, tl.sum(total, 1), mask=others < window)
+
+
+@triton.jit
+def _sum_kernel(table_ptr, partial_ptr, out_ptr, num_programs, window, WINDOW: tl.constexpr, TILE: tl.constexpr):
+    """Add up the programs of each tensor, in an order that depends on their number only."""
+    tensor = tl.program_id(0)
+    first = tl.load(table_ptr + tensor * 5)
+    stop = tl.load(table_ptr + tensor * 5 + 5, mask=tensor + 1 < tl.num_programs(0), other=num_programs)
+    row = tl.arange(0, WINDOW)[None, :]
+    total = tl.zeros([TILE, WINDOW], tl.float64)
+    for tile in range(first, stop, TILE):
+        program = tile + tl.arange(0, TILE)[:, None]
+        total += tl.load(partial_ptr + program * window + row, mask=(program < stop) & (row < window), other=0.0)
+    at = tl.arange(0, WINDOW)
+    tl.store(out_ptr + tensor * window + at, tl.sum(total, 0), mask=at < window)
 
 
 @triton.jit
 def _descend_kernel(
-    param_ptr,
-    indices_ptr,
-    values_ptr,
+    table_ptr,  # [tensors, 6], see `step_tables`
+    owners_ptr,
     weights_ptr,
     scratch_ptr,
     lr,
     decay,
-    numel,
-    kept,
     num_blocks,
     window,
     kept_per_block,
@@ -135,13 +150,21 @@ def _descend_kernel(
     SPARSE: tl.constexpr,
     DENSE: tl.constexpr,
     HAS_DECAY: tl.constexpr,
+    PARAM: tl.constexpr,
+    VALUES: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
-    kept = tl.cast(kept, tl.int64)
     program = tl.program_id(0)
     direction_ptr = scratch_ptr + program.to(tl.int64) * BLOCK_SIZE
-    for block in range(program, num_blocks, tl.num_programs(0)):
-        first = tl.cast(block, tl.int64) * kept_per_block
-        start = tl.cast(block, tl.int64) * BLOCK_SIZE
+    for number in range(program, num_blocks, tl.num_programs(0)):
+        record, block = owner_and_block(owners_ptr, table_ptr, number, 6)
+        param_ptr = pointer(record, 1, PARAM, ALIGNED)
+        indices_ptr = pointer(record, 2, tl.int16, False)
+        values_ptr = pointer(record, 3, VALUES, False)
+        numel = size(record, 4, ALIGNED)
+        kept = tl.load(record + 5)
+        first = block * kept_per_block
+        start = block * BLOCK_SIZE
         for tile in range(0, BLOCK_SIZE, DENSE):
             inner = tile + tl.arange(0, DENSE)
             tl.store(direction_ptr + inner, tl.zeros([DENSE], tl.float32), mask=inner < BLOCK_SIZE)
@@ -158,18 +181,43 @@ def _descend_kernel(
             weight = tl.load(param_ptr + start + inner, mask=inside, other=0.0).to(tl.float32)
             if HAS_DECAY:
                 weight = weight * decay
-            tl.store(param_ptr + start + inner, (weight - u * lr).to(param_ptr.dtype.element_ty), mask=inside)
+            tl.store(param_ptr + start + inner, (weight - u * lr).to(PARAM), mask=inside)
         tl.debug_barrier()
 
 
-def num_programs(window: SparseWindow, blocks: int = 1) -> int:
+def num_programs(num_blocks: int, block_size: int, blocks: int = 1) -> int:
     """Return how many programs with so many blocks of scratch memory each stay in the second-level cache."""
-    return max(1, min(window.num_blocks, _SCRATCH_BYTES // (4 * window.block_size * blocks)))
+    return max(1, min(num_blocks, _SCRATCH_BYTES // (4 * block_size * blocks)))
 
 
 def sparse_tile(kept: int) -> int:
     """Return the lanes for a loop over ``kept`` entries of a row."""
     return int(min(_SPARSE_TILE, max(128, triton.next_power_of_2(kept))))
+
+
+def groups(steps: Sequence[WindowStep]) -> Iterable[list[WindowStep]]:
+    """Put together what one launch serves."""
+    return alike(steps, _key).values()
+
+
+def _key(step: WindowStep) -> Hashable:
+    """Return what tensors of one launch have in common."""
+    param, rows, weights, *rates = step
+    layout = rows.indices.shape[0], rows.block_size, rows.kept_per_block, rows.values.dtype
+    return param.dtype, vectorizes(param), weights.data_ptr(), *layout, *rates
+
+
+def step_tables(steps: Sequence[WindowStep]) -> tuple[Tensor, Tensor, bool]:
+    """Return the tables of one launch, with a program for each block, and whether the parameters are aligned.
+
+    A record is: first program; addresses of parameter, indices, values; entries of the tensor, and of a row.
+    """
+    records = []
+    for param, rows, *_ in steps:
+        addresses = param.data_ptr(), rows.indices.data_ptr(), rows.values.data_ptr()
+        records.append((*addresses, rows.numel, rows.indices.shape[1]))
+    table, owners = block_tables(records, [step.rows.num_blocks for step in steps], steps[0].param.device)
+    return table, owners, vectorizes(steps[0].param)
 
 
 @register(_combine, "triton")
@@ -193,68 +241,84 @@ def combine(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
 
 @register(_gram_rows, "triton")
 def gram_rows(windows: Sequence[SparseWindow], row: int) -> Tensor:
-    """Multiply and add up, in two launches for each tensor."""
+    """Multiply and add up: two launches for all windows that are treated alike."""
     products = torch.empty(len(windows), windows[0].window, dtype=torch.float64, device=windows[0].device)
-    for out, window in zip(products, windows, strict=True):
-        _gram_row(out, window, row)
+    places: dict[Hashable, list[int]] = {}
+    for place, window in enumerate(windows):
+        places.setdefault((window.values.dtype, window.kept_per_block), []).append(place)
+    for group in places.values():
+        if len(places) == 1:
+            _multiply(products, windows, row)
+        else:
+            part = torch.empty(len(group), windows[0].window, dtype=torch.float64, device=products.device)
+            _multiply(part, [windows[place] for place in group], row)
+            products[group] = part
     return products
 
 
-def _gram_row(out: Tensor, window: SparseWindow, row: int) -> None:
-    parts = triton.cdiv(window.window, GRAM_ROWS)
-    programs = num_programs(window, parts)
-    scratch = torch.empty(programs * parts * window.block_size, dtype=torch.float32, device=out.device)
-    partial = torch.empty(window.window, programs, dtype=torch.float64, device=out.device)
+def _multiply(out: Tensor, windows: Sequence[SparseWindow], row: int) -> None:
+    """Write the products of windows of one dtype and count of entries per block."""
+    one = windows[0]
+    blocks = [window.num_blocks for window in windows]
+    each = -(-sum(blocks) // _GRAM_PROGRAMS)
+    records = [
+        (window.indices.data_ptr(), window.values.data_ptr(), window.num_blocks, window.kept) for window in windows
+    ]
+    table, owners = block_tables(records, [-(-count // each) for count in blocks], out.device)
+    partial = torch.empty(len(owners), one.window, dtype=torch.float64, device=out.device)
     with on_device(out):
-        _gram_row_kernel[(programs, parts)](
-            window.indices,
-            window.values,
-            scratch,
+        _gram_row_kernel[(len(owners), triton.cdiv(one.window, GRAM_ROWS))](
+            table,
+            owners,
             partial,
             row,
-            window.kept,
-            window.num_blocks,
-            window.window,
-            window.kept_per_block,
-            BLOCK_SIZE=window.block_size,
-            TILE=sparse_tile(window.kept_per_block),
+            one.window,
+            one.kept_per_block,
+            each,
+            VALUES=TYPES[one.values.dtype],
             ROWS=GRAM_ROWS,
-            ENTRIES=int(min(_GRAM_ENTRIES, max(16, triton.next_power_of_2(window.kept_per_block)))),
+            ENTRIES=_GRAM_ENTRIES,
+            LOG=(one.kept_per_block - 1).bit_length(),
             num_warps=_NUM_WARPS,
             enable_fp_fusion=False,
         )
-    torch.sum(partial, dim=1, out=out)
+        columns = triton.next_power_of_2(one.window)
+        tile = max(1, _SUM_ENTRIES // columns)
+        _sum_kernel[(len(windows),)](
+            table, partial, out, len(owners), one.window, WINDOW=columns, TILE=tile, enable_fp_fusion=False
+        )
 
 
 @register(_descend_all, "triton")
 def descend_all(steps: Sequence[WindowStep]) -> None:
-    """Descend, in one launch for each tensor."""
-    for step in steps:
-        _descend(step)
+    """Descend with all tensors that are treated alike in one launch."""
+    for group in groups(steps):
+        _descend(group)
 
 
-def _descend(step: WindowStep) -> None:
-    param, window, weights, lr, weight_decay, _ = step
-    programs = num_programs(window)
+def _descend(steps: Sequence[WindowStep]) -> None:
+    param, window, weights, lr, weight_decay, _ = steps[0]
+    table, owners, is_aligned = step_tables(steps)
+    programs = num_programs(len(owners), window.block_size)
     scratch = torch.empty(programs * window.block_size, dtype=torch.float32, device=param.device)
     with on_device(param):
         _descend_kernel[(programs,)](
-            param,
-            window.indices,
-            window.values,
+            table,
+            owners,
             weights,
             scratch,
-            lr,
-            1 - lr * weight_decay,
-            window.numel,
-            window.kept,
-            window.num_blocks,
+            float(lr),
+            1.0 - lr * weight_decay,
+            len(owners),
             window.window,
             window.kept_per_block,
             BLOCK_SIZE=window.block_size,
             SPARSE=sparse_tile(window.kept_per_block),
             DENSE=int(min(_DENSE_TILE, max(128, triton.next_power_of_2(window.block_size)))),
             HAS_DECAY=weight_decay != 0,
+            PARAM=TYPES[param.dtype],
+            VALUES=TYPES[window.values.dtype],
+            ALIGNED=is_aligned,
             num_warps=_NUM_WARPS,
             enable_fp_fusion=False,
         )
