@@ -186,7 +186,7 @@ def test_a_learning_rate_may_be_a_tensor_that_changes_in_place(case: Case) -> No
     again = case.build(make_params().values())
     again.load_state_dict(runs[1][0].state_dict())
     assert float(again.param_groups[0]["lr"]) == 0.5
-    with pytest.raises(TypeError, match="lr=tensor"):
+    with pytest.raises(ValueError, match="Tensor lr must be 1-element"):
         case.build(make_params().values(), lr=torch.tensor([0.1, 0.2]))
 
 
