@@ -31,11 +31,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_lowmem_optim.engine.buckets import Batch
+from hf_lowmem_optim.engine.buckets import Batch, most_tensors
 from hf_lowmem_optim.engine.error_feedback import FORMATS, add_residual, error_state, save_residual_
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import COUNT, option
+from hf_lowmem_optim.ops.dispatch import Op
 from hf_lowmem_optim.ops.gram import mfac_weights, write_gram_row_
 from hf_lowmem_optim.ops.low_rank import orthonormalize, seeded_sketch
 from hf_lowmem_optim.optimizers.preconditioned import (
@@ -110,8 +111,25 @@ def lowrank_mfac_update_(tensors: Sequence[Batch], shared: Mapping[str, Tensor],
 def _descend_(x: Batch, w: Tensor) -> None:
     """Move the tensors of a batch: u ← Gᵀw, and lines 6 and 7."""
     with x.weights() as W:
+        if "left" in x.state and x.options.momentum == 0:
+            lowrank_descend_(W, x.state, w, x.options)
+            return
         for i, weight in enumerate(W):
             _descend_one_(weight, {key: part[i] for key, part in x.state.items()}, w, x.options)
+
+
+@Op
+def lowrank_descend_(W: Sequence[Tensor], state: Mapping[str, Tensor], w: Tensor, o: LowRankMFACOptions) -> None:
+    """Write W ← W·(1 − lr·weight_decay) − lr·Gᵀw, of rows that are factors: line 7 without momentum.
+
+    Args:
+        W: n matrices of one shape and dtype.
+        state: Their stacked windows, ``"left"`` and ``"right"``.
+        w: float32 [m], on the device of the weights.
+        o: The options.
+    """
+    for i, weight in enumerate(W):
+        _descend_one_(weight, {key: state[key][i] for key in ("left", "right")}, w, o)
 
 
 def _descend_one_(weight: Tensor, state: Mapping[str, Tensor], w: Tensor, o: LowRankMFACOptions) -> None:
@@ -129,20 +147,44 @@ def _compress_(x: Batch, row: int) -> None:
         for rows, g in zip(x.state["rows"], x.g, strict=True):
             rows[row] = g.view(-1)
         return
-    left, right, fmt = x.state["left"], x.state["right"], FORMATS.get(x.options.error_feedback)
-    # 1. acc ← ξ + g
-    acc = add_residual(x.g, x.state, fmt)  # [n, p, q]
-    # 2. P ← orthonormalize(acc·Q₋);  Q ← accᵀP;  ξ ← acc − P·Qᵀ
+    right = x.state["right"]
     if x.step > 1:
         start = right[:, row - 1]
     else:
         start = seeded_sketch(right.shape[3], right.shape[2], right.device).T.expand(len(right), -1, -1)
+    lowrank_compress_(x.g, x.state, start, row, x.options.error_feedback)
+
+
+@Op
+def lowrank_compress_(
+    g: Sequence[Tensor], state: Mapping[str, Tensor], start: Tensor, row: int, error_feedback: str
+) -> None:
+    """Compress n gradients of one shape: lines 1 to 3.
+
+    Args:
+        g: The gradients, contiguous; only read.
+        state: Their stacked state, ``"left"``, ``"right"`` and the error; written.
+        start: Q₋, float32 [n, r, q]; may be another row of ``"right"``.
+        row: Of the window, to be written.
+        error_feedback: How the error is stored.
+    """
+    most = most_tensors(g[0].numel(), g[0].device)
+    if len(g) > most:  # on a GPU: acc is of their size
+        for first in range(0, len(g), most):
+            part = slice(first, first + most)
+            parts = {key: value[part] for key, value in state.items()}
+            lowrank_compress_.torch_version(g[part], parts, start[part], row, error_feedback)
+        return
+    # 1. acc ← ξ + g
+    fmt = FORMATS.get(error_feedback)
+    acc = add_residual(g, state, fmt)  # [n, p, q]
+    # 2. P ← orthonormalize(acc·Q₋);  Q ← accᵀP;  ξ ← acc − P·Qᵀ
     P = orthonormalize(acc @ start.mT)  # [n, p, r]
     Qt = P.mT @ acc  # [n, r, q]
-    save_residual_(x.state, acc.baddbmm_(P, Qt, alpha=-1), fmt)
+    save_residual_(state, acc.baddbmm_(P, Qt, alpha=-1), fmt)
     # 3. row of the window ← (P, Q)
-    left[:, row] = P.mT
-    right[:, row] = Qt
+    state["left"][:, row] = P.mT
+    state["right"][:, row] = Qt
 
 
 def _products(state: Mapping[str, Tensor], row: int) -> Tensor:
@@ -205,7 +247,8 @@ class LowRankMFAC(LowMemoryOptimizer):
         LowRankMFACOptions,
         lowrank_mfac_state,
         switch=("rank", None),
-        scratch=1.0,  # acc, or u
+        scratch=1.0,  # acc, or u; fused on a GPU, neither
+        whole="gpu",
         scratch_state=1.0,
         adam_like=False,
         optional_state={"velocity": "momentum"},
