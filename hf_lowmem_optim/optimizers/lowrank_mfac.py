@@ -192,18 +192,23 @@ def _products(state: Mapping[str, Tensor], row: int) -> Tensor:
     if "rows" in state:
         parts = ((rows, rows[row].double()) for rows in state["rows"])
         return torch.stack([torch.cat([part.double() @ newest for part in _pieces(rows)]) for rows, newest in parts])
-    products = []
-    for factors in zip(state["left"], state["right"], strict=True):
-        overlaps = []
-        for factor in factors:
-            newest = factor[row].double().T  # [p or q, r]
-            overlaps.append(torch.cat([part.double() @ newest for part in _pieces(factor)]))  # [m, r, r]
-        products.append((overlaps[0] * overlaps[1]).sum(dim=(1, 2)))
-    return torch.stack(products)
+    left, right = state["left"], state["right"]
+    # each CPU tensor by itself, so that it is rounded as it is alone
+    together = 1 if left.device.type == "cpu" else len(left)
+    pairs = zip(torch.split(left, together), torch.split(right, together), strict=True)
+    parts = [_overlaps(x, row) * _overlaps(y, row) for x, y in pairs]
+    return torch.cat(parts).unflatten(1, (left.shape[1], -1)).sum(dim=(2, 3))
+
+
+def _overlaps(factors: Tensor, row: int) -> Tensor:
+    """Return the products of all vectors of factors [n, m, r, p] with those of a row, float64 [n, m·r, r]."""
+    newest, vectors = factors[:, row].double().mT, factors.flatten(1, 2)
+    most = (1 << 20 if factors.device.type == "cpu" else 1 << 25) // max(1, vectors[:, 0].numel())
+    return torch.cat([piece.double() @ newest for piece in torch.split(vectors, max(1, most), dim=1)], dim=1)
 
 
 def _pieces(rows: Tensor) -> Iterator[Tensor]:
-    """Cut [m, …] into pieces of a bounded number of entries."""
+    """Cut [m, n] into pieces of a bounded number of entries."""
     return iter(torch.split(rows, max(1, _CHUNK_ENTRIES // max(1, rows[0].numel()))))
 
 

@@ -183,6 +183,14 @@ def low_rank_step(numel: int, rows: int, rank: int, error: str, grad: torch.dtyp
     return call, [weight, weight, *written, new, direction]
 
 
+def low_rank_residual(numel: int, rows: int, rank: int, error: str, grad: torch.dtype, products: str) -> Prepared:
+    from hf_lowmem_optim.ops.triton.residual_update import update_
+
+    a, state, gradient = residual(numel, rows, rank, error, grad, products)
+    left, right = torch.rand(1, rank, rows).mT, torch.rand(1, rank, numel // rows)
+    return partial(update_, a, [(left, right)], None), [gradient, *state.values(), *state.values(), left, right]
+
+
 FORMATS = {"4bit": QuantFormat(), "8bit": QuantFormat(bits=8)}
 FOUR, EIGHT, FOUR_FP32 = QuantFormat(), QuantFormat(bits=8), QuantFormat(stat_dtype=FP32)
 
@@ -269,5 +277,31 @@ LAUNCHES: list[Launch] = [
             ("a·factor", residual_product, False),
             ("error and weights", low_rank_step),
         )
+    ),
+    launch(
+        "error of 512 × 768, rank 4, 8bit error", 16, low_rank_residual, 512, 4, "8bit", BF16, "tf32", numel=512 * 768
+    ),
+    launch(
+        "a·factor of 512 × 768, rank 4, 8bit error",
+        16,
+        residual_product,
+        512,
+        4,
+        "8bit",
+        BF16,
+        "tf32",
+        False,
+        numel=512 * 768,
+    ),
+    launch(
+        "error and weights of 512 × 768, rank 128, no error",
+        16,
+        low_rank_step,
+        512,
+        128,
+        "none",
+        BF16,
+        "tf32x3",
+        numel=512 * 768,
     ),
 ]
