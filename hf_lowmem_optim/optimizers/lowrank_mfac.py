@@ -190,14 +190,14 @@ def lowrank_compress_(
 def _products(state: Mapping[str, Tensor], row: int) -> Tensor:
     """Return ⟨gᵢ, g_row⟩ for every row i of each tensor, float64 [n, m]: gradients that resemble each other."""
     if "rows" in state:
-        parts = ((rows, rows[row].double()) for rows in state["rows"])
-        return torch.stack([torch.cat([part.double() @ newest for part in _pieces(rows)]) for rows, newest in parts])
+        pairs = ((rows, rows[row].double()) for rows in state["rows"])
+        return torch.stack([torch.cat([part.double() @ newest for part in _pieces(rows)]) for rows, newest in pairs])
     left, right = state["left"], state["right"]
     # each CPU tensor by itself, so that it is rounded as it is alone
     together = 1 if left.device.type == "cpu" else len(left)
-    pairs = zip(torch.split(left, together), torch.split(right, together), strict=True)
-    parts = [_overlaps(x, row) * _overlaps(y, row) for x, y in pairs]
-    return torch.cat(parts).unflatten(1, (left.shape[1], -1)).sum(dim=(2, 3))
+    halves = zip(torch.split(left, together), torch.split(right, together), strict=True)
+    overlaps = torch.cat([_overlaps(x, row) * _overlaps(y, row) for x, y in halves])
+    return overlaps.view(len(left), left.shape[1], -1).sum(2)
 
 
 def _overlaps(factors: Tensor, row: int) -> Tensor:
