@@ -218,10 +218,9 @@ def test_a_class_that_is_defined_anew_takes_the_place_of_its_earlier_self(exampl
     assert type(inner(train(tmp_path, "sgdm8bit", max_steps=1))) is again.SGDM8bit
 
 
-@pytest.mark.parametrize("order", ["import transformers.trainer, sgdm8bit", "import sgdm8bit, transformers.trainer"])
-def test_the_order_of_imports_does_not_matter(order: str, tmp_path: Path) -> None:
+def test_it_may_be_imported_before_transformers(tmp_path: Path) -> None:
     (tmp_path / "sgdm8bit.py").write_text(EXAMPLE)
-    code = f"{order}; from transformers import TrainingArguments\n"
+    code = "import sgdm8bit, transformers.trainer; from transformers import TrainingArguments\n"
     code += "for name in ('sgdm8bit', 'sgdm8bit_layerwise'): print(TrainingArguments('out', optim=name).optim.name)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.split() == ["SGDM8BIT", "SGDM8BIT_LAYERWISE"], done.stderr

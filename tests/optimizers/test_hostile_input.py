@@ -36,14 +36,17 @@ def case(request: pytest.FixtureRequest) -> Case:
 # ---------------------------------------------------------------------------------------------------- state dicts
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_state_dict_with_something_wrong_is_refused_or_harmless(name: str) -> None:
-    command = [sys.executable, "-W", "ignore", "-m", "tests.optimizers.state_fuzzer", name, "500"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert done.returncode in (0, 1), f"status {done.returncode}: {done.stderr[-2000:]}"
-    found = json.loads(done.stdout)
-    assert not found["faults"]
-    assert found["refused"] > 300 and found["harmless"] > 20
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_a_state_dict_with_something_wrong_is_refused_or_harmless(layerwise: bool) -> None:
+    names = [name for name, entry in OPTIMIZERS.items() if entry.optimizer_class.method.layerwise == layerwise]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.optimizers.state_fuzzer", "500", *names]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500 * len(names))
+    assert done.returncode == 0, f"after {done.stdout}: {done.stderr[-2000:]}"
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [each["name"] for each in found] == names
+    for each in found:
+        assert not each["faults"]
+        assert each["refused"] > 300 and each["harmless"] > 20
 
 
 @pytest.mark.parametrize("index", [-1, 32, 32767])
