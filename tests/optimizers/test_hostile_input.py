@@ -270,9 +270,8 @@ def train(out):
     generator = torch.Generator().manual_seed(0)
     p = nn.Parameter(torch.zeros(16, 64))
     optimizer = MicroAdam([p], lr=0.1, block_size=256, window=2, min_compress_size=1)
-    for _ in range(2):
-        p.grad = torch.randn(16, 64, generator=generator)
-        optimizer.step()
+    p.grad = torch.randn(16, 64, generator=generator)
+    optimizer.step()
     out.append(p.detach())
 sys.setswitchinterval(1e-5)
 found = []
