@@ -13,11 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -73,21 +68,6 @@ def test_groups_that_disagree_are_refused_by_the_load(caplog: pytest.LogCaptureF
     with pytest.raises(ValueError, match=r"cannot load this state: damping=0\.5 of a parameter group differs"):
         optimizer.load_state_dict(saved)
     assert optimizer.param_groups[1]["damping"] == 1e-5 and not caplog.records
-
-
-def test_distributed_checkpoint_loads_into_a_fresh_optimizer(case: Case) -> None:
-    for flat in (False, True):
-        options = StateDictOptions(flatten_optimizer_state_dict=flat)
-        model, twin = (nn.ParameterDict(make_params()) for _ in range(2))
-        optimizer, second = case.build(model.parameters()), case.build(twin.parameters())
-        run(optimizer, dict(model.items()), gradients(6))
-        saved = get_optimizer_state_dict(model, optimizer, options=options)
-        template = get_optimizer_state_dict(twin, second, options=options)
-        if flat:
-            assert template.keys() == saved.keys()
-        twin.load_state_dict(model.state_dict())
-        set_optimizer_state_dict(twin, second, saved, options=options)
-        assert_same_state(optimizer, second)
 
 
 # ---------------------------------------------------------------------------------------------- memory, in a step
@@ -217,15 +197,6 @@ def test_a_group_without_names_joins_groups_with_names(case: Case) -> None:
     again.add_param_group({"params": [nn.Parameter(param.detach()) for _, param in others]})
     again.load_state_dict(optimizer.state_dict())
     assert_same_state(optimizer, again)
-
-
-def test_no_key_is_added_to_groups_by_a_load(case: Case) -> None:
-    params = make_params()
-    optimizer = case.build(list(params.values())[:2])
-    optimizer.load_state_dict(optimizer.state_dict())
-    optimizer.add_param_group({"params": list(params.values())[2:]})
-    fresh = case.build(list(make_params().values())).state_dict()["param_groups"][0]
-    assert all(group.keys() == fresh.keys() for group in optimizer.state_dict()["param_groups"])
 
 
 class WithoutFloat64(TorchDispatchMode):
