@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.launches import NUMBERS
 from hf_lowmem_optim.ops.low_rank import orthonormalize
 from hf_lowmem_optim.optimizers.ldadam import ldadam_moments_
 from tests.ops.backends import BF16, DEVICE, FP16, FP32, INTERPRETED, ON_GPU, QUIET, normal
-from tests.ops.launches import NUMBERS
 
 kernel = pytest.importorskip("hf_lowmem_optim.ops.triton.low_rank", exc_type=ImportError)
 ldadam = pytest.importorskip("hf_lowmem_optim.ops.triton.ldadam", exc_type=ImportError)

@@ -1,7 +1,7 @@
 """Every Triton kernel of the package as the package launches it, at realistic sizes.
 
-Two users, in processes of their own: ``ahead_of_time`` records the launches and compiles them for GPUs that are not
-there; ``benchmarks/kernel_report.py`` runs them in the interpreter and counts the bytes that they load and store.
+Two users, in processes of their own: ``ahead_of_time.py`` records the launches and compiles them for GPUs that are not
+there; ``kernel_report.py`` runs them in the interpreter and counts the bytes that they load and store.
 Nothing is written down twice: signatures, constants and launch parameters are those of the package's own launchers.
 """
 
