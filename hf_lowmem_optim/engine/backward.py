@@ -157,8 +157,10 @@ class LayerwiseMode(BackwardMode):
         fmt = specs["error_codes"].format if "error_codes" in specs else None
         seed = (state["step"] + 1) * _SEEDS_PER_STEP + number if group.get("stochastic_rounding") else None
         update = TensorUpdate(param, grad, state, self.host.method.options_of(group), state["step"])
+        convert = self.host.method.to_error
         for batch in batches([update], whole=False):
-            save_residual_(batch.state, add_residual(batch.g, batch.state, fmt), fmt, seed=seed)
+            g = batch.g if convert is None else [convert(each, update.options) for each in batch.g]
+            save_residual_(batch.state, add_residual(g, batch.state, fmt), fmt, seed=seed)
         self._micro_batches[id(param)] = number + 1
         param.grad = None
         del self._held[id(param)]

@@ -13,7 +13,7 @@ bytes; by FFT (Makhoul, IEEE TASSP 28, 1980) the table, 16n bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -138,7 +138,7 @@ def _add_in_slices_(out: Tensor, x: Tensor, basis: Basis) -> None:
     """Add Bᵀx in slices of columns, so that neither complex numbers nor a float32 copy of x grow with it."""
     n, device = basis.n, x.device
     width = max(1, (1 << (18 if device.type == "cpu" else 21)) // n)
-    parts = zip(out.split(width, dim=1), x.split(width, dim=1), strict=True)
+    parts = zip(torch.split(out, width, dim=1), torch.split(x, width, dim=1), strict=True)
     if not basis.fft:
         B = basis_matrix(basis, device)
         for part, columns in parts:
@@ -172,7 +172,8 @@ def _dct3(rows: Tensor, place: Tensor, twiddle: Tensor) -> Tensor:
     mirrored = torch.zeros_like(rows[:, :half])
     mirrored[:, 1:] = rows[:, n - half + 1 :].flip(1)
     Y = torch.complex(rows[:, :half], mirrored.neg_()).mul_(twiddle)
-    return torch.fft.irfft(Y, n).index_select(1, place)
+    permuted: Tensor = torch.fft.irfft(Y, n)
+    return permuted.index_select(1, place)
 
 
 def _order(n: int, device: torch.device) -> Tensor:
@@ -210,7 +211,9 @@ def basis_columns(basis: Basis, indices: Tensor) -> Tensor:
     if not basis.fft:
         return basis_matrix(basis, device).mT[indices].mT
     places = torch.arange(n, device=device)
-    frequency, odd = (indices[..., None], 2 * places + 1) if basis.kind == "dct2" else (places, 2 * indices[..., None] + 1)
+    frequency, odd = (
+        (indices[..., None], 2 * places + 1) if basis.kind == "dct2" else (places, 2 * indices[..., None] + 1)
+    )
     columns = _shared_table(n, device).take((frequency * odd).remainder_(4 * n))
     return columns.masked_fill_(frequency == 0, math.sqrt(1 / n)).mT
 
@@ -228,4 +231,5 @@ def largest_rows(S: Tensor, count: int, ranking: Ranking) -> Tensor:
     """
     norms = torch.linalg.vector_norm(S, 1 if ranking == "l1" else 2, dim=2)
     order = norms.sort(dim=1, descending=True, stable=True).indices
-    return order[:, :count].sort(dim=1).values
+    rows: Tensor = order[:, :count].sort(dim=1).values
+    return rows
