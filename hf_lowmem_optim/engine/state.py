@@ -135,8 +135,8 @@ def _check_groups(optimizer: Optimizer, method: Method, saved_groups: list[dict[
                 changed.append(f"{key}={' or '.join(sorted(was))}, as it was saved")
         if any(group["stacked"] for group in own) and not any(group["stacked"] for group in saved_groups):
             changed.append(
-                "optim_target_modules that name the layers which were compressed when it was saved: stacks of experts, "
-                "which this optimizer compresses, were not"
+                "experts as they were when it was saved: left out of optim_target_modules for dense ones, or with "
+                "stacked=False in overrides for all as one matrix"
             )
         remedy = "; and ".join(changed) or "the same model, trainable parameters and target modules"
         raise ValueError(

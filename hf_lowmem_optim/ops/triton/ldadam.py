@@ -42,7 +42,7 @@ def _moments_kernel(
     beta2,
     correction,
     damping,
-    NOISE: tl.constexpr,
+    noise,
     RANK: tl.constexpr,  # r rounded up
     TERMS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -69,7 +69,7 @@ def _moments_kernel(
     m = tl.load(m_ptr + at, mask=inside, other=0.0)
     p = tl.load(projected_ptr + at, mask=inside, other=0.0)
     size = tl.abs(p)
-    p = tl.where(size < tl.max(size, axis=0)[None, :] * NOISE, 0.0, p)
+    p = tl.where(size < tl.max(size, axis=0)[None, :] * noise, 0.0, p)
     # everything is read before anything is written
     tl.debug_barrier()
 
@@ -85,8 +85,9 @@ def _moments_kernel(
 
 
 def update_moments_(
-    R: Tensor, m: Tensor, v: Tensor, projected: Tensor, right: Tensor, coefficients: Coefficients
-) -> None:
+    R: Tensor, m: Tensor, v: Tensor, projected: Tensor, right: Tensor, coefficients: Coefficients,
+    *, noise: float = PROJECTION_NOISE,
+) -> None:  # fmt: skip
     """Move the moments to the new basis and update them, in one launch.
 
     Args:
@@ -96,6 +97,7 @@ def update_moments_(
         projected: p̃, likewise; overwritten with the direction d.
         right: float32 [n, 2·r, q]; written: c·m before the step and −(p̃ + c·m̃), where c = β1/(1 − β1).
         coefficients: The numbers of this step.
+        noise: What is smaller than this share of the largest entry of its column of p̃ counts as zero.
     """
     n, r, q = m.shape
     if r > MAX_RANK:
@@ -114,7 +116,7 @@ def update_moments_(
             float(coefficients.beta2),
             float(coefficients.correction),
             float(coefficients.damping),
-            NOISE=PROJECTION_NOISE,
+            float(noise),
             RANK=rank,
             TERMS=_MOMENT_TERMS,
             COLUMNS=_MOMENT_COLUMNS,
