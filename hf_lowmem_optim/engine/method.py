@@ -92,8 +92,8 @@ class Method:
             ``(state, shape, options)`` -> the fault as a clause, or None.
         constants: Describes what it shares with all optimizers of a process and never saves (``ops/constants.py``):
             ``(shape, device, options)`` of a compressed tensor -> specs by the constant's key.
-        to_error: Brings a gradient, as the update gets it, to the coordinates in which the error is kept, where these
-            are not its own: ``(grad, options)`` -> a tensor of the error's shape.
+        put_aside_: Adds a part of a step's gradient to the state, to which the update will add the rest; for a method
+            whose error, if any, is not in the gradient's own coordinates: ``(g, state, seed, options) -> None``.
         layerwise: Whether it updates during the backward pass.
 
     Raises:
@@ -116,7 +116,7 @@ class Method:
     absent_: Callable[[Mapping[str, Tensor], int], None] | None = None
     check_loaded: Callable[[Mapping[str, Tensor], Sequence[int], Any], str | None] | None = None
     constants: Callable[[Sequence[int], torch.device, Any], dict[Hashable, TensorSpec]] | None = None
-    to_error: Callable[[Tensor, Any], Tensor] | None = None
+    put_aside_: Callable[[Sequence[Tensor], Mapping[str, Tensor], int | None, Any], None] | None = None
     layerwise: bool = False
 
     def __post_init__(self) -> None:

@@ -73,6 +73,5 @@ def descend_(W: Sequence[Tensor], d: Tensor, basis: Basis, rows: Tensor, decay: 
 
 
 def basis_state(shape: Sequence[int], device: torch.device, o: BasisOptions) -> dict[Hashable, TensorSpec]:
-    """Describe the constants that a matrix of a shape needs; none where all rows are chosen."""
-    p = sides(shape)[0]
-    return {} if o.rank is None or p <= o.rank else basis_constants(o.basis_of(p, device), device)
+    """Describe the constants that a matrix of a shape needs."""
+    return basis_constants(o.basis_of(sides(shape)[0], device), device)

@@ -160,12 +160,12 @@ def dct_adamw_update_(
             state[key].copy_(moment)
 
 
-def gradient_in_basis(grad: Tensor, o: DCTAdamWOptions) -> Tensor:
-    """Return Bᵀg, in which the error is kept."""
-    (p, q), device = sides(grad.shape), grad.device
-    S = torch.zeros(1, p, q, dtype=torch.float32, device=device)
-    add_coefficients_(S, upright([grad]), o.basis_of(p, device))
-    return S[0]
+def put_aside_(g: Sequence[Tensor], state: Mapping[str, Tensor], seed: int | None, o: DCTAdamWOptions) -> None:
+    """Add a part of a step's gradients to the error: E ← E + Bᵀg."""
+    (p, q), device, fmt = sides(g[0].shape), g[0].device, FORMATS.get(o.error_feedback)
+    S = load_residual(state, fmt, (len(g), p, q), device)
+    add_coefficients_(S, upright(g), o.basis_of(p, device))
+    save_residual_(state, S, fmt, seed=seed)
 
 
 def fault_of_rows(state: Mapping[str, Any], shape: Sequence[int], o: DCTAdamWOptions) -> str | None:
@@ -205,5 +205,5 @@ class DCTAdamW(LowMemoryOptimizer):
         scratch_state=3.0,  # moved moments, or B_I with the places of its entries
         check_loaded=fault_of_rows,
         constants=basis_state,
-        to_error=gradient_in_basis,
+        put_aside_=put_aside_,
     )

@@ -62,6 +62,10 @@ class TrionOptions(BasisOptions):
         0.015, "Learning rate of the dense rule (AdamW), relative to ``lr``; a scheduler scales both.", within=POSITIVE
     )
 
+    def basis_of(self, p: int, device: torch.device) -> Basis:
+        """Return the basis for a dimension: the identity where all rows are chosen."""
+        return Basis("identity", p, False) if self.rank is None or p <= self.rank else super().basis_of(p, device)
+
     @property
     def dense_lr(self) -> float:
         """The learning rate of the dense rule."""
@@ -103,10 +107,8 @@ def trion_update_(
     assert o.rank is not None
     p, device = sides(W[0].shape)[0], W[0].device
     r, which = min(o.rank, p), torch.arange(len(W), device=device)[:, None]
-    basis = o.basis_of(p, device) if r < p else Basis("identity", p, False)
-    N = state["momentum"].float()
     # 1. N ← N + Bᵀg
-    add_coefficients_(N, upright(g), basis)
+    N = _accumulate(g, state, o)
     # 2. I ← the r rows of N with the largest norms;  b ← N_I
     rows = largest_rows(N, r, o.ranking) if r < p else torch.arange(p, device=device).expand(len(W), p)
     b = N[which, rows]
@@ -120,7 +122,21 @@ def trion_update_(
     del b
     # 5. W ← W·(1 − lr·weight_decay) − lr·c·B_I O
     step_size = o.lr * _scale(W[0].shape, o.scaling)
-    descend_(upright(W), update, basis, rows, 1 - o.lr * o.weight_decay, step_size)
+    descend_(upright(W), update, o.basis_of(p, device), rows, 1 - o.lr * o.weight_decay, step_size)
+
+
+def _accumulate(g: Sequence[Tensor], state: Mapping[str, Tensor], o: TrionOptions) -> Tensor:
+    """Return N + Bᵀg, float32: the momentum's own buffer where that is float32."""
+    N = state["momentum"].float()
+    add_coefficients_(N, upright(g), o.basis_of(N.shape[1], N.device))
+    return N
+
+
+def put_aside_(g: Sequence[Tensor], state: Mapping[str, Tensor], seed: int | None, o: TrionOptions) -> None:
+    """Add a part of a step's gradients to the momentum."""
+    N = _accumulate(g, state, o)
+    if N is not state["momentum"]:
+        state["momentum"].copy_(N)
 
 
 def _scale(shape: Sequence[int], scaling: str) -> float:
@@ -161,4 +177,5 @@ class Trion(LowMemoryOptimizer):
         scratch=_scratch,
         adam_like=False,
         constants=basis_state,
+        put_aside_=put_aside_,
     )
