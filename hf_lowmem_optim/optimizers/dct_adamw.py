@@ -176,6 +176,12 @@ def fault_of_rows(state: Mapping[str, Any], shape: Sequence[int], o: DCTAdamWOpt
     return "'indices' does not ascend" if bool(rows.any()) and bool((rows.diff() <= 0).any()) else None
 
 
+def _scratch(o: DCTAdamWOptions, shape: Sequence[int]) -> float:
+    """Return what a step takes for a moment: narrower moments, d, and S or a narrower weight, or B_I as it is made."""
+    (p, q), r = sides(shape), o.rank or 0
+    return (2 * r / p if o.state_dtype == "param" else 0.0) + r / p + r / q + max(1.0, 2 * r / q)
+
+
 class DCTAdamW(LowMemoryOptimizer):
     """DCT-AdamW: AdamW on the largest rows of the gradient's cosine transform, the rest fed back from a 4-bit error.
 
@@ -201,8 +207,7 @@ class DCTAdamW(LowMemoryOptimizer):
         dct_adamw_state,
         dct_adamw_update_,
         switch=("rank", None),
-        scratch=1.0,  # S
-        scratch_state=3.0,  # moved moments, or B_I with the places of its entries
+        scratch=_scratch,
         check_loaded=fault_of_rows,
         constants=basis_state,
         put_aside_=put_aside_,

@@ -147,9 +147,10 @@ def _scale(shape: Sequence[int], scaling: str) -> float:
 
 
 def _scratch(o: TrionOptions, shape: Sequence[int]) -> float:
-    """Return what a step takes for a moment: a copy of narrower momentum or weights, and nine of r of the p rows."""
-    p, _ = sides(shape)
-    return 1.0 + 9.0 * min(o.rank or 0, p) / p
+    """Return what a step takes for a moment: narrower momentum and two of b; or in Newton–Schulz three, and of G."""
+    p, q = sides(shape)
+    share = min(o.rank or 0, p) / p
+    return max(1 + 2 * share, 3 * share + 3 * share**2 * p / q)
 
 
 class Trion(LowMemoryOptimizer):
