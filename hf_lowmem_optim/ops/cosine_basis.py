@@ -126,12 +126,12 @@ def add_coefficients_(S: Tensor, X: Sequence[Tensor], basis: Basis) -> None:
         basis: The basis.
     """
     for out, x in zip(S, X, strict=True):
-        if basis.kind == "identity":
-            out.add_(x)
-        elif not basis.fft and x.dtype == torch.float32:
-            out.addmm_(basis_matrix(basis, x.device).mT, x)
-        else:
+        if basis.fft or x.dtype != torch.float32:
             _add_in_slices_(out, x, basis)
+        elif basis.kind == "identity":
+            out.add_(x)
+        else:
+            out.addmm_(basis_matrix(basis, x.device).mT, x)
 
 
 def _add_in_slices_(out: Tensor, x: Tensor, basis: Basis) -> None:
@@ -139,6 +139,10 @@ def _add_in_slices_(out: Tensor, x: Tensor, basis: Basis) -> None:
     n, device = basis.n, x.device
     width = max(1, (1 << (18 if device.type == "cpu" else 21)) // n)
     parts = zip(torch.split(out, width, dim=1), torch.split(x, width, dim=1), strict=True)
+    if basis.kind == "identity":
+        for part, columns in parts:
+            part.add_(columns)
+        return
     if not basis.fft:
         B = basis_matrix(basis, device)
         for part, columns in parts:

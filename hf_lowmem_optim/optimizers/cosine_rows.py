@@ -15,7 +15,7 @@ from hf_lowmem_optim.ops.cosine_basis import Basis, Ranking, Transform, basis_co
 from hf_lowmem_optim.optimizers.ldadam import ldadam_descend_
 from hf_lowmem_optim.spec import TensorSpec
 
-__all__ = ["BasisOptions", "basis_state", "descend_", "sides", "upright"]
+__all__ = ["BasisOptions", "basis_state", "descend_", "one_by_one", "sides", "upright"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,11 @@ def sides(shape: Sequence[int]) -> tuple[int, int]:
         return 0, 0
     p, q = sorted((shape[0], math.prod(shape[1:])))
     return p, q
+
+
+def one_by_one(W: Sequence[Tensor]) -> bool:
+    """Return whether matrices are updated one by one: products of several at once may be rounded otherwise on a CPU."""
+    return len(W) > 1 and W[0].device.type == "cpu"
 
 
 def upright(matrices: Sequence[Tensor]) -> list[Tensor]:

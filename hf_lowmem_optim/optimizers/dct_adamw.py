@@ -37,7 +37,7 @@ from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import COUNT, option
 from hf_lowmem_optim.ops.cosine_basis import Basis, add_coefficients_, largest_rows
-from hf_lowmem_optim.optimizers.cosine_rows import BasisOptions, basis_state, descend_, sides, upright
+from hf_lowmem_optim.optimizers.cosine_rows import BasisOptions, basis_state, descend_, one_by_one, sides, upright
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["DCTAdamW", "DCTAdamWOptions", "dct_adamw_state", "dct_adamw_update_"]
@@ -117,7 +117,7 @@ def dct_adamw_update_(
         t: 1 for the first update of these tensors.
         o: The options.
     """
-    if len(W) > 1 and W[0].device.type == "cpu":  # products of several at once may be rounded otherwise
+    if one_by_one(W):
         for i in range(len(W)):
             dct_adamw_update_(W[i : i + 1], g[i : i + 1], {k: v[i : i + 1] for k, v in state.items()}, t, o)
         return

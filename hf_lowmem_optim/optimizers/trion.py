@@ -34,7 +34,7 @@ from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import NOT_NEGATIVE, POSITIVE, UNIT, option
 from hf_lowmem_optim.ops.cosine_basis import Basis, add_coefficients_, largest_rows
 from hf_lowmem_optim.ops.newton_schulz import Polynomials, newton_schulz
-from hf_lowmem_optim.optimizers.cosine_rows import BasisOptions, basis_state, descend_, sides, upright
+from hf_lowmem_optim.optimizers.cosine_rows import BasisOptions, basis_state, descend_, one_by_one, sides, upright
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["Trion", "TrionOptions", "trion_state", "trion_update_"]
@@ -100,7 +100,7 @@ def trion_update_(
         t: 1 for the first update of these tensors; does not matter.
         o: The options.
     """
-    if len(W) > 1 and W[0].device.type == "cpu":  # products of several at once may be rounded otherwise
+    if one_by_one(W):
         for i in range(len(W)):
             trion_update_(W[i : i + 1], g[i : i + 1], {"momentum": state["momentum"][i : i + 1]}, t, o)
         return

@@ -65,6 +65,7 @@ def steps() -> Iterator[Any]:
         yield "ldadam", {"rank": rank}, torch.float32, "", "cpu", [shape]
     for rank in (400, 512):
         yield "trion", {"rank": rank}, torch.bfloat16, "", "cpu", [(9216, 512)]
+    yield "dct_adamw", {"basis": "identity"}, torch.bfloat16, "", "cpu", [WIDE]
     yield "dct_adamw", {"rank": 1000, "state_dtype": "param"}, torch.bfloat16, "", "cpu", [(1024, 1024), (30, 30)]
     for error in ("param", "8bit"):
         yield "ldadam", {"error_feedback": error}, torch.bfloat16, "reference", "cpu", [TALL]
