@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, overload
 
 import torch
@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from hf_lowmem_optim.engine.adamw import adamw_update_, require_bitsandbytes
 from hf_lowmem_optim.engine.backward import LayerwiseMode
-from hf_lowmem_optim.engine.buckets import TensorUpdate, allocate_stacked, batches
+from hf_lowmem_optim.engine.buckets import SHARED_PREFIX, TensorUpdate, allocate_stacked, batches, split_stacks
 from hf_lowmem_optim.engine.checks import (
     check_parameter,
     check_rounding,
@@ -22,11 +22,11 @@ from hf_lowmem_optim.engine.checks import (
     named_like_others,
     refuse_mps,
 )
-from hf_lowmem_optim.engine.coupled import SHARED_STEP, check_agreement, coupled_step_, place_system_, system_home
+from hf_lowmem_optim.engine.coupled import SHARED_STEP, check_agreement, note_absent_, place_system_, system_home
 from hf_lowmem_optim.engine.gradient_error import GradientErrors
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.options import Options, as_plain, check_group_keys
-from hf_lowmem_optim.engine.state import exact_load
+from hf_lowmem_optim.engine.state import exact_load, follow_options_
 from hf_lowmem_optim.ops.dispatch import full_precision
 from hf_lowmem_optim.spec import TensorSpec
 
@@ -262,7 +262,7 @@ class LowMemoryOptimizer(Optimizer):
                 continue
             state["step"] = step
             if any((key in specs) != (key in state) for key in method.optional_state):
-                _follow_options_(state, specs, method.optional_state, param.device)
+                follow_options_(state, specs, method.optional_state, param.device)
             stochastic = options.weight_rounding == "stochastic" and param.dtype != torch.float32
             seed = step * _MAX_PARAMETERS + index if stochastic else None
             grad = grad.detach() if grad.requires_grad else grad
@@ -275,7 +275,7 @@ class LowMemoryOptimizer(Optimizer):
         torch.autograd.graph.increment_version(changed)
         with full_precision():
             if sparse and method.coupled_update_ is not None:
-                coupled_step_(self, sparse, system)
+                self._coupled_update_(sparse, system)
             elif sparse:
                 assert method.update_ is not None
                 for batch in batches(sparse, whole=method.whole):
@@ -291,6 +291,23 @@ class LowMemoryOptimizer(Optimizer):
         place_system_(state, home, group, self.method, options)
         self._system_home = home
         return state
+
+    def _coupled_update_(self, updates: Sequence[TensorUpdate], system: dict[str, Any] | None) -> None:
+        """Take a step of the tensors' common system, or of each one's own."""
+        method, update_ = self.method, self.method.coupled_update_
+        assert update_ is not None and method.shared_state is not None
+        options: Any = updates[0].options
+        if options.scope == "tensor":
+            for update in split_stacks(updates):
+                own = {key: update.state[key] for key in method.shared_state(options)}
+                update_(list(batches([update], whole=method.whole)), own, update.step)
+            return
+        assert system is not None
+        system[SHARED_STEP] += 1
+        if len(updates) < sum([len(group["params"]) for group in self.param_groups]):
+            note_absent_(self, method, updates, system[SHARED_STEP])
+        shared = {k.removeprefix(SHARED_PREFIX): v for k, v in system.items() if k.startswith(SHARED_PREFIX)}
+        update_(list(batches(updates, whole=method.whole)), shared, system[SHARED_STEP])
 
     def _is_real(self, param: Tensor) -> bool:
         """Return whether a gradient of zero is nevertheless one of training."""
@@ -424,14 +441,3 @@ class LowMemoryOptimizer(Optimizer):
             super().load_state_dict(state_dict)
         if self._backward is not None:
             self._backward.after_load()
-
-
-def _follow_options_(
-    state: dict[str, Any], specs: Mapping[str, TensorSpec], optional: Iterable[str], device: torch.device
-) -> None:
-    """Add optional state that the options now ask for, as zeros, and drop what they no longer do."""
-    for key in optional:
-        if key in specs and key not in state:
-            state[key] = specs[key].allocate(device)
-        elif key not in specs:
-            state.pop(key, None)

@@ -9,7 +9,7 @@ allocate, and with what its kernels take for granted, before anything is changed
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +26,7 @@ from hf_lowmem_optim.spec import TensorSpec
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["exact_load"]
+__all__ = ["exact_load", "follow_options_"]
 
 #: No run takes that many steps, and the seeds of a step are integers of 64 bits.
 _MAX_STEPS = 1 << 38
@@ -53,7 +53,8 @@ def exact_load(optimizer: Optimizer, method: Method) -> Iterator[None]:
     def wrap(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         who = type(optimizer).__name__
         _check_containers(state_dict, who)
-        groups = [{**_ADDED_LATER, **group} for group in state_dict["param_groups"]]
+        # in the order that the group has, so that what is saved again is the same
+        groups = [{**group, **_ADDED_LATER, **group} for group in state_dict["param_groups"]]
         state_dict = {**state_dict, "param_groups": groups}
         _check_groups(optimizer, method, state_dict["param_groups"])
         state_dict = _move_old_shared(optimizer, method, state_dict)
@@ -271,3 +272,14 @@ def _fault_of_entry(saved: Mapping[Any, Any], specs: Mapping[str, TensorSpec], s
 def _shortened(value: Any) -> str:
     text = repr(value) if not isinstance(value, Tensor) else f"a tensor {tuple(value.shape)}, {value.dtype}"
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def follow_options_(
+    state: dict[str, Any], specs: Mapping[str, TensorSpec], optional: Iterable[str], device: torch.device
+) -> None:
+    """Add optional state that the options now ask for, as zeros, and drop what they no longer do."""
+    for key in optional:
+        if key in specs and key not in state:
+            state[key] = specs[key].allocate(device)
+        elif key not in specs:
+            state.pop(key, None)

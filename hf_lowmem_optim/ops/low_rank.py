@@ -18,6 +18,7 @@ __all__ = [
     "Coefficients",
     "Products",
     "leading_left_singular_vectors",
+    "of_safe_size",
     "orthonormalize",
     "precision_of_products",
     "projection_noise",
@@ -143,6 +144,16 @@ def _orthonormal_columns(Y: Tensor) -> Tensor:
     """Return Q of the Householder QR decomposition."""
     basis: Tensor = torch.linalg.qr(Y)[0]
     return basis
+
+
+def of_safe_size(V: Tensor) -> Tensor:
+    """Return V, float32 [n, q, r], or in each matrix with entries beyond 2²⁰ a multiple.
+
+    V ~ Aᵀ is to be multiplied by an A of its size, and only what the columns of AV span is asked for: AV is to stay in
+    the range of float32, which |V| = |A| = 10¹⁹ would leave.
+    """
+    excess: Tensor = torch.linalg.vector_norm(V, math.inf, dim=(1, 2), keepdim=True).mul_(2.0**-20).clamp_(min=1)
+    return (V / excess).div_(excess)
 
 
 def seeded_sketch(rows: int, columns: int, device: torch.device) -> Tensor:

@@ -191,20 +191,28 @@ def _step_(W: Sequence[Tensor], g: Sequence[Tensor], state: Mapping[str, Tensor]
     numbers = Coefficients.of_step(t, o)
     m, v, old = (state[key].float().contiguous() for key in ("exp_avg", "exp_avg_sq", "basis"))  # [n, r, q], [n, p, r]
     tall, products = W[0].shape[0] > W[0].shape[1], _products(o)
+    # of factors, which every stripe reads again, half the bytes where products round them anyhow
+    kind = torch.bfloat16 if products == "bf16" else torch.float32
     # 1. a ← g + ξ
     a = Residual(g, state, o.error_feedback, products)
     # 3. V ← bᵀU₋;  Y ← bV;  U ← orthonormalize(Y), with b = s·U₋m + (1 − ρ)·a
     s, rest = numbers.momentum_weight, numbers.gradient_weight
-    V = a.multiply(old, torch.empty_like(m).mT, over_rows=not tall, weight=rest, onto=m.mT, onto_weight=s)
+    old_factor = old.to(kind)
+    V = torch.empty_like(m, dtype=kind).mT
+    a.multiply(old_factor, V, over_rows=not tall, weight=rest, onto=m.mT, onto_weight=s)
     Y = a.multiply(V, torch.empty_like(old), over_rows=tall, weight=rest)
-    U = orthonormal_columns(Y.baddbmm_(old, m @ V, alpha=s))
+    U = orthonormal_columns(Y.baddbmm_(old, m @ V.float(), alpha=s))
     # 4. p̃ ← Uᵀa
-    p = a.multiply(U, V, over_rows=not tall).mT
-    # 5. to 8. m̃, v, m; p becomes the direction of line 9, and the factors are c·m over −(p̃ + c·m̃)
-    factors = torch.empty(len(m), 2 * m.shape[1], m.shape[2], dtype=torch.float32, device=m.device)
-    update_moments_(U.mT @ old, m, v, p, factors, numbers, noise=projection_noise(products, old.shape[1]))
+    factor = U.to(kind)
+    p = a.multiply(factor, torch.empty_like(m).mT, over_rows=not tall).mT
+    # 5. to 8. m̃, v, m, the direction of line 9; the factors are c·m over −(p̃ + c·m̃)
+    right = torch.empty(len(m), 2 * m.shape[1], m.shape[2], dtype=kind, device=m.device)
+    direction = torch.empty_like(p, dtype=kind)
+    noise = projection_noise(products, old.shape[1])
+    update_moments_(U.mT @ old, m, v, p, right, numbers, direction=direction, noise=noise)
     # 6. ξ ← a − U(p̃ + c·m̃) + c·U₋m;  9. W ← W·(1 − lr·weight_decay) − lr·U[m̂ / (√v̂ + eps)]
-    _apply_(W, a, (old, U, factors, p), numbers, seed=t if o.stochastic_rounding else None)
+    seed = t if o.stochastic_rounding else None
+    _apply_(W, a, (old_factor, factor, right, direction), numbers, seed)
     for key, value in (("basis", U), ("exp_avg", m), ("exp_avg_sq", v)):
         if state[key] is not value:
             state[key].copy_(value)

@@ -64,7 +64,9 @@ def unit_of(lo, hi, STORAGE: tl.constexpr):
 
 
 @triton.jit
-def batch_pointers(table_ptr, error_ptr, lo_ptr, hi_ptr, b, error_batch, stats_batch, GRAD, STORAGE: tl.constexpr):
+def batch_pointers(
+    table_ptr, error_ptr, lo_ptr, hi_ptr, b, error_batch, stats_batch, GRAD: tl.constexpr, STORAGE: tl.constexpr
+):
     """Return pointers to the gradient and the error of matrix ``b``."""
     g_ptr = tl.load(table_ptr + b).to(tl.pointer_type(GRAD))
     if STORAGE == "dense" or STORAGE == "4bit" or STORAGE == "8bit":
@@ -338,14 +340,14 @@ class Residual:
 
         Args:
             factor: [batch, columns, r], float32 or bfloat16, any strides; [batch, rows, r] with ``over_rows``.
-            out: float32 [batch, rows, r], any strides; [batch, columns, r] with ``over_rows``.
+            out: float32 or bfloat16 [batch, rows, r], any strides; [batch, columns, r] with ``over_rows``.
             over_rows: Whether the sum is over the rows of a: aᵀ·factor.
             weight: Factor of the product.
             onto: With the strides of ``out``.
             onto_weight: Its factor.
         """
         r = factor.shape[2]
-        tile = multiply_tile(self, r, over_rows)
+        tile = multiply_tile(self, r)
         terms, rows, columns = tile["TERMS"], tile["ROWS"], tile["COLS"]
         stripes = triton.cdiv(self.columns, columns) if over_rows else triton.cdiv(self.rows, rows)
         even = self.rows % rows == 0 and self.columns % columns == 0 and r % terms == 0
@@ -377,7 +379,7 @@ def _tile(terms: int, rows: int, columns: int, num_warps: int) -> dict[str, int]
     return {"TERMS": terms, "ROWS": rows, "COLS": columns, "num_warps": num_warps, "num_stages": 2}
 
 
-def multiply_tile(a: Residual, r: int, over_rows: bool) -> dict[str, int]:
+def multiply_tile(a: Residual, r: int) -> dict[str, int]:
     """Return tile and launch parameters of a product with a of ``r`` terms: no registers are spilled with them."""
     terms, products = max(16, triton.next_power_of_2(r)), a.constants["PRODUCTS"]
     if products == "ieee":
@@ -387,7 +389,9 @@ def multiply_tile(a: Residual, r: int, over_rows: bool) -> dict[str, int]:
     if terms <= 32:
         return _tile(terms, 64, 64 if products == "tf32x3" or a.storage == "8bit" else 128, 4)
     rows = 32 if products == "tf32x3" else 64
-    return _tile(64, rows, 64, 4) if terms == 64 else _tile(128, rows, 64, 8)
+    if terms == 64:
+        return _tile(64, rows, 64, 4)
+    return _tile(128, rows, 128 if products == "bf16" else 64, 8)
 
 
 def apply_tile(a: Residual, r: int) -> dict[str, int]:
@@ -399,7 +403,7 @@ def apply_tile(a: Residual, r: int) -> dict[str, int]:
         return _tile(16, 32, 64, 4)
     if terms <= 64:
         return _tile(min(terms, 32), 64, 64, 4)
-    return _tile(32, 64, 64, 8)
+    return _tile(32, 64, 128 if products == "bf16" else 64, 8)
 
 
 def why_not_residual(g: Sequence[Tensor], state: Mapping[str, Tensor]) -> str | None:
