@@ -17,6 +17,7 @@ from hf_lowmem_optim.engine import buckets
 from hf_lowmem_optim.memory.plan import compressed_bytes_per_parameter
 from hf_lowmem_optim.ops.cosine_basis import Basis, basis_matrix, by_fft
 from hf_lowmem_optim.optimizers import dct_adamw
+from hf_lowmem_optim.optimizers.dct_adamw import DCTAdamWOptions
 from hf_lowmem_optim.spec import QuantFormat
 from tests.optimizers.cases import assert_equal, sizes_of_batches, stored_error, through_a_file
 from tests.reference.dct_adamw import PaperDCTAdamW, ReferenceDCTAdamW, cosine_basis
@@ -135,6 +136,22 @@ def test_gradients_in_the_span_of_r_columns_are_adamw_on_the_coefficients() -> N
         assert optimizer.state[weight]["error"].abs().max() <= 2e-6 * gradient.max()
     error = (weight - columns @ coefficients).norm()
     assert error <= 1e-5 * coefficients.norm()
+
+
+def test_all_rows_are_adamw_in_the_rotated_basis() -> None:
+    """The update itself: a matrix of so small a dimension takes the dense rule."""
+    B, options = torch.tensor(cosine_basis(24, 3), dtype=torch.float32), DCTAdamWOptions(rank=24, error_feedback="fp32")
+    weight, coefficients = torch.zeros(24, 40), nn.Parameter(torch.zeros(24, 40))
+    assert DCTAdamW.method.state(weight.shape, weight.dtype, options) is None
+    state = {key: torch.zeros(1, 24, 40) for key in ("exp_avg", "exp_avg_sq", "error")}
+    state["indices"] = torch.zeros(1, 24, dtype=torch.int16)
+    adamw = torch.optim.AdamW([coefficients], lr=options.lr, weight_decay=0.0)
+    for t, gradient in enumerate(drifting_gradients((24, 40), 12), start=1):
+        dct_adamw.dct_adamw_update_([weight], [torch.tensor(gradient)], state, t, options)
+        coefficients.grad = B.T @ torch.tensor(gradient)
+        adamw.step()
+    assert not state["error"].any()
+    assert (weight - B @ coefficients).norm() <= 1e-5 * weight.norm()
 
 
 @pytest.mark.parametrize("error_feedback", ["fp32", "bf16", "param", "8bit", "4bit"])
