@@ -123,14 +123,10 @@ def dct_adamw_update_(
         return
     assert o.rank is not None
     (p, q), device, (β1, β2) = sides(W[0].shape), W[0].device, o.betas
-    basis, fmt, which = (
-        o.basis_of(p, device),
-        FORMATS.get(o.error_feedback),
-        torch.arange(len(W), device=device)[:, None],
-    )
+    fmt, which = FORMATS.get(o.error_feedback), torch.arange(len(W), device=device)[:, None]
     m, v, rows = state["exp_avg"].float(), state["exp_avg_sq"].float(), state["indices"].long()
     # 1. S ← Bᵀg + E
-    S = load_residual(state, fmt, (len(W), p, q), device)
+    basis, S = o.basis_of(p, device), load_residual(state, fmt, (len(W), p, q), device)
     add_coefficients_(S, upright(g), basis)
     if t == 1 or t % o.update_interval == 0:
         # 2. I₋ ← I; I ← the r rows of S with the largest norms
