@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hf_lowmem_optim.memory.measure import StateReport, measure_state
     from hf_lowmem_optim.memory.plan import plan_optimizer, plan_state
     from hf_lowmem_optim.memory.plan_types import MemoryPlan
+    from hf_lowmem_optim.optimizers.dash import Dash
     from hf_lowmem_optim.optimizers.ldadam import LDAdam
     from hf_lowmem_optim.optimizers.lowrank_mfac import LowRankMFAC
     from hf_lowmem_optim.optimizers.microadam import MicroAdam
@@ -42,6 +43,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "OPTIMIZERS",
+    "Dash",
     "LDAdam",
     "LDAdamLayerwise",
     "LowMemoryOptimizer",
@@ -78,6 +80,7 @@ _MODULES = {
     "memory.measure": "StateReport measure_state",
     "memory.plan": "plan_optimizer plan_state",
     "memory.plan_types": "MemoryPlan",
+    "optimizers.dash": "Dash",
     "optimizers.ldadam": "LDAdam",
     "optimizers.lowrank_mfac": "LowRankMFAC",
     "optimizers.microadam": "MicroAdam",

@@ -45,7 +45,7 @@ class Update(Protocol):
                 Of any shapes for a method that is :attr:`Method.whole`.
             g: Their gradients, likewise; only read.
             state: Their states stacked, [number of tensors, ...], by state key; of a method that is ``whole``, a list
-                of each tensor's own.
+                of each tensor's own. And ``"places"``, the list of the tensors' places among all parameters.
             t: Which update of these tensors it is, 1 for the first.
             options: The options of their group.
         """
@@ -77,6 +77,8 @@ class Method:
         scratch: What an update allocates for a moment, at most, in float32 copies of a weight; 0 if it works in place.
             Or a function that returns it for the options.
         scratch_state: What it allocates beside, at most, in float32 copies of a weight's state, the error left out.
+        scratch_entries: What it allocates beside, at most, in float32 numbers, however many tensors a call serves:
+            a function of shape, options and device, for a method that works on parts of tensors.
         whole: Whether one call serves any number of tensors of any shapes, each with a state of its own, because it
             allocates for one after the other.
         adam_like: Whether it is Adam with less state, so that AdamW is as good where compression saves nothing.
@@ -101,6 +103,7 @@ class Method:
     switch: tuple[str, Any] = ("compress", False)
     scratch: float | Callable[[Any], float] = 1.0
     scratch_state: float = 0.0
+    scratch_entries: Callable[[Sequence[int], Any, torch.device], int] | None = None
     whole: bool = False
     adam_like: bool = True
     optional_state: Mapping[str, str] = field(default_factory=dict)
@@ -237,7 +240,8 @@ class Method:
                 if rounded and self.whole:  # tensors of other shapes may be copied with it
                     copied = max(entries, min(total[device], most_entries(device)))
                 scratch += self.scratch_copies(options) * entries
-                most = max(most, 4 * (copied + scratch * together))
+                parts = self.scratch_entries(shape, options, device) if self.scratch_entries is not None else 0
+                most = max(most, 4 * (copied + scratch * together + parts))
         system = 0
         if self.shared_state is not None and groups:
             matrices = (self.shared_state(self.options_of(group)).values() for group in groups)
