@@ -12,7 +12,6 @@ NaN stays where it is.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -27,6 +26,7 @@ from hf_lowmem_optim.spec import QuantFormat, TensorSpec, quantized_specs
 __all__ = [
     "Piece",
     "Region",
+    "Squares",
     "Storage",
     "Vectors",
     "Width",
@@ -104,11 +104,15 @@ class Piece:
         r = self.region
         part = x[r.row + self.rows.start * r.a :][: len(self.rows) * r.a]
         part = part[:, r.column + self.columns.start * r.b :][:, : len(self.columns) * r.b]
-        return part.unflatten(1, (-1, r.b)).unflatten(0, (-1, r.a)).transpose(1, 2)
+        return part.view(len(self.rows), r.a, len(self.columns), r.b).transpose(1, 2)
+
+    def views(self, x: Sequence[Tensor]) -> list[Tensor]:
+        """Return its blocks of each of its matrices."""
+        return [self.blocks(x[i]) for i in self.tensors]
 
     def gather(self, x: Sequence[Tensor]) -> Tensor:
         """Return its blocks of all its matrices in float32, a copy [blocks, a, b]."""
-        parts = [self.blocks(x[i]) for i in self.tensors]
+        parts = self.views(x)
         out = torch.empty((len(parts), *parts[0].shape), dtype=torch.float32, device=parts[0].device)
         for into, part in zip(out.unbind(), parts, strict=True):
             into.copy_(part)
@@ -121,7 +125,7 @@ class Piece:
         place = (self.tensors[i : i + 1], self.rows[r : r + 1], self.columns[k : k + 1])
         return Piece(self.before, self.region, *place)
 
-    def places(self) -> list[tuple[int, int]]:
+    def numbers(self) -> list[tuple[int, int]]:
         """Return (matrix, number of the block in it) of each of its blocks."""
         first = total(self.before, lambda a, b: 1)
         return [
@@ -137,7 +141,7 @@ class Piece:
         start = total(self.before, width) + (self.rows.start * r.columns + self.columns.start) * w
         count = len(self.rows) * len(self.columns)
         rows = flat[self.tensors.start : self.tensors.stop, start : start + count * w]
-        return rows.unflatten(1, (count, w))
+        return rows.view(len(rows), count, w)
 
 
 def piece_entries(device: torch.device) -> int:
@@ -170,21 +174,23 @@ class Vectors:
 
     Attributes:
         key: Its state key; of a quantized one the prefix of three.
+        component: Name under which its bytes are counted.
         width: The entries of the vector.
         storage: How it is stored.
     """
 
     key: str
+    component: str
     width: Width
     storage: Storage = "fp32"
 
-    def specs(self, regions: Sequence[Region], component: str) -> dict[str, TensorSpec]:
-        """Describe it, its bytes counted as ``component``."""
+    def specs(self, regions: Sequence[Region]) -> dict[str, TensorSpec]:
+        """Describe its state."""
         length, fmt = total(regions, self._stored_width), _FORMATS.get(self.storage)
         if fmt is None:
-            return {self.key: TensorSpec((length,), _DTYPES[self.storage], component)}
+            return {self.key: TensorSpec((length,), _DTYPES[self.storage], self.component)}
         specs = quantized_specs(length, fmt, prefix=self.key)
-        return {key: dataclasses.replace(spec, component=component) for key, spec in specs.items()}
+        return {key: dataclasses.replace(spec, component=self.component) for key, spec in specs.items()}
 
     def view(self, state: Mapping[str, Tensor], piece: Piece) -> Tensor:
         """Return those of a piece that are not quantized, a view [matrices, blocks, width]."""
@@ -212,7 +218,10 @@ class Vectors:
         if missing:  # the last entry again, which changes no range
             values = torch.cat((values, values[:, -1:].expand(-1, missing)), dim=1)
         parts = self._quantized_parts(state, piece, fmt)
-        buffers = [part if part.is_contiguous() else torch.empty_like(part, memory_format=torch.contiguous_format) for part in parts]
+        buffers = [
+            part if part.is_contiguous() else torch.empty_like(part, memory_format=torch.contiguous_format)
+            for part in parts
+        ]
         codes, lo, hi = (buffer.view(-1) for buffer in buffers)
         quantize_(Quantized(codes, lo, hi, values.numel(), fmt), values.contiguous())
         for part, buffer in zip(parts, buffers, strict=True):
@@ -232,3 +241,39 @@ class Vectors:
         }
         return [piece.part(state[f"{self.key}_{name}"], width) for name, width in widths.items()]
 
+
+@dataclass(frozen=True)
+class Squares:
+    """The running mean of the squares of each block's entries, in the state of its tensor.
+
+    Attributes:
+        key: Its state key, or the prefix of two.
+        factored: Whether only row and column sums are kept: ρτᵀ/Σρ instead (Adafactor, arXiv 1804.04235).
+    """
+
+    key: str
+    factored: bool
+
+    def specs(self, regions: Sequence[Region]) -> dict[str, TensorSpec]:
+        """Describe its state."""
+        return {key: spec for part in self._parts() for key, spec in part.specs(regions).items()}
+
+    def update_(self, state: Mapping[str, Tensor], piece: Piece, x: Tensor, decay: float) -> Tensor:
+        """Let the squares of float32 x [blocks, a, b] into the mean, and return it, a copy."""
+        squares, parts = x.square(), self._parts()
+        values = [squares.sum(2), squares.sum(1)] if self.factored else [squares.flatten(1)]
+        # each operation rounds once, so that an entry's place in a stack does not matter
+        values = [(p.read(state, piece) * decay).add_(v * (1 - decay)) for p, v in zip(parts, values, strict=True)]
+        for part, value in zip(parts, values, strict=True):
+            part.write_(state, piece, value)
+        if not self.factored:
+            return values[0].view_as(x)
+        rows, columns = values
+        whole = rows.sum(1, keepdim=True)
+        return rows[:, :, None] * (columns / whole.masked_fill(whole == 0, 1))[:, None, :]
+
+    def _parts(self) -> list[Vectors]:
+        if not self.factored:
+            return [Vectors(self.key, "second_moment", lambda a, b: a * b)]
+        rows = Vectors(f"{self.key}_row", "second_moment", lambda a, b: a)
+        return [rows, Vectors(f"{self.key}_col", "second_moment", lambda a, b: b)]

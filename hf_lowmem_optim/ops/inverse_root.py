@@ -67,7 +67,7 @@ def inverse_fourth_root(A: Tensor, how: InverseRoot) -> Tensor:
     n, out = A.shape[-1], torch.empty_like(A)
     entries = 1 << 18 if A.device.type == "cpu" else 1 << 23
     together = max(1, entries // n**2) if alike_in_a_stack(n, n, A.device) else 1
-    for part, root in zip(A.split(together), out.split(together), strict=True):
+    for part, root in zip(torch.split(A, together), torch.split(out, together), strict=True):
         root.copy_(_scaled_root(part, how))
     return out
 
@@ -88,7 +88,7 @@ def largest_and_norm(A: Tensor) -> tuple[Tensor, Tensor]:
     """
     largest = A.diagonal(dim1=1, dim2=2).amax(1)[:, None, None]
     quotients = A / largest.masked_fill(largest == 0, 1)
-    return largest, largest * torch.linalg.vector_norm(quotients.flatten(1), dim=1)[:, None, None]
+    return largest, largest * _frobenius(quotients)
 
 
 def _scaled_root(A: Tensor, how: InverseRoot) -> Tensor:
@@ -100,16 +100,17 @@ def _scaled_root(A: Tensor, how: InverseRoot) -> Tensor:
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     # eigh raises for what is not finite, and a norm of zero is no divisor
     scaled = torch.where(usable, A / size, eye)
-    norm = torch.linalg.vector_norm(scaled.flatten(1), dim=1)[:, None, None]
+    norm = _frobenius(scaled)
     d = torch.maximum(how.damping / size, how.relative_damping * norm)
-    root = _SOLVERS[how.solver](scaled, d, how) * size**-0.25
+    root = _SOLVERS[how.solver](scaled, d, how) * size.pow(-0.25)
     return torch.where(usable, root, torch.where(finite, eye, torch.nan))
 
 
 def _eigh(A: Tensor, d: Tensor, how: InverseRoot) -> Tensor:
     values, Q = torch.linalg.eigh(A)
     values = values - values[:, :1].clamp(max=0) + d[:, :, 0]
-    return (Q * values.pow(-0.25)[:, None, :]) @ Q.mT
+    root: Tensor = (Q * values.pow(-0.25)[:, None, :]) @ Q.mT
+    return root
 
 
 def _newton_db(A: Tensor, d: Tensor, how: InverseRoot) -> Tensor:
@@ -164,7 +165,8 @@ def _damped(A: Tensor, d: Tensor) -> Tensor:
 
 
 def _frobenius(A: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(A.flatten(1), dim=1)[:, None, None]
+    norms: Tensor = torch.linalg.vector_norm(A.flatten(1), dim=1)
+    return norms[:, None, None]
 
 
 def _power_norm(A: Tensor) -> Tensor:
@@ -182,7 +184,8 @@ def _power_iteration(A: Tensor) -> Tensor:
     for _ in range(_POWER_STEPS):
         V = A @ V
         V = V / torch.linalg.vector_norm(V, dim=1, keepdim=True)
-    return 2 * ((V * (A @ V)).sum(1).amax(1))[:, None, None]
+    quotients: Tensor = (V * (A @ V)).sum(1)
+    return 2 * quotients.amax(1)[:, None, None]
 
 
 _SOLVERS = {"eigh": _eigh, "newton_db": _newton_db, "coupled_newton": _coupled_newton}

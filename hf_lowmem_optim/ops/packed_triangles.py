@@ -7,8 +7,8 @@ of a root itself (:class:`Symmetric`), of a positive semidefinite statistic of i
     write:  j ← 1e-6·‖S‖_F;  C ← chol(S + j·I), where that fails with ten times the j;  Q(C)
     read:   S ← Q⁻¹(C)·Q⁻¹(C)ᵀ
 
-which is positive semidefinite whatever the rounding; S itself, rounded, would not be, and Newton's iterations explode on
-negative eigenvalues. 8 bits take 0.53 bytes per entry of the matrix, 4 bits 0.28.
+which is positive semidefinite whatever the rounding. S itself, rounded, would not be, and Newton's iterations explode
+on negative eigenvalues. 8 bits take 0.53 bytes per entry of the matrix, 4 bits 0.28.
 """
 
 from __future__ import annotations
@@ -36,17 +36,19 @@ class Symmetric:
 
     Attributes:
         key: Prefix of its state keys.
+        component: Name under which its bytes are counted.
         side: Its rows, from a block's rows and columns.
         storage: How it is stored.
     """
 
     key: str
+    component: str
     side: Width
     storage: Storage
 
-    def specs(self, regions: Sequence[Region], component: str) -> dict[str, TensorSpec]:
-        """Describe it, its bytes counted as ``component``."""
-        return {key: spec for part in self._parts() for key, spec in part.specs(regions, component).items()}
+    def specs(self, regions: Sequence[Region]) -> dict[str, TensorSpec]:
+        """Describe its state."""
+        return {key: spec for part in self._parts() for key, spec in part.specs(regions).items()}
 
     def read(self, state: Mapping[str, Tensor], piece: Piece) -> Tensor:
         """Return the matrices of a piece, float32 [blocks, n, n]; a view of what is stored in full."""
@@ -68,15 +70,15 @@ class Symmetric:
         parts[1].write_(state, piece, flat.index_select(1, _strict_lower(values)))
 
     def _parts(self) -> list[Vectors]:
-        side = self.side
+        side, counted = self.side, self.component
         if self.storage == "fp32":
-            return [Vectors(self.key, lambda a, b: side(a, b) ** 2)]
-        lower = Vectors(self.key, lambda a, b: side(a, b) * (side(a, b) - 1) // 2, self.storage)
-        return [Vectors(f"{self.key}_diagonal", side), lower]
+            return [Vectors(self.key, counted, lambda a, b: side(a, b) ** 2)]
+        lower = Vectors(self.key, counted, lambda a, b: side(a, b) * (side(a, b) - 1) // 2, self.storage)
+        return [Vectors(f"{self.key}_diagonal", counted, side), lower]
 
     def _full(self, state: Mapping[str, Tensor], piece: Piece) -> Tensor:
         n = self.side(piece.region.a, piece.region.b)
-        return self._parts()[0].read(state, piece).unflatten(1, (n, n))
+        return self._parts()[0].read(state, piece).view(-1, n, n)
 
     def _lower(self, state: Mapping[str, Tensor], piece: Piece) -> Tensor:
         """Return the stored triangles with their diagonals, and zeros above."""
@@ -122,7 +124,7 @@ def semidefinite_factor(S: Tensor) -> Tensor:
             break
         jitter[failed] *= 10
         C[failed], info[failed] = torch.linalg.cholesky_ex(_plus_diagonal(S[failed], jitter[failed]))
-    return torch.where(finite, torch.where(zero, 0, C), torch.nan)
+    return torch.where(zero, 0, C).masked_fill_(~finite, torch.nan)
 
 
 def _plus_diagonal(S: Tensor, value: Tensor) -> Tensor:
@@ -134,5 +136,5 @@ def _plus_diagonal(S: Tensor, value: Tensor) -> Tensor:
 def _strict_lower(matrices: Tensor) -> Tensor:
     """Return the places of the strict lower triangle in a flattened matrix, row by row."""
     n = matrices.shape[-1]
-    row, column = torch.tril_indices(n, n, -1, device=matrices.device)
-    return row * n + column
+    places: Tensor = torch.tril_indices(n, n, -1, device=matrices.device)
+    return places[0] * n + places[1]
