@@ -116,16 +116,15 @@ class _Stored(NamedTuple):
 
 
 def _regions(shape: Sequence[int], o: DashOptions) -> list[Region]:
-    assert o.block_size is not None
-    return grid(shape[0], math.prod(shape[1:]), o.block_size)
+    return grid(shape[0], math.prod(shape[1:]), o.block_size or 1)
 
 
 def dash_state(shape: Sequence[int], dtype: torch.dtype, o: DashOptions) -> dict[str, TensorSpec] | None:
     """Describe the state of one parameter, one flat tensor per key: the table at the head of this file.
 
     Args:
-        shape: Shape of the parameter; three and more dimensions count as the matrix (out, rest).
-        dtype: Dtype of the parameter; does not matter.
+        shape: Shape; three and more dimensions count as the matrix (out, rest).
+        dtype: Does not matter.
         o: The options.
 
     Returns:
@@ -209,8 +208,8 @@ def _write_roots_(
     piece: Piece, state: Mapping[str, Tensor], at: _Stored, S: Sequence[Tensor], due: Sequence[int], o: DashOptions
 ) -> None:
     """Compute and store the roots of some blocks of a piece; one stack has all statistics of one side length."""
-    all_due, on_cpu = len(due) == len(S[0]), S[0].device.type == "cpu"
-    solver = o.solver if o.solver != "auto" else "eigh" if on_cpu else "newton_db"
+    all_due = len(due) == len(S[0])
+    solver = o.solver if o.solver != "auto" else "eigh" if S[0].device.type == "cpu" else "newton_db"
     how = InverseRoot(solver, o.iterations, o.tolerance, o.scaling, o.damping, o.relative_damping)
     L, R = S if all_due else (x[torch.tensor(due, device=x.device)] for x in S)
     if L.shape == R.shape:
@@ -230,9 +229,8 @@ def _scratch_entries(shape: Sequence[int], o: DashOptions, device: torch.device)
 class Dash(LowMemoryOptimizer):
     """Dash: Shampoo on the blocks of a matrix, with Adam's step sizes.
 
-    Every tensor of two and more dimensions is preconditioned, convolution kernels as (out, rest); the others, and every
-    group with ``block_size=None``, take AdamW, bit-equal to torch's. A non-finite gradient makes its block non-finite,
-    and no other. A block that never had a gradient is only decayed.
+    Tensors of two and more dimensions are preconditioned, convolution kernels as (out, rest); all others, and groups
+    with ``block_size=None``, take AdamW, bit-equal to torch's. A non-finite gradient stays in its block.
 
     Example:
         >>> optimizer = Dash(model.parameters(), lr=1e-3, block_size=256)
