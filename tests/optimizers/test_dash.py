@@ -261,24 +261,24 @@ def test_many_iterations_without_damping_are_refused() -> None:
 LOW = {"statistics_dtype": "8bit", "root_dtype": "8bit", "moment_dtype": "8bit", "grafting": "adafactor"}
 
 
-@pytest.mark.parametrize("block_size", [1024, 128])
 @pytest.mark.parametrize(
-    ("hyper", "most"),
+    ("hyper", "large", "small"),
     [
-        (PUBLISHED, 24.1),
-        ({**PUBLISHED, "moment_dtype": "bf16", "grafting": "adafactor"}, 18.1),
-        ({**LOW, "moment_dtype": "bf16", "grafting": "adam"}, 8.2),
-        ({}, 3.3),
-        ({"root_dtype": "4bit"}, 2.8),
-        ({"root_dtype": "4bit", "statistics_dtype": "4bit"}, 2.3),
+        (PUBLISHED, 24.04, 24.0),
+        ({**PUBLISHED, "moment_dtype": "bf16", "grafting": "adafactor"}, 18.05, 18.07),
+        ({**LOW, "moment_dtype": "bf16", "grafting": "adam"}, 8.15, 8.24),
+        ({}, 3.22, 3.36),
+        ({"root_dtype": "4bit"}, 2.72, 2.87),
+        ({"root_dtype": "4bit", "statistics_dtype": "4bit"}, 2.22, 2.37),
     ],
     ids=str,
 )
-def test_bytes_per_parameter_on_llama_2_7b(hyper: dict[str, Any], most: float, block_size: int) -> None:
+def test_bytes_per_parameter_on_llama_2_7b(hyper: dict[str, Any], large: float, small: float) -> None:
     linear, others = llama_2_7b_tensors()
     matrices = {name: (shape, torch.bfloat16) for name, shape in (linear | others).items() if len(shape) == 2}
-    report = plan_state("dash", matrices, block_size=block_size, **hyper)
-    assert most - 0.2 < report.total_bytes / report.num_parameters <= most
+    for block_size, most in ((1024, large), (128, small)):
+        report = plan_state("dash", matrices, block_size=block_size, **hyper)
+        assert most - 0.01 < report.total_bytes / report.num_parameters <= most
 
 
 def test_low_memory_storage_hardly_turns_the_steps() -> None:
@@ -307,21 +307,21 @@ def test_resume_between_two_root_updates_is_bit_for_bit(name: str, done: int) ->
 def test_roots_are_spread_over_the_steps(shapes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each block's once per interval, and no step computes much more than its share."""
     counts: Counter[int] = Counter()
-    original, step = dash.inverse_fourth_root, 0
+    original = dash.inverse_fourth_root
 
     def counted(A: Tensor, how: Any) -> Tensor:
-        counts[step] += len(A)
+        counts[optimizer.state[weights[0]]["step"]] += len(A)
         return original(A, how)
 
     monkeypatch.setattr(dash, "inverse_fourth_root", counted)
     weights = [nn.Parameter(torch.ones(shape)) for shape in shapes]
     optimizer = Dash(weights, block_size=64)
-    for step in range(20):
+    for _ in range(20):
         for weight in weights:
             weight.grad = torch.ones_like(weight)
         optimizer.step()
     blocks = sum(-(-shape[0] // 64) * -(-shape[1] // 64) for shape in shapes if len(shape) == 2)
-    assert [sum(counts[i] for i in span) for span in (range(10), range(10, 20))] == [2 * blocks] * 2
+    assert [sum(counts[i] for i in span) for span in (range(1, 11), range(11, 21))] == [2 * blocks] * 2
     assert max(counts.values()) <= 2 * max(2, -(-2 * blocks // 10))
 
 
