@@ -46,7 +46,7 @@ __all__ = ["Dash", "DashOptions", "dash_state", "dash_update_"]
 
 _CLOSED_UNIT = Range("a float in [0, 1]", lambda x: 0 <= x <= 1)
 #: float32 copies of a piece that a step takes, at most.
-_COPIES = 16
+_COPIES = 18
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ CASES = {
         ),
         Case(
             "dash",
-            {**RATES, "block_size": 16, "precondition_frequency": 3},
+            {**RATES, "block_size": 16, "precondition_frequency": 3, "momentum": 0.5},
             {"block_size": 12},
             {
                 "block_size": (0, 2.5),
@@ -172,7 +172,7 @@ CASES["ldadam error in gradient"] = replace(
 PUBLISHED = dict.fromkeys(("statistics_dtype", "root_dtype", "moment_dtype"), "fp32") | {"grafting": "adam"}
 CASES["dash as published"] = replace(
     CASES["dash"],
-    hyper={**CASES["dash"].hyper, **PUBLISHED, "spread": False, "momentum": 0.5, "nesterov": True},
+    hyper={**CASES["dash"].hyper, **PUBLISHED, "spread": False, "nesterov": True},
     other={"root_dtype": "bf16"},
 )
 

@@ -289,14 +289,14 @@ assert len(found) == 3 and all(torch.equal(found[0], each) for each in found), l
 
 @pytest.mark.parametrize("scale", [1e18, 1e30])
 def test_a_huge_gradient_raises_nothing(case: Case, scale: float) -> None:
-    """Beyond 1e18 products overflow in float32: the low-rank methods give NaN, where AdamW's weights stop moving."""
+    """Beyond 1e18 products overflow in float32: these methods give NaN, where AdamW's weights stop moving."""
     params = make_params()
     optimizer = case.build(params.values())
     for grads in gradients(3):
         for key, param in params.items():
             param.grad = grads[key] * scale
         optimizer.step()
-        if scale == 1e18 or case.name not in ("ldadam", "lowrank_mfac"):
+        if scale == 1e18 or case.name not in ("ldadam", "lowrank_mfac", "dash"):
             assert all(param.isfinite().all() for param in params.values())
 
 
