@@ -82,6 +82,7 @@ class Method:
         whole: Whether one call serves any number of tensors of any shapes, each with a state of its own, because it
             allocates for one after the other.
         adam_like: Whether it is Adam with less state, so that AdamW is as good where compression saves nothing.
+        uses_betas: Whether ``betas`` and ``eps`` are options of its own also where it is not ``adam_like``.
         optional_state: State keys that exist only for some values of an option which may change in a run, with that
             option: the state follows it.
         coupled_update_: Updates all tensors that share a system.
@@ -106,6 +107,7 @@ class Method:
     scratch_entries: Callable[[Sequence[int], Any, torch.device], int] | None = None
     whole: bool = False
     adam_like: bool = True
+    uses_betas: bool = False
     optional_state: Mapping[str, str] = field(default_factory=dict)
     coupled_update_: CoupledUpdate | None = None
     shared_state: Callable[[Any], dict[str, TensorSpec]] | None = None

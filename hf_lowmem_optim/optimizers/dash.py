@@ -247,6 +247,8 @@ class Dash(LowMemoryOptimizer):
         dash_update_,
         switch=("block_size", None),
         scratch=0,
+        adam_like=False,
+        uses_betas=True,
         scratch_entries=_scratch_entries,
         optional_state={"velocity": "momentum"},
     )

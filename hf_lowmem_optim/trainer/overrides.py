@@ -167,7 +167,8 @@ def _without_effect(
     if values.get("weight_decay") and not any(p.decays for p in concerned):
         yield "weight_decay", "biases and norms do not decay, and nothing else matches"
     if all(p.rule == COMPRESSED for p in concerned):
-        only_dense = ("dense_state",) if optimizer_class.method.adam_like else ("dense_state", "betas", "eps")
+        own_betas = optimizer_class.method.adam_like or optimizer_class.method.uses_betas
+        only_dense = ("dense_state",) if own_betas else ("dense_state", "betas", "eps")
         for key in (key for key in only_dense if key in values):
             yield key, "it is for the dense rule, and all that it matches is compressed"
     if values.get("weight_rounding") == "stochastic" and all(p.parameter.dtype == torch.float32 for p in concerned):

@@ -25,6 +25,7 @@ ARGUMENTS = {
     "sparse_mfac": "density=0.05",
     "lowrank_mfac": "rank=4",
     "sparse_ggt": "density=0.05",
+    "dash": "block_size=16,precondition_frequency=3",
 }
 ARGUMENTS.update({f"{name}_layerwise": text for name, text in ARGUMENTS.items() if f"{name}_layerwise" in OPTIMIZERS})
 #: A step of GGT is at most as long as the rate, over all parameters together.
