@@ -201,7 +201,7 @@ class Vectors:
         fmt = _FORMATS.get(self.storage)
         if fmt is None:
             return self.view(state, piece).flatten(0, 1).float()
-        codes, lo, hi = (part.reshape(-1) for part in self._quantized_parts(state, piece, fmt))
+        codes, lo, hi = (part.reshape(-1).contiguous() for part in self._quantized_parts(state, piece, fmt))
         blocks = len(piece.tensors) * len(piece.rows) * len(piece.columns)
         out = codes.new_empty(blocks, self._stored_width(piece.region.a, piece.region.b), dtype=torch.float32)
         dequantize_(out, Quantized(codes, lo, hi, out.numel(), fmt))

@@ -255,6 +255,19 @@ def test_many_iterations_without_damping_are_refused() -> None:
     Dash([nn.Parameter(torch.zeros(3, 3))], solver="eigh", **undamped)
 
 
+def test_equal_matrices_of_one_small_block_are_as_if_alone() -> None:
+    """Of each, one pair of statistics, far from the next matrix's."""
+    starts, steps = [random(4, 16, seed=i) for i in range(3)], drifting((4, 16), 4)
+    weights = [nn.Parameter(start.clone()) for start in starts]
+    optimizer = Dash(weights, lr=1e-2, spread=False)
+    for gradient in steps:
+        for weight in weights:
+            weight.grad = torch.from_numpy(gradient)
+        optimizer.step()
+    for weight, start in zip(weights, starts, strict=True):
+        assert torch.equal(weight.detach(), train(start, steps, spread=False))
+
+
 # ----------------------------------------------------------------------------------------------------- storage
 
 
