@@ -102,14 +102,15 @@ def _scaled_root(A: Tensor, how: InverseRoot) -> Tensor:
     scaled = torch.where(usable, A / size, eye)
     norm = _frobenius(scaled)
     d = torch.maximum(how.damping / size, how.relative_damping * norm)
-    root = _SOLVERS[how.solver](scaled, d, how) * size.pow(-0.25)
+    root = _SOLVERS[how.solver](scaled, d, how) / size.sqrt().sqrt()
     return torch.where(usable, root, torch.where(finite, eye, torch.nan))
 
 
+# Fourth roots by sqrt, which rounds an entry alike wherever it stands in memory; pow does not.
 def _eigh(A: Tensor, d: Tensor, how: InverseRoot) -> Tensor:
     values, Q = torch.linalg.eigh(A)
     values = values - values[:, :1].clamp(max=0) + d[:, :, 0]
-    root: Tensor = (Q * values.pow(-0.25)[:, None, :]) @ Q.mT
+    root: Tensor = (Q / values.sqrt().sqrt()[:, None, :]) @ Q.mT
     return root
 
 
@@ -136,7 +137,7 @@ def _coupled_newton(A: Tensor, d: Tensor, how: InverseRoot) -> Tensor:
     M = _damped(A, d)
     z = 2.5 / _SCALINGS[how.scaling](M)
     M = M * z
-    X = torch.diag_embed(z[:, :, 0].pow(0.25).expand(M.shape[:2]))
+    X = torch.diag_embed(z[:, :, 0].sqrt().sqrt().expand(M.shape[:2]))
     active = torch.ones_like(z, dtype=torch.bool)
     for _ in range(how.iterations):
         T = _affine(M, 1.25, -0.25)
@@ -173,7 +174,7 @@ def _power_norm(A: Tensor) -> Tensor:
     norm = _frobenius(A)
     X = A / norm
     X = X @ X
-    return norm * _frobenius(X @ X).pow(0.25)
+    return norm * _frobenius(X @ X).sqrt().sqrt()
 
 
 def _power_iteration(A: Tensor) -> Tensor:
