@@ -122,13 +122,7 @@ def _regions(shape: Sequence[int], o: DashOptions) -> list[Region]:
 def dash_state(shape: Sequence[int], dtype: torch.dtype, o: DashOptions) -> dict[str, TensorSpec] | None:
     """Describe the state of one parameter, one flat tensor per key: the table at the head of this file.
 
-    Args:
-        shape: Shape; three and more dimensions count as the matrix (out, rest).
-        dtype: Does not matter.
-        o: The options.
-
-    Returns:
-        Specs by state key; None for a tensor that is no matrix.
+    Of three and more dimensions as the matrix (out, rest); None for a tensor that is no matrix.
     """
     if o.block_size is None or len(shape) < 2:
         return None
