@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hf_lowmem_optim.memory.measure import StateReport, measure_state
     from hf_lowmem_optim.memory.plan import plan_optimizer, plan_state
     from hf_lowmem_optim.memory.plan_types import MemoryPlan
+    from hf_lowmem_optim.optimizers.dash import Dash
     from hf_lowmem_optim.optimizers.dct_adamw import DCTAdamW
     from hf_lowmem_optim.optimizers.ldadam import LDAdam
     from hf_lowmem_optim.optimizers.lowrank_mfac import LowRankMFAC
@@ -45,6 +46,7 @@ __version__ = "0.1.0"
 __all__ = [
     "OPTIMIZERS",
     "DCTAdamW",
+    "Dash",
     "LDAdam",
     "LDAdamLayerwise",
     "LowMemoryOptimizer",
@@ -82,6 +84,7 @@ _MODULES = {
     "memory.measure": "StateReport measure_state",
     "memory.plan": "plan_optimizer plan_state",
     "memory.plan_types": "MemoryPlan",
+    "optimizers.dash": "Dash",
     "optimizers.dct_adamw": "DCTAdamW",
     "optimizers.ldadam": "LDAdam",
     "optimizers.lowrank_mfac": "LowRankMFAC",

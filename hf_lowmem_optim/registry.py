@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from hf_lowmem_optim.engine.backward import layerwise
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import nearest
+from hf_lowmem_optim.optimizers.dash import Dash
 from hf_lowmem_optim.optimizers.dct_adamw import DCTAdamW
 from hf_lowmem_optim.optimizers.ldadam import LDAdam
 from hf_lowmem_optim.optimizers.lowrank_mfac import LowRankMFAC
@@ -147,6 +148,7 @@ for _class, _paper, _summary in (
     (SparseGGT, _EFCP, "full-matrix AdaGrad (GGT) over a window of sparse gradients, with error feedback"),
     (DCTAdamW, _DCT, "AdamW on the largest rows of the gradient's cosine transform, with error feedback"),
     (Trion, _DCT, "Muon's update from the largest rows of the momentum's cosine transform"),
+    (Dash, "2602.02016", "Shampoo by blocks with Adam's step sizes, its statistics as 8-bit triangles"),
 ):
     register_optimizer(_class.method.name, _class, paper=f"arXiv {_paper}", summary=_summary)
 

@@ -55,6 +55,7 @@ class TensorUpdate:
         options: Those of its group.
         step: t, 1 for the first update of this tensor.
         rounding_seed: Seed with which its weights are rounded stochastically; None if they are rounded to nearest.
+        place: Its place among all parameters of the optimizer.
     """
 
     param: Tensor
@@ -63,6 +64,7 @@ class TensorUpdate:
     options: Options
     step: int
     rounding_seed: int | None = None
+    place: int = 0
 
     def key(self, *, whole: bool) -> Hashable:
         """Return what the tensors of a bucket have in common."""
@@ -111,7 +113,7 @@ class Batch:
         updates: The tensors.
         g: Their gradients, contiguous; tensors of three and more dimensions as matrices (out, rest).
         state: Their state by key: stacked, [number of tensors, ...]; or each tensor's own, for a method that is
-            ``whole``.
+            ``whole``. And ``"places"``.
         step: t, 1 for the first update of these tensors.
         options: Those of their group.
     """
@@ -273,6 +275,7 @@ def _batch(updates: Sequence[TensorUpdate], *, whole: bool = False) -> Batch:
         state = {key: one.state[key][None] for key in keys}
     else:
         state = {key: _stacked([update.state[key] for update in updates]) for key in keys}
+    state["places"] = [update.place for update in updates]
     g = [update.grad for update in updates]
     if not all(grad.is_contiguous() and grad.dim() <= 2 for grad in g):
         g = _matrices(g)

@@ -46,7 +46,7 @@ class Update(Protocol):
                 stacks as several weights. Of any shapes for a method that is :attr:`Method.whole`.
             g: Their gradients, likewise; only read.
             state: Their states stacked, [number of tensors, ...], by state key; of a method that is ``whole``, a list
-                of each tensor's own.
+                of each tensor's own. And ``"places"``, the list of the tensors' places among all parameters.
             t: Which update of these tensors it is, 1 for the first.
             options: The options of their group.
         """
@@ -78,10 +78,13 @@ class Method:
         scratch: What an update allocates for a moment, at most, in float32 copies of a weight; 0 if it works in place.
             Or a function that returns it for the options and the shape of a weight.
         scratch_state: What it allocates beside, at most, in float32 copies of a weight's state, the error left out.
+        scratch_entries: What it allocates beside, at most, in float32 numbers, however many tensors a call serves:
+            a function of shape, options and device, for a method that works on parts of tensors.
         whole: Whether one call serves any number of tensors of any shapes, each with a state of its own, because it
             allocates for one after the other; or ``"gpu"``: there it serves any number of one shape, because it
             allocates for as many as ``most_tensors`` says, or factors alone, of these at most ``MOST_FACTOR_BYTES``.
         adam_like: Whether it is Adam with less state, so that AdamW is as good where compression saves nothing.
+        uses_betas: Whether ``betas`` and ``eps`` are options of its own also where it is not ``adam_like``.
         optional_state: State keys that exist only for some values of an option which may change in a run, with that
             option: the state follows it.
         coupled_update_: Updates all tensors that share a system.
@@ -107,8 +110,10 @@ class Method:
     switch: tuple[str, Any] = ("compress", False)
     scratch: float | Callable[[Any, Sequence[int]], float] = 1.0
     scratch_state: float = 0.0
+    scratch_entries: Callable[[Sequence[int], Any, torch.device], int] | None = None
     whole: bool | Literal["gpu"] = False
     adam_like: bool = True
+    uses_betas: bool = False
     optional_state: Mapping[str, str] = field(default_factory=dict)
     coupled_update_: CoupledUpdate | None = None
     shared_state: Callable[[Any], dict[str, TensorSpec]] | None = None
@@ -265,8 +270,9 @@ class Method:
                 copied = rounded * entries * together
                 if rounded and self.whole is True:  # tensors of other shapes may be copied with it
                     copied = max(entries, min(total[device], most_entries(device)))
+                parts = self.scratch_entries(shape, options, device) if self.scratch_entries is not None else 0
                 scratch += self.scratch_copies(options, shape) * entries
-                most = max(most, 4 * (copied + scratch * together))
+                most = max(most, 4 * (copied + scratch * together + parts))
                 if self.whole == "gpu" and device.type != "cpu":
                     most = max(most, min(4 * self.scratch_state * state * count, MOST_FACTOR_BYTES))
         system = 0

@@ -268,7 +268,7 @@ class LowMemoryOptimizer(Optimizer):
             grad = grad.detach() if grad.requires_grad else grad
             # kernels read memory, which does not hold the numbers of a lazy gradient
             grad = grad.clone() if grad.is_neg() or grad._is_zerotensor() else grad
-            update = TensorUpdate(param.detach(), grad, state, options, step, seed)
+            update = TensorUpdate(param.detach(), grad, state, options, step, seed, index)
             (sparse if compressed else dense.setdefault(id(group), [])).append(update)
             changed.append(param)
         # fused and own kernels hide a change from autograd; a pass through an older graph must see it

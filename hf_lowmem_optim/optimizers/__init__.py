@@ -1,6 +1,7 @@
 """The methods, one file each, to be read beside the paper."""
 
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
+from hf_lowmem_optim.optimizers.dash import Dash
 from hf_lowmem_optim.optimizers.dct_adamw import DCTAdamW
 from hf_lowmem_optim.optimizers.ldadam import LDAdam
 from hf_lowmem_optim.optimizers.lowrank_mfac import LowRankMFAC
@@ -9,4 +10,14 @@ from hf_lowmem_optim.optimizers.sparse_ggt import SparseGGT
 from hf_lowmem_optim.optimizers.sparse_mfac import SparseMFAC
 from hf_lowmem_optim.optimizers.trion import Trion
 
-__all__ = ["DCTAdamW", "LDAdam", "LowMemoryOptimizer", "LowRankMFAC", "MicroAdam", "SparseGGT", "SparseMFAC", "Trion"]
+__all__ = [
+    "DCTAdamW",
+    "Dash",
+    "LDAdam",
+    "LowMemoryOptimizer",
+    "LowRankMFAC",
+    "MicroAdam",
+    "SparseGGT",
+    "SparseMFAC",
+    "Trion",
+]

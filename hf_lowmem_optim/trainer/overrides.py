@@ -168,7 +168,8 @@ def _without_effect(
     if values.get("weight_decay") and not any(p.decays for p in concerned):
         yield "weight_decay", "biases and norms do not decay, and nothing else matches"
     if all(p.rule == COMPRESSED for p in concerned):
-        only_dense = ("dense_state",) if optimizer_class.method.adam_like else _OF_DENSE
+        own_betas = optimizer_class.method.adam_like or optimizer_class.method.uses_betas
+        only_dense = ("dense_state",) if own_betas else _OF_DENSE
         for key in (key for key in only_dense if key in values):
             yield key, "it is for the dense rule, and all that it matches is compressed"
     if values.get("stacked") and all(p.parameter.ndim != 3 for p in concerned):

@@ -40,6 +40,7 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("microadam", {**MICROADAM, "alpha": 0.5, "stochastic_rounding": True, "weight_decay": 0.1}),
     ("sparse_mfac", {**SPARSE, "scope": "tensor", "momentum": 0.5}),
     ("sparse_ggt", SPARSE),
+    ("dash", {"block_size": 16, "precondition_frequency": 2}),
     ("lowrank_mfac", {"rank": 4, "window": 4}),
     ("lowrank_mfac", {"rank": 2, "window": 3, "scope": "tensor", "error_feedback": "4bit"}),
 ]
@@ -86,7 +87,7 @@ def test_a_tensor_does_not_notice_the_others(
         assert batched == 17  # of any shapes, the vector is too small
     elif (name, hyper.get("scope", "model")) == ("sparse_ggt", "model"):
         assert batched == 18
-    elif hyper.get("rank") == 4 or name == "trion":
+    elif hyper.get("rank") == 4 or name in ("trion", "dash"):
         assert batched == (1 if hyper.get("error_feedback") == "grad" else 6)
     else:  # products with vectors; systems for each tensor
         assert batched <= 1

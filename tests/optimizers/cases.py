@@ -160,6 +160,27 @@ CASES = {
                 "stochastic_rounding": (1,),
             },
         ),
+        Case(
+            "dash",
+            {**RATES, "block_size": 16, "precondition_frequency": 3, "momentum": 0.5},
+            {"block_size": 12},
+            {
+                "block_size": (0, 2.5),
+                "shampoo_beta": (1.5, -0.1),
+                "solver": ("svd",),
+                "iterations": (0,),
+                "scaling": ("trace",),
+                "damping": (-1.0,),
+                "precondition_frequency": (0,),
+                "start_step": (0,),
+                "spread": (1,),
+                "grafting": ("sgd",),
+                "momentum": (1.0,),
+                "statistics_dtype": ("bf16",),
+                "root_dtype": ("2bit",),
+                "moment_dtype": ("4bit",),
+            },
+        ),
     )
 }
 
@@ -175,6 +196,13 @@ for normal in list(CASES):
 #: Settings of an optimizer with which it works in another way.
 CASES["ldadam error in gradient"] = replace(
     CASES["ldadam"], hyper={**CASES["ldadam"].hyper, "error_feedback": "grad"}, other={"error_feedback": "param"}
+)
+#: As it is published, and with a heavy ball.
+PUBLISHED = dict.fromkeys(("statistics_dtype", "root_dtype", "moment_dtype"), "fp32") | {"grafting": "adam"}
+CASES["dash as published"] = replace(
+    CASES["dash"],
+    hyper={**CASES["dash"].hyper, **PUBLISHED, "spread": False, "nesterov": True},
+    other={"root_dtype": "bf16"},
 )
 
 

@@ -1,0 +1,279 @@
+"""Matrices cut into blocks of at most ``block_size`` rows and columns, and what belongs to each block.
+
+Rows and columns are cut into stretches of ``block_size``, the last one shorter, so that a grid has up to four regions
+of equal blocks: B × B, B × c, r × B and r × c. What belongs to the blocks of a matrix lies in one flat tensor, region
+after region, in each the blocks in row-major order. A :class:`Piece` is a number of equal blocks of equal matrices:
+what one stack of products is made of.
+
+Vectors are stored in float32 or bfloat16, or block-quantized; a block's codes share no range with another's, so that a
+NaN stays where it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hf_lowmem_optim.ops.block_quant import Quantized, dequantize_, quantize_
+from hf_lowmem_optim.ops.inverse_root import alike_in_a_stack
+from hf_lowmem_optim.spec import QuantFormat, TensorSpec, quantized_specs
+
+__all__ = [
+    "Piece",
+    "Region",
+    "Squares",
+    "Storage",
+    "Vectors",
+    "Width",
+    "grid",
+    "piece_entries",
+    "pieces",
+]
+
+Storage = Literal["fp32", "bf16", "8bit", "4bit"]
+#: Length of a block's part of a flat tensor, from the block's rows and columns.
+Width = Callable[[int, int], int]
+
+_FORMATS = {"8bit": QuantFormat(8, 64), "4bit": QuantFormat(4, 64)}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Region:
+    """Equal blocks of a matrix, beside and below each other.
+
+    Attributes:
+        row: First row of the matrix.
+        column: First column.
+        rows: Blocks one below the other.
+        columns: Blocks beside each other.
+        a: Rows of a block.
+        b: Columns of a block.
+    """
+
+    row: int
+    column: int
+    rows: int
+    columns: int
+    a: int
+    b: int
+
+
+def grid(p: int, q: int, block_size: int) -> list[Region]:
+    """Return the regions of a p × q matrix, in the order of their state."""
+    rows, columns = _stretches(p, block_size), _stretches(q, block_size)
+    return [Region(i, j, m, n, a, b) for i, m, a in rows for j, n, b in columns]
+
+
+def _stretches(length: int, size: int) -> list[tuple[int, int, int]]:
+    """Return (begin, number, length) of the whole stretches, and of the shorter last one."""
+    whole, rest = divmod(length, size)
+    return [each for each in ((0, whole, size), (whole * size, min(rest, 1), rest)) if each[1]]
+
+
+def total(regions: Sequence[Region], width: Width) -> int:
+    """Return the length of a flat tensor that has ``width`` entries for each block."""
+    return sum(each.rows * each.columns * width(each.a, each.b) for each in regions)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Equal blocks of matrices of one shape.
+
+    Attributes:
+        before: The regions before its own.
+        region: Its region.
+        tensors: Which matrices.
+        rows: Which rows of the region's blocks.
+        columns: Which columns; all, unless it is a single row.
+    """
+
+    before: Sequence[Region]
+    region: Region
+    tensors: range
+    rows: range
+    columns: range
+
+    def blocks(self, x: Tensor) -> Tensor:
+        """Return its blocks of one matrix, a view [rows, columns, a, b]."""
+        r = self.region
+        part = x[r.row + self.rows.start * r.a :][: len(self.rows) * r.a]
+        part = part[:, r.column + self.columns.start * r.b :][:, : len(self.columns) * r.b]
+        return part.view(len(self.rows), r.a, len(self.columns), r.b).transpose(1, 2)
+
+    def views(self, x: Sequence[Tensor]) -> list[Tensor]:
+        """Return its blocks of each of its matrices."""
+        return [self.blocks(x[i]) for i in self.tensors]
+
+    def gather(self, x: Sequence[Tensor]) -> Tensor:
+        """Return its blocks of all its matrices in float32, a copy [blocks, a, b]."""
+        parts = self.views(x)
+        out = torch.empty((len(parts), *parts[0].shape), dtype=torch.float32, device=parts[0].device)
+        for into, part in zip(out.unbind(), parts, strict=True):
+            into.copy_(part)
+        return out.flatten(0, 2)
+
+    def only(self, j: int) -> Piece:
+        """Return the piece of its block j alone."""
+        ij, k = divmod(j, len(self.columns))
+        i, r = divmod(ij, len(self.rows))
+        place = (self.tensors[i : i + 1], self.rows[r : r + 1], self.columns[k : k + 1])
+        return Piece(self.before, self.region, *place)
+
+    def numbers(self) -> list[tuple[int, int]]:
+        """Return (matrix, number of the block in it) of each of its blocks."""
+        first = total(self.before, lambda a, b: 1)
+        return [
+            (i, first + row * self.region.columns + column)
+            for i in self.tensors
+            for row in self.rows
+            for column in self.columns
+        ]
+
+    def part(self, flat: Tensor, width: Width) -> Tensor:
+        """Return what belongs to its blocks of stacked flat tensors, a view [matrices, blocks, width]."""
+        w, r = width(self.region.a, self.region.b), self.region
+        start = total(self.before, width) + (self.rows.start * r.columns + self.columns.start) * w
+        count = len(self.rows) * len(self.columns)
+        rows = flat[self.tensors.start : self.tensors.stop, start : start + count * w]
+        return rows.view(len(rows), count, w)
+
+
+def piece_entries(device: torch.device) -> int:
+    """Return the entries of the largest matrices of a piece together, unless one block has more."""
+    return 1 << 18 if device.type == "cpu" else 1 << 22
+
+
+def pieces(regions: Sequence[Region], count: int, device: torch.device) -> Iterator[Piece]:
+    """Cut ``count`` equal matrices into pieces: a bounded number of blocks each, the stacks of products."""
+    for index, region in enumerate(regions):
+        before, m, n = regions[:index], region.rows, region.columns
+        alike = alike_in_a_stack(region.a, region.b, device)
+        most = max(1, piece_entries(device) // max(region.a, region.b) ** 2) if alike else 1
+        together, rows, columns = max(1, most // (m * n)), max(1, most // n), min(n, most)
+        for i in range(0, count, together):
+            for r in range(0, m, rows):
+                for c in range(0, n, columns):
+                    yield Piece(
+                        before,
+                        region,
+                        range(i, min(i + together, count)),
+                        range(r, min(r + rows, m)),
+                        range(c, min(c + columns, n)),
+                    )
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """A vector for each block of a matrix, in the state of its tensor.
+
+    Attributes:
+        key: Its state key; of a quantized one the prefix of three.
+        component: Name under which its bytes are counted.
+        width: The entries of the vector.
+        storage: How it is stored.
+    """
+
+    key: str
+    component: str
+    width: Width
+    storage: Storage = "fp32"
+
+    def specs(self, regions: Sequence[Region]) -> dict[str, TensorSpec]:
+        """Describe its state."""
+        length, fmt = total(regions, self._stored_width), _FORMATS.get(self.storage)
+        if fmt is None:
+            return {self.key: TensorSpec((length,), _DTYPES[self.storage], self.component)}
+        specs = quantized_specs(length, fmt, prefix=self.key)
+        return {key: dataclasses.replace(spec, component=self.component) for key, spec in specs.items()}
+
+    def view(self, state: Mapping[str, Tensor], piece: Piece) -> Tensor:
+        """Return those of a piece that are not quantized, a view [matrices, blocks, width]."""
+        return piece.part(state[self.key], self.width)
+
+    def read(self, state: Mapping[str, Tensor], piece: Piece) -> Tensor:
+        """Return those of a piece in float32, [blocks, width]: a copy, or a view of what is float32."""
+        fmt = _FORMATS.get(self.storage)
+        if fmt is None:
+            return self.view(state, piece).flatten(0, 1).float()
+        codes, lo, hi = (part.reshape(-1).contiguous() for part in self._quantized_parts(state, piece, fmt))
+        blocks = len(piece.tensors) * len(piece.rows) * len(piece.columns)
+        out = codes.new_empty(blocks, self._stored_width(piece.region.a, piece.region.b), dtype=torch.float32)
+        dequantize_(out, Quantized(codes, lo, hi, out.numel(), fmt))
+        return out[:, : self.width(piece.region.a, piece.region.b)]
+
+    def write_(self, state: Mapping[str, Tensor], piece: Piece, values: Tensor) -> None:
+        """Store float32 [blocks, width]."""
+        fmt = _FORMATS.get(self.storage)
+        if fmt is None:
+            view = self.view(state, piece)
+            view.copy_(values.view(view.shape))
+            return
+        missing = self._stored_width(piece.region.a, piece.region.b) - values.shape[1]
+        if missing:  # the last entry again, which changes no range
+            values = torch.cat((values, values[:, -1:].expand(-1, missing)), dim=1)
+        parts = self._quantized_parts(state, piece, fmt)
+        buffers = [
+            part if part.is_contiguous() else torch.empty_like(part, memory_format=torch.contiguous_format)
+            for part in parts
+        ]
+        codes, lo, hi = (buffer.view(-1) for buffer in buffers)
+        quantize_(Quantized(codes, lo, hi, values.numel(), fmt), values.contiguous())
+        for part, buffer in zip(parts, buffers, strict=True):
+            if part is not buffer:
+                part.copy_(buffer)
+
+    def _stored_width(self, a: int, b: int) -> int:
+        """Return the entries of a vector with what fills its last quantization block."""
+        fmt, width = _FORMATS.get(self.storage), self.width(a, b)
+        return width if fmt is None else fmt.num_blocks(width) * fmt.block_size
+
+    def _quantized_parts(self, state: Mapping[str, Tensor], piece: Piece, fmt: QuantFormat) -> list[Tensor]:
+        widths: dict[str, Width] = {
+            "codes": lambda a, b: self._stored_width(a, b) * fmt.bits // 8,
+            "lo": lambda a, b: self._stored_width(a, b) // fmt.block_size,
+            "hi": lambda a, b: self._stored_width(a, b) // fmt.block_size,
+        }
+        return [piece.part(state[f"{self.key}_{name}"], width) for name, width in widths.items()]
+
+
+@dataclass(frozen=True)
+class Squares:
+    """The running mean of the squares of each block's entries, in the state of its tensor.
+
+    Attributes:
+        key: Its state key, or the prefix of two.
+        factored: Whether only row and column sums are kept: ρτᵀ/Σρ instead (Adafactor, arXiv 1804.04235).
+    """
+
+    key: str
+    factored: bool
+
+    def specs(self, regions: Sequence[Region]) -> dict[str, TensorSpec]:
+        """Describe its state."""
+        return {key: spec for part in self._parts() for key, spec in part.specs(regions).items()}
+
+    def update_(self, state: Mapping[str, Tensor], piece: Piece, x: Tensor, decay: float) -> Tensor:
+        """Let the squares of float32 x [blocks, a, b] into the mean, and return it, a copy."""
+        squares, parts = x.square(), self._parts()
+        values = [squares.sum(2), squares.sum(1)] if self.factored else [squares.flatten(1)]
+        # each operation rounds once, so that an entry's place in a stack does not matter
+        values = [(p.read(state, piece) * decay).add_(v * (1 - decay)) for p, v in zip(parts, values, strict=True)]
+        for part, value in zip(parts, values, strict=True):
+            part.write_(state, piece, value)
+        if not self.factored:
+            return values[0].view_as(x)
+        rows, columns = values
+        whole = rows.sum(1, keepdim=True)
+        return rows[:, :, None] * (columns / whole.masked_fill(whole == 0, 1))[:, None, :]
+
+    def _parts(self) -> list[Vectors]:
+        if not self.factored:
+            return [Vectors(self.key, "second_moment", lambda a, b: a * b)]
+        rows = Vectors(f"{self.key}_row", "second_moment", lambda a, b: a)
+        return [rows, Vectors(f"{self.key}_col", "second_moment", lambda a, b: b)]
