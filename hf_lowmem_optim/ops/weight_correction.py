@@ -40,7 +40,7 @@ def join_weights(weights: Sequence[Tensor], corrections: Sequence[Tensor]) -> li
     """Return the float32 values of weights with their corrections.
 
     Args:
-        weights: bfloat16 or float16, all of one dtype and on one device; any shapes and layouts.
+        weights: bfloat16 or float16, on one device; any shapes and layouts.
         corrections: int8, of the same shapes, contiguous.
 
     Returns:
@@ -59,7 +59,7 @@ def split_weights_(weights: Sequence[Tensor], corrections: Sequence[Tensor], val
     """Write float32 values to weights and their corrections.
 
     Args:
-        weights: bfloat16 or float16, all of one dtype and on one device; any shapes and layouts.
+        weights: bfloat16 or float16, on one device; any shapes and layouts.
         corrections: int8, of the same shapes, contiguous.
         values: float32, of the same shapes, contiguous.
     """

@@ -198,8 +198,8 @@ LAUNCHES: list[Launch] = [
     launch("dequantize 4-bit to fp32", 2, quantization, "dequantize", FOUR, FP32),  # loads codes, half a byte an entry
     launch("dequantize_add 4-bit to bf16", 16, quantization, "dequantize_add", FOUR, BF16),
     launch("dequantize_add 8-bit to fp32", 16, quantization, "dequantize_add", EIGHT, FP32),
-    launch("join bf16 weights with corrections", 8, correction, join_weights, BF16),
-    launch("join fp16 weights with corrections", 8, correction, join_weights, FP16),
+    launch("join bf16 weights with corrections", 16, correction, join_weights, BF16),
+    launch("join fp16 weights with corrections", 16, correction, join_weights, FP16),
     launch("split into bf16 weights and corrections", 16, correction, split_weights_, BF16),
     launch("split into fp16 weights and corrections", 16, correction, split_weights_, FP16),
     launch("inverse factor, rank 16", 8, inverse_factors, 16, numel=4 * 16**2),

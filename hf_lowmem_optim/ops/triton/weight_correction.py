@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined"
-"""Weights with corrections in Triton: all tensors of a call in one launch."""
+"""Weights with corrections in Triton: all tensors of one dtype in one launch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_lowmem_optim.ops.dispatch import register
 from hf_lowmem_optim.ops.triton.device import on_device
-from hf_lowmem_optim.ops.triton.tables import TYPES, block_tables, owner_and_block, pointer, size, vectorizes
+from hf_lowmem_optim.ops.triton.tables import TYPES, alike, block_tables, owner_and_block, pointer, size, vectorizes
 from hf_lowmem_optim.ops.weight_correction import join_weights, split_weights_
 
 __all__ = ["join", "split_"]
@@ -78,7 +78,7 @@ def _split_kernel(table_ptr, owners_ptr, BLOCK: tl.constexpr, WEIGHT: tl.constex
 
 @register(join_weights, "triton")
 def join(weights: Sequence[Tensor], corrections: Sequence[Tensor]) -> list[Tensor]:
-    """Join all tensors by one launch."""
+    """Join all tensors of a dtype by one launch, those with an odd address or size by another."""
     joined = [torch.empty(weight.shape, dtype=torch.float32, device=weight.device) for weight in weights]
     _launch(_join_kernel, [weight.contiguous() for weight in weights], corrections, joined)
     return joined
@@ -86,7 +86,7 @@ def join(weights: Sequence[Tensor], corrections: Sequence[Tensor]) -> list[Tenso
 
 @register(split_weights_, "triton")
 def split_(weights: Sequence[Tensor], corrections: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Split all tensors by one launch."""
+    """Split all tensors of a dtype by one launch, those with an odd address or size by another."""
     flat = [weight if weight.is_contiguous() else weight.contiguous() for weight in weights]
     _launch(_split_kernel, flat, corrections, values)
     for weight, written in zip(weights, flat, strict=True):
@@ -95,16 +95,15 @@ def split_(weights: Sequence[Tensor], corrections: Sequence[Tensor], values: Seq
 
 
 def _launch(kernel: Any, weights: Sequence[Tensor], corrections: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    calls = [call for call in zip(weights, corrections, values, strict=True) if call[0].numel()]
-    if not calls:
-        return
-    weight = calls[0][0]
-    counts = [-(-each.numel() // _BLOCK) for each, _, _ in calls]
-    records = [(w.data_ptr(), c.data_ptr(), x.data_ptr(), w.numel()) for w, c, x in calls]
-    with on_device(weight):
-        kernel[(sum(counts),)](
-            *block_tables(records, counts, weight.device),
-            BLOCK=_BLOCK,
-            WEIGHT=TYPES[weight.dtype],
-            ALIGNED=all(vectorizes(*call) for call in calls),
-        )
+    given = [call for call in zip(weights, corrections, values, strict=True) if call[0].numel()]
+    for calls in alike(given, lambda call: (call[0].dtype, vectorizes(*call))).values():
+        counts = [-(-weight.numel() // _BLOCK) for weight, _, _ in calls]
+        records = [(w.data_ptr(), c.data_ptr(), x.data_ptr(), w.numel()) for w, c, x in calls]
+        weight = calls[0][0]
+        with on_device(weight):
+            kernel[(sum(counts),)](
+                *block_tables(records, counts, weight.device),
+                BLOCK=_BLOCK,
+                WEIGHT=TYPES[weight.dtype],
+                ALIGNED=vectorizes(*calls[0]),
+            )
