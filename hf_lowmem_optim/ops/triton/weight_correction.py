@@ -29,6 +29,7 @@ def _nearest(bits, DROPPED: tl.constexpr):
 
 @triton.jit
 def _join_kernel(table_ptr, owners_ptr, BLOCK: tl.constexpr, WEIGHT: tl.constexpr, ALIGNED: tl.constexpr):
+    INFINITE: tl.constexpr = 0x7F80 if WEIGHT == tl.bfloat16 else 0x7C00  # noqa: SIM300
     record, block = owner_and_block(owners_ptr, table_ptr, tl.program_id(0), 5)
     numel = size(record, 4, ALIGNED)
     at = block * BLOCK + tl.arange(0, BLOCK)
@@ -39,10 +40,8 @@ def _join_kernel(table_ptr, owners_ptr, BLOCK: tl.constexpr, WEIGHT: tl.constexp
     magnitude = bits & 0x7FFF
     p = tl.maximum((magnitude << 8) + correction, 0)
     if WEIGHT == tl.bfloat16:  # noqa: SIM300
-        INFINITE: tl.constexpr = 0x7F80
         value = p << 8
     else:
-        INFINITE: tl.constexpr = 0x7C00
         small = (p.to(tl.float32) * 2.3283064365386963e-10).to(tl.int32, bitcast=True)  # 2^-32
         value = tl.where(p < 1 << 18, small, (p << 5) + (112 << 23))
     value = value | (bits & -0x80000000)
@@ -52,6 +51,7 @@ def _join_kernel(table_ptr, owners_ptr, BLOCK: tl.constexpr, WEIGHT: tl.constexp
 
 @triton.jit
 def _split_kernel(table_ptr, owners_ptr, BLOCK: tl.constexpr, WEIGHT: tl.constexpr, ALIGNED: tl.constexpr):
+    INFINITE: tl.constexpr = 0x7F80 if WEIGHT == tl.bfloat16 else 0x7C00  # noqa: SIM300
     record, block = owner_and_block(owners_ptr, table_ptr, tl.program_id(0), 5)
     numel = size(record, 4, ALIGNED)
     at = block * BLOCK + tl.arange(0, BLOCK)
@@ -60,10 +60,8 @@ def _split_kernel(table_ptr, owners_ptr, BLOCK: tl.constexpr, WEIGHT: tl.constex
     bits = x.to(tl.int32, bitcast=True)
     magnitude = tl.minimum(bits & 0x7FFFFFFF, 0x7F800000)
     if WEIGHT == tl.bfloat16:  # noqa: SIM300
-        INFINITE: tl.constexpr = 0x7F80
         p = _nearest(magnitude, 8)
     else:
-        INFINITE: tl.constexpr = 0x7C00
         # adding 2^23 rounds to a whole number, ties to even, and leaves it in the last bits
         whole = tl.minimum(tl.abs(x), 6.103515625e-05) * 4294967296.0 + 8388608.0
         small = whole.to(tl.int32, bitcast=True) - 0x4B000000
