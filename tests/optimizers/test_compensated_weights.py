@@ -79,7 +79,8 @@ def test_each_step_is_the_float32_step_split(name: str, dtype: torch.dtype) -> N
     assert all(entry.pop(CORRECTION).any() or not index for index, entry in saved["state"].items())
     assert saved["state"].keys() == other.state_dict()["state"].keys()
     for index, entry in other.state_dict()["state"].items():
-        assert all(torch.equal(saved["state"][index][key], value) for key, value in entry.items() if key != "step")
+        own = saved["state"][index]
+        assert all(torch.equal(own[key], value) for key, value in entry.items() if torch.is_tensor(value))
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
@@ -90,12 +91,13 @@ def test_fifty_steps_follow_float32_weights(name: str, dtype: torch.dtype) -> No
     runs = both(name, dtype, keys, lr=1e-3)
     (narrow, optimizer), (floats, _) = runs
     start = {key: param.detach().clone() for key, param in floats.items()}
+    largest = {key: param.abs() for key, param in start.items()}
     for grads in gradients(50, dtype):
         take_step(runs, grads)
+        largest = {key: torch.maximum(value, floats[key].detach().abs()) for key, value in largest.items()}
     for key, joined in wide(narrow, optimizer).items():
         exact = floats[key].detach()
-        largest = torch.maximum(start[key].abs(), exact.abs()).clamp(min=kind.smallest_normal)
-        bound = 50 * 2**-9 * kind.eps * torch.exp2(torch.frexp(largest).exponent - 1.0)
+        bound = 50 * 2**-9 * kind.eps * torch.exp2(torch.frexp(largest[key]).exponent - 1.0)
         assert ((joined - exact).abs() <= bound).all(), key
         assert ((narrow[key] - exact).abs() > bound).any(), key
         assert (exact - start[key]).norm() > 10 * (joined - exact).norm(), key
@@ -110,9 +112,8 @@ def test_resume_is_bit_for_bit(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("storage", ["param", "fp32", "8bit"])
 def test_the_dense_rule_is_adamw_on_float32_weights(storage: str) -> None:
-    if storage == "8bit":
-        pytest.importorskip("bitsandbytes")
-    hyper = {"lr": 1e-3, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.05}
+    bitsandbytes: Any = pytest.importorskip("bitsandbytes") if storage == "8bit" else None
+    hyper: dict[str, Any] = {"lr": 1e-3, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.05}
     start = torch.randn(60, 100, generator=torch.Generator().manual_seed(0))
     narrow, mixed = nn.Parameter(start.bfloat16()), nn.Parameter(start[:7, :11].half())
     reference = start.bfloat16().float()
@@ -124,9 +125,7 @@ def test_the_dense_rule_is_adamw_on_float32_weights(storage: str) -> None:
         gradient = torch.randn(60, 100, generator=torch.Generator().manual_seed(seed)).bfloat16()
         weight = nn.Parameter(reference)
         if storage == "8bit":
-            import bitsandbytes
-
-            theirs: Any = bitsandbytes.optim.AdamW8bit([weight], **hyper)
+            theirs = bitsandbytes.optim.AdamW8bit([weight], **hyper)
         else:
             theirs = torch.optim.AdamW([weight], fused=True, **hyper)
         if moments:
