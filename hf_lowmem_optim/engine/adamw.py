@@ -26,6 +26,7 @@ import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -69,17 +70,23 @@ def adamw_update_(updates: Sequence[TensorUpdate]) -> None:
     Args:
         updates: The tensors, with states as :func:`adamw_state` describes them.
     """
-    options = updates[0].options
-    if options.dense_state == "8bit":
-        for update in updates:
-            _update_8bit_(update)
-        return
-    in_place = [update for update in updates if not _needs_copies(update)]
+    in_8bit = updates[0].options.dense_state == "8bit"
+    in_place = [update for update in updates if not (in_8bit or _needs_copies(update))]
     if in_place:
         moments = [(u.state["exp_avg"], u.state["exp_avg_sq"]) for u in in_place]
         _adamw_(updates=in_place, W=[u.param for u in in_place], g=[u.grad for u in in_place], moments=moments)
-    for slices in _shared_slices([update for update in updates if _needs_copies(update)]):
-        _update_slices_(slices)
+    others = [update for update in updates if in_8bit or _needs_copies(update)]
+    # what follows walks flat memory
+    flat = [replace(u, param=u.param.contiguous(), grad=u.grad.contiguous()) if u.is_odd else u for u in others]
+    if in_8bit:
+        for update in flat:
+            _update_8bit_(update)
+    else:
+        for slices in _shared_slices(flat):
+            _update_slices_(slices)
+    for update, done in zip(others, flat, strict=True):
+        if not update.param.is_contiguous():
+            update.param.copy_(done.param)
 
 
 def _needs_copies(update: TensorUpdate) -> bool:

@@ -80,9 +80,14 @@ class TensorUpdate:
         return self.rounding_seed is not None or CORRECTION in self.state
 
     @property
+    def is_odd(self) -> bool:
+        """Whether its parameter or its gradient is not contiguous."""
+        return not (self.param.is_contiguous() and self.grad.is_contiguous())
+
+    @property
     def is_copied(self) -> bool:
         """Whether a step needs a copy of its weights or of its gradient."""
-        return self.is_widened or not (self.param.is_contiguous() and self.grad.is_contiguous())
+        return self.is_widened or self.is_odd
 
     def rounding(self) -> StochasticRounding | None:
         """Return the stochastic rounding of its weights in this step, from the start."""

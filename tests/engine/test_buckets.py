@@ -32,6 +32,8 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("ldadam", {"stochastic_rounding": True}),
     ("ldadam", {"rank": None, "dense_state": "fp32"}),
     ("ldadam", {"weight_rounding": "stochastic"}),
+    ("ldadam", {"weight_rounding": "compensated"}),
+    ("microadam", {**MICROADAM, "weight_rounding": "compensated"}),
     ("microadam", MICROADAM),
     ("microadam", {**MICROADAM, "alpha": 0.5, "stochastic_rounding": True, "weight_decay": 0.1}),
     ("sparse_mfac", {**SPARSE, "scope": "tensor", "momentum": 0.5}),

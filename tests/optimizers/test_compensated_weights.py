@@ -144,6 +144,24 @@ def test_the_dense_rule_is_adamw_on_float32_weights(storage: str) -> None:
     assert optimizer.state[mixed][CORRECTION].any()
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "compensated"])
+@pytest.mark.parametrize("storage", ["fp32", "8bit"])
+def test_the_dense_rule_takes_any_layout(storage: str, rounding: str) -> None:
+    """Weights of convolutions in channels_last."""
+    if storage == "8bit":
+        pytest.importorskip("bitsandbytes")
+    given = torch.randn(2, 64, 8, 3, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weights = [nn.Parameter(given[0].clone()), nn.Parameter(given[0].to(memory_format=torch.channels_last))]
+    for weight in weights:
+        optimizer = OPTIMIZERS["ldadam"].optimizer_class(
+            [weight], rank=None, dense_state=storage, weight_rounding=rounding
+        )
+        for _ in range(2):
+            weight.grad = torch.empty_like(weight).copy_(given[1])
+            optimizer.step()
+    assert torch.equal(*weights) and not torch.equal(weights[0], given[0]) and not weights[1].is_contiguous()
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_plan_has_a_byte_for_every_narrow_parameter(name: str) -> None:
     params = [*make_params(torch.bfloat16).values(), *make_params(torch.float32).values()]
