@@ -53,7 +53,8 @@ def exact_load(optimizer: Optimizer, method: Method) -> Iterator[None]:
     def wrap(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         who = type(optimizer).__name__
         _check_containers(state_dict, who)
-        groups = [{**_ADDED_LATER, **group} for group in state_dict["param_groups"]]
+        # in the order that the group has, so that what is saved again is the same
+        groups = [{**group, **_ADDED_LATER, **group} for group in state_dict["param_groups"]]
         state_dict = {**state_dict, "param_groups": groups}
         _check_groups(optimizer, method, state_dict["param_groups"])
         state_dict = _move_old_shared(optimizer, method, state_dict)

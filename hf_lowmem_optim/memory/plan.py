@@ -70,7 +70,8 @@ def plan_groups(optimizer_class: type[LowMemoryOptimizer], groups: Groups, *, nu
         optimizer_class: The optimizer.
         groups: Its parameter groups.
         num_shards: Over how many processes each tensor of a parameter's state is split; the report is then for the
-            process with the largest parts. What belongs to all parameters together is on every process.
+            process with the largest parts. What belongs to all parameters together is on every process, constants
+            too.
     """
     method, pieces = optimizer_class.method, list[Piece]()
     for index, group in enumerate(groups):
@@ -79,7 +80,8 @@ def plan_groups(optimizer_class: type[LowMemoryOptimizer], groups: Groups, *, nu
             for spec in method.specs(shape, dtype, options).values():
                 nbytes = count * spec.shard(num_shards).stored_bytes
                 pieces.append(Piece(index, spec.component, spec.dtype, nbytes, spec.in_gradient))
-    pieces += [Piece(None, s.component, s.dtype, s.nbytes) for s in method.shared_specs(groups).values()]
+    common = (*method.shared_specs(groups).values(), *method.constants_of(groups).values())
+    pieces += [Piece(None, spec.component, spec.dtype, spec.nbytes) for spec in common]
     return add_up(pieces, len(groups), sum(param.numel() for group in groups for param in group["params"]))
 
 

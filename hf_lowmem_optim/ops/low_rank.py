@@ -18,6 +18,7 @@ __all__ = [
     "Coefficients",
     "Products",
     "leading_left_singular_vectors",
+    "of_safe_size",
     "orthonormalize",
     "precision_of_products",
     "projection_noise",
@@ -113,7 +114,10 @@ def precision_of_products(error_feedback: str, rank: int) -> Products:
         )
     if error_feedback == "4bit":
         return "tf32" if rank <= _MOST_TF32_TERMS else "bf16"
-    return "tf32" if error_feedback == "8bit" else "tf32x3"
+    if error_feedback == "8bit":
+        return "tf32"
+    # three products do not compile for AMD's
+    return "ieee" if torch.version.hip else "tf32x3"
 
 
 def orthonormalize(Y: Tensor) -> Tensor:
@@ -143,6 +147,16 @@ def _orthonormal_columns(Y: Tensor) -> Tensor:
     """Return Q of the Householder QR decomposition."""
     basis: Tensor = torch.linalg.qr(Y)[0]
     return basis
+
+
+def of_safe_size(V: Tensor) -> Tensor:
+    """Return V, float32 [n, q, r], or in each matrix with entries beyond 2²⁰ a multiple.
+
+    V ~ Aᵀ is to be multiplied by an A of its size, and only what the columns of AV span is asked for: AV is to stay in
+    the range of float32, which |V| = |A| = 10¹⁹ would leave.
+    """
+    excess: Tensor = torch.linalg.vector_norm(V, math.inf, dim=(1, 2), keepdim=True).mul_(2.0**-20).clamp_(min=1)
+    return (V / excess).div_(excess)
 
 
 def seeded_sketch(rows: int, columns: int, device: torch.device) -> Tensor:

@@ -35,6 +35,7 @@ def _moments_kernel(
     m_ptr,  # [batch, r, q]
     v_ptr,
     projected_ptr,
+    direction_ptr,
     right_ptr,  # [batch, 2·r, q]
     r,
     q,
@@ -78,7 +79,7 @@ def _moments_kernel(
     new_m = beta1 * moved + (1 - beta1) * p
     tl.store(m_ptr + at, new_m, mask=inside)
     tl.store(v_ptr + at, v, mask=inside)
-    tl.store(projected_ptr + at, tl.div_rn(new_m, tl.sqrt_rn(v) + damping), mask=inside)
+    tl.store(direction_ptr + at, tl.div_rn(new_m, tl.sqrt_rn(v) + damping), mask=inside)
     right = 2 * first + row * q + column
     tl.store(right_ptr + right, m * (beta1 / (1 - beta1)), mask=inside)
     tl.store(right_ptr + right + r * q, new_m * (-1 / (1 - beta1)), mask=inside)
@@ -86,7 +87,7 @@ def _moments_kernel(
 
 def update_moments_(
     R: Tensor, m: Tensor, v: Tensor, projected: Tensor, right: Tensor, coefficients: Coefficients,
-    *, noise: float = PROJECTION_NOISE,
+    *, direction: Tensor | None = None, noise: float = PROJECTION_NOISE,
 ) -> None:  # fmt: skip
     """Move the moments to the new basis and update them, in one launch.
 
@@ -94,9 +95,10 @@ def update_moments_(
         R: UᵀU₋, float32 [n, r, r], r ≤ ``MAX_RANK``; contiguous, like all others.
         m: float32 [n, r, q]; written.
         v: Likewise.
-        projected: p̃, likewise; overwritten with the direction d.
-        right: float32 [n, 2·r, q]; written: c·m before the step and −(p̃ + c·m̃), where c = β1/(1 − β1).
+        projected: p̃, likewise, only read.
+        right: float32 or bfloat16 [n, 2·r, q]; written: c·m before the step and −(p̃ + c·m̃), where c = β1/(1 − β1).
         coefficients: The numbers of this step.
+        direction: d, float32 or bfloat16 [n, r, q]; written. None for ``projected``.
         noise: What is smaller than this share of the largest entry of its column of p̃ counts as zero.
     """
     n, r, q = m.shape
@@ -109,6 +111,7 @@ def update_moments_(
             m,
             v,
             projected,
+            projected if direction is None else direction,
             right,
             r,
             q,
