@@ -41,9 +41,9 @@ def test_every_pair_is_a_number_of_its_own(dtype: torch.dtype) -> None:
     """Joined and split, each is what it was; a weight with corrections ascends evenly to the next one."""
     weight, smallest = every(dtype), torch.finfo(dtype).smallest_normal
     ascending = weight[weight.isfinite() & (weight >= 0) & ~weight.signbit()]
-    for sign in (1, -1):
+    for sign, corrections in ((1, range(-128, 128)), (-1, (-128, -1, 0, 127))):
         before = torch.full((len(ascending),), -torch.inf, dtype=torch.float64)
-        for each in range(-128, 128):
+        for each in corrections:
             w = ascending * sign
             c = torch.full(w.shape, each, dtype=torch.int8)
             c[0] = max(each, 0)  # beside 0 there is nothing below
