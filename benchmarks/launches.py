@@ -21,6 +21,7 @@ from hf_lowmem_optim.ops.block_quant import Quantized, dequantize_, dequantize_a
 from hf_lowmem_optim.ops.block_topk import num_kept
 from hf_lowmem_optim.ops.low_rank import Coefficients
 from hf_lowmem_optim.ops.sparse_window import SparseWindow, window_combine_
+from hf_lowmem_optim.ops.weight_correction import join_weights, split_weights_
 from hf_lowmem_optim.spec import QuantFormat
 from tests.ops.backends import BF16, FP16, FP32, block_topk_, window_descend_, window_gram_row, window_update_
 
@@ -148,6 +149,12 @@ def low_rank_descent(numel: int, rows: int, rank: int, dtype: torch.dtype) -> Pr
     return partial(descend_, [weight], *factors, 0.9, 0.4), [weight, weight, left, right]
 
 
+def correction(numel: int, operation: Callable[..., Any], dtype: torch.dtype) -> Prepared:
+    weight, corrections, value = torch.randn(numel).to(dtype), torch.zeros(numel, dtype=torch.int8), torch.randn(numel)
+    values = () if operation is join_weights else ([value],)
+    return partial(operation, [weight], [corrections], *values), [weight, corrections, value]
+
+
 def residual(
     numel: int, rows: int, rank: int, error: str, grad: torch.dtype, products: str
 ) -> tuple[Any, dict[str, Tensor], Tensor]:
@@ -245,6 +252,10 @@ LAUNCHES: list[Launch] = [
     launch("dequantize 4-bit to fp32", 2, quantization, "dequantize", FOUR, FP32),  # loads codes, half a byte an entry
     launch("dequantize_add 4-bit to bf16", 16, quantization, "dequantize_add", FOUR, BF16),
     launch("dequantize_add 8-bit to fp32", 16, quantization, "dequantize_add", EIGHT, FP32),
+    launch("join bf16 weights with corrections", 16, correction, join_weights, BF16),
+    launch("join fp16 weights with corrections", 16, correction, join_weights, FP16),
+    launch("split into bf16 weights and corrections", 16, correction, split_weights_, BF16),
+    launch("split into fp16 weights and corrections", 16, correction, split_weights_, FP16),
     launch("inverse factor, rank 16", 8, inverse_factors, 16, numel=4 * 16**2),
     launch("inverse factor, rank 50", 8, inverse_factors, 50, numel=50**2),
     launch("inverse factor, rank 64", 8, inverse_factors, 64, numel=64**2),

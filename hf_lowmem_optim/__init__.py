@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_lowmem_optim.engine.backward import layerwise
+    from hf_lowmem_optim.engine.fp32_weights import fp32_state_dict, load_fp32_state_dict_
     from hf_lowmem_optim.engine.method import Method
     from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
     from hf_lowmem_optim.engine.options import Options, option
@@ -65,8 +66,10 @@ __all__ = [
     "StateReport",
     "TensorSpec",
     "Trion",
+    "fp32_state_dict",
     "get_entry",
     "layerwise",
+    "load_fp32_state_dict_",
     "measure_state",
     "option",
     "plan_memory",
@@ -78,6 +81,7 @@ __all__ = [
 
 _MODULES = {
     "engine.backward": "layerwise",
+    "engine.fp32_weights": "fp32_state_dict load_fp32_state_dict_",
     "engine.method": "Method",
     "engine.optimizer": "LowMemoryOptimizer",
     "engine.options": "Options option",

@@ -26,14 +26,16 @@ import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from hf_lowmem_optim.engine.buckets import TensorUpdate
+from hf_lowmem_optim.engine.buckets import CORRECTION, TensorUpdate
 from hf_lowmem_optim.engine.rounding import StochasticRounding
+from hf_lowmem_optim.ops.weight_correction import join_weights, split_weights_
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["adamw_state", "adamw_update_", "require_bitsandbytes"]
@@ -68,23 +70,29 @@ def adamw_update_(updates: Sequence[TensorUpdate]) -> None:
     Args:
         updates: The tensors, with states as :func:`adamw_state` describes them.
     """
-    options = updates[0].options
-    if options.dense_state == "8bit":
-        for update in updates:
-            _update_8bit_(update)
-        return
-    in_place = [update for update in updates if not _needs_copies(update)]
+    in_8bit = updates[0].options.dense_state == "8bit"
+    in_place = [update for update in updates if not (in_8bit or _needs_copies(update))]
     if in_place:
         moments = [(u.state["exp_avg"], u.state["exp_avg_sq"]) for u in in_place]
         _adamw_(updates=in_place, W=[u.param for u in in_place], g=[u.grad for u in in_place], moments=moments)
-    for slices in _shared_slices([update for update in updates if _needs_copies(update)]):
-        _update_slices_(slices)
+    others = [update for update in updates if in_8bit or _needs_copies(update)]
+    # what follows walks flat memory
+    flat = [replace(u, param=u.param.contiguous(), grad=u.grad.contiguous()) if u.is_odd else u for u in others]
+    if in_8bit:
+        for update in flat:
+            _update_8bit_(update)
+    else:
+        for slices in _shared_slices(flat):
+            _update_slices_(slices)
+    for update, done in zip(others, flat, strict=True):
+        if not update.param.is_contiguous():
+            update.param.copy_(done.param)
 
 
 def _needs_copies(update: TensorUpdate) -> bool:
-    """Return whether the step needs float32 copies: to round stochastically, or for moments wider than the weight."""
+    """Return whether the step needs float32 copies: to round its own way, or for moments wider than the weight."""
     mixed = update.options.dense_state == "fp32" and update.param.dtype != torch.float32
-    return mixed or update.rounding_seed is not None
+    return mixed or update.is_widened
 
 
 def _adamw_(
@@ -150,6 +158,7 @@ class _Slice(NamedTuple):
     grad: Tensor
     moments: tuple[Tensor, Tensor]
     rounding: StochasticRounding | None
+    correction: Tensor | None
 
 
 def _slice_entries(device: torch.device) -> int:
@@ -162,9 +171,11 @@ def _slices(update: TensorUpdate, length: int) -> Iterator[_Slice]:
     rounding = update.rounding()
     weight, grad = update.param.view(-1), update.grad.view(-1)
     m, v = update.state["exp_avg"].view(-1), update.state["exp_avg_sq"].view(-1)
+    correction = update.state[CORRECTION].view(-1) if CORRECTION in update.state else None
     for start in range(0, weight.numel(), length):
         part = slice(start, start + length)
-        yield _Slice(update, weight[part], grad[part], (m[part], v[part]), rounding)
+        corrected = None if correction is None else correction[part]
+        yield _Slice(update, weight[part], grad[part], (m[part], v[part]), rounding, corrected)
 
 
 def _shared_slices(updates: Sequence[TensorUpdate]) -> Iterator[list[_Slice]]:
@@ -187,13 +198,18 @@ def _shared_slices(updates: Sequence[TensorUpdate]) -> Iterator[list[_Slice]]:
 
 def _update_slices_(slices: Sequence[_Slice]) -> None:
     """Update slices in float32, with the moments that are float32 in place."""
-    weights, grads = [s.weight.float() for s in slices], [s.grad.float() for s in slices]
+    narrow, grads = [s.weight for s in slices], [s.grad.float() for s in slices]
+    # all or none: they are of one group
+    corrections = [s.correction for s in slices if s.correction is not None]
+    weights = join_weights(narrow, corrections) if corrections else [weight.float() for weight in narrow]
     moments = [(s.moments[0].float(), s.moments[1].float()) for s in slices]
     _adamw_(updates=[s.update for s in slices], W=weights, g=grads, moments=moments)
+    if corrections:
+        split_weights_(narrow, corrections, weights)
     for piece, weight, wide in zip(slices, weights, moments, strict=True):
-        if piece.rounding is None:
+        if piece.rounding is None and piece.correction is None:
             piece.weight.copy_(weight)
-        else:
+        elif piece.rounding is not None:
             piece.rounding.round_(piece.weight, weight)
         for stored, moment in zip(piece.moments, wide, strict=True):
             if stored is not moment:
@@ -220,15 +236,20 @@ def require_bitsandbytes(params: Iterable[Tensor]) -> None:
 def _update_8bit_(update: TensorUpdate) -> None:
     """Update a tensor by bitsandbytes, which takes weights of any dtype and rounds to nearest."""
     weights, grads, rounding = update.param.view(-1), update.grad.view(-1), update.rounding()
-    device = weights.device
-    in_one_kernel = device.type != "cpu" and rounding is None
+    device, correction = weights.device, update.state[CORRECTION].view(-1) if CORRECTION in update.state else None
+    in_one_kernel = device.type != "cpu" and not update.is_widened
     length = _MAX_8BIT_ENTRIES if in_one_kernel else _slice_entries(device)
     for start in range(0, weights.numel(), length):
         part = slice(start, start + length)
         weight, grad = weights[part], grads[part]
-        wide = weight if rounding is None else weight.float()
-        _adamw_8bit_slice_(wide, grad if rounding is None else grad.float(), update, start)
-        if rounding is not None:
+        if not update.is_widened:
+            _adamw_8bit_slice_(weight, grad, update, start)
+            continue
+        wide = weight.float() if correction is None else join_weights([weight], [correction[part]])[0]
+        _adamw_8bit_slice_(wide, grad.float(), update, start)
+        if correction is not None:
+            split_weights_([weight], [correction[part]], [wide])
+        elif rounding is not None:
             rounding.round_(weight, wide)
 
 

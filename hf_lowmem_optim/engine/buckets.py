@@ -20,9 +20,11 @@ from torch import Tensor
 
 from hf_lowmem_optim.engine.options import Options
 from hf_lowmem_optim.engine.rounding import StochasticRounding, seed_of_part
+from hf_lowmem_optim.ops.weight_correction import join_weights, split_weights_
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = [
+    "CORRECTION",
     "SHARED_PREFIX",
     "Batch",
     "TensorUpdate",
@@ -37,6 +39,9 @@ __all__ = [
 
 #: Begins the keys under which one parameter's state keeps what belongs to all parameters together.
 SHARED_PREFIX = "shared_"
+
+#: The key under which a compensated weight's state keeps its correction.
+CORRECTION = "weight_correction"
 
 #: CPU instructions, and with them the rounding, may depend on an address modulo this.
 _ALIGNMENT_BYTES = 64
@@ -72,12 +77,22 @@ class TensorUpdate:
         return id(self.options), None if whole else param.shape, param.dtype, param.device, self.step
 
     @property
+    def is_widened(self) -> bool:
+        """Whether a step needs float32 copies of its weights, to round them otherwise than to nearest."""
+        return self.rounding_seed is not None or CORRECTION in self.state
+
+    @property
+    def is_odd(self) -> bool:
+        """Whether its parameter or its gradient is not contiguous."""
+        return not (self.param.is_contiguous() and self.grad.is_contiguous())
+
+    @property
     def is_copied(self) -> bool:
         """Whether a step needs a copy of its weights or of its gradient."""
-        return self.rounding_seed is not None or not (self.param.is_contiguous() and self.grad.is_contiguous())
+        return self.is_widened or self.is_odd
 
     def rounding(self) -> StochasticRounding | None:
-        """Return the rounding of its weights in this step, from the start."""
+        """Return the stochastic rounding of its weights in this step, from the start."""
         return None if self.rounding_seed is None else StochasticRounding(self.rounding_seed, self.param.device)
 
 
@@ -129,18 +144,26 @@ class Batch:
         """Give the weights, in the shapes of the gradients, to be updated in place.
 
         They are the parameters themselves where these are contiguous and rounded to nearest; else copies, which are
-        written back: float32 ones to be rounded stochastically.
+        written back: float32 ones to be rounded otherwise.
         """
-        W = [update.param if update.rounding_seed is None else update.param.float() for update in self.updates]
+        params = [update.param for update in self.updates]
+        # all alike: of one group and dtype
+        corrections = [u.state[CORRECTION] for u in self.updates] if CORRECTION in self.updates[0].state else []
+        if corrections:
+            W = join_weights(params, corrections)
+        else:
+            W = [update.param if update.rounding_seed is None else update.param.float() for update in self.updates]
         if not all(weight.is_contiguous() and weight.dim() <= 2 for weight in W):
             W = _matrices(W)
         yield W
-        for update, weight in zip(self.updates, W, strict=True):
-            param = update.param
-            if update.rounding_seed is not None:
-                StochasticRounding(update.rounding_seed, param.device).round_(param, weight.view(param.shape))
-            elif not param.is_contiguous():
-                param.copy_(weight.view(param.shape))
+        if corrections:
+            split_weights_(params, corrections, W)
+        else:
+            for update, param, weight in zip(self.updates, params, W, strict=True):
+                if update.rounding_seed is not None:
+                    StochasticRounding(update.rounding_seed, param.device).round_(param, weight.view(param.shape))
+                elif not param.is_contiguous():
+                    param.copy_(weight.view(param.shape))
         # the caller's list would keep copies while those of the next batch are made
         W.clear()
 
@@ -210,7 +233,7 @@ def _bucketed(updates: Sequence[TensorUpdate], whole: bool | Literal["gpu"]) -> 
             if not stacked:
                 _stack_loose_(bucket)
             param = bucket[0].param
-            if whole == "gpu" and param.device.type != "cpu" and bucket[0].rounding_seed is None:
+            if whole == "gpu" and param.device.type != "cpu" and not bucket[0].is_widened:
                 most = len(bucket)
             else:
                 most = most_tensors(param.numel(), param.device) if _rounds_alike(bucket[0]) else 1

@@ -120,10 +120,10 @@ def check_tensor(
             and not part._is_zerotensor()
             and part.untyped_storage().nbytes() >= part.storage_offset() * spec.dtype.itemsize + part.nbytes
         )
-        if not fits and (part is not None or key not in method.optional_state):
+        if not fits and (part is not None or key not in method.follows):
             check_part(key, part, spec, param, group, method)
     if len(state) > len(specs) + 1:
-        known = {"step", *specs, *method.optional_state}
+        known = {"step", *specs, *method.follows}
         superfluous = [key for key in state if key not in known and not key.startswith(SHARED_PREFIX)]
         if superfluous:
             _refuse_state(param, group, method, superfluous[0], "there", None)
@@ -247,10 +247,10 @@ def refuse_mps(params: Sequence[Tensor], who: str) -> None:
 
 
 def check_rounding(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raise ValueError if stochastic rounding is asked for and would round nothing: every parameter is float32."""
-    asked = [group for group in groups if group["weight_rounding"] == "stochastic"]
+    """Raise ValueError if a way of rounding is asked for and would round nothing: every parameter is float32."""
+    asked = [group for group in groups if group["weight_rounding"] != "nearest"]
     if asked and not any(param.dtype != torch.float32 for group in asked for param in group["params"]):
         raise ValueError(
-            "weight_rounding='stochastic' has no effect here: every parameter is float32, and only bfloat16 and "
-            "float16 weights are rounded. Load the model in bfloat16, or leave weight_rounding='nearest'"
+            f"weight_rounding={asked[0]['weight_rounding']!r} has no effect here: every parameter is float32, and only "
+            "bfloat16 and float16 weights are rounded. Load the model in bfloat16, or leave weight_rounding='nearest'"
         )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_lowmem_optim.engine.adamw import adamw_state
-from hf_lowmem_optim.engine.buckets import Batch, most_entries, most_tensors
+from hf_lowmem_optim.engine.buckets import CORRECTION, Batch, most_entries, most_tensors
 from hf_lowmem_optim.engine.options import Options, as_plain
 from hf_lowmem_optim.ops.low_rank import MOST_FACTOR_BYTES
 from hf_lowmem_optim.spec import TensorSpec
@@ -144,9 +144,14 @@ class Method:
         return self.options.shaping()
 
     @functools.cached_property
+    def follows(self) -> Mapping[str, str]:
+        """:attr:`optional_state`, and that of every method."""
+        return {**self.optional_state, CORRECTION: "weight_rounding"}
+
+    @functools.cached_property
     def layout_options(self) -> tuple[str, ...]:
         """The options that decide which state a tensor has."""
-        return (*self.shaping, *self.optional_state.values())
+        return (*self.shaping, *self.follows.values())
 
     def check(self, values: Mapping[str, Any], owner: str) -> Options:
         """Return the options that some values by name make; what is missing counts as its default.
@@ -201,8 +206,11 @@ class Method:
 
     def specs(self, shape: Sequence[int], dtype: torch.dtype, options: Options) -> dict[str, TensorSpec]:
         """Describe the state of a tensor, under whichever rule it takes."""
-        compressed = self.compressed_state(shape, dtype, options)
-        return adamw_state(shape, dtype, options.dense_state) if compressed is None else compressed
+        specs = self.compressed_state(shape, dtype, options)
+        specs = adamw_state(shape, dtype, options.dense_state) if specs is None else specs
+        if options.weight_rounding == "compensated" and dtype != torch.float32:
+            specs = {**specs, CORRECTION: TensorSpec(tuple(shape), torch.int8, "weight correction")}
+        return specs
 
     def shared_specs(self, groups: Sequence[Mapping[str, Any]]) -> dict[str, TensorSpec]:
         """Describe the state that belongs to all parameters together.
@@ -242,7 +250,7 @@ class Method:
         """Return the bytes that a step allocates for a moment beside the state, at most.
 
         Those are what the method declares, of the tensors that one call of its update serves, the float32 copies of
-        weights that are rounded stochastically, and a constant for what works in slices, AdamW included. Contiguous
+        weights that ``weight_rounding`` asks for, and a constant for what works in slices, AdamW included. Contiguous
         copies that the layout of a gradient makes necessary, and workspaces of libraries, are not counted.
 
         Args:
@@ -263,7 +271,7 @@ class Method:
                 specs = self.compressed_state(shape, dtype, options)
                 if specs is None:
                     continue
-                rounded = options.weight_rounding == "stochastic" and dtype != torch.float32
+                rounded = options.weight_rounding != "nearest" and dtype != torch.float32
                 state = sum(math.prod(spec.shape) for key, spec in specs.items() if not key.startswith("error"))
                 entries, scratch = math.prod(shape), self.scratch_state * state
                 together = 1 if self.whole is True else min(count, most_tensors(entries, device))

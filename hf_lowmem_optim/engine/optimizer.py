@@ -261,8 +261,8 @@ class LowMemoryOptimizer(Optimizer):
             if step == 1 and options.lr == 0 and not self._is_real(param) and not grad.any():
                 continue
             state["step"] = step
-            if any((key in specs) != (key in state) for key in method.optional_state):
-                follow_options_(state, specs, method.optional_state, param.device)
+            if any((key in specs) != (key in state) for key in method.follows):
+                follow_options_(state, specs, method.follows, param.device)
             stochastic = options.weight_rounding == "stochastic" and param.dtype != torch.float32
             seed = step * _MAX_PARAMETERS + index if stochastic else None
             grad = grad.detach() if grad.requires_grad else grad
@@ -335,9 +335,8 @@ class LowMemoryOptimizer(Optimizer):
         key = (param.shape, param.dtype, *[getattr(options, name) for name in self.method.layout_options])
         rule = self._specs.get(key)
         if rule is None:
-            compressed = self.method.compressed_state(param.shape, param.dtype, options)
-            specs = self.method.specs(param.shape, param.dtype, options) if compressed is None else compressed
-            rule = self._specs[key] = (compressed is not None, specs)
+            compressed = self.method.compressed_state(param.shape, param.dtype, options) is not None
+            rule = self._specs[key] = compressed, self.method.specs(param.shape, param.dtype, options)
         return rule
 
     def _prepared(self, param: Tensor, group: dict[str, Any]) -> tuple[bool, dict[str, TensorSpec], dict[str, Any]]:

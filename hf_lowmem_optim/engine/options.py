@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 DenseState = Literal["param", "fp32", "8bit"]
-WeightRounding = Literal["nearest", "stochastic"]
+WeightRounding = Literal["nearest", "stochastic", "compensated"]
 
 _O = TypeVar("_O", bound="Options")
 
@@ -109,8 +109,10 @@ class Options:
     )
     weight_rounding: WeightRounding = option(
         "nearest",
-        'How updated bfloat16 and float16 weights are rounded: ``"nearest"``, or ``"stochastic"``, which keeps updates '
-        "too small for the weight's dtype in the mean, seeded by step and parameter.",
+        'How updated bfloat16 and float16 weights are rounded: ``"nearest"``; ``"stochastic"``, which keeps updates '
+        "too small for the weight's dtype in the mean, seeded by step and parameter; or "
+        '``"compensated"``, to nearest, with a correction of 8 bits in the state, one byte a parameter, so that '
+        "updates apply to weights of 24 bits.",
     )
     stacked: bool = option(
         False,

@@ -1,7 +1,10 @@
-"""Stochastic rounding of float32 values to bfloat16 or float16: unbiased, and seeded.
+"""How float32 weights become bfloat16 or float16 where rounding to nearest would lose too much.
 
-A value between two neighbours a < b of the narrow dtype becomes b with probability (x − a)/(b − a), else a, so that
-updates far below the spacing of the weights add up in the mean; rounding to nearest loses each of them.
+Stochastic rounding is unbiased, and seeded: a value between two neighbours a < b of the narrow dtype becomes b with
+probability (x − a)/(b − a), else a, so that updates far below the spacing of the weights add up in the mean; rounding
+to nearest loses each of them.
+
+Compensated weights have a correction of 8 bits beside them instead: :mod:`hf_lowmem_optim.ops.weight_correction`.
 """
 
 from __future__ import annotations

@@ -50,6 +50,7 @@ __all__ = ["OptimizerFactory", "class_and_arguments"]
 logger = logging.getLogger(__name__)
 
 _DENSE = {"param": "dense", "fp32": "dense, fp32", "8bit": "dense, 8 bit"}
+_ROUNDED = {"nearest": "", "stochastic": "are rounded stochastically", "compensated": "have a correction of 8 bits"}
 
 
 class OptimizerFactory:
@@ -293,8 +294,9 @@ def _summary(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) -> 
     lines = align([(f"  {label}", f"{len(n):,} tensors", f"{sum(n):,} parameters") for label, n in sizes.items()])
     plan = plan_optimizer(optimizer)
     parts = ", ".join(f"{name} {format_bytes(count)}" for name, count in plan.component_bytes.items())
-    if optimizer.defaults["weight_rounding"] != "nearest":
-        lines.append("  weights narrower than float32 are rounded stochastically")
+    rounded = _ROUNDED[optimizer.defaults["weight_rounding"]]
+    if rounded:
+        lines.append(f"  weights narrower than float32 {rounded}")
     total, adamw = format_bytes(plan.total_bytes), format_bytes(plan.adamw_fp32_bytes)
     lines.append(f"  state: {total} ({parts}); AdamW in fp32: {adamw}")
     if plan.total_bytes > plan.adamw_fp32_bytes:

@@ -174,7 +174,9 @@ def _without_effect(
             yield key, "it is for the dense rule, and all that it matches is compressed"
     if values.get("stacked") and all(p.parameter.ndim != 3 for p in concerned):
         yield "stacked", "nothing that it matches has three dimensions"
-    if values.get("weight_rounding") == "stochastic" and all(p.parameter.dtype == torch.float32 for p in concerned):
+    if values.get("weight_rounding", "nearest") != "nearest" and all(
+        p.parameter.dtype == torch.float32 for p in concerned
+    ):
         yield "weight_rounding", "all weights that it matches are float32"
     if not any(p.targeted or p.rule == NOT_WORTH for p in concerned):
         switch, off = optimizer_class.method.switch

@@ -32,6 +32,8 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("ldadam", {"stochastic_rounding": True}),
     ("ldadam", {"rank": None, "dense_state": "fp32"}),
     ("ldadam", {"weight_rounding": "stochastic"}),
+    ("ldadam", {"weight_rounding": "compensated"}),
+    ("microadam", {**MICROADAM, "weight_rounding": "compensated"}),
     ("dct_adamw", {}),
     ("dct_adamw", {"error_feedback": "fp32", "update_interval": 2, "transform": "fft", "state_dtype": "param"}),
     ("trion", {}),

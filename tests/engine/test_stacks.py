@@ -129,7 +129,7 @@ def test_micro_batches_go_into_the_errors_of_the_matrices(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "hyper"), [("ldadam", {"rank": 4}), ("lowrank_mfac", LOW_RANK)], ids=str)
 @pytest.mark.parametrize("count", [1, COUNT])
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "compensated"])
 def test_a_run_that_is_resumed_goes_on_alike(name: str, hyper: dict[str, Any], count: int, rounding: str) -> None:
     """Two stacks, also of one matrix each, whose loaded state has storages of its own."""
     hyper = {**hyper, "weight_rounding": rounding}

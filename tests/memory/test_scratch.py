@@ -37,6 +37,7 @@ OTHERS: dict[str, tuple[dict[str, Any], ...]] = {
     "sparse_ggt": ({"momentum": 0.9},),
 }
 ROUNDED: dict[str, Any] = {"weight_rounding": "stochastic"}
+COMPENSATED: dict[str, Any] = {"weight_rounding": "compensated"}
 
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -80,6 +81,8 @@ def steps() -> Iterator[Any]:
         for shapes in ([(3, *WIDE)], [(40, 160, 192), (3, *TALL)]):
             yield name, {"stacked": True, **options}, torch.float32, "", "cpu", shapes
             yield name, {"stacked": True, **options, **ROUNDED}, torch.bfloat16, "", "cpu", shapes
+    for name in ("ldadam", "microadam", "sparse_mfac"):
+        yield name, COMPENSATED, torch.bfloat16, "", "cpu", [*SMALL, WIDE, *SMALL[:2]]
     # a wide window has a large system
     for name in ("lowrank_mfac", "sparse_mfac", "sparse_ggt"):
         for scope in ("model", "tensor"):
@@ -87,7 +90,7 @@ def steps() -> Iterator[Any]:
     # the dense rule works in slices
     for stored in ("param", "fp32", "8bit"):
         options = {"rank": None, "dense_state": stored}
-        for dtype, rounded in ((torch.float32, {}), (torch.bfloat16, {}), (torch.bfloat16, ROUNDED)):
+        for dtype, rounded in ((torch.float32, {}), *[(torch.bfloat16, each) for each in ({}, ROUNDED, COMPENSATED)]):
             yield "ldadam", options | rounded, dtype, "", "cpu", [*SMALL, WIDE, WIDE]
 
 
@@ -192,6 +195,8 @@ def test_a_step_stays_within_its_bound(
         ("lowrank_mfac", {}, torch.float32),
         ("lowrank_mfac", ROUNDED, torch.bfloat16),
         ("microadam", ROUNDED, torch.bfloat16),
+        ("microadam", COMPENSATED, torch.bfloat16),
+        ("ldadam", COMPENSATED, torch.bfloat16),
         ("sparse_mfac", {"momentum": 0.9}, torch.float32),
         ("sparse_ggt", {"momentum": 0.9, **ROUNDED}, torch.bfloat16),
     ],

@@ -89,3 +89,21 @@ def test_a_step_launches_as_much_for_many_layers_as_for_few(name: str, dtype: to
         assert 0 < len(launched) <= most
         counts.append((launched, operations.found))
     assert counts[0] == counts[1] == counts[2]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_corrections_take_two_launches_a_rule(name: str, use: Use) -> None:
+    """One that joins and one that splits, of all weights together, whatever their number."""
+    use("triton")
+    options, most = METHODS[name]
+    counts = []
+    for layers in (2, 8):
+        weights = llama(layers, torch.bfloat16)
+        optimizer = OPTIMIZERS[name].optimizer_class(weights, weight_rounding="compensated", **options)
+        with kernels():
+            step(optimizer, weights, 0)
+        with kernels() as launched:
+            optimizer.step()
+        counts.append(Counter(launched))
+    assert counts[0] == counts[1] and counts[0].total() <= most + 4
+    assert 1 <= counts[0]["_join_kernel"] == counts[0]["_split_kernel"] <= 2

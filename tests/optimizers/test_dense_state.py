@@ -138,7 +138,11 @@ def mesh() -> Iterator[DeviceMesh]:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("setting", [{"dense_state": "fp32"}, {"weight_rounding": "stochastic"}], ids=str)
+@pytest.mark.parametrize(
+    "setting",
+    [{"dense_state": "fp32"}, {"weight_rounding": "stochastic"}, {"weight_rounding": "compensated"}],
+    ids=str,
+)
 def test_sharded_parameters_are_refused_before_anything_moves(setting: dict[str, Any], mesh: DeviceMesh) -> None:
     whole = torch.ones(8, 4, dtype=torch.bfloat16)
     weight = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))

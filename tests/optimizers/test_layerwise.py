@@ -90,6 +90,7 @@ def normal(case: Case) -> Case:
         (torch.float32, {}),
         (torch.bfloat16, {}),
         (torch.bfloat16, {"weight_rounding": "stochastic", "dense_state": "fp32"}),
+        (torch.bfloat16, {"weight_rounding": "compensated"}),
     ],
     ids=str,
 )

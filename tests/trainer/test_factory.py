@@ -145,19 +145,25 @@ def test_what_would_be_no_smaller_stays_dense(name: str, hyper: dict[str, Any], 
     assert ("compressed state would be larger" in caplog.text) == bool(dense)
 
 
-def test_dense_state_reaches_every_group_and_the_summary(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("rounding", "said"),
+    [("stochastic", "are rounded stochastically"), ("compensated", "have a correction of 8 bits")],
+)
+def test_dense_state_reaches_every_group_and_the_summary(
+    rounding: str, said: str, tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     """Through ``optim_args``, in a model whose embedding is large enough to be quantized."""
     pytest.importorskip("bitsandbytes")
     model = tiny_llama()
     model.resize_token_embeddings(256)
-    text = "rank=8,dense_state=8bit,weight_rounding=stochastic"
+    text = f"rank=8,dense_state=8bit,weight_rounding={rounding}"
     trainer = make_trainer(tmp_path, model.to(torch.bfloat16), optim="ldadam", optim_args=text)
     trainer.train()
     settings = {(g["dense_state"], g["weight_rounding"]) for g in trainer.optimizer.param_groups}
-    assert settings == {("8bit", "stochastic")}
+    assert settings == {("8bit", rounding)}
     report = measure_state(trainer.optimizer)
     assert report == plan_optimizer(trainer.optimizer) and report.component_bytes["dense statistics"] > 0
-    assert "dense, 8 bit: embedding" in caplog.text and "rounded stochastically" in caplog.text
+    assert "dense, 8 bit: embedding" in caplog.text and said in caplog.text
 
 
 RANK = 4
@@ -454,6 +460,7 @@ OVERRIDES = [
     refused("eps=0.001 has no effect", name="lowrank_mfac", overrides={"q_proj": {"eps": 1e-3}}),
     refused("dense_state='fp32' has no effect", name="sparse_mfac", overrides={"q_proj": {"dense_state": "fp32"}}),
     refused("it matches are float32", model=bf16_but_norms, overrides={"norm": {"weight_rounding": "stochastic"}}),
+    refused("it matches are float32", model=bf16_but_norms, overrides={"norm": {"weight_rounding": "compensated"}}),
 ]
 RATIOS = [
     refused("dense_lr_ratio=0 is out of range", dense_lr_ratio=0),

@@ -12,7 +12,7 @@ from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer
 
-from hf_lowmem_optim import OPTIMIZERS, measure_state, plan_memory, plan_optimizer
+from hf_lowmem_optim import OPTIMIZERS, fp32_state_dict, measure_state, plan_memory, plan_optimizer
 from hf_lowmem_optim.memory.report import load_report
 from tests.trainer import runs
 from tests.trainer.tiny_models import VOCAB, tiny_llama, token_rows, with_lora
@@ -176,3 +176,23 @@ def test_a_live_model_is_planned_with_the_bytes_of_its_quantized_base(bits: str,
     assert weights.num_parameters == LINEAR + 2 * VOCAB * 64 + 5 * 64 + adapters
     assert plan["adamw_fp32"].state is not None
     assert all(plan[name].problem is None for name in OPTIMIZERS)
+
+
+def test_a_bfloat16_adapter_trains_with_compensated_weights(tmp_path: Path) -> None:
+    """Planned and measured alike; float32 weights come through the wrapper of accelerate, close to the narrow ones."""
+    torch.manual_seed(7)
+    model = get_peft_model(tiny_llama().to(torch.bfloat16), lora(), autocast_adapter_dtype=False)
+    arguments = "rank=4,weight_rounding=compensated"
+    planned = plan_memory(model, "ldadam", optim_args=arguments)["ldadam"].state
+    trainer = runs.make_trainer(tmp_path, model, optim="ldadam", optim_args=arguments, learning_rate=1e-4, max_steps=4)
+    trainer.train()
+    measured = measure_state(trainer.optimizer)
+    assert measured == plan_optimizer(trainer.optimizer) == planned
+    trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    assert measured.component_bytes["weight correction"] == sum(param.numel() for param in trained.values())
+    exported = fp32_state_dict(model, trainer.optimizer)
+    assert exported.keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert exported[name].dtype == torch.float32
+        assert torch.equal(exported[name], value.float()) == (name not in trained), name
+        assert (exported[name] - value.float()).abs().max() <= 2**-8 * value.float().abs().max()

@@ -7,6 +7,7 @@ from hf_lowmem_optim.ops.triton.ldadam_step import later_step_
 from hf_lowmem_optim.ops.triton.low_rank import orthonormal_columns
 from hf_lowmem_optim.ops.triton.lowrank_mfac import compress_, descend_by_factors_
 from hf_lowmem_optim.ops.triton.sparse_window import update_all
+from hf_lowmem_optim.ops.triton.weight_correction import join, split_
 from hf_lowmem_optim.ops.triton.window_products import combine, descend_all, gram_rows
 
 __all__ = [
@@ -17,10 +18,12 @@ __all__ = [
     "descend_by_factors_",
     "descend_weights_",
     "gram_rows",
+    "join",
     "later_step_",
     "move_moments_",
     "orthonormal_columns",
     "quantize_into",
     "select_all",
+    "split_",
     "update_all",
 ]

@@ -1,0 +1,120 @@
+"""Narrow weights with corrections: every pair of them, and float32 values of all sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_lowmem_optim.ops.weight_correction import join_weights, split_weights_
+from tests.ops.backends import BF16, FAST, FP16, FP32, QUIET, Use, same
+
+pytestmark = QUIET
+NARROW = [BF16, FP16]
+
+
+def every(dtype: torch.dtype) -> Tensor:
+    """Every number of a narrow dtype, [65536]."""
+    return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+
+
+def split(value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    weight = torch.full(value.shape, torch.nan, dtype=dtype, device=value.device)
+    correction = torch.full(value.shape, 77, dtype=torch.int8, device=value.device)
+    split_weights_([weight], [correction], [value])
+    return weight, correction
+
+
+def join(weight: Tensor, correction: Tensor) -> Tensor:
+    return join_weights([weight], [correction])[0]
+
+
+def distance(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance of the two weights between which a value lies, float64."""
+    kind = torch.finfo(dtype)
+    exponent = torch.frexp(value.double().abs().clamp(min=kind.smallest_normal)).exponent - 1
+    return kind.eps * torch.exp2(exponent.double())
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_every_pair_is_a_number_of_its_own(dtype: torch.dtype) -> None:
+    """Joined and split, each is what it was; a weight with corrections ascends evenly to the next one."""
+    weight, smallest = every(dtype), torch.finfo(dtype).smallest_normal
+    ascending = weight[weight.isfinite() & (weight >= 0) & ~weight.signbit()]
+    for sign, corrections in ((1, range(-128, 128)), (-1, (-128, -1, 0, 127))):
+        before = torch.full((len(ascending),), -torch.inf, dtype=torch.float64)
+        for each in corrections:
+            w = ascending * sign
+            c = torch.full(w.shape, each, dtype=torch.int8)
+            c[0] = max(each, 0)  # beside 0 there is nothing below
+            value = join(w, c)
+            again = split(value, dtype)
+            assert same(again[0], w) and torch.equal(again[1], c)
+            magnitude = sign * value.double()
+            assert (magnitude[1:] > before[1:]).all()
+            away = (magnitude - ascending.double()).abs()
+            assert (away <= distance(ascending, dtype) * (abs(each) / 256)).all()
+            normal = ascending.double() > smallest
+            below = distance(value, dtype)
+            assert torch.equal(away[normal], (below * (abs(each) / 256))[normal])
+            before = magnitude
+        assert (before[:-1] < ascending[1:].double()).all()
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_a_value_is_its_nearest_pair(dtype: torch.dtype) -> None:
+    """Of all exponents, exact to 2^-9 of the distance of weights; those of few bits are exact."""
+    generator = torch.Generator().manual_seed(0)
+    kind = torch.finfo(dtype)
+    exponents = torch.linspace(-148, 127, 400_000) if dtype == BF16 else torch.linspace(-35, 16, 400_000)
+    value = torch.randn(400_000, generator=generator) * torch.exp2(exponents)
+    value = value[value.abs() < kind.max * (1 - kind.eps)]
+    weight, correction = split(value, dtype)
+    unit = distance(value, dtype)
+    joined = join(weight, correction)
+    assert ((joined.double() - value.double()).abs() <= unit * 2**-9).all()
+    assert ((weight.double() - value.double()).abs() <= unit * (0.5 + 2**-9)).all()
+    assert ((weight == value.to(dtype)) | ((weight.double() - value.double()).abs() >= unit * (0.5 - 2**-9))).all()
+    assert same(split(joined, dtype)[0], weight) and torch.equal(split(joined, dtype)[1], correction)
+    bits = 16 if dtype == BF16 else 19
+    short = value.view(torch.int32) & -(1 << 24 - bits)
+    few = short.view(FP32)[value.abs() >= kind.smallest_normal]
+    assert len(few) > 1e5 and torch.equal(join(*split(few, dtype)), few)
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_what_is_not_finite_has_no_correction(dtype: torch.dtype) -> None:
+    kind = torch.finfo(dtype)
+    too_large = kind.max * (1 + kind.eps * 0.5)
+    special = torch.tensor([torch.inf, -torch.inf, torch.nan, too_large, -too_large, -0.0])
+    weight, correction = split(special, dtype)
+    assert same(weight, special.to(dtype)) and not correction.any()
+    # whatever lies beside it
+    for stale in (-128, 127):
+        assert same(join(weight, torch.full_like(correction, stale))[:5], weight[:5].float())
+    largest = torch.tensor([kind.max, -kind.max], dtype=dtype)
+    assert join(largest, torch.full((2,), 127, dtype=torch.int8)).isfinite().all()
+    zeros = join(torch.tensor([0.0, -0.0], dtype=dtype), torch.full((2,), -128, dtype=torch.int8))
+    assert not zeros.any() and zeros.signbit().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_kernels_give_the_bits_of_the_torch_version(dtype: torch.dtype, backend: str, use: Use) -> None:
+    """Several tensors, odd sizes and layouts, every weight with two corrections."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [every(dtype), every(dtype)[4:].reshape(-1, 3).t(), every(dtype)[:0], every(dtype)[9:42]]
+    corrections = [torch.randint(-128, 128, w.shape, generator=generator).to(torch.int8) for w in weights]
+    bits = [torch.randint(-(2**31), 2**31, w.shape, generator=generator) for w in weights]
+    values = [b.to(torch.int32).view(FP32) for b in bits]
+    scales = [torch.randint(-32, 18, w.shape, generator=generator) for w in weights]
+    values[1] = torch.randn(values[1].shape, generator=generator) * torch.exp2(scales[1])
+    expected = join_weights.torch_version(weights, corrections)
+    device = use(backend)
+    there = [[each.to(device).clone() for each in tensors] for tensors in (weights, corrections, values)]
+    joined = join_weights(*there[:2])
+    assert all(map(same, joined, expected)) and all(each.is_contiguous() for each in joined)
+    assert not there[0][1].is_contiguous()
+    split_weights_.torch_version(weights, corrections, values)
+    split_weights_(*there)
+    assert all(map(same, there[0], weights)) and all(map(same, there[1], corrections))
