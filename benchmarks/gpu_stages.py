@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hf_lowmem_optim.engine.buckets import allocate_stacked
 from hf_lowmem_optim.ops.dispatch import chosen_backend
-from hf_lowmem_optim.ops.low_rank import Coefficients
+from hf_lowmem_optim.ops.low_rank import Coefficients, precision_of_products
 from hf_lowmem_optim.optimizers.ldadam import LDAdamOptions, ldadam_state
 
 SHAPES = (((4096, 4096), 8), ((11008, 4096), 4))
@@ -38,8 +38,8 @@ _MULTIPLY = {
     128: ((128, 64, 64, 8, 2), (128, 64, 128, 8, 2), (128, 128, 64, 8, 2), (128, 64, 64, 4, 2)),
 }
 _APPLY = {
-    16: ((16, 64, 64, 4, 2), (16, 64, 128, 4, 2), (16, 64, 128, 8, 2), (16, 32, 64, 4, 2), (16, 32, 128, 4, 2)),
-    128: ((32, 64, 64, 8, 2), (32, 64, 128, 8, 2), (32, 64, 64, 4, 2), (64, 64, 64, 4, 2), (32, 128, 64, 8, 2)),
+    16: ((16, 64, 64, 4, 2), (16, 64, 128, 4, 2), (16, 64, 128, 8, 2), (16, 32, 64, 4, 2), (16, 128, 64, 4, 2)),
+    128: ((32, 64, 64, 8, 2), (32, 64, 128, 8, 2), (32, 64, 64, 4, 2), (32, 128, 64, 8, 2), (32, 128, 128, 8, 2)),
 }
 
 
@@ -64,6 +64,7 @@ def stages(
     from hf_lowmem_optim.ops.triton import ldadam_step, residual
     from hf_lowmem_optim.ops.triton.ldadam import update_moments_
     from hf_lowmem_optim.ops.triton.low_rank import orthonormal_columns
+    from hf_lowmem_optim.ops.triton.residual_update import Descent, update_
 
     options = LDAdamOptions(rank=rank)
     specs = ldadam_state(shape, torch.bfloat16, options)
@@ -78,40 +79,48 @@ def stages(
     state["error_hi"].fill_(1e-3)
     g = [torch.randn(shape, device=device).bfloat16() for _ in range(count)]
     W: list[Tensor] = [torch.randn(shape, device=device).bfloat16() for _ in range(count)]
-    products, numbers = ldadam_step._products(options), Coefficients.of_step(7, options)
+    products, numbers = precision_of_products("4bit", rank), Coefficients.of_step(7, options)
+    kind = torch.bfloat16 if products == "bf16" else torch.float32  # of factors, as the step has them
     a, tall = residual.Residual(g, state, "4bit", products), shape[0] > shape[1]
     m, v, old = state["exp_avg"], state["exp_avg_sq"], state["basis"]
-    V, Y, U = torch.empty_like(m).mT, torch.randn_like(old), orthonormal_columns(torch.randn_like(old))
-    R, factors = U.mT @ old, torch.empty(count, 2 * rank, m.shape[2], device=device)
+    Y, U = torch.randn_like(old), orthonormal_columns(torch.randn_like(old))
+    V, projected = torch.empty_like(m, dtype=kind).mT, torch.empty_like(m).mT
+    R, direction = U.mT @ old, torch.empty_like(m, dtype=kind)
+    factors = torch.empty(count, 2 * rank, m.shape[2], dtype=kind, device=device)
+    kept, moved = factors.chunk(2, dim=1)
+    before, after = old.to(kind), U.to(kind)
+    pairs = [(before, kept), (after, moved), (after, direction)]
+    *change, product = [(right.mT, left.mT) for left, right in pairs] if tall else pairs
+    descent = Descent(W, product, numbers.decay, numbers.step_size)
     entries = count * shape[0] * shape[1]
     read, written = _READ * entries, (_READ + _ERROR + _WEIGHT) * entries
     return {
-        "sketch V": (lambda: a.multiply(old, V, over_rows=not tall, weight=0.1, onto=m.mT, onto_weight=0.9), read),
+        "sketch V": (lambda: a.multiply(before, V, over_rows=not tall, weight=0.1, onto=m.mT, onto_weight=0.9), read),
         "sketch Y": (lambda: a.multiply(V, torch.empty_like(Y), over_rows=tall, weight=0.1), read),
         "orthonormalize": (lambda: orthonormal_columns(Y), 0.0),
-        "projection": (lambda: a.multiply(U, V, over_rows=not tall), read),
-        "moments": (lambda: update_moments_(R, m, v, V.mT, factors, numbers), 0.0),
-        "apply": (lambda: ldadam_step._apply_(W, a, (old, U, factors, V.mT), numbers, None), written),
+        "projection": (lambda: a.multiply(after, projected, over_rows=not tall), read),
+        "moments": (lambda: update_moments_(R, m, v, projected.mT, factors, numbers, direction=direction), 0.0),
+        "apply": (lambda: update_(a, change, descent), written),
         "step": (lambda: ldadam_step.later_step_(W, g, state, 7, options), 3 * read + written),
     }
 
 
 def rows_of(shape: tuple[int, int], count: int, rank: int) -> Iterator[dict[str, Any]]:
     """Yield a row for each stage, and for each tile of those that have one."""
-    from hf_lowmem_optim.ops.triton import ldadam_step, residual
+    from hf_lowmem_optim.ops.triton import residual, residual_update
 
     found = stages(shape, count, rank, torch.device("cuda"))
-    own = residual.multiply_tile, residual.apply_tile
+    own = residual.multiply_tile, residual_update.update_tile
     tiled = itertools.chain(
         ((name, None) for name in found),
-        *(((name, tile) for tile in _MULTIPLY[rank]) for name in ("sketch V", "sketch Y")),
-        (("apply", tile) for tile in _APPLY[rank]),
+        itertools.product(("sketch V", "sketch Y"), _MULTIPLY[rank]),
+        itertools.product(("apply",), _APPLY[rank]),
     )
     for name, tile in tiled:
         if tile is not None:
             chosen = dict(zip(("TERMS", "ROWS", "COLS", "num_warps", "num_stages"), tile, strict=True))
             residual.multiply_tile = lambda *_, chosen=chosen: chosen
-            ldadam_step.apply_tile = lambda *_, chosen=chosen: chosen
+            residual_update.update_tile = lambda *_, chosen=chosen: chosen
         action, moved = found[name]
         row: dict[str, Any] = {"shape": f"{shape[0]} × {shape[1]}", "matrices": count, "rank": rank, "stage": name}
         row["tile"] = "own" if tile is None else " ".join(map(str, tile))
@@ -120,7 +129,7 @@ def rows_of(shape: tuple[int, int], count: int, rank: int) -> Iterator[dict[str,
             row["gb_per_s"] = round(moved / row["ms"] / 1e6) or None
         except Exception as error:  # a tile that does not fit is a finding
             row["problem"] = f"{type(error).__name__}: {error}"[:120]
-        residual.multiply_tile, ldadam_step.apply_tile = own
+        residual.multiply_tile, residual_update.update_tile = own
         yield row
 
 

@@ -219,15 +219,21 @@ def test_launches_do_not_grow_with_the_layers(monkeypatch: pytest.MonkeyPatch) -
     from triton.runtime.interpreter import GridExecutor
 
     launches: list[str] = []
-    stock = GridExecutor.__call__
+    computed: list[str] = []
+    stock, inside = GridExecutor.__call__, []
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
         launches.append(self.fn.__name__)
-        return stock(self, *args, **kwargs)
+        inside.append(self)
+        try:
+            return stock(self, *args, **kwargs)
+        finally:
+            inside.pop()
 
     class Counting(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            computed.append(str(func))
+            if not inside and not func.is_view:  # the interpreter copies what it is given
+                computed.append(func.name())
             return func(*args, **(kwargs or {}))
 
     monkeypatch.setattr(GridExecutor, "__call__", launch)
@@ -235,11 +241,12 @@ def test_launches_do_not_grow_with_the_layers(monkeypatch: pytest.MonkeyPatch) -
     for n in (2, 8):
         W, g, state = matrices((20, 64), BF16, options := LDAdamOptions(rank=4), n=n)
         launches.clear()
-        computed: list[str] = []
+        computed.clear()
         with Counting():
             ldadam_update_(W, g, state, 3, options)
         counts.append((len(launches), len(computed)))
-    assert counts[0] == counts[1] and counts[0][0] <= 6, (counts, launches)
+    # two of the launches are for orthonormal columns; a third of what torch does is to allocate
+    assert counts[0] == counts[1] and counts[0][0] <= 7 and counts[0][1] <= 30, (counts, launches, computed)
 
 
 def test_the_precision_goes_by_the_storage_of_the_error(monkeypatch: pytest.MonkeyPatch) -> None:

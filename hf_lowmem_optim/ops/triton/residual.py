@@ -40,6 +40,8 @@ BLOCK = 64
 POINTEE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 #: The exponent of 2²³. An argument of the launches: ptxas would move a literal to a register before each use.
 MAGIC = 0x4B000000
+#: With so many, every multiprocessor of a large GPU has two.
+_ENOUGH_PROGRAMS = 256
 #: What the second dimension of a grid holds.
 _MAX_BATCH = 65535
 _TWO_23 = tl.constexpr(8388608.0)
@@ -349,7 +351,7 @@ class Residual:
             onto_weight: Its factor.
         """
         r = factor.shape[2]
-        tile = multiply_tile(self, r)
+        tile = multiply_tile(self, r, over_rows)
         stripes = triton.cdiv(self.columns, tile["COLS"]) if over_rows else triton.cdiv(self.rows, tile["ROWS"])
         with on_device(factor):
             multiply_kernel[(stripes * triton.cdiv(r, tile["TERMS"]), self.count)](
@@ -377,19 +379,25 @@ class Residual:
         return {"enable_fp_fusion": True, **masks, **self.constants, **tile}
 
 
-def _tile(terms: int, rows: int, columns: int, num_warps: int) -> dict[str, int]:
-    return {"TERMS": terms, "ROWS": rows, "COLS": columns, "num_warps": num_warps, "num_stages": 2}
+def _tile(terms: int, rows: int, columns: int, num_warps: int, num_stages: int = 2) -> dict[str, int]:
+    return {"TERMS": terms, "ROWS": rows, "COLS": columns, "num_warps": num_warps, "num_stages": num_stages}
 
 
-def multiply_tile(a: Residual, r: int) -> dict[str, int]:
-    """Return tile and launch parameters of a product with a of ``r`` terms: no registers are spilled with them."""
+def multiply_tile(a: Residual, r: int, over_rows: bool) -> dict[str, int]:
+    """Return tile and launch parameters of a product with a of ``r`` terms: no registers are spilled with them.
+
+    However many programs share the columns, an entry is the same sum.
+    """
     terms, products = max(16, triton.next_power_of_2(r)), a.constants["PRODUCTS"]
     if products == "ieee":
         return _tile(min(terms, 32), 32, 64, 4)
     if a.columns % 16:  # an address of its own for each entry
         return _tile(16, 32, 64, 8)
     if terms <= 32:
-        return _tile(terms, 64, 64 if products == "tf32x3" or a.storage == "8bit" else 128, 4)
+        if products == "tf32x3" or a.storage != "4bit":
+            return _tile(terms, 64, 64, 4)
+        many = a.count * triton.cdiv(a.columns, 128) >= _ENOUGH_PROGRAMS
+        return _tile(terms, 64, 128, 4) if over_rows and many else _tile(terms, 64, 64, 4, num_stages=3)
     rows = 32 if products == "tf32x3" else 64
     if terms == 64:
         return _tile(64, rows, 64, 4)
