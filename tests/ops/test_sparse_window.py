@@ -55,11 +55,12 @@ CASES = [
     Case(numel=4096 + 4096, block_size=4096, kept_per_block=41, kept_in_last_block=41, window=10, step=33),
     Case(1, 4096, 41, 1, window=10, step=1),
     Case(37, 16, 16, 5, window=3, step=11, weight_decay=0.1, eps=0.0),  # density 1
-    Case(96, 32, 16, 16, window=8, step=9),  # no padding among the sorted keys
+    Case(96, 32, 16, 16, window=8, step=9),
     Case(1030, 256, 13, 1, window=15, step=40, param=BF16, weight_decay=0.1),
     Case(777, 100, 7, 6, window=4, step=2, param=FP16, weight_decay=0.1),
-    # what the sorted layout cannot hold: float32 values, many rows, large blocks, more slots than one program sorts
     Case(1030, 256, 13, 1, window=15, step=40, values=FP32),
+    Case(1500, 500, 250, 250, window=16, step=15, weight_decay=0.1),
+    # what registers do not hold: more rows, more kept entries
     Case(777, 100, 7, 6, window=20, step=57, weight_decay=0.1),
     Case(32768 + 900, 32768, 300, 9, window=3, step=2, param=BF16),
     Case(900, 512, 400, 300, window=8, step=6, param=FP16, values=FP32, weight_decay=0.1),
@@ -234,7 +235,7 @@ def test_properties(block_size: int, numel: int, window: int, step: int, share: 
 
 
 @pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("window", [1, 33, 70])
+@pytest.mark.parametrize("window", [1, 9, 33, 70])
 @pytest.mark.parametrize("programs", [1, 3])
 def test_many_rows_and_blocks_in_a_program(
     window: int, programs: int, backend: str, use: Use, monkeypatch: Any

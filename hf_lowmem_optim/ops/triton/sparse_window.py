@@ -1,12 +1,13 @@
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined"
-"""Adam's statistics of a sparse window in Triton, which has no scatter into shared memory: rows add up in two ways.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined, assignment, var-annotated, unreachable"
+"""Adam's statistics of a sparse window in Triton, added up row after row in scratch memory.
 
-Sorted: index, row and bfloat16 value of an entry fit one 32-bit key, a block's whole window is sorted by (index, row),
-and the first entry of each index then walks over its followers while any has one. Everything stays on the chip.
+Triton has no scatter into shared memory. One program at a time owns a piece of global scratch memory, small enough to
+stay in the second-level cache. Indices of a row are unique, so that only rows must be kept apart, by barriers.
 
-Scratch: for any window, density, block size and value type. One program at a time owns a piece of global scratch memory
-(small enough to stay in the second-level cache) and adds row after row into it. Indices of a row are unique, so that
-only rows must be kept apart, by barriers.
+Held: for windows of a block that fit registers, as the usual ones do. Everything is loaded before the first row is
+added, and an entry is written where its first row meets it, so that the rows need barriers only while they add up.
+
+Looped: for any window and density.
 
 Both add the rows in the order of their storage, as the reference does; compiled without contraction into fused
 multiply-adds they agree with it bit for bit. Nothing is autotuned: these kernels work in place.
@@ -29,90 +30,9 @@ from hf_lowmem_optim.ops.triton.window_products import groups, num_programs, spa
 
 __all__ = ["update_all"]
 
-#: What is sorted: 12 bits of index, 4 bits of row (row 15 marks padding), and keys of one program.
-_SORTED_BLOCK_SIZE, _SORTED_WINDOW, _SORTED_SLOTS = 4096, 15, 2048
+#: Rows, and kept entries of a block, of a window that a program's registers hold, one entry of each row a thread.
+_MOST_ROWS, _MOST_KEPT = 16, 256
 _NUM_WARPS = 4
-
-
-@triton.jit
-def weighted(key, mask, weights_ptr, WINDOW: tl.constexpr):
-    """w1·V and w2·V² of sorted keys, each with the weights of its row."""
-    row = ((key >> 16) & 15).to(tl.int32)
-    value = (key << 16).to(tl.float32, bitcast=True)
-    w1 = tl.load(weights_ptr + row, mask=mask, other=0.0)
-    w2 = tl.load(weights_ptr + WINDOW + row, mask=mask, other=0.0)
-    return w1 * value + 0.0, w2 * (value * value) + 0.0  # sums begin at +0
-
-
-@triton.jit
-def _sorted_update_kernel(
-    table_ptr,  # [tensors, 6], see `step_tables`
-    owners_ptr,
-    weights_ptr,
-    lr,
-    eps,
-    decay,
-    WINDOW: tl.constexpr,
-    KEPT_PER_BLOCK: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    SLOTS: tl.constexpr,
-    TILE: tl.constexpr,
-    HAS_DECAY: tl.constexpr,
-    PARAM: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    record, block = owner_and_block(owners_ptr, table_ptr, tl.program_id(0), 6)
-    param_ptr = pointer(record, 1, PARAM, ALIGNED)
-    indices_ptr = pointer(record, 2, tl.int16, False)
-    values_ptr = pointer(record, 3, tl.bfloat16, False)
-    numel = size(record, 4, ALIGNED)
-    kept = tl.load(record + 5)
-    slot = tl.arange(0, SLOTS)
-
-    # one key per entry: 12 bits index | 4 bits row | 16 bits bfloat16 value
-    row = slot // KEPT_PER_BLOCK
-    column = block * KEPT_PER_BLOCK + (slot - row * KEPT_PER_BLOCK)
-    exists = (row < WINDOW) & (column < kept)
-    w1 = tl.load(weights_ptr + row, mask=exists, other=0.0)
-    w2 = tl.load(weights_ptr + WINDOW + row, mask=exists, other=0.0)
-    exists = exists & ((w1 != 0) | (w2 != 0))
-    entry = row * kept + column
-    index = tl.load(indices_ptr + entry, mask=exists, other=0).to(tl.uint32)
-    value_bits = tl.load(values_ptr + entry, mask=exists, other=0.0).to(tl.uint16, bitcast=True).to(tl.uint32)
-    key = (index << 20) | (row.to(tl.uint32) << 16) | value_bits
-    key = tl.sort(tl.where(exists, key, 0xFFFFFFFF))
-
-    # z1 ← Σ w1·V, z2 ← Σ w2·V² in the order of the rows, at the first entry of each index
-    index = key >> 20
-    previous = tl.gather(key, tl.maximum(slot - 1, 0), 0) >> 20
-    first = ((slot == 0) | (index != previous)) & (((key >> 16) & 15) != 15)
-    z1, z2 = weighted(key, first, weights_ptr, WINDOW)
-    offset = 1
-    more = 1
-    while more > 0:
-        follower = tl.gather(key, tl.minimum(slot + offset, SLOTS - 1), 0)
-        same = first & ((follower >> 20) == index) & (((follower >> 16) & 15) != 15) & (slot + offset < SLOTS)
-        z1_more, z2_more = weighted(follower, same, weights_ptr, WINDOW)
-        z1 = tl.where(same, z1 + z1_more, z1)
-        z2 = tl.where(same, z2 + z2_more, z2)
-        more = tl.max(same.to(tl.int32))
-        offset += 1
-
-    # W ← W·(1 − lr·wd) − lr·z1/(√z2 + eps); the touched entries are read before the decay of the block overwrites them
-    start = block * BLOCK_SIZE
-    touched_ptr = param_ptr + start + index.to(tl.int64)
-    touched = tl.load(touched_ptr, mask=first, other=0.0).to(tl.float32)
-    if HAS_DECAY:
-        tl.debug_barrier()
-        for tile in range(0, BLOCK_SIZE, TILE):
-            inner = tile + tl.arange(0, TILE)
-            inside = (inner < BLOCK_SIZE) & (start + inner < numel)
-            dense = tl.load(param_ptr + start + inner, mask=inside, other=0.0).to(tl.float32)
-            tl.store(param_ptr + start + inner, (dense * decay).to(PARAM), mask=inside)
-        tl.debug_barrier()
-        touched = touched * decay
-    touched = touched - lr * tl.div_rn(z1, tl.sqrt_rn(z2) + eps)
-    tl.store(touched_ptr, touched.to(PARAM), mask=first)
 
 
 @triton.jit
@@ -128,7 +48,103 @@ def is_untouched(z2):
 
 
 @triton.jit
-def _scratch_update_kernel(
+def load_cells(cells_ptr, index, mask):
+    """z1 and z2 of entries: the low and the high half of a 64-bit cell."""
+    cell = tl.load(cells_ptr + index, mask=mask, other=0)
+    return cell.to(tl.int32).to(tl.float32, bitcast=True), (cell >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def pack(z1, z2):
+    """What :func:`load_cells` takes apart."""
+    return (z2.to(tl.uint32, bitcast=True).to(tl.int64) << 32) | z1.to(tl.uint32, bitcast=True).to(tl.int64)
+
+
+@triton.jit
+def _held_update_kernel(
+    table_ptr,  # [tensors, 6], see `step_tables`
+    owners_ptr,
+    weights_ptr,
+    cells_ptr,  # int64 [programs, BLOCK_SIZE]
+    lr,
+    eps,
+    decay,
+    num_blocks,
+    kept_per_block,
+    WINDOW: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,  # at least kept_per_block
+    DENSE: tl.constexpr,
+    HAS_DECAY: tl.constexpr,
+    PARAM: tl.constexpr,
+    VALUES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    program = tl.program_id(0)
+    cells_ptr += program.to(tl.int64) * BLOCK_SIZE
+    lane = tl.arange(0, TILE)
+    nothing = pack(tl.zeros([TILE], tl.float32), untouched(TILE))
+    for tile in range(0, BLOCK_SIZE, TILE):
+        tl.store(cells_ptr + tile + lane, nothing, mask=tile + lane < BLOCK_SIZE)
+    weights = ()
+    for row in tl.static_range(WINDOW):
+        w1 = tl.load(weights_ptr + row)
+        w2 = tl.load(weights_ptr + WINDOW + row)
+        weights += ((w1, w2, tl.where((w1 != 0) | (w2 != 0), kept_per_block, 0)),)
+
+    for number in range(program, num_blocks, tl.num_programs(0)):
+        record, block = owner_and_block(owners_ptr, table_ptr, number, 6)
+        param_ptr = pointer(record, 1, PARAM, ALIGNED)
+        indices_ptr = pointer(record, 2, tl.int16, False)
+        values_ptr = pointer(record, 3, VALUES, False)
+        numel = size(record, 4, ALIGNED)
+        kept = tl.load(record + 5)
+        column = block * kept_per_block + lane
+        start = block * BLOCK_SIZE
+        rows = ()
+        for row in tl.static_range(WINDOW):
+            live = (column < kept) & (lane < weights[row][2])
+            index = tl.load(indices_ptr + row * kept + column, mask=live, other=0).to(tl.int32)
+            value = tl.load(values_ptr + row * kept + column, mask=live, other=0.0)
+            rows += ((live, index, value),)
+        old = ()
+        for row in tl.static_range(WINDOW):
+            old += (tl.load(param_ptr + start + rows[row][1], mask=rows[row][0], other=0.0),)
+        tl.debug_barrier()  # every cell is untouched
+
+        # z1 ← Σ w1·V, z2 ← Σ w2·V², row after row; an entry belongs to the first row that meets it
+        mine = ()
+        for row in tl.static_range(WINDOW):
+            live, index, value = rows[row]
+            value = value.to(tl.float32)
+            z1, z2 = load_cells(cells_ptr, index, live)
+            mine += (live & is_untouched(z2),)
+            z1 += weights[row][0] * value
+            z2 += weights[row][1] * (value * value)
+            tl.store(cells_ptr + index, pack(z1, z2), mask=live)
+            tl.debug_barrier()
+
+        # W ← W·(1 − lr·wd) − lr·z1/(√z2 + eps)
+        if HAS_DECAY:
+            for tile in range(0, BLOCK_SIZE, DENSE):
+                inner = tile + tl.arange(0, DENSE)
+                exists = (inner < BLOCK_SIZE) & (start + inner < numel)
+                dense = tl.load(param_ptr + start + inner, mask=exists, other=0.0).to(tl.float32)
+                tl.store(param_ptr + start + inner, (dense * decay).to(PARAM), mask=exists)
+            tl.debug_barrier()
+        for row in tl.static_range(WINDOW):
+            index = rows[row][1]
+            z1, z2 = load_cells(cells_ptr, index, mine[row])
+            touched = old[row].to(tl.float32)
+            if HAS_DECAY:
+                touched = touched * decay
+            touched = touched - lr * tl.div_rn(z1, tl.sqrt_rn(z2) + eps)
+            tl.store(param_ptr + start + index, touched.to(PARAM), mask=mine[row])
+            tl.store(cells_ptr + index, nothing, mask=mine[row])
+
+
+@triton.jit
+def _looped_update_kernel(
     table_ptr,
     owners_ptr,
     weights_ptr,
@@ -228,11 +244,9 @@ def _scratch_update_kernel(
         tl.debug_barrier()
 
 
-def sorted_slots(window: SparseWindow) -> int | None:
-    """Return how many keys are sorted for a block, None where the rows are added up in scratch memory."""
-    slots = max(128, 1 << (window.window * window.kept_per_block - 1).bit_length())
-    fits = window.block_size <= _SORTED_BLOCK_SIZE and window.window <= _SORTED_WINDOW and slots <= _SORTED_SLOTS
-    return slots if fits and window.values.dtype == torch.bfloat16 else None
+def _holds(window: SparseWindow) -> bool:
+    """Return whether a program's registers hold the kept entries of a block, of all rows."""
+    return window.window <= _MOST_ROWS and window.kept_per_block <= _MOST_KEPT
 
 
 def _dense_tile(param: Tensor, window: SparseWindow, num_warps: int) -> int:
@@ -244,46 +258,47 @@ def _dense_tile(param: Tensor, window: SparseWindow, num_warps: int) -> int:
 def update_all(steps: Sequence[WindowStep]) -> None:
     """Take MicroAdam's step for all tensors that are treated alike in one launch."""
     for group in groups(steps):
-        slots = sorted_slots(group[0].rows)
         with on_device(group[0].param):
-            if slots is not None:
-                _launch_sorted(group, slots)
-            else:
-                _launch_scratch(group)
+            (_launch_held if _holds(group[0].rows) else _launch_looped)(group)
 
 
-def _launch_sorted(steps: Sequence[WindowStep], slots: int) -> None:
+def _launch_held(steps: Sequence[WindowStep]) -> None:
     param, window, weights, lr, weight_decay, eps = steps[0]
-    num_warps = max(4, slots // 256)
     table, owners, is_aligned = step_tables(steps)
-    _sorted_update_kernel[(len(owners),)](
+    programs = num_programs(len(owners), window.block_size, 2)
+    tile = sparse_tile(window.kept_per_block)
+    num_warps = tile // (64 if torch.version.hip else 32)
+    _held_update_kernel[(programs,)](
         table,
         owners,
         weights,
+        torch.empty(programs, window.block_size, dtype=torch.int64, device=param.device),
         float(lr),
         float(eps),
         1.0 - lr * weight_decay,
+        len(owners),
+        window.kept_per_block,
         WINDOW=window.window,
-        KEPT_PER_BLOCK=window.kept_per_block,
         BLOCK_SIZE=window.block_size,
-        SLOTS=slots,
-        TILE=_dense_tile(param, window, num_warps),
+        TILE=tile,
+        DENSE=_dense_tile(param, window, num_warps),
         HAS_DECAY=weight_decay != 0,
         PARAM=TYPES[param.dtype],
+        VALUES=TYPES[window.values.dtype],
         ALIGNED=is_aligned,
         num_warps=num_warps,
         enable_fp_fusion=False,
     )
 
 
-def _launch_scratch(steps: Sequence[WindowStep]) -> None:
+def _launch_looped(steps: Sequence[WindowStep]) -> None:
     param, window, weights, lr, weight_decay, eps = steps[0]
     table, owners, is_aligned = step_tables(steps)
     programs = num_programs(len(owners), window.block_size, 2)
     has_decay = weight_decay != 0
     tile = _dense_tile(param, window, _NUM_WARPS) if has_decay else sparse_tile(window.kept_per_block)
     scratch = torch.empty(programs, 2, window.block_size, dtype=torch.float32, device=param.device)
-    _scratch_update_kernel[(programs,)](
+    _looped_update_kernel[(programs,)](
         table,
         owners,
         weights,
