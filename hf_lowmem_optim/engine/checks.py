@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from hf_lowmem_optim.engine.options import Options
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = [
+    "check_flattened",
     "check_parameter",
     "check_part",
     "check_rounding",
@@ -22,9 +24,12 @@ __all__ = [
     "check_unchanged",
     "describe_parameter",
     "fault_of_tensor",
+    "flat_note",
     "named_like_others",
     "refuse_mps",
 ]
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -235,6 +240,38 @@ def named_like_others(params: Any, groups: Sequence[Mapping[str, Any]]) -> Any:
         return params
     before = sum(len(group["params"]) for group in groups)
     return [(f"added.{place}", param) for place, param in enumerate(params, before)]
+
+
+def check_flattened(optimizer: Any, had_matrices: Sequence[bool]) -> None:
+    """Refuse, or note for a method that can do with them, flat vectors in the place of a group's matrices.
+
+    Args:
+        optimizer: The optimizer, before its first step.
+        had_matrices: For each group, whether it had matrices to compress when it was added.
+
+    Raises:
+        NotImplementedError: The method would train as AdamW.
+    """
+    for had, group in zip(had_matrices, optimizer.param_groups, strict=False):
+        params = group["params"]
+        if not had or not params or any(param.dim() != 1 for param in params):
+            continue
+        method, who = optimizer.method, type(optimizer).__name__
+        what = "The group's matrices were replaced by flat vectors, as DeepSpeed ZeRO does in the stages 1 to 3"
+        if not method.serves_flat:
+            raise NotImplementedError(
+                f"{what}: {who} would not find a matrix, and train as AdamW. Use FSDP2 "
+                "(reshard_after_forward=False is ZeRO-2), ZeRO stage 0, or microadam"
+            )
+        logger.warning("%s. %s", what, flat_note(who))
+
+
+def flat_note(who: str) -> str:
+    """Say what an optimizer is on flat vectors."""
+    return (
+        f"{who} then selects entries in blocks that run across tensors and depend on the number of processes, whatever "
+        "the size of a tensor: an experimental variant, not the method that one process or FSDP2 runs"
+    )
 
 
 def refuse_mps(params: Sequence[Tensor], who: str) -> None:

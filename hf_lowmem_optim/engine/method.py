@@ -89,6 +89,7 @@ class Method:
         check_loaded: Finds what its kernels could not be handed in a tensor's loaded state, beyond shapes and dtypes:
             ``(state, shape, options)`` -> the fault as a clause, or None.
         layerwise: Whether it updates during the backward pass.
+        serves_flat: Whether it makes sense of a group's matrices as one flat vector a process, as DeepSpeed makes them.
 
     Raises:
         ValueError: There is no such switch, or not one update.
@@ -110,6 +111,7 @@ class Method:
     absent_: Callable[[Mapping[str, Tensor], int], None] | None = None
     check_loaded: Callable[[Mapping[str, Tensor], Sequence[int], Any], str | None] | None = None
     layerwise: bool = False
+    serves_flat: bool = False
 
     def __post_init__(self) -> None:
         """Check what a mistyped description would break later."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, overload
 
 import torch
@@ -15,6 +15,7 @@ from hf_lowmem_optim.engine.adamw import adamw_update_, require_bitsandbytes
 from hf_lowmem_optim.engine.backward import LayerwiseMode
 from hf_lowmem_optim.engine.buckets import TensorUpdate, allocate_stacked, batches
 from hf_lowmem_optim.engine.checks import (
+    check_flattened,
     check_parameter,
     check_rounding,
     check_tensor,
@@ -26,6 +27,7 @@ from hf_lowmem_optim.engine.coupled import SHARED_STEP, check_agreement, coupled
 from hf_lowmem_optim.engine.gradient_error import GradientErrors
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.options import Options, as_plain, check_group_keys
+from hf_lowmem_optim.engine.sharding.probe import without_gradient
 from hf_lowmem_optim.engine.state import exact_load
 from hf_lowmem_optim.ops.dispatch import full_precision
 from hf_lowmem_optim.spec import TensorSpec
@@ -108,6 +110,7 @@ class LowMemoryOptimizer(Optimizer):
         self._specs: dict[tuple[Any, ...], tuple[bool, dict[str, TensorSpec]]] = {}
         self.checked: dict[Tensor, tuple[Mapping[str, TensorSpec], list[int]]] = {}
         self._system_home: Tensor | None = None
+        self._had_matrices: list[bool] = []
         if self.method.layerwise:
             self._backward = LayerwiseMode(self)
 
@@ -150,6 +153,7 @@ class LowMemoryOptimizer(Optimizer):
         if self.method.shared_state is not None and not self.method.is_dense(full):
             refuse_mps(tensors, who)
         super().add_param_group({**param_group, "params": named_like_others(params, self.param_groups)})
+        self._had_matrices.append(any(each.dim() >= 2 and self.method.compresses(each.shape, full) for each in tensors))
         self._watch(len(self.param_groups) - 1)
 
     def _watch(self, index: int) -> None:
@@ -242,6 +246,7 @@ class LowMemoryOptimizer(Optimizer):
             distinct = {id(options): vars(options) for options, compressed, _ in rules if compressed}
             check_agreement(method, list(distinct.values()), type(self).__name__)
         if fresh := [(p, rule) for (_, p, _), rule in zip(live, rules, strict=True) if not self.state.get(p)]:
+            check_flattened(self, self._had_matrices)
             self._allocate_(fresh)
         coupled = next((o for o, compressed, _ in rules if compressed and method.shared_state is not None), None)
         system = None
@@ -249,6 +254,13 @@ class LowMemoryOptimizer(Optimizer):
             system = None if self._system_home is None else self.state.get(self._system_home)
             if system is None or SHARED_STEP not in system:
                 system = self._common_system(coupled)
+        # Wrappers probe fresh optimizers with lr = 0 and zero gradients to learn the layout of their state
+        # (torch.distributed.checkpoint): that allocates, but is no update and leaves no trace in the run.
+        probed: Collection[int] = ()
+        if any(options.lr == 0 for options in options_of.values()):
+            still = [param for (_, param, _), rule in zip(live, rules, strict=True) if rule[0].lr == 0]
+            first = [param for param in still if self.state[param]["step"] == 0 and not self._is_real(param)]
+            probed = without_gradient(first)
         sparse: list[TensorUpdate] = []
         dense: dict[int, list[TensorUpdate]] = {}
         changed: list[Tensor] = []
@@ -256,9 +268,7 @@ class LowMemoryOptimizer(Optimizer):
             grad, state = param.grad, self.state[param]
             assert grad is not None
             step = state["step"] + 1
-            # Wrappers probe fresh optimizers with lr = 0 and zero gradients to learn the layout of their state
-            # (torch.distributed.checkpoint): that allocates, but is no update and leaves no trace in the run.
-            if step == 1 and options.lr == 0 and not self._is_real(param) and not grad.any():
+            if id(param) in probed:
                 continue
             state["step"] = step
             if any((key in specs) != (key in state) for key in method.optional_state):
