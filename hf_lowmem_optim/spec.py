@@ -94,6 +94,10 @@ class TensorSpec:
         """Return a zero tensor of this description on ``device``."""
         return torch.zeros(self.shape, dtype=self.dtype, device=device)
 
+    def stack(self, count: int) -> TensorSpec:
+        """Return several such tensors as one, [count, ...]."""
+        return replace(self, shape=(count, *self.shape))
+
     def shard(self, num_shards: int) -> TensorSpec:
         """Return the largest part when the tensor is split along its first dimension, as FSDP2 splits parameters."""
         if not self.shape:

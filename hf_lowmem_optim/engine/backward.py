@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from hf_lowmem_optim.engine.buckets import own_tensors
+from hf_lowmem_optim.engine.buckets import TensorUpdate, batches
 from hf_lowmem_optim.engine.checks import describe_parameter
 from hf_lowmem_optim.engine.error_feedback import add_residual, save_residual_
 from hf_lowmem_optim.engine.hooks import GradientHooks, refuse_several_processes
@@ -155,10 +155,10 @@ class LayerwiseMode(BackwardMode):
         number = self._micro_batches.get(id(param), 0)
         # ξ ← ξ + g: the next update's a is then that of the sum of both gradients
         fmt = specs["error_codes"].format if "error_codes" in specs else None
-        stacked = {key: value[None] for key, value in own_tensors(state).items()}
-        flat = grad.contiguous() if grad.dim() <= 2 else grad.contiguous().view(grad.shape[0], -1)
         seed = (state["step"] + 1) * _SEEDS_PER_STEP + number if group.get("stochastic_rounding") else None
-        save_residual_(stacked, add_residual([flat], stacked, fmt), fmt, seed=seed)
+        update = TensorUpdate(param, grad, state, self.host.method.options_of(group), state["step"])
+        for batch in batches([update], whole=False):
+            save_residual_(batch.state, add_residual(batch.g, batch.state, fmt), fmt, seed=seed)
         self._micro_batches[id(param)] = number + 1
         param.grad = None
         del self._held[id(param)]

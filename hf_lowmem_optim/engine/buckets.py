@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hf_lowmem_optim.engine.options import Options
-from hf_lowmem_optim.engine.rounding import StochasticRounding
+from hf_lowmem_optim.engine.rounding import StochasticRounding, seed_of_part
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = [
@@ -31,6 +31,8 @@ __all__ = [
     "most_entries",
     "most_tensors",
     "own_tensors",
+    "split_stacks",
+    "split_state",
 ]
 
 #: Begins the keys under which one parameter's state keeps what belongs to all parameters together.
@@ -80,6 +82,25 @@ class TensorUpdate:
 def own_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the tensors that a parameter's state has for the parameter itself."""
     return {key: value for key, value in state.items() if key != "step" and not key.startswith(SHARED_PREFIX)}
+
+
+def split_state(state: Mapping[str, Any]) -> list[dict[str, Tensor]]:
+    """Return the state of each matrix of a stack: views of the stack's."""
+    tensors = own_tensors(state)
+    return [dict(zip(tensors, parts, strict=True)) for parts in zip(*tensors.values(), strict=True)]
+
+
+def split_stacks(updates: Sequence[TensorUpdate]) -> list[TensorUpdate]:
+    """Replace stacks of matrices by their matrices, which are updated as tensors of their own."""
+    matrices: list[TensorUpdate] = []
+    for update in updates:
+        if not update.options.is_stack(update.param.shape):
+            matrices.append(update)
+            continue
+        for index, parts in enumerate(zip(update.param, update.grad, split_state(update.state), strict=True)):
+            seed = None if update.rounding_seed is None else seed_of_part(update.rounding_seed, index)
+            matrices.append(TensorUpdate(*parts, update.options, update.step, seed))
+    return matrices
 
 
 @dataclass(slots=True)
@@ -165,6 +186,8 @@ def batches(updates: Sequence[TensorUpdate], *, whole: bool) -> Iterator[Batch]:
     Returns:
         The batches, in the order of their first tensors.
     """
+    if any(update.options.stacked for update in updates):
+        updates = split_stacks(updates)
     return iter([_batch(updates, whole=whole)]) if len(updates) == 1 else _bucketed(updates, whole)
 
 
@@ -308,6 +331,8 @@ def _stack_loose_(bucket: Sequence[TensorUpdate]) -> None:
 
 def _is_loose(update: TensorUpdate) -> bool:
     """Return whether a state belongs to no stack; what is kept in a gradient's buffer never does."""
+    if "step" not in update.state:  # that of a parameter's one matrix
+        return False
     parts = own_tensors(update.state).values()
     own = all(part.untyped_storage().nbytes() == part.nbytes for part in parts)
     return own and all(part.untyped_storage().data_ptr() != update.grad.untyped_storage().data_ptr() for part in parts)

@@ -210,7 +210,7 @@ def _check_sharded(param: Tensor, group: Mapping[str, Any], compressed: bool, me
 def _refuse_state(
     param: Tensor, group: Mapping[str, Any], method: Method, key: str, found: str, wanted: TensorSpec | None
 ) -> None:
-    settings = ", ".join(f"{name}={group[name]!r}" for name in method.shaping)
+    settings = ", ".join(f"{name}={value!r}" for name, value in method.settings(group).items())
     needed = "nothing of that name" if wanted is None else f"{tuple(wanted.shape)}, {wanted.dtype}"
     raise ValueError(
         f"the state of {describe_parameter(param, group)} does not fit the options of its group ({settings}): {key!r} "

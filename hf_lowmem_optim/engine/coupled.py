@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from hf_lowmem_optim.engine.buckets import SHARED_PREFIX, TensorUpdate, batches
+from hf_lowmem_optim.engine.buckets import SHARED_PREFIX, TensorUpdate, batches, split_stacks, split_state
 from hf_lowmem_optim.engine.checks import check_part, describe_parameter
 from hf_lowmem_optim.engine.method import Method
 
@@ -92,7 +92,7 @@ def coupled_step_(optimizer: Any, updates: Sequence[TensorUpdate], system: dict[
     assert update_ is not None and method.shared_state is not None
     options: Any = updates[0].options
     if options.scope == "tensor":
-        for update in updates:
+        for update in split_stacks(updates):
             own = {key: update.state[key] for key in method.shared_state(options)}
             update_(list(batches([update], whole=method.whole)), own, update.step)
         return
@@ -113,4 +113,5 @@ def note_absent_(optimizer: Optimizer, method: Method, updates: Sequence[TensorU
             state = optimizer.state.get(param)
             if state and id(state) not in present and method.compresses(param.shape, group):
                 assert method.absent_ is not None
-                method.absent_(state, t)
+                for each in split_state(state) if method.options_of(group).is_stack(param.shape) else [state]:
+                    method.absent_(each, t)

@@ -167,7 +167,14 @@ class Method:
         """Return the state of a tensor under the compressed rule; None where it takes AdamW."""
         if 0 in shape or self.is_dense(vars(options)):
             return None
-        return self.state(shape, dtype, options)
+        if not options.is_stack(shape):
+            return self.state(shape, dtype, options)
+        each = self.state(shape[1:], dtype, options)
+        return None if each is None else {key: spec.stack(shape[0]) for key, spec in each.items()}
+
+    def settings(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return, of options by name, those on which the shape of the state depends; ``stacked`` only if it is set."""
+        return {key: values[key] for key in self.shaping if key != "stacked" or values[key]}
 
     def state_specs(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, TensorSpec]:
         """Describe the state of a parameter in a group: what will be, or was, allocated for it.
@@ -227,7 +234,7 @@ class Method:
             total: Counter[torch.device] = Counter()
             for param in group["params"]:
                 total[param.device] += param.numel()
-            for (shape, dtype, device), count in _equal_tensors(group["params"]).items():
+            for (shape, dtype, device), count in _equal_tensors(group["params"], options).items():
                 specs = self.compressed_state(shape, dtype, options)
                 if specs is None:
                     continue
@@ -257,5 +264,12 @@ class Method:
         return None
 
 
-def _equal_tensors(params: Sequence[Tensor]) -> Counter[tuple[torch.Size, torch.dtype, torch.device]]:
-    return Counter((param.shape, param.dtype, param.device) for param in params)
+def _equal_tensors(
+    params: Sequence[Tensor], options: Options
+) -> Counter[tuple[Sequence[int], torch.dtype, torch.device]]:
+    """Count equal tensors that an update is given, the matrices of stacks among them."""
+    counts: Counter[tuple[Sequence[int], torch.dtype, torch.device]] = Counter()
+    for param in params:
+        count, shape = (len(param), param.shape[1:]) if options.is_stack(param.shape) else (1, param.shape)
+        counts[shape, param.dtype, param.device] += count
+    return counts

@@ -112,6 +112,12 @@ class Options:
         'How updated bfloat16 and float16 weights are rounded: ``"nearest"``, or ``"stochastic"``, which keeps updates '
         "too small for the weight's dtype in the mean, seeded by step and parameter.",
     )
+    stacked: bool = option(
+        False,
+        "Compress a parameter of three dimensions as a stack of matrices, each by itself, one for every entry of the "
+        "first dimension (experts), instead of as the matrix (out, rest).",
+        shapes_state=True,
+    )
 
     def __init_subclass__(cls) -> None:
         """Note the names, so that an option of one method in a group of another is recognized."""
@@ -127,6 +133,10 @@ class Options:
 
     def check(self) -> None:
         """Check what depends on several values; a method with such rules overrides this."""
+
+    def is_stack(self, shape: Sequence[int]) -> bool:
+        """Return whether a tensor of this shape is compressed as a stack of matrices."""
+        return self.stacked and len(shape) == 3
 
     @classmethod
     @functools.cache

@@ -11,9 +11,15 @@ from torch import Tensor
 
 from hf_lowmem_optim.ops.block_quant import rounding_keys
 
-__all__ = ["StochasticRounding"]
+__all__ = ["StochasticRounding", "seed_of_part"]
 
 _EXPONENT_BITS = 0x7F800000
+
+
+def seed_of_part(seed: int, index: int) -> int:
+    """Return the seed of a part of a tensor, which is none of those of whole tensors."""
+    low, high = (key & 0xFFFFFFFF for key in rounding_keys(seed))
+    return (high << 32 | low) + index
 
 
 class StochasticRounding:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from hf_lowmem_optim.engine.buckets import SHARED_PREFIX
+from hf_lowmem_optim.engine.buckets import SHARED_PREFIX, split_state
 from hf_lowmem_optim.engine.checks import fault_of_tensor
 from hf_lowmem_optim.engine.coupled import SHARED_STEP, check_agreement
 from hf_lowmem_optim.engine.method import Method
@@ -32,6 +32,8 @@ __all__ = ["exact_load"]
 _MAX_STEPS = 1 << 38
 #: Where versions before 0.2 kept what belongs to all parameters together: a key of the first parameter group.
 _OLD_SHARED = "shared"
+#: Options that older versions did not have, with the value that is what they did.
+_ADDED_LATER = {"stacked": False}
 
 
 class _AsSaved:
@@ -51,6 +53,8 @@ def exact_load(optimizer: Optimizer, method: Method) -> Iterator[None]:
     def wrap(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         who = type(optimizer).__name__
         _check_containers(state_dict, who)
+        groups = [{**_ADDED_LATER, **group} for group in state_dict["param_groups"]]
+        state_dict = {**state_dict, "param_groups": groups}
         _check_groups(optimizer, method, state_dict["param_groups"])
         state_dict = _move_old_shared(optimizer, method, state_dict)
         _check_state(optimizer, method, state_dict)
@@ -129,6 +133,11 @@ def _check_groups(optimizer: Optimizer, method: Method, saved_groups: list[dict[
             was, now = ({repr(group[key]) for group in groups} - {repr(off)} for groups in (saved_groups, own))
             if was and now and not was & now:
                 changed.append(f"{key}={' or '.join(sorted(was))}, as it was saved")
+        if any(group["stacked"] for group in own) and not any(group["stacked"] for group in saved_groups):
+            changed.append(
+                "optim_target_modules that name the layers which were compressed when it was saved: stacks of experts, "
+                "which this optimizer compresses, were not"
+            )
         remedy = "; and ".join(changed) or "the same model, trainable parameters and target modules"
         raise ValueError(
             f"{who} cannot load this state: it was saved with groups of {saved_sizes} parameters, this optimizer has "
@@ -211,7 +220,9 @@ def _check_state(optimizer: Optimizer, method: Method, state_dict: dict[str, Any
                 homes.append(str(name))
             fault = _fault_of_entry(saved, specs, steps)
             if fault is None and compressed and method.check_loaded is not None:
-                fault = method.check_loaded(saved, param.shape, options)
+                stack = options.is_stack(param.shape)
+                states, shape = (split_state(saved), param.shape[1:]) if stack else ([saved], param.shape)
+                fault = next(filter(None, (method.check_loaded(each, shape, options) for each in states)), None)
             if fault is not None:
                 raise ValueError(
                     f"{who} cannot load the state of parameter {name!r} (shape {tuple(param.shape)}): {fault}. It "

@@ -51,11 +51,10 @@ def build_report(
     ``measured`` is the state of all processes together; ``predicted`` is None for optimizers that nothing describes.
     """
     inner = unwrap_optimizer(optimizer)
-    shaping = inner.method.shaping if isinstance(inner, LowMemoryOptimizer) else ()
     return {
         "schema": REPORT_SCHEMA,
         "optimizer": type(inner).__name__,
-        "settings": {key: inner.defaults[key] for key in shaping},
+        "settings": inner.method.settings(inner.defaults) if isinstance(inner, LowMemoryOptimizer) else {},
         "num_parameters": measured.num_parameters,
         "adamw_fp32_bytes": measured.adamw_fp32_bytes,
         "predicted": None if predicted is None else {"total_bytes": predicted.total_bytes, **predicted.breakdown()},

@@ -27,7 +27,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -48,7 +47,6 @@ from hf_lowmem_optim.spec import TensorSpec
 __all__ = [
     "MAX_BLOCK_SIZE",
     "VALUE_DTYPES",
-    "Selection",
     "TopK",
     "check_block_size",
     "counts",
@@ -56,7 +54,6 @@ __all__ = [
     "foreach_block_topk_",
     "kept_per_block",
     "num_kept",
-    "selection_of",
     "window_specs",
 ]
 
@@ -196,33 +193,6 @@ def foreach_block_topk_(calls: Sequence[TopK]) -> None:
         _select_all(filled)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Selection:
-    """One tensor of a call, taken apart: dense tensors flat, counts instead of the density.
-
-    Attributes:
-        indices: int16 [kept]: the row that is written.
-        values: bfloat16 or float32 [kept]: likewise.
-        grad: The gradient, flat and not empty.
-        error: The error's buffer, dense (flat) or quantized, or None.
-        block_size: Entries of a full block.
-        k: Entries kept of a full block.
-        k_last: Entries kept of the last block, which may be shorter.
-        error_scale: Factor of the error that is added to the gradient.
-        seed: Seed of the stochastic rounding of a quantized error; None rounds to nearest.
-    """
-
-    indices: Tensor
-    values: Tensor
-    grad: Tensor
-    error: Quantized | Tensor | None
-    block_size: int
-    k: int
-    k_last: int
-    error_scale: float
-    seed: int | None
-
-
 def _check(call: TopK) -> None:
     """Check the arguments for one tensor."""
     block_size, numel, device = call.block_size, call.grad.numel(), call.grad.device
@@ -253,15 +223,6 @@ def _check(call: TopK) -> None:
             )
 
 
-def selection_of(call: TopK) -> Selection:
-    """Take the checked arguments for one tensor apart."""
-    indices, values, row, grad, error, block_size, density, error_scale, seed = call
-    _, k, k_last = counts(grad.numel(), block_size, density)
-    flat = error.detach().view(-1) if isinstance(error, Tensor) else error
-    gradient = grad.detach().view(-1)
-    return Selection(indices[row], values[row], gradient, flat, block_size, k, k_last, float(error_scale), seed)
-
-
 # ---- torch version: the specification --------------------------------------------------------------------------------
 # Works on slices of blocks, so that its temporaries do not grow with the tensor.
 
@@ -269,38 +230,35 @@ def selection_of(call: TopK) -> Selection:
 @Op
 def _select_all(calls: Sequence[TopK]) -> None:
     """Select from every tensor; the arguments are checked, and no tensor is empty."""
-    selections = [selection_of(call) for call in calls]
-    for out, start, stop in [
-        (s, *ends) for s in selections for ends in slices(len(s.grad), s.block_size, s.grad.device)
-    ]:
-        grad, error = out.grad, out.error
-        # a ← g + s·Q⁻¹(e)
-        if error is None:
-            a = grad[start:stop].to(torch.float32, copy=True)
-        else:
+    for call in calls:
+        grad, error, stored = call.grad.detach().view(-1), call.error, call.values.dtype
+        indices, values = call.indices[call.row], call.values[call.row]
+        dense = error.detach().view(-1) if isinstance(error, Tensor) else None
+        _, k_full, k_last = counts(len(grad), call.block_size, call.density)
+        for start, stop in slices(len(grad), call.block_size, grad.device):
+            # a ← g + s·Q⁻¹(e)
             if isinstance(error, Quantized):
-                e = dequantize_slice(error, start, stop)
+                a = dequantize_slice(error, start, stop).mul_(call.error_scale).add_(grad[start:stop])
+            elif dense is not None:
+                a = dense[start:stop].to(torch.float32, copy=True).mul_(call.error_scale).add_(grad[start:stop])
             else:
-                e = error[start:stop].to(torch.float32, copy=True)
-            a = e.mul_(out.error_scale).add_(grad[start:stop])
-        rows = a.view(-1, min(out.block_size, stop - start))  # [blocks, entries]
-        k = out.k if rows.shape[1] == out.block_size else out.k_last
-        # I ← the k entries of largest |a| per block;  V ← a[I], rounded to the storage of the values
-        index = _largest(rows, k)
-        kept = rows.gather(1, index)
-        value = kept.to(out.values.dtype)
-        first = start // out.block_size * out.k
-        out.indices[first : first + index.numel()] = index.reshape(-1)
-        out.values[first : first + index.numel()] = value.view(-1)
-        if error is None:
-            continue
-        # e ← Q(a with a[I] ← a[I] − V):  what rounding cuts off the values belongs to the error
-        wide = value.float()
-        rows.scatter_(1, index, torch.where(wide.isfinite(), kept - wide, 0.0))
-        if isinstance(error, Quantized):
-            quantize_slice_(error, a, start, seed=out.seed)
-        else:
-            error[start:stop] = a
+                a = grad[start:stop].to(torch.float32, copy=True)
+            rows = a.view(-1, min(call.block_size, stop - start))  # [blocks, entries]
+            k = k_full if rows.shape[1] == call.block_size else k_last
+            # I ← the k entries of largest |a| per block;  V ← a[I], rounded to the storage of the values
+            index = _largest(rows, k)
+            kept = rows.gather(1, index)
+            value = kept.to(stored)
+            first = start // call.block_size * k_full
+            indices[first : first + index.numel()] = index.reshape(-1)
+            values[first : first + index.numel()] = value.view(-1)
+            # e ← Q(a with a[I] ← a[I] − V):  what rounding cuts off the values belongs to the error
+            wide = value.float()
+            rows.scatter_(1, index, torch.where(wide.isfinite(), kept - wide, 0.0))
+            if isinstance(error, Quantized):
+                quantize_slice_(error, a, start, seed=call.seed)
+            elif dense is not None:
+                dense[start:stop] = a
 
 
 def _largest(rows: Tensor, k: int) -> Tensor:

@@ -126,12 +126,8 @@ def microadam_update_(
         o: The options.
     """
     assert o.density is not None
-    row, fmt, indices, values = (
-        (t - 1) % o.window,
-        _format(o.bits, o.quant_block_size),
-        state["indices"],
-        state["values"],
-    )
+    row, indices, values = (t - 1) % o.window, state["indices"], state["values"]
+    fmt = _format(o.bits, o.quant_block_size)
     parts = zip(state["error_codes"], state["error_lo"], state["error_hi"], W, strict=True)
     errors = [Quantized(codes, lo, hi, weight.numel(), fmt) for codes, lo, hi, weight in parts]
     # 1. W ← W − lr·alpha·Q⁻¹(e); line 7 will decay what is added here, so that it is added undecayed

@@ -207,7 +207,9 @@ class OptimizerFactory:
         listed = [*model.parameters(), *(p for group in given or () for _, p in group.params)]
         switched_on = own.with_value(*method.switch) & {id(p) for p in listed if p.ndim >= 2}
         judge = partial(_rule, method, everyone)
-        placements = place_parameters(model, self.target_modules, judge, own.values, switched_on, given)
+        # where only the number of entries matters, experts may be compressed together
+        stack = {} if method.whole or everyone["stacked"] else {"stacked": True}
+        placements = place_parameters(model, self.target_modules, judge, own.values, switched_on, given, stack)
         check_overrides_apply(self.overrides, own, placements, optimizer_class)
         placements = scale_dense_rates(placements, own, self.dense_lr_ratio, everyone["lr"])
         groups = build_param_groups(placements, method.switch, everyone["weight_decay"], given)
@@ -307,8 +309,8 @@ def _label(optimizer: LowMemoryOptimizer, placement: Placement) -> str:
     settings = {**optimizer.defaults, **placement.settings}
     keys = optimizer.method.shaping
     if placement.rule == COMPRESSED:
-        shaping = (key for key in optimizer.method.shaping if key != "dense_state")
-        label = f"compressed ({', '.join(f'{key}={settings[key]}' for key in shaping)})"
+        shaping = optimizer.method.settings(settings)
+        label = f"compressed ({', '.join(f'{key}={value}' for key, value in shaping.items() if key != 'dense_state')})"
     else:
         key, off = optimizer.method.switch
         keys = (*keys, key)

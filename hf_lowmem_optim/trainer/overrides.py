@@ -170,6 +170,8 @@ def _without_effect(
         only_dense = ("dense_state",) if optimizer_class.method.adam_like else ("dense_state", "betas", "eps")
         for key in (key for key in only_dense if key in values):
             yield key, "it is for the dense rule, and all that it matches is compressed"
+    if values.get("stacked") and all(p.parameter.ndim != 3 for p in concerned):
+        yield "stacked", "nothing that it matches has three dimensions"
     if values.get("weight_rounding") == "stochastic" and all(p.parameter.dtype == torch.float32 for p in concerned):
         yield "weight_rounding", "all weights that it matches are float32"
     if not any(p.targeted or p.rule == NOT_WORTH for p in concerned):

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -96,6 +97,7 @@ def place_parameters(
     own: Mapping[int, Mapping[str, Any]] | None = None,
     also_targeted: Set[int] = frozenset(),
     given: Sequence[GivenGroup] | None = None,
+    stack_settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[Placement]:
     """Decide for every trainable parameter of ``model``, each listed once, in the model's order.
 
@@ -113,6 +115,7 @@ def place_parameters(
         own: Settings of single parameters, by id.
         also_targeted: Ids of parameters that are targeted besides.
         given: The groups that there are already.
+        stack_settings: What is set for targeted stacks of experts where their own settings do not say otherwise.
 
     Raises:
         TypeError: ``target_modules`` is neither a list of strings, a string nor None.
@@ -137,13 +140,17 @@ def place_parameters(
         targets = _matrix_weights(model) - reasons.keys() | also_targeted
     else:
         targets = _selected_targets(model, target_modules) | also_targeted
+    stacks, biases = _expert_parameters(model)
     placements = []
     for name, parameter, group in members:
         settings = (own or {}).get(id(parameter), {})
-        if id(parameter) in targets:
+        if parameter.ndim < 2 or id(parameter) in biases:
+            rule = VECTOR
+        elif id(parameter) in targets:
+            settings = {**stack_settings, **settings} if id(parameter) in stacks else settings
             rule = judge(parameter, settings)
         else:
-            rule = VECTOR if parameter.ndim < 2 else reasons.get(id(parameter), NOT_TARGET)
+            rule = reasons.get(id(parameter), NOT_TARGET)
         placements.append(Placement(name, parameter, rule, decays[group], settings, group))
     return placements
 
@@ -182,9 +189,26 @@ def build_param_groups(
 
 
 def _matrix_weights(model: nn.Module) -> set[int]:
-    """Return ids of the trainable weights of linear and convolution layers."""
-    weights = (module.weight for module in model.modules() if isinstance(module, _MATRIX_MODULES))
-    return {id(weight) for weight in weights if weight.requires_grad}
+    """Return ids of the trainable weights of linear and convolution layers, and of stacked experts."""
+    weights = {id(module.weight) for module in model.modules() if isinstance(module, _MATRIX_MODULES)}
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    return (weights | _expert_parameters(model)[0]) & trained
+
+
+def _expert_parameters(model: nn.Module) -> tuple[set[int], set[int]]:
+    """Return ids of the stacks of experts' weights, [experts, ...], and of the stacks of their biases.
+
+    Those are in modules that hold all experts of a layer, which transformers names ``MixtralExperts`` and the like.
+    """
+    stacks, biases = set[int](), set[int]()
+    for module in model.modules():
+        if not any("experts" in kind.__name__.lower() for kind in type(module).__mro__):
+            continue
+        held = list(module.parameters(recurse=False))
+        if any(parameter.ndim == 3 for parameter in held):
+            stacks.update(id(parameter) for parameter in held if parameter.ndim == 3)
+            biases.update(id(parameter) for parameter in held if parameter.ndim == 2)
+    return stacks, biases
 
 
 def _selected_targets(model: nn.Module, target_modules: str | Sequence[str]) -> set[int]:

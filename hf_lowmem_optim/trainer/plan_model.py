@@ -172,7 +172,7 @@ class _Request:
             searches[name] = search
         return replace(
             row,
-            settings={key: optimizer.defaults[key] for key in method.shaping},
+            settings=method.settings(optimizer.defaults),
             state=plan_groups(type(optimizer), groups, num_shards=shards),
             temporary_bytes=plan_temporaries(type(optimizer), groups),
             compressed_bytes_per_parameter=compressed_bytes_per_parameter(type(optimizer), groups),

@@ -157,7 +157,7 @@ def test_what_does_not_shape_the_state_may_change_between_steps(name: str) -> No
 OTHER_VALUES: dict[str, Any] = {
     "rank": 2, "state_dtype": "param", "dense_state": "fp32", "window": 5, "density": 0.3, "block_size": 128,
     "quant_block_size": 16, "bits": 8, "min_compress_size": 200, "value_dtype": "fp32", "error_feedback": "bf16",
-    "scope": "tensor",
+    "scope": "tensor", "stacked": True,
 }  # fmt: skip
 
 
@@ -238,7 +238,7 @@ class MyOptions(Options):
 
 def test_declarations_are_checked() -> None:
     assert MyOptions.help()["size"] == "How much. (an int ≥ 1; None: dense AdamW)"
-    assert MyOptions.shaping() == ("dense_state", "size")
+    assert MyOptions.shaping() == ("dense_state", "stacked", "size")
     assert MyOptions.of({"share": np.float64(0.25)}, "Mine") == MyOptions(share=0.25)
     for wrong, error, message in (
         ({"size": 0}, ValueError, r"size=0 is out of range; it must be an int ≥ 1, or None \(dense AdamW\)"),

@@ -46,8 +46,8 @@ TARGETS = {
 }
 
 
-def _record(launch: Any, target: Target) -> tuple[Any, dict[str, Any]]:
-    """Run the call of a launch with the launching itself replaced; return kernel, and arguments and options by name."""
+def _record(launch: Any, target: Target) -> list[tuple[Any, dict[str, Any]]]:
+    """Run a call with the launching itself replaced; return each kernel, and its arguments and options by name."""
     import torch
     from triton.runtime.jit import JITFunction
 
@@ -62,8 +62,7 @@ def _record(launch: Any, target: Target) -> tuple[Any, dict[str, Any]]:
         launch.prepare()[0]()
     finally:
         JITFunction.run, torch.version.hip = real_run, real_hip
-    (recorded,) = seen
-    return recorded
+    return seen
 
 
 def _type_of(value: Any) -> str:
@@ -150,27 +149,34 @@ def occupancy(target: Target, num_warps: int, registers: int, shared_bytes: int)
     return min(by_registers, by_shared, by_warps) * num_warps / target.warps_per_processor
 
 
-def compile_launch(name: str, target_name: str) -> dict[str, Any]:
-    """Compile one launch for one target; if that fails, there is nothing but its ``error``.
+def compile_launch(name: str, target_name: str) -> list[dict[str, Any]]:
+    """Compile the kernels of one call for one target; where that fails, there is nothing but an ``error``.
 
     Registers and spilled bytes are those of a thread; ``widest_load`` is what one thread loads at once from global
-    memory, at most, and ``required_load`` what the launch table demands, at least.
+    memory, at most, and ``required_load`` what the launch table demands of the first kernel, at least.
     """
     from tests.ops.launches import LAUNCHES, force_triton
 
     force_triton()
     target = TARGETS[target_name]
     launch = next(launch for launch in LAUNCHES if launch.name == name)
-    recorded, found = _record(launch, target), {"launch": name, "target": target_name}
+    kernels = _record(launch, target)
+    results = [_report(*each, target) | {"launch": name, "target": target_name} for each in kernels]
+    return [each | {"required_load": launch.widest_load if not place else 0} for place, each in enumerate(results)]
+
+
+def _report(kernel: Any, values: dict[str, Any], target: Target) -> dict[str, Any]:
+    """Compile one kernel and return what the compilers say about it."""
+    found = {"kernel": kernel.fn.__name__}
     try:
-        compiled = _compile(*recorded, target)
+        compiled = _compile(kernel, values, target)
     except Exception as error:  # whatever the compiler raises is the result
         return found | {"error": f"{type(error).__name__}: {error}"[-400:]}
     registers, spill_bytes = _registers_and_spills(compiled, target)
     num_warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     found |= {"error": "", "num_warps": num_warps, "registers": registers, "spill_bytes": spill_bytes}
     found |= {"shared_bytes": shared, "occupancy": occupancy(target, num_warps, registers, shared)}
-    return found | {"widest_load": _widest_load(compiled, target), "required_load": launch.widest_load}
+    return found | {"widest_load": _widest_load(compiled, target)}
 
 
 def main(names: list[str]) -> None:
@@ -183,8 +189,8 @@ def main(names: list[str]) -> None:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with ProcessPoolExecutor(2) as pool:
-            results = list(pool.map(compile_launch, *zip(*jobs, strict=True)))
-    print(json.dumps(results))
+            results = pool.map(compile_launch, *zip(*jobs, strict=True))
+            print(json.dumps([each for of_one in results for each in of_one]))
 
 
 if __name__ == "__main__":

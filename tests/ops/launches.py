@@ -19,7 +19,7 @@ from torch import Tensor
 from hf_lowmem_optim.ops import dispatch
 from hf_lowmem_optim.ops.block_quant import Quantized, dequantize_, dequantize_add_, quantize_
 from hf_lowmem_optim.ops.block_topk import num_kept
-from hf_lowmem_optim.ops.low_rank import Coefficients, orthonormalize
+from hf_lowmem_optim.ops.low_rank import Coefficients
 from hf_lowmem_optim.ops.sparse_window import SparseWindow, window_combine_
 from hf_lowmem_optim.spec import QuantFormat
 from tests.ops.backends import BF16, FP16, FP32, block_topk_, window_descend_, window_gram_row, window_update_
@@ -114,9 +114,18 @@ def topk(numel, *, error=None, grad=FP32, values=BF16, block_size=4096, seed=Non
 
 
 def reflections(numel: int, rank: int) -> Prepared:
-    matrix = torch.randn(numel // rank, rank)
-    matrix[:, -1] = matrix[:, 0]  # else there would be nothing to do
-    return partial(orthonormalize, matrix), [matrix, matrix]
+    from hf_lowmem_optim.ops.triton.low_rank import reflect_where_wrong_
+
+    matrix, rows = torch.randn(1, numel // rank, rank), torch.zeros(1, rank, numel // rank)
+    gram = torch.zeros(1, rank, rank, dtype=torch.float64)
+    return partial(reflect_where_wrong_, rows, matrix, gram), [rows, matrix, gram]
+
+
+def inverse_factors(numel: int, rank: int) -> Prepared:
+    from hf_lowmem_optim.ops.triton.low_rank import inverse_factor
+
+    gram = torch.eye(rank, dtype=torch.float64).repeat(numel // rank**2, 1, 1)
+    return partial(inverse_factor, gram), [gram]
 
 
 def moments(numel: int, rank: int) -> Prepared:
@@ -182,6 +191,9 @@ LAUNCHES: list[Launch] = [
     launch("dequantize 4-bit to fp32", 2, quantization, "dequantize", FOUR, FP32),  # loads codes, half a byte an entry
     launch("dequantize_add 4-bit to bf16", 16, quantization, "dequantize_add", FOUR, BF16),
     launch("dequantize_add 8-bit to fp32", 16, quantization, "dequantize_add", EIGHT, FP32),
+    launch("inverse factor, rank 16", 8, inverse_factors, 16, numel=4 * 16**2),
+    launch("inverse factor, rank 50", 8, inverse_factors, 50, numel=50**2),
+    launch("inverse factor, rank 64", 8, inverse_factors, 64, numel=64**2),
     launch("householder 1024 × 128", 16, reflections, 128, numel=1024 * 128),
     launch("householder 40000 × 16", 16, reflections, 16, numel=40000 * 16),
     launch("moments, rank 16", 4, moments, 16, numel=16 * 512),

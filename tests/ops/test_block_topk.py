@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_lowmem_optim.ops.block_quant import Quantized, dequantize_
-from hf_lowmem_optim.ops.block_topk import MAX_BLOCK_SIZE, kept_per_block, num_kept, window_specs
+from hf_lowmem_optim.ops.block_topk import (
+    MAX_BLOCK_SIZE,
+    TopK,
+    foreach_block_topk_,
+    kept_per_block,
+    num_kept,
+    window_specs,
+)
 from hf_lowmem_optim.ops.dispatch import ENVIRONMENT_VARIABLE
 from hf_lowmem_optim.spec import QuantFormat
 from tests.ops.backends import BF16, DEVICE, FAST, FP16, FP32, QUIET, Use, block_topk_, new_error, parts, same
@@ -105,6 +113,81 @@ def test_largest_block_and_default_block(backend: str, use: Use) -> None:
         devices = (use(which) for which in ("reference", backend))
         results = [case.select(grad.to(on), case.new_error(len(grad), on)) for on in devices]
         assert all(map(same, *results)), case
+
+
+def common(kind: str, numel: int, generator: torch.Generator) -> Tensor:
+    """Gradients for blocks of 4096 at 1 %, which a GPU does by candidates, or leaves to its general kernel."""
+    x, place = torch.randn(numel, generator=generator), torch.arange(numel)
+    chosen = torch.rand(numel, generator=generator)
+    return {
+        "normal": x,
+        "many magnitudes": x * torch.exp(2 * torch.randn(numel, generator=generator)),
+        "zero": torch.zeros(numel),
+        "minus zero": -torch.zeros(numel),
+        "constant": torch.full((numel,), -0.25),
+        "many ties": (x * 2).round() / 2,
+        "few ties": (x * 64).round() / 64,
+        "largest together": torch.where(place % 4096 < 70, 2 + place % 71 / 71, x * 1e-3),
+        "fewer than k": torch.where(chosen < 0.003, x, 0.0),
+        "mostly zero": torch.where(chosen < 0.03, x, 0.0),
+        "rows of zeros": torch.where(place // 4096 % 2 == 0, x, 0.0),
+        "small": x * 1e-22,
+        "tiny": x * 1e-33,
+        "subnormal": x * 1e-39,
+        "large": x * 1e26,
+        "huge": x * 3e37,
+        "rising": place - numel / 2,
+        "one": torch.where(place % 4096 == 2048, -1.0, 0.0),
+        "half-ways": ((x.bfloat16().view(torch.int16).int() << 16) | 0x8000).view(FP32),
+        "not finite": x.masked_fill(place % 1501 == 7, torch.nan).masked_fill(place % 997 == 5, -torch.inf),
+    }[kind]
+
+
+#: Of full blocks at the first step: whether the general kernel does them.
+COMMON = dict.fromkeys(
+    ["normal", "many magnitudes", "zero", "minus zero", "few ties", "mostly zero", "half-ways"], False
+)
+COMMON |= dict.fromkeys(["rows of zeros", "small"], False)
+COMMON |= dict.fromkeys(["constant", "many ties", "largest together", "fewer than k", "tiny", "subnormal"], True)
+COMMON |= dict.fromkeys(["large", "huge", "rising", "one", "not finite"], True)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("kind", COMMON)
+def test_common_blocks_agree_bit_for_bit(kind: str, backend: str, use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tensors in a call: full and short blocks, sizes and addresses that vectors cannot serve."""
+    number, flags = list(COMMON).index(kind), []
+    bits, dtype = (4, 8)[number % 2], FP16 if "many" in kind else (BF16, FP32)[number // 2 % 2]
+    real = torch.empty
+
+    def noted(*args: Any, **kwargs: Any) -> Tensor:
+        flags.append(real(*args, **kwargs).fill_(7))
+        return flags[-1]
+
+    results = []
+    for which in ("reference", backend):
+        on, generator = use(which), torch.Generator().manual_seed(number)
+        sizes, tensors = (2 * 4096, 4096 + 112, 4096 + 5, 4096), []
+        for numel in sizes:
+            kept = num_kept(numel, 4096, 0.01)
+            window = torch.full((3, kept), -7, dtype=torch.int16), torch.full((3, kept), torch.nan, dtype=BF16)
+            tensors.append((*(part.to(on) for part in window), new_error(numel, QuantFormat(bits), on)))
+        found = []
+        for step in range(3):
+            grads = [common(kind, numel + 1, generator).to(on, dtype) for numel in sizes]
+            # the last begins at an odd address
+            grads = [*(g[:n] for g, n in zip(grads[:-1], sizes, strict=False)), grads[-1][1:]]
+            calls = [TopK(i, v, step, g, e, 4096, 0.01) for (i, v, e), g in zip(tensors, grads, strict=True)]
+            with monkeypatch.context() as patch:
+                patch.setattr(torch, "empty", noted)
+                foreach_block_topk_(calls)
+            found += [t.clone() for i, v, e in tensors for t in (i, v, *parts(e))]
+        results.append(found)
+    for index, (expected, got) in enumerate(zip(*results, strict=True)):
+        assert same(got, expected), f"step {index // 20}, tensor {index % 20 // 5}, part {index % 5}"
+    if backend == "triton":
+        flagged = next(flag.tolist() for flag in flags if flag.dtype == torch.int32)
+        assert flagged == [COMMON[kind], COMMON[kind], COMMON[kind], True]
 
 
 grids = st.tuples(st.integers(1, 400), st.sampled_from([1, 7, 64, 100]), st.floats(0.01, 1.0), st.integers(0, 2**31))

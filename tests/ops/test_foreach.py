@@ -16,7 +16,7 @@ from hf_lowmem_optim.ops.block_quant import Quantized, dequantize_add_, quantize
 from hf_lowmem_optim.ops.block_topk import TopK, foreach_block_topk_, kept_per_block, window_specs
 from hf_lowmem_optim.ops.sparse_window import SparseWindow, WindowStep
 from hf_lowmem_optim.spec import QuantFormat
-from tests.ops.backends import BACKENDS, BF16, FP16, FP32, QUIET, Use, empty_quantized, new_error, parts, same
+from tests.ops.backends import BACKENDS, BF16, DEVICE, FP16, FP32, QUIET, Use, empty_quantized, new_error, parts, same
 
 pytestmark = QUIET
 
@@ -120,6 +120,18 @@ def test_together_is_one_by_one(backend: str, use: Use) -> None:
     assert 0.7 < finite.double().mean() < 0.99
     assert all(map(same, together, alone))
     assert torch.get_num_threads() == threads
+
+
+def test_tables_are_made_anew_when_an_address_or_a_size_changes() -> None:
+    tables = pytest.importorskip("hf_lowmem_optim.ops.triton.tables", exc_type=ImportError)
+    device = torch.device(DEVICE)
+    table, owners = tables.block_tables([(16, 5), (32, 6)], [2, 3], device)
+    assert table.tolist() == [[0, 16, 5], [2, 32, 6]] and owners.tolist() == [0, 0, 1, 1, 1]
+    again = tables.block_tables([(16, 5), (32, 6)], [2, 3], device)
+    assert again[0] is table and again[1] is owners
+    moved = tables.block_tables([(16, 5), (48, 6)], [2, 3], device)
+    assert moved[0].tolist() == [[0, 16, 5], [2, 48, 6]] and moved[1] is owners
+    assert tables.block_tables([(16, 5), (32, 6)], [1, 3], device)[1].tolist() == [0, 1, 1, 1]
 
 
 WEIGHTS = torch.tensor([[0.5, 0.25, 0.0, 0.0], [0.1, 0.2, 0.0, 0.0]])

@@ -79,6 +79,18 @@ def test_each_of_a_batch_goes_its_own_way(name: str) -> None:
     assert not U[2].isfinite().any()
 
 
+@pytest.mark.parametrize("r", [1, 2, 13, 64, 65, 150])
+def test_the_inverse_of_a_factor_is_that_of_cholesky(r: int) -> None:
+    columns = normal(3, r + 5, r).double()
+    gram = columns.mT @ columns
+    gram[1] = -gram[1]
+    got, factor = kernel.inverse_factor(gram.contiguous()), torch.linalg.cholesky(gram[::2])
+    identity = torch.eye(r, dtype=torch.float64, device=DEVICE)
+    # half of an ulp of each of r terms, times the condition of the factor, whose columns are random
+    torch.testing.assert_close(got[::2] @ factor, identity.expand(2, r, r), rtol=0, atol=1e-10)
+    assert not got[1].isfinite().all()
+
+
 def test_reflections_are_those_of_a_qr() -> None:
     """Also their signs; the column of zeros sends the matrix there."""
     Y = normal(60, 12)

@@ -245,6 +245,7 @@ def test_many_rows_and_blocks_in_a_program(
         kernels = importlib.import_module("hf_lowmem_optim.ops.triton.window_products")
         scratch = 4 * case.block_size * programs * -(-window // kernels.GRAM_ROWS)
         monkeypatch.setattr(kernels, "_SCRATCH_BYTES", scratch)
+        monkeypatch.setattr(kernels, "_GRAM_PROGRAMS", programs)
     here = device_of(backend)
     one, weights = make_window(case, device=here), torch.linspace(-1, 1, window, device=here)
     found = []

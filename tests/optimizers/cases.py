@@ -18,12 +18,13 @@ from hf_lowmem_optim.optimizers import LowMemoryOptimizer
 from hf_lowmem_optim.registry import OPTIMIZERS
 from hf_lowmem_optim.spec import QuantFormat
 
-#: Shapes that every test runs on: wide, tall, square, a convolution kernel, a vector, a scalar.
+#: Shapes that every test runs on: wide, tall, square, a convolution kernel, a stack, a vector, a scalar.
 SHAPES: dict[str, tuple[int, ...]] = {
     "wide": (12, 40),
     "tall": (40, 12),
     "square": (16, 16),
     "conv": (8, 3, 3, 3),
+    "experts": (3, 16, 12),
     "vector": (10,),
     "scalar": (),
 }
@@ -158,6 +159,9 @@ VARIANTS = {
     )
     for name, storage in (("ldadam", "8bit"), ("ldadam_layerwise", "fp32"), ("microadam_layerwise", "8bit"))
 }
+#: Stacks of matrices taken apart, by methods for which that is another state.
+for name in ("ldadam", "ldadam_layerwise", "ldadam error in gradient", "lowrank_mfac"):
+    VARIANTS[f"{name} stacked"] = replace(CASES[name], hyper={**CASES[name].hyper, "stacked": True}, wrong={})
 
 
 NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

@@ -49,6 +49,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "t5": tiny.tiny_t5,
     "vit": tiny.tiny_vit,
     "mamba": tiny.tiny_mamba,
+    "mixtral": tiny.tiny_mixtral,
 }
 TRAINED_PARTS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "all": lambda model: model,

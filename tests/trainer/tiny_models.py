@@ -47,6 +47,24 @@ def tiny_mamba() -> nn.Module:
     )
 
 
+def tiny_mixtral() -> nn.Module:
+    """Four experts a layer: gate and up projections (4, 48, 32), down projections (4, 32, 24)."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "intermediate_size": 24, "num_key_value_heads": 2, "num_hidden_layers": 1, "pad_token_id": 0}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.0}
+    return hf.MixtralForCausalLM(hf.MixtralConfig(vocab_size=VOCAB, **sizes, **experts))
+
+
+def tiny_gpt_oss() -> nn.Module:
+    """Experts' weights transposed, (6, 32, 48) and (6, 24, 32), and biases (6, 48) and (6, 32)."""
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
+    experts = {"num_local_experts": 6, "num_experts_per_tok": 2}
+    torch.manual_seed(0)
+    return hf.GptOssForCausalLM(
+        hf.GptOssConfig(vocab_size=VOCAB, head_dim=16, num_hidden_layers=1, pad_token_id=0, **sizes, **experts)
+    )
+
+
 def only_head() -> nn.Module:
     model = tiny_llama().requires_grad_(False)
     model.lm_head.requires_grad_(True)

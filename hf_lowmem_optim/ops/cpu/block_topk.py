@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from hf_lowmem_optim.ops.block_quant import Quantized
-from hf_lowmem_optim.ops.block_topk import Selection, TopK, _select_all, selection_of
+from hf_lowmem_optim.ops.block_topk import TopK, _select_all, kept_per_block
 from hf_lowmem_optim.ops.cpu.block_quant import decode_blocks, encode_blocks, random_keys
 from hf_lowmem_optim.ops.cpu.floats import BFLOAT16, FLOAT32, load_floats, narrow, store_floats, widen
 from hf_lowmem_optim.ops.cpu.jit import inlined, loop
@@ -167,22 +167,23 @@ def _topk(
 @register(_select_all, "cpu")
 def select_all(calls: Sequence[TopK]) -> None:
     """See :func:`hf_lowmem_optim.ops.block_topk.foreach_block_topk_`."""
-    selections = [selection_of(call) for call in calls]
-    tensors = [(_arguments(each), block_ranges(each.grad.numel(), each.block_size)) for each in selections]
+    tensors = [(_arguments(call), block_ranges(call.grad.numel(), call.block_size)) for call in calls]
     pieces = [(*arguments, *ends) for arguments, ranges in tensors for ends in ranges]
-    run_pieces(_topk.run, pieces, sum([each.grad.numel() for each in selections]))
+    run_pieces(_topk.run, pieces, sum([call.grad.numel() for call in calls]))
 
 
-def _arguments(each: Selection) -> tuple[Any, ...]:
+def _arguments(call: TopK) -> tuple[Any, ...]:
     """Return what the loop takes for a tensor."""
-    grad, values, error = each.grad, each.values, each.error
+    grad, values, error = call.grad.detach().view(-1), call.values[call.row], call.error
     gradient = grad.view(torch.uint8).numpy(), DTYPE_CODES[grad.dtype], grad.numel()
-    row = each.indices.numpy(), values.view(torch.uint8).numpy(), DTYPE_CODES[values.dtype], each.block_size, each.k
+    blocks = call.block_size, kept_per_block(call.block_size, call.density)
+    row = call.indices[call.row].numpy(), values.view(torch.uint8).numpy(), DTYPE_CODES[values.dtype], *blocks
     form = _NO_ERROR
     buffer: tuple[Any, ...] = NO_BYTES, NO_BYTES, NO_BYTES, 0, 8, 1
     if isinstance(error, Quantized):
         form, buffer = _QUANTIZED, buffer_arguments(error)
     elif error is not None:
-        form, buffer = _DENSE, (error.view(torch.uint8).numpy(), NO_BYTES, NO_BYTES, DTYPE_CODES[error.dtype], 8, 1)
-    keys = (False, 0, 0) if each.seed is None else random_keys(each.seed)
-    return *gradient, *row, form, each.error_scale, *buffer, *keys
+        dense = error.detach().view(-1).view(torch.uint8).numpy()
+        form, buffer = _DENSE, (dense, NO_BYTES, NO_BYTES, DTYPE_CODES[error.dtype], 8, 1)
+    keys = (False, 0, 0) if call.seed is None else random_keys(call.seed)
+    return *gradient, *row, form, float(call.error_scale), *buffer, *keys

@@ -22,8 +22,9 @@ from hf_lowmem_optim.ops.block_quant import Quantized, rounding_keys
 from hf_lowmem_optim.ops.block_topk import TopK, _select_all, counts
 from hf_lowmem_optim.ops.dispatch import register
 from hf_lowmem_optim.ops.triton.block_quant import block_range, decode, encode, load_codes, store_codes
-from hf_lowmem_optim.ops.triton.device import aligned, on_device
-from hf_lowmem_optim.ops.triton.tables import TYPES, alike, block_tables, owner_and_block, pointer
+from hf_lowmem_optim.ops.triton.block_topk_common import block_topk_kernel, common_options, is_common
+from hf_lowmem_optim.ops.triton.device import on_device
+from hf_lowmem_optim.ops.triton.tables import TYPES, alike, block_tables, owner_and_block, pointer, size, vectorizes
 
 __all__ = ["MAX_BLOCK_SIZE", "select_all"]
 
@@ -33,6 +34,7 @@ MAX_BLOCK_SIZE = 8192
 #: Entries of a row where none are quantized.
 _ROW = 64
 _ENTRIES_PER_WARP = 512  # 16 per thread of a warp of 32
+_FLAGS = tl.constexpr(32)
 
 
 @triton.jit
@@ -54,30 +56,16 @@ def threshold_of(magnitude, k):
     return lo
 
 
-@triton.jit(do_not_specialize=["window_row", "k", "key0", "key1"])
-def _block_topk_kernel(
-    table_ptr,  # [tensors, 9]: first program; gradient, error, lo, hi, indices, values; entries, entries kept
-    owners_ptr,
-    window_row,
-    k,
-    error_scale,
-    key0,
-    key1,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,  # BLOCK rounded up to a power of two
-    QUANT_BLOCK: tl.constexpr,
-    ERROR: tl.constexpr,  # "none", "dense", "quantized"
-    BITS: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    GRAD: tl.constexpr,
-    BUFFER: tl.constexpr,  # dtype of a dense error, or of a quantized one's codes
-    STATS: tl.constexpr,
-    VALUES: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
+@triton.jit
+def select_block(
+    table_ptr, owners_ptr, program, window_row, k, error_scale, key0, key1, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    QUANT_BLOCK: tl.constexpr, ERROR: tl.constexpr, BITS: tl.constexpr, STOCHASTIC: tl.constexpr, GRAD: tl.constexpr,
+    BUFFER: tl.constexpr, STATS: tl.constexpr, VALUES: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Do one block; see the kernel for the arguments."""
     # everything but the block's own place is in 32 bits: wide offsets would take most of the registers
-    record, block = owner_and_block(owners_ptr, table_ptr, tl.program_id(0), 9)
-    n = tl.load(record + 7)
+    record, block = owner_and_block(owners_ptr, table_ptr, program, 9)
+    n = size(record, 7, ALIGNED)
     kept = tl.load(record + 8)
     base = block * BLOCK
     length = tl.minimum(n - base, BLOCK).to(tl.int32)
@@ -136,11 +124,55 @@ def _block_topk_kernel(
         if ERROR == "dense":
             tl.store(error_ptr + index, rest.to(BUFFER), mask=valid)
         else:
-            lo, hi = block_range(rest, valid, tl.bfloat16 == STATS)
+            BF16_STATS: tl.constexpr = STATS == tl.bfloat16  # noqa: SIM300
+            lo, hi = block_range(rest, valid, BF16_STATS)
             codes = encode(rest, valid, lo, hi, base + index, key0, key1, LEVELS, STOCHASTIC)
             store_codes(error_ptr, codes, row, length, ROWS, QUANT_BLOCK, QUANT_BLOCK, BITS)
             tl.store(lo_ptr + row, lo.to(STATS), mask=live)
             tl.store(hi_ptr + row, hi.to(STATS), mask=live)
+
+
+@triton.jit(do_not_specialize=["window_row", "k", "key0", "key1"])
+def _block_topk_kernel(
+    table_ptr,  # [tensors, 9]: first program; gradient, error, lo, hi, indices, values; entries, entries kept
+    owners_ptr,
+    flags_ptr,  # [blocks], or None for every block
+    num_blocks,
+    window_row,
+    k,
+    error_scale,
+    key0,
+    key1,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,  # BLOCK rounded up to a power of two
+    QUANT_BLOCK: tl.constexpr,
+    ERROR: tl.constexpr,  # "none", "dense", "quantized"
+    BITS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    GRAD: tl.constexpr,
+    BUFFER: tl.constexpr,  # dtype of a dense error, or of a quantized one's codes
+    STATS: tl.constexpr,
+    VALUES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    if flags_ptr is None:
+        select_block(
+            table_ptr, owners_ptr, tl.program_id(0), window_row, k, error_scale, key0, key1, BLOCK, TILE, QUANT_BLOCK,
+            ERROR, BITS, STOCHASTIC, GRAD, BUFFER, STATS, VALUES, ALIGNED,
+        )  # fmt: skip
+    else:
+        # every program has blocks from all over the tensors; it looks at the flags of many at a time
+        apart = tl.num_programs(0)
+        for first in range(tl.program_id(0), num_blocks, apart * _FLAGS):
+            number = first + apart * tl.arange(0, _FLAGS)
+            flags = tl.load(flags_ptr + number, mask=number < num_blocks, other=0)
+            if tl.max(flags) > 0:
+                for block in range(first, tl.minimum(first + apart * _FLAGS, num_blocks), apart):
+                    if tl.load(flags_ptr + block) > 0:
+                        select_block(
+                            table_ptr, owners_ptr, block, window_row, k, error_scale, key0, key1, BLOCK, TILE,
+                            QUANT_BLOCK, ERROR, BITS, STOCHASTIC, GRAD, BUFFER, STATS, VALUES, ALIGNED,
+                        )  # fmt: skip
 
 
 def _launch_options(block_size: int) -> dict[str, int | bool]:
@@ -180,7 +212,7 @@ def _key(call: TopK) -> Hashable:
         kind = error.dtype
     dtypes = call.grad.dtype, call.values.dtype, kind
     how = call.row, call.block_size, call.density, call.error_scale, call.seed
-    return dtypes, how, aligned([call.grad, *_parts(error)])
+    return dtypes, how, vectorizes(call.grad, *_parts(error))
 
 
 def _parts(error: Quantized | Tensor | None) -> list[Tensor]:
@@ -212,12 +244,29 @@ def _select(calls: Sequence[TopK]) -> None:
         quant_block, bits = error.format.block_size, error.format.bits
     elif error is not None:
         kind, buffer = "dense", TYPES[error.dtype]
-    programs = [-(-call.grad.numel() // block_size) for call in calls]
-    table, owners = block_tables([_record(call) for call in calls], programs, grad.device)
+    table, owners = block_tables(
+        [_record(call) for call in calls], [-(-call.grad.numel() // block_size) for call in calls], grad.device
+    )
+    programs, flags = len(owners), None
     with on_device(grad):
-        _block_topk_kernel[(len(owners),)](
+        if is_common(one, k):
+            flags = torch.empty(programs, dtype=torch.int32, device=grad.device)
+            block_topk_kernel[(programs,)](
+                table,
+                owners,
+                flags,
+                one.row,
+                K=k,
+                BITS=bits,
+                GRAD=TYPES[grad.dtype],
+                **common_options(),
+            )
+            programs = min(programs, _persistent_programs(grad.device))
+        _block_topk_kernel[(programs,)](
             table,
             owners,
+            flags,
+            len(owners),
             one.row,
             k,
             float(one.error_scale),
@@ -233,6 +282,11 @@ def _select(calls: Sequence[TopK]) -> None:
             BUFFER=buffer,
             STATS=stats,
             VALUES=TYPES[one.values.dtype],
-            ALIGNED=aligned([grad, *_parts(error)]),
+            ALIGNED=vectorizes(grad, *_parts(error)),
             **_launch_options(block_size),
         )
+
+
+def _persistent_programs(device: torch.device) -> int:
+    """Return how many programs look for flagged blocks: as many as run at a time."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3

@@ -20,9 +20,39 @@ from hf_lowmem_optim.ops.triton.device import MAX_OFFSET, on_device
 
 __all__ = ["orthonormal_columns"]
 
+#: Rank up to which a matrix YᵀY fits into the registers of one program.
+_FACTOR_RANK = 64
 #: How far an entry of UᵀU may be from that of the identity.
 _TOLERANCE = 1e-6
 _ROWS, _COLUMNS, _NUM_WARPS = 1024, 16, 16
+
+
+@triton.jit
+def _inverse_factor_kernel(
+    gram_ptr,  # [batch, r, r]: G, float64
+    inverse_ptr,  # [batch, r, r]: L⁻¹, G = L·Lᵀ
+    r,
+    RANK: tl.constexpr,  # r rounded up
+):
+    first = tl.program_id(0).to(tl.int64) * r * r
+    lane = tl.arange(0, RANK)
+    row, column = lane[:, None], lane[None, :]
+    inside = (row < r) & (column < r)
+    one = tl.full([1, 1], 1.0, tl.float64)
+    # Elimination in place: E·G·Eᵀ = D with a unit lower triangle E. Of G what is left is right of the diagonal and on
+    # it, what there is of E left of it.
+    T = tl.load(gram_ptr + first + row * r + column, mask=inside, other=0.0)
+    for j in range(r):
+        across = tl.sum(tl.where(row == j, T, 0.0), 0)
+        pivot = tl.sum(tl.where(lane == j, across, 0.0), 0)
+        down = tl.sum(tl.where(column == j, T, 0.0), 1)
+        share = tl.where(lane > j, down / pivot, 0.0)
+        T = T - share[:, None] * tl.where(lane == j, 0.0, across)[None, :]
+        T = tl.where((column == j) & (row > j), -share[:, None], T)
+    pivots = tl.sum(tl.where(row == column, T, 0.0), 1)
+    E = tl.where(row > column, T, tl.where(row == column, one, 0.0))
+    # of a matrix that is not positive definite a NaN
+    tl.store(inverse_ptr + first + row * r + column, E / tl.sqrt(pivots)[:, None], mask=inside)
 
 
 @triton.jit
@@ -139,27 +169,50 @@ def reflect(A_ptr, tau, j, p, r, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
             tl.store(A_ptr + column[:, None] * p + entry[None, :], a - weight[:, None] * v[None, :], mask=inside)
 
 
-def _why_not(Y: Tensor) -> str | None:
-    entries = Y.shape[-2] * Y.shape[-1]
-    return None if entries <= MAX_OFFSET else f"{entries} entries of a matrix are more than a kernel counts"
+def inverse_factor(gram: Tensor) -> Tensor:
+    """Return the inverse of the Cholesky factor of each of a batch: one launch, or two for each halving of the rank.
+
+    Libraries take one after the other, or many launches (``docs/design-notes.md``).
+
+    Args:
+        gram: float64 [batch, r, r], symmetric.
+
+    Returns:
+        L⁻¹, likewise, where ``gram`` = L·Lᵀ; not finite, in part, where that is not positive definite.
+    """
+    inverse, r = torch.zeros_like(gram, memory_format=torch.contiguous_format), gram.shape[1]
+    if r <= _FACTOR_RANK:
+        rank = max(2, triton.next_power_of_2(r))
+        with on_device(gram):
+            # a thread has up to 16 entries
+            _inverse_factor_kernel[(len(gram),)](
+                gram.contiguous(), inverse, r, RANK=rank, num_warps=max(1, rank * rank // 512)
+            )
+        return inverse
+    half = r // 2
+    # of [[A, ·], [B, C]] with A = L₁·L₁ᵀ the factor is [[L₁, 0], [X, L₂]]: X = B·L₁⁻ᵀ, L₂·L₂ᵀ = C − X·Xᵀ
+    first = inverse_factor(gram[:, :half, :half])
+    X = gram[:, half:, :half] @ first.mT
+    second = inverse_factor(torch.baddbmm(gram[:, half:, half:], X, X.mT, alpha=-1))
+    inverse[:, :half, :half], inverse[:, half:, half:] = first, second
+    inverse[:, half:, :half] = torch.baddbmm(inverse[:, half:, :half], second @ X, first, beta=0, alpha=-1)
+    return inverse
 
 
-@register(_orthonormal_columns, "triton", why_not=_why_not)
-def orthonormal_columns(Y: Tensor) -> Tensor:
-    """Find them by Cholesky, and by Householder reflections where that was not accurate."""
-    columns = (Y if Y.dim() == 3 else Y[None]).contiguous()
-    wide = columns.double().mT
-    factor = torch.linalg.cholesky_ex(wide @ wide.mT)[0]
-    solved = torch.linalg.solve_triangular(factor, wide, upper=False)  # [batch, r, p]
-    del wide, factor
-    gram = solved @ solved.mT
-    rows = solved.to(torch.float32, memory_format=torch.contiguous_format)
+def reflect_where_wrong_(rows: Tensor, Y: Tensor, gram: Tensor) -> None:
+    """Write the columns that Householder reflections make of Y where other ones are not orthonormal.
+
+    Args:
+        rows: float32 [batch, r, p], contiguous: the columns that were found.
+        Y: float32 [batch, p, r], contiguous.
+        gram: float64 [batch, r, r], contiguous: the inner products of the columns that were found.
+    """
     batch, r, p = rows.shape
     taus = torch.empty(batch, r, dtype=torch.float32, device=Y.device)
     with on_device(Y):
         _householder_kernel[(batch,)](
             rows,
-            columns,
+            Y,
             gram,
             taus,
             p,
@@ -170,5 +223,22 @@ def orthonormal_columns(Y: Tensor) -> Tensor:
             TOLERANCE=_TOLERANCE,
             num_warps=_NUM_WARPS,
         )
+
+
+def _why_not(Y: Tensor) -> str | None:
+    entries = Y.shape[-2] * Y.shape[-1]
+    return None if entries <= MAX_OFFSET else f"{entries} entries of a matrix are more than a kernel counts"
+
+
+@register(_orthonormal_columns, "triton", why_not=_why_not)
+def orthonormal_columns(Y: Tensor) -> Tensor:
+    """Find them by Cholesky, and by Householder reflections where that was not accurate."""
+    columns = (Y if Y.dim() == 3 else Y[None]).contiguous()
+    wide = columns.double().mT
+    solved = inverse_factor(wide @ wide.mT) @ wide  # [batch, r, p]
+    del wide
+    gram = solved @ solved.mT
+    rows = solved.to(torch.float32, memory_format=torch.contiguous_format)
+    reflect_where_wrong_(rows, columns, gram)
     basis: Tensor = rows if Y.dim() == 3 else rows[0]
     return basis.mT

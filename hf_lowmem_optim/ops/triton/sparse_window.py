@@ -24,7 +24,7 @@ from torch import Tensor
 from hf_lowmem_optim.ops.dispatch import register
 from hf_lowmem_optim.ops.sparse_window import SparseWindow, WindowStep, _update_all
 from hf_lowmem_optim.ops.triton.device import on_device
-from hf_lowmem_optim.ops.triton.tables import TYPES, owner_and_block, pointer
+from hf_lowmem_optim.ops.triton.tables import TYPES, owner_and_block, pointer, size
 from hf_lowmem_optim.ops.triton.window_products import groups, num_programs, sparse_tile, step_tables
 
 __all__ = ["update_all"]
@@ -55,7 +55,7 @@ def _sorted_update_kernel(
     param_ptr = pointer(record, 1, PARAM, ALIGNED)
     indices_ptr = pointer(record, 2, tl.int16, False)
     values_ptr = pointer(record, 3, tl.bfloat16, False)
-    numel = tl.load(record + 4)
+    numel = size(record, 4, ALIGNED)
     kept = tl.load(record + 5)
     slot = tl.arange(0, SLOTS)
 
@@ -145,7 +145,7 @@ def _scratch_update_kernel(
         param_ptr = pointer(record, 1, PARAM, ALIGNED)
         indices_ptr = pointer(record, 2, tl.int16, False)
         values_ptr = pointer(record, 3, VALUES, False)
-        numel = tl.load(record + 4)
+        numel = size(record, 4, ALIGNED)
         kept = tl.load(record + 5)
         first = block * kept_per_block
         last = tl.minimum(first + kept_per_block, kept)

@@ -17,7 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["TYPES", "alike", "block_tables", "owner_and_block", "pointer"]
+from hf_lowmem_optim.ops.triton.device import aligned
+
+__all__ = ["TYPES", "alike", "block_tables", "owner_and_block", "pointer", "size", "vectorizes"]
 
 T = TypeVar("T")
 
@@ -33,11 +35,20 @@ def owner_and_block(owners_ptr, table_ptr, program, FIELDS: tl.constexpr):
 
 @triton.jit
 def pointer(record, FIELD: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """An address of a record; ALIGNED: it is a multiple of 16, as vectorized loads and stores demand."""
+    """An address of a record; ALIGNED: a multiple of 16, as vectorized loads and stores demand."""
     address = tl.load(record + FIELD).to(tl.pointer_type(TYPE))
     if ALIGNED:
         address = tl.multiple_of(address, 16)
     return address
+
+
+@triton.jit
+def size(record, FIELD: tl.constexpr, ALIGNED: tl.constexpr):
+    """A size of a record; ALIGNED: a multiple of 16, so that masks do not split vectors."""
+    entries = tl.load(record + FIELD)
+    if ALIGNED:
+        entries = tl.multiple_of(entries, 16)
+    return entries
 
 
 def block_tables(
@@ -69,6 +80,11 @@ def _table(records: tuple[tuple[int, ...], ...], programs: tuple[int, ...], devi
 def _owners(programs: tuple[int, ...], device: torch.device) -> Tensor:
     tensors = torch.arange(len(programs), dtype=torch.int32)
     return _to_device(tensors.repeat_interleave(torch.tensor(programs)), device)
+
+
+def vectorizes(tensor: Tensor, *others: Tensor) -> bool:
+    """Return whether a tensor's entries, and the addresses of it and of others, are multiples of 16."""
+    return tensor.numel() % 16 == 0 and aligned((tensor, *others))
 
 
 def _to_device(table: Tensor, device: torch.device) -> Tensor:

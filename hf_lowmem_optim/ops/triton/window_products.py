@@ -1,8 +1,9 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined"
 """Products of a sparse window's rows in Triton: with one of the rows, and with weights.
 
-The product of two rows looks up each index of one among those of the other, which ascend. The combination of rows adds
-them up in a program's own scratch memory, as in ``sparse_window.py``; blocks of the parameter are read and written once.
+The product of two rows looks up each index of one among those of the other, which ascend. A combination of rows is
+added up in a program's own scratch memory, as in ``sparse_window.py``; a block of the parameter is read and written
+once.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from hf_lowmem_optim.ops.dispatch import register
 from hf_lowmem_optim.ops.sparse_window import SparseWindow, WindowStep, _combine, _descend_all, _gram_rows
 from hf_lowmem_optim.ops.triton.device import on_device
-from hf_lowmem_optim.ops.triton.tables import TYPES, alike, block_tables, owner_and_block, pointer
+from hf_lowmem_optim.ops.triton.tables import TYPES, alike, block_tables, owner_and_block, pointer, size, vectorizes
 
 __all__ = ["GRAM_ROWS", "combine", "descend_all", "gram_rows", "groups", "num_programs", "sparse_tile", "step_tables"]
 
@@ -28,7 +29,7 @@ GRAM_ROWS, _GRAM_PROGRAMS = 32, 4096
 _SCRATCH_BYTES = 1 << 25
 _SPARSE_TILE = 1024
 _DENSE_TILE = 1024
-_GRAM_ENTRIES, _SUM_ENTRIES = 64, 1024
+_GRAM_ENTRIES, _SUM_ENTRIES = 16, 1024
 _NUM_WARPS = 4
 
 
@@ -70,9 +71,9 @@ def _combine_kernel(
 @triton.jit
 def place_of(index, indices_ptr, length, LOG: tl.constexpr):
     """Where int16 ``indices_ptr[:length]``, which ascend, reach ``index``; length is at most 2^LOG."""
-    place = tl.zeros_like(index)
+    place = index * 0
     for half in tl.static_range(LOG):
-        step: tl.constexpr = 1 << (LOG - 1 - half)
+        step = 1 << (LOG - 1 - half)
         probe = place + (step - 1)
         before = tl.load(indices_ptr + probe, mask=probe < length, other=32767).to(tl.int32) < index
         place = tl.where(before, place + step, place)
@@ -160,7 +161,7 @@ def _descend_kernel(
         param_ptr = pointer(record, 1, PARAM, ALIGNED)
         indices_ptr = pointer(record, 2, tl.int16, False)
         values_ptr = pointer(record, 3, VALUES, False)
-        numel = tl.load(record + 4)
+        numel = size(record, 4, ALIGNED)
         kept = tl.load(record + 5)
         first = block * kept_per_block
         start = block * BLOCK_SIZE
@@ -203,7 +204,7 @@ def _key(step: WindowStep) -> Hashable:
     """Return what tensors of one launch have in common."""
     param, rows, weights, *rates = step
     layout = rows.indices.shape[0], rows.block_size, rows.kept_per_block, rows.values.dtype
-    return param.dtype, param.data_ptr() % 16 == 0, weights.data_ptr(), *layout, *rates
+    return param.dtype, vectorizes(param), weights.data_ptr(), *layout, *rates
 
 
 def step_tables(steps: Sequence[WindowStep]) -> tuple[Tensor, Tensor, bool]:
@@ -216,7 +217,7 @@ def step_tables(steps: Sequence[WindowStep]) -> tuple[Tensor, Tensor, bool]:
         addresses = param.data_ptr(), rows.indices.data_ptr(), rows.values.data_ptr()
         records.append((*addresses, rows.numel, rows.indices.shape[1]))
     table, owners = block_tables(records, [step.rows.num_blocks for step in steps], steps[0].param.device)
-    return table, owners, records[0][0] % 16 == 0
+    return table, owners, vectorizes(steps[0].param)
 
 
 @register(_combine, "triton")
@@ -283,7 +284,9 @@ def _multiply(out: Tensor, windows: Sequence[SparseWindow], row: int) -> None:
         )
         columns = triton.next_power_of_2(one.window)
         tile = max(1, _SUM_ENTRIES // columns)
-        _sum_kernel[(len(windows),)](table, partial, out, len(owners), one.window, WINDOW=columns, TILE=tile)
+        _sum_kernel[(len(windows),)](
+            table, partial, out, len(owners), one.window, WINDOW=columns, TILE=tile, enable_fp_fusion=False
+        )
 
 
 @register(_descend_all, "triton")
