@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from hf_lowmem_optim.engine.buckets import SHARED_PREFIX
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.options import Options
+from hf_lowmem_optim.engine.sharding.layout import local_of, sharding_problem
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = [
@@ -170,8 +171,7 @@ def fault_of_tensor(part: Tensor) -> str | None:
 
     Kernels walk ``numel()`` entries from an address on.
     """
-    if type(part) is not Tensor and hasattr(part, "to_local"):
-        part = part.to_local()
+    part = local_of(part)
     if part.layout != torch.strided or not part.is_contiguous():
         return f"is not contiguous ({part.layout}, strides {part.stride() if part.layout == torch.strided else 'none'})"
     if not _has_storage(part):
@@ -191,20 +191,20 @@ def _has_storage(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() >= needed or tensor.numel() == 0
 
 
-def _check_sharded(param: Tensor, group: Mapping[str, Any], compressed: bool, method: Method, who: str) -> None:
+def _check_sharded(param: Any, group: Mapping[str, Any], compressed: bool, method: Method, who: str) -> None:
     """Raise NotImplementedError where the rules cannot update a DTensor."""
-    if compressed:
+    what, why = describe_parameter(param, group), method.needs_one_process(group)
+    if why is not None and (compressed or method.layerwise):
+        raise NotImplementedError(f"{what} is sharded (DTensor), and {why}: {who} trains it in one process")
+    if not hasattr(param.grad, "placements"):
+        raise RuntimeError(f"{what} is sharded (DTensor), and its gradient is not")
+    plain = not compressed and group["dense_state"] != "8bit" and group["weight_rounding"] == "nearest"
+    if not plain and (problem := sharding_problem(param)) is not None:
         key, off = method.switch
         raise NotImplementedError(
-            f"{describe_parameter(param, group)} is sharded (DTensor), which {who} cannot compress; "
-            f"give its group {key}={off!r} for the dense rule, or train without FSDP or tensor parallelism"
+            f"{what} is sharded (DTensor) in a way that {who} does not serve: {problem}. Give its group {key}={off!r}, "
+            "dense_state='param' and weight_rounding='nearest' for the rule that goes entry by entry"
         )
-    for key, plain in (("dense_state", "param"), ("weight_rounding", "nearest")):
-        if group[key] != plain:
-            raise NotImplementedError(
-                f"{describe_parameter(param, group)} is sharded (DTensor), for which there is no "
-                f"{key}={group[key]!r}; give its group {key}={plain!r}"
-            )
 
 
 def _refuse_state(

@@ -54,13 +54,23 @@ class Update(Protocol):
 class CoupledUpdate(Protocol):
     """One step of all tensors that share a system, such as the Gram matrix of their gradients."""
 
-    def __call__(self, tensors: Sequence[Batch], shared: Mapping[str, Tensor], t: int, /) -> None:
+    def __call__(
+        self,
+        tensors: Sequence[Batch],
+        shared: Mapping[str, Tensor],
+        t: int,
+        everywhere: Callable[[Tensor], Tensor] | None = None,
+        /,
+    ) -> None:
         """Update weights, state and shared state in place.
 
         Args:
             tensors: The tensors, those of one shape together.
             shared: The state that belongs to all of them.
             t: Which step of the system it is, 1 for the first.
+            everywhere: Where other processes have more tensors of the system: takes a row of float64 numbers for each
+                tensor here, as long as those of the first shared tensor, and returns the rows of all tensors. It must
+                be called once. None if all tensors are here.
         """
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, overload
 
 import torch
@@ -12,8 +12,9 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from hf_lowmem_optim.engine.adamw import adamw_update_, require_bitsandbytes
+from hf_lowmem_optim.engine.allocation import allocate_, follow_options_
 from hf_lowmem_optim.engine.backward import LayerwiseMode
-from hf_lowmem_optim.engine.buckets import TensorUpdate, allocate_stacked, batches
+from hf_lowmem_optim.engine.buckets import TensorUpdate, batches
 from hf_lowmem_optim.engine.checks import (
     check_flattened,
     check_parameter,
@@ -27,6 +28,8 @@ from hf_lowmem_optim.engine.coupled import SHARED_STEP, check_agreement, coupled
 from hf_lowmem_optim.engine.gradient_error import GradientErrors
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.options import Options, as_plain, check_group_keys
+from hf_lowmem_optim.engine.sharding.gathered import check_system, update_sharded_
+from hf_lowmem_optim.engine.sharding.layout import specs_at_rest
 from hf_lowmem_optim.engine.sharding.probe import without_gradient
 from hf_lowmem_optim.engine.state import exact_load
 from hf_lowmem_optim.ops.dispatch import full_precision
@@ -109,6 +112,7 @@ class LowMemoryOptimizer(Optimizer):
         self._options: dict[int, tuple[tuple[Any, ...], Options]] = {}
         self._specs: dict[tuple[Any, ...], tuple[bool, dict[str, TensorSpec]]] = {}
         self.checked: dict[Tensor, tuple[Mapping[str, TensorSpec], list[int]]] = {}
+        self.unchecked: set[int] = set()
         self._system_home: Tensor | None = None
         self._had_matrices: list[bool] = []
         if self.method.layerwise:
@@ -247,7 +251,7 @@ class LowMemoryOptimizer(Optimizer):
             check_agreement(method, list(distinct.values()), type(self).__name__)
         if fresh := [(p, rule) for (_, p, _), rule in zip(live, rules, strict=True) if not self.state.get(p)]:
             check_flattened(self, self._had_matrices)
-            self._allocate_(fresh)
+            allocate_(self.state, fresh)
         coupled = next((o for o, compressed, _ in rules if compressed and method.shared_state is not None), None)
         system = None
         if coupled is not None and vars(coupled)["scope"] == "model":
@@ -263,6 +267,7 @@ class LowMemoryOptimizer(Optimizer):
             probed = without_gradient(first)
         sparse: list[TensorUpdate] = []
         dense: dict[int, list[TensorUpdate]] = {}
+        sharded: list[tuple[TensorUpdate, bool]] = []
         changed: list[Tensor] = []
         for (index, param, group), (options, compressed, specs) in zip(live, rules, strict=True):
             grad, state = param.grad, self.state[param]
@@ -272,31 +277,48 @@ class LowMemoryOptimizer(Optimizer):
                 continue
             state["step"] = step
             if any((key in specs) != (key in state) for key in method.optional_state):
-                _follow_options_(state, specs, method.optional_state, param.device)
+                follow_options_(state, specs, method.optional_state, param)
             stochastic = options.weight_rounding == "stochastic" and param.dtype != torch.float32
             seed = step * _MAX_PARAMETERS + index if stochastic else None
             grad = grad.detach() if grad.requires_grad else grad
             # kernels read memory, which does not hold the numbers of a lazy gradient
             grad = grad.clone() if grad.is_neg() or grad._is_zerotensor() else grad
             update = TensorUpdate(param.detach(), grad, state, options, step, seed)
-            (sparse if compressed else dense.setdefault(id(group), [])).append(update)
             changed.append(param)
+            if hasattr(param, "placements"):
+                sharded.append((update, compressed))
+            else:
+                (sparse if compressed else dense.setdefault(id(group), [])).append(update)
         # fused and own kernels hide a change from autograd; a pass through an older graph must see it
         torch.autograd.graph.increment_version(changed)
         with full_precision():
-            if sparse and method.coupled_update_ is not None:
-                coupled_step_(self, sparse, system)
-            elif sparse:
-                assert method.update_ is not None
-                for batch in batches(sparse, whole=method.whole):
-                    with batch.weights() as W:
-                        method.update_(W, batch.g, batch.state, batch.step, batch.options)
-            for updates in dense.values():
-                adamw_update_(updates)
+            self._apply_(sparse, list(dense.values()), system)
+            if sharded:
+                update_sharded_(self, sharded, system, self._apply_)
+
+    def _apply_(
+        self,
+        sparse: Sequence[TensorUpdate],
+        dense: Sequence[Sequence[TensorUpdate]],
+        system: dict[str, Any] | None = None,
+    ) -> None:
+        """Update whole tensors: those that are compressed, and lists of those of a group that are not."""
+        method = self.method
+        if sparse and method.coupled_update_ is not None:
+            coupled_step_(self, sparse, system)
+        elif sparse:
+            assert method.update_ is not None
+            for batch in batches(sparse, whole=method.whole):
+                with batch.weights() as W:
+                    method.update_(W, batch.g, batch.state, batch.step, batch.options)
+        for updates in dense:
+            adamw_update_(updates)
 
     def _common_system(self, options: Options) -> dict[str, Any]:
         """Return the state that has the system over all parameters, checked, or allocated if there is none yet."""
         home, group = system_home(self, self.method)
+        if hasattr(home, "placements"):
+            check_system(self)
         state = self._prepared(home, group)[2]
         place_system_(state, home, group, self.method, options)
         self._system_home = home
@@ -331,36 +353,15 @@ class LowMemoryOptimizer(Optimizer):
             compressed = self.method.compressed_state(param.shape, param.dtype, options)
             specs = self.method.specs(param.shape, param.dtype, options) if compressed is None else compressed
             rule = self._specs[key] = (compressed is not None, specs)
-        return rule
+        return (rule[0], specs_at_rest(rule[1])) if hasattr(param, "placements") else rule
 
     def _prepared(self, param: Tensor, group: dict[str, Any]) -> tuple[bool, dict[str, TensorSpec], dict[str, Any]]:
         """Return whether a parameter is compressed, the specs of its state, and the state, allocated if need be."""
         options = self._options_of(group)
         compressed, specs = self._rule(param, options)
         if not self.state.get(param):
-            self._allocate_([(param, (options, compressed, specs))])
+            allocate_(self.state, [(param, (options, compressed, specs))])
         return compressed, specs, self.state[param]
-
-    def _allocate_(self, fresh: Sequence[tuple[Tensor, tuple[Options, bool, dict[str, TensorSpec]]]]) -> None:
-        """Allocate the state of parameters that have their first gradient: that of equal ones side by side."""
-        equal: dict[tuple[Any, ...], list[Tensor]] = {}
-        specs_of: dict[tuple[Any, ...], dict[str, TensorSpec]] = {}
-        for param, (options, compressed, specs) in fresh:
-            if hasattr(param, "placements"):  # sharded as its parameter is, which takes the dense rule
-                parts = {key: torch.zeros_like(param, dtype=spec.dtype) for key, spec in specs.items()}
-                self.state[param] = {"step": 0, **parts}
-                continue
-            key = (id(options), param.shape, param.dtype, param.device, compressed)
-            equal.setdefault(key, []).append(param)
-            specs_of[key] = specs
-        for key, params in equal.items():
-            compressed, device = key[-1], key[-2]
-            if compressed:
-                states = allocate_stacked(specs_of[key], len(params), device)
-            else:
-                states = [{k: spec.allocate(device) for k, spec in specs_of[key].items()} for _ in params]
-            for param, state in zip(params, states, strict=True):
-                self.state[param] = {"step": 0, **state}
 
     # ---------------------------------------------------------------------------------------------------- backward
 
@@ -434,14 +435,3 @@ class LowMemoryOptimizer(Optimizer):
             super().load_state_dict(state_dict)
         if self._backward is not None:
             self._backward.after_load()
-
-
-def _follow_options_(
-    state: dict[str, Any], specs: Mapping[str, TensorSpec], optional: Iterable[str], device: torch.device
-) -> None:
-    """Add optional state that the options now ask for, as zeros, and drop what they no longer do."""
-    for key in optional:
-        if key in specs and key not in state:
-            state[key] = specs[key].allocate(device)
-        elif key not in specs:
-            state.pop(key, None)

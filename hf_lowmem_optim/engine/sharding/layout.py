@@ -1,8 +1,8 @@
 """The state of a sharded parameter at rest: plain DTensors whose global shapes and bits are those of one process.
 
-A compressed tensor's state is split along its longest dimension, over the processes over which the parameter is; AdamW's
-moments as the parameter is. So a checkpoint does not depend on the number of processes, and resharding is torch's work.
-int16 lies as pairs of bytes, because neither gloo nor NCCL sends it.
+A compressed tensor's state is split along its longest dimension, over the processes over which its parameter is split;
+AdamW's moments are split as the parameter is. So a checkpoint does not depend on the number of processes: resharding
+is torch's work. int16 lies as pairs of bytes, because neither gloo nor NCCL sends it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def sharded_dims(placements: Sequence[Any]) -> tuple[int, ...]:
 
 
 def region(shape: Sequence[int], sizes: Sequence[int], placements: Sequence[Any], coordinate: Sequence[int]) -> Region:
-    """Return what a process has of a tensor: a part is split into equal ones, of which the last may be shorter or empty.
+    """Return what a process has of a tensor; of equal parts the last may be shorter, or empty.
 
     Args:
         shape: Shape of the whole.
@@ -122,8 +122,8 @@ def _placements_at_rest(shape: Sequence[int], param: Any, *, compressed: bool) -
         placements: tuple[Any, ...] = tuple(param.placements)
         return placements
     split = sharded_dims(param.placements)
-    longest = max(range(len(shape)), key=lambda axis: shape[axis], default=None)
-    if longest is None or shape[longest] < math.prod([param.device_mesh.size(dim) for dim in split]):
+    longest = max(range(len(shape)), key=lambda axis: shape[axis], default=0)
+    if max(shape, default=0) < math.prod([param.device_mesh.size(dim) for dim in split]):
         split = ()
     return tuple([Shard(longest) if dim in split else Replicate() for dim in range(param.device_mesh.ndim)])
 
@@ -166,7 +166,5 @@ def _sharded(local: Tensor, shape: Sequence[int], param: Any, *, compressed: boo
 
     mesh, placements = param.device_mesh, _placements_at_rest(shape, param, compressed=compressed)
     strides = torch.empty(tuple(shape), device="meta").stride()
-    part: Tensor = DTensor.from_local(
-        local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=strides
-    )
+    part: Tensor = DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=strides)
     return part
