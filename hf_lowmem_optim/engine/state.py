@@ -273,9 +273,7 @@ def _check_state(optimizer: Optimizer, method: Method, state_dict: dict[str, Any
         )
 
 
-def fault_of_values(
-    state: Mapping[str, Any], shape: Sequence[int], method: Method, options: Options
-) -> str | None:
+def fault_of_values(state: Mapping[str, Any], shape: Sequence[int], method: Method, options: Options) -> str | None:
     """Return what a method's kernels could not be handed in the state of a compressed tensor, as a clause."""
     if method.check_loaded is None:
         return None

@@ -30,6 +30,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from hf_lowmem_optim import LDAdam, SparseMFAC
 from hf_lowmem_optim.engine import adamw
 from hf_lowmem_optim.memory.measure import measure_state
+from hf_lowmem_optim.memory.plan import plan_groups
 from hf_lowmem_optim.optimizers import LowMemoryOptimizer
 from tests.optimizers.cases import CASES, MIN_QUANTIZED, VARIANTS, Case, gradients, make_params
 
@@ -148,6 +149,9 @@ def save(rank: int, world: int, folder: Path) -> list[str]:
             train(*each, steps_of(dtype, 0, BEFORE))
         assert_same_weights(model, dict(plain.named_parameters()), alone, name)
         assert_same_state(model, optimizer, plain, alone)
+        planned = plan_groups(type(optimizer), optimizer.param_groups, num_shards=world, rank=rank)
+        measured = measure_state(optimizer, local=True)
+        assert (planned.component_bytes, planned.dtype_bytes) == (measured.component_bytes, measured.dtype_bytes), name
         parts = {"optimizer": get_optimizer_state_dict(model, optimizer), "model": get_model_state_dict(model)}
         dcp.save(parts, checkpoint_id=folder / name / "parts")
         full = get_optimizer_state_dict(model, optimizer, options=FULL)

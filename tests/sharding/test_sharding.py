@@ -29,7 +29,7 @@ def test_placements_and_refusals(tmp_path: Path) -> None:
 
 
 def test_a_step_sends_what_the_readme_says(tmp_path: Path) -> None:
-    """The gradient once, weights and state twice, less the half that is at home; M-FAC one table of rows beside that."""
+    """The gradient once, weights and state twice, less the half that is at home; M-FAC one table of rows as well."""
     here, there = run(tmp_path, ("traffic", 2))[0]
     for name in here:  # type: ignore[attr-defined]
         calls, *_ = here[name]  # type: ignore[index]

@@ -22,7 +22,7 @@ from hf_lowmem_optim.engine.sharding.owners import assign_owners
 from hf_lowmem_optim.engine.sharding.transport import Move, Team, gather, scatter
 from hf_lowmem_optim.engine.state import fault_of_values
 
-__all__ = ["check_system", "update_sharded_"]
+__all__ = ["check_system", "gathered_bytes", "update_sharded_"]
 
 #: Whole tensors that a process has at a time, in bytes, unless one tensor has more.
 _WAVE_BYTES = 512 << 20
@@ -105,6 +105,29 @@ def update_sharded_(
     if members:
         assert system is not None
         _system_step_(optimizer, members, system)
+
+
+def gathered_bytes(method: Method, groups: Sequence[Any], num_shards: int) -> int:
+    """Bound what a process has for a moment of whole tensors: these, and what it sends and receives.
+
+    Args:
+        method: The method.
+        groups: The parameter groups, with ``"params"``.
+        num_shards: How many processes share the parameters.
+    """
+    sizes, at_once = [0], False
+    for group in groups:
+        options: Any = method.options_of(group)
+        for param in group["params"]:
+            compressed = method.compressed_state(param.shape, param.dtype, options) is not None
+            at_once |= compressed and method.shared_state is not None and options.scope == "model"
+            rounded = options.weight_rounding == "stochastic" and param.dtype != torch.float32
+            if compressed or rounded or options.dense_state == "8bit":
+                specs = method.specs(param.shape, param.dtype, options).values()
+                sizes.append(2 * param.numel() * param.element_size() + sum([spec.stored_bytes for spec in specs]))
+    # the process with the most has at most the largest tensor more than an equal share
+    most = sum(sizes) // num_shards + max(sizes)
+    return 3 * (most if at_once else min(most, _WAVE_BYTES + max(sizes)))
 
 
 def _part(update: TensorUpdate) -> TensorUpdate:

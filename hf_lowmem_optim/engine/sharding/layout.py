@@ -24,6 +24,7 @@ __all__ = [
     "cut",
     "is_at_rest",
     "local_of",
+    "part_of_spec",
     "region",
     "sharded_dims",
     "sharding_problem",
@@ -122,10 +123,34 @@ def _placements_at_rest(shape: Sequence[int], param: Any, *, compressed: bool) -
         placements: tuple[Any, ...] = tuple(param.placements)
         return placements
     split = sharded_dims(param.placements)
-    longest = max(range(len(shape)), key=lambda axis: shape[axis], default=0)
-    if max(shape, default=0) < math.prod([param.device_mesh.size(dim) for dim in split]):
+    axis = _split_axis(shape, math.prod([param.device_mesh.size(dim) for dim in split]))
+    if axis is None:
         split = ()
-    return tuple([Shard(longest) if dim in split else Replicate() for dim in range(param.device_mesh.ndim)])
+    return tuple([Shard(axis or 0) if dim in split else Replicate() for dim in range(param.device_mesh.ndim)])
+
+
+def _split_axis(shape: Sequence[int], num_shards: int) -> int | None:
+    """Return along which dimension a compressed tensor's state is split; None if it is too short."""
+    longest = max(range(len(shape)), key=lambda axis: shape[axis], default=None)
+    return longest if longest is not None and shape[longest] >= num_shards else None
+
+
+def part_of_spec(spec: TensorSpec, shape: Sequence[int], num_shards: int, rank: int, *, compressed: bool) -> TensorSpec:
+    """Describe what a process has of a state tensor of a parameter that FSDP2 splits.
+
+    Args:
+        spec: The whole, as :func:`specs_at_rest` describes it.
+        shape: Shape of the parameter.
+        num_shards: How many processes share it.
+        rank: Which of them it is.
+        compressed: Whether the parameter takes the compressed rule.
+    """
+    if not shape:
+        return spec
+    if not compressed and spec.shape == tuple(shape):
+        return spec.shard(num_shards, rank)
+    axis = _split_axis(spec.shape, num_shards)
+    return spec if axis is None else spec.shard(num_shards, rank, axis=axis)
 
 
 def allocate_part(spec: TensorSpec, param: Any, *, compressed: bool) -> Tensor:
