@@ -9,6 +9,7 @@ Parts, in this order, each a process with a time limit of its own:
 - ``gpu_tests``: the tests marked ``gpu``;
 - ``step_time_gpu_…``: ``step_time.py`` on the shapes large, llama, minilm and small, bfloat16;
 - ``gpu_kernels``: which kernels a step launches and how long each takes, beside the device's copy bandwidth;
+- ``gpu_stages``: ``gpu_stages.py``, the stages of LDAdam's fused step, with other tiles beside their own;
 - ``memory_gpu``: ``memory.py``, the peak memory of training steps;
 - ``gpu_training``: ``gpu_training.py``, a Llama from scratch on real text. Each variant is kept as soon as it is done.
 
@@ -67,6 +68,7 @@ PARTS = {
         _step_time("minilm", *_STEP_ONLY),
         _step_time("small", *_STEP_ONLY, "--rank", "16"),
         Part("gpu_kernels", ("benchmarks/gpu_session.py", "--worker", "kernels"), 90),
+        Part("gpu_stages", ("benchmarks/gpu_stages.py", "--seconds", "70"), 90),
         Part("memory_gpu", _MEMORY, 130),
         Part("gpu_training", ("benchmarks/gpu_training.py",), 240),
     )

@@ -192,7 +192,7 @@ TABLES: dict[str, tuple[Callable[[Run], str], str]] = {
 }
 for _name in ("minilm", "llama", "lora", "small"):
     TABLES[f"step_time_{_name}"] = partial(labelled, partial(step_time_rows, shapes=_name)), "step_time.json"
-for _name in ("large", "llama", "minilm", "small"):
+for _name in ("large", "llama", "minilm"):
     TABLES[f"step_time_gpu_{_name}"] = partial(labelled, step_time_rows), f"step_time_gpu_{_name}.json"
 
 

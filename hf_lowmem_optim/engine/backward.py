@@ -129,7 +129,7 @@ class LayerwiseMode(BackwardMode):
                 "backward passes a step need `with optimizer.accumulating():` around all but the last, and step() "
                 "after it; one that failed needs step() as well; a layer used repeatedly under gradient checkpointing "
                 "needs use_reentrant=False. If another optimizer trains the model now, first call remove_hooks() of "
-                f"this older {type(self.host).__name__}"
+                f"this {type(self.host).__name__}"
             )
         if self.accumulating or (self.is_last_micro_batch is not None and not self.is_last_micro_batch()):
             self._put_aside(param, group)

@@ -13,7 +13,7 @@ import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -174,29 +174,30 @@ def allocate_stacked(specs: Mapping[str, TensorSpec], count: int, device: torch.
     return states
 
 
-def batches(updates: Sequence[TensorUpdate], *, whole: bool) -> Iterator[Batch]:
+def batches(updates: Sequence[TensorUpdate], *, whole: bool | Literal["gpu"]) -> Iterator[Batch]:
     """Put tensors of one bucket together, as many as one call may serve.
 
     One after the other, so that contiguous copies of gradients do not exist all at once.
 
     Args:
         updates: The tensors, all with state; state that is not stacked yet is moved where that is due.
-        whole: Whether a call may serve any number of tensors of any shapes, because it allocates nothing of their size.
+        whole: Whether a call serves any number of tensors of any shapes, because it allocates nothing of their size; or
+            ``"gpu"``: any number of one shape, there.
 
     Returns:
         The batches, in the order of their first tensors.
     """
     if any(update.options.stacked for update in updates):
         updates = split_stacks(updates)
-    return iter([_batch(updates, whole=whole)]) if len(updates) == 1 else _bucketed(updates, whole)
+    return iter([_batch(updates, whole=whole is True)]) if len(updates) == 1 else _bucketed(updates, whole)
 
 
-def _bucketed(updates: Sequence[TensorUpdate], whole: bool) -> Iterator[Batch]:
+def _bucketed(updates: Sequence[TensorUpdate], whole: bool | Literal["gpu"]) -> Iterator[Batch]:
     buckets: dict[Hashable, list[TensorUpdate]] = {}
     for update in updates:
-        buckets.setdefault(update.key(whole=whole), []).append(update)
+        buckets.setdefault(update.key(whole=whole is True), []).append(update)
     for bucket in buckets.values():
-        if whole:
+        if whole is True:
             copied = [update for update in bucket if update.is_copied]
             in_place = [update for update in bucket if not update.is_copied] if copied else bucket
             yield from (_batch(part, whole=True) for part in (in_place, *_bounded(copied)) if part)
@@ -207,7 +208,10 @@ def _bucketed(updates: Sequence[TensorUpdate], whole: bool) -> Iterator[Batch]:
             if not stacked:
                 _stack_loose_(bucket)
             param = bucket[0].param
-            most = most_tensors(param.numel(), param.device) if _rounds_alike(bucket[0]) else 1
+            if whole == "gpu" and param.device.type != "cpu" and bucket[0].rounding_seed is None:
+                most = len(bucket)
+            else:
+                most = most_tensors(param.numel(), param.device) if _rounds_alike(bucket[0]) else 1
             for run in [bucket] if stacked else _runs(bucket):
                 for start in range(0, len(run), most):
                     yield _batch(run[start : start + most])

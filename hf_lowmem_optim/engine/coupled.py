@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from hf_lowmem_optim.engine.buckets import SHARED_PREFIX, TensorUpdate, batches, split_stacks, split_state
+from hf_lowmem_optim.engine.buckets import SHARED_PREFIX, TensorUpdate, split_state
 from hf_lowmem_optim.engine.checks import check_part, describe_parameter
 from hf_lowmem_optim.engine.method import Method
 
@@ -24,7 +24,7 @@ __all__ = [
     "absent_members",
     "check_agreement",
     "clear_row_",
-    "coupled_step_",
+    "note_absent_",
     "place_system_",
     "system_home",
 ]
@@ -86,31 +86,6 @@ def place_system_(state: dict[str, Any], home: Tensor, group: Mapping[str, Any],
             state[SHARED_PREFIX + key] = spec.allocate(home.device)
         check_part(SHARED_PREFIX + key, state.get(SHARED_PREFIX + key), spec, home, group, method)
     state.setdefault(SHARED_STEP, 0)
-
-
-def coupled_step_(optimizer: Any, updates: Sequence[TensorUpdate], system: dict[str, Any] | None) -> None:
-    """Take a step of the tensors' common system, or of each one's own.
-
-    Args:
-        optimizer: The optimizer.
-        updates: The tensors that have a gradient.
-        system: The state that has the common system; None with ``scope="tensor"``.
-    """
-    method = optimizer.method
-    update_ = method.coupled_update_
-    assert update_ is not None and method.shared_state is not None
-    options: Any = updates[0].options
-    if options.scope == "tensor":
-        for update in split_stacks(updates):
-            own = {key: update.state[key] for key in method.shared_state(options)}
-            update_(list(batches([update], whole=method.whole)), own, update.step)
-        return
-    assert system is not None
-    system[SHARED_STEP] += 1
-    if len(updates) < sum([len(group["params"]) for group in optimizer.param_groups]):
-        note_absent_(optimizer, method, updates, system[SHARED_STEP])
-    shared = {k.removeprefix(SHARED_PREFIX): v for k, v in system.items() if k.startswith(SHARED_PREFIX)}
-    update_(list(batches(updates, whole=method.whole)), shared, system[SHARED_STEP])
 
 
 def note_absent_(optimizer: Optimizer, method: Method, updates: Sequence[TensorUpdate], t: int) -> None:

@@ -84,16 +84,16 @@ def is_hooked(parameter: Tensor) -> bool:
 
 def take_over(parameters: Iterable[Tensor], optimizer: Optimizer) -> None:
     """Take the hooks of other optimizers off: from now on only ``optimizer`` acts on the gradients."""
-    older: Counter[str] = Counter()
+    others: Counter[str] = Counter()
     for parameter in parameters:
         if is_hooked(parameter) and _HOOKED[parameter][1]() is not optimizer:
             handle, other = _HOOKED[parameter]
             handle.remove()
-            older[type(other()).__name__] += 1
-    for name, count in older.items():
+            others[type(other()).__name__] += 1
+    for name, count in others.items():
         logger.warning(
-            "%d parameters had the hooks of another optimizer, an older %s, which is still there; from now on only the "
-            "new %s acts on their gradients",
+            "%d parameters had hooks of another optimizer that is still there (%s); from now on only this %s acts on "
+            "their gradients",
             *(count, name, type(optimizer).__name__),
         )
 

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_lowmem_optim.engine.adamw import adamw_state
 from hf_lowmem_optim.engine.buckets import Batch, most_entries, most_tensors
 from hf_lowmem_optim.engine.options import Options, as_plain
+from hf_lowmem_optim.ops.low_rank import MOST_FACTOR_BYTES
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["CoupledUpdate", "Method", "StateFunction", "Update"]
@@ -41,8 +42,8 @@ class Update(Protocol):
         """Update weights and state in place.
 
         Args:
-            W: The weights, contiguous, all of one shape; those of three and more dimensions as matrices (out, rest).
-                Of any shapes for a method that is :attr:`Method.whole`.
+            W: The weights, contiguous, all of one shape; those of three and more dimensions as matrices (out, rest),
+                stacks as several weights. Of any shapes for a method that is :attr:`Method.whole`.
             g: Their gradients, likewise; only read.
             state: Their states stacked, [number of tensors, ...], by state key; of a method that is ``whole``, a list
                 of each tensor's own.
@@ -88,7 +89,8 @@ class Method:
             Or a function that returns it for the options.
         scratch_state: What it allocates beside, at most, in float32 copies of a weight's state, the error left out.
         whole: Whether one call serves any number of tensors of any shapes, each with a state of its own, because it
-            allocates for one after the other.
+            allocates for one after the other; or ``"gpu"``: there it serves any number of one shape, because it
+            allocates for as many as ``most_tensors`` says, or factors alone, of these at most ``MOST_FACTOR_BYTES``.
         adam_like: Whether it is Adam with less state, so that AdamW is as good where compression saves nothing.
         optional_state: State keys that exist only for some values of an option which may change in a run, with that
             option: the state follows it.
@@ -112,7 +114,7 @@ class Method:
     switch: tuple[str, Any] = ("compress", False)
     scratch: float | Callable[[Any], float] = 1.0
     scratch_state: float = 0.0
-    whole: bool = False
+    whole: bool | Literal["gpu"] = False
     adam_like: bool = True
     optional_state: Mapping[str, str] = field(default_factory=dict)
     coupled_update_: CoupledUpdate | None = None
@@ -241,6 +243,10 @@ class Method:
         for group in groups:
             options = self.options_of(group)
             all_on_cpu &= all(param.device.type == "cpu" for param in group["params"])
+            # a buffer for error and gradient is made whole, a stack's too, while the gradient is there
+            kinds = {(param.shape, param.dtype) for param in group["params"]}
+            made = [spec for kind in kinds for spec in self.specs(*kind, options).values() if spec.in_gradient]
+            most = max([most, *(spec.stored_bytes for spec in made)])
             total: Counter[torch.device] = Counter()
             for param in group["params"]:
                 total[param.device] += param.numel()
@@ -251,12 +257,14 @@ class Method:
                 rounded = options.weight_rounding == "stochastic" and dtype != torch.float32
                 state = sum(math.prod(spec.shape) for key, spec in specs.items() if not key.startswith("error"))
                 entries, scratch = math.prod(shape), self.scratch_state * state
-                together = 1 if self.whole else min(count, most_tensors(entries, device))
+                together = 1 if self.whole is True else min(count, most_tensors(entries, device))
                 copied = rounded * entries * together
-                if rounded and self.whole:  # tensors of other shapes may be copied with it
+                if rounded and self.whole is True:  # tensors of other shapes may be copied with it
                     copied = max(entries, min(total[device], most_entries(device)))
                 scratch += self.scratch_copies(options) * entries
                 most = max(most, 4 * (copied + scratch * together))
+                if self.whole == "gpu" and device.type != "cpu":
+                    most = max(most, min(4 * self.scratch_state * state * count, MOST_FACTOR_BYTES))
         system = 0
         if self.shared_state is not None and groups:
             matrices = (self.shared_state(self.options_of(group)).values() for group in groups)

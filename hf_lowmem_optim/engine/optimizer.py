@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from hf_lowmem_optim.engine.adamw import adamw_update_, require_bitsandbytes
 from hf_lowmem_optim.engine.allocation import allocate_, follow_options_
 from hf_lowmem_optim.engine.backward import LayerwiseMode
-from hf_lowmem_optim.engine.buckets import TensorUpdate, batches
+from hf_lowmem_optim.engine.buckets import SHARED_PREFIX, TensorUpdate, batches, split_stacks
 from hf_lowmem_optim.engine.checks import (
     check_flattened,
     check_parameter,
@@ -24,7 +24,7 @@ from hf_lowmem_optim.engine.checks import (
     named_like_others,
     refuse_mps,
 )
-from hf_lowmem_optim.engine.coupled import SHARED_STEP, check_agreement, coupled_step_, place_system_, system_home
+from hf_lowmem_optim.engine.coupled import SHARED_STEP, check_agreement, note_absent_, place_system_, system_home
 from hf_lowmem_optim.engine.gradient_error import GradientErrors
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.options import Options, as_plain, check_group_keys
@@ -297,15 +297,12 @@ class LowMemoryOptimizer(Optimizer):
                 update_sharded_(self, sharded, system, self._apply_)
 
     def _apply_(
-        self,
-        sparse: Sequence[TensorUpdate],
-        dense: Sequence[Sequence[TensorUpdate]],
-        system: dict[str, Any] | None = None,
+        self, sparse: Sequence[TensorUpdate], dense: Sequence[Sequence[TensorUpdate]], system: Any = None
     ) -> None:
         """Update whole tensors: those that are compressed, and lists of those of a group that are not."""
         method = self.method
         if sparse and method.coupled_update_ is not None:
-            coupled_step_(self, sparse, system)
+            self._coupled_update_(sparse, system)
         elif sparse:
             assert method.update_ is not None
             for batch in batches(sparse, whole=method.whole):
@@ -323,6 +320,23 @@ class LowMemoryOptimizer(Optimizer):
         place_system_(state, home, group, self.method, options)
         self._system_home = home
         return state
+
+    def _coupled_update_(self, updates: Sequence[TensorUpdate], system: dict[str, Any] | None) -> None:
+        """Take a step of the tensors' common system, or of each one's own."""
+        method, update_ = self.method, self.method.coupled_update_
+        assert update_ is not None and method.shared_state is not None
+        options: Any = updates[0].options
+        if options.scope == "tensor":
+            for update in split_stacks(updates):
+                own = {key: update.state[key] for key in method.shared_state(options)}
+                update_(list(batches([update], whole=method.whole)), own, update.step)
+            return
+        assert system is not None
+        system[SHARED_STEP] += 1
+        if len(updates) < sum([len(group["params"]) for group in self.param_groups]):
+            note_absent_(self, method, updates, system[SHARED_STEP])
+        shared = {k.removeprefix(SHARED_PREFIX): v for k, v in system.items() if k.startswith(SHARED_PREFIX)}
+        update_(list(batches(updates, whole=method.whole)), shared, system[SHARED_STEP])
 
     def _is_real(self, param: Tensor) -> bool:
         """Return whether a gradient of zero is nevertheless one of training."""

@@ -271,6 +271,8 @@ def check_number(name: str, value: Any, within: Range, none: str | None = None) 
     """Raise TypeError or ValueError, naming argument, value and what is right, for a number that is not allowed."""
     expected = within.text if none is None else f"{within.text}, or None ({none})"
     kinds = (int,) if within.text.startswith("an int") else (int, float)
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"Tensor {name} must be 1-element; it has the shape {tuple(value.shape)}")
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise TypeError(f"{name}={shown(value)} is a {type(value).__name__}; it must be {expected}")
     if not isinstance(value, int) and not math.isfinite(value):

@@ -54,7 +54,8 @@ def exact_load(optimizer: Any, method: Method) -> Iterator[None]:
     def wrap(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         who = type(optimizer).__name__
         _check_containers(state_dict, who)
-        groups = [{**_ADDED_LATER, **group} for group in state_dict["param_groups"]]
+        # in the order that the group has, so that what is saved again is the same
+        groups = [{**group, **_ADDED_LATER, **group} for group in state_dict["param_groups"]]
         state_dict = {**state_dict, "param_groups": groups}
         _check_groups(optimizer, method, state_dict["param_groups"])
         state_dict = _as_one_process(optimizer, method, _move_old_shared(optimizer, method, state_dict))
@@ -150,8 +151,8 @@ def _check_groups(optimizer: Optimizer, method: Method, saved_groups: list[dict[
                 changed.append(f"{key}={' or '.join(sorted(was))}, as it was saved")
         if any(group["stacked"] for group in own) and not any(group["stacked"] for group in saved_groups):
             changed.append(
-                "optim_target_modules that name the layers which were compressed when it was saved: stacks of experts, "
-                "which this optimizer compresses, were not"
+                "experts as they were when it was saved: left out of optim_target_modules for dense ones, or with "
+                "stacked=False in overrides for all as one matrix"
             )
         remedy = "; and ".join(changed) or "the same model, trainable parameters and target modules"
         raise ValueError(

@@ -7,6 +7,7 @@ They are described as the Trainer sets them up: every trainable parameter, with 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -63,12 +64,14 @@ def plan_baseline(
 
     Components are the keys of the state, as in what is measured.
     """
-    members = [(index, parameter) for index, group in enumerate(groups) for parameter in group]
-    specs = [(index, key, spec) for index, parameter in members for key, spec in baseline.state(parameter).items()]
-    pieces = [Piece(index, s.component, s.dtype, s.shard(num_shards).nbytes) for index, _, s in specs]
-    used = {key for _, key, _ in specs}
+    pieces, used = list[Piece](), set[str]()
+    for index, group in enumerate(groups):
+        for parameter, count in Counter(group).items():
+            specs = baseline.state(parameter)
+            used |= specs.keys()
+            pieces += [Piece(index, s.component, s.dtype, count * s.shard(num_shards).nbytes) for s in specs.values()]
     pieces += [Piece(None, s.component, s.dtype, s.nbytes) for key, s in baseline.shared.items() if key in used]
-    return add_up(pieces, len(groups), sum(parameter.numel for _, parameter in members))
+    return add_up(pieces, len(groups), sum(parameter.numel for group in groups for parameter in group))
 
 
 def _specs(dtype: torch.dtype, **shapes: tuple[int, ...]) -> Specs:

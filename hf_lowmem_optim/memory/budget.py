@@ -94,9 +94,10 @@ class BudgetSearch:
     def _limits(self) -> Iterator[tuple[str, int]]:
         """Yield the hyper-parameters that scale the state, with the largest value to look at."""
         method = self.optimizer_class.method
-        targeted = [(p.shape, group) for group in self.groups if self._is_targeted(group) for p in group["params"]]
-        stacks = [method.options_of(group).is_stack(shape) for shape, group in targeted]
-        targeted = [(s[1:] if stack else s, group) for (s, group), stack in zip(targeted, stacks, strict=True)]
+        targeted = []
+        for group in filter(self._is_targeted, self.groups):
+            options = method.options_of(group)
+            targeted += [(p.shape[1:] if options.is_stack(p.shape) else p.shape, group) for p in group["params"]]
         matrices = [(shape, group) for shape, group in targeted if len(shape) >= 2]
         compressed = [shape for shape, group in matrices if method.compresses(shape, group)]
         sides = [min(shape[0], math.prod(shape[1:])) for shape in compressed or [shape for shape, _ in matrices]]

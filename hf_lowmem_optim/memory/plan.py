@@ -105,8 +105,8 @@ def compressed_bytes_per_parameter(optimizer_class: type[LowMemoryOptimizer], gr
     nbytes = entries = 0
     for group in groups:
         options = optimizer_class.method.options_of(group)
-        for param in group["params"]:
-            if specs := optimizer_class.method.compressed_state(param.shape, param.dtype, options):
-                entries += param.numel()
-                nbytes += sum(spec.nbytes for spec in specs.values())
+        for (shape, dtype), count in Counter((param.shape, param.dtype) for param in group["params"]).items():
+            if specs := optimizer_class.method.compressed_state(shape, dtype, options):
+                entries += count * shape.numel()
+                nbytes += count * sum(spec.nbytes for spec in specs.values())
     return nbytes / entries if entries else None

@@ -48,6 +48,8 @@ _EXTRA: dict[str, str] = {"triton": "gpu", "cpu": "cpu"}
 _INTERPRETER = threading.RLock()
 #: Faster versions by operation and backend, each with a function that says why it cannot serve a call.
 _VERSIONS: dict[tuple[str, str], tuple[Callable[..., Any], Callable[..., str | None] | None]] = {}
+#: Operations whose torch version is made of others, by backend that serves those.
+_COMPOSED: set[tuple[str, str]] = set()
 
 
 class Op(Generic[P, R]):
@@ -84,7 +86,8 @@ class Op(Generic[P, R]):
             return self.torch_version(*args, **kwargs)
         run, why_not = version
         if why_not is not None and (reason := why_not(*args, **kwargs)) is not None:
-            refuse_override(self.name, backend, reason)
+            if (self.name, backend) not in _COMPOSED:
+                refuse_override(self.name, backend, reason)
             return self.torch_version(*args, **kwargs)
         if backend == "triton" and first.device.type == "cpu":
             with _INTERPRETER:
@@ -94,17 +97,17 @@ class Op(Generic[P, R]):
 
 @overload
 def register(
-    op: Op[P, R], backend: Backend, *, why_not: Callable[P, str | None] | None = None
+    op: Op[P, R], backend: Backend, *, why_not: Callable[P, str | None] | None = None, composed: bool = False
 ) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 
 
 @overload
 def register(
-    op: str, backend: Backend, *, why_not: Callable[..., str | None] | None = None
+    op: str, backend: Backend, *, why_not: Callable[..., str | None] | None = None, composed: bool = False
 ) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 
 
-def register(op: Any, backend: Backend, *, why_not: Any = None) -> Any:
+def register(op: Any, backend: Backend, *, why_not: Any = None, composed: bool = False) -> Any:
     """Register a faster version of an operation.
 
     Args:
@@ -112,13 +115,18 @@ def register(op: Any, backend: Backend, *, why_not: Any = None) -> Any:
         backend: Whose version it is.
         why_not: Given the arguments of a call, returns why this version cannot serve it, or None if it can. The torch
             version serves such a call, unless the backend was asked for: that raises with the reason.
+        composed: Whether the torch version is made of operations that the backend serves, too: then it is no way back
+            to a slower backend, and serves the call also where the backend was asked for.
 
     Returns:
         A decorator that leaves the function as it is.
     """
 
     def add(version: Callable[..., Any]) -> Callable[..., Any]:
-        _VERSIONS[op if isinstance(op, str) else op.name, backend] = version, why_not
+        key = op if isinstance(op, str) else op.name, backend
+        _VERSIONS[key] = version, why_not
+        if composed:
+            _COMPOSED.add(key)
         return version
 
     return add

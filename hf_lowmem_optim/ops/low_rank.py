@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+import os
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from hf_lowmem_optim.ops.dispatch import Op
 
-__all__ = ["PROJECTION_NOISE", "Coefficients", "leading_left_singular_vectors", "orthonormalize", "seeded_sketch"]
+__all__ = [
+    "MOST_FACTOR_BYTES",
+    "PRODUCTS_VARIABLE",
+    "PROJECTION_NOISE",
+    "Coefficients",
+    "Products",
+    "leading_left_singular_vectors",
+    "of_safe_size",
+    "orthonormalize",
+    "precision_of_products",
+    "projection_noise",
+    "seeded_sketch",
+]
+
+Products = Literal["ieee", "tf32x3", "tf32", "bf16"]
+"""How fused kernels multiply float32 numbers: in full, as three products of TF32 numbers, as TF32, as bfloat16."""
+
+PRODUCTS_VARIABLE = "HF_LOWMEM_OPTIM_PRODUCTS"
 
 #: Of the largest projection of a column: what is smaller is rounding, of products and of the basis, up to 6e-7 of it.
 PROJECTION_NOISE = 2.0**-20
+#: What the factors of all matrices of one call may take, unless those of one take more.
+MOST_FACTOR_BYTES = 1 << 28
+#: Terms from which on a 4-bit error has bfloat16 products.
+_MOST_TF32_TERMS = 64
 _OVERSAMPLING = 8
 _POWER_ITERATIONS = 2
 _SEED = 0
@@ -41,6 +63,58 @@ class Coefficients(NamedTuple):
     damping: float
     decay: float
     step_size: float
+
+    @classmethod
+    def of_step(cls, t: int, o: Any) -> Coefficients:
+        """Return those of step t for LDAdam's options; k is zero in the first, which has no old moments."""
+        (β1, β2), c1, c2 = o.betas, 1 - o.betas[0] ** (t - 1), 1 - o.betas[1] ** (t - 1)
+        # m̂/(√v̂ + eps) is m/(√v + eps·√(1 − β2ᵗ)) up to a factor that joins the step size
+        root = math.sqrt(1 - β2**t)
+        return cls(
+            momentum_weight=o.rho / c1 if t > 1 else 0.0,
+            gradient_weight=1 - o.rho,
+            beta1=β1,
+            beta2=β2,
+            correction=c2 / c1**2 if t > 1 else 0.0,
+            damping=o.eps * root,
+            decay=1 - o.lr * o.weight_decay,
+            step_size=o.lr * root / (1 - β1**t),
+        )
+
+
+def projection_noise(products: Products, terms: int) -> float:
+    """Return :data:`PROJECTION_NOISE` for products of some precision over so many terms.
+
+    Where operands are cut, that outweighs all other rounding: independent errors, of which the sum is like the root of
+    their number beside entries of the column. Four times what rank-deficient matrices show at most.
+    """
+    cut = {"tf32": 2.0**-7, "bf16": 2.0**-4}.get(products)
+    return PROJECTION_NOISE if cut is None else cut / math.sqrt(terms)
+
+
+def precision_of_products(error_feedback: str, rank: int) -> Products:
+    """Return how the fused kernels multiply: an error feeds back what a product rounds off, if it is no finer itself.
+
+    Args:
+        error_feedback: Storage of the error.
+        rank: Terms of the products: with many of them, TF32 is what takes the time.
+
+    Raises:
+        ValueError: The environment variable that overrides the rule names no precision.
+    """
+    requested = os.environ.get(PRODUCTS_VARIABLE, "").strip()
+    if requested:
+        for known in get_args(Products):
+            if known == requested:
+                return known  # type: ignore[no-any-return]
+        choices = ", ".join(get_args(Products))
+        raise ValueError(
+            f"{PRODUCTS_VARIABLE}={requested!r} names no precision: set it to one of {choices}, or unset it to "
+            "choose by the storage of the error"
+        )
+    if error_feedback == "4bit":
+        return "tf32" if rank <= _MOST_TF32_TERMS else "bf16"
+    return "tf32" if error_feedback == "8bit" else "tf32x3"
 
 
 def orthonormalize(Y: Tensor) -> Tensor:
@@ -70,6 +144,16 @@ def _orthonormal_columns(Y: Tensor) -> Tensor:
     """Return Q of the Householder QR decomposition."""
     basis: Tensor = torch.linalg.qr(Y)[0]
     return basis
+
+
+def of_safe_size(V: Tensor) -> Tensor:
+    """Return V, float32 [n, q, r], or in each matrix with entries beyond 2²⁰ a multiple.
+
+    V ~ Aᵀ is to be multiplied by an A of its size, and only what the columns of AV span is asked for: AV is to stay in
+    the range of float32, which |V| = |A| = 10¹⁹ would leave.
+    """
+    excess: Tensor = torch.linalg.vector_norm(V, math.inf, dim=(1, 2), keepdim=True).mul_(2.0**-20).clamp_(min=1)
+    return (V / excess).div_(excess)
 
 
 def seeded_sketch(rows: int, columns: int, device: torch.device) -> Tensor:

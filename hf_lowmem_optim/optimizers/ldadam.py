@@ -23,7 +23,7 @@ Where a gradient has a rank below r, the spare columns of U project it to roundi
 full steps: an entry of p̃ below 2⁻²⁰ of the largest of its column counts as zero.
 
 Six products of p·q·r multiplications a step. Besides a itself, and a float32 copy of a narrower W, nothing of the size
-of W is allocated.
+of W is allocated; by the fused version of a later step on a GPU (``ops/triton/ldadam_step.py``), not even those.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hf_lowmem_optim.engine.buckets import most_tensors
 from hf_lowmem_optim.engine.error_feedback import FORMATS, ErrorFeedback, add_residual, error_state, save_residual_
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
@@ -105,6 +106,7 @@ def ldadam_state(shape: Sequence[int], dtype: torch.dtype, o: LDAdamOptions) -> 
     }
 
 
+@Op
 def ldadam_update_(
     W: Sequence[Tensor], g: Sequence[Tensor], state: Mapping[str, Tensor], t: int, o: LDAdamOptions
 ) -> None:
@@ -118,9 +120,15 @@ def ldadam_update_(
         t: 1 for the first update of these tensors.
         o: The options.
     """
+    most = most_tensors(W[0].numel(), W[0].device)
+    if len(W) > most:  # on a GPU: a is of their size
+        for start in range(0, len(W), most):
+            part = slice(start, start + most)
+            ldadam_update_.torch_version(W[part], g[part], {key: value[part] for key, value in state.items()}, t, o)
+        return
     tall = W[0].shape[0] > W[0].shape[1]
     m, v, old = (state[key].float().contiguous() for key in ("exp_avg", "exp_avg_sq", "basis"))  # [n, r, q], [n, p, r]
-    numbers = _numbers(t, o)
+    numbers = Coefficients.of_step(t, o)
     # 1. a ← g + ξ
     fmt = FORMATS.get(o.error_feedback)
     residual = add_residual(g, state, fmt)
@@ -151,23 +159,6 @@ def ldadam_update_(
     for key, value in (("basis", U), ("exp_avg", m), ("exp_avg_sq", v)):
         if state[key] is not value:
             state[key].copy_(value)
-
-
-def _numbers(t: int, o: LDAdamOptions) -> Coefficients:
-    """Return the numbers of a step; c1 and c2 are of the old moments, and zero in the first step, which needs none."""
-    (β1, β2), c1, c2 = o.betas, 1 - o.betas[0] ** (t - 1), 1 - o.betas[1] ** (t - 1)
-    # line 9: m̂/(√v̂ + eps) is m/(√v + eps·√(1 − β2ᵗ)) up to a factor that joins the step size
-    root = math.sqrt(1 - β2**t)
-    return Coefficients(
-        momentum_weight=o.rho / c1 if t > 1 else 0.0,
-        gradient_weight=1 - o.rho,
-        beta1=β1,
-        beta2=β2,
-        correction=c2 / c1**2 if t > 1 else 0.0,
-        damping=o.eps * root,
-        decay=1 - o.lr * o.weight_decay,
-        step_size=o.lr * root / (1 - β1**t),
-    )
 
 
 @Op
@@ -241,7 +232,8 @@ class LDAdam(LowMemoryOptimizer):
         ldadam_state,
         ldadam_update_,
         switch=("rank", None),
-        scratch=1.0,  # a
+        scratch=1.0,  # a; fused on a GPU, later steps have none
+        whole="gpu",
         # Factors, at most 5.4; the first step's exact SVD, at most 6 if not for a rank below 4: of fewer than 24 rows,
         # it takes 2 matrices, which the constant of every step covers up to 1.5 million entries.
         scratch_state=6.0,

@@ -38,7 +38,7 @@ from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import COUNT, option
 from hf_lowmem_optim.ops.dispatch import Op
 from hf_lowmem_optim.ops.gram import mfac_weights, write_gram_row_
-from hf_lowmem_optim.ops.low_rank import orthonormalize, seeded_sketch
+from hf_lowmem_optim.ops.low_rank import of_safe_size, orthonormalize, seeded_sketch
 from hf_lowmem_optim.optimizers.preconditioned import (
     PreconditionedOptions,
     add_momentum_,
@@ -159,7 +159,7 @@ def _compress_(x: Batch, row: int) -> None:
         start = right[:, row - 1]
     else:
         start = seeded_sketch(right.shape[3], right.shape[2], right.device).T.expand(len(right), -1, -1)
-    P = orthonormalize(acc @ start.mT)  # [n, p, r]
+    P = orthonormalize(acc @ of_safe_size(start.mT))  # [n, p, r]
     Qt = P.mT @ acc  # [n, r, q]
     save_residual_(x.state, acc.baddbmm_(P, Qt, alpha=-1), fmt)
     # 3. row of the window ← (P, Q)

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch.utils.data import TensorDataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.training_args import OptimizerNames
 
+from hf_lowmem_optim.engine.options import nearest, shown
 from hf_lowmem_optim.memory.measure import measure_state
 from hf_lowmem_optim.registry import OPTIMIZERS
 from hf_lowmem_optim.trainer.callbacks import OptimizerStateMemoryCallback
@@ -59,8 +61,15 @@ def run_demo(
         num_steps: Steps of 8 × 128 bytes; rounded up to a multiple of 50.
         seed: Of initialization and data order.
         optim_args: Passed to the optimizers of this package.
+
+    Raises:
+        ValueError: There is no such string.
     """
     register_optimizer_strings()
+    known = [name.value for name in OptimizerNames]
+    for name in optims:
+        if name not in known:
+            raise ValueError(f"optim={shown(name)} is no optimizer{nearest(name, known)} ({', '.join(known)})")
     num_steps = -(-num_steps // _FINAL_STEPS) * _FINAL_STEPS
     return [
         _train(optim, rate, num_steps, seed, optim_args)

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from hf_lowmem_optim.engine.adamw import adamw_state
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
-from hf_lowmem_optim.engine.options import POSITIVE, check_number
+from hf_lowmem_optim.engine.options import POSITIVE, Options, check_number
 from hf_lowmem_optim.memory.budget import SIZE_KEYS
 from hf_lowmem_optim.memory.byte_sizes import format_bytes
 from hf_lowmem_optim.memory.plan import plan_optimizer
@@ -56,8 +56,8 @@ _DENSE = {"param": "dense", "fp32": "dense, fp32", "8bit": "dense, 8 bit"}
 class OptimizerFactory:
     """Makes an optimizer of this package for a model.
 
-    Linear and convolution weights are compressed; embeddings, the output head, norms and biases take the dense rule;
-    biases and norms do not decay; frozen parameters stay out. What went where is logged.
+    Linear and convolution weights and experts are compressed; embeddings, the output head, norms and biases take the
+    dense rule; biases and norms do not decay; frozen parameters stay out. What went where is logged.
 
     Args:
         optimizer: The optimizer's string or its class, for example ``"ldadam"`` or ``LDAdam``.
@@ -198,7 +198,8 @@ class OptimizerFactory:
             The optimizer, and where each parameter went.
         """
         optimizer_class, method = self.optimizer_class, self.optimizer_class.method
-        everyone = vars(method.check({**self.hyper, **hyper}, optimizer_class.__name__))
+        options = method.check({**self.hyper, **hyper}, optimizer_class.__name__)
+        everyone = vars(options)
         check_overrides(self.overrides, optimizer_class, everyone)
         if method.layerwise or everyone.get("error_feedback") == "grad":
             check_adapters(model, f"optim={self.name!r}" if method.layerwise else "error_feedback='grad'")
@@ -206,9 +207,9 @@ class OptimizerFactory:
         own = own_settings(model, self.overrides, self.lr_ratio, everyone["lr"], given)
         listed = [*model.parameters(), *(p for group in given or () for _, p in group.params)]
         switched_on = own.with_value(*method.switch) & {id(p) for p in listed if p.ndim >= 2}
-        judge = partial(_rule, method, everyone)
+        judge = partial(_rule, method, options)
         # where only the number of entries matters, experts may be compressed together
-        stack = {} if method.whole or everyone["stacked"] else {"stacked": True}
+        stack = {} if method.whole is True or everyone["stacked"] else {"stacked": True}
         placements = place_parameters(model, self.target_modules, judge, own.values, switched_on, given, stack)
         check_overrides_apply(self.overrides, own, placements, optimizer_class)
         placements = scale_dense_rates(placements, own, self.dense_lr_ratio, everyone["lr"])
@@ -245,9 +246,9 @@ def class_and_arguments(
     return factory.optimizer_class, dict(factory.hyper)
 
 
-def _rule(method: Method, everyone: Mapping[str, Any], parameter: nn.Parameter, own: Mapping[str, Any]) -> str:
+def _rule(method: Method, everyone: Options, parameter: nn.Parameter, own: Mapping[str, Any]) -> str:
     """Return "compressed" for a targeted parameter, or why it is not."""
-    options = method.options_of({**everyone, **own})
+    options = method.options_of({**vars(everyone), **own}) if own else everyone
     if method.is_dense(vars(options)):
         return SWITCHED_OFF
     compressed = method.compressed_state(parameter.shape, parameter.dtype, options)

@@ -318,7 +318,7 @@ def _freeze(model: nn.Module, entries: Sequence[str]) -> int:
     named = dict(model.named_parameters())
     frozen = set()
     for entry in entries:
-        whole = compile_regex(entry, "freeze")
+        whole = compile_regex(entry, "freeze", named)
         matching = {name for name in named if f".{entry}." in f".{name}." or whole.fullmatch(name)}
         if not matching:
             words = {word for name in named for word in name.split(".") if not word.isdigit()}

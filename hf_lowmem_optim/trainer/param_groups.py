@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -33,6 +34,8 @@ __all__ = [
 
 MAX_ENTRY = 10_000
 """Characters of a name or regex; looking for a much longer one takes minutes."""
+_MAX_SECONDS = 0.02
+"""Of the processor, to match one name with a regex, which takes microseconds otherwise."""
 
 TargetModules = str | Sequence[str] | None
 """What TrainingArguments.optim_target_modules may be."""
@@ -147,7 +150,8 @@ def place_parameters(
         if parameter.ndim < 2 or id(parameter) in biases:
             rule = VECTOR
         elif id(parameter) in targets:
-            settings = {**stack_settings, **settings} if id(parameter) in stacks else settings
+            if id(parameter) in stacks:  # what is switched off is as if nothing were set
+                settings = {k: v for k, v in {**stack_settings, **settings}.items() if v or k not in stack_settings}
             rule = judge(parameter, settings)
         else:
             rule = reasons.get(id(parameter), NOT_TARGET)
@@ -265,8 +269,9 @@ def matching_modules(
         ValueError: It matches nothing, or nothing that is trained, or is no regex.
     """
     entry = pattern if isinstance(pattern, str) else pattern[0]
-    compile_regex(entry, where)
-    matching = {name: m for name, m in model.named_modules() if name and check_target_module_exists(pattern, name)}
+    modules = {name: module for name, module in model.named_modules() if name}
+    compile_regex(entry, where, modules)
+    matching = {name: module for name, module in modules.items() if check_target_module_exists(pattern, name)}
     if any(parameter.requires_grad for module in matching.values() for parameter in held(module)):
         return matching
     by_kind: dict[str, str] = {}
@@ -287,14 +292,35 @@ def matching_modules(
     )
 
 
-def compile_regex(entry: str, where: str) -> re.Pattern[str]:
-    """Compile what a user wrote, or raise ValueError; ``where`` is what it was given as."""
+def compile_regex(entry: str, where: str, names: Iterable[str] = ()) -> re.Pattern[str]:
+    """Compile what a user wrote, or raise ValueError, also if it takes too long to match one of the names.
+
+    Some, such as ``(.*)*x``, take twice as long with every letter, and a search cannot be stopped: so each kind of name
+    is matched letter by letter first.
+
+    Args:
+        entry: The regex.
+        where: What it was given as.
+        names: What it is to be matched with.
+    """
     if len(entry) > MAX_ENTRY:
         raise ValueError(f"{where}: {shown(entry)} has {len(entry):,} characters, of {MAX_ENTRY:,} at most")
     try:
-        return re.compile(entry)
+        regex = re.compile(entry)
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{where}: {shown(entry)} is not a valid regex: {error}") from error
+    # of names that differ in numbers alone, the longest
+    kinds = {re.sub("[0-9]+", "0", name): name for name in sorted(names, key=len)}
+    for name in kinds.values() if set("*+{") & set(entry) else ():
+        for end in range(1, len(name) + 1):
+            started = time.thread_time()
+            regex.fullmatch(name, 0, end)
+            if time.thread_time() - started > _MAX_SECONDS:
+                raise ValueError(
+                    f"{where}: {shown(entry)} takes too long to match {name[:end]!r}: every letter more takes a "
+                    "multiple. Do not repeat what has a repetition in it, as in (a+)+"
+                )
+    return regex
 
 
 def _matrices(module: nn.Module) -> Iterator[nn.Parameter]:

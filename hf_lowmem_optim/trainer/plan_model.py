@@ -112,10 +112,12 @@ class _Request:
         weights = plan_weights(opened.model, self.processes, opened.quantized)
         left = None if budget is None else budget - sum(weights.weight_bytes.values())
         searches: dict[str, BudgetSearch] = {}
+        registered = OPTIMIZERS.keys() & self.names
+        groups = [] if registered == set(self.names) else _reference_groups(opened.model, self.target_modules)
         rows = [
             self._registered(name, opened.model, weights, left, searches)
-            if name in OPTIMIZERS
-            else self._reference(name, opened.model)
+            if name in registered
+            else self._reference(name, groups)
             for name in self.names
         ]
         plan = MemoryPlan(opened.source, opened.description, self.processes, weights, tuple(rows), budget)
@@ -176,10 +178,9 @@ class _Request:
             gradient_bytes=gradient_bytes,
         )
 
-    def _reference(self, name: str, model: nn.Module) -> OptimizerPlan:
+    def _reference(self, name: str, groups: list[list[ParameterFacts]]) -> OptimizerPlan:
         """Plan an optimizer that is not ours."""
         reference, shards = BASELINES[name], self.processes.num_shards
-        groups = _reference_groups(model, self.target_modules)
         state, temporary_bytes = plan_baseline(reference, groups, num_shards=shards), None
         if reference.temporaries is not None:
             temporary_bytes = -(-reference.temporaries([facts for group in groups for facts in group]) // shards)

@@ -60,6 +60,11 @@ def steps() -> Iterator[Any]:
         yield "ldadam", {"rank": rank}, torch.float32, "", "cpu", [shape]
     for error in ("param", "8bit"):
         yield "ldadam", {"error_feedback": error}, torch.bfloat16, "reference", "cpu", [TALL]
+    # of a stack, one matrix after the other, small ones together
+    for name, options in (("ldadam", {}), ("ldadam", {"error_feedback": "grad"}), ("lowrank_mfac", {})):
+        for shapes in ([(3, *WIDE)], [(40, 160, 192), (3, *TALL)]):
+            yield name, {"stacked": True, **options}, torch.float32, "", "cpu", shapes
+            yield name, {"stacked": True, **options, **ROUNDED}, torch.bfloat16, "", "cpu", shapes
     # a wide window has a large system
     for name in ("lowrank_mfac", "sparse_mfac", "sparse_ggt"):
         for scope in ("model", "tensor"):

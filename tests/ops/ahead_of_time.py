@@ -135,8 +135,11 @@ def _widest_load(compiled: Any, target: Target) -> int:
         widths |= {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
         loads = re.findall(r"(?:global|buffer|flat)_load_(\w+?)(?:_d16\w*)?\s", compiled.asm["amdgcn"])
         return max((widths.get(load, 0) for load in loads), default=0)
-    loads = re.findall(r"ld\.global[.\w:]*?(?:\.v(\d))?\.[bfsu](\d+)\b", compiled.asm["ptx"])
-    return max((int(count or 1) * int(bits) // 8 for count, bits in loads), default=0)
+    ptx = compiled.asm["ptx"]
+    loads = re.findall(r"ld\.global[.\w:]*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx)
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[.\w:]* \[[^]]*\], \[[^]]*\], (0x\w+)", ptx)
+    widths = [int(count or 1) * int(bits) // 8 for count, bits in loads] + [int(size, 16) for size in copies]
+    return max(widths, default=0)
 
 
 def occupancy(target: Target, num_warps: int, registers: int, shared_bytes: int) -> float:

@@ -148,6 +148,50 @@ def low_rank_descent(numel: int, rows: int, rank: int, dtype: torch.dtype) -> Pr
     return partial(descend_, [weight], *factors, 0.9, 0.4), [weight, weight, left, right]
 
 
+def residual(
+    numel: int, rows: int, rank: int, error: str, grad: torch.dtype, products: str
+) -> tuple[Any, dict[str, Tensor], Tensor]:
+    """a = g + ξ of a batch of one, state and gradient."""
+    from hf_lowmem_optim.ops.triton.residual import Residual
+
+    shape, state = (rows, numel // rows), {}
+    if error in FORMATS:
+        buffer = _quantized(numel, FORMATS[error])
+        state = {"error_codes": buffer.codes[None], "error_lo": buffer.lo[None], "error_hi": buffer.hi[None]}
+    elif error != "none":
+        state = {"error": torch.randn(1, *shape).to({"bf16": BF16, "fp32": FP32}[error])}
+    if products == "tf32x3" and torch.version.hip:  # as LDAdam does
+        products = "ieee"
+    gradient = torch.randn(shape).to(grad)
+    return Residual([gradient], state, error, products), state, gradient
+
+
+def residual_product(
+    numel: int, rows: int, rank: int, error: str, grad: torch.dtype, products: str, over_rows: bool
+) -> Prepared:
+    a, state, gradient = residual(numel, rows, rank, error, grad, products)
+    summed, other = (rows, numel // rows) if over_rows else (numel // rows, rows)
+    factor, out = torch.rand(1, rank, summed).mT, torch.rand(1, rank, other).mT
+    factor = factor.bfloat16() if products == "bf16" else factor
+    call = partial(a.multiply, factor, out, over_rows=over_rows, weight=0.1, onto=out, onto_weight=0.5)
+    return call, [gradient, *state.values(), factor, out, out]
+
+
+def low_rank_step(numel: int, rows: int, rank: int, error: str, grad: torch.dtype, products: str) -> Prepared:
+    from hf_lowmem_optim.ops.triton.ldadam_step import _apply_
+
+    a, state, gradient = residual(numel, rows, rank, error, grad, products)
+    weight, (p, q) = torch.randn(rows, numel // rows).to(grad), sorted((rows, numel // rows))
+    old, new = torch.rand(1, p, rank), torch.rand(1, rank, p).mT
+    factors, direction = torch.rand(1, 2 * rank, q), torch.rand(1, rank, q)
+    if products == "bf16":
+        old, new, factors, direction = (each.bfloat16() for each in (old, new, factors, direction))
+    call = partial(_apply_, [weight], a, (old, new, factors, direction), NUMBERS, None)
+    written = [] if error == "none" else [gradient, *state.values(), *state.values(), old, factors]
+    return call, [weight, weight, *written, new, direction]
+
+
+FORMATS = {"4bit": QuantFormat(), "8bit": QuantFormat(bits=8)}
 FOUR, EIGHT, FOUR_FP32 = QuantFormat(), QuantFormat(bits=8), QuantFormat(stat_dtype=FP32)
 
 
@@ -161,6 +205,7 @@ LAUNCHES: list[Launch] = [
     launch("block_topk 4-bit error, fp32 statistics and values", 16, topk, error=FOUR_FP32, values=FP32),
     launch("block_topk 4-bit error, stochastic", 16, topk, error=FOUR, seed=1),
     launch("block_topk 8-bit error", 16, topk, error=EIGHT),
+    launch("block_topk 8-bit error, bf16 gradient", 16, topk, error=EIGHT, grad=BF16),
     launch("block_topk dense bf16 error, fp16 gradient", 16, topk, error=BF16, grad=FP16),
     launch("block_topk no error", 16, topk),
     launch("block_topk 4-bit error, block of 8192", 16, topk, error=FOUR, block_size=8192, numel=4 * 8192),
@@ -206,4 +251,35 @@ LAUNCHES: list[Launch] = [
     launch("descend 256 × 512, rank 128, bf16", 16, low_rank_descent, 256, 128, BF16, numel=256 * 512),
     launch("descend 500 × 1000, rank 20, bf16", 4, low_rank_descent, 500, 20, BF16, numel=500 * 1000),
     launch("descend 500 × 1000, rank 50, bf16", 4, low_rank_descent, 500, 50, BF16, numel=500 * 1000),
+    *(
+        launch(
+            f"{name} of {rows} × {columns}, rank {rank}, {error} error, {str(grad)[6:]}, {products}",
+            widest,
+            prepare,
+            rows,
+            rank,
+            error,
+            grad,
+            products,
+            *rest,
+            numel=rows * columns,
+        )
+        for rows, columns, rank, error, grad, products, widest in (
+            (512, 768, 16, "4bit", BF16, "tf32", 16),
+            (768, 512, 16, "4bit", BF16, "tf32", 16),
+            (512, 768, 128, "4bit", BF16, "bf16", 16),
+            (768, 512, 128, "4bit", BF16, "bf16", 16),
+            (512, 768, 64, "8bit", FP16, "tf32", 16),
+            (768, 512, 128, "fp32", FP32, "tf32x3", 16),
+            (512, 768, 16, "bf16", BF16, "tf32x3", 16),
+            (768, 512, 16, "none", BF16, "tf32x3", 16),
+            (500, 1000, 20, "fp32", FP32, "tf32x3", 4),
+            (1000, 500, 100, "bf16", BF16, "tf32x3", 4),
+        )
+        for name, prepare, *rest in (
+            ("aᵀ·factor", residual_product, True),
+            ("a·factor", residual_product, False),
+            ("error and weights", low_rank_step),
+        )
+    ),
 ]

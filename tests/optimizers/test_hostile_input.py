@@ -186,7 +186,7 @@ def test_a_learning_rate_may_be_a_tensor_that_changes_in_place(case: Case) -> No
     again = case.build(make_params().values())
     again.load_state_dict(runs[1][0].state_dict())
     assert float(again.param_groups[0]["lr"]) == 0.5
-    with pytest.raises(TypeError, match="lr=tensor"):
+    with pytest.raises(ValueError, match="Tensor lr must be 1-element"):
         case.build(make_params().values(), lr=torch.tensor([0.1, 0.2]))
 
 
@@ -287,16 +287,16 @@ assert len(found) == 3 and all(torch.equal(found[0], each) for each in found), l
 # -------------------------------------------------------------------------------------------------------- numbers
 
 
-@pytest.mark.parametrize("scale", [1e18, 1e30])
+@pytest.mark.parametrize("scale", [1e18, 1e24, 1e30, 1e36])
 def test_a_huge_gradient_raises_nothing(case: Case, scale: float) -> None:
-    """Beyond 1e18 products overflow in float32: the low-rank methods give NaN, where AdamW's weights stop moving."""
+    """Beyond 1e18 products overflow in float32: LDAdam gives NaN, where AdamW's weights stop moving."""
     params = make_params()
     optimizer = case.build(params.values())
-    for grads in gradients(3):
+    for grads in gradients(6):
         for key, param in params.items():
             param.grad = grads[key] * scale
         optimizer.step()
-        if scale == 1e18 or case.name not in ("ldadam", "lowrank_mfac"):
+        if scale == 1e18 or not case.name.startswith("ldadam"):
             assert all(param.isfinite().all() for param in params.values())
 
 

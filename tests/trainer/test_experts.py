@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hf_lowmem_optim import OPTIMIZERS, OptimizerFactory, OptimizerStateMemoryCallback
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
@@ -165,23 +165,34 @@ def test_experts_without_a_token_stay_finite(tmp_path: Path) -> None:
     assert [not torch.equal(*pair) for pair in zip(experts, before, strict=True)] == reached.tolist()
 
 
-@pytest.mark.parametrize("name", ["ldadam", "microadam"])
-def test_a_checkpoint_from_before_experts_were_compressed(name: str) -> None:
-    """It had them dense: refused with the setting that gives that, with which it loads."""
-    model, settings = tiny_mixtral(), {"min_compress_size": 64} if name == "microadam" else {"rank": 4}
-    old = OptimizerFactory(name, target_modules=LINEAR, **settings)(model)
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("ldadam", {"target_modules": LINEAR, "rank": 3}),
+        ("ldadam", {"overrides": {"experts": {"stacked": False}}, "rank": 3}),
+        ("microadam", {"target_modules": LINEAR, "min_compress_size": 64}),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_from_before_experts_were_compressed(name: str, given: dict[str, Any]) -> None:
+    """They were dense, or one matrix: refused with the setting that gives that, with which it loads."""
+    model, now = tiny_mixtral(), {key: value for key, value in given.items() if key in NAMES[name]}
+    old = OptimizerFactory(name, **given)(model)
     ids = torch.stack([row["input_ids"] for row in token_rows(2)])
     model(input_ids=ids, labels=ids).loss.backward()
     old.step()
     saved = old.state_dict()
     for group in saved["param_groups"]:
         del group["stacked"]
-    with pytest.raises(ValueError, match=r"groups of \[.*Build it with .*target.modules"):
-        OptimizerFactory(name, **settings)(model).load_state_dict(saved)
-    again = OptimizerFactory(name, target_modules=LINEAR, **settings)(model)
+    message = (
+        "target modules" if name == "microadam" else "left out of optim_target_modules .*stacked=False in overrides"
+    )
+    with pytest.raises(ValueError, match=rf"groups of \[.*Build it with .*{message}"):
+        OptimizerFactory(name, **now)(model).load_state_dict(saved)
+    again = OptimizerFactory(name, **given)(model)
     again.load_state_dict(saved)
-    experts = model.model.layers[0].mlp.experts.down_proj
-    assert isinstance(again.state[experts]["exp_avg"], Tensor)
+    again.step()
+    assert len(again.state) == len(old.state) and len(again.param_groups) == 3
 
 
 def test_the_report_names_the_groups_of_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

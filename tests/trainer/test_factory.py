@@ -21,9 +21,10 @@ from hf_lowmem_optim import OPTIMIZERS, LDAdam, OptimizerFactory, measure_state,
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.memory.byte_sizes import format_bytes
 from hf_lowmem_optim.trainer import param_groups
+from hf_lowmem_optim.trainer.optim_args import parse_optim_args
 from hf_lowmem_optim.trainer.param_groups import COMPRESSED, EMBEDDING, HEAD, NOT_TARGET, TOO_SMALL, VECTOR
 from tests.trainer import tiny_models as tiny
-from tests.trainer.runs import NORMAL, assert_equal_to_the_bit, make_trainer, moved, values
+from tests.trainer.runs import ARGUMENTS, NORMAL, assert_equal_to_the_bit, make_trainer, moved, values
 from tests.trainer.tiny_models import only_head, tiny_llama, token_rows, with_lora
 
 
@@ -383,16 +384,22 @@ def test_the_dense_rule_may_have_a_rate_of_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NORMAL)
 def test_pefts_own_helper_takes_our_classes(name: str) -> None:
-    model = with_lora()
-    optimizer = create_loraplus_optimizer(model, OPTIMIZERS[name].optimizer_class, lr=1e-3, loraplus_lr_ratio=16)
+    model, optimizer_class = with_lora(), OPTIMIZERS[name].optimizer_class
+    own = parse_optim_args(ARGUMENTS[name], optimizer_class)
+    optimizer = create_loraplus_optimizer(model, optimizer_class, lr=1e-3, loraplus_lr_ratio=16, **own)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert rates == {id(p): 16e-3 if "lora_B" in n else 1e-3 for n, p in trainable.items()}
-    batch, before = torch.stack([row["input_ids"] for row in token_rows(2)]), values(model)
-    for _ in range(2):  # in the first step A has no gradient, for B is zero
-        model(input_ids=batch, labels=batch).loss.backward()
+    batch, before, losses = torch.stack([row["input_ids"] for row in token_rows(2)]), values(model), []
+    for _ in range(6):
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
         optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
     assert moved(model, before) == set(trainable)
+    assert any(optimizer.method.compresses(p.shape, optimizer.param_groups[0]) for p in trainable.values())
     assert measure_state(optimizer) == plan_optimizer(optimizer)
 
 

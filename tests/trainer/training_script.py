@@ -49,7 +49,7 @@ def main() -> None:
                 "wrapped": type(trainer.model_wrapped).__name__,
                 "parameters": dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters()),
                 "optimizer": trainer.optimizer.state_dict(),
-                "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+                "logs": trainer.state.log_history,
             },
             folder / f"rank{args.process_index}.pt",
         )

@@ -3,6 +3,7 @@
 from hf_lowmem_optim.ops.triton.block_quant import dequantize_into, quantize_into
 from hf_lowmem_optim.ops.triton.block_topk import select_all
 from hf_lowmem_optim.ops.triton.ldadam import descend_weights_, move_moments_
+from hf_lowmem_optim.ops.triton.ldadam_step import later_step_
 from hf_lowmem_optim.ops.triton.low_rank import orthonormal_columns
 from hf_lowmem_optim.ops.triton.lowrank_mfac import descend_along_rows_
 from hf_lowmem_optim.ops.triton.sparse_window import update_all
@@ -15,6 +16,7 @@ __all__ = [
     "descend_along_rows_",
     "descend_weights_",
     "gram_rows",
+    "later_step_",
     "move_moments_",
     "orthonormal_columns",
     "quantize_into",

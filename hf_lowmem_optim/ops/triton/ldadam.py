@@ -35,6 +35,7 @@ def _moments_kernel(
     m_ptr,  # [batch, r, q]
     v_ptr,
     projected_ptr,
+    direction_ptr,
     right_ptr,  # [batch, 2·r, q]
     r,
     q,
@@ -42,7 +43,7 @@ def _moments_kernel(
     beta2,
     correction,
     damping,
-    NOISE: tl.constexpr,
+    noise,
     RANK: tl.constexpr,  # r rounded up
     TERMS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -69,7 +70,7 @@ def _moments_kernel(
     m = tl.load(m_ptr + at, mask=inside, other=0.0)
     p = tl.load(projected_ptr + at, mask=inside, other=0.0)
     size = tl.abs(p)
-    p = tl.where(size < tl.max(size, axis=0)[None, :] * NOISE, 0.0, p)
+    p = tl.where(size < tl.max(size, axis=0)[None, :] * noise, 0.0, p)
     # everything is read before anything is written
     tl.debug_barrier()
 
@@ -78,24 +79,27 @@ def _moments_kernel(
     new_m = beta1 * moved + (1 - beta1) * p
     tl.store(m_ptr + at, new_m, mask=inside)
     tl.store(v_ptr + at, v, mask=inside)
-    tl.store(projected_ptr + at, tl.div_rn(new_m, tl.sqrt_rn(v) + damping), mask=inside)
+    tl.store(direction_ptr + at, tl.div_rn(new_m, tl.sqrt_rn(v) + damping), mask=inside)
     right = 2 * first + row * q + column
     tl.store(right_ptr + right, m * (beta1 / (1 - beta1)), mask=inside)
     tl.store(right_ptr + right + r * q, new_m * (-1 / (1 - beta1)), mask=inside)
 
 
 def update_moments_(
-    R: Tensor, m: Tensor, v: Tensor, projected: Tensor, right: Tensor, coefficients: Coefficients
-) -> None:
+    R: Tensor, m: Tensor, v: Tensor, projected: Tensor, right: Tensor, coefficients: Coefficients,
+    *, direction: Tensor | None = None, noise: float = PROJECTION_NOISE,
+) -> None:  # fmt: skip
     """Move the moments to the new basis and update them, in one launch.
 
     Args:
         R: UᵀU₋, float32 [n, r, r], r ≤ ``MAX_RANK``; contiguous, like all others.
         m: float32 [n, r, q]; written.
         v: Likewise.
-        projected: p̃, likewise; overwritten with the direction d.
-        right: float32 [n, 2·r, q]; written: c·m before the step and −(p̃ + c·m̃), where c = β1/(1 − β1).
+        projected: p̃, likewise, only read.
+        right: float32 or bfloat16 [n, 2·r, q]; written: c·m before the step and −(p̃ + c·m̃), where c = β1/(1 − β1).
         coefficients: The numbers of this step.
+        direction: d, float32 or bfloat16 [n, r, q]; written. None for ``projected``.
+        noise: What is smaller than this share of the largest entry of its column of p̃ counts as zero.
     """
     n, r, q = m.shape
     if r > MAX_RANK:
@@ -107,6 +111,7 @@ def update_moments_(
             m,
             v,
             projected,
+            projected if direction is None else direction,
             right,
             r,
             q,
@@ -114,7 +119,7 @@ def update_moments_(
             float(coefficients.beta2),
             float(coefficients.correction),
             float(coefficients.damping),
-            NOISE=PROJECTION_NOISE,
+            float(noise),
             RANK=rank,
             TERMS=_MOMENT_TERMS,
             COLUMNS=_MOMENT_COLUMNS,

@@ -2,7 +2,7 @@
 """Adam's statistics of a sparse window in Triton, which has no scatter into shared memory: rows add up in two ways.
 
 Sorted: index, row and bfloat16 value of an entry fit one 32-bit key, a block's whole window is sorted by (index, row),
-and the first entry of each index then walks over its up to ``window`` − 1 followers. Everything stays on the chip.
+and the first entry of each index then walks over its followers while any has one. Everything stays on the chip.
 
 Scratch: for any window, density, block size and value type. One program at a time owns a piece of global scratch memory
 (small enough to stay in the second-level cache) and adds row after row into it. Indices of a row are unique, so that
@@ -32,6 +32,16 @@ __all__ = ["update_all"]
 #: What is sorted: 12 bits of index, 4 bits of row (row 15 marks padding), and keys of one program.
 _SORTED_BLOCK_SIZE, _SORTED_WINDOW, _SORTED_SLOTS = 4096, 15, 2048
 _NUM_WARPS = 4
+
+
+@triton.jit
+def weighted(key, mask, weights_ptr, WINDOW: tl.constexpr):
+    """w1·V and w2·V² of sorted keys, each with the weights of its row."""
+    row = ((key >> 16) & 15).to(tl.int32)
+    value = (key << 16).to(tl.float32, bitcast=True)
+    w1 = tl.load(weights_ptr + row, mask=mask, other=0.0)
+    w2 = tl.load(weights_ptr + WINDOW + row, mask=mask, other=0.0)
+    return w1 * value + 0.0, w2 * (value * value) + 0.0  # sums begin at +0
 
 
 @triton.jit
@@ -76,17 +86,17 @@ def _sorted_update_kernel(
     index = key >> 20
     previous = tl.gather(key, tl.maximum(slot - 1, 0), 0) >> 20
     first = ((slot == 0) | (index != previous)) & (((key >> 16) & 15) != 15)
-    z1 = tl.zeros([SLOTS], tl.float32)
-    z2 = tl.zeros([SLOTS], tl.float32)
-    for offset in range(WINDOW):
+    z1, z2 = weighted(key, first, weights_ptr, WINDOW)
+    offset = 1
+    more = 1
+    while more > 0:
         follower = tl.gather(key, tl.minimum(slot + offset, SLOTS - 1), 0)
-        row = ((follower >> 16) & 15).to(tl.int32)
-        same = first & ((follower >> 20) == index) & (row != 15) & (slot + offset < SLOTS)
-        value = (follower << 16).to(tl.float32, bitcast=True)
-        w1 = tl.load(weights_ptr + row, mask=same, other=0.0)
-        w2 = tl.load(weights_ptr + WINDOW + row, mask=same, other=0.0)
-        z1 = tl.where(same, z1 + w1 * value, z1)
-        z2 = tl.where(same, z2 + w2 * (value * value), z2)
+        same = first & ((follower >> 20) == index) & (((follower >> 16) & 15) != 15) & (slot + offset < SLOTS)
+        z1_more, z2_more = weighted(follower, same, weights_ptr, WINDOW)
+        z1 = tl.where(same, z1 + z1_more, z1)
+        z2 = tl.where(same, z2 + z2_more, z2)
+        more = tl.max(same.to(tl.int32))
+        offset += 1
 
     # W ← W·(1 − lr·wd) − lr·z1/(√z2 + eps); the touched entries are read before the decay of the block overwrites them
     start = block * BLOCK_SIZE

@@ -34,20 +34,55 @@ _NUM_WARPS = 4
 
 
 @triton.jit
-def add_rows(dense_ptr, indices_ptr, values_ptr, weights_ptr, first, kept, window, kept_per_block, TILE: tl.constexpr):
+def weighted_row(indices_ptr, values_ptr, weights_ptr, row, column, last, kept, window):
+    """Index and weighted value of a row's entries at ``column``, and which there are: none in a row of weight zero."""
+    weight = tl.load(weights_ptr + row, mask=row < window, other=0.0)
+    live = (column < last) & (weight != 0)
+    index = tl.load(indices_ptr + row * kept + column, mask=live, other=0)
+    value = tl.load(values_ptr + row * kept + column, mask=live, other=0.0).to(tl.float32)
+    return index, weight * value, live
+
+
+@triton.jit
+def add_row(dense_ptr, index, part, live):
+    """Add what :func:`weighted_row` gave to a dense block; the next row may meet the same entries."""
+    dense = tl.load(dense_ptr + index, mask=live, other=0.0)
+    tl.store(dense_ptr + index, dense + part, mask=live)
+    tl.debug_barrier()
+
+
+@triton.jit
+def add_rows(
+    dense_ptr, indices_ptr, values_ptr, weights_ptr, first, kept, window, kept_per_block, TILE: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+):  # fmt: skip
     """Add weighted rows of the block whose columns begin at ``first`` to a dense block, row after row."""
     last = tl.minimum(first + kept_per_block, kept)
-    for row in range(window):
-        weight = tl.load(weights_ptr + row)
-        if weight != 0:
+    column = first + tl.arange(0, TILE)
+    if ONE_TILE:
+        # four rows are loaded before the first is added
+        for row in range(0, window, 4):
+            index0, part0, live0 = weighted_row(indices_ptr, values_ptr, weights_ptr, row, column, last, kept, window)
+            index1, part1, live1 = weighted_row(
+                indices_ptr, values_ptr, weights_ptr, row + 1, column, last, kept, window
+            )
+            index2, part2, live2 = weighted_row(
+                indices_ptr, values_ptr, weights_ptr, row + 2, column, last, kept, window
+            )
+            index3, part3, live3 = weighted_row(
+                indices_ptr, values_ptr, weights_ptr, row + 3, column, last, kept, window
+            )
+            add_row(dense_ptr, index0, part0, live0)
+            add_row(dense_ptr, index1, part1, live1)
+            add_row(dense_ptr, index2, part2, live2)
+            add_row(dense_ptr, index3, part3, live3)
+    else:
+        for row in range(window):
             for tile in range(0, kept_per_block, TILE):
-                column = first + tile + tl.arange(0, TILE)
-                entry = row * kept + column
-                index = tl.load(indices_ptr + entry, mask=column < last, other=0)
-                value = tl.load(values_ptr + entry, mask=column < last, other=0.0).to(tl.float32)
-                dense = tl.load(dense_ptr + index, mask=column < last, other=0.0)
-                tl.store(dense_ptr + index, dense + weight * value, mask=column < last)
-        tl.debug_barrier()
+                index, part, live = weighted_row(
+                    indices_ptr, values_ptr, weights_ptr, row, column + tile, last, kept, window
+                )
+                add_row(dense_ptr, index, part, live)
 
 
 @triton.jit
@@ -61,11 +96,12 @@ def _combine_kernel(
     kept_per_block,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
+    ONE_TILE: tl.constexpr,
 ):
     kept = tl.cast(kept, tl.int64)
     block = tl.program_id(0).to(tl.int64)
     first, block_ptr = block * kept_per_block, out_ptr + block * BLOCK_SIZE
-    add_rows(block_ptr, indices_ptr, values_ptr, weights_ptr, first, kept, window, kept_per_block, TILE)
+    add_rows(block_ptr, indices_ptr, values_ptr, weights_ptr, first, kept, window, kept_per_block, TILE, ONE_TILE)
 
 
 @triton.jit
@@ -148,6 +184,7 @@ def _descend_kernel(
     kept_per_block,
     BLOCK_SIZE: tl.constexpr,
     SPARSE: tl.constexpr,
+    ONE_TILE: tl.constexpr,  # whether SPARSE lanes are enough for a row of a block
     DENSE: tl.constexpr,
     HAS_DECAY: tl.constexpr,
     PARAM: tl.constexpr,
@@ -171,7 +208,9 @@ def _descend_kernel(
         tl.debug_barrier()
 
         # u ← Gᵀw
-        add_rows(direction_ptr, indices_ptr, values_ptr, weights_ptr, first, kept, window, kept_per_block, SPARSE)
+        add_rows(
+            direction_ptr, indices_ptr, values_ptr, weights_ptr, first, kept, window, kept_per_block, SPARSE, ONE_TILE
+        )
 
         # W ← W·(1 − lr·wd) − lr·u
         for tile in range(0, BLOCK_SIZE, DENSE):
@@ -192,7 +231,12 @@ def num_programs(num_blocks: int, block_size: int, blocks: int = 1) -> int:
 
 def sparse_tile(kept: int) -> int:
     """Return the lanes for a loop over ``kept`` entries of a row."""
-    return int(min(_SPARSE_TILE, max(128, triton.next_power_of_2(kept))))
+    return int(min(_SPARSE_TILE, max(64, triton.next_power_of_2(kept))))
+
+
+def _num_warps(kept: int) -> int:
+    """Return the warps that add up rows: more would have nothing to do."""
+    return 2 if sparse_tile(kept) <= 128 else _NUM_WARPS
 
 
 def groups(steps: Sequence[WindowStep]) -> Iterable[list[WindowStep]]:
@@ -234,7 +278,8 @@ def combine(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
             window.kept_per_block,
             BLOCK_SIZE=window.block_size,
             TILE=sparse_tile(window.kept_per_block),
-            num_warps=_NUM_WARPS,
+            ONE_TILE=sparse_tile(window.kept_per_block) >= window.kept_per_block,
+            num_warps=_num_warps(window.kept_per_block),
             enable_fp_fusion=False,
         )
 
@@ -314,11 +359,12 @@ def _descend(steps: Sequence[WindowStep]) -> None:
             window.kept_per_block,
             BLOCK_SIZE=window.block_size,
             SPARSE=sparse_tile(window.kept_per_block),
+            ONE_TILE=sparse_tile(window.kept_per_block) >= window.kept_per_block,
             DENSE=int(min(_DENSE_TILE, max(128, triton.next_power_of_2(window.block_size)))),
             HAS_DECAY=weight_decay != 0,
             PARAM=TYPES[param.dtype],
             VALUES=TYPES[window.values.dtype],
             ALIGNED=is_aligned,
-            num_warps=_NUM_WARPS,
+            num_warps=_num_warps(window.kept_per_block),
             enable_fp_fusion=False,
         )

@@ -1,9 +1,9 @@
 """Repairs Triton's interpreter, so that a kernel that passes in it computes what a GPU would.
 
 The stock interpreter (triton 3.9) truncates fp32 → bf16, misreads bf16 subnormals, takes seconds for a custom scan or a
-sort, rounds a fused multiply-add twice, hides races and accesses outside the tensors, and knows a literal −0.0 that
-older compilers do not. ``enable()`` replaces those parts; the process must have been started, or triton first
-imported, with ``TRITON_INTERPRET=1``.
+sort, rounds fused multiply-adds twice, takes TF32 for float32, hides races and accesses outside the tensors, and knows
+a literal −0.0 that older compilers do not. ``enable()`` replaces those parts; the process must have been started, or
+triton first imported, with ``TRITON_INTERPRET=1``.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ def enable() -> None:
             f"triton was imported {when} TRITON_INTERPRET=1 was set: its own functions are compiled ones"
         )
 
-    from . import casts, constants, fast_ops, fma, races
+    from . import casts, constants, fast_ops, fma, products, races
 
     casts.enable()
     constants.enable()
     fast_ops.enable()
     fma.enable()
+    products.enable()
     races.enable()

@@ -1,0 +1,416 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
+# ruff: noqa: RET505 (a branch of a constexpr that is not taken is not compiled: else must be written)
+"""Products with a = g + ξ that never write a: it is formed in registers, tile by tile, of the gradient and the error.
+
+A batch has equal matrices [rows, columns]. Gradients are reached by their addresses; the error is stacked as the state
+is, quantized in blocks of 64 entries of one row, or dense, or in the gradient's own buffer, or not there. The jit
+functions without a leading underscore are shared with ``ldadam_step.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_lowmem_optim.ops.low_rank import Products
+from hf_lowmem_optim.ops.triton.block_quant import round_to_bfloat16, uniform16
+from hf_lowmem_optim.ops.triton.device import MAX_OFFSET, address_table, aligned, on_device
+
+__all__ = [
+    "POINTEE",
+    "Residual",
+    "add_error",
+    "apply_tile",
+    "batch_pointers",
+    "load_factor",
+    "load_parts",
+    "product",
+    "store_error",
+    "why_not_residual",
+]
+
+#: Entries of a block of a quantized error.
+BLOCK = 64
+#: What an address in a table points to.
+POINTEE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+#: The exponent of 2²³. An argument of the launches: ptxas would move a literal to a register before each use.
+MAGIC = 0x4B000000
+#: What the second dimension of a grid holds.
+_MAX_BATCH = 65535
+_TWO_23 = tl.constexpr(8388608.0)
+
+
+@triton.jit
+def product(x, y, acc, PRODUCTS: tl.constexpr):
+    """Return acc + x·y."""
+    if PRODUCTS == "bf16":
+        return tl.dot(x.to(tl.bfloat16), y.to(tl.bfloat16), acc)
+    else:
+        return tl.dot(x, y, acc, input_precision=PRODUCTS)
+
+
+@triton.jit
+def unit_of(lo, hi, STORAGE: tl.constexpr):
+    """Return (hi − lo)/levels, correctly rounded by Markstein's method: a division takes several times as long."""
+    LEVELS: tl.constexpr = 15.0 if STORAGE == "4bit" else 255.0
+    INVERSE: tl.constexpr = 1.0 / LEVELS
+    wide = hi - lo
+    quotient = wide * INVERSE
+    return tl.fma(tl.fma(quotient, -LEVELS, wide), INVERSE, quotient)
+
+
+@triton.jit
+def batch_pointers(
+    table_ptr, error_ptr, lo_ptr, hi_ptr, b, error_batch, stats_batch, GRAD: tl.constexpr, STORAGE: tl.constexpr
+):
+    """Return pointers to the gradient and the error of matrix ``b``."""
+    g_ptr = tl.load(table_ptr + b).to(tl.pointer_type(GRAD))
+    if STORAGE == "dense" or STORAGE == "4bit" or STORAGE == "8bit":
+        error_ptr += b * error_batch
+    if STORAGE == "4bit" or STORAGE == "8bit":
+        lo_ptr += b * stats_batch
+        hi_ptr += b * stats_batch
+    return g_ptr, error_ptr, lo_ptr, hi_ptr
+
+
+@triton.jit
+def load_parts(
+    g_ptr, error_ptr, lo_ptr, hi_ptr, row0, col0, n, c,
+    STORAGE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Load what a tile of a is made of: gradient, error (its codes in words of 32 bits), lo and hi; 0 outside.
+
+    Scalar 64-bit addresses move with the tile; what a lane adds to them is the same in every iteration.
+    """
+    row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
+    inside = (row < n - row0)[:, None]
+    start = tl.cast(row0, tl.int64) * c + col0
+    at = (row * c)[:, None] + col[None, :]
+    # the cast to a pointer loses the alignment, so that vectors need the hint on the pointers themselves
+    g_at = tl.multiple_of(g_ptr + start + at, (1, 16)) if ALIGNED else g_ptr + start + at
+    g = tl.load(g_at) if EVEN else tl.load(g_at, mask=inside & (col < c - col0)[None, :], other=0.0)
+    if STORAGE == "dense":
+        error_at = error_ptr + start + at
+        error = tl.load(error_at) if EVEN else tl.load(error_at, mask=inside & (col < c - col0)[None, :], other=0.0)
+        return g, error, g, g
+    elif STORAGE == "4bit" or STORAGE == "8bit":
+        PER_WORD: tl.constexpr = 8 if STORAGE == "4bit" else 4
+        word, block = tl.arange(0, COLS // PER_WORD), tl.arange(0, COLS // 64)
+        word_at = error_ptr + start // PER_WORD + (row * (c // PER_WORD))[:, None] + word[None, :]
+        block_at = start // 64 + (row * (c // 64))[:, None] + block[None, :]
+        if EVEN:
+            return g, tl.load(word_at), tl.load(lo_ptr + block_at), tl.load(hi_ptr + block_at)
+        else:
+            words = tl.load(word_at, mask=inside & (word < (c - col0) // PER_WORD)[None, :], other=0)
+            there = inside & (block < (c - col0) // 64)[None, :]
+            lo = tl.load(lo_ptr + block_at, mask=there, other=0.0)
+            hi = tl.load(hi_ptr + block_at, mask=there, other=0.0)
+            return g, words, lo, hi
+    else:
+        return g, g, g, g
+
+
+@triton.jit
+def add_error(g, error, lo, hi, magic, STORAGE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Return a, float32 [ROWS, COLS], of its parts."""
+    g = g.to(tl.float32)
+    if STORAGE == "dense":
+        return g + error.to(tl.float32)
+    elif STORAGE == "4bit" or STORAGE == "8bit":
+        NUM_BLOCKS: tl.constexpr = COLS // 64
+        lo, hi = lo.to(tl.float32), hi.to(tl.float32)
+        unit = unit_of(lo, hi, STORAGE)
+        # a code in place, or'ed under the exponent of 2²³, is the float 2²³ + code·2ˢ: no shift, no conversion
+        if STORAGE == "4bit":
+            half = tl.reshape(error, (ROWS, NUM_BLOCKS, 8))[:, :, :, None] >> (tl.arange(0, 2) * 16)[None, None, None]
+            shift = (tl.arange(0, 4) * 4) ^ 4  # an even index has the high nibble of its byte
+            bits = (half[:, :, :, :, None] & (15 << shift)[None, None, None, None, :]) | magic
+            scaled = unit[:, :, None] * ((127 - shift) << 23).to(tl.float32, bitcast=True)[None, None, :]
+            code = bits.to(tl.float32, bitcast=True) - _TWO_23
+            x = code * scaled[:, :, None, None, :] + lo[:, :, None, None, None]
+        else:
+            byte = tl.reshape(error, (ROWS, NUM_BLOCKS, 16))[:, :, :, None] >> (tl.arange(0, 4) * 8)[None, None, None]
+            code = ((byte & 255) | magic).to(tl.float32, bitcast=True) - _TWO_23
+            x = code * unit[:, :, None, None] + lo[:, :, None, None]
+        return g + tl.reshape(x, (ROWS, COLS))
+    else:
+        return g
+
+
+@triton.jit
+def _smaller(x, y):
+    return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _larger(x, y):
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def store_error(
+    x, g_ptr, error_ptr, lo_ptr, hi_ptr, row0, col0, n, c, key0, key1,
+    STORAGE: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    ALIGNED: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Store a tile of the new error x, float32 [ROWS, COLS].
+
+    Codes are those of ``block_quant`` but for what lies within rounding of a half, and for blocks with a unit below
+    1e-37, which become lo.
+    """
+    row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
+    start = tl.cast(row0, tl.int64) * c + col0
+    inside = (row < n - row0)[:, None]
+    if STORAGE == "dense" or STORAGE == "grad":
+        at = (row * c)[:, None] + col[None, :]
+        if STORAGE == "dense":
+            x_at = error_ptr + start + at
+        else:
+            x_at = tl.multiple_of(g_ptr + start + at, (1, 16)) if ALIGNED else g_ptr + start + at
+        x = x.to(x_at.dtype.element_ty)
+        if EVEN:
+            tl.store(x_at, x)
+        else:
+            tl.store(x_at, x, mask=inside & (col < c - col0)[None, :])
+    else:
+        NUM_BLOCKS: tl.constexpr = COLS // 64
+        LEVELS: tl.constexpr = 15.0 if STORAGE == "4bit" else 255.0
+        PER_WORD: tl.constexpr = 8 if STORAGE == "4bit" else 4
+        x = tl.reshape(x, (ROWS, NUM_BLOCKS, 64))
+        lo = round_to_bfloat16(tl.reduce(x, 2, _smaller), False)
+        hi = round_to_bfloat16(tl.reduce(x, 2, _larger), True)
+        finite = hi - lo < float("inf")
+        lo = tl.where(finite, tl.where(lo == 0.0, 0.0, lo), float("nan"))
+        hi = tl.where(finite, tl.where(hi == 0.0, 0.0, hi), float("nan"))
+        unit = unit_of(lo, hi, STORAGE)
+        inverse = tl.where(unit > 1e-37, 1.0 / unit, 0.0)[:, :, None]  # below, 1/unit may be infinite
+        above = tl.where(finite[:, :, None], x - lo[:, :, None], 0.0)
+        if STOCHASTIC:
+            index = start + (row * c)[:, None] + col[None, :]
+            draw = tl.reshape(uniform16(index, key0, key1), (ROWS, NUM_BLOCKS, 64))
+            code = tl.minimum(tl.floor(tl.fma(above, inverse, draw)), LEVELS) + _TWO_23
+        else:  # to nearest by the mantissa; lo ≤ x ≤ hi, so that there is nothing to clamp
+            code = tl.fma(above, inverse, _TWO_23)
+        if STORAGE == "4bit":  # 2²³ + 16·even + odd: a byte from two codes
+            even, odd = tl.split(tl.reshape(code, (ROWS, COLS // 8, 4, 2)))
+            byte = tl.fma(even - _TWO_23, 16.0, odd)
+        else:
+            byte = tl.reshape(code, (ROWS, COLS // 4, 4))
+        words = tl.sum((byte.to(tl.int32, bitcast=True) & 255) << (tl.arange(0, 4) * 8)[None, None, :], axis=2)
+        word, block = tl.arange(0, COLS // PER_WORD), tl.arange(0, NUM_BLOCKS)
+        word_at = error_ptr + start // PER_WORD + (row * (c // PER_WORD))[:, None] + word[None, :]
+        block_at = start // 64 + (row * (c // 64))[:, None] + block[None, :]
+        lo, hi = lo.to(tl.bfloat16), hi.to(tl.bfloat16)
+        if EVEN:
+            tl.store(word_at, words)
+            tl.store(lo_ptr + block_at, lo)
+            tl.store(hi_ptr + block_at, hi)
+        else:
+            tl.store(word_at, words, mask=inside & (word < (c - col0) // PER_WORD)[None, :])
+            there = inside & (block < (c - col0) // 64)[None, :]
+            tl.store(lo_ptr + block_at, lo, mask=there)
+            tl.store(hi_ptr + block_at, hi, mask=there)
+
+
+@triton.jit
+def load_factor(
+    ptr, first, count, along, term0, r, across,
+    TERMS: tl.constexpr, LONG: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Load [TERMS, LONG] of a factor: entries from ``first`` on of the terms from ``term0`` on; 0 outside."""
+    term, entry = tl.arange(0, TERMS)[:, None], tl.arange(0, LONG)[None, :]
+    at = ptr + tl.cast(first, tl.int64) * along + term0 * across + term * across + entry * along
+    if EVEN:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=(term < r - term0) & (entry < count - first), other=0.0)
+
+
+@triton.jit
+def multiply_kernel(
+    table_ptr,  # [batch]: addresses of gradients [n, c]
+    error_ptr,
+    lo_ptr,
+    hi_ptr,
+    magic,
+    factor_ptr,  # [batch], r terms of n or c entries each
+    onto_ptr,  # like out
+    out_ptr,  # [batch], r terms of c or n entries each
+    n,
+    c,
+    r,
+    error_batch,
+    stats_batch,
+    factor_batch,
+    factor_along,
+    factor_term,
+    out_batch,
+    out_along,
+    out_term,
+    onto_weight,
+    weight,
+    GRAD: tl.constexpr,
+    STORAGE: tl.constexpr,
+    OVER_ROWS: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+    TERMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    b = tl.program_id(1).to(tl.int64)
+    pieces = tl.cdiv(r, TERMS)
+    term0 = tl.program_id(0) % pieces * TERMS
+    g_ptr, error_ptr, lo_ptr, hi_ptr = batch_pointers(
+        table_ptr, error_ptr, lo_ptr, hi_ptr, b, error_batch, stats_batch, GRAD, STORAGE
+    )
+    factor_ptr += b * factor_batch
+    LENGTH: tl.constexpr = COLS if OVER_ROWS else ROWS
+    first, count = tl.program_id(0) // pieces * LENGTH, c if OVER_ROWS else n
+    if OVER_ROWS:  # a stripe of columns
+        acc = tl.zeros([TERMS, COLS], tl.float32)
+        for row0 in range(0, n, ROWS):
+            g, error, lo, hi = load_parts(
+                g_ptr, error_ptr, lo_ptr, hi_ptr, row0, first, n, c, STORAGE, ROWS, COLS, ALIGNED, EVEN
+            )
+            factor = load_factor(factor_ptr, row0, n, factor_along, term0, r, factor_term, TERMS, ROWS, EVEN)
+            acc = product(factor, add_error(g, error, lo, hi, magic, STORAGE, ROWS, COLS), acc, PRODUCTS)
+    else:  # a stripe of rows
+        acc = tl.zeros([ROWS, TERMS], tl.float32)
+        for col0 in range(0, c, COLS):
+            g, error, lo, hi = load_parts(
+                g_ptr, error_ptr, lo_ptr, hi_ptr, first, col0, n, c, STORAGE, ROWS, COLS, ALIGNED, EVEN
+            )
+            factor = load_factor(factor_ptr, col0, c, factor_along, term0, r, factor_term, TERMS, COLS, EVEN)
+            acc = product(add_error(g, error, lo, hi, magic, STORAGE, ROWS, COLS), tl.trans(factor), acc, PRODUCTS)
+    entry = first + tl.arange(0, LENGTH)
+    term = term0 + tl.arange(0, TERMS)
+    if OVER_ROWS:
+        at = (term * out_term)[:, None] + (entry.to(tl.int64) * out_along)[None, :]
+        inside = (term < r)[:, None] & (entry < count)[None, :]
+    else:
+        at = (entry.to(tl.int64) * out_along)[:, None] + (term * out_term)[None, :]
+        inside = (entry < count)[:, None] & (term < r)[None, :]
+    acc *= weight
+    if onto_ptr is not None:
+        acc += onto_weight * tl.load(onto_ptr + b * out_batch + at, mask=inside, other=0.0)
+    tl.store(out_ptr + b * out_batch + at, acc, mask=inside)
+
+
+class Residual:
+    """a = g + ξ of a batch of equal matrices, as kernels form it; the arguments that all of their launches share.
+
+    Args:
+        g: Gradients [rows, columns], contiguous, of one dtype.
+        state: Their stacked state, from which comes the error.
+        error_feedback: How the error is stored, as the option of that name says it.
+        products: The precision of products.
+    """
+
+    def __init__(
+        self, g: Sequence[Tensor], state: Mapping[str, Tensor], error_feedback: str, products: Products
+    ) -> None:
+        self.count, (self.rows, self.columns) = len(g), g[0].shape
+        error = lo = hi = None
+        if error_feedback in ("4bit", "8bit"):
+            self.storage = error_feedback
+            error, lo, hi = (state[f"error_{part}"] for part in ("codes", "lo", "hi"))
+            error = error.view(torch.int32)
+        elif error_feedback == "none":
+            self.storage = "none"
+        elif state["error"].data_ptr() == g[0].data_ptr():  # g + ξ already
+            self.storage = "grad"
+        else:
+            self.storage, error = "dense", state["error"]
+        self.pointers = (address_table(g), error, lo, hi, MAGIC)
+        self.strides = tuple(0 if part is None else part.stride(0) for part in (error, lo))
+        self.aligned = aligned(g) and self.columns * g[0].itemsize % 16 == 0
+        self.constants = {"GRAD": POINTEE[g[0].dtype], "STORAGE": self.storage, "PRODUCTS": products}
+
+    def multiply(
+        self, factor: Tensor, out: Tensor, *, over_rows: bool, weight: float = 1.0,
+        onto: Tensor | None = None, onto_weight: float = 0.0,
+    ) -> Tensor:  # fmt: skip
+        """Write out ← weight·(a·factor) + onto_weight·onto, or that of aᵀ, in one launch, and return it.
+
+        Args:
+            factor: [batch, columns, r], float32 or bfloat16, any strides; [batch, rows, r] with ``over_rows``.
+            out: float32 or bfloat16 [batch, rows, r], any strides; [batch, columns, r] with ``over_rows``.
+            over_rows: Whether the sum is over the rows of a: aᵀ·factor.
+            weight: Factor of the product.
+            onto: With the strides of ``out``.
+            onto_weight: Its factor.
+        """
+        r = factor.shape[2]
+        tile = multiply_tile(self, r)
+        terms, rows, columns = tile["TERMS"], tile["ROWS"], tile["COLS"]
+        stripes = triton.cdiv(self.columns, columns) if over_rows else triton.cdiv(self.rows, rows)
+        even = self.rows % rows == 0 and self.columns % columns == 0 and r % terms == 0
+        with on_device(factor):
+            multiply_kernel[(stripes * triton.cdiv(r, terms), self.count)](
+                *self.pointers,
+                factor,
+                onto,
+                out,
+                self.rows,
+                self.columns,
+                r,
+                *self.strides,
+                *factor.stride(),
+                *out.stride(),
+                float(onto_weight),
+                float(weight),
+                OVER_ROWS=over_rows,
+                ALIGNED=self.aligned,
+                EVEN=even,
+                enable_fp_fusion=True,
+                **self.constants,
+                **tile,
+            )
+        return out
+
+
+def _tile(terms: int, rows: int, columns: int, num_warps: int) -> dict[str, int]:
+    return {"TERMS": terms, "ROWS": rows, "COLS": columns, "num_warps": num_warps, "num_stages": 2}
+
+
+def multiply_tile(a: Residual, r: int) -> dict[str, int]:
+    """Return tile and launch parameters of a product with a of ``r`` terms: no registers are spilled with them."""
+    terms, products = max(16, triton.next_power_of_2(r)), a.constants["PRODUCTS"]
+    if products == "ieee":
+        return _tile(min(terms, 32), 32, 64, 4)
+    if a.columns % 16:  # an address of its own for each entry
+        return _tile(16, 32, 64, 8)
+    if terms <= 32:
+        return _tile(terms, 64, 64 if products == "tf32x3" or a.storage == "8bit" else 128, 4)
+    rows = 32 if products == "tf32x3" else 64
+    if terms == 64:
+        return _tile(64, rows, 64, 4)
+    return _tile(128, rows, 128 if products == "bf16" else 64, 8)
+
+
+def apply_tile(a: Residual, r: int) -> dict[str, int]:
+    """Return those of the launch that writes error and weights."""
+    terms, products = max(16, triton.next_power_of_2(r)), a.constants["PRODUCTS"]
+    if a.columns % 16:
+        return _tile(16, 16, 64, 4)
+    if products in ("ieee", "tf32x3"):
+        return _tile(16, 32, 64, 4)
+    if terms <= 64:
+        return _tile(min(terms, 32), 64, 64, 4)
+    return _tile(32, 64, 128 if products == "bf16" else 64, 8)
+
+
+def why_not_residual(g: Sequence[Tensor], state: Mapping[str, Tensor]) -> str | None:
+    """Return why a cannot be formed in kernels; None if it can."""
+    rows, columns = g[0].shape
+    if rows * columns > MAX_OFFSET or len(g) > _MAX_BATCH:
+        return f"{len(g)} × {rows * columns} entries are more than a kernel counts"
+    if "error_codes" in state and columns % BLOCK:
+        return f"a row of {columns} entries is not made of whole blocks of {BLOCK}"
+    return None
