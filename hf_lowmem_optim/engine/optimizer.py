@@ -300,14 +300,25 @@ class LowMemoryOptimizer(Optimizer):
         self, sparse: Sequence[TensorUpdate], dense: Sequence[Sequence[TensorUpdate]], system: Any = None
     ) -> None:
         """Update whole tensors: those that are compressed, and lists of those of a group that are not."""
-        method = self.method
-        if sparse and method.coupled_update_ is not None:
-            self._coupled_update_(sparse, system)
-        elif sparse:
+        method, coupled_update_ = self.method, self.method.coupled_update_
+        options: Any = sparse[0].options if sparse else None
+        if sparse and coupled_update_ is None:
             assert method.update_ is not None
             for batch in batches(sparse, whole=method.whole):
                 with batch.weights() as W:
                     method.update_(W, batch.g, batch.state, batch.step, batch.options)
+        elif sparse and options.scope == "tensor":
+            assert coupled_update_ is not None and method.shared_state is not None
+            for update in split_stacks(sparse):
+                own = {key: update.state[key] for key in method.shared_state(options)}
+                coupled_update_(list(batches([update], whole=method.whole)), own, update.step)
+        elif sparse:
+            assert coupled_update_ is not None
+            system[SHARED_STEP] += 1
+            if len(sparse) < sum([len(group["params"]) for group in self.param_groups]):
+                note_absent_(self, method, sparse, system[SHARED_STEP])
+            shared = {k.removeprefix(SHARED_PREFIX): v for k, v in system.items() if k.startswith(SHARED_PREFIX)}
+            coupled_update_(list(batches(sparse, whole=method.whole)), shared, system[SHARED_STEP])
         for updates in dense:
             adamw_update_(updates)
 
@@ -320,23 +331,6 @@ class LowMemoryOptimizer(Optimizer):
         place_system_(state, home, group, self.method, options)
         self._system_home = home
         return state
-
-    def _coupled_update_(self, updates: Sequence[TensorUpdate], system: dict[str, Any] | None) -> None:
-        """Take a step of the tensors' common system, or of each one's own."""
-        method, update_ = self.method, self.method.coupled_update_
-        assert update_ is not None and method.shared_state is not None
-        options: Any = updates[0].options
-        if options.scope == "tensor":
-            for update in split_stacks(updates):
-                own = {key: update.state[key] for key in method.shared_state(options)}
-                update_(list(batches([update], whole=method.whole)), own, update.step)
-            return
-        assert system is not None
-        system[SHARED_STEP] += 1
-        if len(updates) < sum([len(group["params"]) for group in self.param_groups]):
-            note_absent_(self, method, updates, system[SHARED_STEP])
-        shared = {k.removeprefix(SHARED_PREFIX): v for k, v in system.items() if k.startswith(SHARED_PREFIX)}
-        update_(list(batches(updates, whole=method.whole)), shared, system[SHARED_STEP])
 
     def _is_real(self, param: Tensor) -> bool:
         """Return whether a gradient of zero is nevertheless one of training."""

@@ -226,7 +226,7 @@ def _system_step_(optimizer: Any, members: list[_Task], system: dict[str, Any]) 
     mine = [(task, task.whole(method)) for task in _mine(members, team)]
     _check_loaded(optimizer, members, mine)
     shared = {key.removeprefix(SHARED_PREFIX): value for key, value in system.items() if key.startswith(SHARED_PREFIX)}
-    table = _Table(team, members, whole=method.whole)
+    table = _Table(team, members, whole=method.whole is True)
     assert method.coupled_update_ is not None
     if mine:
         rows = list(batches([update for _, update in mine], whole=method.whole))
