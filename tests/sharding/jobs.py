@@ -169,10 +169,12 @@ def save(rank: int, world: int, folder: Path) -> list[str]:
 
 
 def sources_of(name: str, world: int) -> tuple[str, ...]:
-    """Return from what a case is resumed: a registered optimizer from everything, a setting of it from parts."""
-    if world == 2 or name not in CASES:
-        return ("parts",)
-    return ("parts", "full", "plain")
+    """Return from what a case is resumed; everything is tried by one process, and by more whatever differs there."""
+    if world == 1:
+        return ("parts", "full", "plain") if name in CASES else ("parts",)
+    return {"ldadam": ("parts", "full"), "sparse_mfac": ("parts", "full"), "microadam": ("parts", "full", "plain")}.get(
+        name if world > 2 else "", ("parts",)
+    )
 
 
 def resume(rank: int, world: int, folder: Path) -> list[str]:

@@ -1,7 +1,7 @@
 """Runs functions in several processes that are one gloo group, and says what each returned or how it failed.
 
-The processes are forked from one that has imported torch and computed nothing: a start takes seconds otherwise, and a
-fork of a process that has used OpenMP may hang. Nothing waits forever: the group has a timeout.
+The processes are forked from one that has imported all modules and computed nothing: starts take seconds otherwise, and
+a fork of a process that has used OpenMP may hang. Nothing waits forever: the group has a timeout.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ def _main(folder: Path, timeout: float, names: Sequence[str]) -> int:
     import torch.distributed.tensor
 
     torch.set_num_threads(1)
+    for module in {name.partition(":")[0] for name in names}:
+        importlib.import_module(module)
     deadline = time.monotonic() + timeout
     for index, name in enumerate(names):
         function, _, world = name.partition("=")
