@@ -2,7 +2,7 @@
 
     python benchmarks/kernel_report.py [--targets sm90 gfx942]
 
-Two tables. *Resources*: every launch of ``tests/ops/launches.py`` compiled ahead of time; registers, spills, shared
+Two tables. *Resources*: every launch of ``launches.py`` compiled ahead of time; registers, spills, shared
 memory, and the share of a multiprocessor's warps that these allow to be resident (an upper bound). *Traffic*: the same
 launches run in Triton's interpreter, with every load and store counted, in bytes per entry of the parameter:
 
@@ -48,7 +48,7 @@ def count_traffic() -> list[dict[str, Any]]:
     interpreter.enable()
     from triton.runtime.interpreter import InterpreterBuilder
 
-    from tests.ops.launches import LAUNCHES, force_triton
+    from benchmarks.launches import LAUNCHES, force_triton
 
     force_triton()
     accesses: dict[str, list[tuple[Any, int]]] = {}
@@ -113,7 +113,7 @@ def main() -> None:
         print(json.dumps(count_traffic()))
         return
     traffic = run_json(["benchmarks.kernel_report", "--count-traffic"], interpret=True)
-    print(markdown(run_json(["tests.ops.ahead_of_time", *arguments.targets], interpret=False), traffic))
+    print(markdown(run_json(["benchmarks.ahead_of_time", *arguments.targets], interpret=False), traffic))
 
 
 if __name__ == "__main__":

@@ -114,7 +114,10 @@ def precision_of_products(error_feedback: str, rank: int) -> Products:
         )
     if error_feedback == "4bit":
         return "tf32" if rank <= _MOST_TF32_TERMS else "bf16"
-    return "tf32" if error_feedback == "8bit" else "tf32x3"
+    if error_feedback == "8bit":
+        return "tf32"
+    # three products do not compile for AMD's
+    return "ieee" if torch.version.hip else "tf32x3"
 
 
 def orthonormalize(Y: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_lowmem_optim.engine.buckets import Batch
+from hf_lowmem_optim.engine.buckets import Batch, most_tensors
 from hf_lowmem_optim.engine.error_feedback import FORMATS, add_residual, error_state, save_residual_
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
@@ -116,34 +116,35 @@ def lowrank_mfac_update_(
 
 def _descend_(x: Batch, w: Tensor) -> None:
     """Move the tensors of a batch: u ← Gᵀw, and lines 6 and 7."""
-    o = x.options
     with x.weights() as W:
-        if o.momentum == 0 and "left" in x.state:
-            lowrank_descend_(W, x.state["left"], x.state["right"], w, o)
+        if "left" in x.state and x.options.momentum == 0:
+            lowrank_descend_(W, x.state, w, x.options)
             return
         for i, weight in enumerate(W):
-            state = {key: part[i] for key, part in x.state.items()}
-            u = _combination(state, w)
-            if o.momentum > 0:
-                # 6. vel ← μ·vel + u
-                u = add_momentum_(state["velocity"], u, o.momentum)
-            # 7. W ← W·(1 − lr·weight_decay) − lr·(vel or u)
-            descend_(weight, u, o)
+            _descend_one_(weight, {key: part[i] for key, part in x.state.items()}, w, x.options)
 
 
 @Op
-def lowrank_descend_(W: Sequence[Tensor], left: Tensor, right: Tensor, w: Tensor, o: LowRankMFACOptions) -> None:
-    """Write W ← W·(1 − lr·weight_decay) − lr·Gᵀw for n matrices, in place: lines 5 and 7 without momentum.
+def lowrank_descend_(W: Sequence[Tensor], state: Mapping[str, Tensor], w: Tensor, o: LowRankMFACOptions) -> None:
+    """Write W ← W·(1 − lr·weight_decay) − lr·Gᵀw, of rows that are factors: line 7 without momentum.
 
     Args:
-        W: The weights, (p, q) each, contiguous.
-        left: The windows' left factors, float32 [n, m, r, p].
-        right: Their right factors, [n, m, r, q].
-        w: The weights of the window's rows, float32 [m].
-        o: The options: ``lr`` and ``weight_decay``.
+        W: n matrices of one shape and dtype.
+        state: Their stacked windows, ``"left"`` and ``"right"``.
+        w: float32 [m], on the device of the weights.
+        o: The options.
     """
-    for weight, *factors in zip(W, left, right, strict=True):
-        descend_(weight, _combination(dict(zip(("left", "right"), factors, strict=True)), w), o)
+    for i, weight in enumerate(W):
+        _descend_one_(weight, {key: state[key][i] for key in ("left", "right")}, w, o)
+
+
+def _descend_one_(weight: Tensor, state: Mapping[str, Tensor], w: Tensor, o: LowRankMFACOptions) -> None:
+    u = _combination(state, w)
+    if o.momentum > 0:
+        # 6. vel ← μ·vel + u
+        u = add_momentum_(state["velocity"], u, o.momentum)
+    # 7. W ← W·(1 − lr·weight_decay) − lr·(vel or u)
+    descend_(weight, u, o)
 
 
 def _compress_(x: Batch, row: int) -> None:
@@ -151,45 +152,63 @@ def _compress_(x: Batch, row: int) -> None:
     if "rows" in x.state:
         torch._foreach_copy_(list(x.state["rows"][:, row].unbind()), [g.view(-1) for g in x.g])
         return
-    left, right, fmt = x.state["left"], x.state["right"], FORMATS.get(x.options.error_feedback)
-    # 1. acc ← ξ + g
-    acc = add_residual(x.g, x.state, fmt)  # [n, p, q]
-    # 2. P ← orthonormalize(acc·Q₋);  Q ← accᵀP;  ξ ← acc − P·Qᵀ
+    right = x.state["right"]
     if x.step > 1:
         start = right[:, row - 1]
     else:
         start = seeded_sketch(right.shape[3], right.shape[2], right.device).T.expand(len(right), -1, -1)
+    lowrank_compress_(x.g, x.state, start, row, x.options.error_feedback)
+
+
+@Op
+def lowrank_compress_(
+    g: Sequence[Tensor], state: Mapping[str, Tensor], start: Tensor, row: int, error_feedback: str
+) -> None:
+    """Compress n gradients of one shape: lines 1 to 3.
+
+    Args:
+        g: The gradients, contiguous; only read.
+        state: Their stacked state, ``"left"``, ``"right"`` and the error; written.
+        start: Q₋, float32 [n, r, q]; may be another row of ``"right"``.
+        row: Of the window, to be written.
+        error_feedback: How the error is stored.
+    """
+    most = most_tensors(g[0].numel(), g[0].device)
+    if len(g) > most:  # on a GPU: acc is of their size
+        for first in range(0, len(g), most):
+            part = slice(first, first + most)
+            parts = {key: value[part] for key, value in state.items()}
+            lowrank_compress_.torch_version(g[part], parts, start[part], row, error_feedback)
+        return
+    # 1. acc ← ξ + g
+    fmt = FORMATS.get(error_feedback)
+    acc = add_residual(g, state, fmt)  # [n, p, q]
+    # 2. P ← orthonormalize(acc·Q₋);  Q ← accᵀP;  ξ ← acc − P·Qᵀ
     P = orthonormalize(acc @ of_safe_size(start.mT))  # [n, p, r]
     Qt = P.mT @ acc  # [n, r, q]
-    save_residual_(x.state, acc.baddbmm_(P, Qt, alpha=-1), fmt)
+    save_residual_(state, acc.baddbmm_(P, Qt, alpha=-1), fmt)
     # 3. row of the window ← (P, Q)
-    left[:, row] = P.mT
-    right[:, row] = Qt
+    state["left"][:, row] = P.mT
+    state["right"][:, row] = Qt
 
 
 def _products(state: Mapping[str, Tensor], row: int) -> Tensor:
     """Return ⟨gᵢ, g_row⟩ for every row i of each tensor, float64 [n, m]: gradients that resemble each other."""
     # a gradient that is kept as it is counts as one factor of rank 1
     factors = [state["rows"][:, :, None]] if "rows" in state else [state["left"], state["right"]]
-    together = max(1, _chunk(factors[0]) // max([factor[0].numel() for factor in factors]))
-    products = []
-    for parts in zip(*[torch.split(factor, together) for factor in factors], strict=True):
-        overlaps = [_overlaps(part, row) for part in parts]  # PᵢᵀP and QᵢᵀQ, [tensors, m, r, r]
-        products.append(torch.stack(overlaps).prod(dim=0).sum(dim=(2, 3)))
-    return torch.cat(products)
+    count, window = factors[0].shape[:2]
+    # each CPU tensor by itself, so that it is rounded as it is alone
+    together = 1 if factors[0].device.type == "cpu" else count
+    parts = zip(*[torch.split(factor, together) for factor in factors], strict=True)
+    overlaps = [torch.stack([_overlaps(each, row) for each in part]).prod(dim=0) for part in parts]
+    return torch.cat(overlaps).view(count, window, -1).sum(2)
 
 
 def _overlaps(factors: Tensor, row: int) -> Tensor:
-    """Return the products of the factors [n, m, r, p] of every row with those of one, float64 [n, m, r, r]."""
-    newest = factors[:, row].double().mT  # [n, p, r]
-    rows = max(1, _chunk(factors) // factors[:, 0].numel())
-    pieces = [part.double().flatten(1, 2) @ newest for part in torch.split(factors, rows, dim=1)]
-    return torch.cat(pieces, dim=1).view(*factors.shape[:3], -1)
-
-
-def _chunk(factors: Tensor) -> int:
-    """Return how many entries of a window may be widened to float64 at a time."""
-    return _CHUNK_ENTRIES if factors.device.type == "cpu" else 4 * _CHUNK_ENTRIES
+    """Return the products of all vectors of factors [n, m, r, p] with those of a row, float64 [n, m·r, r]."""
+    newest, vectors = factors[:, row].double().mT, factors.flatten(1, 2)
+    most = (1 << 20 if factors.device.type == "cpu" else 1 << 25) // max(1, vectors[:, 0].numel())
+    return torch.cat([piece.double() @ newest for piece in torch.split(vectors, max(1, most), dim=1)], dim=1)
 
 
 def _combination(state: Mapping[str, Tensor], w: Tensor) -> Tensor:
@@ -232,7 +251,8 @@ class LowRankMFAC(LowMemoryOptimizer):
         LowRankMFACOptions,
         lowrank_mfac_state,
         switch=("rank", None),
-        scratch=1.0,  # acc, or u
+        scratch=1.0,  # acc, or u; fused on a GPU, neither
+        whole="gpu",
         scratch_state=1.0,
         adam_like=False,
         optional_state={"velocity": "momentum"},

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import runpy
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -22,7 +22,7 @@ import torch
 pytest.importorskip("numba")
 import numba
 
-from hf_lowmem_optim.ops.cpu import block_quant, launch, sparse_window
+from hf_lowmem_optim.ops.cpu import block_quant, jit, launch, sparse_window
 from hf_lowmem_optim.ops.cpu.jit import Loop
 from hf_lowmem_optim.ops.sparse_window import SparseWindow, window_combine_
 from tests.ops.backends import Use, python, same, window_descend_, window_gram_row, window_update_
@@ -46,12 +46,12 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Threads]:
 
 def test_operations_agree_with_torch_on_any_number_of_threads(threads: Threads, use: Use) -> None:
     groups = [[spec for spec in [*TENSORS, *ODD] if spec[1] == size] for size in (64, 96, 128, 256)]
-    expected = run([make_all(use("reference"), group) for group in groups])
+    expected = run([make_all(use("reference"), group) for group in groups], 5, others=True)
     use("cpu")
     alone = None
     for count in (1, 2, 3):
         threads(count)
-        result = run([make_all("cpu", group) for group in groups])
+        result = run([make_all("cpu", group) for group in groups], 5, others=True)
         for one, other in zip(result, expected, strict=True):
             # sums of products, in another order: all else to the bit
             if one.dtype == torch.float64:
@@ -159,21 +159,6 @@ def test_a_thread_that_finds_no_core_is_not_waited_for(threads: Threads) -> None
     assert all(future.result(timeout=30) for future in busy)
 
 
-def test_the_calling_thread_works_alone_where_no_other_is_to_be_had() -> None:
-    script = """
-import threading, torch
-from hf_lowmem_optim.ops.cpu import launch
-torch.set_num_threads(3)
-def work():
-    threading.main_thread().join()
-    assert launch.run_pieces(abs, [(-n,) for n in range(9)], 1 << 30) == list(range(9))
-    print("done")
-threading.Thread(target=work).start()
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert done.stdout == "done\n", done.stderr
-
-
 def test_a_failure_while_a_piece_is_made_comes_out(threads: Threads) -> None:
     threads(3)
 
@@ -207,9 +192,9 @@ def test_an_interrupt_while_waiting_for_a_thread_comes_out_when_it_has_ended(thr
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_process_has_threads_of_its_own() -> None:
+def test_a_forked_process_has_threads_of_its_own_and_the_calling_one_works_alone_at_the_end() -> None:
     script = """
-import os, torch
+import os, threading, torch
 from hf_lowmem_optim.ops.cpu import launch
 torch.set_num_threads(3)
 expected = list(range(50))
@@ -218,9 +203,14 @@ child = os.fork()
 if child == 0:
     os._exit(launch.run_pieces(abs, ((-n,) for n in expected), 1 << 30) != expected)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+def work():
+    threading.main_thread().join()  # from then on no other thread is to be had
+    assert launch.run_pieces(abs, ((-n,) for n in expected), 1 << 30) == expected
+    print("done")
+threading.Thread(target=work).start()
 """
     run = python("-W", "ignore", "-c", script)
-    assert run.returncode == 0, run.stderr
+    assert (run.returncode, run.stdout) == (0, "done\n"), run.stderr
 
 
 SOURCE = """
@@ -345,6 +335,7 @@ assert (x == 1).all()
     assert run.stderr.count("numba is installed but cannot be imported (Numba needs NumPy 2.2 or less") == 1
 
 
-def test_a_disabled_compiler_is_as_none() -> None:
-    run = python("-c", "import hf_lowmem_optim.ops.cpu.jit", NUMBA_DISABLE_JIT="1")
-    assert "ImportError: NUMBA_DISABLE_JIT is set" in run.stderr
+def test_a_disabled_compiler_is_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    with pytest.raises(ImportError, match="NUMBA_DISABLE_JIT is set"):
+        runpy.run_path(jit.__file__)

@@ -106,6 +106,17 @@ def test_an_operation_takes_the_version_that_serves_the_call(which: Which, monke
     assert which(tensors, 3) == "by name"
 
 
+def test_a_torch_version_of_parts_serves_what_was_asked_of_their_backend(
+    which: Which, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_COMPOSED", set())
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "triton")
+    whole = register(which, "triton", why_not=lambda tensors, number: "odd" if number % 2 else None, composed=True)
+    whole(lambda tensors, number: "whole")
+    assert [which([torch.zeros(1)], number) for number in (2, 3)] == ["whole", "torch"]
+
+
 @pytest.mark.parametrize("backend", FAST)
 def test_every_operation_has_its_faster_versions(backend: str) -> None:
     """Or the tests that compare backends would compare torch with itself."""

@@ -9,15 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.launches import NUMBERS
 from hf_lowmem_optim.ops.low_rank import orthonormalize
 from hf_lowmem_optim.optimizers.ldadam import ldadam_moments_
-from hf_lowmem_optim.optimizers.lowrank_mfac import LowRankMFACOptions, lowrank_descend_
 from tests.ops.backends import BF16, DEVICE, FP16, FP32, INTERPRETED, ON_GPU, QUIET, normal
-from tests.ops.launches import NUMBERS
 
 kernel = pytest.importorskip("hf_lowmem_optim.ops.triton.low_rank", exc_type=ImportError)
 ldadam = pytest.importorskip("hf_lowmem_optim.ops.triton.ldadam", exc_type=ImportError)
-lowrank_mfac = pytest.importorskip("hf_lowmem_optim.ops.triton.lowrank_mfac", exc_type=ImportError)
 pytestmark = [*([] if INTERPRETED else ON_GPU), QUIET]
 
 DEPENDENT = ("as dependent as Cholesky serves", "nearly dependent", "a repeated column", "a repeated column, large")
@@ -235,19 +233,6 @@ def test_all_weights_are_one_launch_and_come_out_as_they_do_alone(monkeypatch: p
     for i, weight in enumerate(alone):
         ldadam.descend_([weight], left[i : i + 1], right[i : i + 1], 0.9, 0.4)
         assert torch.equal(weight, together[i])
-
-
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_a_window_of_factors_is_combined_in_one_launch_for_all_weights(dtype: torch.dtype) -> None:
-    options = LowRankMFACOptions(lr=0.1, weight_decay=0.1, rank=3, window=5)
-    left, right, w = normal(2, 5, 3, 70, seed=2), normal(2, 5, 3, 130, seed=3), normal(5, seed=4)
-    weights = weights_of(2, 70, 130, dtype)
-    expected = [weight.clone() for weight in weights]
-    lowrank_descend_.torch_version(expected, left, right, w, options)
-    lowrank_mfac.descend_along_rows_(weights, left, right, w, options)
-    for weight, each in zip(weights, expected, strict=True):
-        # a product of 15 terms of size 5, and one rounding to the weights' dtype
-        close(weight.double(), each.double(), 1e-6 if dtype == FP32 else 2.0**-8)
 
 
 def test_what_is_not_finite_reaches_its_own_entries() -> None:

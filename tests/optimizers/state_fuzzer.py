@@ -1,10 +1,10 @@
 """Load state dicts with something wrong in them: run as a process, so that a crash is seen as one.
 
-    python -m tests.optimizers.state_fuzzer NAME COUNT
+    python -m tests.optimizers.state_fuzzer COUNT NAME...
 
 A load either raises ValueError or TypeError and leaves the optimizer as it was, ready to step, or is harmless: steps
-after it raise nothing. Prints how many were refused and how many were harmless; faults are listed, and a status
-of 1 tells that there are any.
+after it raise nothing. Prints a line for each optimizer: how many were refused, how many were harmless, and the
+faults.
 """
 
 from __future__ import annotations
@@ -165,15 +165,13 @@ def check(name: str, number: int, valid: dict[str, Any], target: LowMemoryOptimi
     return "harmless", None
 
 
-def main(name: str, count: int) -> int:
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
+def fuzz(name: str, count: int) -> dict[str, Any]:
     source = fresh(name)
     for seed in range(4):
         step(source, seed)
     valid = copy.deepcopy(source.state_dict())
-    found = {"refused": 0, "harmless": 0}
-    faults, target = [], fresh(name)
+    found: dict[str, Any] = {"name": name, "refused": 0, "harmless": 0, "faults": []}
+    target = fresh(name)
     step(target, 9)
     for number in range(count):
         try:
@@ -182,13 +180,15 @@ def main(name: str, count: int) -> int:
             outcome, fault = "harmless", f"{type(error).__name__}: {error}"
         found[outcome] += 1
         if fault is not None:
-            faults.append(f"{name} {number}: {fault}")
+            found["faults"].append(f"{name} {number}: {fault}")
         if fault is not None or outcome == "harmless":
             target = fresh(name)
             step(target, 9)
-    print(json.dumps({**found, "faults": faults}))
-    return int(bool(faults))
+    return found
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2])))
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    for each in sys.argv[2:]:
+        print(json.dumps(fuzz(each, int(sys.argv[1]))), flush=True)

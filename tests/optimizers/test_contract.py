@@ -13,7 +13,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from hf_lowmem_optim.engine import adamw
 from hf_lowmem_optim.engine.buckets import own_tensors
@@ -114,6 +118,7 @@ def assert_takes_a_group(optimizer: LowMemoryOptimizer) -> None:
     (late * 2).sum().backward()
     optimizer.step()
     assert optimizer.state[late]["step"] == 1 and optimizer.param_groups[1]["lr"] == 0.25
+    assert all(group.keys() == {"params", *optimizer.method.options.defaults()} for group in optimizer.param_groups)
 
 
 def test_layout_does_not_matter_and_the_gradient_is_left_alone(case: Case) -> None:
@@ -211,13 +216,16 @@ def test_wrappers_leave_no_trace(case: Case, probe: Callable[[nn.Module, torch.o
     assert_same_state(optimizer, untouched)
 
 
-def test_a_distributed_checkpoint_carries_everything(case: Case) -> None:
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_distributed_checkpoint_carries_everything(case: Case, flat: bool) -> None:
     model, twin = (nn.ParameterDict(make_params()) for _ in range(2))
     optimizer, second = case.build(model.parameters()), case.build(twin.parameters())
     run(optimizer, dict(model.items()), gradients(6))
-    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
+    assert get_optimizer_state_dict(twin, second, options=options).keys() == saved.keys()
     twin.load_state_dict(model.state_dict())
-    set_optimizer_state_dict(twin, second, saved)
+    set_optimizer_state_dict(twin, second, saved, options=options)
     for each, tensors in ((optimizer, model), (second, twin)):
         run(each, dict(tensors.items()), gradients(5, seed=3))
     assert_equal(model.values(), twin.values())

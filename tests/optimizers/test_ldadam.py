@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from torch import nn
 
 from hf_lowmem_optim.ops.low_rank import leading_left_singular_vectors, orthonormalize
 from hf_lowmem_optim.optimizers.ldadam import LDAdam, LDAdamOptions, ldadam_update_
+from hf_lowmem_optim.registry import OPTIMIZERS
 from hf_lowmem_optim.spec import QuantFormat
 from tests.optimizers.cases import stored_error
 from tests.reference.ldadam import ReferenceLDAdam
@@ -148,6 +150,29 @@ def test_full_rank_keeps_no_error_and_adams_momentum() -> None:
     fresh = zeros(8, 20, 8)
     update_(first, grad, fresh, 1, dataclasses.replace(options, eps=1e-12))
     torch.testing.assert_close((fresh["basis"].T @ first).abs(), torch.full((8, 20), 0.1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ldadam", "lowrank_mfac"])
+def test_a_gpus_batch_is_cut_where_the_torch_version_allocates_its_size(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU's is cut by the engine, to as many."""
+    module = importlib.import_module(f"hf_lowmem_optim.optimizers.{name}")
+    build, sizes = OPTIMIZERS[name].optimizer_class, []
+    stock = module.add_residual
+    monkeypatch.setattr(module, "add_residual", lambda g, *rest: sizes.append(len(g)) or stock(g, *rest))
+    ends = []
+    for most in (5, 2):
+        monkeypatch.setattr(module, "most_tensors", lambda *_, most=most: most)
+        generator = torch.Generator().manual_seed(0)
+        weights = [nn.Parameter(torch.randn(32, 48, generator=generator)) for _ in range(5)]
+        optimizer = build(weights, rank=4)
+        for _ in range(3):
+            for weight in weights:
+                weight.grad = torch.randn(32, 48, generator=generator)
+            optimizer.step()
+        ends.append(torch.stack([weight.detach() for weight in weights]))
+    assert torch.equal(*ends) and sizes == [5] * 3 + [2, 2, 1] * 3
 
 
 def test_rank_at_least_the_smaller_dimension_is_dense() -> None:

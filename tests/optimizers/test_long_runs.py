@@ -1,4 +1,4 @@
-"""What a run may meet besides gradients: skipped steps, two hundred of them, and its end. For every optimizer."""
+"""What a run may meet besides gradients: skipped steps, many of them, and its end. For every optimizer."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def live_tensors() -> Counter[tuple[int, ...]]:
 
 
 @every_case
-def test_nothing_grows_over_two_hundred_steps(case: Case) -> None:
+def test_nothing_grows_over_many_steps(case: Case) -> None:
     """Through a backward pass, in which layer-wise optimizers do their work; with two micro-batches."""
     params = make_params()
     optimizer = case.build(list(params.values()))
@@ -68,10 +68,10 @@ def test_nothing_grows_over_two_hundred_steps(case: Case) -> None:
 
     train()
     before = live_tensors()
-    for _ in range(9):
+    for _ in range(2):
         train()
     assert live_tensors() == before
-    assert {state["step"] for state in optimizer.state.values()} == {200}
+    assert {state["step"] for state in optimizer.state.values()} == {60}
 
 
 @pytest.fixture

@@ -209,52 +209,6 @@ def test_every_storage_of_the_error_keeps_most_of_it(cls: type[LowMemoryOptimize
     assert torch.linalg.norm(average - gradient) <= allowed * torch.linalg.norm(gradient)
 
 
-@pytest.mark.parametrize("cls", [SparseMFAC, SparseGGT])
-def test_the_split_into_tensors_and_groups_does_not_matter(cls: type[LowMemoryOptimizer]) -> None:
-    whole = {"all": nn.Parameter(torch.linspace(-1, 1, 120))}
-    pieces = {str(i): nn.Parameter(p.clone()) for i, p in enumerate(whole["all"].detach().split([50, 7, 63]))}
-    pieces["2"] = nn.Parameter(pieces["2"].detach().view(7, 9))
-    hyper = {"window": 5, "damping": 1e-4, **EXACT_SPARSE}
-    first = cls(whole.values(), **hyper)
-    groups = [{"params": [pieces["2"], pieces["0"]]}, {"params": [pieces["1"]], "block_size": 128}]
-    second = cls(groups, **hyper)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(20):
-        gradient = 0.1 * torch.randn(120, generator=generator)
-        whole["all"].grad = gradient
-        for param, part in zip(pieces.values(), gradient.split([50, 7, 63]), strict=True):
-            param.grad = part.view(param.shape).clone()
-        first.step()
-        second.step()
-    again = torch.cat([pieces[k].detach().reshape(-1) for k in "012"])
-    way = torch.linalg.norm(whole["all"].detach() - torch.linspace(-1, 1, 120))
-    assert torch.linalg.norm(again - whole["all"].detach()) <= 1e-5 * way
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-def test_the_order_of_the_rows_does_not_matter(cls: type[LowMemoryOptimizer]) -> None:
-    """Rows permuted between two steps, but for the one that is overwritten and the one before it."""
-    runs = []
-    for permute in (False, True):
-        params = as_parameters(start())
-        optimizer = cls(params.values(), window=6, damping=1e-4)
-        steps = list(drifting_gradients(10))
-        for gradients in steps[:9]:
-            feed(optimizer, params, gradients)
-        if permute:
-            order = [5, 0, 2, 3, 1, 4]  # 9 steps done: row 2 was written last, row 3 comes next
-            for state in optimizer.state.values():
-                for key in {"indices", "values", "left", "right", "rows"} & set(state):
-                    state[key].copy_(state[key][order].clone())
-            (gram,) = [state["shared_gram"] for state in optimizer.state.values() if "shared_gram" in state]
-            gram.copy_(gram[order][:, order].clone())
-        before = {k: p.detach().clone() for k, p in params.items()}
-        feed(optimizer, params, steps[9])
-        runs.append({k: before[k] - p.detach() for k, p in params.items()})
-    for key in SHAPES:
-        torch.testing.assert_close(runs[0][key], runs[1][key], rtol=1e-3, atol=1e-6)
-
-
 def test_scope_tensor_is_one_optimizer_per_tensor() -> None:
     together, alone = as_parameters(start()), as_parameters(start())
     hyper = {"window": 4, "damping": 1e-3, "density": 0.3}

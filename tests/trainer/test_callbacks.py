@@ -15,7 +15,7 @@ from hf_lowmem_optim.memory import step_memory
 from hf_lowmem_optim.memory.report import load_report, report_text
 from hf_lowmem_optim.trainer.callbacks import EarlyLogCallback
 from tests.memory.layout import layout
-from tests.trainer.runs import Reporter, make_trainer
+from tests.trainer.runs import KINDS, Reporter, make_trainer
 from tests.trainer.tiny_models import token_rows
 
 PREFIX = "optimizer_state/"
@@ -36,7 +36,7 @@ def added(logs: dict[str, Any]) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("optim", [*OPTIMIZERS, "adamw_torch", "adafactor", "adamw_bnb_8bit"])
+@pytest.mark.parametrize("optim", [*KINDS, "adamw_torch", "adafactor", "adamw_bnb_8bit"])
 def test_bytes_reach_history_reporters_and_the_report(optim: str, tmp_path: Path, capsys: Any) -> None:
     if "bnb" in optim:
         pytest.importorskip("bitsandbytes")

@@ -126,12 +126,8 @@ def test_trl_starts_accelerate_which_starts_a_training_with_ldadam(tmp_path: Pat
     data.mkdir()
     (data / "train.jsonl").write_text('{"text": "to be or not to be"}\n' * 8)
     arguments = f"sft --model_name_or_path {model} --dataset_name {data} --output_dir out --max_steps 2 --use_cpu true"
-    arguments += " --bf16 false --report_to none --save_strategy no --optim_args rank=4 --num_processes 1 --optim"
-    trl = ["-m", "trl.cli.main", *arguments.split()]
-    refused = python([*trl, "ldadam"], tmp_path)
-    assert refused.returncode != 0
-    assert "invalid choice: 'ldadam'" in refused.stderr
-    launched = python(["-m", "hf_lowmem_optim", "run", *trl, "ldadam"], tmp_path)
+    arguments += " --bf16 false --report_to none --save_strategy no --num_processes 1 --optim ldadam --optim_args"
+    launched = python(["-m", "hf_lowmem_optim", "run", "-m", "trl.cli.main", *arguments.split(), "rank=4"], tmp_path)
     assert launched.returncode == 0, launched.stderr[-3000:]
     assert "train_loss" in launched.stdout
     assert "LDAdam for" in launched.stderr + launched.stdout

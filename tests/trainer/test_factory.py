@@ -24,7 +24,7 @@ from hf_lowmem_optim.trainer import param_groups
 from hf_lowmem_optim.trainer.optim_args import parse_optim_args
 from hf_lowmem_optim.trainer.param_groups import COMPRESSED, EMBEDDING, HEAD, NOT_TARGET, TOO_SMALL, VECTOR
 from tests.trainer import tiny_models as tiny
-from tests.trainer.runs import ARGUMENTS, NORMAL, assert_equal_to_the_bit, make_trainer, moved, values
+from tests.trainer.runs import ARGUMENTS, KINDS, NORMAL, assert_equal_to_the_bit, make_trainer, moved, values
 from tests.trainer.tiny_models import only_head, tiny_llama, token_rows, with_lora
 
 
@@ -33,7 +33,7 @@ def ia3() -> nn.Module:
     return get_peft_model(tiny_llama(), config)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", KINDS)
 def test_factory_serves_a_plain_loop_and_the_trainer_again_and_again(name: str, tmp_path: Any) -> None:
     factory = OptimizerFactory(name, lr=1e-3, weight_decay=0.1)
     model = tiny_llama()

@@ -1,4 +1,4 @@
-"""Training arguments that change how a step runs, not what it computes: for every registered optimizer.
+"""Training arguments that change how a step runs, not what it computes: for each kind of optimizer.
 
 With `auto_find_batch_size`, after running out of memory, the Trainer begins anew, with the optimizer it has. What
 optimizers that act during the backward pass log, accumulate and refuse is here too.
@@ -30,7 +30,6 @@ from tests.optimizers.cases import assert_same_state
 from tests.trainer import runs
 from tests.trainer.tiny_models import tiny_llama, token_rows
 
-every_optimizer = pytest.mark.parametrize("name", runs.TRAINED)
 OVERFLOWS_AT = 3
 
 
@@ -82,9 +81,12 @@ class HalveTheScale(TrainerCallback):
 
 
 @pytest.mark.parametrize("device", runs.DEVICES)
-@pytest.mark.parametrize("name", runs.NORMAL)
+@pytest.mark.parametrize("name", ["ldadam", "sparse_mfac"])
 def test_a_batch_that_overflows_in_fp16_is_as_if_it_had_not_been_there(name: str, device: str, tmp_path: Path) -> None:
-    """With accumulation: its step is skipped as a whole, with the other micro-batch, which was finite."""
+    """With accumulation: its step is skipped as a whole, with the other micro-batch, which was finite.
+
+    A scaler and every optimizer: tests/optimizers/test_long_runs.py.
+    """
     good = token_rows(24)
     bad = [{key: value - value.min() for key, value in row.items()} for row in token_rows(4, seed=9)]
     mixed = [*good[: 4 * OVERFLOWS_AT], *bad[:2], *good[:2], *good[4 * OVERFLOWS_AT :]]
@@ -104,7 +106,7 @@ def test_a_batch_that_overflows_in_fp16_is_as_if_it_had_not_been_there(name: str
 
 @pytest.mark.parametrize("device", runs.DEVICES[1:])
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@every_optimizer
+@pytest.mark.parametrize("name", runs.TRAINED)
 def test_resume_on_a_gpu_is_exact(name: str, bf16: bool, device: str, tmp_path: Path) -> None:
     settings = runs.settings_of(name, **{**SCHEDULE, "max_steps": 12})
     straight = runs.assert_resumes_to_the_bit(tmp_path, tiny_llama, use_cpu=False, bf16=bf16, **settings)
@@ -116,32 +118,37 @@ def test_resume_on_a_gpu_is_exact(name: str, bf16: bool, device: str, tmp_path: 
 @pytest.mark.parametrize("name", ["ldadam", "ldadam_layerwise"])
 def test_a_compiled_model_trains_alike_and_resumes_in_either_way(name: str, tmp_path: Path, caplog: Any) -> None:
     """With the part of torch.compile that could matter: graphs forward and backward. Inductor would take minutes."""
-    chosen = [f"model.layers.{part}.weight" for part in ("0.self_attn.q_proj", "1.mlp.down_proj", "1.self_attn.q_proj")]
-    settings = {"optim_target_modules": [r".*q_proj", r".*layers\.1\.mlp\.down_proj"], "save_strategy": "steps"}
+    chosen = [f"model.layers.0.{part}.weight" for part in ("self_attn.q_proj", "mlp.down_proj")]
+    settings = {"optim_target_modules": [r".*q_proj", r".*layers\.0\.mlp\.down_proj"], "save_strategy": "steps"}
     ways: dict[bool, dict[str, Any]] = {False: settings, True: {**settings, "torch_compile_backend": "aot_eager"}}
     trained: dict[bool, Trainer] = {}
     for compiled, way in ways.items():
         torch._dynamo.reset()
         counters.clear()
-        trained[compiled] = trainer_for(tmp_path / str(compiled), name, save_steps=2, **way)
+        trained[compiled] = trainer_for(tmp_path / str(compiled), name, model=one_layer(), save_steps=2, **way)
         trained[compiled].train()
         assert ("saves no memory for gradients" in caplog.text) == (compiled and name in runs.LAYERWISE)
         # one graph, and none again in a later step for a hook's sake
         assert counters["stats"].get("unique_graphs", 0) == compiled
         method = OPTIMIZERS[name].optimizer_class.method
         dense = {n: method.is_dense(g) for g in trained[compiled].optimizer.param_groups for n in g["param_names"]}
-        assert dense == {n: n not in chosen for n, _ in tiny_llama().named_parameters()}
+        assert dense == {n: n not in chosen for n, _ in one_layer().named_parameters()}
     assert_close_ends(trained[True], trained[False])
     for compiled, way in ways.items():
-        resumed = trainer_for(tmp_path / "resumed", name, **way)
+        resumed = trainer_for(tmp_path / "resumed", name, model=one_layer(), **way)
         resumed.train(resume_from_checkpoint=str(tmp_path / str(not compiled) / "checkpoint-2"))
         assert resumed.state.global_step == 4
         assert_close_ends(resumed, trained[False])
 
 
+def one_layer() -> Any:
+    """As compiling takes its time for each layer."""
+    return tiny_llama(num_hidden_layers=1)
+
+
 def assert_close_ends(left: Trainer, right: Trainer) -> None:
     """As near as two orders of summation are, compared to how far training went."""
-    parameters = (each.parameters() for each in (left.model, right.model, tiny_llama()))
+    parameters = (each.parameters() for each in (left.model, right.model, one_layer()))
     for mine, theirs, start in zip(*parameters, strict=True):
         assert (mine - theirs).norm() <= 1e-3 * (theirs - start).norm()
     assert runs.logged(left, "loss") == pytest.approx(runs.logged(right, "loss"), rel=1e-5)
@@ -150,7 +157,7 @@ def assert_close_ends(left: Trainer, right: Trainer) -> None:
         assert measure_state(each.optimizer).component_bytes == plan_optimizer(each.optimizer).component_bytes
 
 
-@every_optimizer
+@pytest.mark.parametrize("name", ["ldadam", "ldadam_layerwise", "microadam_layerwise"])
 def test_gradient_checkpointing_changes_nothing(name: str, tmp_path: Path) -> None:
     checkpointing = [
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
@@ -164,7 +171,7 @@ def test_gradient_checkpointing_changes_nothing(name: str, tmp_path: Path) -> No
         assert runs.logged(end, "grad_norm") == pytest.approx(runs.logged(ends[0], "grad_norm"), rel=1e-5)
 
 
-@every_optimizer
+@pytest.mark.parametrize("name", runs.KINDS)
 def test_after_training_nothing_of_ours_keeps_the_model(name: str, tmp_path: Path) -> None:
     """What accelerate remembers is cleared as a user would; the collector may run, for the Trainer has cycles."""
     given = {"callbacks": [callback := OptimizerStateMemoryCallback()]}
@@ -227,7 +234,7 @@ def updates(trainer: Trainer) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", runs.KINDS)
 def test_training_begins_anew_with_a_smaller_batch(name: str, where: str, tmp_path: Path, caplog: Any) -> None:
     trainer, batches = run_failing(name, where, tmp_path)
     assert batches[: BEFORE + 1] == [8] * (BEFORE + 1)

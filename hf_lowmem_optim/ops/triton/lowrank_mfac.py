@@ -1,26 +1,57 @@
-"""LowRankMFAC in Triton: the combination of the window's rows and the step, for all matrices of a shape at once."""
+"""LowRankMFAC in Triton: acc = g + ξ is formed in registers wherever it is needed, and u never written.
+
+Per batch of equal matrices: acc·Q₋, accᵀP and ξ ← acc − P·Qᵀ are a launch each, W ← decay·W − lr·Gᵀw is one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_lowmem_optim.ops.dispatch import register
-from hf_lowmem_optim.ops.triton.device import MAX_OFFSET
-from hf_lowmem_optim.ops.triton.ldadam import descend_
+from hf_lowmem_optim.ops.low_rank import MOST_FACTOR_BYTES, of_safe_size, precision_of_products
+from hf_lowmem_optim.ops.triton.low_rank import orthonormal_columns
+from hf_lowmem_optim.ops.triton.residual import Residual, why_not_residual
+from hf_lowmem_optim.ops.triton.residual_update import Descent, update_
 
-__all__ = ["descend_along_rows_"]
-
-
-def _why_not(W: Sequence[Tensor], left: Tensor, right: Tensor, *_: object) -> str | None:
-    entries = max(left[0].numel(), right[0].numel())
-    return None if entries <= MAX_OFFSET else f"{entries} entries of a window are more than a kernel counts"
+__all__ = ["compress_", "descend_by_factors_"]
 
 
-@register("lowrank_descend_", "triton", why_not=_why_not)
-def descend_along_rows_(W: Sequence[Tensor], left: Tensor, right: Tensor, w: Tensor, o: Any) -> None:
+def _why_no_compression(g: Sequence[Tensor], state: Mapping[str, Tensor], *_: object) -> str | None:
+    return why_not_residual(g, g, state)
+
+
+@register("lowrank_compress_", "triton", why_not=_why_no_compression, composed=True)
+def compress_(g: Sequence[Tensor], state: Mapping[str, Tensor], start: Tensor, row: int, error_feedback: str) -> None:
+    """See :func:`hf_lowmem_optim.optimizers.lowrank_mfac.lowrank_compress_`."""
+    left, Qt = state["left"][:, row], state["right"][:, row]
+    # 1. acc ← ξ + g
+    acc = Residual(g, state, error_feedback, precision_of_products(error_feedback, left.shape[1]))
+    # 2. P ← orthonormalize(acc·Q₋);  Q ← accᵀP;  ξ ← acc − P·Qᵀ;  3. row of the window ← (P, Q)
+    Y = torch.empty(len(g), left.shape[2], left.shape[1], dtype=torch.float32, device=left.device)
+    P = orthonormal_columns(acc.multiply(of_safe_size(start.mT), Y, over_rows=False))
+    acc.multiply(P, Qt.mT, over_rows=True)
+    update_(acc, [(P.neg(), Qt)], None)
+    left.copy_(P.mT)
+
+
+def _why_no_descent(W: Sequence[Tensor], *_: object) -> str | None:
+    return why_not_residual(W, W, {})
+
+
+@register("lowrank_descend_", "triton", why_not=_why_no_descent, composed=True)
+def descend_by_factors_(W: Sequence[Tensor], state: Mapping[str, Tensor], w: Tensor, o: Any) -> None:
     """See :func:`hf_lowmem_optim.optimizers.lowrank_mfac.lowrank_descend_`."""
-    weighted = (left * w[:, None, None]).flatten(1, 2)  # [n, m·r, p]
-    descend_(W, weighted.mT, right.flatten(1, 2), 1 - o.lr * o.weight_decay, o.lr)
+    left, right = (state[key].flatten(1, 2) for key in ("left", "right"))  # [n, m·r, p], [n, m·r, q]
+    weights = w.repeat_interleave(state["left"].shape[2])[:, None]
+    # rows that resemble each other cancel in the sum, and no error feeds back what that loses
+    products = precision_of_products("none", left.shape[1])
+    most = max(1, MOST_FACTOR_BYTES // (4 * left[0].numel()))
+    for start in range(0, len(W), most):
+        part = slice(start, start + most)
+        nothing = Residual(W[part], {}, "none", products)
+        factors = ((left[part] * weights).mT, right[part])
+        update_(nothing, [], Descent(W[part], factors, 1 - o.lr * o.weight_decay, o.lr))

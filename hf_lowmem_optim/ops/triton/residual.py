@@ -4,12 +4,13 @@
 
 A batch has equal matrices [rows, columns]. Gradients are reached by their addresses; the error is stacked as the state
 is, quantized in blocks of 64 entries of one row, or dense, or in the gradient's own buffer, or not there. The jit
-functions without a leading underscore are shared with ``ldadam_step.py``.
+functions without a leading underscore are shared with ``residual_update.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -24,12 +25,12 @@ __all__ = [
     "POINTEE",
     "Residual",
     "add_error",
-    "apply_tile",
     "batch_pointers",
     "load_factor",
     "load_parts",
     "product",
     "store_error",
+    "update_tile",
     "why_not_residual",
 ]
 
@@ -262,6 +263,7 @@ def multiply_kernel(
     COLS: tl.constexpr,
     ALIGNED: tl.constexpr,
     EVEN: tl.constexpr,
+    EVEN_TERMS: tl.constexpr,
 ):
     b = tl.program_id(1).to(tl.int64)
     pieces = tl.cdiv(r, TERMS)
@@ -278,7 +280,7 @@ def multiply_kernel(
             g, error, lo, hi = load_parts(
                 g_ptr, error_ptr, lo_ptr, hi_ptr, row0, first, n, c, STORAGE, ROWS, COLS, ALIGNED, EVEN
             )
-            factor = load_factor(factor_ptr, row0, n, factor_along, term0, r, factor_term, TERMS, ROWS, EVEN)
+            factor = load_factor(factor_ptr, row0, n, factor_along, term0, r, factor_term, TERMS, ROWS, EVEN_TERMS)
             acc = product(factor, add_error(g, error, lo, hi, magic, STORAGE, ROWS, COLS), acc, PRODUCTS)
     else:  # a stripe of rows
         acc = tl.zeros([ROWS, TERMS], tl.float32)
@@ -286,7 +288,7 @@ def multiply_kernel(
             g, error, lo, hi = load_parts(
                 g_ptr, error_ptr, lo_ptr, hi_ptr, first, col0, n, c, STORAGE, ROWS, COLS, ALIGNED, EVEN
             )
-            factor = load_factor(factor_ptr, col0, c, factor_along, term0, r, factor_term, TERMS, COLS, EVEN)
+            factor = load_factor(factor_ptr, col0, c, factor_along, term0, r, factor_term, TERMS, COLS, EVEN_TERMS)
             acc = product(add_error(g, error, lo, hi, magic, STORAGE, ROWS, COLS), tl.trans(factor), acc, PRODUCTS)
     entry = first + tl.arange(0, LENGTH)
     term = term0 + tl.arange(0, TERMS)
@@ -315,7 +317,7 @@ class Residual:
     def __init__(
         self, g: Sequence[Tensor], state: Mapping[str, Tensor], error_feedback: str, products: Products
     ) -> None:
-        self.count, (self.rows, self.columns) = len(g), g[0].shape
+        self.gradients, self.count, (self.rows, self.columns) = g, len(g), g[0].shape
         error = lo = hi = None
         if error_feedback in ("4bit", "8bit"):
             self.storage = error_feedback
@@ -348,11 +350,9 @@ class Residual:
         """
         r = factor.shape[2]
         tile = multiply_tile(self, r)
-        terms, rows, columns = tile["TERMS"], tile["ROWS"], tile["COLS"]
-        stripes = triton.cdiv(self.columns, columns) if over_rows else triton.cdiv(self.rows, rows)
-        even = self.rows % rows == 0 and self.columns % columns == 0 and r % terms == 0
+        stripes = triton.cdiv(self.columns, tile["COLS"]) if over_rows else triton.cdiv(self.rows, tile["ROWS"])
         with on_device(factor):
-            multiply_kernel[(stripes * triton.cdiv(r, terms), self.count)](
+            multiply_kernel[(stripes * triton.cdiv(r, tile["TERMS"]), self.count)](
                 *self.pointers,
                 factor,
                 onto,
@@ -366,13 +366,15 @@ class Residual:
                 float(onto_weight),
                 float(weight),
                 OVER_ROWS=over_rows,
-                ALIGNED=self.aligned,
-                EVEN=even,
-                enable_fp_fusion=True,
-                **self.constants,
-                **tile,
+                **self.options(r, tile),
             )
         return out
+
+    def options(self, r: int, tile: dict[str, int]) -> dict[str, Any]:
+        """Return what every launch for a tile is compiled for."""
+        even = self.rows % tile["ROWS"] == 0 and self.columns % tile["COLS"] == 0
+        masks = {"ALIGNED": self.aligned, "EVEN": even, "EVEN_TERMS": even and r % tile["TERMS"] == 0}
+        return {"enable_fp_fusion": True, **masks, **self.constants, **tile}
 
 
 def _tile(terms: int, rows: int, columns: int, num_warps: int) -> dict[str, int]:
@@ -394,7 +396,7 @@ def multiply_tile(a: Residual, r: int) -> dict[str, int]:
     return _tile(128, rows, 128 if products == "bf16" else 64, 8)
 
 
-def apply_tile(a: Residual, r: int) -> dict[str, int]:
+def update_tile(a: Residual, r: int) -> dict[str, int]:
     """Return those of the launch that writes error and weights."""
     terms, products = max(16, triton.next_power_of_2(r)), a.constants["PRODUCTS"]
     if a.columns % 16:
@@ -406,11 +408,13 @@ def apply_tile(a: Residual, r: int) -> dict[str, int]:
     return _tile(32, 64, 128 if products == "bf16" else 64, 8)
 
 
-def why_not_residual(g: Sequence[Tensor], state: Mapping[str, Tensor]) -> str | None:
-    """Return why a cannot be formed in kernels; None if it can."""
+def why_not_residual(W: Sequence[Tensor], g: Sequence[Tensor], state: Mapping[str, Tensor]) -> str | None:
+    """Return why kernels cannot form a, or write weights; None if they can."""
     rows, columns = g[0].shape
     if rows * columns > MAX_OFFSET or len(g) > _MAX_BATCH:
         return f"{len(g)} × {rows * columns} entries are more than a kernel counts"
     if "error_codes" in state and columns % BLOCK:
         return f"a row of {columns} entries is not made of whole blocks of {BLOCK}"
+    if len({weight.dtype for weight in W}) > 1 or len({grad.dtype for grad in g}) > 1:
+        return "weights or gradients differ in their dtypes"
     return None

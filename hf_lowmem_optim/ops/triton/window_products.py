@@ -36,8 +36,8 @@ _NUM_WARPS = 4
 @triton.jit
 def weighted_row(indices_ptr, values_ptr, weights_ptr, row, column, last, kept, window):
     """Index and weighted value of a row's entries at ``column``, and which there are: none in a row of weight zero."""
-    weight = tl.load(weights_ptr + row, mask=row < window, other=0.0)
-    live = (column < last) & (weight != 0)
+    weight = tl.load(weights_ptr + tl.minimum(row, window - 1))
+    live = column < tl.where((row < window) & (weight != 0.0), last, 0)
     index = tl.load(indices_ptr + row * kept + column, mask=live, other=0)
     value = tl.load(values_ptr + row * kept + column, mask=live, other=0.0).to(tl.float32)
     return index, weight * value, live

@@ -1,7 +1,7 @@
 """Every Triton kernel of the package as the package launches it, at realistic sizes.
 
-Two users, in processes of their own: ``ahead_of_time`` records the launches and compiles them for GPUs that are not
-there; ``benchmarks/kernel_report.py`` runs them in the interpreter and counts the bytes that they load and store.
+Two users, in processes of their own: ``ahead_of_time.py`` records the launches and compiles them for GPUs that are not
+there; ``kernel_report.py`` runs them in the interpreter and counts the bytes that they load and store.
 Nothing is written down twice: signatures, constants and launch parameters are those of the package's own launchers.
 """
 
@@ -178,17 +178,26 @@ def residual_product(
 
 
 def low_rank_step(numel: int, rows: int, rank: int, error: str, grad: torch.dtype, products: str) -> Prepared:
-    from hf_lowmem_optim.ops.triton.ldadam_step import _apply_
+    from hf_lowmem_optim.ops.triton.residual_update import Descent, update_
 
     a, state, gradient = residual(numel, rows, rank, error, grad, products)
     weight, (p, q) = torch.randn(rows, numel // rows).to(grad), sorted((rows, numel // rows))
-    old, new = torch.rand(1, p, rank), torch.rand(1, rank, p).mT
-    factors, direction = torch.rand(1, 2 * rank, q), torch.rand(1, rank, q)
-    if products == "bf16":
-        old, new, factors, direction = (each.bfloat16() for each in (old, new, factors, direction))
-    call = partial(_apply_, [weight], a, (old, new, factors, direction), NUMBERS, None)
+    kind = BF16 if products == "bf16" else FP32
+    old, new = torch.rand(1, p, rank).to(kind), torch.rand(1, rank, p).to(kind).mT
+    factors, direction = torch.rand(1, 2 * rank, q).to(kind), torch.rand(1, rank, q).to(kind)
+    pairs = [(old, factors[:, :rank]), (new, factors[:, rank:]), (new, direction)]
+    *change, descent = pairs if rows == p else [(right.mT, left.mT) for left, right in pairs]
+    call = partial(update_, a, change, Descent([weight], descent, 0.9, 0.4))
     written = [] if error == "none" else [gradient, *state.values(), *state.values(), old, factors]
     return call, [weight, weight, *written, new, direction]
+
+
+def low_rank_residual(numel: int, rows: int, rank: int, error: str, grad: torch.dtype, products: str) -> Prepared:
+    from hf_lowmem_optim.ops.triton.residual_update import update_
+
+    a, state, gradient = residual(numel, rows, rank, error, grad, products)
+    left, right = torch.rand(1, rank, rows).mT, torch.rand(1, rank, numel // rows)
+    return partial(update_, a, [(left, right)], None), [gradient, *state.values(), *state.values(), left, right]
 
 
 FORMATS = {"4bit": QuantFormat(), "8bit": QuantFormat(bits=8)}
@@ -281,5 +290,31 @@ LAUNCHES: list[Launch] = [
             ("a·factor", residual_product, False),
             ("error and weights", low_rank_step),
         )
+    ),
+    launch(
+        "error of 512 × 768, rank 4, 8bit error", 16, low_rank_residual, 512, 4, "8bit", BF16, "tf32", numel=512 * 768
+    ),
+    launch(
+        "a·factor of 512 × 768, rank 4, 8bit error",
+        16,
+        residual_product,
+        512,
+        4,
+        "8bit",
+        BF16,
+        "tf32",
+        False,
+        numel=512 * 768,
+    ),
+    launch(
+        "error and weights of 512 × 768, rank 128, no error",
+        16,
+        low_rank_step,
+        512,
+        128,
+        "none",
+        BF16,
+        "tf32x3",
+        numel=512 * 768,
     ),
 ]

@@ -1,6 +1,6 @@
 """Compile every Triton launch for GPUs that are not there, and read what the compilers say about it.
 
-Run as ``python -m tests.ops.ahead_of_time [target …]`` in a process without TRITON_INTERPRET (the interpreter
+Run as ``python -m benchmarks.ahead_of_time [target …]`` in a process without TRITON_INTERPRET (the interpreter
 replaces the kernels when triton is imported). Prints one JSON list: per launch and target the registers, spills, shared
 memory and widest global load. No GPU and no driver are needed: triton brings ptxas and LLVM's AMD backend along.
 """
@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +159,7 @@ def compile_launch(name: str, target_name: str) -> list[dict[str, Any]]:
     Registers and spilled bytes are those of a thread; ``widest_load`` is what one thread loads at once from global
     memory, at most, and ``required_load`` what the launch table demands of the first kernel, at least.
     """
-    from tests.ops.launches import LAUNCHES, force_triton
+    from benchmarks.launches import LAUNCHES, force_triton
 
     force_triton()
     target = TARGETS[target_name]
@@ -182,17 +183,29 @@ def _report(kernel: Any, values: dict[str, Any], target: Target) -> dict[str, An
     return found | {"widest_load": _widest_load(compiled, target)}
 
 
+def jobs(rotate: bool, names: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield launch and target; to ``rotate``, variants of a kernel have AMD's GPU and, in turn, one of NVIDIA's."""
+    from benchmarks.launches import LAUNCHES
+
+    kernels = set()
+    for number, launch in enumerate(LAUNCHES):
+        kernel = re.split(r"\W", launch.name)[0]
+        for place, target in enumerate(names or TARGETS):
+            if not rotate or kernel not in kernels or TARGETS[target].backend == "hip" or place == number % 3:
+                yield launch.name, target
+        kernels.add(kernel)
+
+
 def main(names: list[str]) -> None:
     """Compile every launch for the targets ``names`` (all if empty), in two processes."""
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise SystemExit("TRITON_INTERPRET=1 replaces the kernels by interpreted ones: unset it")
-    from tests.ops.launches import LAUNCHES
-
-    jobs = [(launch.name, target) for launch in LAUNCHES for target in (names or TARGETS)]
+    rotate = "--rotate" in names
+    chosen = jobs(rotate, [name for name in names if name != "--rotate"])
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with ProcessPoolExecutor(2) as pool:
-            results = pool.map(compile_launch, *zip(*jobs, strict=True))
+            results = pool.map(compile_launch, *zip(*chosen, strict=True))
             print(json.dumps([each for of_one in results for each in of_one]))
 
 

@@ -1,0 +1,195 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
+
+"""What a low-rank step writes of the size of a matrix: ξ ← a + products of thin factors, W ← decay·W − a product.
+
+One launch for a batch of equal matrices: a tile of a is formed in registers, as in ``residual.py``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_lowmem_optim.ops.block_quant import rounding_keys
+from hf_lowmem_optim.ops.triton.device import address_table, aligned, on_device
+from hf_lowmem_optim.ops.triton.residual import (
+    POINTEE,
+    Residual,
+    add_error,
+    batch_pointers,
+    load_factor,
+    load_parts,
+    product,
+    store_error,
+    update_tile,
+)
+
+__all__ = ["Descent", "Pair", "update_"]
+
+Pair: TypeAlias = tuple[Tensor, Tensor]
+"""Thin factors of a product: left [batch, rows, r] and right [batch, r, columns]."""
+
+
+@triton.jit(do_not_specialize=["key0", "key1"])
+def update_kernel(
+    table_ptr,  # [batch]: addresses of gradients [n, c]
+    error_ptr,
+    lo_ptr,
+    hi_ptr,
+    magic,
+    weights_ptr,  # [batch]: addresses of weights
+    left0_ptr,  # [batch], r terms of n entries each
+    right0_ptr,  # [batch], r terms of c entries each
+    left1_ptr,
+    right1_ptr,
+    left2_ptr,
+    right2_ptr,
+    n,
+    c,
+    r,
+    error_batch,
+    stats_batch,
+    left0_batch, left0_along, left0_term,
+    right0_batch, right0_term, right0_along,
+    left1_batch, left1_along, left1_term,
+    right1_batch, right1_term, right1_along,
+    left2_batch, left2_along, left2_term,
+    right2_batch, right2_term, right2_along,
+    decay,
+    step_size,
+    key0,
+    key1,
+    GRAD: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    STORAGE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+    MORE_TERMS: tl.constexpr,  # whether r > TERMS
+    TERMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ALIGNED_WEIGHTS: tl.constexpr,
+    EVEN: tl.constexpr,
+    EVEN_TERMS: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(1).to(tl.int64)
+    across = tl.cdiv(c, COLS)
+    row0, col0 = tl.program_id(0) // across * ROWS, tl.program_id(0) % across * COLS
+    if left0_ptr is not None and STORAGE != "none":
+        g_ptr, error_ptr, lo_ptr, hi_ptr = batch_pointers(
+            table_ptr, error_ptr, lo_ptr, hi_ptr, b, error_batch, stats_batch, GRAD, STORAGE
+        )
+        g, error, lo, hi = load_parts(
+            g_ptr, error_ptr, lo_ptr, hi_ptr, row0, col0, n, c, STORAGE, ROWS, COLS, ALIGNED, EVEN
+        )
+        change = add_product(
+            tl.zeros([ROWS, COLS], tl.float32), left0_ptr + b * left0_batch, left0_along, left0_term,
+            right0_ptr + b * right0_batch, right0_along, right0_term, row0, n, col0, c, r,
+            PRODUCTS, MORE_TERMS, TERMS, ROWS, COLS, EVEN_TERMS,
+        )  # fmt: skip
+        if left1_ptr is not None:
+            change = add_product(
+                change, left1_ptr + b * left1_batch, left1_along, left1_term,
+                right1_ptr + b * right1_batch, right1_along, right1_term, row0, n, col0, c, r,
+                PRODUCTS, MORE_TERMS, TERMS, ROWS, COLS, EVEN_TERMS,
+            )  # fmt: skip
+        store_error(
+            add_error(g, error, lo, hi, magic, STORAGE, ROWS, COLS) + change,
+            g_ptr, error_ptr, lo_ptr, hi_ptr, row0, col0, n, c, key0, key1,
+            STORAGE, STOCHASTIC, ROWS, COLS, ALIGNED, EVEN,
+        )  # fmt: skip
+    if weights_ptr is not None:
+        weight_ptr = tl.load(weights_ptr + b).to(tl.pointer_type(WEIGHT))
+        row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
+        at = weight_ptr + (row0.to(tl.int64) * c + col0) + (row * c)[:, None] + col[None, :]
+        if ALIGNED_WEIGHTS:
+            at = tl.multiple_of(at, (1, 16))
+        inside = (row < n - row0)[:, None] & (col < c - col0)[None, :]
+        weight = tl.load(at) if EVEN else tl.load(at, mask=inside, other=0.0)
+        descent = add_product(
+            tl.zeros([ROWS, COLS], tl.float32), left2_ptr + b * left2_batch, left2_along, left2_term,
+            right2_ptr + b * right2_batch, right2_along, right2_term, row0, n, col0, c, r,
+            PRODUCTS, MORE_TERMS, TERMS, ROWS, COLS, EVEN_TERMS,
+        )  # fmt: skip
+        weight = (decay * weight.to(tl.float32) - step_size * descent).to(WEIGHT)
+        if EVEN:
+            tl.store(at, weight)
+        else:
+            tl.store(at, weight, mask=inside)
+
+
+@triton.jit
+def add_product(
+    acc, left_ptr, left_along, left_term, right_ptr, right_along, right_term, row0, n, col0, c, r,
+    PRODUCTS: tl.constexpr, MORE_TERMS: tl.constexpr, TERMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    EVEN_TERMS: tl.constexpr,
+):  # fmt: skip
+    """Return acc + left·right for a tile."""
+    if MORE_TERMS:
+        for term0 in range(TERMS, r, TERMS):
+            left = load_factor(left_ptr, row0, n, left_along, term0, r, left_term, TERMS, ROWS, EVEN_TERMS)
+            right = load_factor(right_ptr, col0, c, right_along, term0, r, right_term, TERMS, COLS, EVEN_TERMS)
+            acc = product(tl.trans(left), right, acc, PRODUCTS)
+    left = load_factor(left_ptr, row0, n, left_along, 0, r, left_term, TERMS, ROWS, EVEN_TERMS)
+    right = load_factor(right_ptr, col0, c, right_along, 0, r, right_term, TERMS, COLS, EVEN_TERMS)
+    return product(tl.trans(left), right, acc, PRODUCTS)
+
+
+class Descent(NamedTuple):
+    """W ← decay·W − step_size·left·right.
+
+    Attributes:
+        weights: The weights [rows, columns], contiguous, of one dtype.
+        pair: left [batch, rows, r] and right [batch, r, columns], float32 or bfloat16, any strides.
+        decay: Factor of the weights.
+        step_size: Factor of the product.
+    """
+
+    weights: Sequence[Tensor]
+    pair: Pair
+    decay: float
+    step_size: float
+
+
+def update_(a: Residual, change: Sequence[Pair], descent: Descent | None, seed: int | None = None) -> None:
+    """Write ξ ← a + the sum of products, and weights, in one launch.
+
+    Args:
+        a: Gradients and errors; without an error, or with no ``change``, nothing but the weights is written.
+        change: At most two pairs as those of a descent, all of r terms.
+        descent: What becomes of the weights; None leaves them.
+        seed: Rounds a quantized error stochastically; None rounds to nearest.
+    """
+    nothing: Pair | tuple[None, None] = (None, None)
+    pairs = [*change, *[nothing] * (2 - len(change)), nothing if descent is None else descent.pair]
+    left = next(pair[0] for pair in pairs if pair[0] is not None)
+    W = a.gradients if descent is None else descent.weights
+    r, strides = left.shape[2], [(part.stride() if part is not None else (0, 0, 0)) for pair in pairs for part in pair]
+    tile = update_tile(a, r)
+    key0, key1 = rounding_keys(seed) if seed is not None else (0, 0)
+    with on_device(left):
+        update_kernel[(triton.cdiv(a.rows, tile["ROWS"]) * triton.cdiv(a.columns, tile["COLS"]), a.count)](
+            *a.pointers,
+            None if descent is None else address_table(W),
+            *itertools.chain(*pairs),
+            a.rows,
+            a.columns,
+            r,
+            *a.strides,
+            *itertools.chain(*strides),
+            0.0 if descent is None else float(descent.decay),
+            0.0 if descent is None else float(descent.step_size),
+            key0,
+            key1,
+            WEIGHT=POINTEE[W[0].dtype],
+            STOCHASTIC=seed is not None,
+            MORE_TERMS=r > tile["TERMS"],
+            ALIGNED_WEIGHTS=aligned(W) and a.columns * W[0].itemsize % 16 == 0,
+            **a.options(r, tile),
+        )
