@@ -314,9 +314,7 @@ def _fault_of_parts(saved: Mapping[Any, Any], sharded: Iterable[Any], param: Ten
         if not hasattr(param, "placements"):
             return f"{key!r} is one process's part of it, and the parameter is not sharded"
         if not is_at_rest(saved[key], param, compressed=compressed):
-            return (
-                f"{key!r} is split in another way, as {saved[key].placements}: load it by torch.distributed.checkpoint"
-            )
+            return f"{key!r} is not this process's part: load it by torch.distributed.checkpoint, which cuts it anew"
     return None
 
 

@@ -32,7 +32,7 @@ from hf_lowmem_optim.engine import adamw
 from hf_lowmem_optim.memory.measure import measure_state
 from hf_lowmem_optim.memory.plan import plan_groups
 from hf_lowmem_optim.optimizers import LowMemoryOptimizer
-from tests.optimizers.cases import CASES, MIN_QUANTIZED, VARIANTS, Case, gradients, make_params
+from tests.optimizers.cases import CASES, MIN_QUANTIZED, VARIANTS, Case, gradients, make_params, through_a_file
 
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 SHARDABLE = {n: c for n, c in {**CASES, **VARIANTS}.items() if not (c.layerwise or c.takes_gradients)}
@@ -395,6 +395,9 @@ def refused(rank: int, world: int, folder: Path) -> int:
     _, plain = build(CASES["microadam"], torch.float32, None)
     with pytest.raises(ValueError, match="one process's part of it, and the parameter is not sharded"):
         plain.load_state_dict(optimizer.state_dict())
+    # one process's part in a file of its own
+    with pytest.raises(ValueError, match=r"not this process's part: load it by torch\.distributed\.checkpoint"):
+        optimizer.load_state_dict(through_a_file(optimizer.state_dict()))
     saved = optimizer.state_dict()
     saved["state"][0]["indices"].to_local().fill_(255)
     optimizer.load_state_dict(saved)

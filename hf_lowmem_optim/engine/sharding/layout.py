@@ -176,9 +176,13 @@ def cut(whole: Tensor, param: Any, *, compressed: bool) -> Tensor:
 
 
 def is_at_rest(part: Any, param: Any, *, compressed: bool) -> bool:
-    """Return whether a sharded state tensor lies on the parameter's mesh as it would be allocated."""
+    """Return whether a state tensor is this process's part of what would be allocated for a parameter.
+
+    One that was read from a file names the mesh as well, but as an object of its own: the file is that of one process,
+    and its part that of the process which wrote it.
+    """
     wanted = _placements_at_rest(part.shape, param, compressed=compressed)
-    return bool(part.device_mesh == param.device_mesh) and tuple(part.placements) == wanted
+    return part.device_mesh is param.device_mesh and tuple(part.placements) == wanted
 
 
 def _part_at_rest(shape: Sequence[int], param: Any, *, compressed: bool) -> Region:
