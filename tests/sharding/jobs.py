@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from hf_lowmem_optim.engine import adamw
 from hf_lowmem_optim.memory.measure import measure_state
 from hf_lowmem_optim.memory.plan import plan_groups
 from hf_lowmem_optim.optimizers import LowMemoryOptimizer
-from tests.optimizers.cases import CASES, MIN_QUANTIZED, VARIANTS, Case, gradients, make_params, through_a_file
+from tests.optimizers.cases import CASES, MIN_QUANTIZED, SHAPES, VARIANTS, Case, gradients, make_params, through_a_file
 
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 SHARDABLE = {n: c for n, c in {**CASES, **VARIANTS}.items() if not (c.layerwise or c.takes_gradients)}
@@ -77,11 +77,16 @@ def placed(value: Tensor, mesh: DeviceMesh, placements: Sequence[Any]) -> DTenso
 
 
 def build(
-    case: Case, dtype: torch.dtype, mesh: DeviceMesh | None, placements: Sequence[Any] = (Shard(0),)
+    case: Case,
+    dtype: torch.dtype,
+    mesh: DeviceMesh | None,
+    placements: Sequence[Any] = (Shard(0),),
+    *,
+    only: Collection[str] = tuple(SHAPES),
 ) -> tuple[Model, LowMemoryOptimizer]:
     """Build the model and its optimizer: sharded, or plain without a mesh."""
     adamw._MIN_QUANTIZED_ENTRIES = MIN_QUANTIZED
-    values = {key: param.detach() for key, param in make_params(dtype).items()}
+    values = {key: param.detach() for key, param in make_params(dtype).items() if key in only}
     if mesh is not None:
         values = {key: placed(value, mesh, placements) for key, value in values.items()}
     model = Model(values)
@@ -236,6 +241,14 @@ def placements(rank: int, world: int, folder: Path) -> int:
         what = f"{name} with {kinds}"
         assert_same_weights(sharded[0], dict(plain[0].named_parameters()), sharded[1], what)
         assert_same_state(*sharded, *plain)
+    # fewer tensors than processes: some compute nothing, and have what belongs to all nevertheless
+    mesh, pair = init_device_mesh("cpu", (world,)), ("tall", "square")
+    sharded = build(CASES["sparse_mfac"], torch.float32, mesh, only=pair)
+    plain = build(CASES["sparse_mfac"], torch.float32, None, only=pair)
+    for each in (sharded, plain):
+        train(*each, steps_of(torch.float32, 0, 4))
+    assert_same_weights(sharded[0], dict(plain[0].named_parameters()), sharded[1], "few")
+    assert_same_state(*sharded, *plain)
     return world
 
 
