@@ -80,6 +80,12 @@ def step_time_rows(rows: Sequence[Row], shapes: str | None = None) -> str:
     return markdown_table(list(columns), [[_value(row, key) for key in columns.values()] for row in rows])
 
 
+def all_rows(rows: Sequence[Row]) -> str:
+    """Return everything in a result's rows but loss curves, as it is."""
+    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "curve"]
+    return markdown_table(columns, [[_value(row, key) for key in columns] for row in rows])
+
+
 def requirement_rows(rows: Sequence[Row]) -> str:
     """Return figure, limit, and whether it is met."""
     keys = ("requirement", "figure", "spread", "limit")
@@ -178,7 +184,7 @@ def report(run: Run) -> str:
         return "\n\n".join(labelled(partial(step_time_rows, shapes=name), run) for name in sets)
     if run.benchmark == "convergence":
         return f"{convergence_report(run)}\n\n{rate_rows(run.rows)}"
-    return labelled({"memory": memory_rows, "requirements": requirement_rows}[run.benchmark], run)
+    return labelled({"memory": memory_rows, "requirements": requirement_rows}.get(run.benchmark, all_rows), run)
 
 
 # --- the README

@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from hf_lowmem_optim.memory.measure import StateReport, measure_state
     from hf_lowmem_optim.memory.plan import plan_optimizer, plan_state
     from hf_lowmem_optim.memory.plan_types import MemoryPlan
+    from hf_lowmem_optim.optimizers.dct_adamw import DCTAdamW
     from hf_lowmem_optim.optimizers.ldadam import LDAdam
     from hf_lowmem_optim.optimizers.lowrank_mfac import LowRankMFAC
     from hf_lowmem_optim.optimizers.microadam import MicroAdam
     from hf_lowmem_optim.optimizers.sparse_ggt import SparseGGT
     from hf_lowmem_optim.optimizers.sparse_mfac import SparseMFAC
+    from hf_lowmem_optim.optimizers.trion import Trion
     from hf_lowmem_optim.registry import (
         OPTIMIZERS,
         LDAdamLayerwise,
@@ -42,6 +44,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "OPTIMIZERS",
+    "DCTAdamW",
     "LDAdam",
     "LDAdamLayerwise",
     "LowMemoryOptimizer",
@@ -59,6 +62,7 @@ __all__ = [
     "SparseMFAC",
     "StateReport",
     "TensorSpec",
+    "Trion",
     "get_entry",
     "layerwise",
     "measure_state",
@@ -78,11 +82,13 @@ _MODULES = {
     "memory.measure": "StateReport measure_state",
     "memory.plan": "plan_optimizer plan_state",
     "memory.plan_types": "MemoryPlan",
+    "optimizers.dct_adamw": "DCTAdamW",
     "optimizers.ldadam": "LDAdam",
     "optimizers.lowrank_mfac": "LowRankMFAC",
     "optimizers.microadam": "MicroAdam",
     "optimizers.sparse_ggt": "SparseGGT",
     "optimizers.sparse_mfac": "SparseMFAC",
+    "optimizers.trion": "Trion",
     "registry": "OPTIMIZERS LDAdamLayerwise MicroAdamLayerwise OptimizerEntry get_entry register_optimizer",
     "spec": "TensorSpec",
     "trainer.callbacks": "OptimizerStateMemoryCallback",

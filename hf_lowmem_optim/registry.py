@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from hf_lowmem_optim.engine.backward import layerwise
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import nearest
+from hf_lowmem_optim.optimizers.dct_adamw import DCTAdamW
 from hf_lowmem_optim.optimizers.ldadam import LDAdam
 from hf_lowmem_optim.optimizers.lowrank_mfac import LowRankMFAC
 from hf_lowmem_optim.optimizers.microadam import MicroAdam
 from hf_lowmem_optim.optimizers.sparse_ggt import SparseGGT
 from hf_lowmem_optim.optimizers.sparse_mfac import SparseMFAC
+from hf_lowmem_optim.optimizers.trion import Trion
 
 __all__ = [
     "OPTIMIZERS",
@@ -136,12 +138,15 @@ def get_entry(optimizer: str | type[LowMemoryOptimizer]) -> OptimizerEntry:
 
 
 _LDADAM, _MICROADAM, _EFCP = "2410.16103 (ICLR 2025)", "2405.15593 (NeurIPS 2024)", "2306.06098 (ICML 2024)"
+_DCT = "2505.17967 (ICLR 2026)"
 for _class, _paper, _summary in (
     (LDAdam, _LDADAM, "Adam in a low-rank subspace that follows the gradient, with error feedback"),
     (MicroAdam, _MICROADAM, "Adam over a window of Top-K gradients, the rest fed back from a 4-bit error"),
     (SparseMFAC, _EFCP, "inverse Fisher matrix (M-FAC) of a window of sparse gradients, with error feedback"),
     (LowRankMFAC, _EFCP, "inverse Fisher matrix (M-FAC) of a window of low-rank gradients, with error feedback"),
     (SparseGGT, _EFCP, "full-matrix AdaGrad (GGT) over a window of sparse gradients, with error feedback"),
+    (DCTAdamW, _DCT, "AdamW on the largest rows of the gradient's cosine transform, with error feedback"),
+    (Trion, _DCT, "Muon's update from the largest rows of the momentum's cosine transform"),
 ):
     register_optimizer(_class.method.name, _class, paper=f"arXiv {_paper}", summary=_summary)
 

@@ -117,7 +117,7 @@ def _adamw_(
             amsgrad=False,
             beta1=options.betas[0],
             beta2=options.betas[1],
-            lr=options.lr,
+            lr=options.dense_lr,
             weight_decay=options.weight_decay,
             eps=options.eps,
             maximize=False,
@@ -235,7 +235,7 @@ def _update_8bit_(update: TensorUpdate) -> None:
 def _adamw_8bit_slice_(weight: Tensor, grad: Tensor, update: TensorUpdate, start: int) -> None:
     """Take one step of consecutive entries, from entry ``start`` of the tensor, a multiple of 256."""
     functional, options, state = _bitsandbytes().functional, update.options, update.state
-    (beta1, beta2), eps, step, lr = options.betas, options.eps, update.step, options.lr
+    (beta1, beta2), eps, step, lr = options.betas, options.eps, update.step, options.dense_lr
     stop = start + weight.numel()
     with _on_the_default_stream(weight.device):
         if "exp_avg" in state:

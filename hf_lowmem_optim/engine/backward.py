@@ -6,8 +6,9 @@ checkpoint of one mode resumes in the other. Clipping by the norm of all gradien
 gradients at once, are unavailable; so is a system over all parameters (``scope="model"``).
 
 Gradient accumulation puts the gradients of all micro-batches but the last into the error feedback of a compressed
-tensor, exact up to its quantization; a tensor without one accumulates in ``param.grad`` as always. ``step()`` ends a
-step: it updates what has a gradient left, and computes ``grad_norm``.
+tensor, exact up to its quantization, or where the method says (Trion's into the momentum); a tensor without one
+accumulates in ``param.grad`` as always. ``step()`` ends a step: it updates what has a gradient left, and computes
+``grad_norm``.
 """
 
 from __future__ import annotations
@@ -149,7 +150,8 @@ class LayerwiseMode(BackwardMode):
         if not compressed:
             return
         check_accumulation(group)
-        if not ("error" in specs or "error_codes" in specs):
+        put_aside_ = self.host.method.put_aside_
+        if put_aside_ is None and not ("error" in specs or "error_codes" in specs):
             return
         self._norms.append(_norm(grad))
         number = self._micro_batches.get(id(param), 0)
@@ -158,7 +160,10 @@ class LayerwiseMode(BackwardMode):
         seed = (state["step"] + 1) * _SEEDS_PER_STEP + number if group.get("stochastic_rounding") else None
         update = TensorUpdate(param, grad, state, self.host.method.options_of(group), state["step"])
         for batch in batches([update], whole=False):
-            save_residual_(batch.state, add_residual(batch.g, batch.state, fmt), fmt, seed=seed)
+            if put_aside_ is not None:
+                put_aside_(batch.g, batch.state, seed, update.options)
+            else:
+                save_residual_(batch.state, add_residual(batch.g, batch.state, fmt), fmt, seed=seed)
         self._micro_batches[id(param)] = number + 1
         param.grad = None
         del self._held[id(param)]

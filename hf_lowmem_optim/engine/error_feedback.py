@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_lowmem_optim.ops.block_quant import FLOAT_DTYPES, Quantized, dequantize_add_, quantize_
+from hf_lowmem_optim.ops.block_quant import FLOAT_DTYPES, Quantized, dequantize_, dequantize_add_, quantize_
 from hf_lowmem_optim.spec import QuantFormat, TensorSpec, quantized_specs
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "ErrorFeedback",
     "add_residual",
     "error_state",
+    "load_residual",
     "quantized_errors",
     "save_residual_",
 ]
@@ -80,6 +81,29 @@ def add_residual(g: Sequence[Tensor], state: Mapping[str, Tensor], fmt: QuantFor
         for buffer, part in _pairs(state, fmt, a):
             dequantize_add_(part, buffer)
     return a
+
+
+def load_residual(
+    state: Mapping[str, Tensor], fmt: QuantFormat | None, shape: Sequence[int], device: torch.device
+) -> Tensor:
+    """Return ξ in float32, for an update that works in coordinates of its own: a float32 error's buffer, or a copy.
+
+    Args:
+        state: The stacked state of the tensors.
+        fmt: How the error is quantized; None where it is not.
+        shape: That of all the tensors' errors, [number of tensors, ...].
+        device: Where they lie.
+
+    Returns:
+        float32 of this shape; zeros without an error.
+    """
+    if (error := state.get("error")) is not None:
+        return error.float()
+    residual = torch.zeros(tuple(shape), dtype=torch.float32, device=device)
+    if fmt is not None:
+        for buffer, part in _pairs(state, fmt, residual):
+            dequantize_(part, buffer)
+    return residual
 
 
 def _add_(out: Tensor, grad: Tensor) -> None:

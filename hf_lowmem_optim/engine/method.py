@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -86,7 +86,7 @@ class Method:
         update_: Updates equal tensors; a method whose tensors depend on each other has ``coupled_update_`` instead.
         switch: The option that sends a group to AdamW, and the value that does.
         scratch: What an update allocates for a moment, at most, in float32 copies of a weight; 0 if it works in place.
-            Or a function that returns it for the options.
+            Or a function that returns it for the options and the shape of a weight.
         scratch_state: What it allocates beside, at most, in float32 copies of a weight's state, the error left out.
         whole: Whether one call serves any number of tensors of any shapes, each with a state of its own, because it
             allocates for one after the other; or ``"gpu"``: there it serves any number of one shape, because it
@@ -100,6 +100,10 @@ class Method:
         absent_: Notes in a tensor's state that it had no gradient in a step of its system: ``(state, t) -> None``.
         check_loaded: Finds what its kernels could not be handed in a tensor's loaded state, beyond shapes and dtypes:
             ``(state, shape, options)`` -> the fault as a clause, or None.
+        constants: Describes what it shares with all optimizers of a process and never saves (``ops/constants.py``):
+            ``(shape, device, options)`` of a compressed tensor -> specs by the constant's key.
+        put_aside_: Adds a part of a step's gradient to the state, to which the update will add the rest; for a method
+            whose error, if any, is not in the gradient's own coordinates: ``(g, state, seed, options) -> None``.
         layerwise: Whether it updates during the backward pass.
         serves_flat: Whether it makes sense of a group's matrices as one flat vector a process, as DeepSpeed makes them.
 
@@ -112,7 +116,7 @@ class Method:
     state: StateFunction
     update_: Update | None = None
     switch: tuple[str, Any] = ("compress", False)
-    scratch: float | Callable[[Any], float] = 1.0
+    scratch: float | Callable[[Any, Sequence[int]], float] = 1.0
     scratch_state: float = 0.0
     whole: bool | Literal["gpu"] = False
     adam_like: bool = True
@@ -122,6 +126,8 @@ class Method:
     shared_options: tuple[str, ...] = ()
     absent_: Callable[[Mapping[str, Tensor], int], None] | None = None
     check_loaded: Callable[[Mapping[str, Tensor], Sequence[int], Any], str | None] | None = None
+    constants: Callable[[Sequence[int], torch.device, Any], dict[Hashable, TensorSpec]] | None = None
+    put_aside_: Callable[[Sequence[Tensor], Mapping[str, Tensor], int | None, Any], None] | None = None
     layerwise: bool = False
     serves_flat: bool = False
 
@@ -223,11 +229,21 @@ class Method:
                 return self.shared_state(self.options_of(group))
         return {}
 
+    def constants_of(self, groups: Iterable[Mapping[str, Any]]) -> dict[Hashable, TensorSpec]:
+        """Describe the constants that the compressed tensors of some groups need, once each, by key."""
+        found: dict[Hashable, TensorSpec] = {}
+        for group in groups if self.constants is not None else ():
+            options = self.options_of(group)
+            for shape, dtype, device in _equal_tensors(group["params"], options):
+                if self.constants is not None and self.compressed_state(shape, dtype, options) is not None:
+                    found.update(self.constants(shape, device, options))
+        return found
+
     # ------------------------------------------------------------------------------------------------- scratch
 
-    def scratch_copies(self, options: Any) -> float:
-        """Return :attr:`scratch` with some options."""
-        return self.scratch(options) if callable(self.scratch) else self.scratch
+    def scratch_copies(self, options: Any, shape: Sequence[int]) -> float:
+        """Return :attr:`scratch` with some options, for a weight of a shape."""
+        return self.scratch(options, shape) if callable(self.scratch) else self.scratch
 
     def scratch_bytes(self, groups: Sequence[Mapping[str, Any]]) -> int:
         """Return the bytes that a step allocates for a moment beside the state, at most.
@@ -261,7 +277,7 @@ class Method:
                 copied = rounded * entries * together
                 if rounded and self.whole is True:  # tensors of other shapes may be copied with it
                     copied = max(entries, min(total[device], most_entries(device)))
-                scratch += self.scratch_copies(options) * entries
+                scratch += self.scratch_copies(options, shape) * entries
                 most = max(most, 4 * (copied + scratch * together))
                 if self.whole == "gpu" and device.type != "cpu":
                     most = max(most, min(4 * self.scratch_state * state * count, MOST_FACTOR_BYTES))

@@ -119,6 +119,11 @@ class Options:
         shapes_state=True,
     )
 
+    @property
+    def dense_lr(self) -> float:
+        """The learning rate of AdamW where the dense rule applies; a method whose own rates are others overrides it."""
+        return self.lr
+
     def __init_subclass__(cls) -> None:
         """Note the names, so that an option of one method in a group of another is recognized."""
         super().__init_subclass__()

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hf_lowmem_optim.engine.buckets import SHARED_PREFIX
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
+from hf_lowmem_optim.ops.constants import held_constant
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["Piece", "StateReport", "add_up", "measure_state", "unwrap_optimizer"]
@@ -28,8 +29,8 @@ class StateReport:
     Attributes:
         component_bytes: Bytes by component: ``"first_moment"``, ``"error"``, ``"dense"``, ... for the optimizers of
             this package, the keys of the state (``"exp_avg"``, ...) for others.
-        group_bytes: Bytes by parameter group, in the optimizer's order; state that belongs to all parameters together
-            is in none of them.
+        group_bytes: Bytes by parameter group, in the optimizer's order; state that belongs to all parameters together,
+            and constants that all optimizers of the process share (``"dct_basis"``), are in none of them.
         num_parameters: Entries of all parameters of the optimizer.
         dtype_bytes: Bytes by storage dtype: ``"float32"``, ``"bfloat16"``, ``"uint8"``, ...
         in_gradient_bytes: Bytes of gradients in which an error is kept between steps (``error_feedback="grad"``): they
@@ -123,6 +124,11 @@ def _pieces(optimizer: Optimizer, local: bool) -> Iterator[Piece]:
                 own = {key: value for key, value in state.items() if key not in shared}
                 yield from _pieces_of(own, index, specs, parameter.grad, seen, local)
                 yield from _pieces_of(shared, None, shared_specs, None, seen, local)
+    if method is not None:
+        stepped = [{**g, "params": [p for p in g["params"] if optimizer.state.get(p)]} for g in optimizer.param_groups]
+        for key, spec in method.constants_of(stepped).items():
+            if (held := held_constant(key)) is not None:
+                yield Piece(None, spec.component, held.dtype, held.nbytes)
     for key, state in optimizer.state.items():
         if key not in in_groups:
             entry = state if isinstance(state, Mapping) else {str(key): state}

@@ -73,8 +73,8 @@ def plan_groups(
     Args:
         optimizer_class: The optimizer.
         groups: Its parameter groups.
-        num_shards: Over how many processes FSDP2 splits the parameters. What belongs to all parameters together, and
-            what is too small to be split, is on every process.
+        num_shards: Over how many processes FSDP2 splits the parameters. What belongs to all parameters together, what
+            is too small to be split, and constants are on every process.
         rank: For which of them the report is; the first has the largest parts.
     """
     method, pieces = optimizer_class.method, list[Piece]()
@@ -90,7 +90,8 @@ def plan_groups(
                 }
             for spec in specs.values():
                 pieces.append(Piece(index, spec.component, spec.dtype, count * spec.stored_bytes, spec.in_gradient))
-    pieces += [Piece(None, s.component, s.dtype, s.nbytes) for s in method.shared_specs(groups).values()]
+    common = (*method.shared_specs(groups).values(), *method.constants_of(groups).values())
+    pieces += [Piece(None, spec.component, spec.dtype, spec.nbytes) for spec in common]
     return add_up(pieces, len(groups), sum(param.numel() for group in groups for param in group["params"]))
 
 

@@ -217,7 +217,7 @@ class SparseMFAC(LowMemoryOptimizer):
         SparseMFACOptions,
         sparse_mfac_state,
         switch=("density", None),
-        scratch=lambda o: 1.0 if o.momentum > 0 else 0.0,  # u
+        scratch=lambda o, shape: 1.0 if o.momentum > 0 else 0.0,  # u
         whole=True,
         adam_like=False,
         optional_state={"velocity": "momentum"},

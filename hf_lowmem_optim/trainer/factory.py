@@ -70,7 +70,8 @@ class OptimizerFactory:
         lr_ratio: Learning rate of LoRA's B matrices over that of everything else (LoRA+, arXiv 2402.12354);
             an ``lr`` of the overrides is multiplied as well.
         dense_lr_ratio: Learning rate of what takes the dense rule (embeddings, head, norms, biases) over that of what
-            is compressed; it does not touch a rate that ``overrides`` sets.
+            is compressed; it does not touch a rate that ``overrides`` sets. A method that has an option of this name
+            (:class:`~hf_lowmem_optim.optimizers.trion.Trion`) gets it, and multiplies every rate of the dense rule.
         **hyper: Hyper-parameters of the optimizer. Those left out have its own defaults, the learning rate too.
 
     Raises:
@@ -95,6 +96,8 @@ class OptimizerFactory:
         **hyper: Any,
     ) -> None:
         self.name = get_entry(optimizer).name
+        if dense_lr_ratio is not None and "dense_lr_ratio" in self.optimizer_class.method.options.defaults():
+            hyper["dense_lr_ratio"], dense_lr_ratio = dense_lr_ratio, None
         self.target_modules = target_modules
         self.overrides = overrides
         self.lr_ratio = lr_ratio

@@ -25,7 +25,8 @@ __all__ = ["Overrides", "check_overrides", "check_overrides_apply", "own_setting
 Overrides = Mapping[str, Mapping[str, Any]]
 """Hyper-parameters by module name, part of a name or regex."""
 
-_DENSE_KEYS = ("lr", "betas", "eps", "weight_decay", "clip_tensor_norm", "dense_state", "weight_rounding")
+_OF_DENSE = ("dense_state", "dense_lr_ratio", "betas", "eps")
+_DENSE_KEYS = (*_OF_DENSE, "lr", "weight_decay", "clip_tensor_norm", "weight_rounding")
 """Hyper-parameters that the dense rule reads."""
 
 
@@ -167,7 +168,7 @@ def _without_effect(
     if values.get("weight_decay") and not any(p.decays for p in concerned):
         yield "weight_decay", "biases and norms do not decay, and nothing else matches"
     if all(p.rule == COMPRESSED for p in concerned):
-        only_dense = ("dense_state",) if optimizer_class.method.adam_like else ("dense_state", "betas", "eps")
+        only_dense = ("dense_state",) if optimizer_class.method.adam_like else _OF_DENSE
         for key in (key for key in only_dense if key in values):
             yield key, "it is for the dense rule, and all that it matches is compressed"
     if values.get("stacked") and all(p.parameter.ndim != 3 for p in concerned):

@@ -32,6 +32,10 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("ldadam", {"stochastic_rounding": True}),
     ("ldadam", {"rank": None, "dense_state": "fp32"}),
     ("ldadam", {"weight_rounding": "stochastic"}),
+    ("dct_adamw", {}),
+    ("dct_adamw", {"error_feedback": "fp32", "update_interval": 2, "transform": "fft", "state_dtype": "param"}),
+    ("trion", {}),
+    ("trion", {"rank": 100, "state_dtype": "param"}),
     ("microadam", MICROADAM),
     ("microadam", {**MICROADAM, "alpha": 0.5, "stochastic_rounding": True, "weight_decay": 0.1}),
     ("sparse_mfac", {**SPARSE, "scope": "tensor", "momentum": 0.5}),
@@ -71,7 +75,7 @@ def test_a_tensor_does_not_notice_the_others(
     """Also when one has its first gradient late, and others miss steps. Those of different groups are not together."""
     if "weight_rounding" in hyper and dtype == torch.float32:
         pytest.skip("nothing is rounded")
-    hyper = {"rank": 4, **hyper} if name == "ldadam" else hyper
+    hyper = {"rank": 4, **hyper} if name in ("ldadam", "dct_adamw", "trion") else hyper
     together, apart = weights_of(dtype), weights_of(dtype)
     build = OPTIMIZERS[name].optimizer_class
     one, other = build(together, **hyper), build([{"params": [weight]} for weight in apart], **hyper)
@@ -82,7 +86,7 @@ def test_a_tensor_does_not_notice_the_others(
         assert batched == 17  # of any shapes, the vector is too small
     elif (name, hyper.get("scope", "model")) == ("sparse_ggt", "model"):
         assert batched == 18
-    elif hyper.get("rank") == 4:
+    elif hyper.get("rank") == 4 or name == "trion":
         assert batched == (1 if hyper.get("error_feedback") == "grad" else 6)
     else:  # products with vectors; systems for each tensor
         assert batched <= 1

@@ -29,11 +29,14 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("lowrank_mfac", {**LOW_RANK, "momentum": 0.5}),
     ("lowrank_mfac", {**LOW_RANK, "scope": "tensor"}),
     ("lowrank_mfac", {**LOW_RANK, "rank": 30, "lr": 0.1}),  # the gradients themselves are in the window
+    ("dct_adamw", {"rank": 4, "update_interval": 2, "weight_decay": 0.1}),
+    ("trion", {"rank": 4, "state_dtype": "param"}),
     ("microadam", MICROADAM),
     ("sparse_mfac", {**SPARSE, "momentum": 0.5}),
     ("sparse_mfac", {**SPARSE, "scope": "tensor"}),
     ("sparse_ggt", SPARSE),
     ("ldadam_layerwise", {"rank": 4, "clip_tensor_norm": None}),
+    ("dct_adamw_layerwise", {"rank": 4}),
     ("lowrank_mfac_layerwise", LOW_RANK),
     ("microadam_layerwise", MICROADAM),
 ]

@@ -26,6 +26,11 @@ ERRORS = dict.fromkeys(("sparse_mfac", "lowrank_mfac", "sparse_ggt"), STORED)
 ERRORS["ldadam"] = ("param", *STORED, "grad", "none")
 OTHERS: dict[str, tuple[dict[str, Any], ...]] = {
     "ldadam": ({"state_dtype": "param", "rank": 64}, {"stochastic_rounding": True}),
+    "dct_adamw": (
+        {"state_dtype": "param", "rank": 700, "error_feedback": "fp32"},
+        {"transform": "matmul", "dct_type": 2, "stochastic_rounding": True},
+    ),
+    "trion": ({}, {"state_dtype": "param", "transform": "matmul"}),
     "microadam": ({}, {"alpha": 0.5, "stochastic_rounding": True, "bits": 8}),
     "sparse_mfac": ({"momentum": 0.9, "weight_decay": 0.1},),
     "lowrank_mfac": ({"momentum": 0.9, "weight_decay": 0.1}, {"rank": 16, "window": 64}),
@@ -64,6 +69,10 @@ def steps() -> Iterator[Any]:
     # few rows of many entries
     for rank, shape in ((1, (18, 80_000)), (4, (24, 400_000)), (16, (200_000, 40))):
         yield "ldadam", {"rank": rank}, torch.float32, "", "cpu", [shape]
+    for rank in (400, 512):
+        yield "trion", {"rank": rank}, torch.bfloat16, "", "cpu", [(9216, 512)]
+    yield "dct_adamw", {"basis": "identity"}, torch.bfloat16, "", "cpu", [WIDE]
+    yield "dct_adamw", {"rank": 1000, "state_dtype": "param"}, torch.bfloat16, "", "cpu", [(1024, 1024), (30, 30)]
     for error in ("param", "8bit"):
         yield "ldadam", {"error_feedback": error}, torch.bfloat16, "reference", "cpu", [TALL]
     # of a stack, one matrix after the other, small ones together
@@ -178,6 +187,8 @@ def test_a_step_stays_within_its_bound(
         ("ldadam", {}, torch.float32),
         ("ldadam", {}, torch.bfloat16),
         ("ldadam", ROUNDED, torch.bfloat16),
+        ("dct_adamw", {}, torch.float32),
+        ("trion", {"state_dtype": "param"}, torch.bfloat16),
         ("lowrank_mfac", {}, torch.float32),
         ("lowrank_mfac", ROUNDED, torch.bfloat16),
         ("microadam", ROUNDED, torch.bfloat16),

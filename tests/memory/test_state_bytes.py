@@ -40,9 +40,10 @@ def test_planned_equals_measured(name: str, dtype: torch.dtype) -> None:
     assert measured.num_parameters == sum(p.numel() for p in given)
     assert measured.adamw_fp32_bytes == 8 * measured.num_parameters
     shared = sum(spec.nbytes for spec in optimizer.method.shared_specs(optimizer.param_groups).values())
-    assert sum(measured.group_bytes) + shared == measured.total_bytes
+    constants = sum(spec.nbytes for spec in optimizer.method.constants_of(optimizer.param_groups).values())
+    assert sum(measured.group_bytes) + shared + constants == measured.total_bytes
     kept = [value for state in optimizer.state.values() for value in state.values()]
-    assert measured.total_bytes == sum(each.nbytes for each in kept if isinstance(each, torch.Tensor))
+    assert measured.total_bytes - constants == sum(each.nbytes for each in kept if isinstance(each, torch.Tensor))
     assert measure_state(copy.deepcopy(optimizer)) == measured
     from_shapes = plan_state(name, {key: (shape, dtype) for key, shape in SHAPES.items()})
     assert from_shapes.component_bytes == planned.component_bytes

@@ -16,7 +16,16 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_lowmem_optim.optimizers import LDAdam, LowMemoryOptimizer, LowRankMFAC, MicroAdam, SparseGGT, SparseMFAC
+from hf_lowmem_optim.optimizers import (
+    DCTAdamW,
+    LDAdam,
+    LowMemoryOptimizer,
+    LowRankMFAC,
+    MicroAdam,
+    SparseGGT,
+    SparseMFAC,
+    Trion,
+)
 from hf_lowmem_optim.registry import OPTIMIZERS
 from tests.optimizers.cases import CASES, Case, assert_same_state, gradients, make_params, run
 
@@ -209,7 +218,7 @@ class WithoutFloat64(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("cls", [LDAdam, MicroAdam, SparseMFAC, LowRankMFAC, SparseGGT])
+@pytest.mark.parametrize("cls", [LDAdam, DCTAdamW, Trion, MicroAdam, SparseMFAC, LowRankMFAC, SparseGGT])
 def test_a_device_without_float64_is_served_or_refused(
     cls: type[LowMemoryOptimizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,8 @@ ARGUMENTS = {
     "microadam": "density=0.05,min_compress_size=64,quant_block_size=32",
     "sparse_mfac": "density=0.05",
     "lowrank_mfac": "rank=4",
+    "dct_adamw": "rank=4,update_interval=3",
+    "trion": "rank=4,dense_lr_ratio=1",  # a smaller rate would be lost in norms of bfloat16
     "sparse_ggt": "density=0.05",
 }
 ARGUMENTS.update({f"{name}_layerwise": text for name, text in ARGUMENTS.items() if f"{name}_layerwise" in OPTIMIZERS})

@@ -60,6 +60,7 @@ TRAINED_PARTS: dict[str, Callable[[nn.Module], nn.Module]] = {
 #: Settings with which even tiny tensors are compressed.
 SMALL: dict[str, dict[str, Any]] = {
     "ldadam": {"rank": 3, "state_dtype": "param"},
+    "dct_adamw": {"rank": 3, "state_dtype": "param"},
     "microadam": {"min_compress_size": 64},
 }
 

@@ -1,0 +1,33 @@
+"""Constants: tensors that a few numbers and a device determine, made when first needed and never saved.
+
+All optimizers of a process share them, for as long as it lives. Planner and report count those that an optimizer uses,
+once each, beside its state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+from torch import Tensor
+
+__all__ = ["constant", "held_constant"]
+
+_HELD: dict[Hashable, Tensor] = {}
+
+
+def constant(key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    """Return the constant of a key, made at its first use.
+
+    Args:
+        key: What determines it, the device included.
+        make: Makes it.
+    """
+    found = _HELD.get(key)
+    if found is None:
+        found = _HELD.setdefault(key, make())
+    return found
+
+
+def held_constant(key: Hashable) -> Tensor | None:
+    """Return the constant of a key if it has been made."""
+    return _HELD.get(key)
