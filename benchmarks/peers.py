@@ -36,13 +36,14 @@ class Peer:
     build: Callable[[nn.Module, int], Optimizer]  # from the model and the rank, which those that have none ignore
     ranked: bool = False  # there is one per rank
     compiles: bool = False  # the first step compiles for tens of seconds
+    gpu_only: bool = False
 
     @property
     def problem(self) -> str | None:
         """Why it cannot be measured here, or None."""
         if importlib.util.find_spec(self.module) is None:
             return f"not installed (pip install {self.install})"
-        return None
+        return "needs a GPU" if self.gpu_only and not torch.cuda.is_available() else None
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,8 @@ def _peers() -> Iterator[Peer]:
         yield Peer(f"bitsandbytes {name}", "bitsandbytes", "bitsandbytes", build)
     for name in ("AdamW8bit", "AdamW4bit"):
         yield Peer(f"torchao {name}", "torchao", "torchao", partial(_plain, "torchao.optim", name), compiles=True)
-    yield Peer("flashoptim FlashAdamW", "flashoptim", "flashoptim", partial(_plain, "flashoptim", "FlashAdamW"))
+    flash = partial(_plain, "flashoptim", "FlashAdamW")
+    yield Peer("flashoptim FlashAdamW", "flashoptim", "flashoptim", flash, gpu_only=True)
     at_rank: tuple[tuple[str, Callable[..., Optimizer]], ...] = (("galore", galore), ("apollo", apollo))
     for name, of_rank in at_rank:
         module, package = f"{name}_torch", f"{name}-torch"
