@@ -98,11 +98,19 @@ class TensorSpec:
         """Return several such tensors as one, [count, ...]."""
         return replace(self, shape=(count, *self.shape))
 
-    def shard(self, num_shards: int) -> TensorSpec:
-        """Return the largest part when the tensor is split along its first dimension, as FSDP2 splits parameters."""
+    def shard(self, num_shards: int, rank: int = 0, *, axis: int = 0) -> TensorSpec:
+        """Return a process's part when the tensor is split into equal parts, of which the last may be shorter or empty.
+
+        Args:
+            num_shards: How many parts there are.
+            rank: Which part; the first is the largest.
+            axis: The dimension that is split; the first is the one along which FSDP2 splits parameters.
+        """
         if not self.shape:
             return self
-        return replace(self, shape=(-(-self.shape[0] // num_shards), *self.shape[1:]))
+        length = -(-self.shape[axis] // num_shards)
+        left = max(0, min(length, self.shape[axis] - rank * length))
+        return replace(self, shape=(*self.shape[:axis], left, *self.shape[axis + 1 :]))
 
 
 def quantized_specs(numel: int, fmt: QuantFormat, *, prefix: str = "error") -> dict[str, TensorSpec]:

@@ -119,6 +119,19 @@ def test_there_is_no_runtime_of_our_own() -> None:
     assert not [file for file, text in FILES.items() if RUNTIME_OF_OUR_OWN.search(text)]
 
 
+def test_nobody_asks_a_sharded_tensor_for_one_answer() -> None:
+    """Such an answer is that of one process, without an error: ``probe.py`` asks all of them."""
+    asked = {"any", "all", "item", "tolist", "equal", "is_nonzero"}
+    files = [file for file in FILES if file.startswith("engine/sharding/")]
+    for file in [*files, "engine/optimizer.py", "engine/allocation.py", "engine/coupled.py"]:
+        for node in ast.walk(TREES[file]):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in asked:
+                where = f"{file}:{node.lineno} {ast.unparse(node)}"
+                # an option that is a tensor is no parameter
+                assert file == "engine/sharding/probe.py" or where.endswith(" value.item()"), where
+    assert len(files) > 4
+
+
 def test_files_and_the_package_stay_small() -> None:
     lines = {file: len(text.splitlines()) for file, text in FILES.items()}
     assert {file: count for file, count in lines.items() if count > MAX_LINES} == {}

@@ -390,7 +390,8 @@ def layerwise(optimizer_class: _T) -> _T:
         fields.append(("scope", normal.options.types()["scope"], scope))
     bases = (_LayerwiseChecks, normal.options)
     options = dataclasses.make_dataclass(f"{normal.options.__name__}Layerwise", fields, bases=bases, frozen=True)
-    method = dataclasses.replace(normal, name=f"{normal.name}_layerwise", options=options, layerwise=True)
+    name = f"{normal.name}_layerwise"
+    method = dataclasses.replace(normal, name=name, options=options, layerwise=True, serves_flat=False)
     doc = (
         f"{optimizer_class.__name__} that updates each parameter in the backward pass, as soon as its gradient is "
         f"there.\n\nSee :func:`layerwise`, and :class:`{optimizer_class.__name__}` for the method."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch.nn import Parameter
 from hf_lowmem_optim.engine.buckets import SHARED_PREFIX
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.options import Options
+from hf_lowmem_optim.engine.sharding.layout import local_of, sharding_problem
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = [
+    "check_flattened",
     "check_parameter",
     "check_part",
     "check_rounding",
@@ -22,9 +25,12 @@ __all__ = [
     "check_unchanged",
     "describe_parameter",
     "fault_of_tensor",
+    "flat_note",
     "named_like_others",
     "refuse_mps",
 ]
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -165,8 +171,7 @@ def fault_of_tensor(part: Tensor) -> str | None:
 
     Kernels walk ``numel()`` entries from an address on.
     """
-    if type(part) is not Tensor and hasattr(part, "to_local"):
-        part = part.to_local()
+    part = local_of(part)
     if part.layout != torch.strided or not part.is_contiguous():
         return f"is not contiguous ({part.layout}, strides {part.stride() if part.layout == torch.strided else 'none'})"
     if not _has_storage(part):
@@ -186,20 +191,25 @@ def _has_storage(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() >= needed or tensor.numel() == 0
 
 
-def _check_sharded(param: Tensor, group: Mapping[str, Any], compressed: bool, method: Method, who: str) -> None:
+def _check_sharded(param: Any, group: Mapping[str, Any], compressed: bool, method: Method, who: str) -> None:
     """Raise NotImplementedError where the rules cannot update a DTensor."""
-    if compressed:
+    what, why = describe_parameter(param, group), method.needs_one_process(group)
+    if why is not None and (compressed or method.layerwise):
+        raise NotImplementedError(f"{what} is sharded (DTensor), and {why}: {who} trains it in one process")
+    if not hasattr(param.grad, "placements"):
+        raise RuntimeError(f"{what} is sharded (DTensor), and its gradient is not")
+    if group["weight_rounding"] == "compensated":
+        raise NotImplementedError(
+            f"{what} is sharded (DTensor), for which there is no weight_rounding='compensated'; give its group "
+            "weight_rounding='nearest' or 'stochastic'"
+        )
+    plain = not compressed and group["dense_state"] != "8bit" and group["weight_rounding"] == "nearest"
+    if not plain and (problem := sharding_problem(param)) is not None:
         key, off = method.switch
         raise NotImplementedError(
-            f"{describe_parameter(param, group)} is sharded (DTensor), which {who} cannot compress; "
-            f"give its group {key}={off!r} for the dense rule, or train without FSDP or tensor parallelism"
+            f"{what} is sharded (DTensor) in a way that {who} does not serve: {problem}. Give its group {key}={off!r}, "
+            "dense_state='param' and weight_rounding='nearest' for the rule that goes entry by entry"
         )
-    for key, plain in (("dense_state", "param"), ("weight_rounding", "nearest")):
-        if group[key] != plain:
-            raise NotImplementedError(
-                f"{describe_parameter(param, group)} is sharded (DTensor), for which there is no "
-                f"{key}={group[key]!r}; give its group {key}={plain!r}"
-            )
 
 
 def _refuse_state(
@@ -235,6 +245,38 @@ def named_like_others(params: Any, groups: Sequence[Mapping[str, Any]]) -> Any:
         return params
     before = sum(len(group["params"]) for group in groups)
     return [(f"added.{place}", param) for place, param in enumerate(params, before)]
+
+
+def check_flattened(optimizer: Any, had_matrices: Sequence[bool]) -> None:
+    """Refuse, or note for a method that can do with them, flat vectors in the place of a group's matrices.
+
+    Args:
+        optimizer: The optimizer, before its first step.
+        had_matrices: For each group, whether it had matrices to compress when it was added.
+
+    Raises:
+        NotImplementedError: The method would train as AdamW.
+    """
+    for had, group in zip(had_matrices, optimizer.param_groups, strict=False):
+        params = group["params"]
+        if not had or not params or any(param.dim() != 1 for param in params):
+            continue
+        method, who = optimizer.method, type(optimizer).__name__
+        what = "The group's matrices were replaced by flat vectors, as DeepSpeed ZeRO does in the stages 1 to 3"
+        if not method.serves_flat:
+            raise NotImplementedError(
+                f"{what}: {who} would not find a matrix, and train as AdamW. Use FSDP2 "
+                "(reshard_after_forward=False is ZeRO-2), ZeRO stage 0, or microadam"
+            )
+        logger.warning("%s. %s", what, flat_note(who))
+
+
+def flat_note(who: str) -> str:
+    """Say what an optimizer is on flat vectors."""
+    return (
+        f"{who} then selects entries in blocks that run across tensors and depend on the number of processes, whatever "
+        "the size of a tensor: an experimental variant, not the method that one process or FSDP2 runs"
+    )
 
 
 def refuse_mps(params: Sequence[Tensor], who: str) -> None:

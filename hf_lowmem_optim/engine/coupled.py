@@ -8,7 +8,7 @@ counts as zero there and is not moved.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor
@@ -18,7 +18,16 @@ from hf_lowmem_optim.engine.buckets import SHARED_PREFIX, TensorUpdate, split_st
 from hf_lowmem_optim.engine.checks import check_part, describe_parameter
 from hf_lowmem_optim.engine.method import Method
 
-__all__ = ["SHARED_STEP", "Scope", "check_agreement", "note_absent_", "place_system_", "system_home"]
+__all__ = [
+    "SHARED_STEP",
+    "Scope",
+    "absent_members",
+    "check_agreement",
+    "clear_row_",
+    "note_absent_",
+    "place_system_",
+    "system_home",
+]
 
 #: Counts the steps of the common system.
 SHARED_STEP = f"{SHARED_PREFIX}step"
@@ -81,12 +90,25 @@ def place_system_(state: dict[str, Any], home: Tensor, group: Mapping[str, Any],
 
 def note_absent_(optimizer: Optimizer, method: Method, updates: Sequence[TensorUpdate], t: int) -> None:
     """Tell the tensors of the system that have no gradient in this step."""
+    for param, group, state in absent_members(optimizer, method, updates):
+        clear_row_(state, param, method.options_of(group), method, t)
+
+
+def absent_members(
+    optimizer: Optimizer, method: Method, updates: Sequence[TensorUpdate]
+) -> Iterator[tuple[Tensor, dict[str, Any], dict[str, Any]]]:
+    """Yield the parameters of the system that have state but no gradient in this step, with group and state."""
     present = {id(update.state) for update in updates}
     for group in optimizer.param_groups:
         for param in group["params"]:
             # `get`, because looking must not create entries
             state = optimizer.state.get(param)
             if state and id(state) not in present and method.compresses(param.shape, group):
-                assert method.absent_ is not None
-                for each in split_state(state) if method.options_of(group).is_stack(param.shape) else [state]:
-                    method.absent_(each, t)
+                yield param, group, state
+
+
+def clear_row_(state: dict[str, Any], param: Tensor, options: Any, method: Method, t: int) -> None:
+    """Note in the state of a tensor that it has no gradient in step ``t`` of the system."""
+    assert method.absent_ is not None
+    for each in split_state(state) if options.is_stack(param.shape) else [state]:
+        method.absent_(each, t)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from hf_lowmem_optim.engine.allocation import follow_options_
 from hf_lowmem_optim.engine.buckets import CORRECTION
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
-from hf_lowmem_optim.engine.state import follow_options_
 from hf_lowmem_optim.ops.weight_correction import join_weights, split_weights_
 
 __all__ = ["fp32_state_dict", "load_fp32_state_dict_"]
@@ -78,7 +78,7 @@ def load_fp32_state_dict_(model: nn.Module, optimizer: Optimizer, state_dict: Ma
         if group is None or group["weight_rounding"] != "compensated" or param.dtype not in _NARROW:
             continue
         _, specs, state = inner._prepared(param, group)
-        follow_options_(state, specs, inner.method.follows, param.device)
+        follow_options_(state, specs, inner.method.follows, param)
         value = state_dict[name].to(param.device, torch.float32).contiguous()
         split_weights_([param.detach()], [state[CORRECTION]], [value])
         torch.autograd.graph.increment_version([param])

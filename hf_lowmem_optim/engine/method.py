@@ -55,13 +55,23 @@ class Update(Protocol):
 class CoupledUpdate(Protocol):
     """One step of all tensors that share a system, such as the Gram matrix of their gradients."""
 
-    def __call__(self, tensors: Sequence[Batch], shared: Mapping[str, Tensor], t: int, /) -> None:
+    def __call__(
+        self,
+        tensors: Sequence[Batch],
+        shared: Mapping[str, Tensor],
+        t: int,
+        everywhere: Callable[[Tensor], Tensor] | None = None,
+        /,
+    ) -> None:
         """Update weights, state and shared state in place.
 
         Args:
             tensors: The tensors, those of one shape together.
             shared: The state that belongs to all of them.
             t: Which step of the system it is, 1 for the first.
+            everywhere: Where other processes have more tensors of the system: takes a row of float64 numbers for each
+                tensor here, as long as those of the first shared tensor, and returns the rows of all tensors. It must
+                be called once. None if all tensors are here.
         """
 
 
@@ -98,6 +108,7 @@ class Method:
         put_aside_: Adds a part of a step's gradient to the state, to which the update will add the rest; for a method
             whose error, if any, is not in the gradient's own coordinates: ``(g, state, seed, options) -> None``.
         layerwise: Whether it updates during the backward pass.
+        serves_flat: Whether it makes sense of a group's matrices as one flat vector a process, as DeepSpeed makes them.
 
     Raises:
         ValueError: There is no such switch, or not one update.
@@ -123,6 +134,7 @@ class Method:
     constants: Callable[[Sequence[int], torch.device, Any], dict[Hashable, TensorSpec]] | None = None
     put_aside_: Callable[[Sequence[Tensor], Mapping[str, Tensor], int | None, Any], None] | None = None
     layerwise: bool = False
+    serves_flat: bool = False
 
     def __post_init__(self) -> None:
         """Check what a mistyped description would break later."""

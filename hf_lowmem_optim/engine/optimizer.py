@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, overload
 
 import torch
@@ -12,9 +12,11 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from hf_lowmem_optim.engine.adamw import adamw_update_, require_bitsandbytes
+from hf_lowmem_optim.engine.allocation import allocate_, follow_options_
 from hf_lowmem_optim.engine.backward import LayerwiseMode
-from hf_lowmem_optim.engine.buckets import SHARED_PREFIX, TensorUpdate, allocate_stacked, batches, split_stacks
+from hf_lowmem_optim.engine.buckets import SHARED_PREFIX, TensorUpdate, batches, split_stacks
 from hf_lowmem_optim.engine.checks import (
+    check_flattened,
     check_parameter,
     check_rounding,
     check_tensor,
@@ -26,7 +28,10 @@ from hf_lowmem_optim.engine.coupled import SHARED_STEP, check_agreement, note_ab
 from hf_lowmem_optim.engine.gradient_error import GradientErrors
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.options import Options, as_plain, check_group_keys
-from hf_lowmem_optim.engine.state import exact_load, follow_options_
+from hf_lowmem_optim.engine.sharding.gathered import check_system, update_sharded_
+from hf_lowmem_optim.engine.sharding.layout import specs_at_rest
+from hf_lowmem_optim.engine.sharding.probe import without_gradient
+from hf_lowmem_optim.engine.state import exact_load
 from hf_lowmem_optim.ops.dispatch import full_precision
 from hf_lowmem_optim.spec import TensorSpec
 
@@ -107,7 +112,9 @@ class LowMemoryOptimizer(Optimizer):
         self._options: dict[int, tuple[tuple[Any, ...], Options]] = {}
         self._specs: dict[tuple[Any, ...], tuple[bool, dict[str, TensorSpec]]] = {}
         self.checked: dict[Tensor, tuple[Mapping[str, TensorSpec], list[int]]] = {}
+        self.unchecked: set[int] = set()
         self._system_home: Tensor | None = None
+        self._had_matrices: list[bool] = []
         if self.method.layerwise:
             self._backward = LayerwiseMode(self)
 
@@ -150,6 +157,7 @@ class LowMemoryOptimizer(Optimizer):
         if self.method.shared_state is not None and not self.method.is_dense(full):
             refuse_mps(tensors, who)
         super().add_param_group({**param_group, "params": named_like_others(params, self.param_groups)})
+        self._had_matrices.append(any(each.dim() >= 2 and self.method.compresses(each.shape, full) for each in tensors))
         self._watch(len(self.param_groups) - 1)
 
     def _watch(self, index: int) -> None:
@@ -242,72 +250,87 @@ class LowMemoryOptimizer(Optimizer):
             distinct = {id(options): vars(options) for options, compressed, _ in rules if compressed}
             check_agreement(method, list(distinct.values()), type(self).__name__)
         if fresh := [(p, rule) for (_, p, _), rule in zip(live, rules, strict=True) if not self.state.get(p)]:
-            self._allocate_(fresh)
+            check_flattened(self, self._had_matrices)
+            allocate_(self.state, fresh)
         coupled = next((o for o, compressed, _ in rules if compressed and method.shared_state is not None), None)
         system = None
         if coupled is not None and vars(coupled)["scope"] == "model":
             system = None if self._system_home is None else self.state.get(self._system_home)
             if system is None or SHARED_STEP not in system:
                 system = self._common_system(coupled)
+        # Wrappers probe fresh optimizers with lr = 0 and zero gradients to learn the layout of their state
+        # (torch.distributed.checkpoint): that allocates, but is no update and leaves no trace in the run.
+        probed: Collection[int] = ()
+        if any(options.lr == 0 for options in options_of.values()):
+            still = [param for (_, param, _), rule in zip(live, rules, strict=True) if rule[0].lr == 0]
+            first = [param for param in still if self.state[param]["step"] == 0 and not self._is_real(param)]
+            probed = without_gradient(first)
         sparse: list[TensorUpdate] = []
         dense: dict[int, list[TensorUpdate]] = {}
+        sharded: list[tuple[TensorUpdate, bool]] = []
         changed: list[Tensor] = []
         for (index, param, group), (options, compressed, specs) in zip(live, rules, strict=True):
             grad, state = param.grad, self.state[param]
             assert grad is not None
             step = state["step"] + 1
-            # Wrappers probe fresh optimizers with lr = 0 and zero gradients to learn the layout of their state
-            # (torch.distributed.checkpoint): that allocates, but is no update and leaves no trace in the run.
-            if step == 1 and options.lr == 0 and not self._is_real(param) and not grad.any():
+            if id(param) in probed:
                 continue
             state["step"] = step
             if any((key in specs) != (key in state) for key in method.follows):
-                follow_options_(state, specs, method.follows, param.device)
+                follow_options_(state, specs, method.follows, param)
             stochastic = options.weight_rounding == "stochastic" and param.dtype != torch.float32
             seed = step * _MAX_PARAMETERS + index if stochastic else None
             grad = grad.detach() if grad.requires_grad else grad
             # kernels read memory, which does not hold the numbers of a lazy gradient
             grad = grad.clone() if grad.is_neg() or grad._is_zerotensor() else grad
             update = TensorUpdate(param.detach(), grad, state, options, step, seed, index)
-            (sparse if compressed else dense.setdefault(id(group), [])).append(update)
             changed.append(param)
+            if hasattr(param, "placements"):
+                sharded.append((update, compressed))
+            else:
+                (sparse if compressed else dense.setdefault(id(group), [])).append(update)
         # fused and own kernels hide a change from autograd; a pass through an older graph must see it
         torch.autograd.graph.increment_version(changed)
         with full_precision():
-            if sparse and method.coupled_update_ is not None:
-                self._coupled_update_(sparse, system)
-            elif sparse:
-                assert method.update_ is not None
-                for batch in batches(sparse, whole=method.whole):
-                    with batch.weights() as W:
-                        method.update_(W, batch.g, batch.state, batch.step, batch.options)
-            for updates in dense.values():
-                adamw_update_(updates)
+            self._apply_(sparse, list(dense.values()), system)
+            if sharded:
+                update_sharded_(self, sharded, system, self._apply_)
+
+    def _apply_(
+        self, sparse: Sequence[TensorUpdate], dense: Sequence[Sequence[TensorUpdate]], system: Any = None
+    ) -> None:
+        """Update whole tensors: those that are compressed, and lists of those of a group that are not."""
+        method, coupled_update_ = self.method, self.method.coupled_update_
+        options: Any = sparse[0].options if sparse else None
+        if sparse and coupled_update_ is None:
+            assert method.update_ is not None
+            for batch in batches(sparse, whole=method.whole):
+                with batch.weights() as W:
+                    method.update_(W, batch.g, batch.state, batch.step, batch.options)
+        elif sparse and options.scope == "tensor":
+            assert coupled_update_ is not None and method.shared_state is not None
+            for update in split_stacks(sparse):
+                own = {key: update.state[key] for key in method.shared_state(options)}
+                coupled_update_(list(batches([update], whole=method.whole)), own, update.step)
+        elif sparse:
+            assert coupled_update_ is not None
+            system[SHARED_STEP] += 1
+            if len(sparse) < sum([len(group["params"]) for group in self.param_groups]):
+                note_absent_(self, method, sparse, system[SHARED_STEP])
+            shared = {k.removeprefix(SHARED_PREFIX): v for k, v in system.items() if k.startswith(SHARED_PREFIX)}
+            coupled_update_(list(batches(sparse, whole=method.whole)), shared, system[SHARED_STEP])
+        for updates in dense:
+            adamw_update_(updates)
 
     def _common_system(self, options: Options) -> dict[str, Any]:
         """Return the state that has the system over all parameters, checked, or allocated if there is none yet."""
         home, group = system_home(self, self.method)
+        if hasattr(home, "placements"):
+            check_system(self)
         state = self._prepared(home, group)[2]
         place_system_(state, home, group, self.method, options)
         self._system_home = home
         return state
-
-    def _coupled_update_(self, updates: Sequence[TensorUpdate], system: dict[str, Any] | None) -> None:
-        """Take a step of the tensors' common system, or of each one's own."""
-        method, update_ = self.method, self.method.coupled_update_
-        assert update_ is not None and method.shared_state is not None
-        options: Any = updates[0].options
-        if options.scope == "tensor":
-            for update in split_stacks(updates):
-                own = {key: update.state[key] for key in method.shared_state(options)}
-                update_(list(batches([update], whole=method.whole)), own, update.step)
-            return
-        assert system is not None
-        system[SHARED_STEP] += 1
-        if len(updates) < sum([len(group["params"]) for group in self.param_groups]):
-            note_absent_(self, method, updates, system[SHARED_STEP])
-        shared = {k.removeprefix(SHARED_PREFIX): v for k, v in system.items() if k.startswith(SHARED_PREFIX)}
-        update_(list(batches(updates, whole=method.whole)), shared, system[SHARED_STEP])
 
     def _is_real(self, param: Tensor) -> bool:
         """Return whether a gradient of zero is nevertheless one of training."""
@@ -337,36 +360,15 @@ class LowMemoryOptimizer(Optimizer):
         if rule is None:
             compressed = self.method.compressed_state(param.shape, param.dtype, options) is not None
             rule = self._specs[key] = compressed, self.method.specs(param.shape, param.dtype, options)
-        return rule
+        return (rule[0], specs_at_rest(rule[1])) if hasattr(param, "placements") else rule
 
     def _prepared(self, param: Tensor, group: dict[str, Any]) -> tuple[bool, dict[str, TensorSpec], dict[str, Any]]:
         """Return whether a parameter is compressed, the specs of its state, and the state, allocated if need be."""
         options = self._options_of(group)
         compressed, specs = self._rule(param, options)
         if not self.state.get(param):
-            self._allocate_([(param, (options, compressed, specs))])
+            allocate_(self.state, [(param, (options, compressed, specs))])
         return compressed, specs, self.state[param]
-
-    def _allocate_(self, fresh: Sequence[tuple[Tensor, tuple[Options, bool, dict[str, TensorSpec]]]]) -> None:
-        """Allocate the state of parameters that have their first gradient: that of equal ones side by side."""
-        equal: dict[tuple[Any, ...], list[Tensor]] = {}
-        specs_of: dict[tuple[Any, ...], dict[str, TensorSpec]] = {}
-        for param, (options, compressed, specs) in fresh:
-            if hasattr(param, "placements"):  # sharded as its parameter is, which takes the dense rule
-                parts = {key: torch.zeros_like(param, dtype=spec.dtype) for key, spec in specs.items()}
-                self.state[param] = {"step": 0, **parts}
-                continue
-            key = (id(options), param.shape, param.dtype, param.device, compressed)
-            equal.setdefault(key, []).append(param)
-            specs_of[key] = specs
-        for key, params in equal.items():
-            compressed, device = key[-1], key[-2]
-            if compressed:
-                states = allocate_stacked(specs_of[key], len(params), device)
-            else:
-                states = [{k: spec.allocate(device) for k, spec in specs_of[key].items()} for _ in params]
-            for param, state in zip(params, states, strict=True):
-                self.state[param] = {"step": 0, **state}
 
     # ---------------------------------------------------------------------------------------------------- backward
 

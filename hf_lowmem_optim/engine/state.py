@@ -17,16 +17,17 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from hf_lowmem_optim.engine.buckets import SHARED_PREFIX, split_state
+from hf_lowmem_optim.engine.buckets import SHARED_PREFIX, own_tensors, split_state
 from hf_lowmem_optim.engine.checks import fault_of_tensor
 from hf_lowmem_optim.engine.coupled import SHARED_STEP, check_agreement
 from hf_lowmem_optim.engine.method import Method
-from hf_lowmem_optim.engine.options import as_plain
+from hf_lowmem_optim.engine.options import Options, as_plain
+from hf_lowmem_optim.engine.sharding.layout import as_indices, cut, is_at_rest, local_of, specs_at_rest
 from hf_lowmem_optim.spec import TensorSpec
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["exact_load", "follow_options_"]
+__all__ = ["exact_load", "fault_of_values"]
 
 #: No run takes that many steps, and the seeds of a step are integers of 64 bits.
 _MAX_STEPS = 1 << 38
@@ -44,7 +45,7 @@ class _AsSaved:
 
 
 @contextmanager
-def exact_load(optimizer: Optimizer, method: Method) -> Iterator[None]:
+def exact_load(optimizer: Any, method: Method) -> Iterator[None]:
     """Have ``Optimizer.load_state_dict`` check the state and keep it as it was saved, within this context.
 
     Our hooks run after the user's pre-hooks and before the user's post-hooks, so that those see what torch documents.
@@ -57,17 +58,20 @@ def exact_load(optimizer: Optimizer, method: Method) -> Iterator[None]:
         groups = [{**group, **_ADDED_LATER, **group} for group in state_dict["param_groups"]]
         state_dict = {**state_dict, "param_groups": groups}
         _check_groups(optimizer, method, state_dict["param_groups"])
-        state_dict = _move_old_shared(optimizer, method, state_dict)
+        state_dict = _as_one_process(optimizer, method, _move_old_shared(optimizer, method, state_dict))
         _check_state(optimizer, method, state_dict)
         _tell_changed_options(optimizer, method, state_dict["param_groups"])
         return {**state_dict, "state": {key: _AsSaved(value) for key, value in state_dict["state"].items()}}
 
     def unwrap(_: Optimizer) -> None:
-        for param, saved in list(optimizer.state.items()):
-            optimizer.state[param] = {
-                key: _placed(value, param.device) if isinstance(value, Tensor) else value
-                for key, value in saved.state.items()
-            }
+        optimizer.unchecked.clear()
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                if param in optimizer.state:
+                    saved = optimizer.state[param].state
+                    optimizer.state[param] = loaded = _placed_entry(saved, param, method, group)
+                    if any(hasattr(value, "placements") for value in saved.values()):
+                        optimizer.unchecked.add(id(loaded))
 
     before = optimizer.register_load_state_dict_pre_hook(wrap)
     after = optimizer.register_load_state_dict_post_hook(unwrap, prepend=True)
@@ -76,6 +80,17 @@ def exact_load(optimizer: Optimizer, method: Method) -> Iterator[None]:
     finally:
         before.remove()
         after.remove()
+
+
+def _placed_entry(saved: Mapping[str, Any], param: Tensor, method: Method, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the checked state of one parameter where it belongs: on its device, or cut as the parameter is."""
+    placed = {key: _placed(v, param.device) if isinstance(v, Tensor) else v for key, v in saved.items()}
+    if hasattr(param, "placements"):
+        compressed = method.compresses(param.shape, group)
+        for key, value in own_tensors(placed).items():
+            if not hasattr(value, "placements"):
+                placed[key] = cut(value, param, compressed=compressed)
+    return placed
 
 
 def _placed(value: Tensor, device: torch.device) -> Tensor:
@@ -201,6 +216,19 @@ def _move_old_shared(optimizer: Optimizer, method: Method, state_dict: dict[str,
     )
 
 
+def _as_one_process(optimizer: Optimizer, method: Method, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """View the pairs of bytes of sharded parameters' state as the int16 that they are, where they are whole."""
+    state = dict(state_dict["state"])
+    for group, saved_group in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        options = _loaded_options(method, group, saved_group)
+        for param, saved_id in zip(group["params"], saved_group["params"], strict=True):
+            specs = method.specs(param.shape, param.dtype, options)
+            if saved := state.get(saved_id):
+                whole = [k for k in specs if isinstance(saved.get(k), Tensor) and not hasattr(saved[k], "placements")]
+                state[saved_id] = {**saved, **{key: as_indices(saved[key], specs[key]) for key in whole}}
+    return {**state_dict, "state": state}
+
+
 def _check_state(optimizer: Optimizer, method: Method, state_dict: dict[str, Any]) -> None:
     """Compare every saved entry with what this optimizer would allocate for the same parameter."""
     who, homes, counts = type(optimizer).__name__, list[str](), [0]
@@ -219,11 +247,12 @@ def _check_state(optimizer: Optimizer, method: Method, state_dict: dict[str, Any
                 specs.update({f"{SHARED_PREFIX}{key}": spec for key, spec in shared_specs.items()})
                 steps.append(SHARED_STEP)
                 homes.append(str(name))
-            fault = _fault_of_entry(saved, specs, steps)
-            if fault is None and compressed and method.check_loaded is not None:
-                stack = options.is_stack(param.shape)
-                states, shape = (split_state(saved), param.shape[1:]) if stack else ([saved], param.shape)
-                fault = next(filter(None, (method.check_loaded(each, shape, options) for each in states)), None)
+            sharded = {key for key, value in saved.items() if hasattr(value, "placements")}
+            if sharded:
+                specs.update({key: spec for key, spec in specs_at_rest(specs).items() if key in sharded})
+            fault = _fault_of_entry(saved, specs, steps) or _fault_of_parts(saved, sharded, param, compressed)
+            if fault is None and compressed and not sharded:
+                fault = fault_of_values(saved, param.shape, method, options)
             if fault is not None:
                 raise ValueError(
                     f"{who} cannot load the state of parameter {name!r} (shape {tuple(param.shape)}): {fault}. It "
@@ -245,6 +274,15 @@ def _check_state(optimizer: Optimizer, method: Method, state_dict: dict[str, Any
         )
 
 
+def fault_of_values(state: Mapping[str, Any], shape: Sequence[int], method: Method, options: Options) -> str | None:
+    """Return what a method's kernels could not be handed in the state of a compressed tensor, as a clause."""
+    if method.check_loaded is None:
+        return None
+    stack = options.is_stack(shape)
+    states, each = (split_state(state), shape[1:]) if stack else ([state], shape)
+    return next(filter(None, (method.check_loaded(part, each, options) for part in states)), None)
+
+
 def _fault_of_entry(saved: Mapping[Any, Any], specs: Mapping[str, TensorSpec], steps: Sequence[str]) -> str | None:
     """Return what is wrong with the saved state of one parameter, as a clause; None if nothing is."""
     for key in saved:
@@ -264,22 +302,22 @@ def _fault_of_entry(saved: Mapping[Any, Any], specs: Mapping[str, TensorSpec], s
         fault = "is on the meta device" if part.is_meta else fault_of_tensor(part)
         if fault is not None:
             return f"{key!r} {fault}"
-        if key == "exp_avg_sq" and part.numel() and bool((part.detach().amin() < 0).any()):
+        local = local_of(part.detach())  # an answer for the whole would ask all processes
+        if key == "exp_avg_sq" and local.numel() and bool((local.amin() < 0).any()):
             return f"{key!r} has negative entries, and is a mean of squares"
+    return None
+
+
+def _fault_of_parts(saved: Mapping[Any, Any], sharded: Iterable[Any], param: Tensor, compressed: bool) -> str | None:
+    """Return why saved parts do not fit a parameter, as a clause; None if they do."""
+    for key in sharded:
+        if not hasattr(param, "placements"):
+            return f"{key!r} is one process's part of it, and the parameter is not sharded"
+        if not is_at_rest(saved[key], param, compressed=compressed):
+            return f"{key!r} is not this process's part: load it by torch.distributed.checkpoint, which cuts it anew"
     return None
 
 
 def _shortened(value: Any) -> str:
     text = repr(value) if not isinstance(value, Tensor) else f"a tensor {tuple(value.shape)}, {value.dtype}"
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def follow_options_(
-    state: dict[str, Any], specs: Mapping[str, TensorSpec], optional: Iterable[str], device: torch.device
-) -> None:
-    """Add optional state that the options now ask for, as zeros, and drop what they no longer do."""
-    for key in optional:
-        if key in specs and key not in state:
-            state[key] = specs[key].allocate(device)
-        elif key not in specs:
-            state.pop(key, None)

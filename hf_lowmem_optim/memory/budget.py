@@ -36,7 +36,7 @@ class BudgetSearch:
         of_dense = {key: value for key, value in changes.items() if key == "dense_state"}
         groups = [{**group, **(changes if self._is_targeted(group) else of_dense)} for group in self.groups]
         state = plan_groups(self.optimizer_class, groups, num_shards=self.num_shards)
-        return state.total_bytes + plan_temporaries(self.optimizer_class, groups)
+        return state.total_bytes + plan_temporaries(self.optimizer_class, groups, num_shards=self.num_shards)
 
     def largest(self, allowed_bytes: int) -> dict[str, int]:
         """Return the largest value within ``allowed_bytes`` of each hyper-parameter that scales the state.

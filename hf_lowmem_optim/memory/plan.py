@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
+from hf_lowmem_optim.engine.sharding.gathered import gathered_bytes
+from hf_lowmem_optim.engine.sharding.layout import part_of_spec, specs_at_rest
 from hf_lowmem_optim.memory.measure import Piece, StateReport, add_up, unwrap_optimizer
 from hf_lowmem_optim.registry import get_entry
 
@@ -63,31 +65,40 @@ def plan_state(
     return plan_groups(optimizer_class, [{**optimizer_class.method.options.defaults(), **hyper, "params": params}])
 
 
-def plan_groups(optimizer_class: type[LowMemoryOptimizer], groups: Groups, *, num_shards: int = 1) -> StateReport:
+def plan_groups(
+    optimizer_class: type[LowMemoryOptimizer], groups: Groups, *, num_shards: int = 1, rank: int = 0
+) -> StateReport:
     """Sum the specs of all parameters in the groups.
 
     Args:
         optimizer_class: The optimizer.
         groups: Its parameter groups.
-        num_shards: Over how many processes each tensor of a parameter's state is split; the report is then for the
-            process with the largest parts. What belongs to all parameters together is on every process, constants
-            too.
+        num_shards: Over how many processes FSDP2 splits the parameters. What belongs to all parameters together, what
+            is too small to be split, and constants are on every process.
+        rank: For which of them the report is; the first has the largest parts.
     """
     method, pieces = optimizer_class.method, list[Piece]()
     for index, group in enumerate(groups):
         options = method.options_of(group)
         for (shape, dtype), count in Counter((param.shape, param.dtype) for param in group["params"]).items():
-            for spec in method.specs(shape, dtype, options).values():
-                nbytes = count * spec.shard(num_shards).stored_bytes
-                pieces.append(Piece(index, spec.component, spec.dtype, nbytes, spec.in_gradient))
+            specs = method.specs(shape, dtype, options)
+            if num_shards > 1:
+                compressed = method.compressed_state(shape, dtype, options) is not None
+                specs = {
+                    key: part_of_spec(spec, shape, num_shards, rank, compressed=compressed)
+                    for key, spec in specs_at_rest(specs).items()
+                }
+            for spec in specs.values():
+                pieces.append(Piece(index, spec.component, spec.dtype, count * spec.stored_bytes, spec.in_gradient))
     common = (*method.shared_specs(groups).values(), *method.constants_of(groups).values())
     pieces += [Piece(None, spec.component, spec.dtype, spec.nbytes) for spec in common]
     return add_up(pieces, len(groups), sum(param.numel() for group in groups for param in group["params"]))
 
 
-def plan_temporaries(optimizer_class: type[LowMemoryOptimizer], groups: Groups) -> int:
-    """Bound what a step allocates: :meth:`~hf_lowmem_optim.engine.method.Method.scratch_bytes`."""
-    return optimizer_class.method.scratch_bytes(groups)
+def plan_temporaries(optimizer_class: type[LowMemoryOptimizer], groups: Groups, *, num_shards: int = 1) -> int:
+    """Bound what a step allocates: :meth:`~hf_lowmem_optim.engine.method.Method.scratch_bytes`, and whole tensors."""
+    method = optimizer_class.method
+    return method.scratch_bytes(groups) + (gathered_bytes(method, groups, num_shards) if num_shards > 1 else 0)
 
 
 def compressed_bytes_per_parameter(optimizer_class: type[LowMemoryOptimizer], groups: Groups) -> float | None:

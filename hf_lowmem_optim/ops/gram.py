@@ -23,15 +23,20 @@ _HARMLESS = 1e-3
 _DROPPED = 1e-12
 
 
-def write_gram_row_(gram: Tensor, row: int, products: Sequence[Tensor]) -> None:
+def write_gram_row_(
+    gram: Tensor, row: int, products: Sequence[Tensor], everywhere: Callable[[Tensor], Tensor] | None = None
+) -> None:
     """Write row and column of GGᵀ ← G c, a sum over tensors.
 
     Args:
         gram: GGᵀ, float64 [m, m].
         row: The row of the newest gradient.
         products: The tensors' shares, float64 [number of tensors, m] each.
+        everywhere: Adds the shares of the tensors that other processes update.
     """
     shares = torch.cat([product.to(gram.device) for product in products])
+    if everywhere is not None:
+        shares = everywhere(shares)
     total = shares[0] if len(shares) == 1 else shares.sum(dim=0)
     gram[row] = total
     gram[:, row] = total

@@ -25,7 +25,7 @@ factors would take more than themselves, have their gradients in the window as t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,13 +87,19 @@ def lowrank_mfac_state(shape: Sequence[int], dtype: torch.dtype, o: LowRankMFACO
     }
 
 
-def lowrank_mfac_update_(tensors: Sequence[Batch], shared: Mapping[str, Tensor], t: int) -> None:
+def lowrank_mfac_update_(
+    tensors: Sequence[Batch],
+    shared: Mapping[str, Tensor],
+    t: int,
+    everywhere: Callable[[Tensor], Tensor] | None = None,
+) -> None:
     """Take one step of LowRankMFAC on the tensors of one system, in place.
 
     Args:
         tensors: The tensors; their state as :func:`lowrank_mfac_state` describes it.
         shared: ``"gram"``, GGᵀ; written.
         t: 1 for the first step of this system.
+        everywhere: Adds the rows of the tensors that other processes update to those of Gc.
     """
     o, gram = tensors[0].options, shared["gram"]
     row = (t - 1) % o.window
@@ -101,7 +107,7 @@ def lowrank_mfac_update_(tensors: Sequence[Batch], shared: Mapping[str, Tensor],
     for x in tensors:
         _compress_(x, row)
     # 4. row and column of GGᵀ ← G c
-    write_gram_row_(gram, row, [_products(x.state, row) for x in tensors])
+    write_gram_row_(gram, row, [_products(x.state, row) for x in tensors], everywhere)
     # 5. u ← Gᵀw
     w = mfac_weights(gram, row, damping=o.damping).to(torch.float32)
     for x in tensors:

@@ -196,6 +196,7 @@ class MicroAdam(LowMemoryOptimizer):
         switch=("density", None),
         scratch=0,
         whole=True,
+        serves_flat=True,
         check_loaded=lambda state, shape, o: fault_of_indices(
             state["indices"], math.prod(shape), o.block_size, o.density
         ),

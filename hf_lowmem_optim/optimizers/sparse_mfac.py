@@ -117,7 +117,12 @@ def sparse_mfac_state(shape: Sequence[int], dtype: torch.dtype, o: SparseMFACOpt
 
 
 def sparse_update_(
-    tensors: Sequence[Batch], shared: Mapping[str, Tensor], t: int, row_weights: Callable[..., Tensor] = mfac_weights
+    tensors: Sequence[Batch],
+    shared: Mapping[str, Tensor],
+    t: int,
+    everywhere: Callable[[Tensor], Tensor] | None = None,
+    *,
+    row_weights: Callable[..., Tensor] = mfac_weights,
 ) -> None:
     """Take one step on the tensors of one system, in place; without momentum nothing of their size is allocated.
 
@@ -125,6 +130,7 @@ def sparse_update_(
         tensors: The tensors; their state as :func:`sparse_mfac_state` describes it.
         shared: ``"gram"``, GGᵀ, float64 [m, m]; written.
         t: 1 for the first step of this system.
+        everywhere: Adds the rows of the tensors that other processes update to those of Gc.
         row_weights: ``(gram, row, *, damping) -> w``, which line 5 is.
     """
     o, gram = tensors[0].options, shared["gram"]
@@ -134,7 +140,7 @@ def sparse_update_(
     for x in tensors:
         foreach_block_topk_(_selections(x, row))
     # 4. row and column of GGᵀ ← G c
-    write_gram_row_(gram, row, [foreach_window_gram_rows(each, row) for each in windows])
+    write_gram_row_(gram, row, [foreach_window_gram_rows(each, row) for each in windows], everywhere)
     # 5. u ← Gᵀw
     w = row_weights(gram, row, damping=o.damping).to(torch.float32)
     for x, each in zip(tensors, windows, strict=True):

@@ -22,6 +22,7 @@ from hf_lowmem_optim.memory.plan import plan_optimizer
 from hf_lowmem_optim.memory.plan_table import align
 from hf_lowmem_optim.registry import get_entry
 from hf_lowmem_optim.trainer.backward import check_adapters, check_backward_arguments
+from hf_lowmem_optim.trainer.deepspeed import check_zero
 from hf_lowmem_optim.trainer.optim_args import hyperparameters_from_training_args
 from hf_lowmem_optim.trainer.overrides import (
     Overrides,
@@ -121,11 +122,13 @@ class OptimizerFactory:
         Raises:
             TypeError: A value has the wrong type.
             ValueError: ``optim`` is no optimizer of this package, or a value is wrong.
+            NotImplementedError: DeepSpeed would leave it without matrices.
         """
         entry = get_entry(str(getattr(args.optim, "value", args.optim)))
         hyper = hyperparameters_from_training_args(args, entry.optimizer_class)
         error_in_gradients = hyper.get("error_feedback") == "grad"
         check_backward_arguments(args, entry.optimizer_class, error_in_gradients=error_in_gradients)
+        check_zero(entry.optimizer_class, hyper, args, None)
         return cls(entry.name, args.optim_target_modules, **hyper)
 
     @property
@@ -164,6 +167,7 @@ class OptimizerFactory:
                 f"OptimizerFactory makes its own parameter groups and needs the model, not {type(model).__name__}; "
                 f"for groups of your own call hf_lowmem_optim.{self.optimizer_class.__name__}(groups, ...)"
             )
+        check_zero(self.optimizer_class, {**self.hyper, **hyper}, None, model)
         return _reported(*self.build(model, **hyper))
 
     def class_for(self, model: nn.Module) -> type[LowMemoryOptimizer]:
@@ -178,6 +182,7 @@ class OptimizerFactory:
         def make(_: type, params: Iterable[Any], **hyper: Any) -> LowMemoryOptimizer:
             if (model := alive()) is None:
                 raise RuntimeError(f"the model that this {self.name} is for is gone")
+            check_zero(self.optimizer_class, {**self.hyper, **hyper}, None, model)
             return _reported(*self.build(model, params, **hyper))
 
         made = self.optimizer_class

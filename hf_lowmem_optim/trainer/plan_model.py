@@ -150,7 +150,7 @@ class _Request:
         entry, hyper = get_entry(name), hyperparameters_from_text(self.optim_args, get_entry(name).optimizer_class)
         row = OptimizerPlan(name, True, entry.summary, {}, None)
         try:
-            optimizer, placements = OptimizerFactory(name, self.target_modules, **hyper).build(model)
+            optimizer, _ = OptimizerFactory(name, self.target_modules, **hyper).build(model)
         except ValueError as error:
             if self.strict:
                 raise
@@ -163,20 +163,15 @@ class _Request:
         search = BudgetSearch(type(optimizer), groups, shards, self.processes.gpus)
         problem = None
         single = next(filter(None, map(method.needs_one_process, groups)), None)
-        settings = (optimizer.defaults["dense_state"], optimizer.defaults["weight_rounding"])
         if self.processes.gpus > 1 and single is not None:
             problem = f"{single}: it trains in one process"
-        elif shards > 1 and any(p.rule == COMPRESSED for p in placements):
-            problem = "compressed tensors cannot be sharded yet: the first step under FSDP says so"
-        elif shards > 1 and settings != ("param", "nearest"):
-            problem = "dense_state and weight_rounding cannot be sharded: the first step under FSDP says so"
         if problem is None and allowed is not None:
             searches[name] = search
         return replace(
             row,
             settings=method.settings(optimizer.defaults),
             state=plan_groups(type(optimizer), groups, num_shards=shards),
-            temporary_bytes=plan_temporaries(type(optimizer), groups),
+            temporary_bytes=plan_temporaries(type(optimizer), groups, num_shards=shards),
             compressed_bytes_per_parameter=compressed_bytes_per_parameter(type(optimizer), groups),
             problem=problem,
             largest={} if problem or allowed is None else search.largest(allowed),

@@ -138,20 +138,32 @@ def mesh() -> Iterator[DeviceMesh]:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [{"dense_state": "fp32"}, {"weight_rounding": "stochastic"}, {"weight_rounding": "compensated"}],
-    ids=str,
-)
-def test_sharded_parameters_are_refused_before_anything_moves(setting: dict[str, Any], mesh: DeviceMesh) -> None:
+def test_compensated_weights_are_refused_sharded_before_anything_moves(mesh: DeviceMesh) -> None:
     whole = torch.ones(8, 4, dtype=torch.bfloat16)
     weight = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
-    optimizer = OPTIMIZERS["ldadam"].optimizer_class([weight], rank=None, **setting)
+    optimizer = OPTIMIZERS["ldadam"].optimizer_class([weight], rank=None, weight_rounding="compensated")
     weight.grad = torch.ones_like(weight)
-    (key, value), *_ = setting.items()
-    with pytest.raises(NotImplementedError, match=f"there is no {key}={value!r}; give its group {key}="):
+    with pytest.raises(NotImplementedError, match="there is no weight_rounding='compensated'; give its group weight"):
         optimizer.step()
     assert torch.equal(weight.to_local(), whole[:4]) and not optimizer.state
+
+
+@pytest.mark.parametrize("setting", [{"rank": 4}, {"rank": None, "weight_rounding": "stochastic"}], ids=str)
+def test_what_no_process_can_gather_is_refused_before_anything_moves(setting: dict[str, Any]) -> None:
+    """Parts along two dimensions of a mesh that leaves processes out; each rule entry by entry has no such limit."""
+    torch.distributed.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    try:
+        mesh, whole = DeviceMesh("cpu", torch.arange(4).view(2, 2)), torch.ones(16, 12, dtype=torch.bfloat16)
+        weight = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0), Shard(1)]))
+        optimizer = OPTIMIZERS["ldadam"].optimizer_class([weight], **setting)
+        weight.grad = torch.ones_like(weight)
+        with pytest.raises(NotImplementedError, match=r"several dimensions of a mesh .* Give its group rank=None, "):
+            optimizer.step()
+        assert torch.equal(weight.to_local(), whole[:8, :6]) and not optimizer.state
+        OPTIMIZERS["ldadam"].optimizer_class([weight], lr=0.1, rank=None, dense_state="fp32").step()
+        assert not torch.equal(weight.to_local(), whole[:8, :6])
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", ["ldadam", "sparse_mfac"])
