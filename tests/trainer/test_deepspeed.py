@@ -65,7 +65,7 @@ def test_microadam_says_what_it_is_on_flat_vectors(zero_2: None, caplog: pytest.
 
 def flattened(optimizer_class: Any, **hyper: Any) -> Any:
     """Build an optimizer and put flat vectors into its groups, as DeepSpeed's wrappers do."""
-    groups = [{"params": [nn.Parameter(torch.ones(64, 96))]}, {"params": [nn.Parameter(torch.ones(96))]}]
+    groups = [{"params": [nn.Parameter(torch.ones(256, 384))]}, {"params": [nn.Parameter(torch.ones(96))]}]
     optimizer = optimizer_class(groups, lr=1e-2, **hyper)
     for group in optimizer.param_groups:
         flat = nn.Parameter(torch.ones(group["params"][0].numel()))
