@@ -1,4 +1,4 @@
-"""Dash (DASH, arXiv 2602.02016): Shampoo by blocks with Adam's step sizes, here in 3.2 bytes per parameter.
+"""Dash (DASH, arXiv 2602.02016): Shampoo by blocks with Adam's step sizes, here in 4.2 bytes per parameter.
 
 W is cut into blocks of at most `block_size` rows and columns, each a parameter of its own. Per block (a × b):
 
@@ -83,7 +83,12 @@ class DashOptions(Options):
         "8bit", "Storage of L and R, quantized as Cholesky factors.", shapes_state=True
     )
     root_dtype: Literal["fp32", "bf16", "8bit", "4bit"] = option("8bit", "Storage of the roots.", shapes_state=True)
-    moment_dtype: Literal["fp32", "bf16", "8bit"] = option("8bit", "Storage of m.", shapes_state=True)
+    moment_dtype: Literal["fp32", "bf16", "8bit"] = option(
+        "bf16",
+        "Storage of m. In 8 bits, entries whose gradients are far smaller than their neighbours' keep noise, which "
+        "√v turns into large steps.",
+        shapes_state=True,
+    )
 
     def check(self) -> None:
         """Refuse what overflows: rounding makes eigenvalues negative, and many iterations let those grow."""
@@ -172,7 +177,8 @@ def _direction(piece: Piece, G: Tensor, state: Mapping[str, Any], at: _Stored, t
     at.m.write_(state, piece, m.flatten(1))
     # 5. D ← (m/c1) / (eps + √(v/c2))
     c1, c2 = (1 - β1**t, 1 - β2**t) if o.bias_correction else (1.0, 1.0)
-    P = (m / c1).div_(v.div_(c2).sqrt_().add_(o.eps))
+    # a quantized m has noise where there never was a gradient
+    P = (m / c1).masked_fill_(v == 0, 0).div_(v.div_(c2).sqrt_().add_(o.eps))
     if t >= o.start_step:
         # 6. U ← L̄ m R̄;  P ← U·‖D‖/(‖U‖ + 1e-16); P ← D as long as there are no roots, only zeros
         U = at.L_root.read(state, piece) @ m @ at.R_root.read(state, piece)

@@ -280,9 +280,9 @@ LOW = {"statistics_dtype": "8bit", "root_dtype": "8bit", "moment_dtype": "8bit",
         (PUBLISHED, 24.04, 24.0),
         ({**PUBLISHED, "moment_dtype": "bf16", "grafting": "adafactor"}, 18.05, 18.07),
         ({**LOW, "moment_dtype": "bf16", "grafting": "adam"}, 8.15, 8.24),
-        ({}, 3.22, 3.36),
-        ({"root_dtype": "4bit"}, 2.72, 2.87),
-        ({"root_dtype": "4bit", "statistics_dtype": "4bit"}, 2.22, 2.37),
+        ({}, 4.16, 4.30),
+        ({"root_dtype": "4bit"}, 3.66, 3.80),
+        ({"root_dtype": "4bit", "statistics_dtype": "4bit"}, 3.16, 3.31),
     ],
     ids=str,
 )
@@ -292,6 +292,16 @@ def test_bytes_per_parameter_on_llama_2_7b(hyper: dict[str, Any], large: float, 
     for block_size, most in ((1024, large), (128, small)):
         report = plan_state("dash", matrices, block_size=block_size, **hyper)
         assert most - 0.01 < report.total_bytes / report.num_parameters <= most
+
+
+def test_noise_of_a_quantized_moment_moves_nothing_that_never_had_a_gradient() -> None:
+    weight = nn.Parameter(torch.randn(10, 5, generator=torch.Generator().manual_seed(0)))
+    start, optimizer = weight.detach().clone(), Dash([weight], lr=1e-2, moment_dtype="8bit")
+    for _ in range(20):
+        optimizer.zero_grad()
+        weight.mv(torch.linspace(-1, 1, 5)).pow(2).sum().backward()
+        optimizer.step()
+    assert (weight.detach() - start).abs().max() < 1
 
 
 def test_low_memory_storage_hardly_turns_the_steps() -> None:

@@ -90,7 +90,12 @@ def settings_of(case: Case) -> list[dict[str, Any]]:
     # with one gradient in every row of its window, a preconditioner divides by little but the damping
     damped = {"damping": 1.0} if "damping" in case.hyper else {}
     compressed = {**case.hyper, "weight_decay": 0.0, **small, **damped}
-    stored = {"bits": 8} if case.name == "microadam" else {"error_feedback": "bf16"}
+    known = case.method.options.defaults()
+    stored = {
+        key: value
+        for key, value in {"bits": 8, "error_feedback": "bf16", "moment_dtype": "fp32"}.items()
+        if key in known
+    }
     return [
         damped,
         {**damped, "lr": 0.02, "weight_decay": 0.1},
