@@ -184,14 +184,14 @@ def _report(kernel: Any, values: dict[str, Any], target: Target) -> dict[str, An
 
 
 def jobs(rotate: bool, names: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield launch and target; to ``rotate``, variants of a kernel have AMD's GPU and, in turn, one of NVIDIA's."""
+    """Yield launch and target; to ``rotate``, the variants of a kernel have one target each, in turn."""
     from benchmarks.launches import LAUNCHES
 
     kernels = set()
     for number, launch in enumerate(LAUNCHES):
         kernel = re.split(r"\W", launch.name)[0]
         for place, target in enumerate(names or TARGETS):
-            if not rotate or kernel not in kernels or TARGETS[target].backend == "hip" or place == number % 3:
+            if not rotate or kernel not in kernels or place == number % 4:
                 yield launch.name, target
         kernels.add(kernel)
 
