@@ -101,14 +101,14 @@ def build(arguments: argparse.Namespace) -> LlamaForCausalLM:
         "max_position_embeddings": arguments.length,
     }
     config = LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=False, **sizes)
-    return LlamaForCausalLM(config).to(arguments.device).train()  # type: ignore[arg-type,no-any-return]
+    return LlamaForCausalLM(config).to(arguments.device).train()  # type: ignore[arg-type,no-any-return]  # transformers wraps to()
 
 
 def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
     """Return the mean loss of a batch of tokens."""
     ids = batch.long()
     with torch.autocast(batch.device.type, torch.bfloat16):
-        return model(input_ids=ids, labels=ids).loss  # type: ignore[no-any-return]
+        return model(input_ids=ids, labels=ids).loss  # type: ignore[no-any-return]  # a module returns anything
 
 
 @torch.no_grad()

@@ -113,6 +113,19 @@ def check_tensor(
     before = optimizer.checked.get(param)
     if before is not None and before[0] is specs and before[1] == facts:
         return
+    _check_state(param, group, state, specs, method)
+    if all(type(part) is Tensor for part in state.values() if isinstance(part, Tensor)):
+        optimizer.checked[param] = specs, facts
+
+
+def _check_state(
+    param: Tensor,
+    group: Mapping[str, Any],
+    state: Mapping[str, Any],
+    specs: Mapping[str, TensorSpec],
+    method: Method,
+) -> None:
+    """Raise ValueError for a state that is not what the options of its group describe."""
     for key, spec in specs.items():
         part = state.get(key)
         fits = (
@@ -133,8 +146,6 @@ def check_tensor(
         superfluous = [key for key in state if key not in known and not key.startswith(SHARED_PREFIX)]
         if superfluous:
             _refuse_state(param, group, method, superfluous[0], "there", None)
-    if len(facts) == 3 * len(specs):
-        optimizer.checked[param] = specs, facts
 
 
 def _refuse_memory(param: Tensor, grad: Tensor, group: Mapping[str, Any]) -> None:

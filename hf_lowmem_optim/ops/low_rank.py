@@ -106,7 +106,7 @@ def precision_of_products(error_feedback: str, rank: int) -> Products:
     if requested:
         for known in get_args(Products):
             if known == requested:
-                return known  # type: ignore[no-any-return]
+                return known  # type: ignore[no-any-return]  # get_args has no types
         choices = ", ".join(get_args(Products))
         raise ValueError(
             f"{PRODUCTS_VARIABLE}={requested!r} names no precision: set it to one of {choices}, or unset it to "

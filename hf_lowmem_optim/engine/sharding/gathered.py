@@ -66,9 +66,9 @@ class _Task:
         """Return the update of the whole, on its owner."""
         one, options = self.update, self.update.options
         specs = method.specs(one.param.shape, one.param.dtype, options)
-        state = {key: as_indices(move.whole, specs[key]) for key, move in self.state.items()}  # type: ignore[arg-type]
+        state = {key: as_indices(move.whole, specs[key]) for key, move in self.state.items()}  # type: ignore[arg-type]  # gathered by now
         W, g = (one.param if move is None else move.whole for move in (self.W, self.g))
-        return replace(one, param=W, grad=g, state={"step": one.state["step"], **state})  # type: ignore[arg-type]
+        return replace(one, param=W, grad=g, state={"step": one.state["step"], **state})  # type: ignore[arg-type]  # gathered by now
 
     def take(self, whole: TensorUpdate) -> None:
         """Take the state of the whole after its update."""
@@ -91,8 +91,8 @@ def update_sharded_(
     parts: dict[int, list[TensorUpdate]] = {}
     tasks, members = list[_Task](), list[_Task]()
     for update, compressed in updates:
-        if update.grad.placements != update.param.placements:  # type: ignore[attr-defined]
-            grad = update.grad.redistribute(placements=update.param.placements)  # type: ignore[attr-defined]
+        if update.grad.placements != update.param.placements:  # type: ignore[attr-defined]  # a DTensor
+            grad = update.grad.redistribute(placements=update.param.placements)  # type: ignore[attr-defined]  # a DTensor
             update = replace(update, grad=grad)
         if not compressed and update.options.dense_state != "8bit" and update.rounding_seed is None:
             parts.setdefault(id(update.options), []).append(_part(update))
@@ -216,8 +216,8 @@ def _system_step_(optimizer: Any, members: list[_Task], system: dict[str, Any]) 
         for param, group, state in absent_members(optimizer, method, [task.update for task in members])
     ]
     tasks, first = [*members, *absent], members[0].update.param
-    dims = {dim for task in tasks for dim in sharded_dims(task.update.param.placements)}  # type: ignore[attr-defined]
-    team = Team.of(first.device_mesh, sorted(dims))  # type: ignore[attr-defined]
+    dims = {dim for task in tasks for dim in sharded_dims(task.update.param.placements)}  # type: ignore[attr-defined]  # a DTensor
+    team = Team.of(first.device_mesh, sorted(dims))  # type: ignore[attr-defined]  # a DTensor
     _owned(tasks, [0] * len(team))
     gather(team, [move for task in tasks for move in task.moves])
     for task in _mine(absent, team):

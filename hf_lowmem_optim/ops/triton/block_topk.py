@@ -124,7 +124,7 @@ def select_block(
         if ERROR == "dense":
             tl.store(error_ptr + index, rest.to(BUFFER), mask=valid)
         else:
-            BF16_STATS: tl.constexpr = STATS == tl.bfloat16  # noqa: SIM300
+            BF16_STATS: tl.constexpr = STATS == tl.bfloat16  # noqa: SIM300 (ruff takes an argument in capitals for the constant)
             lo, hi = block_range(rest, valid, BF16_STATS)
             codes = encode(rest, valid, lo, hi, base + index, key0, key1, LEVELS, STOCHASTIC)
             store_codes(error_ptr, codes, row, length, ROWS, QUANT_BLOCK, QUANT_BLOCK, BITS)

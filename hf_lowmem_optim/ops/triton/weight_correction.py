@@ -29,7 +29,7 @@ def _nearest(bits, DROPPED: tl.constexpr):
 
 @triton.jit
 def _join_kernel(table_ptr, owners_ptr, BLOCK: tl.constexpr, WEIGHT: tl.constexpr, ALIGNED: tl.constexpr):
-    INFINITE: tl.constexpr = 0x7F80 if WEIGHT == tl.bfloat16 else 0x7C00  # noqa: SIM300
+    INFINITE: tl.constexpr = 0x7F80 if WEIGHT == tl.bfloat16 else 0x7C00  # noqa: SIM300 (WEIGHT is the argument)
     record, block = owner_and_block(owners_ptr, table_ptr, tl.program_id(0), 5)
     numel = size(record, 4, ALIGNED)
     at = block * BLOCK + tl.arange(0, BLOCK)
@@ -39,7 +39,7 @@ def _join_kernel(table_ptr, owners_ptr, BLOCK: tl.constexpr, WEIGHT: tl.constexp
     bits = weight.to(tl.int16, bitcast=True).to(tl.int32)
     magnitude = bits & 0x7FFF
     p = tl.maximum((magnitude << 8) + correction, 0)
-    if WEIGHT == tl.bfloat16:  # noqa: SIM300
+    if WEIGHT == tl.bfloat16:  # noqa: SIM300 (WEIGHT is the argument)
         value = p << 8
     else:
         small = (p.to(tl.float32) * 2.3283064365386963e-10).to(tl.int32, bitcast=True)  # 2^-32
@@ -51,7 +51,7 @@ def _join_kernel(table_ptr, owners_ptr, BLOCK: tl.constexpr, WEIGHT: tl.constexp
 
 @triton.jit
 def _split_kernel(table_ptr, owners_ptr, BLOCK: tl.constexpr, WEIGHT: tl.constexpr, ALIGNED: tl.constexpr):
-    INFINITE: tl.constexpr = 0x7F80 if WEIGHT == tl.bfloat16 else 0x7C00  # noqa: SIM300
+    INFINITE: tl.constexpr = 0x7F80 if WEIGHT == tl.bfloat16 else 0x7C00  # noqa: SIM300 (WEIGHT is the argument)
     record, block = owner_and_block(owners_ptr, table_ptr, tl.program_id(0), 5)
     numel = size(record, 4, ALIGNED)
     at = block * BLOCK + tl.arange(0, BLOCK)
@@ -59,7 +59,7 @@ def _split_kernel(table_ptr, owners_ptr, BLOCK: tl.constexpr, WEIGHT: tl.constex
     x = tl.load(pointer(record, 3, tl.float32, ALIGNED) + at, mask=valid, other=0.0)
     bits = x.to(tl.int32, bitcast=True)
     magnitude = tl.minimum(bits & 0x7FFFFFFF, 0x7F800000)
-    if WEIGHT == tl.bfloat16:  # noqa: SIM300
+    if WEIGHT == tl.bfloat16:  # noqa: SIM300 (WEIGHT is the argument)
         p = _nearest(magnitude, 8)
     else:
         # adding 2^23 rounds to a whole number, ties to even, and leaves it in the last bits
