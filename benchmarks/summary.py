@@ -1,0 +1,122 @@
+"""The two tables by which a user chooses: what each optimizer costs, and the learning rate to start with.
+
+Both are made from the result files of several benchmarks; bytes are those that the planner computes.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from results import Row, load_run
+from tables import by_entry, markdown_table
+
+from hf_lowmem_optim import OPTIMIZERS
+from hf_lowmem_optim.memory.baselines import BASELINES, ParameterFacts, plan_baseline
+from hf_lowmem_optim.memory.table import bytes_per_parameter, llama_2_7b_tensors
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """An optimizer under its names in convergence.py, in step_time.py and in the planner."""
+
+    title: str
+    entry: str
+    timed: str
+    planned: str | None
+
+
+_SUBJECTS = (
+    _Subject("`adamw_torch_fused`, the Trainer's default", "adamw", "torch AdamW fused", "adamw_torch_fused"),
+    _Subject("8-bit AdamW (bitsandbytes)", "adamw_8bit", "bitsandbytes AdamW8bit", "adamw_8bit"),
+    _Subject("GaLore, rank 16", "galore:rank=16", "galore-torch rank=16", None),
+    _Subject("APOLLO, rank 16", "apollo:rank=16", "apollo-torch rank=16", None),
+    _Subject("`ldadam`, rank 16", "ldadam:rank=16", "ldadam rank=16", "ldadam"),
+    _Subject("`microadam`", "microadam", "microadam", "microadam"),
+    _Subject("`sparse_mfac`", "sparse_mfac", "sparse_mfac", "sparse_mfac"),
+    _Subject("`lowrank_mfac`", "lowrank_mfac", "lowrank_mfac", "lowrank_mfac"),
+    _Subject("`sparse_ggt`", "sparse_ggt", "sparse_ggt", "sparse_ggt"),
+)
+
+
+def choice_table(results: Path) -> str:
+    """Return what each optimizer costs in bytes, loss and time, a dash where it was not measured."""
+    losses = [_losses(load_run(results / f"convergence_{task}.json").rows) for task in ("finetune", "pretrain")]
+    minilm = [row for row in load_run(results / "step_time.json").rows if row["shapes"] == "minilm"]
+    times = [_times(minilm), _times(load_run(results / "step_time_gpu_large.json").rows)]
+    cells = [
+        [subject.title, _bytes(subject.planned), *(loss.get(subject.entry) for loss in losses)]
+        + [time.get(subject.timed) for time in times]
+        for subject in _SUBJECTS
+    ]
+    columns = ["optimizer", "B/param", "loss, fine-tuning", "loss, from scratch", "time, CPU", "time, H200"]
+    return markdown_table(columns, cells)
+
+
+def _losses(rows: Sequence[Row]) -> dict[str, str]:
+    """Return by entry how far the test loss lies from AdamW's, each at its best rate, paired by seed."""
+    runs = {entry: rows for (entry, _), rows in by_entry(rows, "test").items()}
+    adamw = {row["seed"]: row["held_out_loss"] for row in runs["adamw"]}
+    ratios = {
+        entry: [100 * (row["held_out_loss"] / adamw[row["seed"]] - 1) for row in rows] for entry, rows in runs.items()
+    }
+    found = {entry: f"{statistics.mean(r):+.1f} % ± {statistics.stdev(r):.1f}" for entry, r in ratios.items()}
+    return found | {"adamw": "0"}
+
+
+def _times(rows: Sequence[Row]) -> dict[str, str]:
+    """Return by optimizer the time of ``step()`` over that of torch's fused AdamW."""
+    return {row["optimizer"]: f"{row['ratio_to_fused']:.1f} ×" for row in rows if row.get("ratio_to_fused") is not None}
+
+
+def _bytes(name: str | None) -> float | None:
+    """Return the bytes of state per parameter of Llama-2-7B in bfloat16, as planned."""
+    if name is None:
+        return None
+    if name in OPTIMIZERS:
+        return bytes_per_parameter(OPTIMIZERS[name], torch.bfloat16)
+    linear, dense = llama_2_7b_tensors()
+    facts = [ParameterFacts(shape, torch.bfloat16, matrix=True) for shape in linear.values()]
+    facts += [ParameterFacts(shape, torch.bfloat16, embedding=key == "embed") for key, shape in dense.items()]
+    plan = plan_baseline(BASELINES[name], [facts])
+    return plan.total_bytes / plan.num_parameters
+
+
+_TASKS = {"finetune": "Fine-tuning an encoder (MiniLM-L6, reviews)", "pretrain": "From scratch (Llama of 3.3 M, text)"}
+_RATED = {
+    "ldadam": "ldadam:rank=16",
+    "microadam": "microadam",
+    "8-bit AdamW": "adamw_8bit",
+    "GaLore": "galore:rank=16",
+    "APOLLO": "apollo:rank=16",
+}
+
+
+def learning_rate_table(results: Path) -> str:
+    """Return the best rate of those tried for each optimizer and task, and how many times AdamW's that is."""
+    cells = []
+    for task, title in _TASKS.items():
+        run = load_run(results / f"convergence_{task}.json")
+        best = _best_rates(run.rows)
+        row = [title, run.settings["steps"], _rate(best["adamw"])]
+        for entry in _RATED.values():
+            row.append(f"**{_rate(best[entry])}** (× {best[entry] / best['adamw']:g})" if entry in best else None)
+        cells.append(row)
+    return markdown_table(["task", "steps", "AdamW", *(f"`{n}`" if n in OPTIMIZERS else n for n in _RATED)], cells)
+
+
+def _best_rates(rows: Sequence[Row]) -> Mapping[str, float]:
+    """Return by entry the rate of least loss on the validation set."""
+    best: dict[str, tuple[float, float]] = {}
+    for (entry, rate), runs in by_entry(rows, "validation").items():
+        best[entry] = min(best.get(entry, (float("inf"), rate)), (runs[0]["held_out_loss"], rate))
+    return {entry: rate for entry, (_, rate) in best.items()}
+
+
+def _rate(rate: float) -> str:
+    """Return a rate as it is typed: 2.5e-4."""
+    digits, power = f"{rate:.3e}".split("e")
+    return f"{float(digits):g}e{int(power)}"
