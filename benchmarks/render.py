@@ -24,9 +24,10 @@ from pathlib import Path
 
 from pictures import PLOTS, plot_losses, plot_parts
 from results import RESULTS, Run, load_run
-from summary import choice_table, learning_rate_table
+from summary import choice_table, learning_rate_table, option_table
 from tables import convergence_report, labelled, memory_rows, report, requirement_rows, step_time_rows
 
+from hf_lowmem_optim import OPTIMIZERS, Options
 from hf_lowmem_optim.__main__ import main as command_line
 from hf_lowmem_optim.memory.table import optimizer_table
 
@@ -54,7 +55,10 @@ _MADE: dict[str, Callable[[Path], str]] = {
     "optimizers": lambda _: optimizer_table(),
     "choice": choice_table,
     "learning_rates": learning_rate_table,
+    "options": partial(option_table, Options),
 }
+for _entry in OPTIMIZERS.values():
+    _MADE[f"options_{_entry.name}"] = partial(option_table, _entry.optimizer_class.method.options)
 
 
 def render_table(name: str, results: Path = RESULTS) -> str:

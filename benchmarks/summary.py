@@ -1,20 +1,23 @@
-"""The two tables by which a user chooses: what each optimizer costs, and the learning rate to start with.
+"""Tables by which a user chooses: what each optimizer costs, the learning rate to start with, and each one's options.
 
-Both are made from the result files of several benchmarks; bytes are those that the planner computes.
+The first two are made from the result files of several benchmarks; bytes are those that the planner computes.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 from results import Row, load_run
 from tables import by_entry, markdown_table
 
-from hf_lowmem_optim import OPTIMIZERS
+from hf_lowmem_optim import OPTIMIZERS, Options
 from hf_lowmem_optim.memory.baselines import BASELINES, ParameterFacts, plan_baseline
 from hf_lowmem_optim.memory.table import bytes_per_parameter, llama_2_7b_tensors
 
@@ -120,3 +123,33 @@ def _rate(rate: float) -> str:
     """Return a rate as it is typed: 2.5e-4."""
     digits, power = f"{rate:.3e}".split("e")
     return f"{float(digits):g}e{int(power)}"
+
+
+def option_table(options: type[Options], _: Path) -> str:
+    """Return what a class of options adds to what all methods have, or changes of it."""
+    common = {} if options is Options else {field.name: field.default for field in dataclasses.fields(Options)}
+    cells = []
+    for field in dataclasses.fields(options):
+        if common.get(field.name, dataclasses.MISSING) != field.default:
+            cells.append(
+                [f"`{field.name}`", f"`{field.default!r}`", _allowed(options, field), _plain(field.metadata["help"])]
+            )
+    return markdown_table(["option", "default", "allowed", "what it is"], cells)
+
+
+def _plain(text: str) -> str:
+    """Return a help without the roles of docstrings; a bar would end the cell."""
+    return re.sub(r":\w+:`~?(?:\w+\.)*(\w+)`", r"`\1`", text).replace("|", r"\|")
+
+
+def _allowed(options: type[Options], field: dataclasses.Field[object]) -> str:
+    """Return the values that an option may have, in words."""
+    kind = options.types()[field.name]
+    kinds = [each for each in get_args(kind) or (kind,) if each is not type(None)]
+    within, none = field.metadata["within"], field.metadata["none"]
+    words = [within.text if within else "True, False" if kinds == [bool] else ", ".join(f"`{k!r}`" for k in kinds)]
+    if none:
+        words.append(f"`None`: {none}")
+    if field.metadata["shapes_state"]:
+        words.append("fixed for a run")
+    return "; ".join(words).replace("|", r"\|")
