@@ -24,7 +24,7 @@ from pathlib import Path
 
 from pictures import PLOTS, plot_losses, plot_parts
 from results import RESULTS, Run, load_run
-from summary import choice_table, learning_rate_table, option_table
+from summary import choice_table, fit_table, learning_rate_table, option_table
 from tables import convergence_report, labelled, memory_rows, report, requirement_rows, step_time_rows
 
 from hf_lowmem_optim import OPTIMIZERS, Options
@@ -55,6 +55,7 @@ _MADE: dict[str, Callable[[Path], str]] = {
     "optimizers": lambda _: optimizer_table(),
     "choice": choice_table,
     "learning_rates": learning_rate_table,
+    "fits": fit_table,
     "options": partial(option_table, Options),
 }
 for _entry in OPTIMIZERS.values():

@@ -1,4 +1,4 @@
-"""Tables by which a user chooses: what each optimizer costs, the learning rate to start with, and each one's options.
+"""Tables by which a user chooses: what an optimizer costs, which rate to start with, what fits, what can be set.
 
 The first two are made from the result files of several benchmarks; bytes are those that the planner computes.
 """
@@ -17,7 +17,7 @@ import torch
 from results import Row, load_run
 from tables import by_entry, markdown_table
 
-from hf_lowmem_optim import OPTIMIZERS, Options
+from hf_lowmem_optim import OPTIMIZERS, ModelOptions, Options, plan_memory
 from hf_lowmem_optim.memory.baselines import BASELINES, ParameterFacts, plan_baseline
 from hf_lowmem_optim.memory.table import bytes_per_parameter, llama_2_7b_tensors
 
@@ -123,6 +123,22 @@ def _rate(rate: float) -> str:
     """Return a rate as it is typed: 2.5e-4."""
     digits, power = f"{rate:.3e}".split("e")
     return f"{float(digits):g}e{int(power)}"
+
+
+_FITTED = ("llama-3.2-1b", "llama-3.2-3b", "mistral-7b", "llama-3.1-8b")
+
+
+def fit_table(_: Path) -> str:
+    """Return what full fine-tuning of some models takes as planned, and LoRA with AdamW beside it."""
+    theirs, ours, eight = ["adamw_torch_fused", "adamw_8bit"], ["ldadam", "ldadam_layerwise"], "dense_state=8bit"
+    cells = []
+    for model in _FITTED:
+        plans = [plan_memory(model, theirs), plan_memory(model, ours, optim_args=eight)]
+        plans.append(plan_memory(model, theirs[:1], options=ModelOptions(lora="r=16,target=all-linear")))
+        totals = [plan.total_bytes(row) for plan in plans for row in plan.optimizers]
+        cells.append([f"`{model}`", *(None if total is None else f"{total / 2**30:.1f}" for total in totals)])
+    names = [*(f"`{name}`" for name in theirs), *(f"`{name}`, {eight}" for name in ours), "LoRA r=16, AdamW"]
+    return markdown_table(["model", *names], cells)
 
 
 def option_table(options: type[Options], _: Path) -> str:
