@@ -10,7 +10,7 @@ import torch
 
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.sharding.gathered import gathered_bytes
-from hf_lowmem_optim.engine.sharding.layout import part_of_spec, specs_at_rest
+from hf_lowmem_optim.engine.sharding.layout import Split, part_of_spec, specs_at_rest
 from hf_lowmem_optim.memory.measure import Piece, StateReport, add_up, unwrap_optimizer
 from hf_lowmem_optim.registry import get_entry
 
@@ -85,7 +85,7 @@ def plan_groups(
             if num_shards > 1:
                 compressed = method.compressed_state(shape, dtype, options) is not None
                 specs = {
-                    key: part_of_spec(spec, shape, num_shards, rank, compressed=compressed)
+                    key: part_of_spec(spec, shape, Split(num_shards), rank, compressed=compressed)
                     for key, spec in specs_at_rest(specs).items()
                 }
             for spec in specs.values():
