@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,15 +95,13 @@ def plan_groups(
         for (shape, dtype, _), params in alike.items():
             specs, count = method.specs(shape, dtype, options), len(params)
             compressed = method.compressed_state(shape, dtype, options) is not None
-            if hasattr(params[0], "placements"):
-                whole = specs_at_rest(specs)
-                parts = {key: own_part(spec, params[0], compressed=compressed) for key, spec in whole.items()}
-                specs = parts if local else whole
-            elif num_shards > 1:
-                specs = {
-                    key: part_of_spec(spec, shape, num_shards, rank, compressed=compressed)
-                    for key, spec in specs_at_rest(specs).items()
-                }
+            if num_shards > 1 or hasattr(params[0], "placements"):
+                specs = specs_at_rest(specs)
+            if num_shards > 1:
+                place = partial(part_of_spec, shape=shape, num_shards=num_shards, rank=rank, compressed=compressed)
+                specs = {key: place(spec) for key, spec in specs.items()}
+            elif local and hasattr(params[0], "placements"):
+                specs = {key: own_part(spec, params[0], compressed=compressed) for key, spec in specs.items()}
             for spec in specs.values():
                 pieces.append(Piece(index, spec.component, spec.dtype, count * spec.stored_bytes, spec.in_gradient))
     common = (*method.shared_specs(groups).values(), *method.constants_of(groups).values())
