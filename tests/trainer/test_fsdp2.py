@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +23,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], l
 
 def test_the_trainer_shards_and_resumes_on_any_number(results: Any) -> None:
     for found in results["train", 2]:
-        assert found == dict.fromkeys(RUNS, {4})
+        assert found == {name: {4} for name in RUNS}
     for found in results["resume", 2]:
         assert found == dict.fromkeys(RUNS, (True, True, 0.0))
     (alone,) = results["resume", 1]
