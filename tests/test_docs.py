@@ -74,10 +74,10 @@ def test_a_block_that_is_not_run_says_why() -> None:
     for page, name in NAMES.items():
         for block in blocks(page):
             where, (kind, _, reason) = f"{name}:{block.line}", block.mark.partition(": ")
-            assert block.language in ("bash", "python", "text"), where
+            assert block.language in ("bash", "python", "text", "yaml", "json"), where
             if kind == "run by":
                 test = (ROOT / reason).read_text()
-                scripts = re.findall(r"\S+\.py", block.code) if block.language == "bash" else [page.name]
+                scripts = re.findall(r"\S+\.(?:py|yaml)", block.code) if block.language == "bash" else [page.name]
                 assert scripts and all(Path(script).name in test for script in scripts), where
             elif block.left_out:
                 assert reason.startswith(REASONS), where
@@ -111,7 +111,7 @@ def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]
 def test_the_code_of_a_page_runs(page: Path, namespace: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     said = ""
     for block in blocks(page):
-        if block.left_out or block.mark == "test command":
+        if block.left_out or block.mark == "test command" or block.language in ("yaml", "json"):
             continue
         if block.language == "text":
             if block.mark == "printed":
