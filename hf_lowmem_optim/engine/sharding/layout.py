@@ -26,6 +26,7 @@ __all__ = [
     "cut",
     "is_at_rest",
     "local_of",
+    "own_part",
     "part_of_spec",
     "part_shape",
     "region",
@@ -200,10 +201,15 @@ def allocate_part(spec: TensorSpec, param: Any, *, compressed: bool) -> Tensor:
         param: The parameter, sharded.
         compressed: Whether it takes the compressed rule.
     """
-    ours = _part_at_rest(spec.shape, param, compressed=compressed)
-    sizes = [place.stop - place.start for place in ours]
-    local = torch.zeros(sizes, dtype=spec.dtype, device=local_of(param).device)
+    part = own_part(spec, param, compressed=compressed)
+    local = torch.zeros(part.shape, dtype=spec.dtype, device=local_of(param).device)
     return _sharded(local, spec.shape, param, compressed=compressed)
+
+
+def own_part(spec: TensorSpec, param: Any, *, compressed: bool) -> TensorSpec:
+    """Describe what :func:`allocate_part` allocates here."""
+    ours = _part_at_rest(spec.shape, param, compressed=compressed)
+    return replace(spec, shape=tuple([place.stop - place.start for place in ours]))
 
 
 def cut(whole: Tensor, param: Any, *, compressed: bool) -> Tensor:
