@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import logging.handlers
+import queue
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +29,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from hf_lowmem_optim import LDAdam, SparseMFAC
+from hf_lowmem_optim import LDAdam, MicroAdam, SparseMFAC
 from hf_lowmem_optim.engine import adamw
 from hf_lowmem_optim.engine.sharding.layout import Split, split_of
 from hf_lowmem_optim.engine.sharding.paths import path_of_shape
@@ -46,8 +48,9 @@ SHARDABLE["ldadam rounding"] = replace(
 SHARDABLE["lowrank_mfac each its own"] = replace(
     CASES["lowrank_mfac"], hyper={**CASES["lowrank_mfac"].hyper, "scope": "tensor"}, other={}
 )
-#: Shapes of which two and four processes have whole blocks; and one of which they have not.
-EVEN = {"wide": (16, 96), "tall": (64, 32), "square": (32, 32), "conv": (16, 4, 4, 4), "vector": (256,), "odd": (9, 30)}
+#: Shapes of which two and four processes have whole blocks; and one of which they have not. For the kernel of the
+#: convolution four processes would send more in stages than at once.
+EVEN = {"wide": (32, 96), "tall": (64, 32), "square": (32, 32), "conv": (16, 4, 4, 4), "vector": (256,), "odd": (9, 30)}
 for name in ("microadam", "sparse_mfac", "sparse_ggt", "ldadam"):
     SHARDABLE[f"{name} even"] = replace(CASES[name], hyper={**CASES[name].hyper}, other={})
 SHARDABLE["ldadam even"].hyper["error_feedback"] = "fp32"
@@ -270,22 +273,28 @@ PLACEMENTS: list[tuple[tuple[int, ...], list[Any]]] = [
 
 def placements(rank: int, world: int, folder: Path) -> int:
     """Train with every kind of placement; without communication the state is what one process has."""
-    for (sizes, kinds), name in itertools.product(PLACEMENTS, ("ldadam", "microadam", "lowrank_mfac")):
-        mesh = init_device_mesh("cpu", sizes)
-        sharded, plain = build(CASES[name], torch.float32, mesh, kinds), build(CASES[name], torch.float32, None)
+    for (sizes, kinds), name in itertools.product(PLACEMENTS, ("ldadam even", "microadam", "lowrank_mfac")):
+        mesh, case, shapes = init_device_mesh("cpu", sizes), SHARDABLE[name], shapes_of(name)
+        sharded = build(case, torch.float32, mesh, kinds, shapes=shapes)
+        plain = build(case, torch.float32, None, shapes=shapes)
         for each in (sharded, plain):
-            train(*each, steps_of(torch.float32, 0, 4))
+            train(*each, steps_of(torch.float32, 0, 4, shapes))
         what = f"{name} with {kinds}"
         assert_same_weights(sharded[0], dict(plain[0].named_parameters()), sharded[1], what)
         assert_same_state(*sharded, *plain)
-    # fewer tensors than processes: some compute nothing, and have what belongs to all nevertheless
-    mesh, pair = init_device_mesh("cpu", (world,)), {"tall": (40, 12), "square": (18, 16)}
-    sharded = build(CASES["sparse_mfac"], torch.float32, mesh, shapes=pair)
-    plain = build(CASES["sparse_mfac"], torch.float32, None, shapes=pair)
-    for each in (sharded, plain):
-        train(*each, steps_of(torch.float32, 0, 4, pair))
-    assert_same_weights(sharded[0], dict(plain[0].named_parameters()), sharded[1], "few")
-    assert_same_state(*sharded, *plain)
+    # fewer tensors than processes: some compute nothing, and have what belongs to all nevertheless; and replicas of
+    # parts, of which each counts once
+    for sizes, kinds, shapes in (
+        ((world,), [Shard(0)], {"tall": (40, 12), "square": (18, 16)}),
+        ((2, world // 2), [Replicate(), Shard(0)], EVEN),
+    ):
+        mesh, case = init_device_mesh("cpu", sizes), CASES["sparse_mfac"]
+        sharded = build(case, torch.float32, mesh, kinds, shapes=shapes)
+        plain = build(case, torch.float32, None, shapes=shapes)
+        for each in (sharded, plain):
+            train(*each, steps_of(torch.float32, 0, 4, shapes))
+        assert_same_weights(sharded[0], dict(plain[0].named_parameters()), sharded[1], "few")
+        assert_same_state(*sharded, *plain)
     return world
 
 
@@ -329,13 +338,22 @@ def tensor_parallel(rank: int, world: int, folder: Path) -> int:
 
 
 def fsdp2(rank: int, world: int, folder: Path) -> int:
-    """Train a model that FSDP2 shards, with clipping; save and load as one flat dict, torchtitan's way."""
+    """Train a model that FSDP2 shards, with clipping; save and load as one flat dict, torchtitan's way.
+
+    The processes have different data: one process that has all of it trains the same but for rounding.
+    """
     flat = StateDictOptions(flatten_optimizer_state_dict=True)
-    for optimizer_class, hyper in ((LDAdam, {"rank": 4}), (SparseMFAC, {"density": 0.1, "block_size": 64})):
-        ends = []
-        for stop in (None, 3):
+    methods: tuple[tuple[Any, dict[str, Any], float], ...] = (
+        (LDAdam, {"rank": 4, "error_feedback": "fp32"}, 1e-4),
+        (SparseMFAC, {"density": 0.1, "block_size": 64}, 1e-3),
+        (MicroAdam, {"density": 0.1, "block_size": 64, "min_compress_size": 64}, 1e-2),
+    )
+    for optimizer_class, hyper, limit in methods:
+        ends, start = [], list(TwoLayers().parameters())
+        for stop in (None, 3, "alone"):
             model = TwoLayers()
-            fully_shard(model)
+            if stop != "alone":
+                fully_shard(model)
             optimizer = optimizer_class(model.parameters(), lr=1e-3, **hyper)
             for step in range(6):
                 if step == stop:
@@ -345,14 +363,70 @@ def fsdp2(rank: int, world: int, folder: Path) -> int:
                     parts = {"optimizer": get_optimizer_state_dict(model, optimizer, options=flat)}
                     dcp.load(parts, checkpoint_id=folder / "flat" / optimizer_class.__name__)
                     set_optimizer_state_dict(model, optimizer, parts["optimizer"], options=flat)
-                x = torch.randn(8, 16, generator=torch.Generator().manual_seed(10 * step + rank))
+                seeds = [10 * step + each for each in range(world)]
+                data = [torch.randn(8, 16, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+                x = torch.cat(data) if stop == "alone" else data[rank]
                 (model(x) - x.flip(1)).square().mean().backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 0.1)
                 optimizer.step()
                 optimizer.zero_grad()
             ends.append([whole(param.detach()) for param in model.parameters()])
-        assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(*ends[:2], strict=True))
+        for a, b, before in zip(ends[0], ends[2], start, strict=True):
+            off = float((a - b).norm() / (b - before).norm())
+            assert off <= limit, f"{optimizer_class.__name__}: {tuple(a.shape)} is off by {off}"
     return world
+
+
+def awkward(rank: int, world: int, folder: Path) -> list[list[int]]:
+    """Gradients without, or nearly without, r directions, too large for squares, or not finite on one process.
+
+    Whatever one process does with them, several do as well; return how often each gathered.
+    """
+    mesh, shapes, found = init_device_mesh("cpu", (world,)), {"wide": (32, 96), "tall": (96, 32)}, []
+    generator = torch.Generator().manual_seed(0)
+    noise = {key: torch.randn(4, *shape, generator=generator) for key, shape in shapes.items()}
+    for kind in ("zero", "of rank one", "huge", "not finite"):
+        (model, optimizer), (plain, alone) = (
+            build(SHARDABLE["ldadam even"], torch.float32, each, shapes=shapes) for each in (mesh, None)
+        )
+        gathered = []
+        for step in range(4):
+            grads = {key: value[step].clone() for key, value in noise.items()}
+            for value in grads.values():
+                if kind == "zero":
+                    value.zero_()
+                elif kind == "of rank one":
+                    value.copy_(torch.outer(value[:, 0], value[0]))
+                elif kind == "huge":
+                    value.mul_(1e30)
+                elif step == 2:
+                    value[0, 1] = torch.nan
+            with counted() as counts:
+                train(model, optimizer, iter([(3, grads)]))
+            gathered.append(counts.calls["all_to_all_single"])
+            train(plain, alone, iter([(3, grads)]))
+        for (key, param), wanted in zip(model.named_parameters(), plain.parameters(), strict=True):
+            value, start = whole(param.detach()), model.start[key]
+            assert torch.equal(value.isfinite(), wanted.isfinite()), (kind, key)
+            off, moved = ((value - other).nan_to_num().norm() for other in (wanted, start))
+            # what is not gathered adds up its noise in another order, in directions that the gradient does not have
+            assert off <= 1e-4 * moved or (kind, key) == ("of rank one", "tall"), f"{kind}: {key}, {off} of {moved}"
+        found.append(gathered)
+    return found
+
+
+def misaligned(rank: int, world: int, folder: Path) -> list[str]:
+    """Return what is logged in some steps of tensors of which no process has whole blocks."""
+    mesh, told = init_device_mesh("cpu", (world,)), logging.handlers.QueueHandler(queue.SimpleQueue())
+    logging.getLogger("hf_lowmem_optim").addHandler(told)
+    params = [nn.Parameter(placed(torch.ones(shape), mesh, [Shard(0)])) for shape in ((6, 64), (6, 64), (7, 64))]
+    optimizer = CASES["microadam"].build(params, block_size=128, quant_block_size=32)
+    for _ in range(3):
+        for param in params:
+            param.grad = param.detach().clone()
+        optimizer.step()
+    return [told.queue.get().getMessage() for _ in range(told.queue.qsize())]
 
 
 def traffic(rank: int, world: int, folder: Path) -> dict[str, tuple[dict[str, int], int, StepTraffic]]:

@@ -21,6 +21,8 @@ JOBS = [
     ("placements", 4),
     ("tensor_parallel", 4),
     ("traffic", 2),
+    ("awkward", 2),
+    ("misaligned", 2),
 ]
 
 
@@ -45,6 +47,22 @@ def test_all_processes_count_a_first_step_at_a_rate_of_zero_alike(results: Any) 
 def test_placements_and_refusals(results: Any) -> None:
     for job in (("refused", 1), ("fsdp2", 2), ("placements", 4), ("tensor_parallel", 4)):
         assert results[job] == [job[1]] * job[1]
+
+
+def test_the_log_says_once_which_blocks_would_be_aligned(results: Any) -> None:
+    for told in results["misaligned", 2]:
+        assert told == [
+            "blocks of 128 entries straddle the parts that 2 processes have of tensors of shape (6, 64): these are "
+            "gathered at every step; block_size=64 would need no communication"
+        ]
+
+
+def test_what_cannot_be_orthonormalized_is_gathered_by_all(results: Any) -> None:
+    """The first step always; later ones where a sketch has no r directions, or a process has numbers that are none."""
+    here, there = results["awkward", 2]
+    assert here == there
+    zero, of_rank_one, huge, not_finite = here
+    assert zero == huge == [2, 2, 2, 2] and of_rank_one[:3] == [2, 2, 2] and not_finite == [2, 0, 2, 2]
 
 
 def test_a_step_sends_what_the_formulas_say(results: Any) -> None:

@@ -16,7 +16,7 @@ from hf_lowmem_optim.engine.buckets import TensorUpdate, batches
 from hf_lowmem_optim.engine.sharding.aligned import part_of_update
 from hf_lowmem_optim.engine.sharding.layout import local_of, split_of
 from hf_lowmem_optim.engine.sharding.owners import waves_of
-from hf_lowmem_optim.engine.sharding.transport import Team, own_part, put_together
+from hf_lowmem_optim.engine.sharding.transport import Team, own_slice, put_together
 
 __all__ = ["COLLECTIVE_WAVE_BYTES", "update_in_stages_"]
 
@@ -61,7 +61,7 @@ def _update_wave_(optimizer: Any, team: Team, wave: Sequence[TensorUpdate]) -> l
                 if end.value:
                     for key, whole in given[index].items():
                         part: Any = wave[index].state[key]
-                        local_of(part).copy_(own_part(team, part, whole))
+                        local_of(part).copy_(own_slice(team, part, whole))
                 else:
                     left.append(wave[index])
         _add_up_(team, [tensor for tensors in asked.values() for tensor in tensors])

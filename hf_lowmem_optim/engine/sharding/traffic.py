@@ -1,12 +1,7 @@
-"""What a step of sharded tensors sends: the formulas that tests compare with what is counted.
-
-Bytes are those which all processes together send to others, in rings: of B bytes that n processes have each, a sum
-takes 2·(n − 1)·B; of B bytes in parts, putting them together takes (n − 1)·B. Padding to whole words is left out.
-"""
+"""What a step of sharded tensors sends: the formulas that tests compare with what is counted."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +12,9 @@ import torch
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.sharding.collective import COLLECTIVE_WAVE_BYTES
 from hf_lowmem_optim.engine.sharding.gathered import GATHERED_WAVE_BYTES
-from hf_lowmem_optim.engine.sharding.layout import Split, part_of_spec, specs_at_rest
+from hf_lowmem_optim.engine.sharding.layout import Split
 from hf_lowmem_optim.engine.sharding.owners import waves_of
-from hf_lowmem_optim.engine.sharding.paths import Path, path_of_shape
+from hf_lowmem_optim.engine.sharding.paths import Path, path_of_shape, sent_bytes
 
 __all__ = ["StepTraffic", "step_traffic", "tensor_traffic"]
 
@@ -57,23 +52,8 @@ def tensor_traffic(
         dtype: Dtype of the tensor and of its gradient.
         split: How it is split; ``Split(n)`` as FSDP2 does over n processes.
     """
-    path, others = path_of_shape(method, options, shape, dtype, split), split.num_shards - 1
-    if path in ("local", "aligned") or others == 0:
-        return path, 0
-    if path == "collective":
-        assert method.staged is not None and split.axis is not None
-        whole_bytes, sums = method.staged.exchanged(shape, dtype, options, split.axis)
-        return path, others * (whole_bytes + 2 * sum(sums))
-    # gradient to the owner; weight and state to it and back, but that what is too short to be split is everywhere
-    weight_bytes = math.prod(shape) * dtype.itemsize
-    moved, copied = 3 * weight_bytes, 0
-    compressed = method.compressed_state(shape, dtype, options) is not None
-    for spec in specs_at_rest(method.specs(shape, dtype, options)).values():
-        if part_of_spec(spec, shape, split, 0, compressed=compressed) is spec:
-            copied += spec.stored_bytes
-        else:
-            moved += 2 * spec.stored_bytes
-    return path, moved * others // split.num_shards + copied * others
+    path = path_of_shape(method, options, shape, dtype, split)
+    return path, sent_bytes(path, method, options, shape, dtype, split)
 
 
 def step_traffic(method: Method, groups: Sequence[Mapping[str, Any]], num_shards: int) -> StepTraffic:

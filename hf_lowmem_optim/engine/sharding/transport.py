@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_lowmem_optim.engine.sharding.layout import Region, local_of, region, sharded_dims
 
-__all__ = ["Move", "Team", "gather", "own_part", "put_together", "scatter"]
+__all__ = ["Move", "Team", "gather", "own_slice", "put_together", "scatter"]
 
 _ALIGNMENT_BYTES = 8
 
@@ -122,7 +122,7 @@ def scatter(team: Team, moves: Sequence[Move]) -> None:
         move.whole = None
 
 
-def own_part(team: Team, tensor: Any, whole: Tensor) -> Tensor:
+def own_slice(team: Team, tensor: Any, whole: Tensor) -> Tensor:
     """Return of a whole what this process has of it."""
     return whole[region(tensor.shape, team.sizes, tensor.placements, team.coordinates[team.rank])]
 
