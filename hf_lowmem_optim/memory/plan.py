@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.sharding.gathered import gathered_bytes
-from hf_lowmem_optim.engine.sharding.layout import own_part, part_of_spec, specs_at_rest
+from hf_lowmem_optim.engine.sharding.layout import Split, own_part, part_of_spec, specs_at_rest
 from hf_lowmem_optim.memory.measure import Piece, StateReport, add_up, unwrap_optimizer
 from hf_lowmem_optim.registry import get_entry
 
@@ -98,8 +97,8 @@ def plan_groups(
             if num_shards > 1 or hasattr(params[0], "placements"):
                 specs = specs_at_rest(specs)
             if num_shards > 1:
-                place = partial(part_of_spec, shape=shape, num_shards=num_shards, rank=rank, compressed=compressed)
-                specs = {key: place(spec) for key, spec in specs.items()}
+                split, parts = Split(num_shards), specs.items()
+                specs = {key: part_of_spec(spec, shape, split, rank, compressed=compressed) for key, spec in parts}
             elif local and hasattr(params[0], "placements"):
                 specs = {key: own_part(spec, params[0], compressed=compressed) for key, spec in specs.items()}
             for spec in specs.values():
