@@ -13,6 +13,7 @@ from hf_lowmem_optim.ops.dispatch import Op
 
 __all__ = [
     "MOST_FACTOR_BYTES",
+    "MOST_PROJECTION",
     "PRODUCTS_VARIABLE",
     "PROJECTION_NOISE",
     "Coefficients",
@@ -32,6 +33,8 @@ PRODUCTS_VARIABLE = "HF_LOWMEM_OPTIM_PRODUCTS"
 
 #: Of the largest projection of a column: what is smaller is rounding, of products and of the basis, up to 6e-7 of it.
 PROJECTION_NOISE = 2.0**-20
+#: Of a projection: larger ones count as this, so that squares of moments stay in float32's range.
+MOST_PROJECTION = 2.0**56
 #: What the factors of all matrices of one call may take, unless those of one take more.
 MOST_FACTOR_BYTES = 1 << 28
 #: Terms from which on a 4-bit error has bfloat16 products.

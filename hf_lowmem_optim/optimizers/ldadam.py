@@ -20,7 +20,8 @@ Per matrix W (p × q, the smaller dimension first; a tall matrix is used transpo
 | ξ      | `error…`     | W      | `error_feedback` | 4, 2, 1.06, 0.56 or 0    |
 
 Where a gradient has a rank below r, the spare columns of U project it to rounding noise, which m̂/√v̂ would turn into
-full steps: an entry of p̃ below 2⁻²⁰ of the largest of its column counts as zero.
+full steps: an entry of p̃ below 2⁻²⁰ of the largest of its column counts as zero. One beyond 2⁵⁶ counts as 2⁵⁶, so that
+gradients of any size leave the weights finite, as AdamW does.
 
 Six products of p·q·r multiplications a step. Besides a itself, and a float32 copy of a narrower W, nothing of the size
 of W is allocated; by the fused version of a later step on a GPU (``ops/triton/ldadam_step.py``), not even those.
@@ -42,7 +43,14 @@ from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import COUNT, UNIT, Options, option
 from hf_lowmem_optim.ops.dispatch import Op
-from hf_lowmem_optim.ops.low_rank import PROJECTION_NOISE, Coefficients, leading_left_singular_vectors, orthonormalize
+from hf_lowmem_optim.ops.low_rank import (
+    MOST_PROJECTION,
+    PROJECTION_NOISE,
+    Coefficients,
+    leading_left_singular_vectors,
+    of_safe_size,
+    orthonormalize,
+)
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["LDAdam", "LDAdamOptions", "ldadam_state", "ldadam_update_"]
@@ -139,7 +147,7 @@ def ldadam_update_(
     else:
         # 3. V ← bᵀU₋;  Y ← bV;  U ← orthonormalize(Y), with b = s·U₋m + (1 − ρ)·a
         s = numbers.momentum_weight
-        V = torch.baddbmm(m, old.mT, a, beta=s, alpha=1 - o.rho).mT
+        V = of_safe_size(torch.baddbmm(m, old.mT, a, beta=s, alpha=1 - o.rho).mT)
         U = orthonormalize((old @ (m @ V)).baddbmm_(a, V, beta=s, alpha=1 - o.rho))
     bases = torch.cat((old.mT, U.mT), dim=1)  # U₋ᵀ over Uᵀ, [n, 2r, p]
     old_rows, rows = bases.tensor_split(2, dim=1)
@@ -169,8 +177,8 @@ def ldadam_moments_(R: Tensor, m: Tensor, v: Tensor, p: Tensor, numbers: Coeffic
         R: UᵀU₋, float32 [n, r, r]; contiguous, as all tensors here.
         m: First moments, float32 [n, r, q]; written.
         v: Second moments, likewise.
-        p: p̃, likewise; entries below ``PROJECTION_NOISE`` of the largest of their column count as zero. Overwritten
-            with the direction m/(√v + δ).
+        p: p̃, likewise; entries below ``PROJECTION_NOISE`` of the largest of their column count as zero, those beyond
+            ``MOST_PROJECTION`` as that. Overwritten with the direction m/(√v + δ).
         numbers: The numbers of this step.
 
     Returns:
@@ -179,6 +187,7 @@ def ldadam_moments_(R: Tensor, m: Tensor, v: Tensor, p: Tensor, numbers: Coeffic
     β1, β2, k = numbers.beta1, numbers.beta2, numbers.correction
     size = p.abs()
     p.mul_(size >= size.amax(1, keepdim=True).mul_(PROJECTION_NOISE))
+    p.div_(size.mul_(1 / MOST_PROJECTION).clamp_(min=1))  # unlike a clamp, it lets infinity become NaN
     del size
     # 5. m̃ ← R m
     m_moved = R @ m
