@@ -6,7 +6,7 @@ A block of code that is not run says why, in a comment on the line above it:
     <!-- run by: tests/test_examples.py -->
 
 ``bash``: our commands run in this process. ``python``: the blocks of a page run in one namespace, which has ``model``,
-``data`` and ``train.py``. ``text`` under such a block is what the block prints or logs.
+``data`` and ``train.py``. ``text`` under such a block is what the block prints or logs. ``yaml`` is read.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 import render
 import torch
+import yaml
 
 from hf_lowmem_optim.__main__ import main
 from tests.trainer.tiny_models import VOCAB, tiny_llama
@@ -75,7 +76,9 @@ def test_a_block_that_is_not_run_says_why() -> None:
         for block in blocks(page):
             where, (kind, _, reason) = f"{name}:{block.line}", block.mark.partition(": ")
             assert block.language in ("bash", "python", "text", "yaml", "json"), where
-            if kind == "run by":
+            if block.language == "yaml":
+                assert isinstance(yaml.safe_load(block.code), dict), where
+            elif kind == "run by":
                 test = (ROOT / reason).read_text()
                 scripts = re.findall(r"\S+\.(?:py|yaml)", block.code) if block.language == "bash" else [page.name]
                 assert scripts and all(Path(script).name in test for script in scripts), where
