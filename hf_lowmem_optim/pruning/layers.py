@@ -53,8 +53,9 @@ def iobs_layers_(
 ) -> None:
     """Prune the linear and convolution layers of a model, one after the other, by calibration batches.
 
-    Every layer (every group of a convolution) is pruned to ``sparsity`` by itself, exactly ⌊s·n⌋ entries. The weights are in memory twice, and of one
-    layer at a time (or of a few with the same input) four matrices of 8·in² bytes.
+    Every layer (every group of a convolution) is pruned to ``sparsity`` by itself, exactly ⌊s·n⌋ entries. The
+    weights are in memory twice, and of one layer at a time (or of a few with the same input) some matrices of 8·in²
+    bytes.
 
     Args:
         model: Any model; it is run in evaluation mode, and changed in place.
