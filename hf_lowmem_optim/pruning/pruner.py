@@ -44,7 +44,7 @@ from hf_lowmem_optim.pruning.support import (
     lowest_of_each,
 )
 
-__all__ = ["IOBSPruner", "Saliency"]
+__all__ = ["IOBSPruner", "Saliency", "named_parameters"]
 
 logger = logging.getLogger(__name__)
 
@@ -406,20 +406,26 @@ class IOBSPruner:
 
 def _excluded(optimizer: Optimizer, exclude: Sequence[str | Tensor]) -> set[int]:
     """Return the ids of the parameters that are excluded."""
-    excluded = {id(entry) for entry in exclude if isinstance(entry, Tensor)}
-    named = [
-        (name, param)
-        for group in optimizer.param_groups
-        for name, param in zip(group.get("param_names", ()), group["params"], strict=False)
-    ]
-    for entry in exclude:
-        if isinstance(entry, Tensor):
-            continue
+    groups = [zip(group.get("param_names", ()), group["params"], strict=False) for group in optimizer.param_groups]
+    names = [entry for entry in exclude if not isinstance(entry, Tensor)]
+    found = named_parameters(names, [pair for group in groups for pair in group])
+    return {id(entry) for entry in (*exclude, *found) if isinstance(entry, Tensor)}
+
+
+def named_parameters(entries: Sequence[str], named: Sequence[tuple[str, Tensor]]) -> list[Tensor]:
+    """Return the parameters that entries name: by their names, or by whole words of them.
+
+    Raises:
+        TypeError: An entry is no name.
+        ValueError: An entry names no parameter.
+    """
+    chosen: list[Tensor] = []
+    for entry in entries:
         if not isinstance(entry, str) or not entry:
             raise TypeError(f"exclude has {shown(entry)}, which is no parameter and no name of one")
-        found = {id(param) for name, param in named if f".{entry}." in f".{name}."}
+        found = [param for name, param in named if f".{entry}." in f".{name}."]
         if not found:
             hint = "" if named else ": the optimizer knows no names. Build it from model.named_parameters()"
-            raise ValueError(f"exclude={shown(entry)} names no parameter{hint}")
-        excluded |= found
-    return excluded
+            raise ValueError(f"exclude: {shown(entry)} names no parameter{hint}")
+        chosen += found
+    return chosen
