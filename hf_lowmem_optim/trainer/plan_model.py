@@ -18,6 +18,7 @@ from hf_lowmem_optim.memory.budget import BudgetSearch
 from hf_lowmem_optim.memory.byte_sizes import format_bytes, parse_bytes
 from hf_lowmem_optim.memory.plan import compressed_bytes_per_parameter, plan_groups, plan_temporaries
 from hf_lowmem_optim.memory.plan_types import MemoryPlan, OptimizerPlan, Suggestion
+from hf_lowmem_optim.memory.progress import shown_on_terminal
 from hf_lowmem_optim.memory.weights import Processes, WeightReport, plan_weights
 from hf_lowmem_optim.registry import OPTIMIZERS, get_entry
 from hf_lowmem_optim.trainer.factory import OptimizerFactory
@@ -118,7 +119,7 @@ class _Request:
             self._registered(name, opened.model, weights, left, searches)
             if name in registered
             else self._reference(name, groups)
-            for name in self.names
+            for name in shown_on_terminal(self.names, "planning")
         ]
         plan = MemoryPlan(opened.source, opened.description, self.processes, weights, tuple(rows), budget)
         if budget is None:
