@@ -34,18 +34,20 @@ ROWS = 4
 
 @dataclass(frozen=True)
 class Run:
-    """A way to train; every one clips and accumulates."""
+    """A way to train; every one accumulates, and clips but for layer-wise mode and what is compared with it."""
 
     optim: str
     optim_args: str
     kind: str = FULL
     dtype: torch.dtype = torch.float32
     lora: bool = False
+    max_grad_norm: float = 1.0
     config: dict[str, Any] = field(default_factory=dict)
 
 
 RUNS = {
-    "ldadam": Run("ldadam", "rank=4"),
+    "ldadam": Run("ldadam", "rank=4", max_grad_norm=0),
+    "layerwise": Run("ldadam_layerwise", "rank=4", PARTS, max_grad_norm=0),
     "bfloat16": Run("ldadam", "rank=4,weight_rounding=stochastic", PARTS, torch.bfloat16),
     "microadam": Run("microadam", "min_compress_size=1000", config={"activation_checkpointing": True}),
     "sparse_mfac": Run("sparse_mfac", "density=0.1,window=4", PARTS),
@@ -88,7 +90,7 @@ def make_trainer(folder: Path, run: Run, callbacks: Sequence[TrainerCallback] = 
             "fsdp": True,
             "fsdp_config": {**fsdp, **run.config},
             "learning_rate": 1e-2,
-            "max_grad_norm": 1.0,
+            "max_grad_norm": run.max_grad_norm,
             **more,
         }
     )
@@ -147,9 +149,14 @@ def train(rank: int, world: int, folder: Path) -> dict[str, Any]:
             0 < log["optimizer_state/total_bytes"] == log["optimizer_state/predicted_bytes"] for log in logs
         )
         assert measure_state(inner, local=True) == plan_optimizer(inner, local=True), name
+        if inner.method.layerwise:
+            gradients = sum(param.to_local().nbytes for param in params)
+            assert 0 < inner.peak_gradient_bytes < gradients / 2 and all(log["grad_norm"] > 0 for log in logs)
         end = [whole(param) for param in params]
         if rank == 0:
             torch.save((recorder.weights, recorder.state, end), folder / f"{name}.pt")
+            if name == "layerwise":
+                assert same(end, torch.load(folder / "ldadam.pt")[2])
         found[name] = {state["step"] for state in inner.state.values()}
     return found
 
