@@ -65,7 +65,8 @@ class Split(NamedTuple):
 
     def is_even(self, shape: Sequence[int]) -> bool:
         """Return whether a tensor of a shape is cut along one dimension into equal parts, and really cut."""
-        return self.axis is not None and self.num_shards > 1 and shape[self.axis] % self.num_shards == 0
+        cut_once = self.axis is not None and len(shape) > self.axis and self.num_shards > 1
+        return cut_once and shape[self.axis] % self.num_shards == 0  # type: ignore[index]  # it is not None
 
 
 def split_of(param: Any) -> Split:
