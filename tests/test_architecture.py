@@ -13,12 +13,14 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "hf_lowmem_optim"
 NAME = PACKAGE.name
 #: From the bottom up; a module may import from its own layer and from those before it.
-LAYERS = ("spec", "ops", "engine", "optimizers", "registry", "memory", "trainer", "__main__")
+LAYERS = ("spec", "ops", "engine", "optimizers", "pruning", "registry", "memory", "trainer", "integrations", "__main__")
 #: Outside packages, each with the only places that may import it.
 ONLY_IN = {
     "transformers": ("trainer/",),
     "accelerate": ("trainer/",),
     "peft": ("trainer/",),
+    "axolotl": ("integrations/",),
+    "lightning": ("integrations/",),
     "triton": ("ops/triton/",),
     "numba": ("ops/cpu/",),
     "llvmlite": ("ops/cpu/",),

@@ -6,7 +6,7 @@ A block of code that is not run says why, in a comment on the line above it:
     <!-- run by: tests/test_examples.py -->
 
 ``bash``: our commands run in this process. ``python``: the blocks of a page run in one namespace, which has ``model``,
-``data`` and ``train.py``. ``text`` under such a block is what the block prints or logs.
+``data`` and ``train.py``. ``text`` under such a block is what the block prints or logs. ``yaml`` is read.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 import render
 import torch
+import yaml
 
 from hf_lowmem_optim.__main__ import main
 from tests.trainer.tiny_models import VOCAB, tiny_llama
@@ -74,10 +75,12 @@ def test_a_block_that_is_not_run_says_why() -> None:
     for page, name in NAMES.items():
         for block in blocks(page):
             where, (kind, _, reason) = f"{name}:{block.line}", block.mark.partition(": ")
-            assert block.language in ("bash", "python", "text"), where
-            if kind == "run by":
+            assert block.language in ("bash", "python", "text", "yaml", "json"), where
+            if block.language == "yaml":
+                assert isinstance(yaml.safe_load(block.code), dict), where
+            elif kind == "run by":
                 test = (ROOT / reason).read_text()
-                scripts = re.findall(r"\S+\.py", block.code) if block.language == "bash" else [page.name]
+                scripts = re.findall(r"\S+\.(?:py|yaml)", block.code) if block.language == "bash" else [page.name]
                 assert scripts and all(Path(script).name in test for script in scripts), where
             elif block.left_out:
                 assert reason.startswith(REASONS), where
@@ -111,7 +114,7 @@ def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]
 def test_the_code_of_a_page_runs(page: Path, namespace: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     said = ""
     for block in blocks(page):
-        if block.left_out or block.mark == "test command":
+        if block.left_out or block.mark == "test command" or block.language in ("yaml", "json"):
             continue
         if block.language == "text":
             if block.mark == "printed":

@@ -66,4 +66,9 @@ def test_demo(tmp_path: Path) -> None:
     # a byte-level model that has learnt anything at all is well below ln 256 = 5.5
     assert all(float(row[2]) < 4.5 and float(row[3]) < 4.0 for row in table.values())
     assert float(table["ldadam"][6]) < float(table["adamw_torch"][6]) == 8.0
-    assert not list(folder.iterdir())
+    # a line for each log, no dictionary; and the picture
+    logs = [line for line in result.stdout.splitlines() if "step    50 of 50  loss " in line]
+    assert [line.split()[0] for line in logs] == ["adamw_torch", "ldadam"]
+    assert "{" not in result.stdout and "50/50" in result.stderr
+    (picture,) = folder.iterdir()
+    assert picture.name == "demo.png" and str(picture) in result.stdout.splitlines()[-1]
