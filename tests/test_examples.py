@@ -36,14 +36,15 @@ SHORT = {
 
 @pytest.mark.slow
 def test_every_example_and_the_demo_run(tmp_path: Path) -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == set(SHORT)
+    # one of them runs in two processes: tests/trainer/test_fsdp2.py
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {*SHORT, "fsdp2_full_finetuning.py"}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}
     subprocess.run([sys.executable, "-m", __name__, str(tmp_path)], env=environment, check=True, timeout=1800)
-    printed = {}
+    printed, errors = {}, {}
     for name in (*SHORT, "demo"):
         status, out, err = ((tmp_path / f"{name}.{part}").read_text() for part in ("status", "1", "2"))
         assert status == "0", f"{name}: {err}"
-        printed[name] = out.splitlines()
+        printed[name], errors[name] = out.splitlines(), err
     for name, (_, last) in SHORT.items():
         assert last in printed[name][-1], name
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed["demo"] if "| " in line]
@@ -52,7 +53,12 @@ def test_every_example_and_the_demo_run(tmp_path: Path) -> None:
     # a byte-level model that has learnt anything at all is well below ln 256 = 5.5
     assert all(float(row[2]) < 4.5 and float(row[3]) < 4.0 for row in table.values())
     assert float(table["ldadam"][6]) < float(table["adamw_torch"][6]) == 8.0
-    assert not list((tmp_path / "demo").iterdir())
+    # a line for each log, no dictionary; and the picture
+    logs = [line for line in printed["demo"] if "step    50 of 50  loss " in line]
+    assert [line.split()[0] for line in logs] == ["adamw_torch", "ldadam"]
+    assert not any("{" in line for line in printed["demo"]) and "50/50" in errors["demo"]
+    (picture,) = (tmp_path / "demo").iterdir()
+    assert picture.name == "demo.png" and str(picture) in printed["demo"][-1]
 
 
 def run(name: str, folder: Path) -> None:
