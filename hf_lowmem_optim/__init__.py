@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from hf_lowmem_optim.optimizers.sparse_ggt import SparseGGT
     from hf_lowmem_optim.optimizers.sparse_mfac import SparseMFAC
     from hf_lowmem_optim.optimizers.trion import Trion
+    from hf_lowmem_optim.pruning.layers import iobs_layers_
+    from hf_lowmem_optim.pruning.pruner import IOBSPruner
     from hf_lowmem_optim.registry import (
         OPTIMIZERS,
         LDAdamLayerwise,
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from hf_lowmem_optim.trainer.factory import OptimizerFactory
     from hf_lowmem_optim.trainer.model_source import ModelOptions
     from hf_lowmem_optim.trainer.plan_model import plan_memory
+    from hf_lowmem_optim.trainer.pruning import IOBSPruningCallback
     from hf_lowmem_optim.trainer.strings import register_optimizer_strings
 
 __version__ = "0.2.0"
@@ -49,6 +52,8 @@ __all__ = [
     "OPTIMIZERS",
     "DCTAdamW",
     "Dash",
+    "IOBSPruner",
+    "IOBSPruningCallback",
     "LDAdam",
     "LDAdamLayerwise",
     "LowMemoryOptimizer",
@@ -70,6 +75,7 @@ __all__ = [
     "build_report",
     "fp32_state_dict",
     "get_entry",
+    "iobs_layers_",
     "layerwise",
     "load_fp32_state_dict_",
     "measure_state",
@@ -100,12 +106,15 @@ _MODULES = {
     "optimizers.sparse_ggt": "SparseGGT",
     "optimizers.sparse_mfac": "SparseMFAC",
     "optimizers.trion": "Trion",
+    "pruning.layers": "iobs_layers_",
+    "pruning.pruner": "IOBSPruner",
     "registry": "OPTIMIZERS LDAdamLayerwise MicroAdamLayerwise OptimizerEntry get_entry register_optimizer",
     "spec": "TensorSpec",
     "trainer.callbacks": "OptimizerStateMemoryCallback",
     "trainer.factory": "OptimizerFactory",
     "trainer.model_source": "ModelOptions",
     "trainer.plan_model": "plan_memory",
+    "trainer.pruning": "IOBSPruningCallback",
     "trainer.strings": "register_optimizer_strings",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}

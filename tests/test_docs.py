@@ -75,12 +75,12 @@ def test_a_block_that_is_not_run_says_why() -> None:
     for page, name in NAMES.items():
         for block in blocks(page):
             where, (kind, _, reason) = f"{name}:{block.line}", block.mark.partition(": ")
-            assert block.language in ("bash", "python", "text", "yaml"), where
+            assert block.language in ("bash", "python", "text", "yaml", "json"), where
             if block.language == "yaml":
                 assert isinstance(yaml.safe_load(block.code), dict), where
             elif kind == "run by":
                 test = (ROOT / reason).read_text()
-                scripts = re.findall(r"\S+\.py", block.code) if block.language == "bash" else [page.name]
+                scripts = re.findall(r"\S+\.(?:py|yaml)", block.code) if block.language == "bash" else [page.name]
                 assert scripts and all(Path(script).name in test for script in scripts), where
             elif block.left_out:
                 assert reason.startswith(REASONS), where
@@ -114,7 +114,7 @@ def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]
 def test_the_code_of_a_page_runs(page: Path, namespace: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     said = ""
     for block in blocks(page):
-        if block.left_out or block.mark == "test command" or block.language == "yaml":
+        if block.left_out or block.mark == "test command" or block.language in ("yaml", "json"):
             continue
         if block.language == "text":
             if block.mark == "printed":
@@ -148,6 +148,9 @@ def test_the_links_of_the_readme_lead_somewhere() -> None:
 
 # --- quoted messages
 
+#: What a logged message says only when it runs; on the page it is an ellipsis as well.
+_FORMATTED = re.compile(r"%[.0-9]*[sdrgf]")
+
 
 def texts(node: ast.AST) -> str:
     """Return a string of the source; what is only known when it runs is an ellipsis."""
@@ -168,9 +171,8 @@ def test_troubleshooting_quotes_messages_that_exist_and_all_warnings() -> None:
             if isinstance(node, (ast.JoinedStr, ast.Constant, ast.BinOp)):
                 known.add(texts(node))
             elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("logger.warning", "warnings.warn"):
-                warnings.add(re.sub(r"%[sdr]", "…", texts(node.args[0])))
-    # "%r" of a logged message is an ellipsis on the page
-    known |= {re.sub(r"%[sdr]", "…", text) for text in known if "%" in text}
+                warnings.add(_FORMATTED.sub("…", texts(node.args[0])))
+    known |= {_FORMATTED.sub("…", text) for text in known if "%" in text}
     unknown = [quote for quote in quotes if not any(occurs(quote, text) for text in known)]
     assert not unknown
     # a warning that is made elsewhere is a mere ellipsis here

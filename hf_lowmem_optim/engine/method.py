@@ -325,9 +325,14 @@ class Method:
 
     # --------------------------------------------------------------------------------------------------- limits
 
-    def needs_one_process(self, group: Mapping[str, Any]) -> str | None:
-        """Return why a group cannot be trained by several processes, as a clause for a message; None if it can."""
-        if self.layerwise:
+    def needs_one_process(self, group: Mapping[str, Any], *, sharded: bool = False) -> str | None:
+        """Return why a group cannot be trained by several processes, as a clause for a message; None if it can.
+
+        Args:
+            group: The group.
+            sharded: Whether FSDP2 splits its parameters, whose hooks get gradients that are averaged.
+        """
+        if self.layerwise and not sharded:
             return "layer-wise mode uses a gradient before the processes have averaged it"
         if group.get("error_feedback") == "grad":
             return "error_feedback='grad' uses a gradient before the processes have averaged it"

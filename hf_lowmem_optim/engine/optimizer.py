@@ -395,8 +395,8 @@ class LowMemoryOptimizer(Optimizer):
             self._backward.remove_hooks()
 
     def restore_hooks(self) -> None:
-        """Take hooks back that another optimizer of the same parameters took over; those that are removed stay off."""
-        if self._backward is not None and self._backward.hooks:
+        """Take hooks back that another optimizer took over, or that waited for shards; those removed stay off."""
+        if self._backward is not None and (self._backward.hooks or self._backward.waits):
             for index in range(len(self.param_groups)):
                 self._backward.watch(index)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +14,14 @@ from hf_lowmem_optim.engine.sharding.layout import Split, own_part, part_of_spec
 from hf_lowmem_optim.memory.measure import Piece, StateReport, add_up, unwrap_optimizer
 from hf_lowmem_optim.registry import get_entry
 
-__all__ = ["compressed_bytes_per_parameter", "plan_groups", "plan_optimizer", "plan_state", "plan_temporaries"]
+__all__ = [
+    "Groups",
+    "compressed_bytes_per_parameter",
+    "plan_groups",
+    "plan_optimizer",
+    "plan_state",
+    "plan_temporaries",
+]
 
 Groups = Sequence[Mapping[str, Any]]
 """Parameter groups with every hyper-parameter, as ``optimizer.param_groups`` has them."""
@@ -98,9 +104,8 @@ def plan_groups(
             if num_shards > 1 or hasattr(params[0], "placements"):
                 specs = specs_at_rest(specs)
             if num_shards > 1:
-                split = Split(num_shards)
-                place = partial(part_of_spec, shape=shape, split=split, rank=rank, compressed=compressed)
-                specs = {key: place(spec) for key, spec in specs.items()}
+                split, parts = Split(num_shards), specs.items()
+                specs = {key: part_of_spec(spec, shape, split, rank, compressed=compressed) for key, spec in parts}
             elif local and hasattr(params[0], "placements"):
                 specs = {key: own_part(spec, params[0], compressed=compressed) for key, spec in specs.items()}
             for spec in specs.values():

@@ -17,12 +17,12 @@ from hf_lowmem_optim.memory.measure import StateReport, measure_state, unwrap_op
 from hf_lowmem_optim.memory.report import build_report, predicted_state, report_text, write_report
 from hf_lowmem_optim.memory.step_memory import StepMemory, StepMemoryMeter
 
-__all__ = ["EarlyLogCallback", "OptimizerStateMemoryCallback", "add_to_log"]
+__all__ = ["EarlyLogCallback", "OptimizerStateMemoryCallback", "add_to_log", "log_early"]
 
 logger = logging.getLogger(__name__)
 
-#: The callback that accounts for an optimizer in the run that it is in.
-_callback_of: WeakKeyDictionary[Optimizer, OptimizerStateMemoryCallback] = WeakKeyDictionary()
+#: The callbacks that add to the logs of the run that an optimizer is in.
+_callbacks_of: WeakKeyDictionary[Optimizer, list[TrainerCallback]] = WeakKeyDictionary()
 
 
 class OptimizerStateMemoryCallback(TrainerCallback):
@@ -69,7 +69,7 @@ class OptimizerStateMemoryCallback(TrainerCallback):
         self._step_memory, self._compared = None, False
         self._seconds, self._steps, self._step_seconds = 0.0, 0, []
         if optimizer is not None:
-            _callback_of[optimizer] = self
+            log_early(optimizer, self)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
         """Note the time before a training step."""
@@ -146,7 +146,7 @@ class OptimizerStateMemoryCallback(TrainerCallback):
 
 
 class EarlyLogCallback(TrainerCallback):
-    """Adds to a log what an :class:`OptimizerStateMemoryCallback` has for it, before the reporters get it.
+    """Adds to a log what a callback of this package has for it, before the reporters get it.
 
     The Trainer calls its default callbacks first (``import hf_lowmem_optim`` makes this one of them), then the
     reporters of ``report_to``, then the user's callbacks.
@@ -157,14 +157,19 @@ class EarlyLogCallback(TrainerCallback):
     ) -> None:
         """Forget an earlier run; the user's callback, which comes after this one, makes itself known again."""
         if optimizer is not None:
-            _callback_of.pop(optimizer, None)
+            _callbacks_of.pop(unwrap_optimizer(optimizer), None)
 
     def on_log(
         self, args: Any, state: TrainerState, control: Any, logs: Any = None, optimizer: Any = None, **_: Any
     ) -> None:
-        """Let the user's callback have its turn."""
-        if optimizer is not None and (callback := _callback_of.get(optimizer)) is not None:
+        """Let the user's callbacks have their turn."""
+        for callback in () if optimizer is None else _callbacks_of.get(unwrap_optimizer(optimizer), ()):
             callback.on_log(args, state, control, logs=logs, optimizer=optimizer)
+
+
+def log_early(optimizer: Optimizer, callback: TrainerCallback) -> None:
+    """Have a callback's ``on_log`` called before the reporters', in the run that an optimizer is in."""
+    _callbacks_of.setdefault(unwrap_optimizer(optimizer), []).append(callback)
 
 
 def add_to_log(state: TrainerState, logs: dict[str, Any], entries: Mapping[str, Any]) -> None:

@@ -14,15 +14,15 @@ from typing import Any
 from hf_lowmem_optim.engine.buckets import TensorUpdate, own_tensors
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.sharding.layout import Split, as_bytes, as_indices, sharded_dims
-from hf_lowmem_optim.engine.sharding.owners import assign_owners
+from hf_lowmem_optim.engine.sharding.owners import assign_owners, waves_of
 from hf_lowmem_optim.engine.sharding.paths import path_of_shape
 from hf_lowmem_optim.engine.sharding.transport import Move, Team, gather, scatter
 from hf_lowmem_optim.engine.state import fault_of_values
 
-__all__ = ["Apply", "Task", "assign", "check_loaded", "gathered_bytes", "update_wave_", "waves"]
+__all__ = ["GATHERED_WAVE_BYTES", "Apply", "Task", "assign", "check_loaded", "gathered_bytes", "update_wave_", "waves"]
 
 #: Whole tensors that a process has at a time, in bytes, unless one tensor has more.
-_WAVE_BYTES = 512 << 20
+GATHERED_WAVE_BYTES = 512 << 20
 Apply = Callable[[Sequence[TensorUpdate], Sequence[Sequence[TensorUpdate]]], None]
 
 
@@ -98,7 +98,7 @@ def gathered_bytes(method: Method, groups: Sequence[Any], num_shards: int) -> in
                 sizes.append(2 * param.numel() * param.element_size() + sum([spec.stored_bytes for spec in specs]))
     # the process with the most has at most the largest tensor more than an equal share
     most = sum(sizes) // num_shards + max(sizes)
-    return 3 * (most if at_once else min(most, _WAVE_BYTES + max(sizes)))
+    return 3 * (most if at_once else min(most, GATHERED_WAVE_BYTES + max(sizes)))
 
 
 def waves(tasks: Sequence[Task]) -> Iterator[tuple[Team, list[Task]]]:
@@ -109,14 +109,9 @@ def waves(tasks: Sequence[Task]) -> Iterator[tuple[Team, list[Task]]]:
         teams.setdefault((param.device_mesh, sharded_dims(param.placements)), []).append(task)
     for (mesh, dims), of_team in teams.items():
         team = Team.of(mesh, dims)
-        loads, wave, nbytes = [0] * len(team), list[Task](), 0
-        for task in of_team:
-            nbytes += task.nbytes
-            if wave and nbytes > _WAVE_BYTES * len(team):
-                yield team, assign(wave, loads)
-                wave, nbytes = [], task.nbytes
-            wave.append(task)
-        yield team, assign(wave, loads)
+        loads = [0] * len(team)
+        for wave in waves_of([task.nbytes for task in of_team], GATHERED_WAVE_BYTES * len(team)):
+            yield team, assign([of_team[index] for index in wave], loads)
 
 
 def assign(tasks: list[Task], loads: list[int]) -> list[Task]:

@@ -65,7 +65,8 @@ class Split(NamedTuple):
 
     def is_even(self, shape: Sequence[int]) -> bool:
         """Return whether a tensor of a shape is cut along one dimension into equal parts, and really cut."""
-        return self.axis is not None and self.num_shards > 1 and shape[self.axis] % self.num_shards == 0
+        cut_once = self.axis is not None and len(shape) > self.axis and self.num_shards > 1
+        return cut_once and shape[self.axis] % self.num_shards == 0  # type: ignore[index]  # it is not None
 
 
 def split_of(param: Any) -> Split:
@@ -166,9 +167,9 @@ def _placements_at_rest(shape: Sequence[int], param: Any, *, compressed: bool) -
 def _split_axis(shape: Sequence[int], of_param: Sequence[int], split: Split) -> int | None:
     """Return along which dimension a compressed tensor's state is split; None if it is too short."""
     if split.axis is not None and split.is_even(of_param):
-        # an error may be that of the matrix (out, rest)
-        as_matrix = (of_param[0], math.prod(of_param[1:]))
-        if tuple(shape) == tuple(of_param) or (split.axis == 0 and tuple(shape) == as_matrix):
+        # an error may be that of the matrix (out, rest), and any state that of a stack of matrices
+        of_rows = tuple(shape) == (of_param[0], math.prod(of_param[1:])) or (len(of_param) == 3 and len(shape) > 1)
+        if tuple(shape) == tuple(of_param) or (split.axis == 0 and of_rows and shape[0] == of_param[0]):
             return split.axis
     longest = max(range(len(shape)), key=lambda axis: shape[axis], default=None)
     return longest if longest is not None and shape[longest] >= split.num_shards else None

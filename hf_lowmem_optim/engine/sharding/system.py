@@ -120,7 +120,7 @@ class _Table:
         table = rows.new_zeros(self._count, rows.shape[1])
         table[self._mine] = rows
         tables = table.new_empty(len(self._team), *table.shape)
-        torch.distributed.all_gather_into_tensor(tables.view(-1), table.view(-1), group=self._team.group)
+        torch.distributed.all_gather(list(tables.unbind()), table, group=self._team.group)
         total = tables[0]
         for one in tables[1:]:
             total += one

@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_lowmem_optim.engine.buckets import TensorUpdate
 from hf_lowmem_optim.engine.sharding.aligned import part_of_update
+from hf_lowmem_optim.engine.sharding.collective import update_in_stages_
 from hf_lowmem_optim.engine.sharding.gathered import Apply, Task, update_wave_, waves
 from hf_lowmem_optim.engine.sharding.paths import path_of
 from hf_lowmem_optim.engine.sharding.system import system_step_
@@ -28,7 +29,8 @@ def update_sharded_(
             that are not.
     """
     dense: dict[int, list[TensorUpdate]] = {}
-    aligned, tasks, members = list[TensorUpdate](), list[Task](), list[TensorUpdate]()
+    aligned, staged, members = list[TensorUpdate](), list[TensorUpdate](), list[TensorUpdate]()
+    tasks: list[Task] = []
     for update, compressed in updates:
         if update.grad.placements != update.param.placements:  # type: ignore[attr-defined]  # a DTensor
             grad = update.grad.redistribute(placements=update.param.placements)  # type: ignore[attr-defined]  # a DTensor
@@ -41,10 +43,13 @@ def update_sharded_(
             dense.setdefault(id(update.options), []).append(part_of_update(optimizer, update, compressed=False))
         elif path == "aligned":
             aligned.append(part_of_update(optimizer, update))
+        elif path == "collective":
+            staged.append(update)
         else:
             tasks.append(Task.of(update, compressed))
     if aligned or dense:
         apply_(aligned, list(dense.values()))
+    tasks += [Task.of(update, True) for update in update_in_stages_(optimizer, staged)]
     for team, wave in waves(tasks):
         update_wave_(optimizer, team, wave, apply_)
     if members:
