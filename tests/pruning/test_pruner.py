@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from typing import Any
 
@@ -122,7 +123,7 @@ def test_entries_compete_again_and_come_back() -> None:
         if done is not None:
             masks.append((torch.cat([p.reshape(-1) for p in model.parameters() if p.dim() > 1]) == 0, done))
     assert any(done.kept_changed for _, done in masks)
-    for (before, _), (after, done) in zip(masks, masks[1:], strict=False):
+    for (before, _), (after, done) in itertools.pairwise(masks):
         assert done.kept_changed == int((before & ~after).sum())
 
 
@@ -277,7 +278,7 @@ def test_what_cannot_be_pruned_is_refused() -> None:
     model = network()
     with pytest.raises(ValueError, match="sparse_mfac or lowrank_mfac"):
         IOBSPruner(build("ldadam", model))
-    with pytest.raises(ValueError, match="sparse_ggt|SparseGGT"):
+    with pytest.raises(ValueError, match="damping of SparseGGT"):
         IOBSPruner(build("sparse_ggt", model), damping=None)
     with pytest.raises(ValueError, match="scope='tensor'"):
         IOBSPruner(build("per tensor", model), scope="model")
