@@ -23,6 +23,7 @@ SHORT = {
     "per_module_settings.py": (["--max_steps", "2", "--per_device_eval_batch_size", "64"], "eval_loss"),
     "trl_sft.py": (["--max_steps", "2"], "'optim': 'ldadam'"),
     "plain_loop.py": ([], "AdamW: "),
+    "pruning.py": (["--seeds", "1"], "90% pruned: "),
 }
 
 
@@ -39,7 +40,11 @@ def run(command: list[str], directory: Path) -> subprocess.CompletedProcess[str]
 @pytest.mark.parametrize("name", SHORT)
 def test_example(name: str, tmp_path: Path) -> None:
     options, last = SHORT[name]
-    trainer_options = [] if name == "plain_loop.py" else ["--report_to", "none", "--output_dir", str(tmp_path / "out")]
+    trainer_options = (
+        []
+        if name in ("plain_loop.py", "pruning.py")
+        else ["--report_to", "none", "--output_dir", str(tmp_path / "out")]
+    )
     result = run([sys.executable, str(EXAMPLES / name), *options, *trainer_options], tmp_path)
     assert result.returncode == 0, result.stderr
     assert last in result.stdout.splitlines()[-1]
