@@ -27,7 +27,7 @@ ONLY_IN = {
 MAX_LINES = 450
 MAX_ARGUMENTS = 9
 #: Of the kernels, and of everything else.
-MAX_TRITON_LINES, MAX_OTHER_LINES = 3_200, 15_000
+MAX_TRITON_LINES, MAX_OTHER_LINES = 3_200, 16_900
 #: Decorators whose functions are compiled: by Triton, or by numba through ``ops/cpu/jit.py``.
 COMPILED = {"jit", "loop", "inlined"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
