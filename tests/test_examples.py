@@ -31,6 +31,7 @@ SHORT = {
     "per_module_settings.py": (["--max_steps", "2", "--per_device_eval_batch_size", "64"], "eval_loss"),
     "trl_sft.py": (["--max_steps", "2"], "'optim': 'ldadam'"),
     "plain_loop.py": ([], "AdamW: "),
+    "pruning.py": (["--seeds", "1"], "90% pruned: "),
 }
 
 
@@ -71,7 +72,7 @@ def run(name: str, folder: Path) -> None:
         sys.argv = ["hf_lowmem_optim", "demo", "--steps", "50"]
         runpy.run_module("hf_lowmem_optim", run_name="__main__", alter_sys=True)
         return
-    trainer_options = [] if name == "plain_loop.py" else ["--report_to", "none", "--output_dir", "out"]
+    trainer_options = [] if name in ("plain_loop.py", "pruning.py") else ["--report_to", "none", "--output_dir", "out"]
     sys.argv = [str(EXAMPLES / name), *SHORT[name][0], *trainer_options]
     sys.path[0] = str(EXAMPLES)
     runpy.run_path(sys.argv[0], run_name="__main__")
