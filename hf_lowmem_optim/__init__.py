@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hf_lowmem_optim.memory.measure import StateReport, measure_state
     from hf_lowmem_optim.memory.plan import plan_optimizer, plan_state
     from hf_lowmem_optim.memory.plan_types import MemoryPlan
+    from hf_lowmem_optim.memory.report import build_report, write_report
     from hf_lowmem_optim.optimizers.dash import Dash
     from hf_lowmem_optim.optimizers.dct_adamw import DCTAdamW
     from hf_lowmem_optim.optimizers.ldadam import LDAdam
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from hf_lowmem_optim.optimizers.sparse_ggt import SparseGGT
     from hf_lowmem_optim.optimizers.sparse_mfac import SparseMFAC
     from hf_lowmem_optim.optimizers.trion import Trion
+    from hf_lowmem_optim.pruning.layers import iobs_layers_
+    from hf_lowmem_optim.pruning.pruner import IOBSPruner
     from hf_lowmem_optim.registry import (
         OPTIMIZERS,
         LDAdamLayerwise,
@@ -40,14 +43,17 @@ if TYPE_CHECKING:
     from hf_lowmem_optim.trainer.factory import OptimizerFactory
     from hf_lowmem_optim.trainer.model_source import ModelOptions
     from hf_lowmem_optim.trainer.plan_model import plan_memory
+    from hf_lowmem_optim.trainer.pruning import IOBSPruningCallback
     from hf_lowmem_optim.trainer.strings import register_optimizer_strings
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "OPTIMIZERS",
     "DCTAdamW",
     "Dash",
+    "IOBSPruner",
+    "IOBSPruningCallback",
     "LDAdam",
     "LDAdamLayerwise",
     "LowMemoryOptimizer",
@@ -66,8 +72,10 @@ __all__ = [
     "StateReport",
     "TensorSpec",
     "Trion",
+    "build_report",
     "fp32_state_dict",
     "get_entry",
+    "iobs_layers_",
     "layerwise",
     "load_fp32_state_dict_",
     "measure_state",
@@ -77,6 +85,7 @@ __all__ = [
     "plan_state",
     "register_optimizer",
     "register_optimizer_strings",
+    "write_report",
 ]
 
 _MODULES = {
@@ -88,6 +97,7 @@ _MODULES = {
     "memory.measure": "StateReport measure_state",
     "memory.plan": "plan_optimizer plan_state",
     "memory.plan_types": "MemoryPlan",
+    "memory.report": "build_report write_report",
     "optimizers.dash": "Dash",
     "optimizers.dct_adamw": "DCTAdamW",
     "optimizers.ldadam": "LDAdam",
@@ -96,12 +106,15 @@ _MODULES = {
     "optimizers.sparse_ggt": "SparseGGT",
     "optimizers.sparse_mfac": "SparseMFAC",
     "optimizers.trion": "Trion",
+    "pruning.layers": "iobs_layers_",
+    "pruning.pruner": "IOBSPruner",
     "registry": "OPTIMIZERS LDAdamLayerwise MicroAdamLayerwise OptimizerEntry get_entry register_optimizer",
     "spec": "TensorSpec",
     "trainer.callbacks": "OptimizerStateMemoryCallback",
     "trainer.factory": "OptimizerFactory",
     "trainer.model_source": "ModelOptions",
     "trainer.plan_model": "plan_memory",
+    "trainer.pruning": "IOBSPruningCallback",
     "trainer.strings": "register_optimizer_strings",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import logging
 import sys
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = commands.add_parser("report", help="what OptimizerStateMemoryCallback measured in a run")
     report.add_argument("directory", metavar="DIR", help="the run's output_dir")
     report.add_argument("--plot", metavar="OUT.png", help="draw memory by component and the run's curves")
+    report.add_argument("--html", metavar="OUT.html", help="write one page with all of it, which needs nothing else")
     report.set_defaults(run=_report)
 
     # Everything after it is the script's own, so it never gets to this parser.
@@ -159,15 +161,19 @@ def _report(args: argparse.Namespace) -> None:
     """Print the report of a run, and draw it."""
     from hf_lowmem_optim.memory.plots import plot_report
     from hf_lowmem_optim.memory.report import load_report, report_text
+    from hf_lowmem_optim.memory.report_page import report_page
 
     report = load_report(Path(args.directory))
+    if args.html:
+        Path(args.html).write_text(report_page(report), encoding="utf-8")
     print(report_text(report))
     if args.plot:
         plot_report(report, args.plot)
 
 
 def _demo(args: argparse.Namespace) -> None:
-    """Run the demo and print its table."""
+    """Run the demo, print its table, and draw it where matplotlib is installed."""
+    from hf_lowmem_optim.memory.plots import plot_runs
     from hf_lowmem_optim.trainer.demo import run_demo
 
     results = run_demo(args.optim, args.learning_rate, num_steps=args.steps, seed=args.seed, optim_args=args.optim_args)
@@ -176,6 +182,13 @@ def _demo(args: argparse.Namespace) -> None:
     for r in results:
         run = f"{r.optim} | {r.learning_rate:g} | {r.training_loss:.3f} | {r.held_out_loss:.3f} | {r.seconds:.0f}"
         print(f"| {run} | {r.state_bytes:,} | {r.state_bytes / r.num_parameters:.2f} |")
+    if importlib.util.find_spec("matplotlib") is None:
+        return
+    names = [f"{r.optim}, learning rate {r.learning_rate:g}" for r in results]
+    histories = {name: r.log_history for name, r in zip(names, results, strict=True)}
+    picture = Path("demo.png").resolve()
+    plot_runs(histories, {name: r.component_bytes for name, r in zip(names, results, strict=True)}, picture)
+    print(f"\nDrawn in {picture}")
 
 
 if __name__ == "__main__":

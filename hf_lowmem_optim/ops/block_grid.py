@@ -258,6 +258,10 @@ class Squares:
         """Describe its state."""
         return {key: spec for part in self._parts() for key, spec in part.specs(regions).items()}
 
+    def read(self, state: Mapping[str, Tensor], piece: Piece) -> Tensor:
+        """Return the mean, float32 [blocks, a, b]; a view of what is not factored."""
+        return self._whole([part.read(state, piece) for part in self._parts()], piece)
+
     def update_(self, state: Mapping[str, Tensor], piece: Piece, x: Tensor, decay: float) -> Tensor:
         """Let the squares of float32 x [blocks, a, b] into the mean, and return it, a copy."""
         squares, parts = x.square(), self._parts()
@@ -266,8 +270,11 @@ class Squares:
         values = [(p.read(state, piece) * decay).add_(v * (1 - decay)) for p, v in zip(parts, values, strict=True)]
         for part, value in zip(parts, values, strict=True):
             part.write_(state, piece, value)
+        return self._whole(values, piece)
+
+    def _whole(self, values: Sequence[Tensor], piece: Piece) -> Tensor:
         if not self.factored:
-            return values[0].view_as(x)
+            return values[0].view(-1, piece.region.a, piece.region.b)
         rows, columns = values
         whole = rows.sum(1, keepdim=True)
         return rows[:, :, None] * (columns / whole.masked_fill(whole == 0, 1))[:, None, :]

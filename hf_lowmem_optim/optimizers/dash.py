@@ -1,4 +1,4 @@
-"""Dash (DASH, arXiv 2602.02016): Shampoo by blocks with Adam's step sizes, here in 4.2 bytes per parameter.
+"""Dash (DASH, arXiv 2602.02016): Shampoo by blocks with Adam's step sizes, here in 3.2 bytes per parameter.
 
 W is cut into blocks of at most `block_size` rows and columns, each a parameter of its own. Per block (a × b):
 
@@ -84,10 +84,7 @@ class DashOptions(Options):
     )
     root_dtype: Literal["fp32", "bf16", "8bit", "4bit"] = option("8bit", "Storage of the roots.", shapes_state=True)
     moment_dtype: Literal["fp32", "bf16", "8bit"] = option(
-        "bf16",
-        "Storage of m. In 8 bits, entries whose gradients are far smaller than their neighbours' keep noise, which "
-        "√v turns into large steps.",
-        shapes_state=True,
+        "8bit", "Storage of m, quantized as m/√v.", shapes_state=True
     )
 
     def check(self) -> None:
@@ -166,19 +163,23 @@ def _direction(piece: Piece, G: Tensor, state: Mapping[str, Any], at: _Stored, t
     R = torch.baddbmm(at.R.read(state, piece), G.mT, G, beta=βs, alpha=share)
     at.L.write_(state, piece, L)
     at.R.write_(state, piece, R)
-    # 2. v ← β2·v + (1 − β2)·G²
+    # 2. v ← β2·v + (1 − β2)·G²; with the old v, m is read
+    m = at.m.read(state, piece).view_as(G)
+    if o.moment_dtype == "8bit":
+        m = m.mul_(at.v.read(state, piece).sqrt())
     v = at.v.update_(state, piece, G, β2)
     # 3. L̄ ← L^(−1/4);  R̄ ← R^(−1/4)
     if due := _due(piece, state["places"], t, o):
         _write_roots_(piece, state, at, (L, R), due, o)
     del L, R
     # 4. m ← β1·m + (1 − β1)·G
-    m = (at.m.read(state, piece) * β1).view_as(G).add_(G.mul_(1 - β1))
-    at.m.write_(state, piece, m.flatten(1))
+    m = (m * β1).add_(G.mul_(1 - β1))
+    stored = m if o.moment_dtype != "8bit" else (m / v.sqrt()).masked_fill_(v == 0, 0)
+    at.m.write_(state, piece, stored.flatten(1))
+    del stored
     # 5. D ← (m/c1) / (eps + √(v/c2))
     c1, c2 = (1 - β1**t, 1 - β2**t) if o.bias_correction else (1.0, 1.0)
-    # a quantized m has noise where there never was a gradient
-    P = (m / c1).masked_fill_(v == 0, 0).div_(v.div_(c2).sqrt_().add_(o.eps))
+    P = (m / c1).div_(v.div_(c2).sqrt_().add_(o.eps))
     if t >= o.start_step:
         # 6. U ← L̄ m R̄;  P ← U·‖D‖/(‖U‖ + 1e-16); P ← D as long as there are no roots, only zeros
         U = at.L_root.read(state, piece) @ m @ at.R_root.read(state, piece)

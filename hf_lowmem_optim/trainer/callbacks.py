@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import time
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.memory.byte_sizes import format_bytes
 from hf_lowmem_optim.memory.measure import StateReport, measure_state, unwrap_optimizer
-from hf_lowmem_optim.memory.plan import plan_optimizer
-from hf_lowmem_optim.memory.report import REPORT_NAME, build_report, report_text
+from hf_lowmem_optim.memory.report import build_report, predicted_state, report_text, write_report
 from hf_lowmem_optim.memory.step_memory import StepMemory, StepMemoryMeter
 
-__all__ = ["EarlyLogCallback", "OptimizerStateMemoryCallback", "add_to_log"]
+__all__ = ["EarlyLogCallback", "OptimizerStateMemoryCallback", "add_to_log", "log_early"]
 
 logger = logging.getLogger(__name__)
 
-#: The callback that accounts for an optimizer in the run that it is in.
-_callback_of: WeakKeyDictionary[Optimizer, OptimizerStateMemoryCallback] = WeakKeyDictionary()
+#: The callbacks that add to the logs of the run that an optimizer is in.
+_callbacks_of: WeakKeyDictionary[Optimizer, list[TrainerCallback]] = WeakKeyDictionary()
 
 
 class OptimizerStateMemoryCallback(TrainerCallback):
@@ -61,14 +58,26 @@ class OptimizerStateMemoryCallback(TrainerCallback):
         self._meter = StepMemoryMeter(reset_peak=reset_peak)
         self._step_memory: StepMemory | None = None
         self._compared = False
+        # since the last log: seconds of training steps, and how many
+        self._begun, self._seconds, self._steps = 0.0, 0.0, 0
+        self._step_seconds: list[dict[str, float]] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: Any, optimizer: Optimizer | None = None, **_: Any
     ) -> None:
         """Begin a run, and make this callback known to the one that comes before the reporters."""
         self._step_memory, self._compared = None, False
+        self._seconds, self._steps, self._step_seconds = 0.0, 0, []
         if optimizer is not None:
-            _callback_of[optimizer] = self
+            log_early(optimizer, self)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
+        """Note the time before a training step."""
+        self._begun = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
+        """Add the step's time to those since the last log."""
+        self._seconds, self._steps = self._seconds + time.perf_counter() - self._begun, self._steps + 1
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: Any, optimizer: Optimizer | None = None, **_: Any
@@ -107,15 +116,11 @@ class OptimizerStateMemoryCallback(TrainerCallback):
         """Write the report, if there is anything to report, and return it."""
         if optimizer is None or args.output_dir is None or not state.is_world_process_zero:
             return None
-        if not (measured := measure_state(optimizer)).total_bytes:
+        report = build_report(optimizer, state.log_history, self._step_seconds, self._step_memory)
+        if not report["measured"]["total_bytes"]:
             return None
-        report = build_report(optimizer, measured, _predicted(optimizer), self._step_memory, state.log_history)
-        path = Path(args.output_dir) / REPORT_NAME
-        unfinished = path.with_suffix(".tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-            unfinished.replace(path)
+            write_report(report, args.output_dir)
         except OSError as error:  # a full disk must not cost the run its model, which is saved after this
             logger.warning("the report of the optimizer's state could not be written: %s", error)
         return report
@@ -130,7 +135,10 @@ class OptimizerStateMemoryCallback(TrainerCallback):
             return
         if not (report := measure_state(optimizer)).total_bytes:
             return
-        entries = _log_entries(report, _predicted(optimizer), self._step_memory)
+        if self._steps:
+            self._step_seconds.append({"step": state.global_step, "seconds": self._seconds / self._steps})
+            self._seconds, self._steps = 0.0, 0
+        entries = _log_entries(report, predicted_state(optimizer), self._step_memory)
         # layer-wise optimizers count what gradients take at once
         if (peak := getattr(unwrap_optimizer(optimizer), "peak_gradient_bytes", None)) is not None:
             entries["optimizer_state/gradient_peak_bytes"] = peak
@@ -138,7 +146,7 @@ class OptimizerStateMemoryCallback(TrainerCallback):
 
 
 class EarlyLogCallback(TrainerCallback):
-    """Adds to a log what an :class:`OptimizerStateMemoryCallback` has for it, before the reporters get it.
+    """Adds to a log what a callback of this package has for it, before the reporters get it.
 
     The Trainer calls its default callbacks first (``import hf_lowmem_optim`` makes this one of them), then the
     reporters of ``report_to``, then the user's callbacks.
@@ -149,14 +157,19 @@ class EarlyLogCallback(TrainerCallback):
     ) -> None:
         """Forget an earlier run; the user's callback, which comes after this one, makes itself known again."""
         if optimizer is not None:
-            _callback_of.pop(optimizer, None)
+            _callbacks_of.pop(unwrap_optimizer(optimizer), None)
 
     def on_log(
         self, args: Any, state: TrainerState, control: Any, logs: Any = None, optimizer: Any = None, **_: Any
     ) -> None:
-        """Let the user's callback have its turn."""
-        if optimizer is not None and (callback := _callback_of.get(optimizer)) is not None:
+        """Let the user's callbacks have their turn."""
+        for callback in () if optimizer is None else _callbacks_of.get(unwrap_optimizer(optimizer), ()):
             callback.on_log(args, state, control, logs=logs, optimizer=optimizer)
+
+
+def log_early(optimizer: Optimizer, callback: TrainerCallback) -> None:
+    """Have a callback's ``on_log`` called before the reporters', in the run that an optimizer is in."""
+    _callbacks_of.setdefault(unwrap_optimizer(optimizer), []).append(callback)
 
 
 def add_to_log(state: TrainerState, logs: dict[str, Any], entries: Mapping[str, Any]) -> None:
@@ -166,14 +179,9 @@ def add_to_log(state: TrainerState, logs: dict[str, Any], entries: Mapping[str, 
         state.log_history[-1].update(entries)
 
 
-def _predicted(optimizer: Optimizer) -> StateReport | None:
-    """Return the planned state of the optimizer, None if it is not of this package."""
-    return plan_optimizer(optimizer) if isinstance(unwrap_optimizer(optimizer), LowMemoryOptimizer) else None
-
-
 def _compare(optimizer: Optimizer, measured: StateReport) -> None:
     """Warn if the state differs from the plan, with the reason if it is a known one."""
-    predicted = _predicted(optimizer)
+    predicted = predicted_state(optimizer)
     if predicted is None or measured == predicted:
         return
     inner = unwrap_optimizer(optimizer)

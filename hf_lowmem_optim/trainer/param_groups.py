@@ -29,6 +29,7 @@ __all__ = [
     "compile_regex",
     "matching_modules",
     "place_parameters",
+    "prunable_weights",
     "read_groups",
 ]
 
@@ -190,6 +191,25 @@ def build_param_groups(
             settings["weight_decay"] = 0.0
         groups.append({"params": [(p.name, p.parameter) for p in chosen], **settings})
     return groups
+
+
+def prunable_weights(model: nn.Module, target_modules: TargetModules) -> set[int]:
+    """Return ids of the weights that may be pruned: those that are targeted, but for adapters.
+
+    Args:
+        model: The model.
+        target_modules: As for :func:`place_parameters`.
+    """
+    if target_modules is None:
+        targets = _matrix_weights(model) - _dense_reasons(model).keys()
+    else:
+        targets = _selected_targets(model, target_modules)
+    for module in model.modules():  # peft's layers say which of their parts are adapters
+        for name in getattr(module, "adapter_layer_names", ()):
+            adapters = getattr(module, name, None)
+            if isinstance(adapters, (nn.Module, nn.ParameterDict)):
+                targets -= {id(parameter) for parameter in adapters.parameters()}
+    return targets
 
 
 def _matrix_weights(model: nn.Module) -> set[int]:

@@ -1,4 +1,4 @@
-"""Moves sharded tensors to one process each and back: one collective a direction, whatever there is to move.
+"""Moves sharded tensors to one process each and back, or to all: one collective, whatever there is to move.
 
 Everything travels as bytes, in one buffer for each pair of processes. Every tensor starts at a multiple of 8 bytes.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_lowmem_optim.engine.sharding.layout import Region, local_of, region, sharded_dims
 
-__all__ = ["Move", "Team", "gather", "scatter"]
+__all__ = ["Move", "Team", "gather", "own_slice", "put_together", "scatter"]
 
 _ALIGNMENT_BYTES = 8
 
@@ -122,6 +122,31 @@ def scatter(team: Team, moves: Sequence[Move]) -> None:
         move.whole = None
 
 
+def own_slice(team: Team, tensor: Any, whole: Tensor) -> Tensor:
+    """Return of a whole what this process has of it."""
+    return whole[region(tensor.shape, team.sizes, tensor.placements, team.coordinates[team.rank])]
+
+
+def put_together(team: Team, tensors: Sequence[Any]) -> list[Tensor]:
+    """Return the wholes of sharded tensors, new ones, on every process."""
+    first = next(rank for rank, place in enumerate(team.coordinates) if place == min(team.coordinates))
+    wholes = [torch.empty(each.shape, dtype=each.dtype, device=local_of(each).device) for each in tensors]
+    # the first process's part of each is the largest
+    regions = [
+        [region(each.shape, team.sizes, each.placements, place) for each in tensors] for place in team.coordinates
+    ]
+    rooms = [_room(whole[place]) for whole, place in zip(wholes, regions[first], strict=True)]
+    sent = torch.empty(sum(rooms), dtype=torch.uint8, device=wholes[0].device)
+    received = sent.new_empty(len(team), sum(rooms))
+    for start, each in zip(itertools.accumulate(rooms, initial=0), tensors, strict=False):
+        _place(sent, start, local_of(each)).copy_(local_of(each))
+    torch.distributed.all_gather(list(received.unbind()), sent, group=team.group)
+    for row, places in zip(received, regions, strict=True):
+        for start, whole, place in zip(itertools.accumulate(rooms, initial=0), wholes, places, strict=False):
+            whole[place] = _place(row, start, whole[place])
+    return wholes
+
+
 def _exchange(team: Team, outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[Tensor]]) -> None:
     """Send tensors to each process of a team, and fill those that each sends."""
     device = next(tensor.device for tensors in (*outgoing, *incoming) for tensor in tensors)
@@ -139,9 +164,14 @@ def _slots(buffer: Tensor, tensors: Sequence[Sequence[Tensor]]) -> Any:
     """Yield the places of tensors in a buffer of bytes, in their own dtype and shape, with the tensors."""
     start = 0
     for tensor in itertools.chain.from_iterable(tensors):
-        if nbytes := tensor.numel() * tensor.element_size():
-            yield buffer[start : start + nbytes].view(tensor.dtype).view(tensor.shape), tensor
+        if tensor.numel():
+            yield _place(buffer, start, tensor), tensor
         start += _room(tensor)
+
+
+def _place(buffer: Tensor, start: int, tensor: Tensor) -> Tensor:
+    """Return the bytes of a buffer from one on as a tensor like another."""
+    return buffer[start : start + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
 
 
 def _room(tensor: Tensor) -> int:

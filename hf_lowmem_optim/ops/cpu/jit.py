@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import numba
+from numba.core import event
 
 __all__ = ["Loop", "inlined", "loop"]
 
@@ -76,9 +78,36 @@ loop = Loop
 
 def _compile(function: Callable[..., R], types: tuple[Any, ...], *, cache: bool) -> Callable[..., R]:
     dispatcher = numba.njit(function, cache=cache, nogil=True, error_model=_ERROR_MODEL)
-    dispatcher.compile(types)
+    with event.install_listener("numba:compile", _Announcer(function.__name__.lstrip("_"))):
+        dispatcher.compile(types)
     dispatcher.disable_compile()
     return dispatcher  # type: ignore[no-any-return]
+
+
+class _Announcer(event.Listener):
+    """Says that a loop is being compiled, if it is not in numba's cache, and how long that took."""
+
+    _said: ClassVar[bool] = False
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._depth = 0  # what a loop calls is compiled within it
+        self._started = 0.0
+
+    def on_start(self, event: Any) -> None:
+        """Explain the wait, once in a process."""
+        if not _Announcer._said:
+            _Announcer._said = True
+            logger.warning("numba compiles the loops of the first step, up to a minute, once for each installation")
+        if self._depth == 0:
+            self._started = time.perf_counter()
+        self._depth += 1
+
+    def on_end(self, event: Any) -> None:
+        """Tell the time."""
+        self._depth -= 1
+        if self._depth == 0 and not event.is_failed:
+            logger.warning("numba compiled the loop %r in %.1f s", self._name, time.perf_counter() - self._started)
 
 
 def _report(error: Exception) -> None:

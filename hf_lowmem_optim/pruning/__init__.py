@@ -1,0 +1,1 @@
+"""I-OBS, pruning that knows the curvature: while fine-tuning (``pruner``), or layer by layer (``layers``)."""
