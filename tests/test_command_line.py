@@ -65,6 +65,16 @@ def test_plan_prints_a_table_json_or_csv(capsys: pytest.CaptureFixture[str]) -> 
         assert row["total_bytes"] == held + row["state_bytes"] + temporaries == int(line["total_bytes"])
 
 
+def test_plan_shows_its_progress_on_a_terminal_alone(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    assert main([*PLAN, "--optim", "ldadam", "microadam"]) == 0
+    assert "planning" not in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main([*PLAN, "--optim", "ldadam", "microadam"]) == 0
+    printed = capsys.readouterr().err
+    assert printed.startswith("\rplanning ldadam (1 of 2)\rplanning microadam (2 of 2)\r")
+    assert printed.endswith("\r") and not printed.rsplit("\r", 2)[1].strip()
+
+
 def test_plan_takes_all_its_options(capsys: pytest.CaptureFixture[str]) -> None:
     options = "--optim ldadam --optim-args rank=4 --dtype bf16 --lora r=8,target=query+value --freeze embeddings"
     options += " --quantize 4bit --gpus 2 --sharding ddp --budget 2GiB --target-modules lora_A lora_B"

@@ -19,6 +19,7 @@ from hf_lowmem_optim.memory.budget import COSTS, BudgetSearch
 from hf_lowmem_optim.memory.byte_sizes import parse_bytes, parse_reserve
 from hf_lowmem_optim.memory.plan import Groups, compressed_bytes_per_parameter, plan_groups, plan_temporaries
 from hf_lowmem_optim.memory.plan_types import MemoryPlan, OptimizerPlan, Suggestion
+from hf_lowmem_optim.memory.progress import shown_on_terminal
 from hf_lowmem_optim.memory.weights import Processes, plan_weights
 from hf_lowmem_optim.registry import OPTIMIZERS, get_entry
 from hf_lowmem_optim.trainer.factory import OptimizerFactory
@@ -164,7 +165,7 @@ class _Request:
             self._registered(name, texts[name], opened.model, frame, searches)
             if name in registered
             else self._reference(name, groups)
-            for name in self.names
+            for name in shown_on_terminal(self.names, "planning")
         ]
         return replace(frame, optimizers=tuple(rows))
 

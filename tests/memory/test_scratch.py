@@ -48,14 +48,18 @@ def steps() -> Iterator[Any]:
     for name, entry in OPTIMIZERS.items():
         base = name.removesuffix("_layerwise")
         settings = [{"error_feedback": error} for error in ERRORS.get(base, ())] + [*OTHERS.get(base, ({},)), ROUNDED]
-        if entry.optimizer_class.method.layerwise:  # the updates are the same ones
+        layerwise = entry.optimizer_class.method.layerwise
+        if layerwise:  # the updates are the same ones
             settings = [{}, ROUNDED]
+        # of many options each meets one dtype; a method meets both in either version
+        many = layerwise or len(settings) > 3
         for number, options in enumerate(settings):
             for dtype in (torch.bfloat16,) if options == ROUNDED else (torch.float32, torch.bfloat16):
-                # a method meets each dtype in either version, if not with each option
-                versions = {(number + (dtype == torch.float32)) % 2}
-                if options == ROUNDED and not entry.optimizer_class.method.layerwise:
-                    versions = {0, 1}
+                versions = {((number // 2 if many else number) + (dtype == torch.float32)) % 2}
+                if options == ROUNDED:
+                    versions = {1} if layerwise else {0, 1}
+                elif many and number % 2 != (dtype == torch.float32):
+                    versions = set()
                 if 1 in versions:
                     yield name, options, dtype, "reference", "cpu", [*SMALL, WIDE, *SMALL[:2]]
                 if 0 in versions:

@@ -232,8 +232,9 @@ def test_gpus_share_the_bytes() -> None:
     assert 0 <= sum(sharded.weights.weight_bytes.values()) - total / 4 < 0.01 * total
     for name in OPTIMIZERS:
         assert sharded[name].problem is None
-        # whole tensors, for a moment
-        assert sharded[name].temporary_bytes > one[name].temporary_bytes
+        # whole tensors, for a moment, where a method gathers them
+        assert sharded[name].temporary_bytes >= one[name].temporary_bytes
+    assert sharded["ldadam"].temporary_bytes > one["ldadam"].temporary_bytes
 
 
 def test_the_4_bit_formula_is_what_bitsandbytes_stores() -> None:
