@@ -106,3 +106,10 @@ def test_a_plan_adds_activations_to_gradients_or_in_layerwise_mode_to_the_state(
 def test_what_cannot_be_estimated_is_refused(model: str, reason: str) -> None:
     with pytest.raises(ValueError, match=f"{reason}.*plan without seq_len"):
         plan_memory(model, "ldadam", options=ModelOptions(seq_len=8))
+
+
+def test_a_plan_leaves_the_configuration_as_it_was() -> None:
+    config = hf.LlamaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    before = config.to_dict(), config._attn_implementation
+    plan_memory(config, "ldadam", options=ModelOptions(seq_len=8))
+    assert (config.to_dict(), config._attn_implementation) == before
