@@ -113,3 +113,14 @@ def test_a_plan_leaves_the_configuration_as_it_was() -> None:
     before = config.to_dict(), config._attn_implementation
     plan_memory(config, "ldadam", options=ModelOptions(seq_len=8))
     assert (config.to_dict(), config._attn_implementation) == before
+
+
+def test_the_note_names_what_the_batch_is() -> None:
+    text = hf.GPT2Config(
+        vocab_size=40, n_positions=8, n_embd=16, n_layer=1, n_head=2, architectures=["GPT2LMHeadModel"]
+    )
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    pictures = hf.ViTConfig(architectures=["ViTForImageClassification"], **sizes)
+    notes = [plan_memory(each, "ldadam", options=ModelOptions(seq_len=9)).notes[-1] for each in (text, pictures)]
+    assert "1 × 9 tokens at a time" in notes[0] and "9 tokens are more than the 8 positions" in notes[0]
+    assert "1 picture at a time" in notes[1] and "positions" not in notes[1]
