@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerState, TrainingArguments
@@ -21,8 +21,8 @@ __all__ = ["EarlyLogCallback", "OptimizerStateMemoryCallback", "add_to_log", "lo
 
 logger = logging.getLogger(__name__)
 
-#: The callbacks that add to the logs of the run that an optimizer is in.
-_callbacks_of: WeakKeyDictionary[Optimizer, list[TrainerCallback]] = WeakKeyDictionary()
+#: The callbacks that add to the logs of the run that an optimizer is in; one may have the optimizer itself.
+_callbacks_of: WeakKeyDictionary[Optimizer, list[ReferenceType[TrainerCallback]]] = WeakKeyDictionary()
 
 
 class OptimizerStateMemoryCallback(TrainerCallback):
@@ -167,13 +167,14 @@ class EarlyLogCallback(TrainerCallback):
         self, args: Any, state: TrainerState, control: Any, logs: Any = None, optimizer: Any = None, **_: Any
     ) -> None:
         """Let the user's callbacks have their turn."""
-        for callback in () if optimizer is None else _callbacks_of.get(unwrap_optimizer(optimizer), ()):
-            callback.on_log(args, state, control, logs=logs, optimizer=optimizer)
+        for reference in () if optimizer is None else _callbacks_of.get(unwrap_optimizer(optimizer), ()):
+            if (callback := reference()) is not None:
+                callback.on_log(args, state, control, logs=logs, optimizer=optimizer)
 
 
 def log_early(optimizer: Optimizer, callback: TrainerCallback) -> None:
     """Have a callback's ``on_log`` called before the reporters', in the run that an optimizer is in."""
-    _callbacks_of.setdefault(unwrap_optimizer(optimizer), []).append(callback)
+    _callbacks_of.setdefault(unwrap_optimizer(optimizer), []).append(ref(callback))
 
 
 def add_to_log(state: TrainerState, logs: dict[str, Any], entries: Mapping[str, Any]) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +15,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from hf_lowmem_optim import OPTIMIZERS, OptimizerStateMemoryCallback, measure_state, plan_optimizer
 from hf_lowmem_optim.memory import step_memory
 from hf_lowmem_optim.memory.report import load_report, report_text
-from hf_lowmem_optim.trainer.callbacks import EarlyLogCallback
+from hf_lowmem_optim.trainer.callbacks import EarlyLogCallback, log_early
 from tests.memory.layout import layout
 from tests.trainer.runs import KINDS, Reporter, make_trainer
 from tests.trainer.tiny_models import token_rows
@@ -163,3 +165,14 @@ def test_the_peak_of_a_step_is_told_only_where_it_is_known(reset_peak: bool, mon
     loud = meter.stop(optimizer)
     assert loud.peak_bytes == 170 == quiet.largest(loud).peak_bytes == loud.largest(quiet).peak_bytes
     assert peak["resets"] == (2 if reset_peak else 0)
+
+
+def test_a_callback_that_has_the_optimizer_does_not_keep_it_alive() -> None:
+    """As one of pruning has it, after a run that did not come to its end."""
+    optimizer, callback = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))]), TrainerCallback()
+    callback.optimizer = optimizer  # type: ignore[attr-defined]
+    log_early(optimizer, callback)
+    alive = weakref.ref(optimizer)
+    del optimizer, callback
+    gc.collect()
+    assert alive() is None
