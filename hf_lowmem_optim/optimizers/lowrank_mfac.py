@@ -50,8 +50,8 @@ from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["LowRankMFAC", "LowRankMFACOptions", "lowrank_mfac_state", "lowrank_mfac_update_"]
 
-#: Entries of a window that are widened to float64 at a time.
-_CHUNK_ENTRIES = 1 << 20
+#: Entries of a window that are widened to float64 at a time, on a CPU and on other devices.
+_CPU_CHUNK_ENTRIES, _DEVICE_CHUNK_ENTRIES = 1 << 20, 1 << 25
 
 
 @dataclass(frozen=True)
@@ -207,8 +207,9 @@ def _products(state: Mapping[str, Tensor], row: int) -> Tensor:
 def _overlaps(factors: Tensor, row: int) -> Tensor:
     """Return the products of all vectors of factors [n, m, r, p] with those of a row, float64 [n, m·r, r]."""
     newest, vectors = factors[:, row].double().mT, factors.flatten(1, 2)
-    most = (1 << 20 if factors.device.type == "cpu" else 1 << 25) // max(1, vectors[:, 0].numel())
-    return torch.cat([piece.double() @ newest for piece in torch.split(vectors, max(1, most), dim=1)], dim=1)
+    entries = _CPU_CHUNK_ENTRIES if factors.device.type == "cpu" else _DEVICE_CHUNK_ENTRIES
+    most = max(1, entries // max(1, vectors[:, 0].numel()))
+    return torch.cat([piece.double() @ newest for piece in torch.split(vectors, most, dim=1)], dim=1)
 
 
 def _combination(state: Mapping[str, Tensor], w: Tensor) -> Tensor:

@@ -137,7 +137,7 @@ def test_parity_with_the_float64_definition(case: Parity) -> None:
 
 def test_a_long_window_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of factors and of whole matrices."""
-    monkeypatch.setattr(lowrank_mfac, "_CHUNK_ENTRIES", 1)
+    monkeypatch.setattr(lowrank_mfac, "_CPU_CHUNK_ENTRIES", 1)
     error = run_parity(Parity(LowRankMFAC, {"rank": 3, "error_feedback": "fp32"}))
     assert error <= 1e-4, error
 
