@@ -304,6 +304,8 @@ def test_frozen_tensors_are_never_touched() -> None:
 
 
 def test_replicas_prune_alike_to_the_bit_and_shards_are_refused(tmp_path: Path) -> None:
-    (first, second), _ = launch([("tests.pruning.jobs:replicas", 2), ("tests.pruning.jobs:sharded", 2)], tmp_path)
+    (first, second), _ = launch(
+        [("tests.pruning.jobs:replicas", 2), ("tests.pruning.jobs:sharded", 2)], tmp_path, timeout=300
+    )
     assert_equal_to_the_bit(first, second)
     assert sum(int((p == 0).sum()) for p in first) == int(0.7 * NUMEL)
