@@ -30,8 +30,9 @@ from pathlib import Path
 import torch
 from convergence_tasks import TASKS, Batch, Task
 from peers import build_optimizer
-from render import plot_convergence, report
+from pictures import plot_convergence
 from results import Row, describe_run, load_run, save_run
+from tables import report
 from torch import nn
 from transformers import logging as transformers_logging
 

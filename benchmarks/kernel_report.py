@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-SECTOR_BYTES = 32
 ADAMW_BYTES = 28  # fp32: reads parameter, gradient and two moments, writes parameter and two moments
 MICROADAM_STEP = ("block_topk 4-bit error", "window_update defaults")
 
@@ -41,44 +40,23 @@ def run_json(arguments: list[str], *, interpret: bool) -> Any:
 
 def count_traffic() -> list[dict[str, Any]]:
     """Run every launch in the interpreter and count; needs TRITON_INTERPRET=1 from the start of the process."""
-    import numpy as np
-
     from tests.ops import interpreter
 
     interpreter.enable()
-    from triton.runtime.interpreter import InterpreterBuilder
-
     from benchmarks.launches import LAUNCHES, force_triton
+    from tests.ops.interpreter.traffic import SECTOR_BYTES, counted_launches
 
     force_triton()
-    accesses: dict[str, list[tuple[Any, int]]] = {}
-
-    def counting(kind: str, real: Any) -> Any:
-        def access(self: Any, pointers: Any, *rest: Any) -> Any:
-            mask = rest[1] if kind == "store" else rest[0]
-            lanes = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
-            accesses[kind].append((lanes.astype(np.int64), max(1, pointers.get_element_ty().primitive_bitwidth // 8)))
-            return real(self, pointers, *rest)
-
-        return access
-
-    InterpreterBuilder.create_masked_load = counting("load", InterpreterBuilder.create_masked_load)
-    InterpreterBuilder.create_masked_store = counting("store", InterpreterBuilder.create_masked_store)
-
     rows = []
     for launch in LAUNCHES:
-        accesses.update(load=[], store=[])
         call, tensors = launch.prepare()
-        call()
-        extents = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors]
-        issued = sum(lanes.size * size for kind in accesses.values() for lanes, size in kind)
-        needed = sectors = 0
-        for kind in accesses.values():
-            touched = np.unique(np.concatenate([(lanes[:, None] + np.arange(size)).ravel() for lanes, size in kind]))
-            wanted = touched[np.any([(touched >= start) & (touched < stop) for start, stop in extents], axis=0)]
-            needed += wanted.size
-            sectors += np.unique(wanted // SECTOR_BYTES).size * SECTOR_BYTES
-        per_entry = {"needed": needed, "sectors": sectors, "issued": issued}
+        with counted_launches() as launched:
+            call()
+        per_entry = {
+            "needed": sum(each.needed(tensors) for each in launched),
+            "sectors": sum(each.needed(tensors, SECTOR_BYTES) for each in launched),
+            "issued": sum(each.issued() for each in launched),
+        }
         rows.append({"launch": launch.name} | {name: count / launch.numel for name, count in per_entry.items()})
     return rows
 

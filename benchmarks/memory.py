@@ -30,8 +30,9 @@ from typing import Any
 
 import torch
 from peers import FOREACH, FUSED, GALORE, LEARNING_RATE, PEERS, adamw_8bit, low_rank_groups, ours, trainable
-from render import memory_rows, plot_memory
+from pictures import plot_memory
 from results import RESULTS, describe_run, save_run
+from tables import memory_rows
 from torch import nn
 from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM, LlamaConfig

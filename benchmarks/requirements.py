@@ -25,9 +25,9 @@ import torch
 from interleave import SEED, Contender, compare, enter, ratio, workload
 from machine import backend
 from peers import FOREACH, Candidate, ours, peer
-from render import requirement_rows
 from results import describe_run, save_run
 from step_time import add_timing_options, wait_unless_told
+from tables import requirement_rows
 
 NAMES = ("ldadam", "microadam", "sparse_mfac")
 _FIRST_STEP_LIMIT = 1.0  # seconds

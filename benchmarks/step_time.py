@@ -30,9 +30,10 @@ import torch
 from interleave import MIN_ROUNDS, SEED, Contender, compare, enter, summarize, workload
 from machine import BusyMachineError, backend, wait_until_quiet
 from peers import FOREACH, FUSED, candidates
-from render import plot_step_time, step_time_rows
+from pictures import plot_step_time
 from results import RESULTS, describe_run, save_run
 from shapes import SHAPES
+from tables import step_time_rows
 from transformers import logging as transformers_logging
 
 #: Above this others disturb the rounds noticeably.

@@ -99,7 +99,7 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 def main() -> None:
     """Train, then report the held-out accuracy."""
     parser = HfArgumentParser((DataArguments, TrainingArguments))
-    parser.set_defaults(learning_rate=1e-3, per_device_train_batch_size=16)
+    parser.set_defaults(per_device_train_batch_size=16)
     data, args = parser.parse_args_into_dataclasses()
     set_seed(args.seed)
     pairs = load_texts(data.table)

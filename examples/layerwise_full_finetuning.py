@@ -2,7 +2,7 @@ r"""Full fine-tuning with one gradient at a time: a parameter is updated in the 
 
 Without a model of your own it trains a small byte-level Llama on the documentation that comes with Python:
 
-    python examples/layerwise_full_finetuning.py --max_steps 100
+    python examples/layerwise_full_finetuning.py --learning_rate 3e-3 --max_steps 100
 
 With your own, in bfloat16 (every field of TrainingArguments is an option as well):
 
@@ -51,7 +51,7 @@ def main() -> None:
     """Train; the report at the end says how much the gradients took at once."""
     parser = HfArgumentParser((DataArguments, TrainingArguments))
     # The norm of all gradients together is never known before they are used, so it cannot be clipped.
-    parser.set_defaults(optim="ldadam_layerwise", max_grad_norm=0, learning_rate=3e-3, warmup_steps=15)
+    parser.set_defaults(optim="ldadam_layerwise", max_grad_norm=0, warmup_steps=15)
     data, args = parser.parse_args_into_dataclasses()
     set_seed(args.seed)
     model, dataset = load(data)

@@ -2,7 +2,7 @@ r"""LoRA with a low-memory optimizer: the state of large adapters in low rank, a
 
 Without a model of your own it adapts a small byte-level Llama with random weights to the documentation of Python:
 
-    python examples/lora_finetuning.py --max_steps 100
+    python examples/lora_finetuning.py --learning_rate 1e-3 --max_steps 100
 
 With your own (every field of TrainingArguments is an option as well):
 
@@ -58,7 +58,7 @@ def main() -> None:
     """Train the adapter, save it, and report the held-out loss of the merged model."""
     parser = HfArgumentParser((DataArguments, TrainingArguments))
     # B learns 4 times as fast as A (LoRA+); the rate is that of A and of all that is no B
-    parser.set_defaults(optim="ldadam", optim_args="rank=16,lr_ratio=4", learning_rate=1e-3, warmup_steps=10)
+    parser.set_defaults(optim="ldadam", optim_args="rank=16,lr_ratio=4", warmup_steps=10)
     data, args = parser.parse_args_into_dataclasses()
     set_seed(args.seed)
     model, training_set, held_out = load(data)

@@ -3,7 +3,7 @@ r"""QLoRA: adapters on a base model that bitsandbytes holds in 4 or 8 bits, with
 Without a model of your own it adapts a small byte-level Llama with random weights to the documentation of Python, on
 bitsandbytes' CPU backend if there is no GPU:
 
-    python examples/qlora_finetuning.py --max_steps 50
+    python examples/qlora_finetuning.py --learning_rate 1e-3 --max_steps 50
 
 With your own (every field of TrainingArguments is an option as well):
 
@@ -68,7 +68,7 @@ def collate(rows: list[tuple[torch.Tensor]]) -> dict[str, torch.Tensor]:
 def main() -> None:
     """Train and save the adapter, then say where the bytes are."""
     parser = HfArgumentParser((DataArguments, TrainingArguments))
-    parser.set_defaults(optim="ldadam", learning_rate=1e-3, warmup_steps=5)
+    parser.set_defaults(optim="ldadam", warmup_steps=5)
     data, args = parser.parse_args_into_dataclasses()
     set_seed(args.seed)
     model, dataset = load(data, bf16=args.bf16)

@@ -7,7 +7,7 @@ Without a model and data of your own it trains a small byte-level Llama on the d
 With your own (directories and files on this machine; every field of TrainingArguments is an option as well):
 
     python examples/train_language_model.py --model path/to/model --text my.txt --optim ldadam \
-        --optim_args rank=32 --learning_rate 1e-4 --num_train_epochs 1 --bf16
+        --optim_args rank=32 --learning_rate 5e-5 --num_train_epochs 1 --bf16
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def collate(rows: list[tuple[torch.Tensor]]) -> dict[str, torch.Tensor]:
 def main() -> None:
     """Train, then report the held-out loss."""
     parser = HfArgumentParser((DataArguments, TrainingArguments))
-    parser.set_defaults(optim="ldadam", learning_rate=3e-3, lr_scheduler_type="cosine", warmup_steps=15)
+    parser.set_defaults(optim="ldadam", lr_scheduler_type="cosine", warmup_steps=15)
     data, args = parser.parse_args_into_dataclasses()
     set_seed(args.seed)
     model, tokens = load(data)

@@ -2,11 +2,11 @@ r"""Supervised fine-tuning with TRL: the optimizers are strings of SFTConfig as 
 
 Without a model of your own it makes a small Llama with a byte-level tokenizer, and questions about Python's operators:
 
-    python examples/trl_sft.py --max_steps 50
+    python examples/trl_sft.py --learning_rate 3e-3 --max_steps 50
 
 With your own model and a JSON-lines file with the columns prompt and completion:
 
-    python examples/trl_sft.py --model path/to/model --table my.jsonl --learning_rate 1e-4 --num_train_epochs 1 --bf16
+    python examples/trl_sft.py --model path/to/model --table my.jsonl --learning_rate 5e-5 --num_train_epochs 1 --bf16
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def main() -> None:
     """Train, then say what the optimizer's state takes."""
     parser = HfArgumentParser((DataArguments, SFTConfig))
     # SFTConfig itself has bf16 on, which the Trainer refuses without a GPU
-    parser.set_defaults(optim="ldadam", learning_rate=3e-3, max_length=256, bf16=torch.cuda.is_available())
+    parser.set_defaults(optim="ldadam", max_length=256, bf16=torch.cuda.is_available())
     data, args = parser.parse_args_into_dataclasses()
     set_seed(args.seed)
     model, tokenizer = load_model(data.model)

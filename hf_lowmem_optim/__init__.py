@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hf_lowmem_optim.memory.measure import StateReport, measure_state
     from hf_lowmem_optim.memory.plan import plan_optimizer, plan_state
     from hf_lowmem_optim.memory.plan_types import MemoryPlan
+    from hf_lowmem_optim.memory.report import build_report, write_report
     from hf_lowmem_optim.optimizers.dash import Dash
     from hf_lowmem_optim.optimizers.dct_adamw import DCTAdamW
     from hf_lowmem_optim.optimizers.ldadam import LDAdam
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from hf_lowmem_optim.trainer.pruning import IOBSPruningCallback
     from hf_lowmem_optim.trainer.strings import register_optimizer_strings
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "OPTIMIZERS",
@@ -71,6 +72,7 @@ __all__ = [
     "StateReport",
     "TensorSpec",
     "Trion",
+    "build_report",
     "fp32_state_dict",
     "get_entry",
     "iobs_layers_",
@@ -83,6 +85,7 @@ __all__ = [
     "plan_state",
     "register_optimizer",
     "register_optimizer_strings",
+    "write_report",
 ]
 
 _MODULES = {
@@ -94,6 +97,7 @@ _MODULES = {
     "memory.measure": "StateReport measure_state",
     "memory.plan": "plan_optimizer plan_state",
     "memory.plan_types": "MemoryPlan",
+    "memory.report": "build_report write_report",
     "optimizers.dash": "Dash",
     "optimizers.dct_adamw": "DCTAdamW",
     "optimizers.ldadam": "LDAdam",

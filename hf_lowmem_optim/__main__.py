@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from hf_lowmem_optim import __version__
 
 __all__ = ["main"]
+
+_NOTHING_FITS = 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process by default.
 
     Returns:
-        The exit status: 0, or 2 for a wrong argument.
+        The exit status: 0, 2 for a wrong argument, 3 for a plan of which nothing fits into the budget.
     """
     given = sys.argv[1:] if argv is None else list(argv)
     if given[:1] == ["run"]:
@@ -38,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = commands.add_parser("report", help="what OptimizerStateMemoryCallback measured in a run")
     report.add_argument("directory", metavar="DIR", help="the run's output_dir")
     report.add_argument("--plot", metavar="OUT.png", help="draw memory by component and the run's curves")
+    report.add_argument("--html", metavar="OUT.html", help="write one page with all of it, which needs nothing else")
     report.set_defaults(run=_report)
 
     # Everything after it is the script's own, so it never gets to this parser.
@@ -53,13 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
 
-    args = parser.parse_args(given)
+    args, unknown = parser.parse_known_args(given)
+    if unknown:  # with the usage of the command
+        commands.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        args.run(args)
+        status: int | None = args.run(args)
     except (TypeError, ValueError, OSError, ImportError) as error:
         print(f"hf-lowmem-optim {args.command}: {error}", file=sys.stderr)
         return 2
-    return 0
+    return status or 0
 
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:
@@ -77,6 +85,11 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--gpus", type=_positive, default=1, metavar="N")
     plan.add_argument("--sharding", default="ddp", metavar="ddp|fsdp", help="how several GPUs share the work")
     plan.add_argument("--budget", metavar="24GiB", help="memory of one GPU: what fits, and what to change")
+    plan.add_argument("--reserve", metavar="2GiB", help="part of it to keep free; default: a tenth, at least 1 GiB")
+    plan.add_argument("--seq-len", type=_positive, metavar="N", help="tokens of a sequence: estimates activations")
+    plan.add_argument("--batch-size", type=_positive, default=1, metavar="N", help="sequences of a GPU at a time")
+    plan.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
+    plan.add_argument("--adamw-lr", type=float, metavar="1e-5", help="AdamW's learning rate: where ours start")
     output = plan.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print JSON")
     output.add_argument("--csv", action="store_true", help="print CSV")
@@ -115,39 +128,62 @@ def _list(_: argparse.Namespace) -> None:
     print(optimizer_table())
 
 
-def _plan(args: argparse.Namespace) -> None:
+def _plan(args: argparse.Namespace) -> int:
     """Plan, and print it in the form asked for."""
-    from hf_lowmem_optim.memory.plan_table import plan_csv, plan_text
+    from hf_lowmem_optim.memory.byte_sizes import parse_bytes, parse_reserve
+    from hf_lowmem_optim.trainer.presets import find_model
+
+    # before torch is imported, which takes seconds
+    find_model(args.model)
+    if args.budget is not None:
+        parse_reserve(args.reserve, parse_bytes(args.budget))
+    if args.plot and Path(args.plot).suffix.lower() not in (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"--plot {args.plot}: the suffix chooses the format; write for example out.png or out.svg")
+    # its advice on fast kernels of another package, which a plan does not run
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+        lambda record: "kernels-community" not in str(record.msg)
+    )
+
+    from hf_lowmem_optim.memory.learning_rates import learning_rates
+    from hf_lowmem_optim.memory.plan_types import plan_csv
     from hf_lowmem_optim.memory.plots import plot_plan
     from hf_lowmem_optim.trainer.model_source import ModelOptions
     from hf_lowmem_optim.trainer.plan_model import plan_memory
 
-    targets = args.target_modules
+    targets, batch = args.target_modules, (args.seq_len, args.batch_size, args.checkpointing)
     plan = plan_memory(
         args.model,
         args.optim,
         optim_args=args.optim_args,
         # a single value may be a regex of the whole name, as in optim_target_modules
         target_modules=targets[0] if targets and len(targets) == 1 else targets,
-        options=ModelOptions(args.dtype, args.lora, tuple(args.freeze), args.quantize),
+        options=ModelOptions(args.dtype, args.lora, tuple(args.freeze), args.quantize, *batch),
         gpus=args.gpus,
         sharding=args.sharding,
         budget=args.budget,
+        reserve=args.reserve,
     )
+    if args.adamw_lr is not None:
+        names = [row.name for row in plan.optimizers if row.registered]
+        plan = replace(plan, learning_rates=learning_rates(names, args.adamw_lr))
     if args.json:
         print(json.dumps(plan.to_dict(), indent=2))
     else:
-        print(plan_csv(plan).rstrip("\n") if args.csv else plan_text(plan))
+        print(plan_csv(plan).rstrip("\n") if args.csv else plan)
     if args.plot:
         plot_plan(plan, args.plot)
+    return 0 if plan.anything_fits else _NOTHING_FITS
 
 
 def _report(args: argparse.Namespace) -> None:
     """Print the report of a run, and draw it."""
     from hf_lowmem_optim.memory.plots import plot_report
     from hf_lowmem_optim.memory.report import load_report, report_text
+    from hf_lowmem_optim.memory.report_page import report_page
 
     report = load_report(Path(args.directory))
+    if args.html:
+        Path(args.html).write_text(report_page(report), encoding="utf-8")
     print(report_text(report))
     if args.plot:
         plot_report(report, args.plot)
@@ -166,7 +202,8 @@ def _prune(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    """Run the demo and print its table."""
+    """Run the demo, print its table, and draw it where matplotlib is installed."""
+    from hf_lowmem_optim.memory.plots import plot_runs
     from hf_lowmem_optim.trainer.demo import run_demo
 
     results = run_demo(args.optim, args.learning_rate, num_steps=args.steps, seed=args.seed, optim_args=args.optim_args)
@@ -175,6 +212,13 @@ def _demo(args: argparse.Namespace) -> None:
     for r in results:
         run = f"{r.optim} | {r.learning_rate:g} | {r.training_loss:.3f} | {r.held_out_loss:.3f} | {r.seconds:.0f}"
         print(f"| {run} | {r.state_bytes:,} | {r.state_bytes / r.num_parameters:.2f} |")
+    if importlib.util.find_spec("matplotlib") is None:
+        return
+    names = [f"{r.optim}, learning rate {r.learning_rate:g}" for r in results]
+    histories = {name: r.log_history for name, r in zip(names, results, strict=True)}
+    picture = Path("demo.png").resolve()
+    plot_runs(histories, {name: r.component_bytes for name, r in zip(names, results, strict=True)}, picture)
+    print(f"\nDrawn in {picture}")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,13 @@ and so is the state (to rounding for LDAdam on a GPU, whose normal mode updates 
 checkpoint of one mode resumes in the other. Clipping by the norm of all gradients and gradient scaling, which need all
 gradients at once, are unavailable; so is a system over all parameters (``scope="model"``).
 
+FSDP2 calls the hooks of a sharded parameter with its part of the averaged gradient, so this works there as well, for an
+optimizer that is built from the sharded parameters; elsewhere several processes are refused.
+
 Gradient accumulation puts the gradients of all micro-batches but the last into the error feedback of a compressed
-tensor, exact up to its quantization, or where the method says (Trion's into the momentum); a tensor without one
-accumulates in ``param.grad`` as always. ``step()`` ends a step: it updates what has a gradient left, and computes
-``grad_norm``.
+tensor, exact up to its quantization, or where the method says (Trion's into the momentum); a tensor without one, or
+a sharded one, accumulates in ``param.grad`` as always. ``step()`` ends a step: it updates what has a gradient left, and
+computes ``grad_norm``.
 """
 
 from __future__ import annotations
@@ -26,9 +29,10 @@ from torch.optim.optimizer import Optimizer
 from hf_lowmem_optim.engine.buckets import TensorUpdate, batches
 from hf_lowmem_optim.engine.checks import describe_parameter
 from hf_lowmem_optim.engine.error_feedback import add_residual, save_residual_
-from hf_lowmem_optim.engine.hooks import GradientHooks, refuse_several_processes
+from hf_lowmem_optim.engine.hooks import GradientHooks, refuse_several_processes, waits_for_shards
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.options import POSITIVE, option
+from hf_lowmem_optim.engine.sharding.layout import local_of, sharded_dims
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["BackwardMode", "Host", "Layerwise", "LayerwiseMode", "check_accumulation", "layerwise"]
@@ -62,6 +66,8 @@ class BackwardMode:
     def __init__(self, host: Host) -> None:
         self._host = weakref.ref(host)
         self.hooks = GradientHooks(cast("Optimizer", host), self)
+        #: Whether parameters are to be watched once they are sharded.
+        self.waits = False
 
     @property
     def host(self) -> Host:
@@ -100,17 +106,24 @@ class LayerwiseMode(BackwardMode):
         self._micro_batches: dict[int, int] = {}
         self._updated: set[int] = set()
         self._held: dict[int, int] = {}
+        # and those of this process's parts, by mesh and the dimensions over which they are split
         self._norms: list[Tensor] = []
+        self._part_norms: dict[tuple[Any, tuple[int, ...]], list[Tensor]] = {}
 
     def watch(self, index: int) -> None:
         """Watch the parameters of a group.
 
         Raises:
-            NotImplementedError: There are several processes, or a parameter is sharded.
+            NotImplementedError: There are several processes, and a parameter is not sharded.
         """
         groups, name = self.host.param_groups, self.host.method.name
         params = groups[index]["params"]
-        refuse_several_processes(f"optim={name!r}", f"use {name.removesuffix('_layerwise')!r}", params)
+        self.waits = waits_for_shards(params)
+        if self.waits:
+            return
+        if any(not hasattr(param, "placements") for param in params):
+            instead = f"use {name.removesuffix('_layerwise')!r}, or build it from the parameters that FSDP2 has sharded"
+            refuse_several_processes(f"optim={name!r}", instead, params)
         before = sum(len(group["params"]) for group in groups[:index])
         self._place_of.update((id(param), (index, place)) for place, param in enumerate(params, before))
         self.hooks.add(params)
@@ -122,7 +135,7 @@ class LayerwiseMode(BackwardMode):
         if grad is None:
             return
         self.host._checked_rule(param, group)
-        self._held[id(param)] = grad.numel() * grad.element_size()
+        self._held[id(param)] = local_of(grad).nbytes
         self.peak_gradient_bytes = max(self.peak_gradient_bytes, sum(self._held.values()))
         if id(param) in self._updated:
             raise RuntimeError(
@@ -147,7 +160,7 @@ class LayerwiseMode(BackwardMode):
         grad = param.grad
         assert grad is not None
         compressed, specs, state = self.host._prepared(param, group)
-        if not compressed:
+        if not compressed or hasattr(param, "placements"):
             return
         check_accumulation(group)
         put_aside_ = self.host.method.put_aside_
@@ -168,17 +181,23 @@ class LayerwiseMode(BackwardMode):
         param.grad = None
         del self._held[id(param)]
 
-    def _measure_and_clip(self, param: Tensor, group: Mapping[str, Any]) -> None:
+    def _measure_and_clip(self, param: Any, group: Mapping[str, Any]) -> None:
         """Note the norm of a gradient, and scale it down if asked to, without waiting for the device."""
         assert param.grad is not None
-        norm = _norm(param.grad)
-        self._norms.append(norm)
+        grad = local_of(param.grad)
+        norm = _norm(grad)
+        place = (param.device_mesh, sharded_dims(param.placements)) if hasattr(param, "placements") else None
+        (self._norms if place is None else self._part_norms.setdefault(place, [])).append(norm)
         if group["clip_tensor_norm"] is not None:
+            norm = norm if place is None else _norm_of_parts(*place, [norm])
             # torch.nn.utils.clip_grad_norm_'s factor
-            param.grad.mul_((group["clip_tensor_norm"] / (norm + 1e-6)).clamp(max=1.0).to(param.grad.dtype))
+            grad.mul_((group["clip_tensor_norm"] / (norm + 1e-6)).clamp(max=1.0).to(grad.dtype))
 
     def before_step(self) -> None:
         """Take up what has a gradient left, and what only earlier micro-batches reached."""
+        if self.waits:  # sharded by now, but nobody said so: from the next step on
+            for index in range(len(self.host.param_groups)):
+                self.watch(index)
         left = 0
         for group in self.host.param_groups:
             for param in group["params"]:
@@ -186,7 +205,7 @@ class LayerwiseMode(BackwardMode):
                     param.grad = torch.zeros_like(param)
                 if param.grad is not None:
                     self.host._checked_rule(param, group)
-                    left += param.grad.numel() * param.grad.element_size()
+                    left += local_of(param.grad).nbytes
                     self._measure_and_clip(param, group)
         self.peak_gradient_bytes = max(self.peak_gradient_bytes, left)
 
@@ -196,6 +215,7 @@ class LayerwiseMode(BackwardMode):
             for param in group["params"]:
                 if id(param) in self._micro_batches:
                     param.grad = None
+        self._norms += [_norm_of_parts(*place, norms) for place, norms in self._part_norms.items()]
         if self._norms:
             first = self._norms[0].device
             self.grad_norm = torch.linalg.vector_norm(torch.stack([norm.to(first) for norm in self._norms]))
@@ -213,7 +233,7 @@ class LayerwiseMode(BackwardMode):
 
     def after_load(self) -> None:
         """Begin a new step."""
-        for finished in (self._norms, self._updated, self._micro_batches, self._held):
+        for finished in (self._norms, self._part_norms, self._updated, self._micro_batches, self._held):
             finished.clear()
 
     def check_zero_grad(self) -> None:
@@ -249,6 +269,14 @@ def _norm(tensor: Tensor) -> Tensor:
     parts = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in slices]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(parts))
     return norm
+
+
+def _norm_of_parts(mesh: Any, dims: Sequence[int], norms: Sequence[Tensor]) -> Tensor:
+    """Return the norm of sharded tensors together, from the norms of this process's parts."""
+    squares: Tensor = torch.linalg.vector_norm(torch.stack(list(norms))).square()
+    for dim in dims:
+        torch.distributed.all_reduce(squares, group=mesh.get_group(dim))
+    return squares.sqrt()
 
 
 def check_accumulation(options: Mapping[str, Any]) -> None:

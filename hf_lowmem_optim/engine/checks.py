@@ -204,8 +204,8 @@ def _has_storage(tensor: Tensor) -> bool:
 
 def _check_sharded(param: Any, group: Mapping[str, Any], compressed: bool, method: Method, who: str) -> None:
     """Raise NotImplementedError where the rules cannot update a DTensor."""
-    what, why = describe_parameter(param, group), method.needs_one_process(group)
-    if why is not None and (compressed or method.layerwise):
+    what, why = describe_parameter(param, group), method.needs_one_process(group, sharded=True)
+    if why is not None and compressed:
         raise NotImplementedError(f"{what} is sharded (DTensor), and {why}: {who} trains it in one process")
     if not hasattr(param.grad, "placements"):
         raise RuntimeError(f"{what} is sharded (DTensor), and its gradient is not")

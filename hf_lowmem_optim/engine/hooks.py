@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +19,14 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["GradientHooks", "is_hooked", "refuse_several_processes", "take_over"]
+__all__ = [
+    "GradientHooks",
+    "is_hooked",
+    "refuse_several_processes",
+    "sharded_later",
+    "take_over",
+    "waits_for_shards",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -117,3 +126,21 @@ def refuse_several_processes(what: str, instead: str, parameters: Iterable[Tenso
             f"{what} acts on a gradient during the backward pass, before DDP or FSDP has averaged it over the "
             f"processes; {instead}, or train in one process"
         )
+
+
+_sharded_later = ContextVar("_sharded_later", default=False)
+
+
+@contextmanager
+def sharded_later(is_so: bool) -> Iterator[None]:
+    """Build an optimizer whose parameters FSDP2 will split, and replace, after that: there is nothing to watch yet."""
+    token = _sharded_later.set(is_so)
+    try:
+        yield
+    finally:
+        _sharded_later.reset(token)
+
+
+def waits_for_shards(parameters: Iterable[Tensor]) -> bool:
+    """Return whether parameters are still to be split."""
+    return _sharded_later.get() and not any(hasattr(parameter, "placements") for parameter in parameters)

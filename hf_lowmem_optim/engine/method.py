@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -18,7 +18,7 @@ from hf_lowmem_optim.engine.options import Options, as_plain
 from hf_lowmem_optim.ops.low_rank import MOST_FACTOR_BYTES
 from hf_lowmem_optim.spec import TensorSpec
 
-__all__ = ["CoupledUpdate", "Method", "StateFunction", "Update"]
+__all__ = ["CoupledUpdate", "Method", "StagedUpdate", "StateFunction", "Update"]
 
 #: Slices and small factors that a step allocates whatever the sizes of its tensors, on a CPU and on other devices.
 _CPU_SLICES_BYTES, _DEVICE_SLICES_BYTES = 16 << 20, 80 << 20
@@ -76,6 +76,23 @@ class CoupledUpdate(Protocol):
 
 
 @dataclass(frozen=True)
+class StagedUpdate:
+    """An update of a matrix of which each process has a part: stages, between which the processes exchange numbers.
+
+    Attributes:
+        stages: ``(W, g, state, t, options, shape, axis)`` -> a generator of one step of a part: weight, gradient and
+            state tensors are this process's; ``shape`` is that of the whole matrix and ``axis`` the dimension along
+            which it is cut, as are the state tensors along their longest. It yields the state keys that it needs whole
+            and is sent these tensors, then yields lists of tensors that are to be added up over the processes, in
+            place. It returns whether it has taken the step; if not, it has not written anything, on no process.
+        exchanged: ``(shape, dtype, options, axis)`` -> the bytes of whole state tensors, and those of each sum.
+    """
+
+    stages: Callable[..., Generator[Any, Any, bool]]
+    exchanged: Callable[[Sequence[int], torch.dtype, Any, int], tuple[int, list[int]]]
+
+
+@dataclass(frozen=True)
 class Method:
     """A method: its options, its state, its update.
 
@@ -109,6 +126,9 @@ class Method:
             whose error, if any, is not in the gradient's own coordinates: ``(g, state, seed, options) -> None``.
         layerwise: Whether it updates during the backward pass.
         serves_flat: Whether it makes sense of a group's matrices as one flat vector a process, as DeepSpeed makes them.
+        block_entries: Of how many consecutive entries are the blocks that it treats each by itself, apart from a system
+            over all tensors, with some options; None with options for which that is not so.
+        staged: Its update of a matrix of which several processes have parts, for steps after the first.
 
     Raises:
         ValueError: There is no such switch, or not one update.
@@ -135,6 +155,8 @@ class Method:
     put_aside_: Callable[[Sequence[Tensor], Mapping[str, Tensor], int | None, Any], None] | None = None
     layerwise: bool = False
     serves_flat: bool = False
+    block_entries: Callable[[Any], int | None] | None = None
+    staged: StagedUpdate | None = None
 
     def __post_init__(self) -> None:
         """Check what a mistyped description would break later."""
@@ -303,9 +325,14 @@ class Method:
 
     # --------------------------------------------------------------------------------------------------- limits
 
-    def needs_one_process(self, group: Mapping[str, Any]) -> str | None:
-        """Return why a group cannot be trained by several processes, as a clause for a message; None if it can."""
-        if self.layerwise:
+    def needs_one_process(self, group: Mapping[str, Any], *, sharded: bool = False) -> str | None:
+        """Return why a group cannot be trained by several processes, as a clause for a message; None if it can.
+
+        Args:
+            group: The group.
+            sharded: Whether FSDP2 splits its parameters, whose hooks get gradients that are averaged.
+        """
+        if self.layerwise and not sharded:
             return "layer-wise mode uses a gradient before the processes have averaged it"
         if group.get("error_feedback") == "grad":
             return "error_feedback='grad' uses a gradient before the processes have averaged it"

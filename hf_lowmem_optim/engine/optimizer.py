@@ -28,9 +28,11 @@ from hf_lowmem_optim.engine.coupled import SHARED_STEP, check_agreement, note_ab
 from hf_lowmem_optim.engine.gradient_error import GradientErrors
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.options import Options, as_plain, check_group_keys
-from hf_lowmem_optim.engine.sharding.gathered import check_system, update_sharded_
 from hf_lowmem_optim.engine.sharding.layout import specs_at_rest
+from hf_lowmem_optim.engine.sharding.paths import Path
 from hf_lowmem_optim.engine.sharding.probe import without_gradient
+from hf_lowmem_optim.engine.sharding.system import check_system
+from hf_lowmem_optim.engine.sharding.update import update_sharded_
 from hf_lowmem_optim.engine.state import exact_load
 from hf_lowmem_optim.ops.dispatch import full_precision
 from hf_lowmem_optim.spec import TensorSpec
@@ -113,6 +115,7 @@ class LowMemoryOptimizer(Optimizer):
         self._specs: dict[tuple[Any, ...], tuple[bool, dict[str, TensorSpec]]] = {}
         self.checked: dict[Tensor, tuple[Mapping[str, TensorSpec], list[int]]] = {}
         self.unchecked: set[int] = set()
+        self.paths: dict[tuple[Any, ...], Path] = {}
         self._system_home: Tensor | None = None
         self._had_matrices: list[bool] = []
         if self.method.layerwise:
@@ -392,8 +395,8 @@ class LowMemoryOptimizer(Optimizer):
             self._backward.remove_hooks()
 
     def restore_hooks(self) -> None:
-        """Take hooks back that another optimizer of the same parameters took over; those that are removed stay off."""
-        if self._backward is not None and self._backward.hooks:
+        """Take hooks back that another optimizer took over, or that waited for shards; those removed stay off."""
+        if self._backward is not None and (self._backward.hooks or self._backward.waits):
             for index in range(len(self.param_groups)):
                 self._backward.watch(index)
 

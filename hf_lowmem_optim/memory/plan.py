@@ -10,21 +10,29 @@ import torch
 
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.sharding.gathered import gathered_bytes
-from hf_lowmem_optim.engine.sharding.layout import part_of_spec, specs_at_rest
+from hf_lowmem_optim.engine.sharding.layout import Split, own_part, part_of_spec, specs_at_rest
 from hf_lowmem_optim.memory.measure import Piece, StateReport, add_up, unwrap_optimizer
 from hf_lowmem_optim.registry import get_entry
 
-__all__ = ["compressed_bytes_per_parameter", "plan_groups", "plan_optimizer", "plan_state", "plan_temporaries"]
+__all__ = [
+    "Groups",
+    "compressed_bytes_per_parameter",
+    "plan_groups",
+    "plan_optimizer",
+    "plan_state",
+    "plan_temporaries",
+]
 
 Groups = Sequence[Mapping[str, Any]]
 """Parameter groups with every hyper-parameter, as ``optimizer.param_groups`` has them."""
 
 
-def plan_optimizer(optimizer: torch.optim.Optimizer) -> StateReport:
+def plan_optimizer(optimizer: torch.optim.Optimizer, *, local: bool = False) -> StateReport:
     """Predict the state of an optimizer once every one of its parameters has had a gradient.
 
     Args:
         optimizer: An optimizer of this package, stepped or not, or accelerate's wrapper around one.
+        local: Count this process's part of sharded tensors (DTensors) instead of all parts together.
 
     Returns:
         The report; equal to :func:`~hf_lowmem_optim.memory.measure.measure_state` after a step, to the byte.
@@ -38,7 +46,7 @@ def plan_optimizer(optimizer: torch.optim.Optimizer) -> StateReport:
             f"plan_optimizer cannot predict the state of {type(inner).__name__}; it knows the optimizers of "
             "hf_lowmem_optim. Use measure_state after the first step"
         )
-    return plan_groups(type(inner), inner.param_groups)
+    return plan_groups(type(inner), inner.param_groups, local=local)
 
 
 def plan_state(
@@ -66,7 +74,12 @@ def plan_state(
 
 
 def plan_groups(
-    optimizer_class: type[LowMemoryOptimizer], groups: Groups, *, num_shards: int = 1, rank: int = 0
+    optimizer_class: type[LowMemoryOptimizer],
+    groups: Groups,
+    *,
+    num_shards: int = 1,
+    rank: int = 0,
+    local: bool = False,
 ) -> StateReport:
     """Sum the specs of all parameters in the groups.
 
@@ -76,18 +89,25 @@ def plan_groups(
         num_shards: Over how many processes FSDP2 splits the parameters. What belongs to all parameters together, what
             is too small to be split, and constants are on every process.
         rank: For which of them the report is; the first has the largest parts.
+        local: Count this process's part of the parameters that are sharded already.
     """
     method, pieces = optimizer_class.method, list[Piece]()
     for index, group in enumerate(groups):
         options = method.options_of(group)
-        for (shape, dtype), count in Counter((param.shape, param.dtype) for param in group["params"]).items():
-            specs = method.specs(shape, dtype, options)
+        alike: dict[Any, list[Any]] = {}
+        for param in group["params"]:
+            placed = getattr(param, "device_mesh", None), getattr(param, "placements", None)
+            alike.setdefault((param.shape, param.dtype, placed), []).append(param)
+        for (shape, dtype, _), params in alike.items():
+            specs, count = method.specs(shape, dtype, options), len(params)
+            compressed = method.compressed_state(shape, dtype, options) is not None
+            if num_shards > 1 or hasattr(params[0], "placements"):
+                specs = specs_at_rest(specs)
             if num_shards > 1:
-                compressed = method.compressed_state(shape, dtype, options) is not None
-                specs = {
-                    key: part_of_spec(spec, shape, num_shards, rank, compressed=compressed)
-                    for key, spec in specs_at_rest(specs).items()
-                }
+                split, parts = Split(num_shards), specs.items()
+                specs = {key: part_of_spec(spec, shape, split, rank, compressed=compressed) for key, spec in parts}
+            elif local and hasattr(params[0], "placements"):
+                specs = {key: own_part(spec, params[0], compressed=compressed) for key, spec in specs.items()}
             for spec in specs.values():
                 pieces.append(Piece(index, spec.component, spec.dtype, count * spec.stored_bytes, spec.in_gradient))
     common = (*method.shared_specs(groups).values(), *method.constants_of(groups).values())

@@ -10,7 +10,7 @@ from typing import Any
 from hf_lowmem_optim.memory.byte_sizes import format_bytes
 from hf_lowmem_optim.memory.plan_types import MemoryPlan, OptimizerPlan
 
-__all__ = ["plot_plan", "plot_report"]
+__all__ = ["plot_plan", "plot_report", "plot_runs"]
 
 _DPI = 110
 _WIDTH = 11.0  # inches
@@ -76,6 +76,29 @@ def plot_report(report: Mapping[str, Any], path: str | Path) -> None:
     _draw_curve(loss, history, {"loss": "training", "eval_loss": "evaluation"}, "loss")
     _draw_curve(rate, history, {"learning_rate": "learning rate"}, "learning rate")
     figure.suptitle(f"{report['optimizer']}: {report['num_parameters']:,} trained parameters", fontsize=12)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def plot_runs(
+    histories: Mapping[str, Sequence[Mapping[str, Any]]], stacks: Mapping[str, Mapping[str, int]], path: str | Path
+) -> None:
+    """Draw runs beside each other: their training losses, and the state of each by component.
+
+    Args:
+        histories: What each run logged, by the run's name.
+        stacks: Bytes of state by component, by the run's name.
+        path: The picture; its suffix chooses the format.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    pyplot = _pyplot()
+    figure = pyplot.figure(figsize=(_WIDTH, 6.2), dpi=_DPI, layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.35, 1.0))
+    losses = [{"step": e.get("step"), name: e.get("loss")} for name, history in histories.items() for e in history]
+    _draw_curve(top.subplots(), losses, {name: name for name in histories}, "training loss")
+    _draw_stacks(bottom.subplots(), stacks)
     figure.savefig(path)
     pyplot.close(figure)
 

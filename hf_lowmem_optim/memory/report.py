@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,10 +16,20 @@ from hf_lowmem_optim.engine.options import shown
 from hf_lowmem_optim.memory.byte_sizes import format_bytes
 from hf_lowmem_optim.memory.json_file import check_shape, read_json
 from hf_lowmem_optim.memory.measure import StateReport, measure_state, unwrap_optimizer
+from hf_lowmem_optim.memory.plan import plan_optimizer
 from hf_lowmem_optim.memory.plan_table import align
 from hf_lowmem_optim.memory.step_memory import StepMemory
 
-__all__ = ["REPORT_NAME", "REPORT_SCHEMA", "build_report", "load_report", "report_text", "settings_text"]
+__all__ = [
+    "REPORT_NAME",
+    "REPORT_SCHEMA",
+    "build_report",
+    "load_report",
+    "predicted_state",
+    "report_text",
+    "settings_text",
+    "write_report",
+]
 
 REPORT_NAME = "optimizer_state_report.json"
 REPORT_SCHEMA = "hf-lowmem-optim/report/1"
@@ -35,22 +46,35 @@ _SHAPE = {
     "groups": [{"num_parameters": int, "description": str}],
     "gradients?": {"peak_bytes": int, "all_bytes": int},
     "step_memory?": {"device": str, "peak_bytes?": int, "process_rss_bytes?": int},
+    "step_seconds?": [{"step": int, "seconds": (int, float)}],
     "log_history": [dict],
 }
 
 
+def predicted_state(optimizer: Optimizer) -> StateReport | None:
+    """Return the planned state of an optimizer, None if it is not of this package."""
+    return plan_optimizer(optimizer) if isinstance(unwrap_optimizer(optimizer), LowMemoryOptimizer) else None
+
+
 def build_report(
     optimizer: Optimizer,
-    measured: StateReport,
-    predicted: StateReport | None,
-    step_memory: StepMemory | None,
-    log_history: Sequence[Mapping[str, Any]],
+    log_history: Sequence[Mapping[str, Any]] = (),
+    step_seconds: Sequence[Mapping[str, float]] = (),
+    step_memory: StepMemory | None = None,
 ) -> dict[str, Any]:
     """Put a run's report together, as JSON values in the layout that ``"schema"`` names.
 
-    ``measured`` is the state of all processes together; ``predicted`` is None for optimizers that nothing describes.
+    Args:
+        optimizer: The optimizer after its first step, of this package or not.
+        log_history: What was logged: ``"step"`` beside ``"loss"``, ``"eval_loss"``, ``"learning_rate"``,
+            ``"grad_norm"``, as the Trainer does.
+        step_seconds: Mean ``"seconds"`` of a training step since the entry before, up to ``"step"``.
+        step_memory: What the device said of a step.
+
+    Returns:
+        The report, for :func:`write_report`; state is that of all processes together.
     """
-    inner = unwrap_optimizer(optimizer)
+    inner, measured, predicted = unwrap_optimizer(optimizer), measure_state(optimizer), predicted_state(optimizer)
     return {
         "schema": REPORT_SCHEMA,
         "optimizer": type(inner).__name__,
@@ -63,8 +87,23 @@ def build_report(
         "groups": [_describe_group(inner, group) for group in inner.param_groups],
         "gradients": _gradients(inner),
         "step_memory": None if step_memory is None else asdict(step_memory),
+        "step_seconds": [dict(entry) for entry in step_seconds],
         "log_history": [dict(entry) for entry in log_history],
     }
+
+
+def write_report(report: Mapping[str, Any], directory: str | Path) -> Path:
+    """Write a report where ``hf-lowmem-optim report DIR`` finds it: all of it, or nothing.
+
+    Returns:
+        The file.
+    """
+    path = Path(directory) / REPORT_NAME
+    unfinished = path.with_suffix(".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+    return path
 
 
 def load_report(path: Path) -> dict[str, Any]:
@@ -162,7 +201,11 @@ def _describe_group(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str,
     words = [f"weight_decay {group['weight_decay']:g}"] if "weight_decay" in group else []
     if isinstance(optimizer, LowMemoryOptimizer):
         dense, switch = optimizer.method.is_dense(group), optimizer.method.switch[0]
-        words.insert(0, "dense" if dense else "compressed")
+        compressed = sum(p.numel() for p in group["params"] if optimizer.method.compresses(p.shape, group))
+        rest = sum(p.numel() for p in group["params"]) - compressed
+        words.insert(
+            0, f"compressed, but for {rest:,}" if compressed and rest else "compressed" if compressed else "dense"
+        )
         # the schedule changes lr itself
         now = {**group, "lr": group.get("initial_lr", group["lr"])}
         skipped = {"weight_decay", *((switch,) if dense else ())}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Generator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -13,6 +14,7 @@ from hf_lowmem_optim.ops.dispatch import Op
 
 __all__ = [
     "MOST_FACTOR_BYTES",
+    "MOST_PROJECTION",
     "PRODUCTS_VARIABLE",
     "PROJECTION_NOISE",
     "Coefficients",
@@ -20,6 +22,7 @@ __all__ = [
     "leading_left_singular_vectors",
     "of_safe_size",
     "orthonormalize",
+    "orthonormalize_rows",
     "precision_of_products",
     "projection_noise",
     "seeded_sketch",
@@ -32,10 +35,14 @@ PRODUCTS_VARIABLE = "HF_LOWMEM_OPTIM_PRODUCTS"
 
 #: Of the largest projection of a column: what is smaller is rounding, of products and of the basis, up to 6e-7 of it.
 PROJECTION_NOISE = 2.0**-20
+#: Of a projection: larger ones count as this, so that squares of moments stay in float32's range.
+MOST_PROJECTION = 2.0**56
 #: What the factors of all matrices of one call may take, unless those of one take more.
 MOST_FACTOR_BYTES = 1 << 28
 #: Terms from which on a 4-bit error has bfloat16 products.
 _MOST_TF32_TERMS = 64
+#: Of columns of unit length, the least distance of one from those before it with which two passes are enough.
+_LEAST_PIVOT = 1e-5
 _OVERSAMPLING = 8
 _POWER_ITERATIONS = 2
 _SEED = 0
@@ -147,6 +154,42 @@ def _orthonormal_columns(Y: Tensor) -> Tensor:
     """Return Q of the Householder QR decomposition."""
     basis: Tensor = torch.linalg.qr(Y)[0]
     return basis
+
+
+def orthonormalize_rows(
+    Y: Tensor, others: Sequence[Tensor]
+) -> Generator[list[Tensor], None, tuple[Tensor, Tensor] | None]:
+    """Orthonormalize the columns of matrices of which every process has some rows, by Cholesky QR twice.
+
+    Args:
+        Y: This process's rows, float32 (batch, rows, r).
+        others: This process's rows of other matrices, float32 (batch, rows, any number of columns).
+
+    Yields:
+        Tensors that are to be added up over all processes, in place.
+
+    Returns:
+        The rows of U and, of all rows, Uᵀ times the others, side by side; None, on all processes, where columns nearly
+        depend on each other or are not finite.
+    """
+    r = Y.shape[2]
+    gram = Y.mT.double() @ Y.double()
+    yield [gram]
+    scale = gram.diagonal(dim1=1, dim2=2).rsqrt()
+    factor, info = torch.linalg.cholesky_ex(gram * scale[:, :, None] * scale[:, None])
+    # not `<`, which NaN is not; added up as well, so that processes whose libraries differ agree
+    failed = (info != 0) | ~(factor.diagonal(dim1=1, dim2=2).amin(1) > _LEAST_PIVOT)
+    failures = failed.any().to(torch.float32).view(1)
+    columns = torch.linalg.solve_triangular(factor.mT, Y.double() * scale[:, None], upper=True, left=False).float()
+    # the second time together with the products, which its factor corrects
+    products = torch.cat([columns.mT @ each for each in (columns, *others)], dim=2)
+    yield [products, failures]
+    if float(failures) > 0:
+        return None
+    products = products.double()
+    factor = torch.linalg.cholesky_ex(products[:, :, :r])[0]
+    U = torch.linalg.solve_triangular(factor.mT, columns.double(), upper=True, left=False)
+    return U.float(), torch.linalg.solve_triangular(factor, products[:, :, r:], upper=False).float()
 
 
 def of_safe_size(V: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ Per matrix W (p × q, the smaller dimension first; a tall matrix is used transpo
 | ξ      | `error…`     | W      | `error_feedback` | 4, 2, 1.06, 0.56 or 0    |
 
 Where a gradient has a rank below r, the spare columns of U project it to rounding noise, which m̂/√v̂ would turn into
-full steps: an entry of p̃ below 2⁻²⁰ of the largest of its column counts as zero.
+full steps: an entry of p̃ below 2⁻²⁰ of the largest of its column counts as zero. One beyond 2⁵⁶ counts as 2⁵⁶, so that
+gradients of any size leave the weights finite, as AdamW does.
 
 Six products of p·q·r multiplications a step. Besides a itself, and a float32 copy of a narrower W, nothing of the size
 of W is allocated; by the fused version of a later step on a GPU (``ops/triton/ldadam_step.py``), not even those.
@@ -29,20 +30,35 @@ of W is allocated; by the fused version of a later step on a GPU (``ops/triton/l
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from hf_lowmem_optim.engine.buckets import most_tensors
-from hf_lowmem_optim.engine.error_feedback import FORMATS, ErrorFeedback, add_residual, error_state, save_residual_
-from hf_lowmem_optim.engine.method import Method
+from hf_lowmem_optim.engine.error_feedback import (
+    FORMATS,
+    ErrorFeedback,
+    add_residual,
+    check_rounding,
+    error_state,
+    save_residual_,
+)
+from hf_lowmem_optim.engine.method import Method, StagedUpdate
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import COUNT, UNIT, Options, option
 from hf_lowmem_optim.ops.dispatch import Op
-from hf_lowmem_optim.ops.low_rank import PROJECTION_NOISE, Coefficients, leading_left_singular_vectors, orthonormalize
+from hf_lowmem_optim.ops.low_rank import (
+    MOST_PROJECTION,
+    PROJECTION_NOISE,
+    Coefficients,
+    leading_left_singular_vectors,
+    of_safe_size,
+    orthonormalize,
+    orthonormalize_rows,
+)
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["LDAdam", "LDAdamOptions", "ldadam_state", "ldadam_update_"]
@@ -75,11 +91,7 @@ class LDAdamOptions(Options):
 
     def check(self) -> None:
         """Refuse a rounding that rounds nothing."""
-        if self.stochastic_rounding and self.error_feedback not in FORMATS:
-            raise ValueError(
-                f"stochastic_rounding=True needs a quantized error, error_feedback='8bit' or '4bit', not "
-                f"{self.error_feedback!r}"
-            )
+        check_rounding(self.stochastic_rounding, self.error_feedback)
 
 
 def ldadam_state(shape: Sequence[int], dtype: torch.dtype, o: LDAdamOptions) -> dict[str, TensorSpec] | None:
@@ -139,7 +151,7 @@ def ldadam_update_(
     else:
         # 3. V ← bᵀU₋;  Y ← bV;  U ← orthonormalize(Y), with b = s·U₋m + (1 − ρ)·a
         s = numbers.momentum_weight
-        V = torch.baddbmm(m, old.mT, a, beta=s, alpha=1 - o.rho).mT
+        V = of_safe_size(torch.baddbmm(m, old.mT, a, beta=s, alpha=1 - o.rho).mT)
         U = orthonormalize((old @ (m @ V)).baddbmm_(a, V, beta=s, alpha=1 - o.rho))
     bases = torch.cat((old.mT, U.mT), dim=1)  # U₋ᵀ over Uᵀ, [n, 2r, p]
     old_rows, rows = bases.tensor_split(2, dim=1)
@@ -169,8 +181,8 @@ def ldadam_moments_(R: Tensor, m: Tensor, v: Tensor, p: Tensor, numbers: Coeffic
         R: UᵀU₋, float32 [n, r, r]; contiguous, as all tensors here.
         m: First moments, float32 [n, r, q]; written.
         v: Second moments, likewise.
-        p: p̃, likewise; entries below ``PROJECTION_NOISE`` of the largest of their column count as zero. Overwritten
-            with the direction m/(√v + δ).
+        p: p̃, likewise; entries below ``PROJECTION_NOISE`` of the largest of their column count as zero, those beyond
+            ``MOST_PROJECTION`` as that. Overwritten with the direction m/(√v + δ).
         numbers: The numbers of this step.
 
     Returns:
@@ -179,6 +191,7 @@ def ldadam_moments_(R: Tensor, m: Tensor, v: Tensor, p: Tensor, numbers: Coeffic
     β1, β2, k = numbers.beta1, numbers.beta2, numbers.correction
     size = p.abs()
     p.mul_(size >= size.amax(1, keepdim=True).mul_(PROJECTION_NOISE))
+    p.div_(size.mul_(1 / MOST_PROJECTION).clamp_(min=1))  # unlike a clamp, it lets infinity become NaN
     del size
     # 5. m̃ ← R m
     m_moved = R @ m
@@ -211,6 +224,74 @@ def ldadam_descend_(W: Sequence[Tensor], U: Tensor, direction: Tensor, decay: fl
             weight.copy_(wide)
 
 
+def ldadam_stages_(
+    W: Sequence[Tensor],
+    g: Sequence[Tensor],
+    state: Mapping[str, Tensor],
+    t: int,
+    o: LDAdamOptions,
+    shape: Sequence[int],
+    axis: int,
+) -> Generator[Any, Any, bool]:
+    """Take a step after the first on a process's part of a matrix: a ``StagedUpdate``, its arguments those of a batch.
+
+    Where the larger dimension is cut, U is whole, and what has q columns is this process's; where the smaller one is,
+    U has this process's rows, and every process computes what has q columns.
+    """
+    tall = shape[0] > shape[1]
+    cuts_columns = (axis == 0) == tall
+    whole = yield (["basis"] if cuts_columns else ["exp_avg", "exp_avg_sq"])
+    kept = {key: whole[key][None] if key in whole else state[key] for key in ("exp_avg", "exp_avg_sq", "basis")}
+    m, v, old = (tensor.float().contiguous() for tensor in kept.values())
+    numbers, fmt = Coefficients.of_step(t, o), FORMATS.get(o.error_feedback)
+    # 1. a ← g + ξ, not in the error's own buffer: the step may not be taken
+    residual = add_residual(g, {key: part.clone() for key, part in state.items() if key == "error"} or state, fmt)
+    a = residual.mT if tall else residual
+    # 3. V ← bᵀU₋ = s·mᵀ + (1 − ρ)·aᵀU₋;  Y ← bV
+    s = numbers.momentum_weight
+    Vt = old.mT @ a
+    if not cuts_columns:
+        yield [Vt]
+    V = Vt.mul_(1 - o.rho).add_(m, alpha=s).mT
+    V = V if cuts_columns else of_safe_size(V)
+    Y = (old @ (m @ V)).baddbmm_(a, V, beta=s, alpha=1 - o.rho)
+    if cuts_columns:
+        yield [Y]
+        if not bool(torch.isfinite(Y).all()):  # on all processes: what is added up has the same bits
+            return False
+        # U ← orthonormalize(Y);  R ← UᵀU₋   4. p̃ ← Uᵀa
+        U = orthonormalize(Y)
+        R, p = U.mT @ old, U.mT @ a
+    else:
+        found = yield from orthonormalize_rows(Y, (old, a))
+        if found is None:
+            return False
+        U, products = found
+        R, p = (part.contiguous() for part in products.tensor_split([old.shape[2]], dim=2))
+    # 5. to 8.
+    factors = ldadam_moments_(R, m, v, p, numbers)
+    if o.error_feedback != "none":
+        # 6. ξ ← a − U(p̃ + c·m̃) + c·U₋m
+        torch.baddbmm(a, torch.cat((old, U), dim=2), factors, out=a)
+        save_residual_(state, residual, fmt)
+    # 9. W ← W·(1 − lr·weight_decay) − lr·U[m̂ / (√v̂ + eps)]
+    ldadam_descend_([weight.mT if tall else weight for weight in W], U, p, numbers.decay, numbers.step_size)
+    for stored, value in zip(kept.values(), (m, v, U), strict=True):
+        stored.copy_(value)
+    return True
+
+
+def ldadam_exchanged(shape: Sequence[int], dtype: torch.dtype, o: LDAdamOptions, axis: int) -> tuple[int, list[int]]:
+    """Return the bytes that the stages of :func:`ldadam_stages_` put together, and those of each of their sums."""
+    assert o.rank is not None
+    rows, columns, r = shape[0], math.prod(shape[1:]), o.rank
+    p, q = sorted((rows, columns))
+    stored = dtype.itemsize if o.state_dtype == "param" else 4
+    if (axis == 0) == (rows > columns):
+        return stored * p * r, [4 * p * r]
+    return 2 * stored * r * q, [4 * r * q, 8 * r * r, 4 * (r * (2 * r + q) + 1)]
+
+
 class LDAdam(LowMemoryOptimizer):
     """LDAdam: Adam with low-rank states, error feedback and a subspace tracked at every step.
 
@@ -237,4 +318,5 @@ class LDAdam(LowMemoryOptimizer):
         # Factors, at most 5.4; the first step's exact SVD, at most 6 if not for a rank below 4: of fewer than 24 rows,
         # it takes 2 matrices, which the constant of every step covers up to 1.5 million entries.
         scratch_state=6.0,
+        staged=StagedUpdate(ldadam_stages_, ldadam_exchanged),
     )

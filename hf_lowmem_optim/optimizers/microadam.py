@@ -197,6 +197,8 @@ class MicroAdam(LowMemoryOptimizer):
         scratch=0,
         whole=True,
         serves_flat=True,
+        # what is rounded at random goes by an entry's place
+        block_entries=lambda o: None if o.stochastic_rounding else o.block_size,
         check_loaded=lambda state, shape, o: fault_of_indices(
             state["indices"], math.prod(shape), o.block_size, o.density
         ),

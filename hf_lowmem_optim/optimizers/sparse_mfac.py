@@ -225,6 +225,7 @@ class SparseMFAC(LowMemoryOptimizer):
         shared_state=gram_state,
         shared_options=("scope", "window", "damping"),
         absent_=clear_sparse_row_,
+        block_entries=lambda o: o.block_size if o.scope == "model" else None,
         check_loaded=lambda state, shape, o: fault_of_indices(
             state["indices"], math.prod(shape), o.block_size, o.density
         ),

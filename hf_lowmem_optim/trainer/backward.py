@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from accelerate.state import GradientState
+from accelerate.state import AcceleratorState, GradientState, is_initialized
 from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerState, TrainingArguments
@@ -24,7 +24,7 @@ from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.memory.measure import unwrap_optimizer
 from hf_lowmem_optim.trainer.callbacks import add_to_log
 
-__all__ = ["BackwardCallback", "check_adapters", "check_backward_arguments"]
+__all__ = ["BackwardCallback", "check_adapters", "check_backward_arguments", "shards_later"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +57,14 @@ def check_backward_arguments(
         return
     if args.fp16:
         raise ValueError(f"fp16=True scales the loss and {scales}. Train with bf16=True, or {instead}")
-    if args.world_size > 1:
-        raise ValueError(
-            f"{uses} before the {args.world_size} processes have averaged it. Train in one process, or {instead}"
-        )
+    if args.world_size > 1 and not (method.layerwise and shards_later()):
+        remedy = "Train in one process, or with FSDP2" if method.layerwise else "Train in one process"
+        raise ValueError(f"{uses} before the {args.world_size} processes have averaged it. {remedy}, or {instead}")
+
+
+def shards_later() -> bool:
+    """Return whether accelerate will shard the model with FSDP2 when it prepares it."""
+    return is_initialized() and bool(getattr(AcceleratorState(), "is_fsdp2", False))
 
 
 def check_adapters(model: nn.Module, who: str) -> None:

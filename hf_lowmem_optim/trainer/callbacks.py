@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import time
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.memory.byte_sizes import format_bytes
 from hf_lowmem_optim.memory.measure import StateReport, measure_state, unwrap_optimizer
-from hf_lowmem_optim.memory.plan import plan_optimizer
-from hf_lowmem_optim.memory.report import REPORT_NAME, build_report, report_text
+from hf_lowmem_optim.memory.report import build_report, predicted_state, report_text, write_report
 from hf_lowmem_optim.memory.step_memory import StepMemory, StepMemoryMeter
 
 __all__ = ["EarlyLogCallback", "OptimizerStateMemoryCallback", "add_to_log", "log_early"]
@@ -29,7 +26,7 @@ _callbacks_of: WeakKeyDictionary[Optimizer, list[TrainerCallback]] = WeakKeyDict
 
 
 class OptimizerStateMemoryCallback(TrainerCallback):
-    """Logs the measured bytes of optimizer state with every training log, and reports on the run at its end.
+    """Logs the measured bytes of optimizer state with the training logs, and reports on the run at its end.
 
     Keys of the logs: ``optimizer_state/total_bytes``, ``optimizer_state/<component>_bytes`` (``first_moment``,
     ``second_moment``, ``basis``, ``error``, ``dense``, ...), ``optimizer_state/group_<i>_bytes``; for comparison
@@ -45,8 +42,8 @@ class OptimizerStateMemoryCallback(TrainerCallback):
     table and writes ``optimizer_state_report.json`` to the output directory (``hf-lowmem-optim report DIR`` reads it);
     so it does with every checkpoint, for a run that does not come to its end. Where it cannot write, it warns.
 
-    Only training logs have the keys (those with a loss), on the main process, from the first step on. Tensors that
-    FSDP2 shards (DTensors) count with all their parts.
+    The first training log (one with a loss) has all keys, on the main process; later ones have the total and what is
+    another value than before. Tensors that FSDP2 shards (DTensors) count with all their parts.
 
     Args:
         reset_peak: Reset the device's process-wide peak counter before every step, so that the peak of each step is
@@ -61,14 +58,27 @@ class OptimizerStateMemoryCallback(TrainerCallback):
         self._meter = StepMemoryMeter(reset_peak=reset_peak)
         self._step_memory: StepMemory | None = None
         self._compared = False
+        self._logged: dict[str, int] = {}
+        # since the last log: seconds of training steps, and how many
+        self._begun, self._seconds, self._steps = 0.0, 0.0, 0
+        self._step_seconds: list[dict[str, float]] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: Any, optimizer: Optimizer | None = None, **_: Any
     ) -> None:
         """Begin a run, and make this callback known to the one that comes before the reporters."""
-        self._step_memory, self._compared = None, False
+        self._step_memory, self._compared, self._logged = None, False, {}
+        self._seconds, self._steps, self._step_seconds = 0.0, 0, []
         if optimizer is not None:
             log_early(optimizer, self)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
+        """Note the time before a training step."""
+        self._begun = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
+        """Add the step's time to those since the last log."""
+        self._seconds, self._steps = self._seconds + time.perf_counter() - self._begun, self._steps + 1
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: Any, optimizer: Optimizer | None = None, **_: Any
@@ -107,15 +117,11 @@ class OptimizerStateMemoryCallback(TrainerCallback):
         """Write the report, if there is anything to report, and return it."""
         if optimizer is None or args.output_dir is None or not state.is_world_process_zero:
             return None
-        if not (measured := measure_state(optimizer)).total_bytes:
+        report = build_report(optimizer, state.log_history, self._step_seconds, self._step_memory)
+        if not report["measured"]["total_bytes"]:
             return None
-        report = build_report(optimizer, measured, _predicted(optimizer), self._step_memory, state.log_history)
-        path = Path(args.output_dir) / REPORT_NAME
-        unfinished = path.with_suffix(".tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-            unfinished.replace(path)
+            write_report(report, args.output_dir)
         except OSError as error:  # a full disk must not cost the run its model, which is saved after this
             logger.warning("the report of the optimizer's state could not be written: %s", error)
         return report
@@ -123,18 +129,24 @@ class OptimizerStateMemoryCallback(TrainerCallback):
     def on_log(
         self, args: Any, state: TrainerState, control: Any, logs: Any = None, optimizer: Any = None, **_: Any
     ) -> None:
-        """Add the bytes to a training log, unless that is done."""
+        """Add the bytes that are not known yet to a training log, unless that is done."""
         if optimizer is None or not logs or not state.is_world_process_zero:
             return
         if ("loss" not in logs and "train_loss" not in logs) or "optimizer_state/total_bytes" in logs:
             return
         if not (report := measure_state(optimizer)).total_bytes:
             return
-        entries = _log_entries(report, _predicted(optimizer), self._step_memory)
+        if self._steps:
+            self._step_seconds.append({"step": state.global_step, "seconds": self._seconds / self._steps})
+            self._seconds, self._steps = 0.0, 0
+        entries = _log_entries(report, predicted_state(optimizer), self._step_memory)
         # layer-wise optimizers count what gradients take at once
         if (peak := getattr(unwrap_optimizer(optimizer), "peak_gradient_bytes", None)) is not None:
             entries["optimizer_state/gradient_peak_bytes"] = peak
-        add_to_log(state, logs, entries)
+        total = "optimizer_state/total_bytes"
+        new = {key: value for key, value in entries.items() if self._logged.get(key) != value or key == total}
+        self._logged.update(new)
+        add_to_log(state, logs, new)
 
 
 class EarlyLogCallback(TrainerCallback):
@@ -171,14 +183,9 @@ def add_to_log(state: TrainerState, logs: dict[str, Any], entries: Mapping[str, 
         state.log_history[-1].update(entries)
 
 
-def _predicted(optimizer: Optimizer) -> StateReport | None:
-    """Return the planned state of the optimizer, None if it is not of this package."""
-    return plan_optimizer(optimizer) if isinstance(unwrap_optimizer(optimizer), LowMemoryOptimizer) else None
-
-
 def _compare(optimizer: Optimizer, measured: StateReport) -> None:
     """Warn if the state differs from the plan, with the reason if it is a known one."""
-    predicted = _predicted(optimizer)
+    predicted = predicted_state(optimizer)
     if predicted is None or measured == predicted:
         return
     inner = unwrap_optimizer(optimizer)

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pydoc_data.topics import topics
 from typing import Any
 
 import torch
 from torch.utils.data import TensorDataset
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.training_args import OptimizerNames
 
 from hf_lowmem_optim.engine.options import nearest, shown
 from hf_lowmem_optim.memory.measure import measure_state
 from hf_lowmem_optim.registry import OPTIMIZERS
-from hf_lowmem_optim.trainer.callbacks import OptimizerStateMemoryCallback
 from hf_lowmem_optim.trainer.strings import register_optimizer_strings
 
 __all__ = ["DEMO_LEARNING_RATES", "DemoResult", "demo_model", "documentation", "run_demo"]
@@ -43,6 +43,23 @@ class DemoResult:
     seconds: float  # wall time of train()
     state_bytes: int
     num_parameters: int
+    component_bytes: Mapping[str, int]
+    log_history: Sequence[Mapping[str, Any]]
+
+
+class _ShortLog(ProgressCallback):
+    """The Trainer's bar, with one short line for each log instead of a dictionary."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Write the line above the bar; what comes at the end is in the table."""
+        bar: Any = self.training_bar
+        if logs and "loss" in logs and bar is not None:
+            step, rate = f"step {state.global_step:>5,} of {state.max_steps:,}", f"{logs['learning_rate']:.2e}"
+            bar.write(f"{self._name:<16}  {step}  loss {logs['loss']:.3f}  learning rate {rate}")
 
 
 def run_demo(
@@ -99,8 +116,10 @@ def _train(optim: str, learning_rate: float, num_steps: int, seed: int, optim_ar
             seed=seed,
             dataloader_pin_memory=False,
         )
-        callbacks: list[TrainerCallback] = [OptimizerStateMemoryCallback()]
-        trainer = Trainer(model, args, _collate, training_set, held_out_set, callbacks=callbacks)
+        trainer = Trainer(model, args, _collate, training_set, held_out_set)
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+        trainer.add_callback(_ShortLog(optim))
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
@@ -108,7 +127,8 @@ def _train(optim: str, learning_rate: float, num_steps: int, seed: int, optim_ar
     final_loss = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1]
     assert trainer.optimizer is not None
     state = measure_state(trainer.optimizer)
-    return DemoResult(optim, learning_rate, final_loss, held_out_loss, seconds, state.total_bytes, state.num_parameters)
+    size = (state.total_bytes, state.num_parameters, state.component_bytes)
+    return DemoResult(optim, learning_rate, final_loss, held_out_loss, seconds, *size, trainer.state.log_history)
 
 
 def demo_model() -> LlamaForCausalLM:

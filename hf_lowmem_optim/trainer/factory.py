@@ -13,6 +13,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from hf_lowmem_optim.engine.adamw import adamw_state
+from hf_lowmem_optim.engine.hooks import sharded_later
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import POSITIVE, Options, check_number
@@ -21,7 +22,7 @@ from hf_lowmem_optim.memory.byte_sizes import format_bytes
 from hf_lowmem_optim.memory.plan import plan_optimizer
 from hf_lowmem_optim.memory.plan_table import align
 from hf_lowmem_optim.registry import get_entry
-from hf_lowmem_optim.trainer.backward import check_adapters, check_backward_arguments
+from hf_lowmem_optim.trainer.backward import check_adapters, check_backward_arguments, shards_later
 from hf_lowmem_optim.trainer.deepspeed import check_zero
 from hf_lowmem_optim.trainer.optim_args import hyperparameters_from_training_args
 from hf_lowmem_optim.trainer.overrides import (
@@ -218,7 +219,8 @@ class OptimizerFactory:
         check_overrides_apply(self.overrides, own, placements, optimizer_class)
         placements = scale_dense_rates(placements, own, self.dense_lr_ratio, everyone["lr"])
         groups = build_param_groups(placements, method.switch, everyone["weight_decay"], given)
-        return optimizer_class(groups, **everyone), placements
+        with sharded_later(shards_later()):
+            return optimizer_class(groups, **everyone), placements
 
     def __repr__(self) -> str:
         own = {key: getattr(self, key) for key in ("target_modules", "overrides", "lr_ratio", "dense_lr_ratio")}

@@ -52,7 +52,7 @@ def test_the_check_finds_a_changed_figure(run: Run, tmp_path: Path, capsys: pyte
     save_run(run, tmp_path / "step_time.json")
     readme = tmp_path / "README.md"
     readme.write_text("<!-- test command -->\nx\n<!-- end -->\n<!-- table: step_time_minilm -->\n<!-- end -->\nafter\n")
-    arguments = ["--readme", str(readme), "--results", str(tmp_path)]
+    arguments = ["--pages", str(readme), "--results", str(tmp_path)]
     assert render.main([*arguments, "--check"]) == 1
     assert render.main(arguments) == 0 == render.main([*arguments, "--check"])
     written = readme.read_text()
@@ -65,4 +65,4 @@ def test_the_check_finds_a_changed_figure(run: Run, tmp_path: Path, capsys: pyte
     assert {"-| a | 1.25 | 2 KiB |", "+| a | 1.35 | 2 KiB |"} <= set(capsys.readouterr().out.splitlines())
     for text, message in (("| a |\n", "no '<!-- end"), ("<!-- end -->\n", "'none'")):
         with pytest.raises(ValueError, match=message):
-            render.render_readme(f"<!-- table: none -->\n{text}", tmp_path)
+            render.render_page(f"<!-- table: none -->\n{text}", tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import re
 import runpy
 import signal
 import sys
@@ -23,7 +24,7 @@ pytest.importorskip("numba")
 import numba
 
 from hf_lowmem_optim.ops.cpu import block_quant, jit, launch, sparse_window
-from hf_lowmem_optim.ops.cpu.jit import Loop
+from hf_lowmem_optim.ops.cpu.jit import Loop, _Compilation
 from hf_lowmem_optim.ops.sparse_window import SparseWindow, window_combine_
 from tests.ops.backends import Use, python, same, window_descend_, window_gram_row, window_update_
 from tests.ops.test_foreach import ODD, TENSORS, make_all, run
@@ -261,25 +262,37 @@ class Fresh:
 @pytest.fixture
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fresh:
     monkeypatch.setattr(Loop, "_reported", False)
+    monkeypatch.setattr(_Compilation, "_said", False)
     made = Fresh(tmp_path / "loops_of_a_test.py", tmp_path / "cache")
     made.path.write_text(SOURCE)
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(made.cache))
     return made
 
 
-def records(caplog: Any) -> list[str]:
+def messages(caplog: Any) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "hf_lowmem_optim.ops.cpu.jit"]
+
+
+def records(caplog: Any) -> list[str]:
+    """What is said besides that loops are compiled."""
+    return [message for message in messages(caplog) if not message.startswith("numba compile")]
 
 
 def test_a_loop_is_compiled_once_and_kept(fresh: Fresh, caplog: pytest.LogCaptureFixture) -> None:
     fresh.run()
     files = fresh.files()
     assert len(files) == 4
+    explained, *times = messages(caplog)
+    assert "once for each installation" in explained
+    assert [re.sub(r"[\d.]+ s", "", each) for each in times] == [
+        f"numba compiled the loop {name!r} in " for name in ("double", "total")
+    ]
+    caplog.clear()
     module = fresh.run()
     assert fresh.files() == files
     with pytest.raises(TypeError):  # not compiled for a second set of types
         module.double.run([1.0], 1)
-    assert records(caplog) == []
+    assert messages(caplog) == []
 
 
 def test_an_error_of_the_compilation_comes_out(fresh: Fresh, caplog: pytest.LogCaptureFixture) -> None:

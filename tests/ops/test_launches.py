@@ -91,6 +91,34 @@ def test_a_step_launches_as_much_for_many_layers_as_for_few(name: str, dtype: to
     assert counts[0] == counts[1] == counts[2]
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "most"),
+    [
+        ("microadam", {"window": 10, "density": 0.01, "weight_decay": 0.1}, 8.5),
+        ("ldadam", {"rank": 1}, 15.5),  # of a side what 16 are of 2048
+        ("sparse_mfac", {"window": 32, "density": 0.01}, 12.0),
+    ],
+)
+def test_a_step_moves_fewer_bytes_than_adamw(name: str, options: dict[str, Any], most: float, use: Use) -> None:
+    """In bytes of weights, gradients and state per parameter, each launch's own; AdamW's step of bfloat16 moves 14."""
+    from tests.ops.interpreter.traffic import counted_launches
+
+    use("reference")
+    weights = [nn.Parameter(torch.randn(128, 512).bfloat16())]
+    optimizer = OPTIMIZERS[name].optimizer_class(weights, **options)
+    filled = options.get("window", 1)
+    for seed in range(filled):
+        step(optimizer, weights, seed)
+    use("triton")
+    with counted_launches() as launched:
+        step(optimizer, weights, filled)
+    (weight,), grad = weights, weights[0].grad
+    assert grad is not None
+    tensors = [weight, grad, *[part for part in optimizer.state[weight].values() if isinstance(part, Tensor)]]
+    moved = sum(launch.needed(tensors) for launch in launched) / weight.numel()
+    assert most / 2 < moved <= most
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_corrections_take_two_launches_a_rule(name: str, use: Use) -> None:
     """One that joins and one that splits, of all weights together, whatever their number."""

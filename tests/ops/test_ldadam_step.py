@@ -263,3 +263,11 @@ def test_the_precision_goes_by_the_storage_of_the_error(monkeypatch: pytest.Monk
     monkeypatch.setenv(PRODUCTS_VARIABLE, "tf64")
     with pytest.raises(ValueError, match="HF_LOWMEM_OPTIM_PRODUCTS='tf64' names no precision: set it to one of ieee, "):
         precision_of_products("4bit", 16)
+
+
+@pytest.mark.parametrize("scale", [1e24, 1e36])
+def test_gradients_whose_squares_overflow_leave_all_finite(scale: float) -> None:
+    W, g, state = matrices((64, 128), FP32, LDAdamOptions(rank=4))
+    for t in range(3, 6):
+        fused.later_step_(W, [each * scale for each in g], state, t, LDAdamOptions(rank=4))
+        assert all(value.float().isfinite().all() for value in (*W, *state.values()))

@@ -224,19 +224,28 @@ NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), 
 DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
 
 
-def make_params(dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu") -> dict[str, nn.Parameter]:
+def make_params(
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    device: str = "cpu",
+    shapes: Mapping[str, tuple[int, ...]] = SHAPES,
+) -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
-    return {k: nn.Parameter(torch.randn(s, generator=generator).to(device, dtype)) for k, s in SHAPES.items()}
+    return {k: nn.Parameter(torch.randn(s, generator=generator).to(device, dtype)) for k, s in shapes.items()}
 
 
 def gradients(
-    num_steps: int, dtype: torch.dtype = torch.float32, seed: int = 1, device: str = "cpu"
+    num_steps: int,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 1,
+    device: str = "cpu",
+    shapes: Mapping[str, tuple[int, ...]] = SHAPES,
 ) -> Iterator[dict[str, Tensor]]:
     """Gradients with a few strong directions that turn slowly, and noise."""
     generator = torch.Generator().manual_seed(seed)
-    base = {k: torch.randn(s, generator=generator) for k, s in SHAPES.items()}
+    base = {k: torch.randn(s, generator=generator) for k, s in shapes.items()}
     for _ in range(num_steps):
-        for key, shape in SHAPES.items():
+        for key, shape in shapes.items():
             base[key] = 0.9 * base[key] + 0.4 * torch.randn(shape, generator=generator)
         yield {k: (0.1 * v).to(device, dtype) for k, v in base.items()}
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_lowmem_optim import Dash, plan_state
 from hf_lowmem_optim.memory.table import llama_2_7b_tensors
 from hf_lowmem_optim.optimizers import dash
-from tests.optimizers.cases import CASES, PUBLISHED, assert_resumes, gradients
+from tests.optimizers.cases import PUBLISHED
 from tests.reference.dash import ReferenceDash
 
 SOLVERS = ("eigh", "newton_db", "coupled_newton")
@@ -280,9 +280,9 @@ LOW = {"statistics_dtype": "8bit", "root_dtype": "8bit", "moment_dtype": "8bit",
         (PUBLISHED, 24.04, 24.0),
         ({**PUBLISHED, "moment_dtype": "bf16", "grafting": "adafactor"}, 18.05, 18.07),
         ({**LOW, "moment_dtype": "bf16", "grafting": "adam"}, 8.15, 8.24),
-        ({}, 4.16, 4.30),
-        ({"root_dtype": "4bit"}, 3.66, 3.80),
-        ({"root_dtype": "4bit", "statistics_dtype": "4bit"}, 3.16, 3.31),
+        ({}, 3.22, 3.36),
+        ({"root_dtype": "4bit"}, 2.72, 2.87),
+        ({"root_dtype": "4bit", "statistics_dtype": "4bit"}, 2.22, 2.37),
     ],
     ids=str,
 )
@@ -294,14 +294,15 @@ def test_bytes_per_parameter_on_llama_2_7b(hyper: dict[str, Any], large: float, 
         assert most - 0.01 < report.total_bytes / report.num_parameters <= most
 
 
-def test_noise_of_a_quantized_moment_moves_nothing_that_never_had_a_gradient() -> None:
-    weight = nn.Parameter(torch.randn(10, 5, generator=torch.Generator().manual_seed(0)))
-    start, optimizer = weight.detach().clone(), Dash([weight], lr=1e-2, moment_dtype="8bit")
-    for _ in range(20):
-        optimizer.zero_grad()
-        weight.mv(torch.linspace(-1, 1, 5)).pow(2).sum().backward()
-        optimizer.step()
-    assert (weight.detach() - start).abs().max() < 1
+@pytest.mark.parametrize("moment_dtype", ["8bit", "bf16"])
+def test_a_stored_moment_goes_the_way_of_float32_on_badly_scaled_columns(moment_dtype: str) -> None:
+    """In 8 bits of m itself, noise of small columns is as large as that of their neighbours, and √v multiplies it."""
+    scales = np.logspace(0, -8, 64, dtype=np.float32)
+    scales[20] = 0
+    start, steps = torch.zeros(48, 64), [each * scales for each in drifting((48, 64), 30)]
+    hyper = {"block_size": 32, "spread": False, "grafting": "adafactor", "eps": 1e-30}
+    exact = train(start, steps, **{**PUBLISHED, **hyper})
+    assert off(train(start, steps, **{**PUBLISHED, **hyper, "moment_dtype": moment_dtype}), exact, start) <= 0.05
 
 
 def test_low_memory_storage_hardly_turns_the_steps() -> None:
@@ -315,12 +316,6 @@ def test_low_memory_storage_hardly_turns_the_steps() -> None:
     exact = train(start, steps, **hyper, **PUBLISHED)
     end = train(start, steps, **hyper, statistics_dtype="4bit", root_dtype="4bit")
     assert (end * exact).sum() / end.norm() / exact.norm() >= 0.995
-
-
-@pytest.mark.parametrize("name", ["dash", "dash as published"])
-@pytest.mark.parametrize("done", [4, 5])
-def test_resume_between_two_root_updates_is_bit_for_bit(name: str, done: int) -> None:
-    assert_resumes(CASES[name], list(gradients(9)), done, precondition_frequency=4)
 
 
 # ------------------------------------------------------------------------------------------------------ spread

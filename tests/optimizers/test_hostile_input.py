@@ -40,9 +40,8 @@ def case(request: pytest.FixtureRequest) -> Case:
 # ---------------------------------------------------------------------------------------------------- state dicts
 
 
-@pytest.mark.parametrize("layerwise", [False, True])
-def test_a_state_dict_with_something_wrong_is_refused_or_harmless(layerwise: bool) -> None:
-    names = [name for name, entry in OPTIMIZERS.items() if entry.optimizer_class.method.layerwise == layerwise]
+def test_a_state_dict_with_something_wrong_is_refused_or_harmless() -> None:
+    names = list(OPTIMIZERS)
     command = [sys.executable, "-W", "ignore", "-m", "tests.optimizers.state_fuzzer", "500", *names]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500 * len(names))
     assert done.returncode == 0, f"after {done.stdout}: {done.stderr[-2000:]}"
@@ -271,14 +270,14 @@ assert len(found) == 3 and all(torch.equal(found[0], each) for each in found), l
 
 @pytest.mark.parametrize("scale", [1e18, 1e24, 1e30, 1e36])
 def test_a_huge_gradient_raises_nothing(case: Case, scale: float) -> None:
-    """Beyond 1e18 products overflow in float32: LDAdam and Dash give NaN, where AdamW's weights stop moving."""
+    """Beyond 1e18 the products of Dash overflow float32: it gives NaN, where AdamW's weights stop moving."""
     params = make_params()
     optimizer = case.build(params.values())
     for grads in gradients(6):
         for key, param in params.items():
             param.grad = grads[key] * scale
         optimizer.step()
-        if scale == 1e18 or not case.name.startswith(("ldadam", "dash")):
+        if scale == 1e18 or not case.name.startswith("dash"):
             assert all(param.isfinite().all() for param in params.values())
 
 

@@ -6,9 +6,11 @@ a fork of a process that has used OpenMP may hang. Nothing waits forever: the gr
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -32,6 +34,9 @@ def launch(jobs: Sequence[Job], folder: Path, *, timeout: float = 120) -> list[l
         folder: For whatever the jobs leave to each other.
         timeout: Seconds for all of them.
 
+    Returns:
+        What each process of each job returned; None for one that called :func:`die`.
+
     Raises:
         AssertionError: A process failed; the message has the traceback of the first.
     """
@@ -42,9 +47,15 @@ def launch(jobs: Sequence[Job], folder: Path, *, timeout: float = 120) -> list[l
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout + 30, env=environment, cwd=root)
     assert done.returncode == 0, done.stderr[-4000:]
     return [
-        [pickle.loads((folder / f"{index}.{rank}").read_bytes()) for rank in range(world)]
-        for index, (_, world) in enumerate(jobs)
+        [pickle.loads(path.read_bytes()) if path.exists() else None for path in paths]
+        for paths in ([folder / f"{index}.{rank}" for rank in range(world)] for index, (_, world) in enumerate(jobs))
     ]
+
+
+def die(folder: Path) -> None:
+    """End this process at once, as a test of what becomes of the others; that is no failure."""
+    (folder / f"{os.getpid()}.died").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _main(folder: Path, timeout: float, names: Sequence[str]) -> int:
@@ -55,11 +66,13 @@ def _main(folder: Path, timeout: float, names: Sequence[str]) -> int:
     torch.set_num_threads(1)
     for module in {name.partition(":")[0] for name in names}:
         importlib.import_module(module)
+    # what was imported is nothing that the garbage collectors of the children need to look at
+    gc.freeze()
     deadline = time.monotonic() + timeout
     for index, name in enumerate(names):
         function, _, world = name.partition("=")
         children = [_fork(index, rank, int(world), function, folder) for rank in range(int(world))]
-        if not _all_ended_well(children, deadline):
+        if not _all_ended_well(children, deadline, folder):
             failures = [folder / f"{index}.{rank}.failed" for rank in range(int(world))]
             # the first to fail: the others waited for it
             told = sorted((path for path in failures if path.exists()), key=lambda path: path.stat().st_mtime_ns)
@@ -68,13 +81,13 @@ def _main(folder: Path, timeout: float, names: Sequence[str]) -> int:
     return 0
 
 
-def _all_ended_well(children: Sequence[int], deadline: float) -> bool:
+def _all_ended_well(children: Sequence[int], deadline: float, folder: Path) -> bool:
     left, well = set(children), True
     while left:
         ended, status = os.waitpid(-1, os.WNOHANG)
         if ended:
             left.discard(ended)
-            well &= status == 0
+            well &= status == 0 or (folder / f"{ended}.died").exists()
         elif time.monotonic() > deadline:
             for child in left:
                 os.kill(child, 9)

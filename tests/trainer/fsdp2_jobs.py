@@ -5,19 +5,61 @@ accelerate takes its FSDP2 path for GPUs only. The processes say that they have 
 
 from __future__ import annotations
 
+import importlib.util
+import io
+import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import accelerate.state
+import pytest
 import torch
+import torch.distributed as dist
 from accelerate.utils import DistributedType
+from peft import LoraConfig, get_peft_model
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from hf_lowmem_optim import OptimizerStateMemoryCallback
+from hf_lowmem_optim import LDAdam, OptimizerStateMemoryCallback, layerwise
+from hf_lowmem_optim.memory.measure import measure_state
+from hf_lowmem_optim.memory.plan import plan_optimizer
+from tests.sharding.processes import die
 
 SIZES = {"hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 2}
-SETTINGS = {"ldadam": "rank=4", "microadam": "min_compress_size=1000", "sparse_mfac": "density=0.1,window=4"}
+FULL, PARTS = "FULL_STATE_DICT", "SHARDED_STATE_DICT"
+EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "fsdp2_full_finetuning.py"
+EXAMPLE_OPTIONS = ["--max_steps", "2", "--save_steps", "1", "--batch_size", "2"]
+#: All processes together have this many rows in a micro-batch, and two micro-batches a step.
+ROWS = 4
+
+
+@dataclass(frozen=True)
+class Run:
+    """A way to train; every one accumulates, and clips but for layer-wise mode and what is compared with it."""
+
+    optim: str
+    optim_args: str
+    kind: str = FULL
+    dtype: torch.dtype = torch.float32
+    lora: bool = False
+    max_grad_norm: float = 1.0
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+RUNS = {
+    "ldadam": Run("ldadam", "rank=4", max_grad_norm=0),
+    "layerwise": Run("ldadam_layerwise", "rank=4", PARTS, max_grad_norm=0),
+    "bfloat16": Run("ldadam", "rank=4,weight_rounding=stochastic", PARTS, torch.bfloat16),
+    "microadam": Run("microadam", "min_compress_size=1000", config={"activation_checkpointing": True}),
+    "sparse_mfac": Run("sparse_mfac", "density=0.1,window=4", PARTS),
+    "lora": Run("ldadam", "rank=2", lora=True, config={"reshard_after_forward": False}),
+}
 
 
 def pretend_to_have_gpus() -> None:
@@ -30,55 +72,189 @@ def pretend_to_have_gpus() -> None:
     accelerate.state.PartialState.set_device = set_device  # type: ignore[method-assign]
 
 
-def train(folder: Path, optim: str, kind: str, resume: bool) -> Trainer:
-    """Train four steps with clipping and accumulation, or the last two of them after the checkpoint."""
+def make_trainer(folder: Path, run: Run, callbacks: Sequence[TrainerCallback] = (), **more: Any) -> Trainer:
+    """Build what trains four steps."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, tie_word_embeddings=False, **SIZES))
+    config = LlamaConfig(vocab_size=64, tie_word_embeddings=False, **SIZES)
+    model: Any = LlamaForCausalLM(config).to(run.dtype)
+    if run.lora:
+        model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
     rows = [{"input_ids": row, "labels": row} for row in (torch.arange(i, i + 16) % 64 for i in range(64))]
-    config = {"version": 2, "state_dict_type": kind, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+    fsdp = {"version": 2, "state_dict_type": run.kind, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
     args = TrainingArguments(
-        str(folder),
-        optim=optim,
-        optim_args=SETTINGS[optim],
-        max_steps=4,
-        save_steps=2,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        report_to="none",
-        disable_tqdm=True,
-        logging_steps=1,
-        dataloader_pin_memory=False,
-        fsdp=True,
-        fsdp_config=config,
-        learning_rate=1e-2,
-        max_grad_norm=1.0,
+        **{
+            "output_dir": str(folder),
+            "optim": run.optim,
+            "optim_args": run.optim_args,
+            "max_steps": 4,
+            "save_steps": 2,
+            "per_device_train_batch_size": ROWS // int(os.environ["WORLD_SIZE"]),
+            "gradient_accumulation_steps": 2,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "logging_steps": 1,
+            "dataloader_pin_memory": False,
+            "fsdp": True,
+            "fsdp_config": {**fsdp, **run.config},
+            "learning_rate": 1e-2,
+            "max_grad_norm": run.max_grad_norm,
+            **more,
+        }
     )
-    trainer = Trainer(model, args, train_dataset=rows, callbacks=[OptimizerStateMemoryCallback()])
-    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resume else None)
-    return trainer
+    return Trainer(model, args, train_dataset=rows, callbacks=[OptimizerStateMemoryCallback(), *callbacks])
 
 
-def train_and_resume(rank: int, world: int, folder: Path) -> dict[str, Any]:
+def whole(value: Any) -> Any:
+    return value.full_tensor().detach().clone() if isinstance(value, DTensor) else value
+
+
+class Recorder(TrainerCallback):
+    """Keeps weights and state as they are at a checkpoint, or where a run goes on from one."""
+
+    def __init__(self) -> None:
+        self.weights: list[Any] = []
+        self.state: list[Any] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if state.global_step:
+            self.record(**given)
+
+    def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if state.global_step == 2:
+            self.record(**given)
+
+    def record(self, model: Any = None, optimizer: Any = None, **_: Any) -> None:
+        self.weights = [whole(param) for param in model.parameters()]
+        inner = optimizer.optimizer
+        params = [param for group in inner.param_groups for param in group["params"]]
+        self.state = [{key: whole(value) for key, value in inner.state[param].items()} for param in params]
+
+
+def same(a: Any, b: Any) -> bool:
+    """Return whether weights or state are the same bit for bit."""
+    if isinstance(a, dict):
+        return bool(a.keys() == b.keys() and all(same(a[key], b[key]) for key in a))
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
+
+
+def train(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    """Train without a break; leave weights and state at the checkpoint and the weights of the end."""
     pretend_to_have_gpus()
     found = {}
-    for optim, kind in (
-        ("ldadam", "FULL_STATE_DICT"),
-        ("microadam", "FULL_STATE_DICT"),
-        ("sparse_mfac", "SHARDED_STATE_DICT"),
-    ):
-        ends, trainer = [], None
-        for resume in (False, True):
-            trainer = train(folder / optim, optim, kind, resume)
-            params = list(trainer.model.parameters())
-            assert trainer.accelerator.is_fsdp2 and all(isinstance(param, DTensor) for param in params)
-            ends.append([param.full_tensor().detach().clone() for param in params])
-        assert trainer is not None
-        inner = trainer.optimizer.optimizer
+    for name, run in RUNS.items():
+        recorder = Recorder()
+        trainer = make_trainer(folder / name, run, [recorder])
+        trainer.train()
+        params, inner = list(trainer.model.parameters()), trainer.optimizer.optimizer
+        assert trainer.accelerator.is_fsdp2 and all(isinstance(param, DTensor) for param in params)
+        assert all(param.dtype == run.dtype for param in params if param.requires_grad)
         assert any(inner.method.compresses(p.shape, group) for group in inner.param_groups for p in group["params"])
         logs = [log for log in trainer.state.log_history if "loss" in log]
-        found[optim] = (
-            all(torch.equal(a, b) for a, b in zip(*ends, strict=True)),
-            {state["step"] for state in inner.state.values()},
-            [log.get("optimizer_state/total_bytes") == log.get("optimizer_state/predicted_bytes") for log in logs],
+        assert rank or all(
+            0 < log["optimizer_state/total_bytes"] == logs[0]["optimizer_state/predicted_bytes"] for log in logs
         )
+        assert measure_state(inner, local=True) == plan_optimizer(inner, local=True), name
+        if inner.method.layerwise:
+            gradients = sum(param.to_local().nbytes for param in params)
+            assert 0 < inner.peak_gradient_bytes < gradients / 2 and all(log["grad_norm"] > 0 for log in logs)
+        end = [whole(param) for param in params]
+        if rank == 0:
+            torch.save((recorder.weights, recorder.state, end), folder / f"{name}.pt")
+            if name == "layerwise":
+                assert same(end, torch.load(folder / "ldadam.pt")[2])
+        found[name] = {state["step"] for state in inner.state.values()}
     return found
+
+
+def resume(rank: int, world: int, folder: Path) -> dict[str, tuple[bool, bool, float]]:
+    """Go on from the checkpoint: does it begin with the same bits, end with them, and how far off is the end?"""
+    pretend_to_have_gpus()
+    found = {}
+    for name in RUNS if world > 1 else ("bfloat16", "sparse_mfac", "lora"):
+        run = RUNS[name]
+        weights, state, end = torch.load(folder / f"{name}.pt")
+        recorder = Recorder()
+        trainer = make_trainer(folder / name, run, [recorder], save_strategy="no")
+        trainer.train(resume_from_checkpoint=str(folder / name / "checkpoint-2"))
+        begins = same(recorder.weights, weights) and same(recorder.state, state)
+        ours = [whole(param) for param in trainer.model.parameters()]
+        moved = sum(((a - b).float().square().sum() for a, b in zip(end, weights, strict=True)), torch.zeros(()))
+        off = sum(((a - b).float().square().sum() for a, b in zip(ours, end, strict=True)), torch.zeros(()))
+        found[name] = (begins, same(ours, end), (off / moved).sqrt().item())
+    return found
+
+
+class Armed(TrainerCallback):
+    """Ends the process in the middle of its third step."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 2:
+            for name in ("all_to_all_single", "all_reduce"):
+                setattr(dist, name, lambda *args, **kwargs: die(self.folder))
+
+
+def killed(rank: int, world: int, folder: Path) -> float:
+    """Lose a process: the others end with an error; return the seconds that it took."""
+    pretend_to_have_gpus()
+    trainer = make_trainer(folder / "killed", RUNS["ldadam"], [Armed(folder)] if rank == 1 else [])
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"(?i)connection|peer|timed out"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    return time.monotonic() - start
+
+
+def resume_the_killed(rank: int, world: int, folder: Path) -> bool:
+    """Go on from what the run left, and end as the one that was not killed."""
+    pretend_to_have_gpus()
+    trainer = make_trainer(folder / "killed", RUNS["ldadam"], save_strategy="no")
+    trainer.train(resume_from_checkpoint=True)
+    end = torch.load(folder / "ldadam.pt")[2]
+    return same([whole(param) for param in trainer.model.parameters()], end)
+
+
+def clip_each(rank: int, world: int, folder: Path) -> float:
+    """Clip each sharded tensor by its own norm in layer-wise mode; return the last norm of all gradients."""
+    make = lambda: torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.Tanh(), torch.nn.Linear(24, 16))  # noqa: E731
+    torch.manual_seed(0)
+    model, plain = make(), make()
+    plain.load_state_dict(model.state_dict())
+    for layer in (model[0], model[2], model):
+        fully_shard(layer)
+    with pytest.raises(NotImplementedError, match="or build it from the parameters that FSDP2 has sharded"):
+        layerwise(LDAdam)(plain.parameters())
+    optimizer = layerwise(LDAdam)(model.parameters(), lr=1e-2, rank=4, clip_tensor_norm=0.05)
+    other, norms = LDAdam(plain.parameters(), lr=1e-2, rank=4), list[torch.Tensor]()
+    for step in range(3):
+        x = torch.randn(8, 16, generator=torch.Generator().manual_seed(step))
+        for each in (model, plain):
+            (each(x) - x.flip(1)).square().mean().backward()
+        norms = [torch.nn.utils.clip_grad_norm_(param, 0.05) for param in plain.parameters()]
+        assert all(param.grad is None for param in model.parameters())
+        for each_optimizer in (optimizer, other):
+            each_optimizer.step()
+        other.zero_grad()
+    for param, alone in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(whole(param), alone.detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(optimizer.grad_norm, torch.stack(norms).norm())
+    assert max(norms) > 0.05
+    return float(optimizer.grad_norm)
+
+
+def resume_example(rank: int, world: int, folder: Path) -> str:
+    """Go on with the example where two processes stopped; return what it prints."""
+    spec = importlib.util.spec_from_file_location("example", EXAMPLE)
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    sys.modules["example"] = example  # dataclasses look there
+    spec.loader.exec_module(example)
+    places = ["--output_dir", str(folder / "again"), "--resume", str(folder / "example" / "checkpoint-1")]
+    sys.argv = ["example", *EXAMPLE_OPTIONS, *places]
+    with redirect_stdout(io.StringIO()) as printed:
+        example.main()
+    return printed.getvalue()

@@ -1,8 +1,9 @@
 """The state of a sharded parameter at rest: plain DTensors whose global shapes and bits are those of one process.
 
 A compressed tensor's state is split along its longest dimension, over the processes over which its parameter is split;
-AdamW's moments are split as the parameter is. So a checkpoint does not depend on the number of processes: resharding
-is torch's work. int16 lies as pairs of bytes, because neither gloo nor NCCL sends it.
+AdamW's moments, and what has an entry for each of the parameter's, are split as the parameter is. So a checkpoint does
+not depend on the number of processes: resharding is torch's work. int16 lies as pairs of bytes, because neither gloo
+nor NCCL sends it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,17 +19,21 @@ from torch import Tensor
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = [
+    "Split",
     "allocate_part",
     "as_bytes",
     "as_indices",
     "cut",
     "is_at_rest",
     "local_of",
+    "own_part",
     "part_of_spec",
+    "part_shape",
     "region",
     "sharded_dims",
     "sharding_problem",
     "specs_at_rest",
+    "split_of",
 ]
 
 #: Slices of a tensor, one for each of its dimensions: what one process has of it.
@@ -44,6 +49,38 @@ def local_of(tensor: Any) -> Tensor:
 def sharded_dims(placements: Sequence[Any]) -> tuple[int, ...]:
     """Return the dimensions of a mesh over which a tensor is split."""
     return tuple([dim for dim, placement in enumerate(placements) if hasattr(placement, "dim")])
+
+
+class Split(NamedTuple):
+    """How a tensor is split over processes.
+
+    Attributes:
+        num_shards: Into how many parts.
+        axis: The dimension along which it is cut once, as FSDP2 and tensor parallelism do; None if it is cut several
+            times, or not at all.
+    """
+
+    num_shards: int
+    axis: int | None = 0
+
+    def is_even(self, shape: Sequence[int]) -> bool:
+        """Return whether a tensor of a shape is cut along one dimension into equal parts, and really cut."""
+        cut_once = self.axis is not None and len(shape) > self.axis and self.num_shards > 1
+        return cut_once and shape[self.axis] % self.num_shards == 0  # type: ignore[index]  # it is not None
+
+
+def split_of(param: Any) -> Split:
+    """Return how a sharded parameter is split; all processes that share it find the same."""
+    dims = sharded_dims(param.placements)
+    cut_once = len(dims) == 1 and not hasattr(param.placements[dims[0]], "split_factor")
+    axis = param.placements[dims[0]].dim if cut_once else None
+    return Split(math.prod([param.device_mesh.size(dim) for dim in dims]), axis)
+
+
+def part_shape(shape: Sequence[int], split: Split) -> tuple[int, ...]:
+    """Return the shape of each part of a tensor that is split evenly."""
+    assert split.axis is not None
+    return tuple([n // split.num_shards if axis == split.axis else n for axis, n in enumerate(shape)])
 
 
 def region(shape: Sequence[int], sizes: Sequence[int], placements: Sequence[Any], coordinate: Sequence[int]) -> Region:
@@ -122,35 +159,38 @@ def _placements_at_rest(shape: Sequence[int], param: Any, *, compressed: bool) -
     if not compressed and tuple(shape) == tuple(param.shape):
         placements: tuple[Any, ...] = tuple(param.placements)
         return placements
-    split = sharded_dims(param.placements)
-    axis = _split_axis(shape, math.prod([param.device_mesh.size(dim) for dim in split]))
-    if axis is None:
-        split = ()
+    axis = _split_axis(shape, param.shape, split_of(param))
+    split = sharded_dims(param.placements) if axis is not None else ()
     return tuple([Shard(axis or 0) if dim in split else Replicate() for dim in range(param.device_mesh.ndim)])
 
 
-def _split_axis(shape: Sequence[int], num_shards: int) -> int | None:
+def _split_axis(shape: Sequence[int], of_param: Sequence[int], split: Split) -> int | None:
     """Return along which dimension a compressed tensor's state is split; None if it is too short."""
+    if split.axis is not None and split.is_even(of_param):
+        # an error may be that of the matrix (out, rest), and any state that of a stack of matrices
+        of_rows = tuple(shape) == (of_param[0], math.prod(of_param[1:])) or (len(of_param) == 3 and len(shape) > 1)
+        if tuple(shape) == tuple(of_param) or (split.axis == 0 and of_rows and shape[0] == of_param[0]):
+            return split.axis
     longest = max(range(len(shape)), key=lambda axis: shape[axis], default=None)
-    return longest if longest is not None and shape[longest] >= num_shards else None
+    return longest if longest is not None and shape[longest] >= split.num_shards else None
 
 
-def part_of_spec(spec: TensorSpec, shape: Sequence[int], num_shards: int, rank: int, *, compressed: bool) -> TensorSpec:
-    """Describe what a process has of a state tensor of a parameter that FSDP2 splits.
+def part_of_spec(spec: TensorSpec, shape: Sequence[int], split: Split, rank: int, *, compressed: bool) -> TensorSpec:
+    """Describe what a process has of a state tensor of a parameter that is split along one dimension.
 
     Args:
         spec: The whole, as :func:`specs_at_rest` describes it.
         shape: Shape of the parameter.
-        num_shards: How many processes share it.
-        rank: Which of them it is.
+        split: How it is split.
+        rank: Which of the processes it is.
         compressed: Whether the parameter takes the compressed rule.
     """
     if not shape:
         return spec
+    axis = _split_axis(spec.shape, shape, split)
     if not compressed and spec.shape == tuple(shape):
-        return spec.shard(num_shards, rank)
-    axis = _split_axis(spec.shape, num_shards)
-    return spec if axis is None else spec.shard(num_shards, rank, axis=axis)
+        axis = split.axis
+    return spec if axis is None else spec.shard(split.num_shards, rank, axis=axis)
 
 
 def allocate_part(spec: TensorSpec, param: Any, *, compressed: bool) -> Tensor:
@@ -161,10 +201,15 @@ def allocate_part(spec: TensorSpec, param: Any, *, compressed: bool) -> Tensor:
         param: The parameter, sharded.
         compressed: Whether it takes the compressed rule.
     """
-    ours = _part_at_rest(spec.shape, param, compressed=compressed)
-    sizes = [place.stop - place.start for place in ours]
-    local = torch.zeros(sizes, dtype=spec.dtype, device=local_of(param).device)
+    part = own_part(spec, param, compressed=compressed)
+    local = torch.zeros(part.shape, dtype=spec.dtype, device=local_of(param).device)
     return _sharded(local, spec.shape, param, compressed=compressed)
+
+
+def own_part(spec: TensorSpec, param: Any, *, compressed: bool) -> TensorSpec:
+    """Describe what :func:`allocate_part` allocates here."""
+    ours = _part_at_rest(spec.shape, param, compressed=compressed)
+    return replace(spec, shape=tuple([place.stop - place.start for place in ours]))
 
 
 def cut(whole: Tensor, param: Any, *, compressed: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""Moves sharded tensors to one process each and back: one collective a direction, whatever there is to move.
+"""Moves sharded tensors to one process each and back, or to all: one collective, whatever there is to move.
 
 Everything travels as bytes, in one buffer for each pair of processes. Every tensor starts at a multiple of 8 bytes.
 """
@@ -6,6 +6,7 @@ Everything travels as bytes, in one buffer for each pair of processes. Every ten
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from hf_lowmem_optim.engine.sharding.layout import Region, local_of, region, sharded_dims
 
-__all__ = ["Move", "Team", "gather", "scatter"]
+__all__ = ["Move", "Team", "gather", "own_slice", "put_together", "scatter"]
 
 _ALIGNMENT_BYTES = 8
 
@@ -122,6 +123,34 @@ def scatter(team: Team, moves: Sequence[Move]) -> None:
         move.whole = None
 
 
+def own_slice(team: Team, tensor: Any, whole: Tensor) -> Tensor:
+    """Return of a whole what this process has of it."""
+    return whole[region(tensor.shape, team.sizes, tensor.placements, team.coordinates[team.rank])]
+
+
+def put_together(team: Team, tensors: Sequence[Any]) -> list[Tensor]:
+    """Return the wholes of tensors that are split along one dimension of a mesh, or copied, on every process."""
+    locals_, parts = [local_of(each) for each in tensors], list[tuple[int | None, list[int]]]()
+    for each in tensors:
+        axis = next((placement.dim for placement in each.placements if hasattr(placement, "dim")), None)
+        length = [-(-n // len(team)) if dim == axis else n for dim, n in enumerate(each.shape)]
+        parts.append((axis, length))
+    rooms = [_room_of(math.prod(shape) * each.element_size()) for each, (_, shape) in zip(locals_, parts, strict=True)]
+    sent = torch.zeros(sum(rooms), dtype=torch.uint8, device=locals_[0].device)
+    received, starts = sent.new_empty(len(team), len(sent)), [0, *itertools.accumulate(rooms)]
+    for start, each, (_, shape) in zip(starts, locals_, parts, strict=False):
+        # the last part may be shorter: what follows it is cut off below
+        _place(sent, start, each.dtype, shape)[tuple([slice(n) for n in each.shape])] = each
+    torch.distributed.all_gather(list(received.unbind()), sent, group=team.group)
+    wholes = []
+    for start, each, (axis, shape) in zip(starts, tensors, parts, strict=False):
+        nbytes = math.prod(shape) * each.element_size()
+        stacked = received[:, start : start + nbytes].view(each.dtype).view(len(team), *shape)
+        joined = stacked[0] if axis is None else stacked.movedim(0, axis).flatten(axis, axis + 1)
+        wholes.append(joined[tuple([slice(n) for n in each.shape])].contiguous())
+    return wholes
+
+
 def _exchange(team: Team, outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[Tensor]]) -> None:
     """Send tensors to each process of a team, and fill those that each sends."""
     device = next(tensor.device for tensors in (*outgoing, *incoming) for tensor in tensors)
@@ -139,11 +168,20 @@ def _slots(buffer: Tensor, tensors: Sequence[Sequence[Tensor]]) -> Any:
     """Yield the places of tensors in a buffer of bytes, in their own dtype and shape, with the tensors."""
     start = 0
     for tensor in itertools.chain.from_iterable(tensors):
-        if nbytes := tensor.numel() * tensor.element_size():
-            yield buffer[start : start + nbytes].view(tensor.dtype).view(tensor.shape), tensor
+        if tensor.numel():
+            yield _place(buffer, start, tensor.dtype, tensor.shape), tensor
         start += _room(tensor)
+
+
+def _place(buffer: Tensor, start: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """Return the bytes of a buffer from one on as a tensor."""
+    return buffer[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))
 
 
 def _room(tensor: Tensor) -> int:
     """Return the bytes that a tensor takes in a buffer."""
-    return -(-tensor.numel() * tensor.element_size() // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+    return _room_of(tensor.numel() * tensor.element_size())
+
+
+def _room_of(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES

@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import numba
+from numba.core import event
 
 __all__ = ["Loop", "inlined", "loop"]
 
@@ -76,9 +78,34 @@ loop = Loop
 
 def _compile(function: Callable[..., R], types: tuple[Any, ...], *, cache: bool) -> Callable[..., R]:
     dispatcher = numba.njit(function, cache=cache, nogil=True, error_model=_ERROR_MODEL)
-    dispatcher.compile(types)
+    compilation = _Compilation()
+    with event.install_listener("numba:compile", compilation):
+        dispatcher.compile(types)
+    if compilation.seconds:
+        logger.warning("numba compiled the loop %r in %.1f s", function.__name__.lstrip("_"), compilation.seconds)
     dispatcher.disable_compile()
     return dispatcher  # type: ignore[no-any-return]
+
+
+class _Compilation(event.Listener):
+    """Explains the wait, once in a process, and takes the time, where a loop is not in numba's cache."""
+
+    _said: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._starts: list[float] = []  # what a loop calls is compiled within it
+
+    def on_start(self, event: Any) -> None:
+        """Note the time."""
+        if not _Compilation._said:
+            _Compilation._said = True
+            logger.warning("numba compiles the loops of the first step, up to a minute, once for each installation")
+        self._starts.append(time.perf_counter())
+
+    def on_end(self, event: Any) -> None:
+        """Take the time; that of the loop itself comes last."""
+        self.seconds = time.perf_counter() - self._starts.pop()
 
 
 def _report(error: Exception) -> None:

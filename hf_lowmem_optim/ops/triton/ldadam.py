@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_lowmem_optim.ops.dispatch import register
-from hf_lowmem_optim.ops.low_rank import PROJECTION_NOISE, Coefficients
+from hf_lowmem_optim.ops.low_rank import MOST_PROJECTION, PROJECTION_NOISE, Coefficients
 from hf_lowmem_optim.ops.triton.device import MAX_OFFSET, address_table, aligned, on_device
 
 __all__ = ["MAX_RANK", "descend_", "descend_weights_", "move_moments_", "update_moments_"]
@@ -44,6 +44,7 @@ def _moments_kernel(
     correction,
     damping,
     noise,
+    most,
     RANK: tl.constexpr,  # r rounded up
     TERMS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -71,6 +72,7 @@ def _moments_kernel(
     p = tl.load(projected_ptr + at, mask=inside, other=0.0)
     size = tl.abs(p)
     p = tl.where(size < tl.max(size, axis=0)[None, :] * noise, 0.0, p)
+    p = tl.where(size > most, p / size * most, p)  # infinity becomes NaN
     # everything is read before anything is written
     tl.debug_barrier()
 
@@ -120,6 +122,7 @@ def update_moments_(
             float(coefficients.correction),
             float(coefficients.damping),
             float(noise),
+            MOST_PROJECTION,
             RANK=rank,
             TERMS=_MOMENT_TERMS,
             COLUMNS=_MOMENT_COLUMNS,

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from hf_lowmem_optim.ops.dispatch import register
-from hf_lowmem_optim.ops.low_rank import MOST_FACTOR_BYTES, Coefficients, precision_of_products, projection_noise
+from hf_lowmem_optim.ops.low_rank import (
+    MOST_FACTOR_BYTES,
+    Coefficients,
+    of_safe_size,
+    precision_of_products,
+    projection_noise,
+)
 from hf_lowmem_optim.ops.triton.ldadam import MAX_RANK, update_moments_
 from hf_lowmem_optim.ops.triton.low_rank import orthonormal_columns
 from hf_lowmem_optim.ops.triton.residual import Residual, why_not_residual
@@ -57,6 +63,7 @@ def _step_(W: Sequence[Tensor], g: Sequence[Tensor], state: Mapping[str, Tensor]
     old_factor = old.to(kind)
     V = torch.empty_like(m, dtype=kind).mT
     a.multiply(old_factor, V, over_rows=not tall, weight=rest, onto=m.mT, onto_weight=s)
+    V = of_safe_size(V)
     Y = a.multiply(V, torch.empty_like(old), over_rows=tall, weight=rest)
     U = orthonormal_columns(Y.baddbmm_(old, m @ V.float(), alpha=s))
     # 4. p̃ ← Uᵀa

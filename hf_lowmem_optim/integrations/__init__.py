@@ -1,0 +1,1 @@
+"""What front ends load of this package by name; each file imports the front end that it is for."""
