@@ -20,7 +20,8 @@ SIZE_KEYS = ("rank", "window")
 
 COSTS = {
     "layerwise": (
-        "no quality: the same updates, each in the backward pass. Needs max_grad_norm=0, one process, no fp16=True"
+        "no quality: the same updates, each in the backward pass. Needs max_grad_norm=0, one process or FSDP2, "
+        "no fp16=True"
     ),
     "dense_state=8bit": (
         "little: AdamW's moments in 8 bits for what is not compressed (extra bitsandbytes). With all moments in 8 bits "
@@ -149,7 +150,8 @@ class BudgetSearch:
             method.check({**values, **changes}, self.optimizer_class.__name__)
         except (TypeError, ValueError):
             return None
-        if self.num_processes > 1 and method.needs_one_process({**settings, **changes}):
+        sharded = self.num_shards > 1
+        if self.num_processes > 1 and method.needs_one_process({**settings, **changes}, sharded=sharded):
             return None
         return self._with(changes)
 

@@ -185,7 +185,8 @@ class _Request:
         groups, shards, method = optimizer.param_groups, self.processes.num_shards, optimizer.method
         # in layer-wise mode one gradient exists at once
         largest = max(param.nbytes for group in groups for param in group["params"])
-        single = next(filter(None, map(method.needs_one_process, groups)), None)
+        sharded = self.processes.sharding == "fsdp"
+        single = next(filter(None, (method.needs_one_process(group, sharded=sharded) for group in groups)), None)
         row = replace(
             row,
             settings=method.settings(optimizer.defaults),
@@ -223,7 +224,7 @@ class _Request:
             return
         name = row.name
         text = split_optim_args(self.optim_args, self._classes())[0][name]
-        if twin in OPTIMIZERS and self.processes.gpus == 1:
+        if twin in OPTIMIZERS:
             other = replace(self, strict=False)._registered(twin, text, opened.model, plan, searches)
             if other.problem is None and (total := plan.total_bytes(other)) is not None:
                 name = twin
@@ -265,7 +266,7 @@ class _Request:
         """Return the first optimizer that fits, else the one that takes the least, and its total; twins come last."""
         ours = [name for name in self.names if name in OPTIMIZERS] or self.names
         names = ours if len(ours) <= _FEW else ["ldadam"]
-        twins = [twin for name in names if (twin := f"{name}_layerwise") in OPTIMIZERS and self.processes.gpus == 1]
+        twins = [twin for name in names if (twin := f"{name}_layerwise") in OPTIMIZERS]
         plan = replace(self, names=list(dict.fromkeys([*names, *twins])), strict=False).plan()
         totals = [(row.name, plan.total_bytes(row)) for row in plan.optimizers if row.problem is None]
         known = [(name, total) for name, total in totals if total is not None]

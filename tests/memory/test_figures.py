@@ -9,6 +9,7 @@ from typing import Any
 
 from hf_lowmem_optim.memory.budget import COSTS
 from hf_lowmem_optim.memory.learning_rates import FACTORS, LearningRate, learning_rates
+from hf_lowmem_optim.memory.measure import StateReport
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -33,6 +34,13 @@ def test_the_factors_of_learning_rates_are_those_of_the_best_rates() -> None:
     rate, other = learning_rates(["ldadam_layerwise", "trion"], 1e-5)
     assert (rate.fine_tuning, rate.from_scratch) == FACTORS["ldadam"]
     assert other.fine_tuning is other.from_scratch is None
+
+
+def test_a_measured_state_prints_as_a_table() -> None:
+    report = StateReport({"basis": 1024, "dense": 3 * 2**20}, (), 2**20)
+    expected = ["State of 1,048,576 parameters: 3 B/param", "  basis          1 KiB", "  dense          3 MiB"]
+    assert str(report).splitlines() == [*expected, "  all            3 MiB", "  AdamW fp32     8 MiB"]
+    assert str(StateReport({}, (), 0)).startswith("State of 0 parameters\n")
 
 
 def test_the_costs_are_those_measured() -> None:

@@ -278,7 +278,7 @@ def test_what_cannot_be_pruned_is_refused() -> None:
     model = network()
     with pytest.raises(ValueError, match="sparse_mfac or lowrank_mfac"):
         IOBSPruner(build("ldadam", model))
-    with pytest.raises(ValueError, match=r"sparse_ggt|SparseGGT"):
+    with pytest.raises(ValueError, match="damping of SparseGGT"):
         IOBSPruner(build("sparse_ggt", model), damping=None)
     with pytest.raises(ValueError, match="scope='tensor'"):
         IOBSPruner(build("per tensor", model), scope="model")

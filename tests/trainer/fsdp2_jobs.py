@@ -153,7 +153,7 @@ def train(rank: int, world: int, folder: Path) -> dict[str, Any]:
         assert any(inner.method.compresses(p.shape, group) for group in inner.param_groups for p in group["params"])
         logs = [log for log in trainer.state.log_history if "loss" in log]
         assert rank or all(
-            0 < log["optimizer_state/total_bytes"] == log["optimizer_state/predicted_bytes"] for log in logs
+            0 < log["optimizer_state/total_bytes"] == logs[0]["optimizer_state/predicted_bytes"] for log in logs
         )
         assert measure_state(inner, local=True) == plan_optimizer(inner, local=True), name
         if inner.method.layerwise:

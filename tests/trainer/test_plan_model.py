@@ -231,9 +231,10 @@ def test_gpus_share_the_bytes() -> None:
     total = sum(one.weights.weight_bytes.values())
     assert 0 <= sum(sharded.weights.weight_bytes.values()) - total / 4 < 0.01 * total
     for name in OPTIMIZERS:
-        assert ("one process" in str(sharded[name].problem)) == name.endswith("_layerwise")
-        # whole tensors, for a moment
-        assert sharded[name].temporary_bytes > one[name].temporary_bytes
+        assert sharded[name].problem is None
+        # whole tensors, for a moment, where a method gathers them
+        assert sharded[name].temporary_bytes >= one[name].temporary_bytes
+    assert sharded["ldadam"].temporary_bytes > one["ldadam"].temporary_bytes
 
 
 def test_the_4_bit_formula_is_what_bitsandbytes_stores() -> None:
@@ -293,7 +294,7 @@ def test_settings_that_were_given_are_kept_and_the_rank_is_lowered_before_anythi
     assert plan.suggestions[-1].fits
     less = plan.suggestions[-1].total_bytes - 200 * 2**20
     tight = plan_memory("llama-2-7b", "ldadam_layerwise", optim_args=text, budget=less, reserve=0)
-    last = tight.suggestions[2]
+    last = next(s for s in tight.suggestions if s.cost.startswith("a smaller part"))
     rank = int(re.search(r"rank=(\d+)", last.change)[1])
     assert last.fits and 16 <= rank < 64 and "rank=16 ended 3.5 % above rank=32" in last.cost
     assert totals("llama-2-7b", last.change) == last.total_bytes
@@ -301,18 +302,18 @@ def test_settings_that_were_given_are_kept_and_the_rank_is_lowered_before_anythi
 
 
 def test_with_several_gpus_the_true_reason_is_in_the_plan() -> None:
-    plan = plan_memory("mistral-7b", ["ldadam_layerwise", "ldadam"], gpus=2, sharding="fsdp", budget="16GiB")
+    plan = plan_memory("mistral-7b", ["ldadam_layerwise", "ldadam"], gpus=2, budget="16GiB")
     assert "one process" in str(plan["ldadam_layerwise"].problem)
     text = plan_text(plan)
     assert "cannot be used: layer-wise mode" in text and "nothing fits" not in text
-    assert all("layerwise" not in s.change and "error_feedback=grad" not in s.change for s in plan.suggestions)
-    assert "--gpus 4 --sharding fsdp --optim ldadam" in text
+    assert all("layerwise" not in s.change for s in plan.suggestions if "fsdp" not in s.change)
+    assert "--gpus 2 --sharding fsdp --optim ldadam_layerwise" in text
 
 
 def test_a_budget_that_nothing_meets_keeps_the_table_and_says_what_would_help() -> None:
     plan = plan_memory("llama-2-7b", ["ldadam", "microadam"], budget="16GiB")
     text = plan_text(plan)
-    for expected in ("over by", "--lora r=16,target=all-linear --optim ldadam", "--gpus 4 --sharding fsdp", "16 GiB"):
+    for expected in ("over by", "--lora r=16,target=all-linear --optim ldadam", "--gpus 2 --sharding fsdp", "16 GiB"):
         assert expected in text
     assert not plan.anything_fits and any(s.fits for s in plan.suggestions)
     assert "17.2 GB; 1.6 GiB of it are kept" in text
