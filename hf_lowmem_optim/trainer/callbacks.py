@@ -26,7 +26,7 @@ _callbacks_of: WeakKeyDictionary[Optimizer, list[TrainerCallback]] = WeakKeyDict
 
 
 class OptimizerStateMemoryCallback(TrainerCallback):
-    """Logs the measured bytes of optimizer state with every training log, and reports on the run at its end.
+    """Logs the measured bytes of optimizer state with the training logs, and reports on the run at its end.
 
     Keys of the logs: ``optimizer_state/total_bytes``, ``optimizer_state/<component>_bytes`` (``first_moment``,
     ``second_moment``, ``basis``, ``error``, ``dense``, ...), ``optimizer_state/group_<i>_bytes``; for comparison
@@ -42,8 +42,8 @@ class OptimizerStateMemoryCallback(TrainerCallback):
     table and writes ``optimizer_state_report.json`` to the output directory (``hf-lowmem-optim report DIR`` reads it);
     so it does with every checkpoint, for a run that does not come to its end. Where it cannot write, it warns.
 
-    Only training logs have the keys (those with a loss), on the main process, from the first step on. Tensors that
-    FSDP2 shards (DTensors) count with all their parts.
+    The first training log (one with a loss) has all keys, on the main process; later ones have the total and what is
+    another value than before. Tensors that FSDP2 shards (DTensors) count with all their parts.
 
     Args:
         reset_peak: Reset the device's process-wide peak counter before every step, so that the peak of each step is
@@ -58,6 +58,7 @@ class OptimizerStateMemoryCallback(TrainerCallback):
         self._meter = StepMemoryMeter(reset_peak=reset_peak)
         self._step_memory: StepMemory | None = None
         self._compared = False
+        self._logged: dict[str, int] = {}
         # since the last log: seconds of training steps, and how many
         self._begun, self._seconds, self._steps = 0.0, 0.0, 0
         self._step_seconds: list[dict[str, float]] = []
@@ -66,7 +67,7 @@ class OptimizerStateMemoryCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: Any, optimizer: Optimizer | None = None, **_: Any
     ) -> None:
         """Begin a run, and make this callback known to the one that comes before the reporters."""
-        self._step_memory, self._compared = None, False
+        self._step_memory, self._compared, self._logged = None, False, {}
         self._seconds, self._steps, self._step_seconds = 0.0, 0, []
         if optimizer is not None:
             log_early(optimizer, self)
@@ -128,7 +129,7 @@ class OptimizerStateMemoryCallback(TrainerCallback):
     def on_log(
         self, args: Any, state: TrainerState, control: Any, logs: Any = None, optimizer: Any = None, **_: Any
     ) -> None:
-        """Add the bytes to a training log, unless that is done."""
+        """Add the bytes that are not known yet to a training log, unless that is done."""
         if optimizer is None or not logs or not state.is_world_process_zero:
             return
         if ("loss" not in logs and "train_loss" not in logs) or "optimizer_state/total_bytes" in logs:
@@ -142,7 +143,10 @@ class OptimizerStateMemoryCallback(TrainerCallback):
         # layer-wise optimizers count what gradients take at once
         if (peak := getattr(unwrap_optimizer(optimizer), "peak_gradient_bytes", None)) is not None:
             entries["optimizer_state/gradient_peak_bytes"] = peak
-        add_to_log(state, logs, entries)
+        total = "optimizer_state/total_bytes"
+        new = {key: value for key, value in entries.items() if self._logged.get(key) != value or key == total}
+        self._logged.update(new)
+        add_to_log(state, logs, new)
 
 
 class EarlyLogCallback(TrainerCallback):

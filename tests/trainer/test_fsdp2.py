@@ -2,23 +2,49 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests.sharding.processes import GROUP_TIMEOUT, launch
-from tests.trainer.fsdp2_jobs import RUNS
+from tests.trainer.fsdp2_jobs import EXAMPLE, EXAMPLE_OPTIONS, RUNS
 
 #: What is done, and by how many processes.
-JOBS = [("train", 2), ("resume", 2), ("resume", 1), ("killed", 2), ("resume_the_killed", 2)]
+JOBS = [
+    ("train", 2),
+    ("resume", 2),
+    ("resume", 1),
+    ("killed", 2),
+    ("resume_the_killed", 2),
+    ("clip_each", 2),
+    ("resume_example", 1),
+]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], list[Any]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return where the jobs work, and where the example has left two checkpoints and what it printed."""
+    folder = tmp_path_factory.mktemp("fsdp2")
+    options = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0", str(EXAMPLE), *EXAMPLE_OPTIONS]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--output_dir", str(folder / "example")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLE.parent.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=folder, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    (folder / "printed").write_text(done.stdout)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[tuple[str, int], list[Any]]:
     """Return what each process of each job returned."""
     jobs = [(f"tests.trainer.fsdp2_jobs:{name}", world) for name, world in JOBS]
-    return dict(zip(JOBS, launch(jobs, tmp_path_factory.mktemp("fsdp2"), timeout=300), strict=True))
+    return dict(zip(JOBS, launch(jobs, folder, timeout=300), strict=True))
 
 
 def test_the_trainer_shards_and_resumes_on_any_number(results: Any) -> None:
@@ -37,3 +63,22 @@ def test_when_a_process_is_killed_the_others_end_and_the_checkpoint_resumes(resu
     seconds, nothing = results["killed", 2]
     assert nothing is None and seconds < GROUP_TIMEOUT.total_seconds() + 10
     assert results["resume_the_killed", 2] == [True, True]
+
+
+def test_a_tensor_is_clipped_by_the_norm_of_all_its_parts(results: Any) -> None:
+    here, there = results["clip_each", 2]
+    assert here == there
+
+
+def test_the_example_runs_under_accelerate_launch_and_one_process_goes_on(folder: Path, results: Any) -> None:
+    """Losses and norms agree to rounding; each process tells what it holds, as planned."""
+    straight, resumed = (folder / "printed").read_text(), results["resume_example", 1][0]
+    assert "step 1 " not in resumed
+    for text in (straight, resumed):
+        sizes = re.findall(r"rank \d: weights (.*), optimizer state (.*) \(planned (.*)\)", text)
+        assert len(sizes) == (2 if text is straight else 1)
+        assert all(state == planned for _, state, planned in sizes)
+    found = [re.findall(r"step 2  loss (.*)  gradient norm (.*)", text)[0] for text in (straight, resumed)]
+    losses = [[float(number) for number in numbers] for numbers in found]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert (folder / "again" / "checkpoint-2" / ".metadata").is_file()
