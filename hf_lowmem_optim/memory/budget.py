@@ -87,7 +87,7 @@ class BudgetSearch:
             method.check({**values, **changes}, self.optimizer_class.__name__)
         except (TypeError, ValueError):
             return None
-        if self.num_processes > 1 and method.needs_one_process({**settings, **changes}):
+        if self.num_processes > 1 and method.needs_one_process({**settings, **changes}, sharded=self.num_shards > 1):
             return None
         return self.added_bytes(changes)
 

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 
 from hf_lowmem_optim.memory.byte_sizes import format_bytes
+from hf_lowmem_optim.memory.communication import fsdp_sent_bytes, traffic_text
 from hf_lowmem_optim.memory.plan_types import NOT_COUNTED, MemoryPlan, OptimizerPlan
 
 __all__ = ["align", "plan_csv", "plan_text"]
@@ -61,6 +62,10 @@ def _optimizer_lines(plan: MemoryPlan) -> Iterator[str]:
             yield f"    error: in {_size(kept)} of the gradients, which stay in memory between steps"
         if row.gradient_bytes is not None:
             yield f"    gradients: {_size(sum(row.gradient_bytes.values()))} at once, one tensor after the other"
+        if row.traffic is not None:
+            held, shards = plan.weights, plan.processes.num_shards
+            own = fsdp_sent_bytes(sum(held.weight_bytes.values()), sum(held.gradient_bytes.values()), shards)
+            yield from _indented(traffic_text(row.traffic, shards, own))
         if row.problem is not None:
             yield f"    cannot be used: {row.problem}"
         elif row.registered and row.compressed_bytes_per_parameter is None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from hf_lowmem_optim.engine.sharding.traffic import StepTraffic
 from hf_lowmem_optim.memory.measure import StateReport
 from hf_lowmem_optim.memory.weights import Processes, WeightReport
 
@@ -33,6 +34,7 @@ class OptimizerPlan:
         largest: With a budget: the largest value that fits of each hyper-parameter that scales the state (``"rank"``,
             ``"window"``), the others as they are; 0 if none does.
         gradient_bytes: The gradients that are there at once, by kind; None if that is all of them.
+        traffic: What a step after the first sends where FSDP2 splits the parameters; None elsewhere, and for baselines.
     """
 
     name: str
@@ -45,6 +47,7 @@ class OptimizerPlan:
     problem: str | None = None
     largest: Mapping[str, int] = field(default_factory=dict)
     gradient_bytes: Mapping[str, int] | None = None
+    traffic: StepTraffic | None = None
 
     @property
     def bytes_per_parameter(self) -> float | None:
@@ -152,4 +155,6 @@ class MemoryPlan:
             "compressed_bytes_per_parameter": optimizer.compressed_bytes_per_parameter,
             "fits": self.fits(optimizer),
             "largest_that_fits": dict(optimizer.largest),
+            "sent_bytes": {} if optimizer.traffic is None else dict(optimizer.traffic.sent_bytes),
+            "calls": None if optimizer.traffic is None else optimizer.traffic.calls,
         }

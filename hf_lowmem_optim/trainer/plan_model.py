@@ -12,11 +12,13 @@ from typing import Any
 
 from torch import nn
 
+from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.options import nearest, shown
+from hf_lowmem_optim.engine.sharding.traffic import StepTraffic, step_traffic
 from hf_lowmem_optim.memory.baselines import BASELINES, ParameterFacts, plan_baseline
 from hf_lowmem_optim.memory.budget import BudgetSearch
 from hf_lowmem_optim.memory.byte_sizes import format_bytes, parse_bytes
-from hf_lowmem_optim.memory.plan import compressed_bytes_per_parameter, plan_groups, plan_temporaries
+from hf_lowmem_optim.memory.plan import Groups, compressed_bytes_per_parameter, plan_groups, plan_temporaries
 from hf_lowmem_optim.memory.plan_types import MemoryPlan, OptimizerPlan, Suggestion
 from hf_lowmem_optim.memory.weights import Processes, WeightReport, plan_weights
 from hf_lowmem_optim.registry import OPTIMIZERS, get_entry
@@ -158,11 +160,11 @@ class _Request:
         groups, shards, method = optimizer.param_groups, self.processes.num_shards, optimizer.method
         # in layer-wise mode one gradient exists at once
         largest = max(param.nbytes for group in groups for param in group["params"])
-        gradient_bytes = {"largest gradient": largest} if method.layerwise else None
+        gradient_bytes = {"largest gradient": largest} if method.layerwise and shards == 1 else None
         allowed = None if left is None else left - sum((gradient_bytes or weights.gradient_bytes).values())
         search = BudgetSearch(type(optimizer), groups, shards, self.processes.gpus)
         problem = None
-        single = next(filter(None, map(method.needs_one_process, groups)), None)
+        single = next(filter(None, (method.needs_one_process(group, sharded=shards > 1) for group in groups)), None)
         if self.processes.gpus > 1 and single is not None:
             problem = f"{single}: it trains in one process"
         if problem is None and allowed is not None:
@@ -176,6 +178,7 @@ class _Request:
             problem=problem,
             largest={} if problem or allowed is None else search.largest(allowed),
             gradient_bytes=gradient_bytes,
+            traffic=_traffic(method, groups, shards) if shards > 1 and problem is None else None,
         )
 
     def _reference(self, name: str, groups: list[list[ParameterFacts]]) -> OptimizerPlan:
@@ -208,6 +211,15 @@ class _Request:
             if known:
                 least, best = min(known, key=lambda pair: pair[0])
                 yield Suggestion(f"{change} (with {best})", least, least <= budget)
+
+
+def _traffic(method: Method, groups: Groups, num_shards: int) -> StepTraffic:
+    """Return what a step sends; in layer-wise mode each tensor has calls of its own."""
+    traffic = step_traffic(method, groups, num_shards)
+    if not method.layerwise:
+        return traffic
+    alone = [[{**group, "params": [param]}] for group in groups for param in group["params"]]
+    return replace(traffic, calls=sum(step_traffic(method, each, num_shards).calls for each in alone))
 
 
 def _reference_groups(model: nn.Module, target_modules: TargetModules) -> list[list[ParameterFacts]]:
