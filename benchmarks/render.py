@@ -77,8 +77,9 @@ def print_plan(command: str) -> str:
     """Return what ``hf-lowmem-optim plan …`` prints; where it refuses, the message."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = command_line(shlex.split(command))
-    return err.getvalue()[err.getvalue().find("hf-lowmem-optim plan:") :] if status else out.getvalue()
+        command_line(shlex.split(command))
+    # what a library says as it is imported is not the command's
+    return out.getvalue() or err.getvalue()[err.getvalue().find("hf-lowmem-optim plan:") :]
 
 
 def render_page(text: str, results: Path = RESULTS) -> str:

@@ -1,17 +1,21 @@
-"""The command line: ``hf-lowmem-optim list | plan | run | report | demo`` (also ``python -m hf_lowmem_optim``)."""
+"""The command line: ``hf-lowmem-optim list | plan | run | report | prune | demo``, or ``python -m hf_lowmem_optim``."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import json
+import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from hf_lowmem_optim import __version__
 
 __all__ = ["main"]
+
+_NOTHING_FITS = 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process by default.
 
     Returns:
-        The exit status: 0, or 2 for a wrong argument.
+        The exit status: 0, 2 for a wrong argument, 3 for a plan of which nothing fits into the budget.
     """
     given = sys.argv[1:] if argv is None else list(argv)
     if given[:1] == ["run"]:
@@ -45,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Everything after it is the script's own, so it never gets to this parser.
     commands.add_parser("run", help="a training script of yours, unmodified, with our optim strings", add_help=False)
 
+    _add_prune(commands.add_parser("prune", help="a saved model, layer by layer and without training"))
+
     demo = commands.add_parser("demo", help="train a small language model on real text, ours beside AdamW")
     demo.add_argument("--optim", nargs="+", default=["adamw_torch", "ldadam"], metavar="NAME")
     demo.add_argument("--learning-rate", nargs="+", type=float, metavar="LR", help="rates to try for each")
@@ -53,13 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
 
-    args = parser.parse_args(given)
+    args, unknown = parser.parse_known_args(given)
+    if unknown:  # with the usage of the command
+        commands.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        args.run(args)
+        status: int | None = args.run(args)
     except (TypeError, ValueError, OSError, ImportError) as error:
         print(f"hf-lowmem-optim {args.command}: {error}", file=sys.stderr)
         return 2
-    return 0
+    return status or 0
 
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:
@@ -77,11 +85,32 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--gpus", type=_positive, default=1, metavar="N")
     plan.add_argument("--sharding", default="ddp", metavar="ddp|fsdp", help="how several GPUs share the work")
     plan.add_argument("--budget", metavar="24GiB", help="memory of one GPU: what fits, and what to change")
+    plan.add_argument("--reserve", metavar="2GiB", help="part of it to keep free; default: a tenth, at least 1 GiB")
+    plan.add_argument("--seq-len", type=_positive, metavar="N", help="tokens of a sequence: estimates activations")
+    plan.add_argument("--batch-size", type=_positive, default=1, metavar="N", help="sequences of a GPU at a time")
+    plan.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
+    plan.add_argument("--adamw-lr", type=float, metavar="1e-5", help="AdamW's learning rate: where ours start")
     output = plan.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print JSON")
     output.add_argument("--csv", action="store_true", help="print CSV")
     plan.add_argument("--plot", metavar="OUT.png", help="draw stacked bars")
     plan.set_defaults(run=_plan)
+
+
+def _add_prune(prune: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``prune``."""
+    prune.add_argument("model", type=Path, metavar="MODEL_DIR", help="a model and its tokenizer, as saved")
+    prune.add_argument("--data", type=Path, required=True, metavar="FILE", help="a text, or a CSV of text and label")
+    prune.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the pruned model goes; new")
+    prune.add_argument(
+        "--sparsity", type=float, metavar="S", help="of each layer; default: 0.5, or what the pattern says"
+    )
+    prune.add_argument("--pattern", metavar="N:M", help="keep N of each M neighbouring inputs, such as 2:4")
+    prune.add_argument("--iterations", type=_positive, default=3, metavar="N", help="1 is SparseGPT; default: 3")
+    prune.add_argument("--layers", nargs="+", metavar="NAME", help="default: all but embeddings and the output head")
+    prune.add_argument("--samples", type=_positive, default=128, metavar="N", help="to calibrate with; default: 128")
+    prune.add_argument("--sequence-length", type=_positive, default=512, metavar="N", help="tokens; default: 512")
+    prune.set_defaults(run=_prune)
 
 
 def _positive(text: str) -> int:
@@ -99,31 +128,51 @@ def _list(_: argparse.Namespace) -> None:
     print(optimizer_table())
 
 
-def _plan(args: argparse.Namespace) -> None:
+def _plan(args: argparse.Namespace) -> int:
     """Plan, and print it in the form asked for."""
-    from hf_lowmem_optim.memory.plan_table import plan_csv, plan_text
+    from hf_lowmem_optim.memory.byte_sizes import parse_bytes, parse_reserve
+    from hf_lowmem_optim.trainer.presets import find_model
+
+    # before torch is imported, which takes seconds
+    find_model(args.model)
+    if args.budget is not None:
+        parse_reserve(args.reserve, parse_bytes(args.budget))
+    if args.plot and Path(args.plot).suffix.lower() not in (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"--plot {args.plot}: the suffix chooses the format; write for example out.png or out.svg")
+    # its advice on fast kernels of another package, which a plan does not run
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+        lambda record: "kernels-community" not in str(record.msg)
+    )
+
+    from hf_lowmem_optim.memory.learning_rates import learning_rates
+    from hf_lowmem_optim.memory.plan_types import plan_csv
     from hf_lowmem_optim.memory.plots import plot_plan
     from hf_lowmem_optim.trainer.model_source import ModelOptions
     from hf_lowmem_optim.trainer.plan_model import plan_memory
 
-    targets = args.target_modules
+    targets, batch = args.target_modules, (args.seq_len, args.batch_size, args.checkpointing)
     plan = plan_memory(
         args.model,
         args.optim,
         optim_args=args.optim_args,
         # a single value may be a regex of the whole name, as in optim_target_modules
         target_modules=targets[0] if targets and len(targets) == 1 else targets,
-        options=ModelOptions(args.dtype, args.lora, tuple(args.freeze), args.quantize),
+        options=ModelOptions(args.dtype, args.lora, tuple(args.freeze), args.quantize, *batch),
         gpus=args.gpus,
         sharding=args.sharding,
         budget=args.budget,
+        reserve=args.reserve,
     )
+    if args.adamw_lr is not None:
+        names = [row.name for row in plan.optimizers if row.registered]
+        plan = replace(plan, learning_rates=learning_rates(names, args.adamw_lr))
     if args.json:
         print(json.dumps(plan.to_dict(), indent=2))
     else:
-        print(plan_csv(plan).rstrip("\n") if args.csv else plan_text(plan))
+        print(plan_csv(plan).rstrip("\n") if args.csv else plan)
     if args.plot:
         plot_plan(plan, args.plot)
+    return 0 if plan.anything_fits else _NOTHING_FITS
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -138,6 +187,18 @@ def _report(args: argparse.Namespace) -> None:
     print(report_text(report))
     if args.plot:
         plot_report(report, args.plot)
+
+
+def _prune(args: argparse.Namespace) -> None:
+    """Prune, and say what it cost."""
+    from hf_lowmem_optim.trainer.prune_model import PruneOptions, parse_pattern, prune_directory
+
+    pattern = None if args.pattern is None else parse_pattern(args.pattern)
+    options = PruneOptions(args.sparsity, pattern, args.iterations, args.layers, args.samples, args.sequence_length)
+    done = prune_directory(args.model, args.data, args.out, options)
+    share = done.num_zeros / done.num_weights
+    print(f"zeros: {done.num_zeros:,} of {done.num_weights:,} weights ({share:.2%})")
+    print(f"{done.measure}: {done.before:.4g} before, {done.after:.4g} after")
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -13,7 +13,10 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "hf_lowmem_optim"
 NAME = PACKAGE.name
 #: From the bottom up; a module may import from its own layer and from those before it.
-LAYERS = ("spec", "ops", "engine", "optimizers", "pruning", "registry", "memory", "trainer", "integrations", "__main__")
+LAYERS = (
+    *("words", "spec", "ops", "engine", "optimizers", "pruning", "registry", "memory", "trainer", "integrations"),
+    "__main__",
+)
 #: Outside packages, each with the only places that may import it.
 ONLY_IN = {
     "transformers": ("trainer/",),
@@ -28,8 +31,8 @@ ONLY_IN = {
 }
 MAX_LINES = 450
 MAX_ARGUMENTS = 9
-#: Of the kernels, and of everything else.
-MAX_TRITON_LINES, MAX_OTHER_LINES = 3_200, 15_000
+#: Of the kernels, the rest of the ground floor, each system upon it, and what talks to users.
+MAX_PART_LINES = {"ops/triton/": 3_200, "ops/ engine/ optimizers/": 11_500, "pruning/": 1_700, "": 6_800}
 #: Decorators whose functions are compiled: by Triton, or by numba through ``ops/cpu/jit.py``.
 COMPILED = {"jit", "loop", "inlined"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -123,23 +126,26 @@ def test_there_is_no_runtime_of_our_own() -> None:
 
 def test_nobody_asks_a_sharded_tensor_for_one_answer() -> None:
     """Such an answer is that of one process, without an error: ``probe.py`` asks all of them."""
-    asked = {"any", "all", "item", "tolist", "equal", "is_nonzero"}
+    asked, converted = {"any", "all", "item", "tolist", "equal", "is_nonzero"}, {"bool", "float", "int"}
+    # an option that is a tensor is no parameter, and a mesh's tensor no part of one
+    harmless = (" value.item()", " int(mesh.mesh[place])")
     files = [file for file in FILES if file.startswith("engine/sharding/")]
     for file in [*files, "engine/optimizer.py", "engine/allocation.py", "engine/coupled.py"]:
         for node in ast.walk(TREES[file]):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in asked:
+            method = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in asked
+            if method or (isinstance(node, ast.Call) and getattr(node.func, "id", None) in converted):
                 where = f"{file}:{node.lineno} {ast.unparse(node)}"
-                # an option that is a tensor is no parameter
-                assert file == "engine/sharding/probe.py" or where.endswith(" value.item()"), where
+                assert file == "engine/sharding/probe.py" or where.endswith(harmless), where
     assert len(files) > 4
 
 
 def test_files_and_the_package_stay_small() -> None:
     lines = {file: len(text.splitlines()) for file, text in FILES.items()}
     assert {file: count for file, count in lines.items() if count > MAX_LINES} == {}
-    kernels = sum(count for file, count in lines.items() if file.startswith("ops/triton/"))
-    assert kernels <= MAX_TRITON_LINES
-    assert sum(lines.values()) - kernels <= MAX_OTHER_LINES
+    parts = dict.fromkeys(MAX_PART_LINES, 0)
+    for file, count in lines.items():
+        parts[next(part for part in parts if not part or file.startswith(tuple(part.split())))] += count
+    assert {part: count for part, count in parts.items() if count > MAX_PART_LINES[part]} == {}
 
 
 def test_functions_take_few_arguments() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -64,20 +65,70 @@ def test_plan_prints_a_table_json_or_csv(capsys: pytest.CaptureFixture[str]) -> 
         assert row["total_bytes"] == held + row["state_bytes"] + temporaries == int(line["total_bytes"])
 
 
+def test_plan_shows_its_progress_on_a_terminal_alone(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    assert main([*PLAN, "--optim", "ldadam", "microadam"]) == 0
+    assert "planning" not in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main([*PLAN, "--optim", "ldadam", "microadam"]) == 0
+    printed = capsys.readouterr().err
+    assert printed.startswith("\rplanning ldadam (1 of 2)\rplanning microadam (2 of 2)\r")
+    assert printed.endswith("\r") and not printed.rsplit("\r", 2)[1].strip()
+
+
 def test_plan_takes_all_its_options(capsys: pytest.CaptureFixture[str]) -> None:
     options = "--optim ldadam --optim-args rank=4 --dtype bf16 --lora r=8,target=query+value --freeze embeddings"
     options += " --quantize 4bit --gpus 2 --sharding ddp --budget 2GiB --target-modules lora_A lora_B"
+    options += " --reserve 1GiB --seq-len 64 --batch-size 4 --checkpointing --adamw-lr 2e-5"
     assert main([*PLAN, *options.split()]) == 0
     printed = capsys.readouterr().out
-    for expected in ("LoRA r=8 on query+value", "per GPU of 2 with DDP", "DDP buckets", "rank=4", "≤ 2 GiB", "yes"):
-        assert expected in printed
+    expected = ["LoRA r=8 on query+value", "per GPU of 2 with DDP", "DDP buckets", "rank=4", "≤ 1 GiB", "fits"]
+    expected += ["Activations: 4 × 64 tokens", "1 GiB of it are kept", "5e-05 (2.5 ×)"]
+    assert [text for text in expected if text not in printed] == []
+
+
+def test_a_plan_of_which_nothing_fits_has_its_table_json_csv_and_a_status_of_its_own(capsys: Any) -> None:
+    tight = [*PLAN, "--optim", "ldadam", "--budget", "100MiB", "--reserve", "0"]
+    assert main(tight) == 3
+    assert "over by " in capsys.readouterr().out
+    assert main([*tight, "--json"]) == 3
+    content = json.loads(capsys.readouterr().out)
+    assert content["optimizers"][0]["fits"] is False and content["suggestions"]
+    assert main([*tight, "--csv"]) == 3
+    assert "ldadam,True" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["lama-2-7b"], "did you mean 'llama-2-7b'"),
+        (["bert-base", "--budget", "24"], "24GiB, 80GB or 512MiB"),
+        (["bert-base", "--budget", "24GiB", "--reserve", "24GiB"], "leaves nothing"),
+        (["bert-base", "--plot", "a.txt"], "out.png or out.svg"),
+        (["bert-base", "--budgt", "24GiB"], "usage: hf-lowmem-optim plan"),
+    ],
+)
+def test_a_typo_is_refused_before_torch_is_loaded(argv: list[str], message: str) -> None:
+    code = "import sys; from hf_lowmem_optim.__main__ import main\n"
+    code += "try: status = main(sys.argv[1:])\nexcept SystemExit as stop: status = stop.code\n"
+    code += "print(status, {'torch', 'transformers', 'numpy'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code, "plan", *argv], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "2 set()"
+    assert message in done.stderr
+
+
+def test_a_plan_prints_nothing_of_other_packages() -> None:
+    pytest.importorskip("bitsandbytes")
+    done = subprocess.run([sys.executable, "-m", "hf_lowmem_optim", *PLAN], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["plan", "lama-2-7b"], "did you mean 'llama-2-7b'"),
-        ([*PLAN, "--budget", "1MiB"], "nothing fits. The least"),
+        ([*PLAN, "--budget", "1MiB"], "leaves nothing of the budget"),
+        ([*PLAN, "--adamw-lr", "-1"], "adamw_lr=-1"),
+        (["plan", "mamba-130m", "--seq-len", "8"], "plan without seq_len"),
         ([*PLAN, "--plot", "/nowhere/at/all.png"], "/nowhere/at/all.png"),
         (["report", "/nowhere"], "OptimizerStateMemoryCallback"),
         (["demo", "--optim", "ldamm", "--steps", "1"], "did you mean 'ldadam'"),

@@ -148,6 +148,9 @@ def test_the_links_of_the_readme_lead_somewhere() -> None:
 
 # --- quoted messages
 
+#: What a logged message says only when it runs; on the page it is an ellipsis as well.
+_FORMATTED = re.compile(r"%[.0-9]*[sdrgf]")
+
 
 def texts(node: ast.AST) -> str:
     """Return a string of the source; what is only known when it runs is an ellipsis."""
@@ -168,9 +171,8 @@ def test_troubleshooting_quotes_messages_that_exist_and_all_warnings() -> None:
             if isinstance(node, (ast.JoinedStr, ast.Constant, ast.BinOp)):
                 known.add(texts(node))
             elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("logger.warning", "warnings.warn"):
-                warnings.add(re.sub(r"%[sdr]", "…", texts(node.args[0])))
-    # "%r" of a logged message is an ellipsis on the page
-    known |= {re.sub(r"%[sdr]", "…", text) for text in known if "%" in text}
+                warnings.add(_FORMATTED.sub("…", texts(node.args[0])))
+    known |= {_FORMATTED.sub("…", text) for text in known if "%" in text}
     unknown = [quote for quote in quotes if not any(occurs(quote, text) for text in known)]
     assert not unknown
     # a warning that is made elsewhere is a mere ellipsis here

@@ -7,10 +7,8 @@ A method declares its own in a frozen dataclass derived from :class:`Options`. T
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import math
-import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -18,6 +16,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 from torch import Tensor
+
+from hf_lowmem_optim.words import nearest, shown
 
 __all__ = [
     "COUNT",
@@ -41,10 +41,6 @@ DenseState = Literal["param", "fp32", "8bit"]
 WeightRounding = Literal["nearest", "stochastic", "compensated"]
 
 _O = TypeVar("_O", bound="Options")
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 200
-_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 12
 
 
 @dataclass(frozen=True)
@@ -224,18 +220,6 @@ def check_group_keys(group: Mapping[str, Any], own: Iterable[str], owner: str) -
                 f"a parameter group has the key {key!r}, which is an option of another method; {owner} has: "
                 f"{', '.join(sorted(own))}"
             )
-
-
-def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """Return ``"; did you mean 'x'?"`` for the known name closest to ``name``, or an empty string."""
-    # the time that difflib takes grows with the length, to minutes
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff) if len(name) <= 200 else []
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def shown(value: Any) -> str:
-    """Return ``repr`` of what somebody gave, shortened where it is long or nested deep."""
-    return _SHORT.repr(value)
 
 
 def as_plain(value: Any, *, tensors: bool = True) -> Any:

@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hf_lowmem_optim.engine.buckets import SHARED_PREFIX
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
+from hf_lowmem_optim.memory.byte_sizes import format_bytes
+from hf_lowmem_optim.memory.plan_table import align
 from hf_lowmem_optim.ops.constants import held_constant
 from hf_lowmem_optim.spec import TensorSpec
 
@@ -52,6 +54,13 @@ class StateReport:
     def adamw_fp32_bytes(self) -> int:
         """Bytes that AdamW with float32 moments takes for the same parameters."""
         return 8 * self.num_parameters
+
+    def __str__(self) -> str:
+        """Return a table: bytes by component, the total, what AdamW with float32 moments would take."""
+        rows = [(f"  {name}", format_bytes(count)) for name, count in self.component_bytes.items()]
+        per_parameter = f"{self.total_bytes / self.num_parameters:.3g} B/param" if self.num_parameters else ""
+        rows += [("  all", format_bytes(self.total_bytes)), ("  AdamW fp32", format_bytes(self.adamw_fp32_bytes))]
+        return "\n".join([f"State of {self.num_parameters:,} parameters: {per_parameter}".rstrip(": "), *align(rows)])
 
     def breakdown(self) -> dict[str, Any]:
         """Return the figures below the total as JSON values."""

@@ -14,7 +14,14 @@ from hf_lowmem_optim.engine.sharding.layout import Split, own_part, part_of_spec
 from hf_lowmem_optim.memory.measure import Piece, StateReport, add_up, unwrap_optimizer
 from hf_lowmem_optim.registry import get_entry
 
-__all__ = ["compressed_bytes_per_parameter", "plan_groups", "plan_optimizer", "plan_state", "plan_temporaries"]
+__all__ = [
+    "Groups",
+    "compressed_bytes_per_parameter",
+    "plan_groups",
+    "plan_optimizer",
+    "plan_state",
+    "plan_temporaries",
+]
 
 Groups = Sequence[Mapping[str, Any]]
 """Parameter groups with every hyper-parameter, as ``optimizer.param_groups`` has them."""

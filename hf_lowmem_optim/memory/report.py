@@ -207,7 +207,11 @@ def _describe_group(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str,
     words = [f"weight_decay {group['weight_decay']:g}"] if "weight_decay" in group else []
     if isinstance(optimizer, LowMemoryOptimizer):
         dense, switch = optimizer.method.is_dense(group), optimizer.method.switch[0]
-        words.insert(0, "dense" if dense else "compressed")
+        compressed = sum(p.numel() for p in group["params"] if optimizer.method.compresses(p.shape, group))
+        rest = sum(p.numel() for p in group["params"]) - compressed
+        words.insert(
+            0, f"compressed, but for {rest:,}" if compressed and rest else "compressed" if compressed else "dense"
+        )
         # the schedule changes lr itself
         now = {**group, "lr": group.get("initial_lr", group["lr"])}
         skipped = {"weight_decay", *((switch,) if dense else ())}

@@ -24,6 +24,7 @@ from hf_lowmem_optim.ops.inverse_root import alike_in_a_stack
 from hf_lowmem_optim.spec import QuantFormat, TensorSpec, quantized_specs
 
 __all__ = [
+    "FirstMoment",
     "Piece",
     "Region",
     "Squares",
@@ -135,13 +136,17 @@ class Piece:
             for column in self.columns
         ]
 
-    def part(self, flat: Tensor, width: Width) -> Tensor:
+    def span(self, width: Width) -> tuple[int, int]:
+        """Return where in a flat tensor with ``width`` entries a block its blocks begin, and that width."""
+        r = self.region
+        w = width(r.a, r.b)
+        return total(self.before, width) + (self.rows.start * r.columns + self.columns.start) * w, w
+
+    def part(self, flat: Tensor, start: int, width: int) -> Tensor:
         """Return what belongs to its blocks of stacked flat tensors, a view [matrices, blocks, width]."""
-        w, r = width(self.region.a, self.region.b), self.region
-        start = total(self.before, width) + (self.rows.start * r.columns + self.columns.start) * w
         count = len(self.rows) * len(self.columns)
-        rows = flat[self.tensors.start : self.tensors.stop, start : start + count * w]
-        return rows.view(len(rows), count, w)
+        rows = flat[self.tensors.start : self.tensors.stop, start : start + count * width]
+        return rows.view(len(rows), count, width)
 
 
 def piece_entries(device: torch.device) -> int:
@@ -192,32 +197,27 @@ class Vectors:
         specs = quantized_specs(length, fmt, prefix=self.key)
         return {key: dataclasses.replace(spec, component=self.component) for key, spec in specs.items()}
 
-    def view(self, state: Mapping[str, Tensor], piece: Piece) -> Tensor:
-        """Return those of a piece that are not quantized, a view [matrices, blocks, width]."""
-        return piece.part(state[self.key], self.width)
-
     def read(self, state: Mapping[str, Tensor], piece: Piece) -> Tensor:
         """Return those of a piece in float32, [blocks, width]: a copy, or a view of what is float32."""
         fmt = _FORMATS.get(self.storage)
         if fmt is None:
-            return self.view(state, piece).flatten(0, 1).float()
-        codes, lo, hi = (part.reshape(-1).contiguous() for part in self._quantized_parts(state, piece, fmt))
+            return self._parts(state, piece)[0].flatten(0, 1).float()
+        codes, lo, hi = (part.reshape(-1).contiguous() for part in self._parts(state, piece))
+        length = codes.numel() * 8 // fmt.bits
+        out = codes.new_empty(length, dtype=torch.float32)
+        dequantize_(out, Quantized(codes, lo, hi, length, fmt))
         blocks = len(piece.tensors) * len(piece.rows) * len(piece.columns)
-        out = codes.new_empty(blocks, self._stored_width(piece.region.a, piece.region.b), dtype=torch.float32)
-        dequantize_(out, Quantized(codes, lo, hi, out.numel(), fmt))
-        return out[:, : self.width(piece.region.a, piece.region.b)]
+        return out.view(blocks, -1)[:, : self.width(piece.region.a, piece.region.b)]
 
     def write_(self, state: Mapping[str, Tensor], piece: Piece, values: Tensor) -> None:
         """Store float32 [blocks, width]."""
-        fmt = _FORMATS.get(self.storage)
+        fmt, parts = _FORMATS.get(self.storage), self._parts(state, piece)
         if fmt is None:
-            view = self.view(state, piece)
-            view.copy_(values.view(view.shape))
+            parts[0].copy_(values.view(parts[0].shape))
             return
         missing = self._stored_width(piece.region.a, piece.region.b) - values.shape[1]
         if missing:  # the last entry again, which changes no range
             values = torch.cat((values, values[:, -1:].expand(-1, missing)), dim=1)
-        parts = self._quantized_parts(state, piece, fmt)
         buffers = [
             part if part.is_contiguous() else torch.empty_like(part, memory_format=torch.contiguous_format)
             for part in parts
@@ -233,13 +233,13 @@ class Vectors:
         fmt, width = _FORMATS.get(self.storage), self.width(a, b)
         return width if fmt is None else fmt.num_blocks(width) * fmt.block_size
 
-    def _quantized_parts(self, state: Mapping[str, Tensor], piece: Piece, fmt: QuantFormat) -> list[Tensor]:
-        widths: dict[str, Width] = {
-            "codes": lambda a, b: self._stored_width(a, b) * fmt.bits // 8,
-            "lo": lambda a, b: self._stored_width(a, b) // fmt.block_size,
-            "hi": lambda a, b: self._stored_width(a, b) // fmt.block_size,
-        }
-        return [piece.part(state[f"{self.key}_{name}"], width) for name, width in widths.items()]
+    def _parts(self, state: Mapping[str, Tensor], piece: Piece) -> list[Tensor]:
+        """Return what a piece's are stored in, views [matrices, blocks, width]: as they are, or codes, lo and hi."""
+        fmt, (start, width) = _FORMATS.get(self.storage), piece.span(self._stored_width)
+        if fmt is None:
+            return [piece.part(state[self.key], start, width)]
+        entries = {"codes": 8 // fmt.bits, "lo": fmt.block_size, "hi": fmt.block_size}
+        return [piece.part(state[f"{self.key}_{name}"], start // n, width // n) for name, n in entries.items()]
 
 
 @dataclass(frozen=True)
@@ -284,3 +284,40 @@ class Squares:
             return [Vectors(self.key, "second_moment", lambda a, b: a * b)]
         rows = Vectors(f"{self.key}_row", "second_moment", lambda a, b: a)
         return [rows, Vectors(f"{self.key}_col", "second_moment", lambda a, b: b)]
+
+
+@dataclass(frozen=True)
+class FirstMoment:
+    """The running mean of each block's entries, in the state of its tensor; quantized, in units of √v.
+
+    On m itself the step of a quantizer's grid is that of its largest entries, and zero need not be on the grid: what is
+    much smaller, because its gradients are, would keep a noise that m/√v multiplies without bound. Of m/√v the noise is
+    a fixed share. Where v is 0, a quantized m is.
+
+    Attributes:
+        key: Its state key, or the prefix of three.
+        storage: How it is stored.
+        squares: v, which has to be the same when m is read as when it was written.
+    """
+
+    key: str
+    storage: Storage
+    squares: Squares
+
+    def specs(self, regions: Sequence[Region]) -> dict[str, TensorSpec]:
+        """Describe its state."""
+        return self._vectors().specs(regions)
+
+    def read(self, state: Mapping[str, Tensor], piece: Piece) -> Tensor:
+        """Return the mean, float32 [blocks, a, b]; a view of what is float32."""
+        m = self._vectors().read(state, piece).view(-1, piece.region.a, piece.region.b)
+        return m if self.storage not in _FORMATS else m.mul_(self.squares.read(state, piece).sqrt())
+
+    def write_(self, state: Mapping[str, Tensor], piece: Piece, m: Tensor, v: Tensor) -> None:
+        """Store float32 m [blocks, a, b], with the v that is stored."""
+        if self.storage in _FORMATS:
+            m = (m / v.sqrt()).masked_fill_(v == 0, 0)
+        self._vectors().write_(state, piece, m.flatten(1))
+
+    def _vectors(self) -> Vectors:
+        return Vectors(self.key, "first_moment", lambda a, b: a * b, self.storage)

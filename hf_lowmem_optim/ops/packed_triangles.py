@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -48,27 +49,27 @@ class Symmetric:
 
     def specs(self, regions: Sequence[Region]) -> dict[str, TensorSpec]:
         """Describe its state."""
-        return {key: spec for part in self._parts() for key, spec in part.specs(regions).items()}
+        return {key: spec for part in self._parts for key, spec in part.specs(regions).items()}
 
     def read(self, state: Mapping[str, Tensor], piece: Piece) -> Tensor:
         """Return the matrices of a piece, float32 [blocks, n, n]; a view of what is stored in full."""
         if self.storage == "fp32":
             return self._full(state, piece)
         lower = self._lower(state, piece)
-        diagonal = lower.diagonal(dim1=1, dim2=2).clone()
-        lower += lower.mT.clone()
-        lower.diagonal(dim1=1, dim2=2).copy_(diagonal)
-        return lower
+        lower.diagonal(dim1=1, dim2=2).mul_(0.5)
+        return lower + lower.mT
 
     def write_(self, state: Mapping[str, Tensor], piece: Piece, values: Tensor) -> None:
         """Store float32 [blocks, n, n], of which only the lower triangle counts unless it is stored in full."""
-        parts, flat = self._parts(), values.flatten(1)
+        flat = values.flatten(1)
         if self.storage == "fp32":
-            parts[0].write_(state, piece, flat)
+            self._parts[0].write_(state, piece, flat)
             return
-        parts[0].write_(state, piece, values.diagonal(dim1=1, dim2=2))
-        parts[1].write_(state, piece, flat.index_select(1, _strict_lower(values)))
+        places = _strict_lower(values.shape[-1], values.device)
+        self._parts[0].write_(state, piece, values.diagonal(dim1=1, dim2=2))
+        self._parts[1].write_(state, piece, flat.index_select(1, places))
 
+    @cached_property
     def _parts(self) -> list[Vectors]:
         side, counted = self.side, self.component
         if self.storage == "fp32":
@@ -78,14 +79,14 @@ class Symmetric:
 
     def _full(self, state: Mapping[str, Tensor], piece: Piece) -> Tensor:
         n = self.side(piece.region.a, piece.region.b)
-        return self._parts()[0].read(state, piece).view(-1, n, n)
+        return self._parts[0].read(state, piece).view(-1, n, n)
 
     def _lower(self, state: Mapping[str, Tensor], piece: Piece) -> Tensor:
         """Return the stored triangles with their diagonals, and zeros above."""
-        diagonal, lower = (part.read(state, piece) for part in self._parts())
+        diagonal, lower = (part.read(state, piece) for part in self._parts)
         n = diagonal.shape[1]
         out = diagonal.new_zeros(len(diagonal), n, n)
-        out.flatten(1).index_copy_(1, _strict_lower(out), lower)
+        out.flatten(1).index_copy_(1, _strict_lower(n, out.device), lower)
         out.diagonal(dim1=1, dim2=2).copy_(diagonal)
         return out
 
@@ -109,32 +110,39 @@ def semidefinite_factor(S: Tensor) -> Tensor:
     """Return lower triangular C with C·Cᵀ = S + j·I for each positive semidefinite matrix of a stack.
 
     Args:
-        S: float32 [number of matrices, n, n]; only read.
+        S: float32 [number of matrices, n, n]; left as it is.
 
     Returns:
         The factors; zeros for a matrix of zeros, NaN for one that is not finite.
     """
-    norm = largest_and_norm(S)[1]
+    norm = largest_and_norm(S)[1].flatten()
     zero, finite = norm == 0, norm < torch.inf
     jitter = torch.where(zero, 1, _JITTER * norm)
-    C, info = torch.linalg.cholesky_ex(_plus_diagonal(S, jitter))
+    C, info = _cholesky(S, jitter)
     for _ in range(_ATTEMPTS):
-        (failed,) = torch.nonzero((info != 0) & finite[:, 0, 0], as_tuple=True)
+        (failed,) = torch.nonzero((info != 0) & finite, as_tuple=True)
         if len(failed) == 0:
             break
         jitter[failed] *= 10
-        C[failed], info[failed] = torch.linalg.cholesky_ex(_plus_diagonal(S[failed], jitter[failed]))
-    return torch.where(zero, 0, C).masked_fill_(~finite, torch.nan)
+        C[failed], info[failed] = _cholesky(S[failed], jitter[failed])
+    # a scatter to the few, if any, where a mask would go through all
+    for which, value in ((zero, 0.0), (~finite, torch.nan)):
+        C[which] = value
+    return C
 
 
-def _plus_diagonal(S: Tensor, value: Tensor) -> Tensor:
-    out = S.clone()
-    out.diagonal(dim1=1, dim2=2).add_(value[:, :, 0])
-    return out
+def _cholesky(S: Tensor, jitter: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factor of S + j·I, which torch copies, and whether there is none; S is left as it was."""
+    diagonal = S.diagonal(dim1=1, dim2=2)
+    before = diagonal.clone()
+    diagonal.add_(jitter[:, None])
+    C, info = torch.linalg.cholesky_ex(S)
+    diagonal.copy_(before)
+    return C, info
 
 
-def _strict_lower(matrices: Tensor) -> Tensor:
+@lru_cache(maxsize=8)
+def _strict_lower(n: int, device: torch.device) -> Tensor:
     """Return the places of the strict lower triangle in a flattened matrix, row by row."""
-    n = matrices.shape[-1]
-    places: Tensor = torch.tril_indices(n, n, -1, device=matrices.device)
+    places: Tensor = torch.tril_indices(n, n, -1, device=device)
     return places[0] * n + places[1]

@@ -360,7 +360,9 @@ class IOBSPruner:
         assert self._window is not None
         if self._damping == "auto":
             return mean_diagonal or 1.0  # without a gradient every λ gives the same
-        damping = self._window.damping if self._damping is None else float(self._damping)
+        damping = self._damping
+        if damping is None:  # the optimizer's, as it is now
+            damping = next(group["damping"] for group in self._optimizer.param_groups if self._in_system(group))
         if self._correction and damping < _SMALL_DAMPING * mean_diagonal and not self._told:
             self._told = True
             logger.warning(

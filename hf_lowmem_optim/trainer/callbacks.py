@@ -26,7 +26,7 @@ _callbacks_of: WeakKeyDictionary[Optimizer, list[TrainerCallback]] = WeakKeyDict
 
 
 class OptimizerStateMemoryCallback(TrainerCallback):
-    """Logs the measured bytes of optimizer state with every training log, and reports on the run at its end.
+    """Logs the measured bytes of optimizer state with the training logs, and reports on the run at its end.
 
     Keys of the logs: ``optimizer_state/total_bytes``, ``optimizer_state/<component>_bytes`` (``first_moment``,
     ``second_moment``, ``basis``, ``error``, ``dense``, ...), ``optimizer_state/group_<i>_bytes``; for comparison
@@ -43,9 +43,9 @@ class OptimizerStateMemoryCallback(TrainerCallback):
     report DIR`` reads it); so it does with every checkpoint, for a run that does not come to its end. Where it cannot
     write, it warns.
 
-    Only training logs have the keys (those with a loss), on the main process, from the first step on. Tensors that
-    FSDP2 shards (DTensors) count with all their parts, but in ``optimizer_state/process_bytes``, what the main process
-    has of them.
+    The first training log (one with a loss) has all keys, on the main process; later ones have the total and what is
+    another value than before. Tensors that FSDP2 shards (DTensors) count with all their parts, but in
+    ``optimizer_state/process_bytes``, what the main process has of them.
 
     Args:
         reset_peak: Reset the device's process-wide peak counter before every step, so that the peak of each step is
@@ -60,6 +60,7 @@ class OptimizerStateMemoryCallback(TrainerCallback):
         self._meter = StepMemoryMeter(reset_peak=reset_peak)
         self._step_memory: StepMemory | None = None
         self._compared = False
+        self._logged: dict[str, int] = {}
         # since the last log: seconds of training steps, and how many
         self._begun, self._seconds, self._steps = 0.0, 0.0, 0
         self._step_seconds: list[dict[str, float]] = []
@@ -68,7 +69,7 @@ class OptimizerStateMemoryCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: Any, optimizer: Optimizer | None = None, **_: Any
     ) -> None:
         """Begin a run, and make this callback known to the one that comes before the reporters."""
-        self._step_memory, self._compared = None, False
+        self._step_memory, self._compared, self._logged = None, False, {}
         self._seconds, self._steps, self._step_seconds = 0.0, 0, []
         if optimizer is not None:
             log_early(optimizer, self)
@@ -131,7 +132,7 @@ class OptimizerStateMemoryCallback(TrainerCallback):
     def on_log(
         self, args: Any, state: TrainerState, control: Any, logs: Any = None, optimizer: Any = None, **_: Any
     ) -> None:
-        """Add the bytes to a training log, unless that is done."""
+        """Add the bytes that are not known yet to a training log, unless that is done."""
         if optimizer is None or not logs or not state.is_world_process_zero:
             return
         if ("loss" not in logs and "train_loss" not in logs) or "optimizer_state/total_bytes" in logs:
@@ -147,7 +148,10 @@ class OptimizerStateMemoryCallback(TrainerCallback):
             entries["optimizer_state/gradient_peak_bytes"] = peak
         if _is_sharded(optimizer):
             entries["optimizer_state/process_bytes"] = measure_state(optimizer, local=True).total_bytes
-        add_to_log(state, logs, entries)
+        total = "optimizer_state/total_bytes"
+        new = {key: value for key, value in entries.items() if self._logged.get(key) != value or key == total}
+        self._logged.update(new)
+        add_to_log(state, logs, new)
 
 
 class EarlyLogCallback(TrainerCallback):

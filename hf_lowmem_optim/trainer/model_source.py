@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_lowmem_optim.engine.options import nearest, shown
 from hf_lowmem_optim.memory.json_file import check_shape, read_json
 from hf_lowmem_optim.trainer.param_groups import compile_regex
-from hf_lowmem_optim.trainer.presets import PRESETS
+from hf_lowmem_optim.trainer.presets import PRESETS, find_model
 
 __all__ = ["ModelOptions", "OpenedModel", "open_model"]
 
@@ -75,7 +75,7 @@ class LoraOptions:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How a model that does not exist yet will be loaded and prepared.
+    """How a model that does not exist yet will be loaded, prepared and fed.
 
     Attributes:
         dtype: ``"fp32"``, ``"bf16"`` or ``"fp16"``; None for what the configuration says, else float32.
@@ -83,6 +83,9 @@ class ModelOptions:
         freeze: Parameters that are not trained: parts of their names (whole words between dots) or regexes of the
             whole name.
         quantize: ``"4bit"``: the frozen linear layers in bitsandbytes' 4-bit format; needs ``lora``.
+        seq_len: Tokens of a sequence; with it a plan estimates activations.
+        batch_size: Sequences of a process at a time (``per_device_train_batch_size``).
+        checkpointing: Whether layers are computed anew in the backward pass (``gradient_checkpointing=True``).
 
     Raises:
         ValueError: A value is none of these.
@@ -92,6 +95,9 @@ class ModelOptions:
     lora: str | None = None
     freeze: Sequence[str] = ()
     quantize: str | None = None
+    seq_len: int | None = None
+    batch_size: int = 1
+    checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -106,6 +112,11 @@ class ModelOptions:
             raise ValueError("quantize='4bit' needs lora as well: weights in 4 bits cannot be trained")
         if self.lora:
             LoraOptions.parse(self.lora)
+        for name, number in (("seq_len", self.seq_len), ("batch_size", self.batch_size)):
+            if number is not None and not 1 <= number <= MAX_REPEATS:
+                raise ValueError(f"{name}={shown(number)} must be from 1 to {MAX_REPEATS:,}")
+        if self.seq_len is None and (self.batch_size != 1 or self.checkpointing):
+            raise ValueError("batch_size and checkpointing are for an estimate of activations, which needs seq_len")
 
 
 @dataclass(frozen=True)
@@ -195,8 +206,10 @@ def _read_config(source: Any) -> tuple[PreTrainedConfig, str]:
         raise TypeError(
             f"a model to plan for is a preset, a path, a configuration or a module, not {type(source).__name__}"
         )
-    if isinstance(source, str) and source in PRESETS:
-        return _config_from_dict(PRESETS[source], source), source
+    if isinstance(source, str):
+        source = find_model(source)
+        if source in PRESETS:
+            return _config_from_dict(PRESETS[source], source), source
     path = Path(source)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -204,10 +217,7 @@ def _read_config(source: Any) -> tuple[PreTrainedConfig, str]:
             raise FileNotFoundError(f"{str(source)!r} is a directory without a config.json.{hint}")
         path = path / "config.json"
     elif not path.is_file():
-        raise FileNotFoundError(
-            f"{shown(str(source))} is neither a file, nor a directory, nor a preset"
-            f"{nearest(str(source).lower(), PRESETS)} (presets: {', '.join(PRESETS)})"
-        )
+        raise FileNotFoundError(f"{shown(str(source))} is neither a file nor a directory")
     content = read_json(path)
     _check_sizes(content, repr(str(path)))
     return _config_from_dict(content, str(path)), str(source)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
@@ -25,7 +26,7 @@ from hf_lowmem_optim.engine.options import nearest, shown
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-__all__ = ["hyperparameters_from_text", "hyperparameters_from_training_args", "parse_optim_args"]
+__all__ = ["hyperparameters_from_text", "hyperparameters_from_training_args", "parse_optim_args", "split_optim_args"]
 
 _FIELDS = {"lr": "learning_rate", "weight_decay": "weight_decay", "eps": "adam_epsilon"}
 """Hyper-parameters that are fields of TrainingArguments, and only that."""
@@ -74,6 +75,26 @@ def hyperparameters_from_text(
         own = optimizer_class.method.options.defaults()["betas"]
         hyper["betas"] = tuple(default if beta is None else beta for beta, default in zip(given, own, strict=True))
     return hyper
+
+
+def split_optim_args(
+    text: str | None, classes: Mapping[str, type[LowMemoryOptimizer]]
+) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Share ``optim_args`` out to several optimizers: each gets the entries that it knows.
+
+    Returns:
+        The text for each; and by entry those that do not know it. An entry that none of them knows goes to all, which
+        will refuse it.
+    """
+    texts, unknown = dict.fromkeys(classes, ""), dict[str, list[str]]()
+    for entry in (text or "").split(",") if (text or "").strip() else []:
+        key = entry.partition("=")[0].strip()
+        knowing = [name for name, each in classes.items() if key in _MORE or key in each.method.options.types()]
+        for name in knowing or classes:
+            texts[name] += f",{entry}" if texts[name] else entry
+        if knowing and len(knowing) < len(classes):
+            unknown[entry.strip()] = [name for name in classes if name not in knowing]
+    return texts, unknown
 
 
 def parse_optim_args(text: str | None, optimizer_class: type[LowMemoryOptimizer]) -> dict[str, Any]:

@@ -5,10 +5,14 @@ Only what shapes the weights is written; the rest are transformers' defaults for
 
 from __future__ import annotations
 
+import re
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-__all__ = ["PRESETS"]
+from hf_lowmem_optim.words import nearest, shown
+
+__all__ = ["PRESETS", "find_model"]
 
 
 def _model(model_type: str, architecture: str, **other: Any) -> dict[str, Any]:
@@ -65,3 +69,33 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mamba-130m": _model("mamba", "MambaForCausalLM", vocab_size=50280, num_hidden_layers=24, **_MAMBA_130M),
 }
 """Configurations by name."""
+
+_HUB_NAMES = {
+    "meta-llama-3.1-8b": "llama-3.1-8b",
+    "meta-llama-3.1-70b": "llama-3.1-70b",
+    "mistral-7b-v0.1": "mistral-7b",
+    "mistral-7b-instruct-v0.1": "mistral-7b",
+    "bert-base-uncased": "bert-base",
+    "bert-large-uncased": "bert-large",
+    "all-minilm-l6-v2": "minilm-l6",
+    "vit-base-patch16-224": "vit-base",
+}
+
+
+def find_model(name: str) -> str:
+    """Return the preset for its name or its id on the hub (``meta-llama/Llama-3.1-8B``); a path that exists as it is.
+
+    Raises:
+        FileNotFoundError: It is none of these; the message has the nearest preset.
+    """
+    if name in PRESETS or Path(name).exists():
+        return name
+    organization, _, last = name.lower().rpartition("/")
+    last = _HUB_NAMES.get(last, last)
+    preset = re.sub(r"(-chat|-instruct|-it)?(-hf)?$", "", last)
+    if re.fullmatch(r"[\w-]+", organization) and preset in PRESETS:
+        return preset
+    raise FileNotFoundError(
+        f"{shown(name)} is neither a file, nor a directory, nor a preset{nearest(last, PRESETS)} "
+        f"(presets: {', '.join(PRESETS)})"
+    )

@@ -119,6 +119,7 @@ class IOBSPruningCallback(TrainerCallback, ExportableState):
         self._last = None
         if state.global_step > 0:
             self._pruner.resume(self._steps_of(state))
+        self.num_steps = self._pruner.num_steps
         log_early(inner, self)
 
     def _steps_of(self, state: Any) -> int:

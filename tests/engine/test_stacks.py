@@ -63,9 +63,16 @@ def build(name: str, params: Any, hyper: dict[str, Any], *, stacked: bool) -> Lo
     return OPTIMIZERS[name].optimizer_class(params, stacked=stacked, **hyper)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(32, 48), (48, 32), (33, 35)], ids=str)
-@pytest.mark.parametrize(("name", "hyper"), SETTINGS, ids=str)
+@pytest.mark.parametrize(
+    ("name", "hyper", "shape", "dtype"),
+    [
+        # each setting with every shape and both dtypes, and so over all settings each shape with either
+        (*setting, shape, (torch.float32, torch.bfloat16)[(number + other) % 2])
+        for number, setting in enumerate(SETTINGS)
+        for other, shape in enumerate([(32, 48), (48, 32), (33, 35)])
+    ],
+    ids=str,
+)
 def test_a_stack_is_trained_like_its_matrices(
     name: str, hyper: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

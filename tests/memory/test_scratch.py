@@ -22,7 +22,8 @@ WIDE, TALL = (1536, 3072), (3072, 1536)
 SMALL = (*[(160, 192)] * 7, (24, 4, 3, 3), (30,), ())
 
 STORED = ("fp32", "bf16", "8bit", "4bit")
-ERRORS = dict.fromkeys(("sparse_mfac", "lowrank_mfac", "sparse_ggt"), STORED)
+#: Sparse GGT stores its error as sparse M-FAC does.
+ERRORS: dict[str, tuple[str, ...]] = {**dict.fromkeys(("sparse_mfac", "lowrank_mfac"), STORED), "sparse_ggt": ("8bit",)}
 ERRORS["ldadam"] = ("param", *STORED, "grad", "none")
 OTHERS: dict[str, tuple[dict[str, Any], ...]] = {
     "ldadam": ({"state_dtype": "param", "rank": 64}, {"stochastic_rounding": True}),
@@ -48,14 +49,18 @@ def steps() -> Iterator[Any]:
     for name, entry in OPTIMIZERS.items():
         base = name.removesuffix("_layerwise")
         settings = [{"error_feedback": error} for error in ERRORS.get(base, ())] + [*OTHERS.get(base, ({},)), ROUNDED]
-        if entry.optimizer_class.method.layerwise:  # the updates are the same ones
+        layerwise = entry.optimizer_class.method.layerwise
+        if layerwise:  # the updates are the same ones
             settings = [{}, ROUNDED]
+        # of many options each meets one dtype; a method meets both in either version
+        many = layerwise or len(settings) > 3
         for number, options in enumerate(settings):
             for dtype in (torch.bfloat16,) if options == ROUNDED else (torch.float32, torch.bfloat16):
-                # a method meets each dtype in either version, if not with each option
-                versions = {(number + (dtype == torch.float32)) % 2}
-                if options == ROUNDED and not entry.optimizer_class.method.layerwise:
-                    versions = {0, 1}
+                versions = {((number // 2 if many else number) + (dtype == torch.float32)) % 2}
+                if options == ROUNDED:
+                    versions = {0} if layerwise else {0, 1}
+                elif many and number % 2 != (dtype == torch.float32):
+                    versions = set()
                 if 1 in versions:
                     yield name, options, dtype, "reference", "cpu", [*SMALL, WIDE, *SMALL[:2]]
                 if 0 in versions:

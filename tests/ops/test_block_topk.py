@@ -107,7 +107,7 @@ def test_backends_agree_bit_for_bit(name: str, backend: str, use: Use) -> None:
 
 @pytest.mark.parametrize("backend", FAST)
 def test_largest_block_and_default_block(backend: str, use: Use) -> None:
-    grad = torch.randn(40_000, generator=torch.Generator().manual_seed(3)).round(decimals=1)  # many ties
+    grad = torch.randn(20_000, generator=torch.Generator().manual_seed(3)).round(decimals=1)  # many ties
     largest = TRITON_MAX_BLOCK_SIZE if backend == "triton" else MAX_BLOCK_SIZE
     for case in (Case(largest, 0.01, QuantFormat()), Case(largest, 1.0, FP32), Case(4096, 0.01, QuantFormat())):
         devices = (use(which) for which in ("reference", backend))
@@ -173,7 +173,7 @@ def test_common_blocks_agree_bit_for_bit(kind: str, backend: str, use: Use, monk
             window = torch.full((3, kept), -7, dtype=torch.int16), torch.full((3, kept), torch.nan, dtype=BF16)
             tensors.append((*(part.to(on) for part in window), new_error(numel, QuantFormat(bits), on)))
         found = []
-        for step in range(3):
+        for step in range(2):
             grads = [common(kind, numel + 1, generator).to(on, dtype) for numel in sizes]
             # the last begins at an odd address
             grads = [*(g[:n] for g, n in zip(grads[:-1], sizes, strict=False)), grads[-1][1:]]

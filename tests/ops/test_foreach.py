@@ -114,10 +114,10 @@ def run(groups: list[list[SparseState]], steps: int, *, others: bool = False) ->
 def test_together_is_one_by_one(backend: str, use: Use) -> None:
     device, threads = use(backend), torch.get_num_threads()
     specs = TENSORS if backend == "triton" else [*TENSORS, *ODD]
-    # the last row of the window stays unwritten
-    together = run([make_all(device, specs)], WINDOW - 1)
-    alone = run([[one] for one in make_all(device, specs)], WINDOW - 1)
-    assert len(together) > WINDOW - 1 + 3 * len(specs)
+    # the second step has an error; the last rows of the window stay unwritten
+    together = run([make_all(device, specs)], 2)
+    alone = run([[one] for one in make_all(device, specs)], 2)
+    assert len(together) > 2 + 3 * len(specs)
     finite = torch.cat([each.view(-1).isfinite() for each in together])
     assert 0.7 < finite.double().mean() < 0.99
     assert all(map(same, together, alone))

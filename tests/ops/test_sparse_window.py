@@ -235,8 +235,7 @@ def test_properties(block_size: int, numel: int, window: int, step: int, share: 
 
 
 @pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("window", [1, 9, 33, 70])
-@pytest.mark.parametrize("programs", [1, 3])
+@pytest.mark.parametrize(("window", "programs"), [(1, 3), (9, 1), (33, 3), (70, 1)])
 def test_many_rows_and_blocks_in_a_program(
     window: int, programs: int, backend: str, use: Use, monkeypatch: Any
 ) -> None:

@@ -9,7 +9,6 @@ faults.
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import random
@@ -133,21 +132,30 @@ def step(optimizer: LowMemoryOptimizer, seed: int) -> None:
     optimizer.step()
 
 
-def picture(optimizer: LowMemoryOptimizer) -> str:
-    """Everything in an optimizer, as text that is equal for equal bits."""
+def picture(optimizer: LowMemoryOptimizer) -> tuple[list[bytes], str]:
+    """Everything in an optimizer, as bytes and text that are equal for equal bits."""
     group = optimizer.param_groups[0]
     tensors = [param.detach() for param in group["params"]]
     entries = [(k, v) for param in group["params"] for k, v in optimizer.state.get(param, {}).items()]
     tensors += [value for _, value in entries if isinstance(value, Tensor)]
     numbers = [(key, value) for key, value in entries if not isinstance(value, Tensor)]
     options = sorted((str(key), repr(value)) for key, value in group.items() if key != "params")
-    return repr(([t.reshape(-1).view(torch.uint8).numpy().tobytes() for t in tensors], numbers, options))
+    return [t.reshape(-1).view(torch.uint8).numpy().tobytes() for t in tensors], repr((numbers, options))
+
+
+def copied(saved: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a state dict that shares nothing with it; ``deepcopy`` takes ten times as long."""
+    entries = {
+        index: {key: value.clone() if isinstance(value, Tensor) else value for key, value in entry.items()}
+        for index, entry in saved["state"].items()
+    }
+    return {"state": entries, "param_groups": [{**g, "params": [*g["params"]]} for g in saved["param_groups"]]}
 
 
 def check(name: str, number: int, valid: dict[str, Any], target: LowMemoryOptimizer) -> tuple[str, str | None]:
     """Load one mutation; return what became of it, and the fault if there is one."""
     rng = random.Random(number)
-    saved = copy.deepcopy(valid)
+    saved = copied(valid)
     mutate(saved, rng)
     before = picture(target)
     try:
@@ -169,7 +177,7 @@ def fuzz(name: str, count: int) -> dict[str, Any]:
     source = fresh(name)
     for seed in range(4):
         step(source, seed)
-    valid = copy.deepcopy(source.state_dict())
+    valid = copied(source.state_dict())
     found: dict[str, Any] = {"name": name, "refused": 0, "harmless": 0, "faults": []}
     target = fresh(name)
     step(target, 9)

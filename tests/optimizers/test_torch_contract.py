@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -238,12 +239,14 @@ def test_deepcopy_copies_all_public_attrs(info: Any) -> None:
 @pytest.mark.parametrize("contiguous", [True, False])
 @pytest.mark.parametrize("scheduled", [True, False])
 def test_forloop_goes_right_direction(info: Any, contiguous: bool, scheduled: bool) -> None:
-    for schedules in info.scheduler_inputs if scheduled else [()]:
-        for kwargs in inputs_of(info):
-            params = pair(contiguous=contiguous)
-            assert params[0].is_contiguous() is contiguous
-            optimizer = info.optim_cls(params, **kwargs)
-            assert train(optimizer, *params, schedulers=[make(optimizer) for make in schedules]) > 0, kwargs
+    # every schedule and all settings, each with one or two of the others
+    inputs = [*inputs_of(info), *inputs_of(info)] if scheduled else [*inputs_of(info)]
+    assert len(inputs) >= len(info.scheduler_inputs) or not scheduled
+    for kwargs, made in zip(inputs, itertools.cycle(info.scheduler_inputs if scheduled else [()])):
+        params = pair(contiguous=contiguous)
+        assert params[0].is_contiguous() is contiguous
+        optimizer = info.optim_cls(params, **kwargs)
+        assert train(optimizer, *params, schedulers=[make(optimizer) for make in made]) > 0, kwargs
 
 
 @pytest.mark.gpu
@@ -361,9 +364,12 @@ def test_non_empty_state(info: Any) -> None:
 # -------------------------------------------------------------------------------------------------------- state dicts
 
 
-@pytest.mark.parametrize("names", [(False, False), (False, True), (True, False), (True, True)], ids=str)
-def test_state_dict_deterministic(info: Any, names: tuple[bool, bool]) -> None:
-    for kwargs in inputs_of(info):
+#: Whether parameters have names in the optimizer that saves, and in the one that loads.
+NAMES = [(False, False), (False, True), (True, False), (True, True)]
+
+
+def test_state_dict_deterministic(info: Any) -> None:
+    for kwargs, names in zip(inputs_of(info), itertools.cycle(NAMES)):
         params = pair()
         optimizer = info.optim_cls(named(params, names[0]), **kwargs)
         train(optimizer, *params, steps=10)
@@ -414,9 +420,8 @@ def test_can_load_older_state_dict(info: Any) -> None:
         step(optimizer)
 
 
-@pytest.mark.parametrize("names", [(False, False), (False, True), (True, False), (True, True)], ids=str)
-def test_can_load_from_to_named_state_dict(info: Any, names: tuple[bool, bool]) -> None:
-    for kwargs in inputs_of(info):
+def test_can_load_from_to_named_state_dict(info: Any) -> None:
+    for kwargs, names in zip(inputs_of(info), itertools.cycle(NAMES)):
         model, step = convolution()
         first, second = (
             info.optim_cls(model.named_parameters() if each else model.parameters(), **kwargs) for each in names
@@ -428,9 +433,8 @@ def test_can_load_from_to_named_state_dict(info: Any, names: tuple[bool, bool]) 
         assert found == (["0.weight", "0.bias", "1.weight", "1.bias"] if any(names) else None)
 
 
-@pytest.mark.parametrize("names", [False, True])
-def test_save_load_equality_with_weights_only(info: Any, names: bool) -> None:
-    for kwargs in inputs_of(info):
+def test_save_load_equality_with_weights_only(info: Any) -> None:
+    for kwargs, names in zip(inputs_of(info), itertools.cycle([False, True])):
         params = pair()
         train(optimizer := info.optim_cls(named(params, names), **kwargs), *params, steps=3)
         assert_equal_to_the_bit(through_a_file(optimizer.state_dict()), optimizer.state_dict())

@@ -50,9 +50,17 @@ SHARDABLE["lowrank_mfac each its own"] = replace(
 )
 #: Shapes of which two and four processes have whole blocks; and one of which they have not. For the kernel of the
 #: convolution four processes would send more in stages than at once.
-EVEN = {"wide": (32, 96), "tall": (64, 32), "square": (32, 32), "conv": (16, 4, 4, 4), "vector": (256,), "odd": (9, 30)}
-for name in ("microadam", "sparse_mfac", "sparse_ggt", "ldadam"):
-    SHARDABLE[f"{name} even"] = replace(CASES[name], hyper={**CASES[name].hyper}, other={})
+EVEN = {
+    "wide": (32, 96),
+    "tall": (64, 32),
+    "square": (32, 32),
+    "conv": (16, 4, 4, 4),
+    "experts": (4, 16, 12),
+    "vector": (256,),
+    "odd": (9, 30),
+}
+for name in ("microadam", "sparse_mfac", "sparse_ggt", "ldadam", "ldadam stacked"):
+    SHARDABLE[f"{name} even"] = replace(SHARDABLE[name], hyper={**SHARDABLE[name].hyper}, other={})
 SHARDABLE["ldadam even"].hyper["error_feedback"] = "fp32"
 BEFORE, AFTER = 5, 4
 #: Steps in which two tensors have no gradient.
@@ -178,6 +186,19 @@ def assert_same_state(model: Model, optimizer: LowMemoryOptimizer, plain: Model,
                 torch.testing.assert_close(value, want, rtol=0, atol=0, equal_nan=True)
 
 
+def assert_same_everywhere(optimizer: LowMemoryOptimizer, world: int) -> None:
+    """What every process has is the same on all of them, to the bit."""
+    copies = [
+        value.to_local() if isinstance(value, DTensor) else value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor) and not any(hasattr(p, "dim") for p in getattr(value, "placements", ()))
+    ]
+    found: list[Any] = [None] * world
+    dist.all_gather_object(found, [copy.reshape(-1).view(torch.uint8).tolist() for copy in copies])
+    assert all(each == found[0] for each in found)
+
+
 def save(rank: int, world: int, folder: Path) -> list[str]:
     """Train each optimizer, sharded and plain, compare, and save: parts, and the whole in one file."""
     mesh = init_device_mesh("cpu", (world,))
@@ -205,6 +226,7 @@ def save(rank: int, world: int, folder: Path) -> list[str]:
         for each in ((model, optimizer), (plain, alone)):
             train(*each, steps_of(dtype, BEFORE, BEFORE + AFTER, shapes))
         assert_same_weights(model, dict(plain.named_parameters()), alone, name)
+        assert_same_everywhere(optimizer, world)
         ends = {key: whole(param.detach()) for key, param in model.named_parameters()}
         if rank == 0:
             torch.save((plain.state_dict(), ends), folder / name / "wanted.pt")

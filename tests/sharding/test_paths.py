@@ -51,12 +51,18 @@ def test_matrices_of_language_models_need_not_be_gathered() -> None:
         ("ldadam", (4096, 4096), Split(8, 1), {}),  # an error in blocks of rows
         ("ldadam", (4096, 4096), Split(8), {"stochastic_rounding": True}),
         ("ldadam", (4096, 4096), Split(8), {"rank": 2048}),  # factors as large as the matrix
-        ("ldadam", (8, 4096, 512), Split(8), {"stacked": True}),
+        ("ldadam", (12, 4096, 512), Split(8), {"stacked": True}),
+        ("lowrank_mfac", (16, 4096, 512), Split(8), {"stacked": True}),
         ("trion", (4096, 4096), Split(8), {}),
     ],
 )
 def test_what_is_gathered(name: str, shape: tuple[int, ...], split: Split, hyper: dict[str, Any]) -> None:
     assert path(name, shape, split, **hyper) == "gathered"
+
+
+def test_processes_have_whole_experts() -> None:
+    for name in ("ldadam", "trion", "dct_adamw", "dash", "microadam"):
+        assert path(name, (16, 4096, 512), Split(8), stacked=True) == "aligned"
 
 
 def test_rows_or_columns_and_half_precision() -> None:

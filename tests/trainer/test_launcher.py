@@ -5,7 +5,6 @@ In two real processes too, with DDP over gloo: replicas stay equal, checkpoints 
 
 from __future__ import annotations
 
-import gc
 import shutil
 import signal
 import socket
@@ -23,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from hf_lowmem_optim.memory.report import REPORT_NAME
 from tests.optimizers.cases import CASES
+from tests.sharding import processes
 from tests.trainer.runs import REPOSITORY, assert_equal_to_the_bit, moved, run_python, values
 
 LAUNCHER = ["-m", "hf_lowmem_optim", "run"]
@@ -159,19 +159,8 @@ def test_an_unmodified_script_trains_in_two_processes(tmp_path: Path) -> None:
             assert_equal_to_the_bit(end[part], first[part])
 
 
-def replicas(rank: int, port: int) -> None:
+def replicas(rank: int, world: int, folder: Path) -> None:
     """Train every optimizer on data of this process alone; what differs from the other process is an error."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    compare_replicas(rank)
-    # No model under DDP is left: the last to hold a process group must not be one, whose end would wait for a thread of
-    # the group that waits for the GIL.
-    gc.collect()
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-def compare_replicas(rank: int) -> None:
     for case in CASES.values():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(12, 40), nn.GELU(), nn.Linear(40, 12))
@@ -197,5 +186,5 @@ def compare_replicas(rank: int) -> None:
 
 
 @pytest.mark.slow
-def test_replicas_of_every_optimizer_stay_equal() -> None:
-    torch.multiprocessing.spawn(replicas, (free_port(),), nprocs=2)
+def test_replicas_of_every_optimizer_stay_equal(tmp_path: Path) -> None:
+    processes.launch([(f"{__name__}:replicas", 2)], tmp_path, timeout=600)

@@ -17,9 +17,10 @@ from torch import nn
 from hf_lowmem_optim import OPTIMIZERS, ModelOptions, OptimizerFactory, measure_state, plan_memory
 from hf_lowmem_optim.memory.baselines import BASELINES
 from hf_lowmem_optim.memory.byte_sizes import format_bytes
-from hf_lowmem_optim.memory.plan_table import plan_text
+from hf_lowmem_optim.memory.learning_rates import learning_rates
+from hf_lowmem_optim.memory.plan_types import plan_text
 from hf_lowmem_optim.memory.weights import Processes, nf4_bytes, plan_weights
-from hf_lowmem_optim.trainer.presets import PRESETS
+from hf_lowmem_optim.trainer.presets import PRESETS, find_model
 from tests.memory.layout import layout
 from tests.trainer import tiny_models as tiny
 from tests.trainer.runs import NORMAL, run_python
@@ -234,13 +235,15 @@ def test_gpus_share_the_bytes() -> None:
     weights, gradients = (sum(each.values()) for each in (sharded.weights.weight_bytes, sharded.weights.gradient_bytes))
     own = format_bytes(3 * (2 * weights + gradients))
     for name in OPTIMIZERS:
+        assert sharded[name].problem is None
         traffic = sharded[name].traffic
-        assert sharded[name].problem is None and traffic is not None
+        assert traffic is not None
         sent = f"{format_bytes(traffic.total_bytes // 4)} in" if traffic.total_bytes else "nothing"
         text = plan_text(replace(sharded, optimizers=(sharded[name],))).replace("\n      ", " ")
         assert f"per GPU: {sent} " in text and f"; FSDP2 itself {own}\n" in text
-        # whole tensors, for a moment
-        assert sharded[name].temporary_bytes > one[name].temporary_bytes
+        # whole tensors, for a moment, where a method gathers them
+        assert sharded[name].temporary_bytes >= one[name].temporary_bytes
+    assert sharded["ldadam"].temporary_bytes > one["ldadam"].temporary_bytes
 
 
 def test_the_4_bit_formula_is_what_bitsandbytes_stores() -> None:
@@ -258,29 +261,100 @@ def test_the_4_bit_formula_is_what_bitsandbytes_stores() -> None:
 
 
 def test_a_budget_finds_what_fits_and_what_to_change() -> None:
-    plan = plan_memory("llama-2-7b", ["ldadam", "microadam", "adamw_fp32"], budget="36GiB")
+    plan = plan_memory("llama-2-7b", ["ldadam", "microadam", "adamw_fp32"], budget="36GiB", reserve=0)
     assert [plan.fits(row) for row in plan.optimizers] == [True, True, False]
+    assert plan.anything_fits and not plan.suggestions
     window = plan["microadam"].largest["window"]
     for value, fits in ((window, True), (window + 1, False)):
-        again = plan_memory("llama-2-7b", "microadam", optim_args=f"window={value}")["microadam"]
-        assert (plan.weights.total_bytes + (again.added_bytes or 0) <= 36 * GIB) is fits
-    too_exact = "error_feedback=param"
-    (suggestion,) = plan_memory("llama-2-7b", "ldadam", optim_args=too_exact, budget="36GiB").suggestions
-    assert suggestion.fits and "--optim ldadam --optim-args error_feedback=" in suggestion.change
-    chosen = suggestion.change.split()[-1]
-    again = plan_memory("llama-2-7b", "ldadam", optim_args=chosen)
-    assert again.total_bytes(again["ldadam"]) == suggestion.total_bytes
-    text = f"rank=32, rho=0.5, {too_exact}"
-    (kept,) = plan_memory("llama-2-7b", "ldadam", optim_args=text, budget="36GiB").suggestions
-    assert "--optim-args rank=32,rho=0.5,error_feedback=" in kept.change
+        again = plan_memory("llama-2-7b", "microadam", optim_args=f"window={value}")
+        assert (again.total_bytes(again["microadam"]) <= 36 * GIB) is fits
+    # by default a tenth stays free
+    plan = plan_memory("llama-2-7b", ["ldadam", "microadam"], budget="33GiB")
+    assert plan.reserve_bytes == 33 * GIB // 10 and not plan.anything_fits
+    assert plan["microadam"].largest == {"window": 0} and "352 MiB into the reserve" in plan_text(plan)
 
 
-def test_a_budget_that_nothing_fits_says_the_least_and_what_would_help() -> None:
-    with pytest.raises(ValueError, match="nothing fits") as caught:
-        plan_memory("llama-2-7b", ["ldadam", "microadam"], budget="20GiB")
-    message = str(caught.value)
-    assert "The least for llama-2-7b (bfloat16) is 25.9 GiB with --optim ldadam" in message
-    assert "fits: " in message and "--lora r=16,target=all-linear" in message
+def totals(model: str, change: str) -> int:
+    """What a suggestion's words lead to, planned anew."""
+    words = change.split()
+    given = dict(zip(words[::2], words[1::2], strict=True))
+    plan = plan_memory(model, given["--optim"], optim_args=given.get("--optim-args"))
+    return plan.total_bytes(plan.optimizers[0])
+
+
+def test_the_layerwise_twin_comes_first_and_then_what_costs_little() -> None:
+    """A new user's question: an 8B model and a 7B model on a card of 24 GiB."""
+    plan = plan_memory("llama-3.1-8b", "ldadam", budget="24GiB", reserve="1GiB")
+    changes = [s.change for s in plan.suggestions]
+    assert changes == ["--optim ldadam_layerwise", "--optim ldadam_layerwise --optim-args dense_state=8bit"]
+    assert [s.fits for s in plan.suggestions] == [False, True]
+    assert [s.total_bytes for s in plan.suggestions] == [totals("llama-3.1-8b", change) for change in changes]
+    assert "no quality" in plan.suggestions[0].cost
+    assert not plan.anything_fits and "over by 14.1 GiB" in plan_text(plan)
+    (first,) = plan_memory("mistral-7b", "ldadam", budget="24GiB").suggestions
+    assert first.fits and first.change == "--optim ldadam_layerwise"
+
+
+def test_settings_that_were_given_are_kept_and_the_rank_is_lowered_before_anything_costly() -> None:
+    text = "rank=64, rho=0.5, error_feedback=fp32"
+    plan = plan_memory("llama-2-7b", "ldadam_layerwise", optim_args=text, budget="20GiB", reserve="0")
+    begins = "--optim ldadam_layerwise --optim-args rank=64,rho=0.5,error_feedback="
+    assert [s.change for s in plan.suggestions] == [f"{begins}{rest},dense_state=8bit" for rest in ("fp32", "4bit")]
+    assert plan.suggestions[-1].fits
+    less = plan.suggestions[-1].total_bytes - 200 * 2**20
+    tight = plan_memory("llama-2-7b", "ldadam_layerwise", optim_args=text, budget=less, reserve=0)
+    last = next(s for s in tight.suggestions if s.cost.startswith("a smaller part"))
+    rank = int(re.search(r"rank=(\d+)", last.change)[1])
+    assert last.fits and 16 <= rank < 64 and "rank=16 ended 3.5 % above rank=32" in last.cost
+    assert totals("llama-2-7b", last.change) == last.total_bytes
+    assert totals("llama-2-7b", last.change.replace(f"rank={rank}", f"rank={rank + 1}")) > less
+
+
+def test_with_several_gpus_the_true_reason_is_in_the_plan() -> None:
+    plan = plan_memory("mistral-7b", ["ldadam_layerwise", "ldadam"], gpus=2, budget="16GiB")
+    assert "one process" in str(plan["ldadam_layerwise"].problem)
+    text = plan_text(plan)
+    assert "cannot be used: layer-wise mode" in text and "nothing fits" not in text
+    assert all("layerwise" not in s.change for s in plan.suggestions if "fsdp" not in s.change)
+    assert "--gpus 2 --sharding fsdp --optim ldadam_layerwise" in text
+
+
+def test_a_budget_that_nothing_meets_keeps_the_table_and_says_what_would_help() -> None:
+    plan = plan_memory("llama-2-7b", ["ldadam", "microadam"], budget="16GiB")
+    text = plan_text(plan)
+    for expected in ("over by", "--lora r=16,target=all-linear --optim ldadam", "--gpus 2 --sharding fsdp", "16 GiB"):
+        assert expected in text
+    assert not plan.anything_fits and any(s.fits for s in plan.suggestions)
+    assert "17.2 GB; 1.6 GiB of it are kept" in text
+    everything = plan_memory("bert-base", budget="1100MiB", reserve=0, options=ModelOptions(dtype="fp32"))
+    assert 0 < len(everything.suggestions) <= 6 and all(s.fits for s in everything.suggestions)
+
+
+def test_arguments_go_to_the_optimizers_that_know_them() -> None:
+    plan = plan_memory("bert-base", ["ldadam", "microadam", "adamw_8bit"], optim_args="rank=32,dense_state=8bit")
+    assert plan["ldadam"].settings["rank"] == 32
+    assert plan["microadam"].settings["dense_state"] == "8bit"
+    assert "rank=32 is no option of microadam." in plan.notes
+
+
+@pytest.mark.parametrize(
+    ("given", "preset"),
+    [
+        ("meta-llama/Llama-3.1-8B", "llama-3.1-8b"),
+        ("meta-llama/Llama-2-7b-chat-hf", "llama-2-7b"),
+        ("mistralai/Mistral-7B-v0.1", "mistral-7b"),
+        ("mistralai/Mistral-7B-v0.3", None),  # of another vocabulary
+        ("Qwen/Qwen2.5-0.5B-Instruct", "qwen2.5-0.5b"),
+        ("sentence-transformers/all-MiniLM-L6-v2", "minilm-l6"),
+        ("/models/llama-2-7b", None),
+    ],
+)
+def test_the_hub_s_ids_of_presets(given: str, preset: str | None) -> None:
+    if preset is None:
+        with pytest.raises(FileNotFoundError, match="presets"):
+            find_model(given)
+    else:
+        assert find_model(given) == preset
 
 
 def refused(message: str, error: type[Exception] = ValueError, **given: Any) -> Any:
@@ -292,6 +366,7 @@ def refused(message: str, error: type[Exception] = ValueError, **given: Any) -> 
     [
         refused("did you mean 'llama-2-7b'", FileNotFoundError, model="lama-2-7b"),
         refused("neither a file, nor a directory, nor a preset", FileNotFoundError, model="/nowhere/at/all"),
+        refused("neither a file nor a directory", FileNotFoundError, model=Path("/nowhere")),
         refused("without a config", FileNotFoundError, model=Path(__file__).parent),
         refused("not int", TypeError, model=7),
         refused("did you mean 'ldadam'", optim="ldamm"),
@@ -301,6 +376,10 @@ def refused(message: str, error: type[Exception] = ValueError, **given: Any) -> 
         refused("no trainable lora_B", optim="ldadam", optim_args="lr_ratio=16"),
         refused("needs optim", optim_args="rank=3"),
         refused("fixed settings", optim="adamw_8bit", optim_args="rank=3"),
+        refused("a part of a budget", reserve="1GiB"),
+        refused("leaves nothing of the budget", budget="1GiB"),
+        refused("needs seq_len", options={"checkpointing": True}),
+        refused("seq_len=0", options={"seq_len": 0}),
         refused("matches no module", optim="ldadam", target_modules=["q_porj"]),
         refused("gpus=0", gpus=0),
         refused("sharding='zero'", sharding="zero"),
@@ -353,7 +432,7 @@ def test_a_model_without_a_matrix_to_compress_is_planned_densely() -> None:
     model = tiny_llama(tied=True)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("embed" in name)
-    plan = plan_memory(model, budget="1GiB")
+    plan = plan_memory(model, budget="1GiB", reserve=0)
     assert [row.name for row in plan.optimizers] == [*OPTIMIZERS, *BASELINES]
     for row in plan.optimizers[: len(OPTIMIZERS)]:
         assert row.state.component_bytes == {"dense": 8 * plan.weights.num_trainable}
@@ -363,7 +442,9 @@ def test_a_model_without_a_matrix_to_compress_is_planned_densely() -> None:
 
 def test_the_layout_of_the_plan() -> None:
     golden = json.loads((Path(__file__).parent.parent / "memory" / "plan_layout.json").read_text())
-    plan = plan_memory("llama-2-7b", ["ldadam"], optim_args="error_feedback=param", budget="36GiB")
+    options = ModelOptions(seq_len=8)
+    plan = plan_memory("llama-2-7b", ["ldadam"], optim_args="error_feedback=param", options=options, budget="36GiB")
+    plan = replace(plan, learning_rates=learning_rates(["ldadam"], 1e-5))
     content = json.loads(json.dumps(plan.to_dict()))
     content["optimizers"][0]["settings"] = {}  # each optimizer's own
     assert layout(content) == golden

@@ -437,7 +437,7 @@ def test_the_accounts_name_the_gradients_that_keep_errors(tmp_path: Path, caplog
     kept = sum(p.nbytes for p, g in shaped if optimizer.method.compresses(p.shape, g))
     assert kept > 0
     assert measure_state(optimizer) == plan_optimizer(optimizer)
-    assert runs.logged(trainer, "optimizer_state/in_gradient_bytes")[:2] == [kept, kept]
+    assert runs.logged(trainer, "optimizer_state/in_gradient_bytes")[0] == kept
     assert all("optimizer_state/error_bytes" not in entry for entry in trainer.state.log_history)
     report = load_report(tmp_path)
     assert report["measured"] == report["predicted"]

@@ -167,9 +167,9 @@ def _placements_at_rest(shape: Sequence[int], param: Any, *, compressed: bool) -
 def _split_axis(shape: Sequence[int], of_param: Sequence[int], split: Split) -> int | None:
     """Return along which dimension a compressed tensor's state is split; None if it is too short."""
     if split.axis is not None and split.is_even(of_param):
-        # an error may be that of the matrix (out, rest)
-        as_matrix = (of_param[0], math.prod(of_param[1:]))
-        if tuple(shape) == tuple(of_param) or (split.axis == 0 and tuple(shape) == as_matrix):
+        # an error may be that of the matrix (out, rest), and any state that of a stack of matrices
+        of_rows = tuple(shape) == (of_param[0], math.prod(of_param[1:])) or (len(of_param) == 3 and len(shape) > 1)
+        if tuple(shape) == tuple(of_param) or (split.axis == 0 and of_rows and shape[0] == of_param[0]):
             return split.axis
     longest = max(range(len(shape)), key=lambda axis: shape[axis], default=None)
     return longest if longest is not None and shape[longest] >= split.num_shards else None

@@ -1,7 +1,8 @@
 """Chooses how a sharded tensor is updated, from what all its processes know alike.
 
 - ``"local"``: AdamW entry by entry, on each process's part; nothing is sent.
-- ``"aligned"``: a method that works in blocks, on each process's blocks; nothing is sent, but for a row of a system.
+- ``"aligned"``: a method that works in blocks, on each process's blocks, and any method on each process's matrices of a
+  stack; nothing is sent, but for a row of a system.
 - ``"collective"``: an update written as stages, between which the processes add up what is of the size of a rank.
 - ``"gathered"``: everything else, as a whole on one process (``gathered.py``).
 
@@ -40,7 +41,8 @@ def path_of(optimizer: Any, param: Any, options: Any, step: int) -> Path:
         step: t, 1 for its first update, for which there is no collective path.
     """
     method, split = optimizer.method, split_of(param)
-    key = (param.shape, param.dtype, split, *[value for name, value in vars(options).items() if name != "lr"])
+    settings = [getattr(options, name) for name in method.layout_options]
+    key = (param.shape, param.dtype, split, vars(options).get("stochastic_rounding"), *settings)
     path: Path | None = optimizer.paths.get(key)
     if path is None:
         path = optimizer.paths[key] = path_of_shape(method, options, param.shape, param.dtype, split)
@@ -64,11 +66,11 @@ def path_of_shape(method: Method, options: Any, shape: Sequence[int], dtype: tor
         return "gathered"  # what is drawn goes by an entry's place in the whole
     if not compressed:
         return "gathered" if options.dense_state == "8bit" else "local"
-    if options.is_stack(shape) or not split.is_even(shape):
+    if not split.is_even(shape):
         return "gathered"
     if _is_aligned(method, options, shape, dtype, split):
         return "aligned"
-    if not _is_cut_with_error(method, options, shape, dtype, split):
+    if options.is_stack(shape) or not _is_cut_with_error(method, options, shape, dtype, split):
         return "gathered"
     # what is added up grows with the number of processes, what is gathered does not
     tensor = method, options, shape, dtype, split
@@ -106,7 +108,10 @@ def sent_bytes(path: Path, method: Method, options: Any, shape: Sequence[int], d
 
 def _is_aligned(method: Method, options: Any, shape: Sequence[int], dtype: torch.dtype, split: Split) -> bool:
     """Return whether blocks end where parts do, and a part's state is the part of the state that lies there."""
-    block_entries = None if method.block_entries is None else method.block_entries(options)
+    if options.is_stack(shape):
+        block_entries = math.prod(shape[1:]) if method.coupled_update_ is None else None
+    else:
+        block_entries = None if method.block_entries is None else method.block_entries(options)
     part = part_shape(shape, split)
     if block_entries is None or split.axis != 0 or math.prod(part) % block_entries:
         return False
@@ -142,7 +147,8 @@ def _is_cut_with_error(method: Method, options: Any, shape: Sequence[int], dtype
 
 def _misaligned(method: Method, options: Any, shape: Sequence[int], dtype: torch.dtype, split: Split) -> str | None:
     """Return that a tensor is gathered and which blocks would not straddle its parts, if there are such."""
-    if method.block_entries is None or method.block_entries(options) is None or not split.is_even(shape):
+    blocks = None if method.block_entries is None or options.is_stack(shape) else method.block_entries(options)
+    if blocks is None or not split.is_even(shape):
         return None
     entries, unit = math.prod(part_shape(shape, split)), math.lcm(64, vars(options).get("quant_block_size", 64))
     for size in range(options.block_size - options.block_size % unit, 0, -unit):

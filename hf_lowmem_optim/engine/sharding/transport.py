@@ -6,6 +6,7 @@ Everything travels as bytes, in one buffer for each pair of processes. Every ten
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -128,22 +129,26 @@ def own_slice(team: Team, tensor: Any, whole: Tensor) -> Tensor:
 
 
 def put_together(team: Team, tensors: Sequence[Any]) -> list[Tensor]:
-    """Return the wholes of sharded tensors, new ones, on every process."""
-    first = next(rank for rank, place in enumerate(team.coordinates) if place == min(team.coordinates))
-    wholes = [torch.empty(each.shape, dtype=each.dtype, device=local_of(each).device) for each in tensors]
-    # the first process's part of each is the largest
-    regions = [
-        [region(each.shape, team.sizes, each.placements, place) for each in tensors] for place in team.coordinates
-    ]
-    rooms = [_room(whole[place]) for whole, place in zip(wholes, regions[first], strict=True)]
-    sent = torch.empty(sum(rooms), dtype=torch.uint8, device=wholes[0].device)
-    received = sent.new_empty(len(team), sum(rooms))
-    for start, each in zip(itertools.accumulate(rooms, initial=0), tensors, strict=False):
-        _place(sent, start, local_of(each)).copy_(local_of(each))
+    """Return the wholes of tensors that are split along one dimension of a mesh, or copied, on every process."""
+    locals_, parts = [local_of(each) for each in tensors], list[tuple[int | None, list[int]]]()
+    for each in tensors:
+        axis = next((placement.dim for placement in each.placements if hasattr(placement, "dim")), None)
+        length = [-(-n // len(team)) if dim == axis else n for dim, n in enumerate(each.shape)]
+        parts.append((axis, length))
+    rooms = [_room_of(math.prod(shape) * each.element_size()) for each, (_, shape) in zip(locals_, parts, strict=True)]
+    sent = torch.zeros(sum(rooms), dtype=torch.uint8, device=locals_[0].device)
+    received, starts = sent.new_empty(len(team), len(sent)), [0, *itertools.accumulate(rooms)]
+    for start, each, (_, shape) in zip(starts, locals_, parts, strict=False):
+        # the last part may be shorter: what follows it is cut off below
+        _place(sent, start, each.dtype, shape)[tuple([slice(n) for n in each.shape])] = each
     torch.distributed.all_gather(list(received.unbind()), sent, group=team.group)
-    for row, places in zip(received, regions, strict=True):
-        for start, whole, place in zip(itertools.accumulate(rooms, initial=0), wholes, places, strict=False):
-            whole[place] = _place(row, start, whole[place])
+    in_order = sorted(range(len(team)), key=lambda rank: team.coordinates[rank])
+    rows, wholes = received if in_order == list(range(len(team))) else received[in_order], []
+    for start, each, (axis, shape) in zip(starts, tensors, parts, strict=False):
+        nbytes = math.prod(shape) * each.element_size()
+        stacked = rows[:, start : start + nbytes].view(each.dtype).view(len(team), *shape)
+        joined = stacked[0] if axis is None else stacked.movedim(0, axis).flatten(axis, axis + 1)
+        wholes.append(joined[tuple([slice(n) for n in each.shape])].contiguous())
     return wholes
 
 
@@ -165,15 +170,19 @@ def _slots(buffer: Tensor, tensors: Sequence[Sequence[Tensor]]) -> Any:
     start = 0
     for tensor in itertools.chain.from_iterable(tensors):
         if tensor.numel():
-            yield _place(buffer, start, tensor), tensor
+            yield _place(buffer, start, tensor.dtype, tensor.shape), tensor
         start += _room(tensor)
 
 
-def _place(buffer: Tensor, start: int, tensor: Tensor) -> Tensor:
-    """Return the bytes of a buffer from one on as a tensor like another."""
-    return buffer[start : start + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
+def _place(buffer: Tensor, start: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """Return the bytes of a buffer from one on as a tensor."""
+    return buffer[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))
 
 
 def _room(tensor: Tensor) -> int:
     """Return the bytes that a tensor takes in a buffer."""
-    return -(-tensor.numel() * tensor.element_size() // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+    return _room_of(tensor.numel() * tensor.element_size())
+
+
+def _room_of(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES

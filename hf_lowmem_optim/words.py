@@ -1,0 +1,26 @@
+"""What error messages say about a wrong value. Without torch, so that a typo is refused before that is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from collections.abc import Iterable
+from typing import Any
+
+__all__ = ["nearest", "shown"]
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 200
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 12
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return ``"; did you mean 'x'?"`` for the known name closest to ``name``, or an empty string."""
+    # the time that difflib takes grows with the length, to minutes
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff) if len(name) <= 200 else []
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def shown(value: Any) -> str:
+    """Return ``repr`` of what somebody gave, shortened where it is long or nested deep."""
+    return _SHORT.repr(value)
