@@ -52,7 +52,7 @@ SHARDABLE["lowrank_mfac each its own"] = replace(
 #: convolution four processes would send more in stages than at once.
 EVEN = {
     "wide": (32, 96),
-    "tall": (64, 32),
+    "tall": (64, 34),  # of 34 four processes have unequal parts
     "square": (32, 32),
     "conv": (16, 4, 4, 4),
     "experts": (4, 16, 12),

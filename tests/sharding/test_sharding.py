@@ -30,7 +30,7 @@ JOBS = [
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], list[Any]]:
     """Return what each process of each job returned."""
     jobs = [(f"tests.sharding.jobs:{name}", world) for name, world in JOBS]
-    return dict(zip(JOBS, launch(jobs, tmp_path_factory.mktemp("sharding"), timeout=300), strict=True))
+    return dict(zip(JOBS, launch(jobs, tmp_path_factory.mktemp("sharding"), timeout=600), strict=True))
 
 
 def test_every_optimizer_computes_what_one_process_does_and_resumes_on_any_number(results: Any) -> None:
