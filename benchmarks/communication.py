@@ -22,6 +22,8 @@ MODELS = ("llama-2-7b", "llama-2-70b")
 RANKS = (8, 64, 512)
 #: Beside the defaults of every method.
 VARIANTS = ("rank=128", "weight_rounding=stochastic")
+#: In the documentation.
+SHOWN = ("ldadam", "ldadam weight_rounding=stochastic", "microadam", "sparse_mfac", "lowrank_mfac")
 HEADER = ("model", "GPUs", "optimizer", "path", "sent a step", "of FSDP2's own", "calls", "state")
 
 
