@@ -88,14 +88,14 @@ def _states(
         optimizer, _ = OptimizerFactory(name, **hyper).build(model)
         kind, groups = type(optimizer), optimizer.param_groups
         for count in gpus:
-            step = plan_temporaries(kind, groups, num_shards=count)
-            yield count, step, plan_groups(kind, groups, num_shards=count)
+            bound = plan_temporaries(kind, groups, num_shards=count)
+            yield count, bound, plan_groups(kind, groups, num_shards=count)
         return
-    facts = reference_groups(model, None)
+    facts, baseline = reference_groups(model, None), BASELINES[name]
+    every = [each for group in facts for each in group]
     for count in gpus:
-        bound = BASELINES[name].temporaries
-        step = None if bound is None else -(-bound([each for group in facts for each in group]) // count)
-        yield count, step, plan_baseline(BASELINES[name], facts, num_shards=count)
+        step = None if baseline.temporaries is None else -(-baseline.temporaries(every) // count)
+        yield count, step, plan_baseline(baseline, facts, num_shards=count)
 
 
 def _activations(source: Source, options: ModelOptions) -> Iterator[tuple[str, list[int]]]:
