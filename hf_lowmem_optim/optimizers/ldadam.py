@@ -132,8 +132,7 @@ def ldadam_update_(
         t: 1 for the first update of these tensors.
         o: The options.
     """
-    most = most_tensors(W[0].numel(), W[0].device)
-    if len(W) > most:  # on a GPU: a is of their size
+    if len(W) > 1 and len(W) > (most := most_tensors(W[0].numel(), W[0].device)):  # on a GPU: a is of their size
         for start in range(0, len(W), most):
             part = slice(start, start + most)
             ldadam_update_.torch_version(W[part], g[part], {key: value[part] for key, value in state.items()}, t, o)
