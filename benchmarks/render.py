@@ -22,6 +22,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from communication import SHOWN
+from communication import table as communication_table
 from pictures import PLOTS, plot_losses, plot_parts
 from results import RESULTS, Run, load_run
 from summary import choice_table, fit_table, learning_rate_table, option_table
@@ -58,6 +60,7 @@ _MADE: dict[str, Callable[[Path], str]] = {
     "learning_rates": learning_rate_table,
     "fits": fit_table,
     "options": partial(option_table, Options),
+    "communication": lambda _: communication_table(("llama-2-7b",), (8, 64), SHOWN),
 }
 for _entry in OPTIMIZERS.values():
     _MADE[f"options_{_entry.name}"] = partial(option_table, _entry.optimizer_class.method.options)

@@ -318,8 +318,11 @@ def _label(optimizer: LowMemoryOptimizer, placement: Placement) -> str:
     settings = {**optimizer.defaults, **placement.settings}
     keys = optimizer.method.shaping
     if placement.rule == COMPRESSED:
-        shaping = optimizer.method.settings(settings)
-        label = f"compressed ({', '.join(f'{key}={value}' for key, value in shaping.items() if key != 'dense_state')})"
+        shaping, usual = optimizer.method.settings(settings), optimizer.method.options.defaults()
+        shaping.pop("dense_state")
+        # the first say most; of the others what is not as usual, for lines that fit a terminal
+        said_first = [key for number, key in enumerate(shaping) if number < 3 or shaping[key] != usual[key]]
+        label = f"compressed ({', '.join(f'{key}={shaping[key]}' for key in said_first)})"
     else:
         key, off = optimizer.method.switch
         keys = (*keys, key)
