@@ -95,6 +95,28 @@ def adamw(model: nn.Module, lr: float = LEARNING_RATE) -> Optimizer:
     return torch.optim.AdamW([{"params": p} for p in split_parameters(model) if p], lr=lr, weight_decay=0.0)
 
 
+class MuonWithAdamW(Optimizer):
+    """Torch's Muon on the matrices that ours compress, its AdamW on all else; both scaled so that one rate fits both.
+
+    Args:
+        model: The model.
+        lr: Learning rate of both.
+    """
+
+    def __init__(self, model: nn.Module, lr: float) -> None:
+        matrices, others = split_parameters(model)
+        muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        self.parts = muon, torch.optim.AdamW(others, lr=lr, weight_decay=0.0)
+        # the very groups of the two, which a scheduler writes
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take a step of both."""
+        for part in self.parts:
+            part.step()
+            self.state.update(part.state)
+
+
 def adamw_8bit(model: nn.Module, lr: float = LEARNING_RATE) -> Optimizer:
     """Build bitsandbytes' AdamW as the Trainer sets it up: embeddings keep their state in 32 bits."""
     from bitsandbytes.optim import AdamW8bit, GlobalOptimManager
@@ -182,9 +204,9 @@ def build_optimizer(entry: str, model: nn.Module, lr: float) -> Optimizer:
     """Build an optimizer from a line of text, with weight decay 0 and each one's default betas.
 
     Args:
-        entry: ``adamw`` (torch's), ``adamw_8bit`` (bitsandbytes), ``galore``, ``apollo`` or one of ours; after a colon
-            settings as in ``optim_args``, for peers those of :data:`GALORE` and :data:`APOLLO`. Any entry takes
-            ``dense_lr_ratio``, the rate of all else relative to the matrices'.
+        entry: ``adamw`` and ``muon`` (torch's), ``adamw_8bit`` (bitsandbytes), ``galore``, ``apollo`` or one of ours;
+            after a colon settings as in ``optim_args``, for peers those of :data:`GALORE` and :data:`APOLLO`. Any entry
+            takes ``dense_lr_ratio``, the rate of all else relative to the matrices'.
         model: The model.
         lr: Learning rate of the matrices, and of all else without ``dense_lr_ratio``.
 
@@ -198,8 +220,8 @@ def build_optimizer(entry: str, model: nn.Module, lr: float) -> Optimizer:
         found: dict[str, Any] = {"optim": name, "optim_args": text or None, "learning_rate": lr, "max_grad_norm": 0.0}
         return OptimizerFactory.from_training_args(TrainingArguments(output_dir="unused", **found))(model)
     builders: dict[str, tuple[Callable[..., Optimizer], Mapping[str, Any]]]
-    builders = {"adamw": (adamw, {}), "adamw_8bit": (adamw_8bit, {}), "galore": (galore, GALORE)}
-    builders["apollo"] = apollo, APOLLO
+    builders = {"adamw": (adamw, {}), "muon": (MuonWithAdamW, {}), "adamw_8bit": (adamw_8bit, {})}
+    builders |= {"galore": (galore, GALORE), "apollo": (apollo, APOLLO)}
     if name not in builders:
         raise ValueError(f"entry {name!r} is none of {', '.join((*builders, *OPTIMIZERS))}")
     build, defaults = builders[name]

@@ -1,4 +1,4 @@
-"""The command line: ``hf-lowmem-optim list | plan | run | report | demo`` (also ``python -m hf_lowmem_optim``)."""
+"""The command line: ``hf-lowmem-optim list | plan | run | report | prune | demo``, or ``python -m hf_lowmem_optim``."""
 
 from __future__ import annotations
 
@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Everything after it is the script's own, so it never gets to this parser.
     commands.add_parser("run", help="a training script of yours, unmodified, with our optim strings", add_help=False)
 
+    _add_prune(commands.add_parser("prune", help="a saved model, layer by layer and without training"))
+
     demo = commands.add_parser("demo", help="train a small language model on real text, ours beside AdamW")
     demo.add_argument("--optim", nargs="+", default=["adamw_torch", "ldadam"], metavar="NAME")
     demo.add_argument("--learning-rate", nargs="+", type=float, metavar="LR", help="rates to try for each")
@@ -94,6 +96,22 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--plot", metavar="OUT.png", help="draw stacked bars")
     plan.add_argument("--html", metavar="OUT.html", help="write the planner's page for the model; takes a minute")
     plan.set_defaults(run=_plan)
+
+
+def _add_prune(prune: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``prune``."""
+    prune.add_argument("model", type=Path, metavar="MODEL_DIR", help="a model and its tokenizer, as saved")
+    prune.add_argument("--data", type=Path, required=True, metavar="FILE", help="a text, or a CSV of text and label")
+    prune.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the pruned model goes; new")
+    prune.add_argument(
+        "--sparsity", type=float, metavar="S", help="of each layer; default: 0.5, or what the pattern says"
+    )
+    prune.add_argument("--pattern", metavar="N:M", help="keep N of each M neighbouring inputs, such as 2:4")
+    prune.add_argument("--iterations", type=_positive, default=3, metavar="N", help="1 is SparseGPT; default: 3")
+    prune.add_argument("--layers", nargs="+", metavar="NAME", help="default: all but embeddings and the output head")
+    prune.add_argument("--samples", type=_positive, default=128, metavar="N", help="to calibrate with; default: 128")
+    prune.add_argument("--sequence-length", type=_positive, default=512, metavar="N", help="tokens; default: 512")
+    prune.set_defaults(run=_prune)
 
 
 def _positive(text: str) -> int:
@@ -176,6 +194,18 @@ def _report(args: argparse.Namespace) -> None:
     print(report_text(report))
     if args.plot:
         plot_report(report, args.plot)
+
+
+def _prune(args: argparse.Namespace) -> None:
+    """Prune, and say what it cost."""
+    from hf_lowmem_optim.trainer.prune_model import PruneOptions, parse_pattern, prune_directory
+
+    pattern = None if args.pattern is None else parse_pattern(args.pattern)
+    options = PruneOptions(args.sparsity, pattern, args.iterations, args.layers, args.samples, args.sequence_length)
+    done = prune_directory(args.model, args.data, args.out, options)
+    share = done.num_zeros / done.num_weights
+    print(f"zeros: {done.num_zeros:,} of {done.num_weights:,} weights ({share:.2%})")
+    print(f"{done.measure}: {done.before:.4g} before, {done.after:.4g} after")
 
 
 def _demo(args: argparse.Namespace) -> None:

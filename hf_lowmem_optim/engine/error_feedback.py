@@ -22,6 +22,7 @@ __all__ = [
     "CompressedErrorFeedback",
     "ErrorFeedback",
     "add_residual",
+    "check_rounding",
     "error_state",
     "load_residual",
     "quantized_errors",
@@ -38,6 +39,14 @@ _SLICE_ENTRIES = 1 << 16
 
 FORMATS = {"8bit": QuantFormat(8, 64), "4bit": QuantFormat(4, 64)}
 """How a quantized error is quantized."""
+
+
+def check_rounding(stochastic: bool, storage: str) -> None:
+    """Raise ValueError if stochastic rounding is asked for where nothing is rounded."""
+    if stochastic and storage not in FORMATS:
+        raise ValueError(
+            f"stochastic_rounding=True needs a quantized error, error_feedback='8bit' or '4bit', not {storage!r}"
+        )
 
 
 def error_state(shape: Sequence[int], dtype: torch.dtype, storage: str) -> dict[str, TensorSpec]:

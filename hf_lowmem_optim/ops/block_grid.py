@@ -24,6 +24,7 @@ from hf_lowmem_optim.ops.inverse_root import alike_in_a_stack
 from hf_lowmem_optim.spec import QuantFormat, TensorSpec, quantized_specs
 
 __all__ = [
+    "FirstMoment",
     "Piece",
     "Region",
     "Squares",
@@ -283,3 +284,40 @@ class Squares:
             return [Vectors(self.key, "second_moment", lambda a, b: a * b)]
         rows = Vectors(f"{self.key}_row", "second_moment", lambda a, b: a)
         return [rows, Vectors(f"{self.key}_col", "second_moment", lambda a, b: b)]
+
+
+@dataclass(frozen=True)
+class FirstMoment:
+    """The running mean of each block's entries, in the state of its tensor; quantized, in units of √v.
+
+    On m itself the step of a quantizer's grid is that of its largest entries, and zero need not be on the grid: what is
+    much smaller, because its gradients are, would keep a noise that m/√v multiplies without bound. Of m/√v the noise is
+    a fixed share. Where v is 0, a quantized m is.
+
+    Attributes:
+        key: Its state key, or the prefix of three.
+        storage: How it is stored.
+        squares: v, which has to be the same when m is read as when it was written.
+    """
+
+    key: str
+    storage: Storage
+    squares: Squares
+
+    def specs(self, regions: Sequence[Region]) -> dict[str, TensorSpec]:
+        """Describe its state."""
+        return self._vectors().specs(regions)
+
+    def read(self, state: Mapping[str, Tensor], piece: Piece) -> Tensor:
+        """Return the mean, float32 [blocks, a, b]; a view of what is float32."""
+        m = self._vectors().read(state, piece).view(-1, piece.region.a, piece.region.b)
+        return m if self.storage not in _FORMATS else m.mul_(self.squares.read(state, piece).sqrt())
+
+    def write_(self, state: Mapping[str, Tensor], piece: Piece, m: Tensor, v: Tensor) -> None:
+        """Store float32 m [blocks, a, b], with the v that is stored."""
+        if self.storage in _FORMATS:
+            m = (m / v.sqrt()).masked_fill_(v == 0, 0)
+        self._vectors().write_(state, piece, m.flatten(1))
+
+    def _vectors(self) -> Vectors:
+        return Vectors(self.key, "first_moment", lambda a, b: a * b, self.storage)

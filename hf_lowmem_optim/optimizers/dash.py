@@ -37,16 +37,14 @@ from torch import Tensor
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import COUNT, NOT_NEGATIVE, UNIT, Options, Range, option
-from hf_lowmem_optim.ops.block_grid import Piece, Region, Squares, Vectors, grid, piece_entries, pieces
+from hf_lowmem_optim.ops.block_grid import FirstMoment, Piece, Region, Squares, Vectors, grid, piece_entries, pieces
 from hf_lowmem_optim.ops.inverse_root import InverseRoot, Scaling, inverse_fourth_root
 from hf_lowmem_optim.ops.packed_triangles import Semidefinite, Symmetric
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["Dash", "DashOptions", "dash_state", "dash_update_"]
 
-_CLOSED_UNIT = Range("a float in [0, 1]", lambda x: 0 <= x <= 1)
-#: float32 copies of a piece that a step takes, at most.
-_COPIES = 18
+_COPIES = 18  # in float32, of a piece, that a step takes at most
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,9 @@ class DashOptions(Options):
     block_size: int | None = option(
         1024, "Largest number of rows and columns of a block.", within=COUNT, none="dense AdamW", shapes_state=True
     )
-    shampoo_beta: float = option(0.95, "βs, decay rate of L and R; 1 for sums.", within=_CLOSED_UNIT)
+    shampoo_beta: float = option(
+        0.95, "βs, decay rate of L and R; 1 for sums.", within=Range("a float in [0, 1]", lambda x: 0 <= x <= 1)
+    )
     solver: Literal["auto", "eigh", "newton_db", "coupled_newton"] = option(
         "auto", "Of the roots; newton_db is the paper's, auto is eigh on a CPU, where that is fastest, else newton_db."
     )
@@ -83,9 +83,7 @@ class DashOptions(Options):
         "8bit", "Storage of L and R, quantized as Cholesky factors.", shapes_state=True
     )
     root_dtype: Literal["fp32", "bf16", "8bit", "4bit"] = option("8bit", "Storage of the roots.", shapes_state=True)
-    moment_dtype: Literal["fp32", "bf16", "8bit"] = option(
-        "8bit", "Storage of m, quantized as m/√v.", shapes_state=True
-    )
+    moment_dtype: Literal["fp32", "bf16", "8bit"] = option("8bit", "Storage of m, 8 bits of m/√v.", shapes_state=True)
 
     def check(self) -> None:
         """Refuse what overflows: rounding makes eigenvalues negative, and many iterations let those grow."""
@@ -100,19 +98,20 @@ class _Stored(NamedTuple):
     R: Semidefinite
     L_root: Symmetric
     R_root: Symmetric
-    m: Vectors
+    m: FirstMoment
     v: Squares
     M: Vectors
 
     @classmethod
     def of(cls, o: DashOptions) -> _Stored:
+        v = Squares("exp_avg_sq", o.grafting == "adafactor")
         return cls(
             Semidefinite("left", "statistics", lambda a, b: a, o.statistics_dtype),
             Semidefinite("right", "statistics", lambda a, b: b, o.statistics_dtype),
             Symmetric("left_root", "roots", lambda a, b: a, o.root_dtype),
             Symmetric("right_root", "roots", lambda a, b: b, o.root_dtype),
-            Vectors("exp_avg", "first_moment", lambda a, b: a * b, o.moment_dtype),
-            Squares("exp_avg_sq", o.grafting == "adafactor"),
+            FirstMoment("exp_avg", o.moment_dtype, v),
+            v,
             Vectors("velocity", "velocity", lambda a, b: a * b),
         )
 
@@ -163,10 +162,8 @@ def _direction(piece: Piece, G: Tensor, state: Mapping[str, Any], at: _Stored, t
     R = torch.baddbmm(at.R.read(state, piece), G.mT, G, beta=βs, alpha=share)
     at.L.write_(state, piece, L)
     at.R.write_(state, piece, R)
-    # 2. v ← β2·v + (1 − β2)·G²; with the old v, m is read
-    m = at.m.read(state, piece).view_as(G)
-    if o.moment_dtype == "8bit":
-        m = m.mul_(at.v.read(state, piece).sqrt())
+    # 2. v ← β2·v + (1 − β2)·G², after m is read, whose unit in 8 bits is √v
+    m = at.m.read(state, piece)
     v = at.v.update_(state, piece, G, β2)
     # 3. L̄ ← L^(−1/4);  R̄ ← R^(−1/4)
     if due := _due(piece, state["places"], t, o):
@@ -174,9 +171,7 @@ def _direction(piece: Piece, G: Tensor, state: Mapping[str, Any], at: _Stored, t
     del L, R
     # 4. m ← β1·m + (1 − β1)·G
     m = (m * β1).add_(G.mul_(1 - β1))
-    stored = m if o.moment_dtype != "8bit" else (m / v.sqrt()).masked_fill_(v == 0, 0)
-    at.m.write_(state, piece, stored.flatten(1))
-    del stored
+    at.m.write_(state, piece, m, v)
     # 5. D ← (m/c1) / (eps + √(v/c2))
     c1, c2 = (1 - β1**t, 1 - β2**t) if o.bias_correction else (1.0, 1.0)
     P = (m / c1).div_(v.div_(c2).sqrt_().add_(o.eps))

@@ -32,7 +32,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hf_lowmem_optim.engine.error_feedback import FORMATS, error_state, load_residual, save_residual_
+from hf_lowmem_optim.engine.error_feedback import FORMATS, check_rounding, error_state, load_residual, save_residual_
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import COUNT, option
@@ -69,11 +69,7 @@ class DCTAdamWOptions(BasisOptions):
 
     def check(self) -> None:
         """Refuse settings without effect."""
-        if self.stochastic_rounding and self.error_feedback not in FORMATS:
-            raise ValueError(
-                f"stochastic_rounding=True needs a quantized error, error_feedback='8bit' or '4bit', not "
-                f"{self.error_feedback!r}"
-            )
+        check_rounding(self.stochastic_rounding, self.error_feedback)
         if self.basis != "dct" and (self.dct_type != 3 or self.transform != "auto"):
             raise ValueError(f"dct_type and transform are of basis='dct', and have no effect with {self.basis!r}")
 

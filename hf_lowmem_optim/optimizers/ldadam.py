@@ -38,7 +38,14 @@ import torch
 from torch import Tensor
 
 from hf_lowmem_optim.engine.buckets import most_tensors
-from hf_lowmem_optim.engine.error_feedback import FORMATS, ErrorFeedback, add_residual, error_state, save_residual_
+from hf_lowmem_optim.engine.error_feedback import (
+    FORMATS,
+    ErrorFeedback,
+    add_residual,
+    check_rounding,
+    error_state,
+    save_residual_,
+)
 from hf_lowmem_optim.engine.method import Method, StagedUpdate
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import COUNT, UNIT, Options, option
@@ -84,11 +91,7 @@ class LDAdamOptions(Options):
 
     def check(self) -> None:
         """Refuse a rounding that rounds nothing."""
-        if self.stochastic_rounding and self.error_feedback not in FORMATS:
-            raise ValueError(
-                f"stochastic_rounding=True needs a quantized error, error_feedback='8bit' or '4bit', not "
-                f"{self.error_feedback!r}"
-            )
+        check_rounding(self.stochastic_rounding, self.error_feedback)
 
 
 def ldadam_state(shape: Sequence[int], dtype: torch.dtype, o: LDAdamOptions) -> dict[str, TensorSpec] | None:
@@ -230,7 +233,7 @@ def ldadam_stages_(
     shape: Sequence[int],
     axis: int,
 ) -> Generator[Any, Any, bool]:
-    """Take a step after the first on a process's part of a matrix: a ``StagedUpdate``, its arguments those of a batch.
+    """Take a step after the first on a process's part of a matrix: the ``Stages`` of ``engine/method.py``.
 
     Where the larger dimension is cut, U is whole, and what has q columns is this process's; where the smaller one is,
     U has this process's rows, and every process computes what has q columns.

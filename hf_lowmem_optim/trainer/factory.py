@@ -308,7 +308,8 @@ def _summary(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) -> 
     lines.append(f"  state: {total} ({parts}); AdamW in fp32: {adamw}")
     if plan.total_bytes > plan.adamw_fp32_bytes:
         scales = " or ".join(key for key in SIZE_KEYS if key in optimizer.method.shaping)
-        lines.append(f"  This is more than AdamW takes; a smaller {scales} saves memory.")
+        remedy = f"a smaller {scales}" if scales else "storage in fewer bits"
+        lines.append(f"  This is more than AdamW takes; {remedy} saves memory.")
     return "\n".join([f"{type(optimizer).__name__} for {plan.num_parameters:,} trainable parameters:", *lines])
 
 

@@ -13,7 +13,9 @@ from typing import Any
 
 from torch import nn
 
+from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.options import nearest, shown
+from hf_lowmem_optim.engine.sharding.traffic import StepTraffic, step_traffic
 from hf_lowmem_optim.memory.baselines import BASELINES, ParameterFacts, plan_baseline
 from hf_lowmem_optim.memory.budget import COSTS, BudgetSearch
 from hf_lowmem_optim.memory.byte_sizes import parse_bytes, parse_reserve
@@ -194,8 +196,10 @@ class _Request:
             temporary_bytes=plan_temporaries(type(optimizer), groups, num_shards=shards),
             compressed_bytes_per_parameter=compressed_bytes_per_parameter(type(optimizer), groups),
             problem=f"{single}: it trains in one process" if self.processes.gpus > 1 and single is not None else None,
-            gradient_bytes={"largest gradient": largest} if method.layerwise else None,
+            gradient_bytes={"largest gradient": largest} if method.layerwise and shards == 1 else None,
         )
+        if row.problem is None and shards > 1:
+            row = replace(row, traffic=_traffic(method, groups, shards))
         if row.problem is not None or frame.usable_bytes is None:
             return row
 
@@ -293,6 +297,15 @@ def _notes_on_dtypes(model: nn.Module, options: ModelOptions) -> list[str]:
         "optim_args weight_rounding=stochastic where the rate is small. bf16=True in TrainingArguments does not do "
         "that: it keeps float32 weights, which take twice as much (--dtype fp32)."
     ]
+
+
+def _traffic(method: Method, groups: Groups, num_shards: int) -> StepTraffic:
+    """Return what a step sends; in layer-wise mode each tensor has calls of its own."""
+    traffic = step_traffic(method, groups, num_shards)
+    if not method.layerwise:
+        return traffic
+    alone = [[{**group, "params": [param]}] for group in groups for param in group["params"]]
+    return replace(traffic, calls=sum(step_traffic(method, each, num_shards).calls for each in alone))
 
 
 def reference_groups(model: nn.Module, target_modules: TargetModules) -> list[list[ParameterFacts]]:

@@ -90,7 +90,7 @@ def test_ratios_are_medians_of_rounds_not_of_times(workload: Workload) -> None:
     assert row["peak_temporary_bytes"] < 1024
 
 
-@pytest.mark.parametrize("entry", ["adamw", "ldadam:rank=4", "lowrank_mfac"])
+@pytest.mark.parametrize("entry", ["adamw", "muon", "ldadam:rank=4", "lowrank_mfac"])
 def test_the_dense_parameters_can_have_a_rate_of_their_own(entry: str, workload: Workload) -> None:
     model = workload.model
     matrices = {id(p) for p in split_parameters(model)[0]}
@@ -103,5 +103,16 @@ def test_the_dense_parameters_can_have_a_rate_of_their_own(entry: str, workload:
 
     with pytest.raises(ValueError, match="adamw has no setting 'eps'; there are dense_lr_ratio"):
         build_optimizer("adamw:eps=1", model, 1e-3)
-    with pytest.raises(ValueError, match="none of adamw, adamw_8bit, galore, apollo, ldadam"):
+    with pytest.raises(ValueError, match="none of adamw, muon, adamw_8bit, galore, apollo, ldadam"):
         build_optimizer("adamx", model, 1e-3)
+
+
+def test_muon_is_torchs_on_matrices_and_adamw_on_all_else_at_the_rates_of_its_groups(workload: Workload) -> None:
+    optimizer = build_optimizer("muon:dense_lr_ratio=0", workload.model, 1e-3)
+    before = [parameter.detach().clone() for parameter in workload.parameters]
+    optimizer.step()
+    moved = {id(p) for p, old in zip(workload.parameters, before, strict=True) if not torch.equal(p, old)}
+    matrices, others = split_parameters(workload.model)
+    assert moved == {id(p) for p in matrices}
+    momenta = 4 * sum(p.numel() for p in matrices)
+    assert measure_state(optimizer).total_bytes == momenta + sum(8 * p.numel() + 4 for p in others)

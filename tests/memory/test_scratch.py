@@ -22,7 +22,8 @@ WIDE, TALL = (1536, 3072), (3072, 1536)
 SMALL = (*[(160, 192)] * 7, (24, 4, 3, 3), (30,), ())
 
 STORED = ("fp32", "bf16", "8bit", "4bit")
-ERRORS = dict.fromkeys(("sparse_mfac", "lowrank_mfac", "sparse_ggt"), STORED)
+#: Sparse GGT stores its error as sparse M-FAC does.
+ERRORS: dict[str, tuple[str, ...]] = {**dict.fromkeys(("sparse_mfac", "lowrank_mfac"), STORED), "sparse_ggt": ("8bit",)}
 ERRORS["ldadam"] = ("param", *STORED, "grad", "none")
 OTHERS: dict[str, tuple[dict[str, Any], ...]] = {
     "ldadam": ({"state_dtype": "param", "rank": 64}, {"stochastic_rounding": True}),
@@ -57,7 +58,7 @@ def steps() -> Iterator[Any]:
             for dtype in (torch.bfloat16,) if options == ROUNDED else (torch.float32, torch.bfloat16):
                 versions = {((number // 2 if many else number) + (dtype == torch.float32)) % 2}
                 if options == ROUNDED:
-                    versions = {1} if layerwise else {0, 1}
+                    versions = {0} if layerwise else {0, 1}
                 elif many and number % 2 != (dtype == torch.float32):
                     versions = set()
                 if 1 in versions:

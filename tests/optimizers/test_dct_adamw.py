@@ -16,10 +16,10 @@ from hf_lowmem_optim import DCTAdamW, OptimizerFactory, measure_state, plan_opti
 from hf_lowmem_optim.engine import buckets
 from hf_lowmem_optim.memory.plan import compressed_bytes_per_parameter
 from hf_lowmem_optim.ops.cosine_basis import Basis, basis_matrix, by_fft
-from hf_lowmem_optim.optimizers import dct_adamw
+from hf_lowmem_optim.optimizers import LowMemoryOptimizer, dct_adamw
 from hf_lowmem_optim.optimizers.dct_adamw import DCTAdamWOptions
 from hf_lowmem_optim.spec import QuantFormat
-from tests.optimizers.cases import assert_equal, sizes_of_batches, stored_error, through_a_file
+from tests.optimizers.cases import sizes_of_batches, stored_error
 from tests.reference.dct_adamw import PaperDCTAdamW, ReferenceDCTAdamW, cosine_basis
 
 CPU = torch.device("cpu")
@@ -256,25 +256,6 @@ def test_rows_that_stay_keep_their_moments_and_new_ones_begin_at_zero() -> None:
     assert state["exp_avg_sq"][:, 0].tolist() == [64.0, 16.0, 13.0]
 
 
-@pytest.mark.parametrize("options", [{}, {"error_feedback": "fp32", "dct_type": 2, "transform": "fft"}], ids=str)
-@pytest.mark.parametrize("done", [4, 6])
-def test_resume_between_two_choices_is_bit_for_bit(done: int, options: dict[str, Any]) -> None:
-    weights = [nn.Parameter(torch.ones(24, 40)) for _ in range(2)]
-    build = lambda weight: DCTAdamW([weight], rank=5, update_interval=5, **options)  # noqa: E731
-    straight, first, steps = build(weights[0]), build(weights[1]), drifting_gradients((24, 40), 12)
-    for _ in train(straight, weights[0], steps):
-        pass
-    for _ in train(first, weights[1], steps[:done]):
-        pass
-    second = build(weights[1])
-    second.load_state_dict(through_a_file(first.state_dict()))
-    for _ in train(second, weights[1], steps[done:]):
-        pass
-    assert_equal([weights[0]], [weights[1]])
-    for key, value in straight.state[weights[0]].items():
-        assert torch.equal(torch.as_tensor(second.state[weights[1]][key]), torch.as_tensor(value))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -353,13 +334,18 @@ def test_the_basis_is_measured_once_and_not_saved() -> None:
 def test_equal_matrices_in_one_call_are_as_if_alone(
     shape: tuple[int, int], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To rounding, as on a GPU; a CPU takes one after the other, to the bit (tests/engine/test_buckets.py)."""
     monkeypatch.setattr(dct_adamw, "one_by_one", lambda W: False)
+    check_together_and_alone(DCTAdamW, shape, {"rank": 4, **options}, monkeypatch)
+
+
+def check_together_and_alone(
+    cls: type[LowMemoryOptimizer], shape: tuple[int, int], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To rounding, as on a GPU; a CPU takes one after the other, to the bit (tests/engine/test_buckets.py)."""
     monkeypatch.setattr(buckets, "_rounds_alike", lambda update: True)
     sizes = sizes_of_batches(monkeypatch)
     together, apart = ([nn.Parameter(torch.zeros(shape)) for _ in range(3)] for _ in range(2))
-    one = DCTAdamW(together, rank=4, **options)
-    each = [DCTAdamW([weight], rank=4, **options) for weight in apart]
+    one, each = cls(together, **options), [cls([weight], **options) for weight in apart]
     for seed in range(5):
         for index, pair in enumerate(zip(together, apart, strict=True)):
             for weight in pair:
@@ -419,23 +405,10 @@ def assert_same_state_but_for_rounding(one: tuple[Tensor, DCTAdamW], other: tupl
     torch.testing.assert_close(first["error"], second["error"], rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("stochastic", [False, True])
-def test_a_quantized_error_may_be_rounded_stochastically(stochastic: bool) -> None:
+def test_a_quantized_error_may_be_rounded_stochastically() -> None:
     weights = [nn.Parameter(torch.zeros(24, 40)) for _ in range(2)]
-    first, second = (
-        DCTAdamW([weight], rank=5, stochastic_rounding=value)
-        for weight, value in zip(weights, (False, stochastic), strict=True)
-    )
-    for gradient in drifting_gradients((24, 40), 3):
-        for weight, optimizer in zip(weights, (first, second), strict=True):
-            weight.grad = torch.tensor(gradient)
-            optimizer.step()
-    if stochastic:
-        assert not torch.equal(*(o.state[w]["error_codes"] for o, w in zip((first, second), weights, strict=True)))
-    else:
-        assert_same_state_of_one(first, second)
-
-
-def assert_same_state_of_one(first: DCTAdamW, second: DCTAdamW) -> None:
-    (one,), (other,) = first.state.values(), second.state.values()
-    assert all(torch.equal(torch.as_tensor(one[key]), torch.as_tensor(other[key])) for key in one)
+    optimizers = [DCTAdamW([w], rank=5, stochastic_rounding=on) for w, on in zip(weights, (False, True), strict=True)]
+    for weight, optimizer in zip(weights, optimizers, strict=True):
+        for _ in train(optimizer, weight, drifting_gradients((24, 40), 3)):
+            pass
+    assert not torch.equal(*(o.state[w]["error_codes"] for o, w in zip(optimizers, weights, strict=True)))

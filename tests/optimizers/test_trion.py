@@ -11,11 +11,10 @@ import torch
 from torch import nn
 
 from hf_lowmem_optim import OptimizerFactory, Trion, measure_state, plan_optimizer
-from hf_lowmem_optim.engine import buckets
 from hf_lowmem_optim.ops.newton_schulz import newton_schulz as operation
 from hf_lowmem_optim.optimizers import trion
-from tests.optimizers.cases import assert_equal, sizes_of_batches, through_a_file
-from tests.optimizers.test_dct_adamw import SKIPPED, ZERO, drifting_gradients
+from tests.optimizers.cases import assert_equal, through_a_file
+from tests.optimizers.test_dct_adamw import SKIPPED, ZERO, check_together_and_alone, drifting_gradients
 from tests.reference.dct_adamw import cosine_basis
 from tests.reference.trion import ReferenceTrion, newton_schulz
 
@@ -218,21 +217,8 @@ def test_state_is_the_momentum_and_resumes_bit_for_bit(state_dtype: str, rank: i
 def test_equal_matrices_in_one_call_are_as_if_alone(
     shape: tuple[int, int], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To rounding, as on a GPU; a CPU takes one after the other, to the bit (tests/engine/test_buckets.py)."""
     monkeypatch.setattr(trion, "one_by_one", lambda W: False)
-    monkeypatch.setattr(buckets, "_rounds_alike", lambda update: True)
-    sizes = sizes_of_batches(monkeypatch)
-    together, apart = ([nn.Parameter(torch.zeros(shape)) for _ in range(3)] for _ in range(2))
-    one, each = Trion(together, **options), [Trion([weight], **options) for weight in apart]
-    for seed in range(5):
-        for index, pair in enumerate(zip(together, apart, strict=True)):
-            for weight in pair:
-                weight.grad = torch.tensor(drifting_gradients(shape, 1, seed=10 * seed + index)[0])
-        for optimizer in (one, *each):
-            optimizer.step()
-    assert max(sizes) == 3
-    for weight, alone in zip(together, apart, strict=True):
-        assert (weight - alone).norm() <= 1e-5 * alone.norm()
+    check_together_and_alone(Trion, shape, options, monkeypatch)
 
 
 @pytest.mark.parametrize("polynomials", ["muon", "polar"])

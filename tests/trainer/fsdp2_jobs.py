@@ -26,12 +26,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from hf_lowmem_optim import LDAdam, OptimizerStateMemoryCallback, layerwise
+from hf_lowmem_optim import LDAdam, OptimizerStateMemoryCallback, layerwise, plan_memory
 from hf_lowmem_optim.memory.measure import measure_state
 from hf_lowmem_optim.memory.plan import plan_optimizer
 from tests.sharding.processes import die
 
-SIZES = {"hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES = {"hidden_size": 32, "intermediate_size": 71, "num_hidden_layers": 2, "num_attention_heads": 2}
 FULL, PARTS = "FULL_STATE_DICT", "SHARDED_STATE_DICT"
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "fsdp2_full_finetuning.py"
 EXAMPLE_OPTIONS = ["--max_steps", "2", "--save_steps", "1", "--batch_size", "2"]
@@ -75,7 +75,7 @@ def pretend_to_have_gpus() -> None:
 def make_trainer(folder: Path, run: Run, callbacks: Sequence[TrainerCallback] = (), **more: Any) -> Trainer:
     """Build what trains four steps."""
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=64, tie_word_embeddings=False, **SIZES)
+    config = LlamaConfig(vocab_size=65, tie_word_embeddings=False, **SIZES)
     model: Any = LlamaForCausalLM(config).to(run.dtype)
     if run.lora:
         model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -146,6 +146,7 @@ def train(rank: int, world: int, folder: Path) -> dict[str, Any]:
     for name, run in RUNS.items():
         recorder = Recorder()
         trainer = make_trainer(folder / name, run, [recorder])
+        planned = plan_memory(trainer.model, run.optim, optim_args=run.optim_args, gpus=world, sharding="fsdp")
         trainer.train()
         params, inner = list(trainer.model.parameters()), trainer.optimizer.optimizer
         assert trainer.accelerator.is_fsdp2 and all(isinstance(param, DTensor) for param in params)
@@ -155,7 +156,15 @@ def train(rank: int, world: int, folder: Path) -> dict[str, Any]:
         assert rank or all(
             0 < log["optimizer_state/total_bytes"] == logs[0]["optimizer_state/predicted_bytes"] for log in logs
         )
-        assert measure_state(inner, local=True) == plan_optimizer(inner, local=True), name
+        # on each process; the command plans the first one, which has the largest parts
+        measured = measure_state(inner, local=True)
+        assert measured == plan_optimizer(inner, local=True), name
+        assert rank or logs[0]["optimizer_state/process_bytes"] == measured.total_bytes
+        state = planned[run.optim].state
+        assert state is not None
+        assert rank or (state.component_bytes, state.group_bytes) == (measured.component_bytes, measured.group_bytes)
+        held = sum(param.to_local().nbytes for param in params if param.requires_grad)
+        assert rank or planned.weights.gradient_bytes == {"gradients": held}
         if inner.method.layerwise:
             gradients = sum(param.to_local().nbytes for param in params)
             assert 0 < inner.peak_gradient_bytes < gradients / 2 and all(log["grad_norm"] > 0 for log in logs)

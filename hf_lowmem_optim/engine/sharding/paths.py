@@ -41,7 +41,8 @@ def path_of(optimizer: Any, param: Any, options: Any, step: int) -> Path:
         step: t, 1 for its first update, for which there is no collective path.
     """
     method, split = optimizer.method, split_of(param)
-    key = (param.shape, param.dtype, split, *[value for name, value in vars(options).items() if name != "lr"])
+    settings = [getattr(options, name) for name in method.layout_options]
+    key = (param.shape, param.dtype, split, vars(options).get("stochastic_rounding"), *settings)
     path: Path | None = optimizer.paths.get(key)
     if path is None:
         path = optimizer.paths[key] = path_of_shape(method, options, param.shape, param.dtype, split)
@@ -147,7 +148,7 @@ def _is_cut_with_error(method: Method, options: Any, shape: Sequence[int], dtype
 def _misaligned(method: Method, options: Any, shape: Sequence[int], dtype: torch.dtype, split: Split) -> str | None:
     """Return that a tensor is gathered and which blocks would not straddle its parts, if there are such."""
     blocks = None if method.block_entries is None or options.is_stack(shape) else method.block_entries(options)
-    if blocks is None or not split.is_even(shape):
+    if blocks is None or "block_size" not in vars(options) or not split.is_even(shape):
         return None
     entries, unit = math.prod(part_shape(shape, split)), math.lcm(64, vars(options).get("quant_block_size", 64))
     for size in range(options.block_size - options.block_size % unit, 0, -unit):
