@@ -140,6 +140,8 @@ def _plan(args: argparse.Namespace) -> int:
         parse_reserve(args.reserve, parse_bytes(args.budget))
     if args.plot and Path(args.plot).suffix.lower() not in (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp"):
         raise ValueError(f"--plot {args.plot}: the suffix chooses the format; write for example out.png or out.svg")
+    if args.html and Path(args.html).suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"--html {args.html}: that is a page; write for example out.html")
     # its advice on fast kernels of another package, which a plan does not run
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
         lambda record: "kernels-community" not in str(record.msg)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import re
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from hf_lowmem_optim import OPTIMIZERS, ModelOptions, plan_memory
+from hf_lowmem_optim.__main__ import main
 
 PAGE = Path(__file__).parents[2] / "docs" / "planner" / "index.html"
 DATA: dict[str, Any] = json.loads(re.search(r"^const DATA = (\{.*\});$", PAGE.read_text(), re.M)[1])
@@ -48,6 +50,7 @@ def choices(count: int) -> list[Choice]:
     return found
 
 
+@functools.cache
 def planned(choice: Choice) -> tuple[int, dict[str, int]]:
     """The total and the state's components, from plan_memory."""
     index, _, quantized = choice.way.partition("+")
@@ -92,6 +95,20 @@ def test_the_data_of_the_page_are_the_planner_s(choice: Choice) -> None:
         assert total == weights + max(plans["largest_gradient"], active) + sum(state.values()) + step
     else:
         assert total == weights + sum(plans["gradients"].values()) + sum(state.values()) + max(step or 0, active)
+
+
+def test_the_command_writes_the_page_for_any_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = {"model_type": "bert", "architectures": ["BertForMaskedLM"], "vocab_size": 1000, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["plan", str(tmp_path), "--optim", "ldadam", "--html", str(tmp_path / "out.html")]) == 0
+    assert "ldadam" in capsys.readouterr().out
+    content = (tmp_path / "out.html").read_text()
+    (model,) = json.loads(re.search(r"^const DATA = (\{.*\});$", content, re.M)[1])["models"].values()
+    plans = model["ways"][1]["gpus"]["1"]
+    plan = plan_memory(tmp_path, "ldadam", optim_args="rank=8")
+    assert plans["weights"] == plan.weights.weight_bytes
+    assert sum(plans["rows"][0][2::2]) == plan["ldadam"].state.total_bytes
 
 
 def test_a_browser_shows_the_planner_s_bytes() -> None:
