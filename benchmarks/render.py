@@ -46,6 +46,7 @@ TABLES: dict[str, tuple[Callable[[Run], str], str]] = {
     "memory": (partial(labelled, memory_rows), "memory.json"),
     "memory_gpu": (partial(labelled, memory_rows), "memory_gpu.json"),
     **{f"convergence_{task}": (convergence_report, f"convergence_{task}.json") for task in ("pretrain", "finetune")},
+    **{f"convergence_{name}": (convergence_report, f"convergence_{name}.json") for name in ("rows", "dash_trial")},
 }
 for _name in ("minilm", "llama", "lora", "small"):
     TABLES[f"step_time_{_name}"] = partial(labelled, partial(step_time_rows, shapes=_name)), "step_time.json"

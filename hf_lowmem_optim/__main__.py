@@ -94,6 +94,7 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     output.add_argument("--json", action="store_true", help="print JSON")
     output.add_argument("--csv", action="store_true", help="print CSV")
     plan.add_argument("--plot", metavar="OUT.png", help="draw stacked bars")
+    plan.add_argument("--html", metavar="OUT.html", help="write the planner's page for the model; takes a minute")
     plan.set_defaults(run=_plan)
 
 
@@ -172,6 +173,10 @@ def _plan(args: argparse.Namespace) -> int:
         print(plan_csv(plan).rstrip("\n") if args.csv else plan)
     if args.plot:
         plot_plan(plan, args.plot)
+    if args.html:
+        from hf_lowmem_optim.trainer.planner_data import model_data, page_of
+
+        Path(args.html).write_text(page_of({plan.source: model_data(args.model)}), encoding="utf-8")
     return 0 if plan.anything_fits else _NOTHING_FITS
 
 

@@ -233,7 +233,7 @@ def ldadam_stages_(
     shape: Sequence[int],
     axis: int,
 ) -> Generator[Any, Any, bool]:
-    """Take a step after the first on a process's part of a matrix: a ``StagedUpdate``, its arguments those of a batch.
+    """Take a step after the first on a process's part of a matrix: the ``Stages`` of ``engine/method.py``.
 
     Where the larger dimension is cut, U is whole, and what has q columns is this process's; where the smaller one is,
     U has this process's rows, and every process computes what has q columns.

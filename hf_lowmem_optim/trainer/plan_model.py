@@ -29,7 +29,7 @@ from hf_lowmem_optim.trainer.model_source import ModelOptions, OpenedModel, Sour
 from hf_lowmem_optim.trainer.optim_args import hyperparameters_from_text, split_optim_args
 from hf_lowmem_optim.trainer.param_groups import COMPRESSED, EMBEDDING, TargetModules, place_parameters
 
-__all__ = ["plan_memory"]
+__all__ = ["plan_memory", "reference_groups"]
 
 #: With more optimizers a plan has only the suggestions that fit, and this many.
 _FEW, _MOST_SUGGESTIONS = 3, 6
@@ -161,7 +161,7 @@ class _Request:
 
     def _add_optimizers(self, frame: MemoryPlan, opened: OpenedModel, searches: dict[str, BudgetSearch]) -> MemoryPlan:
         registered = OPTIMIZERS.keys() & self.names
-        groups = [] if registered == set(self.names) else _reference_groups(opened.model, self.target_modules)
+        groups = [] if registered == set(self.names) else reference_groups(opened.model, self.target_modules)
         texts, _ = split_optim_args(self.optim_args, self._classes())
         rows = [
             self._registered(name, texts[name], opened.model, frame, searches)
@@ -308,7 +308,7 @@ def _traffic(method: Method, groups: Groups, num_shards: int) -> StepTraffic:
     return replace(traffic, calls=sum(step_traffic(method, each, num_shards).calls for each in alone))
 
 
-def _reference_groups(model: nn.Module, target_modules: TargetModules) -> list[list[ParameterFacts]]:
+def reference_groups(model: nn.Module, target_modules: TargetModules) -> list[list[ParameterFacts]]:
     """Return the parameters in the groups of the Trainer's own optimizers: decaying or not."""
     facts: dict[bool, list[ParameterFacts]] = {True: [], False: []}
     for p in place_parameters(model, target_modules, lambda parameter, settings: COMPRESSED):

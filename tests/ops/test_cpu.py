@@ -24,7 +24,7 @@ pytest.importorskip("numba")
 import numba
 
 from hf_lowmem_optim.ops.cpu import block_quant, jit, launch, sparse_window
-from hf_lowmem_optim.ops.cpu.jit import Loop, _Announcer
+from hf_lowmem_optim.ops.cpu.jit import Loop, _Compilation
 from hf_lowmem_optim.ops.sparse_window import SparseWindow, window_combine_
 from tests.ops.backends import Use, python, same, window_descend_, window_gram_row, window_update_
 from tests.ops.test_foreach import ODD, TENSORS, make_all, run
@@ -262,7 +262,7 @@ class Fresh:
 @pytest.fixture
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fresh:
     monkeypatch.setattr(Loop, "_reported", False)
-    monkeypatch.setattr(_Announcer, "_said", False)
+    monkeypatch.setattr(_Compilation, "_said", False)
     made = Fresh(tmp_path / "loops_of_a_test.py", tmp_path / "cache")
     made.path.write_text(SOURCE)
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(made.cache))

@@ -78,36 +78,34 @@ loop = Loop
 
 def _compile(function: Callable[..., R], types: tuple[Any, ...], *, cache: bool) -> Callable[..., R]:
     dispatcher = numba.njit(function, cache=cache, nogil=True, error_model=_ERROR_MODEL)
-    with event.install_listener("numba:compile", _Announcer(function.__name__.lstrip("_"))):
+    compilation = _Compilation()
+    with event.install_listener("numba:compile", compilation):
         dispatcher.compile(types)
+    if compilation.seconds:
+        logger.warning("numba compiled the loop %r in %.1f s", function.__name__.lstrip("_"), compilation.seconds)
     dispatcher.disable_compile()
     return dispatcher  # type: ignore[no-any-return]
 
 
-class _Announcer(event.Listener):
-    """Says that a loop is being compiled, if it is not in numba's cache, and how long that took."""
+class _Compilation(event.Listener):
+    """Explains the wait, once in a process, and takes the time, where a loop is not in numba's cache."""
 
     _said: ClassVar[bool] = False
 
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._depth = 0  # what a loop calls is compiled within it
-        self._started = 0.0
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._starts: list[float] = []  # what a loop calls is compiled within it
 
     def on_start(self, event: Any) -> None:
-        """Explain the wait, once in a process."""
-        if not _Announcer._said:
-            _Announcer._said = True
+        """Note the time."""
+        if not _Compilation._said:
+            _Compilation._said = True
             logger.warning("numba compiles the loops of the first step, up to a minute, once for each installation")
-        if self._depth == 0:
-            self._started = time.perf_counter()
-        self._depth += 1
+        self._starts.append(time.perf_counter())
 
     def on_end(self, event: Any) -> None:
-        """Tell the time."""
-        self._depth -= 1
-        if self._depth == 0 and not event.is_failed:
-            logger.warning("numba compiled the loop %r in %.1f s", self._name, time.perf_counter() - self._started)
+        """Take the time; that of the loop itself comes last."""
+        self.seconds = time.perf_counter() - self._starts.pop()
 
 
 def _report(error: Exception) -> None:
