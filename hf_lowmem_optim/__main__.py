@@ -107,7 +107,7 @@ def _add_prune(prune: argparse.ArgumentParser) -> None:
         "--sparsity", type=float, metavar="S", help="of each layer; default: 0.5, or what the pattern says"
     )
     prune.add_argument("--pattern", metavar="N:M", help="keep N of each M neighbouring inputs, such as 2:4")
-    prune.add_argument("--iterations", type=_positive, default=3, metavar="N", help="1 is SparseGPT; default: 3")
+    prune.add_argument("--iterations", type=_positive, default=3, metavar="N", help="passes; default: 3")
     prune.add_argument("--layers", nargs="+", metavar="NAME", help="default: all but embeddings and the output head")
     prune.add_argument("--samples", type=_positive, default=128, metavar="N", help="to calibrate with; default: 128")
     prune.add_argument("--sequence-length", type=_positive, default=512, metavar="N", help="tokens; default: 512")

@@ -36,7 +36,8 @@ class OptimizerStateReport(Callback):  # type: ignore[misc]
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         """Make an entry, if one is due."""
         step, (last, then) = trainer.global_step, self._since
-        if step == last or step % trainer.log_every_n_steps:
+        every = trainer.log_every_n_steps  # 0 for never
+        if step == last or not every or step % every:
             return
         now, optimizer = time.perf_counter(), trainer.optimizers[0]
         self._since = (step, now)

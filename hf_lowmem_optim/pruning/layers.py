@@ -75,8 +75,8 @@ def iobs_layers_(
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: An argument is out of range; a layer cannot be pruned, or gets no input, or other ones in the dense
-            and in the pruned network; or its inputs are not finite. Before a layer's inputs are looked at, nothing has
-            been changed.
+            and in the pruned network; or its inputs or weights are not finite. Before a layer's inputs are looked at,
+            nothing has been changed.
 
     Example:
         >>> iobs_layers_(model, [{"input_ids": ids} for ids in calibration], sparsity=0.5)
@@ -85,6 +85,10 @@ def iobs_layers_(
     check_number("iterations", iterations, COUNT)
     check_number("block_size", block_size, COUNT)
     check_number("damping", damping, POSITIVE)
+    if not isinstance(exact, bool):
+        raise TypeError(f"exact={shown(exact)} must be True or False")
+    if isinstance(batches, (Mapping, Tensor)):
+        raise TypeError(f"batches is a {type(batches).__name__}, a batch itself: give a list of batches")
     chosen = prunable_layers(model, layers, pattern)
     inputs = list(batches)
     if not inputs:
@@ -94,6 +98,8 @@ def iobs_layers_(
         for name in names:
             layer = chosen[name]
             matrices, W0 = matrices_of(layer, layer.weight), matrices_of(layer, dense[name])
+            if not bool(torch.isfinite(matrices).all()):
+                raise ValueError(f"the weights of {name!r} are not finite")
             for W, dense_W, H0, cross in zip(matrices, W0, X.squares, X.crossed, strict=True):
                 if not bool(torch.isfinite(H0).all() & torch.isfinite(cross).all()):
                     raise ValueError(f"the inputs of {name!r} are not finite")

@@ -163,11 +163,13 @@ class IOBSPruner:
             raise ValueError(f"saliency={shown(self._saliency)} is not one of 'magnitude', 'obs'")
         if not isinstance(self._correction, bool):
             raise TypeError(f"correction={shown(self._correction)} must be True or False")
-        damping = self._damping
-        if isinstance(damping, str) and damping != "auto":
+        damping: Any = self._damping
+        if damping is None or (isinstance(damping, str) and damping == "auto"):
+            return
+        if isinstance(damping, bool) or not isinstance(damping, (int, float, str)):
+            raise TypeError(f"damping={shown(damping)} must be a float > 0, 'auto', or None for the optimizer's")
+        if isinstance(damping, str) or not 0 < damping < math.inf:
             raise ValueError(f"damping={damping!r} must be a float > 0, 'auto', or None for the optimizer's")
-        if isinstance(damping, (int, float)) and not 0 < damping < math.inf:
-            raise ValueError(f"damping={damping!r} is out of range; it must be a float > 0")
 
     def _find_window(self) -> PreconditionedOptions | None:
         """Return the options with which the optimizer keeps its window; None if it has none."""
@@ -298,6 +300,8 @@ class IOBSPruner:
         if not done:
             return None
         num_pruned, num_prunable, changed = (sum(counts) for counts in zip(*[each[:3] for each in done], strict=True))
+        if not num_prunable:  # all of it is frozen by now
+            return None
         loss = None if self._window is None else sum(each[3] for each in done)
         return Projection(n, num_pruned / num_prunable, num_pruned, changed, loss)
 
@@ -400,6 +404,15 @@ class IOBSPruner:
                 if member.prunable:
                     self._bits[slot] = Bits.pack(member.param.reshape(-1) == 0)
 
+    def num_zeros(self) -> tuple[int, int]:
+        """Return how many prunable entries are exactly zero now, and how many are to be in the end."""
+        zeros = wanted = 0
+        for _, members in self._systems():
+            prunable = [member.param for member in members if member.prunable]
+            zeros += sum(int((param == 0).sum()) for param in prunable)
+            wanted += count_to_prune(self.schedule.target, sum(param.numel() for param in prunable))
+        return zeros, wanted
+
     def remove(self) -> None:
         """Let the optimizer have another pruner; what is pruned is no longer kept at zero."""
         self._bits.clear()
@@ -408,6 +421,8 @@ class IOBSPruner:
 
 def _excluded(optimizer: Optimizer, exclude: Sequence[str | Tensor]) -> set[int]:
     """Return the ids of the parameters that are excluded."""
+    if isinstance(exclude, (str, Tensor)):
+        exclude = [exclude]
     groups = [zip(group.get("param_names", ()), group["params"], strict=False) for group in optimizer.param_groups]
     names = [entry for entry in exclude if not isinstance(entry, Tensor)]
     found = named_parameters(names, [pair for group in groups for pair in group])

@@ -51,6 +51,9 @@ class PruningSchedule:
                 raise ValueError(f"{name}={number} is out of range; it must be an int ≥ {least}")
         if self.end < self.begin:
             raise ValueError(f"end={self.end} is before begin={self.begin}")
+        initial: object = self.initial_sparsity
+        if isinstance(initial, bool) or not isinstance(initial, (int, float)):
+            raise TypeError(f"initial_sparsity={shown(initial)} must be a float")
         if not 0 <= self.initial_sparsity <= target:
             raise ValueError(f"initial_sparsity={self.initial_sparsity!r} must be from 0 to sparsity={target:g}")
         if self.kind == "cubic" and (self.end - self.begin) % self.every:

@@ -41,7 +41,7 @@ def check_pattern(pattern: Sequence[int] | None, sparsity: float | None) -> tupl
         raise ValueError(f"sparsity={sparsity!r} is out of range; it must be a float in [0, 1)")
     if pattern is None:
         return None, 0.5 if sparsity is None else float(sparsity)
-    if len(pattern) != 2 or not all(isinstance(each, int) for each in pattern):
+    if not isinstance(pattern, Sequence) or len(pattern) != 2 or not all(isinstance(each, int) for each in pattern):
         raise TypeError(f"pattern={pattern!r} must be (N, M), for example (2, 4)")
     kept, of = pattern
     if not 1 <= kept < of:

@@ -42,11 +42,17 @@ def plan_activations(model: nn.Module, options: ModelOptions, quantized: Set[int
     estimate = activation_bytes(model, options.batch_size, length, checkpointing=options.checkpointing)
     estimate += max((2 * p.numel() for p in model.parameters() if id(p) in quantized), default=0)
     how = "with" if options.checkpointing else "without"
-    return estimate, (
-        f"Activations: {options.batch_size} × {length:,} tokens at a time, no padding, fused attention, {how} gradient "
-        "checkpointing; an estimate, within 5 % of what was measured on a CPU (Llama, Qwen2, GPT-2, BERT, ViT, LoRA); "
-        "no GPU was compared. What autocast copies (bf16=True) is not in it."
+    base, size = _base_of(model), options.batch_size
+    pictures, positions = base.main_input_name == "pixel_values", getattr(base.config, "max_position_embeddings", None)
+    batch = f"{size} × {length:,} tokens" if not pictures else "1 picture" if size == 1 else f"{size} pictures"
+    note = (
+        f"Activations: {batch} at a time, no padding, fused attention, {how} gradient checkpointing; an estimate, "
+        "within 5 % of what was measured on a CPU (Llama, Qwen2, GPT-2, BERT, ViT, LoRA); no GPU was compared. What "
+        "autocast copies (bf16=True) is not in it."
     )
+    if isinstance(positions, int) and length > positions and not pictures:
+        note += f" {length:,} tokens are more than the {positions:,} positions of the model's configuration."
+    return estimate, note
 
 
 def activation_bytes(model: nn.Module, batch_size: int, seq_len: int, *, checkpointing: bool = False) -> int:
@@ -61,9 +67,7 @@ def activation_bytes(model: nn.Module, batch_size: int, seq_len: int, *, checkpo
     Raises:
         ValueError: The model cannot be run with such a batch.
     """
-    base: Any = model
-    if hasattr(base, "get_base_model"):  # adapters
-        base = base.get_base_model()
+    base = _base_of(model)
     if not getattr(base, "_supports_sdpa", False):
         who = type(base).__name__
         raise ValueError(f"{who} has no attention that can be counted as a fused kernel; plan without seq_len")
@@ -78,6 +82,11 @@ def activation_bytes(model: nn.Module, batch_size: int, seq_len: int, *, checkpo
     except Exception as error:  # a model computes with whatever its configuration holds
         what = f"{type(base).__name__} with batch_size={batch_size}, seq_len={seq_len}"
         raise ValueError(f"the activations of {what} cannot be estimated: {' '.join(str(error).split())}") from error
+
+
+def _base_of(model: Any) -> Any:
+    """Return the model below adapters."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _inputs(model: PreTrainedModel, batch_size: int, seq_len: int) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ A source is a preset, a directory with a ``config.json``, such a file, a transfo
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import re
@@ -270,7 +271,7 @@ def _build(config: PreTrainedConfig, dtype: torch.dtype, name: str) -> PreTraine
     model_class = _model_class(config, name)
     try:
         with _building(dtype):
-            return model_class(config)
+            return model_class(copy.deepcopy(config))  # what is planned changes it
     except Exception as error:  # a model's constructor computes with whatever the configuration holds
         raise ValueError(f"{name!r} cannot be built as {model_class.__name__}: {_in_a_line(error)}") from error
 

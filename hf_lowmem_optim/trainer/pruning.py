@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ from hf_lowmem_optim.trainer.callbacks import add_to_log, log_early
 from hf_lowmem_optim.trainer.param_groups import prunable_weights
 
 __all__ = ["IOBSPruningCallback"]
+
+logger = logging.getLogger(__name__)
 
 
 class IOBSPruningCallback(TrainerCallback, ExportableState):
@@ -82,7 +85,7 @@ class IOBSPruningCallback(TrainerCallback, ExportableState):
             "correction": correction,
             "damping": damping,
             "scope": scope,
-            "exclude": list(exclude),
+            "exclude": [exclude] if isinstance(exclude, str) else list(exclude),
         }
         # wrong ones are told before anything is loaded
         PruningSchedule(sparsity, initial_sparsity, pattern, begin, end, every, schedule)
@@ -151,7 +154,15 @@ class IOBSPruningCallback(TrainerCallback, ExportableState):
         add_to_log(state, logs, {f"pruning/{key}": value for key, value in entries.items()})
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
-        """Let the optimizer go."""
-        if self._pruner is not None:
-            self._pruner.remove()
-            self._pruner = None
+        """Let the optimizer go, and warn if the model is not as sparse as it was to be."""
+        if self._pruner is None:
+            return
+        zeros, wanted = self._pruner.num_zeros()
+        if zeros < wanted and state.is_world_process_zero:
+            logger.warning(
+                "the model has %d zeros of the %d that sparsity=%.3g asks for: training stopped before end=%d, skipped "
+                "steps (fp16), or loaded a checkpoint from before (load_best_model_at_end=True)",
+                *(zeros, wanted, self._pruner.schedule.target, self._pruner.schedule.end),
+            )
+        self._pruner.remove()
+        self._pruner = None

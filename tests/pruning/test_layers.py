@@ -186,3 +186,14 @@ def test_what_cannot_be_pruned_is_refused(model: nn.Module, settings: dict[str, 
         iobs_layers_(model, **{"batches": [torch.randn(5, 6)], **settings})
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(not each._forward_pre_hooks for each in model.modules())
+
+
+def test_weights_that_are_not_finite_and_a_batch_in_place_of_batches_are_told() -> None:
+    broken = nn.Sequential(nn.Linear(6, 6))
+    with torch.no_grad():
+        broken[0].weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="the weights of '0' are not finite"):
+        iobs_layers_(broken, [torch.randn(5, 6)])
+    for batch in (torch.randn(5, 6), {"input": torch.randn(5, 6)}):
+        with pytest.raises(TypeError, match="give a list of batches"):
+            iobs_layers_(nn.Sequential(nn.Linear(6, 6)), batch)

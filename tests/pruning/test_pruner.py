@@ -276,6 +276,20 @@ def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> N
         IOBSPruner(optimizer, **settings)
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong"), [("damping", [1.0]), ("damping", True), ("initial_sparsity", "0.5"), ("pattern", 4)]
+)
+def test_settings_of_wrong_types_are_named(name: str, wrong: Any) -> None:
+    optimizer = SparseMFAC(network().named_parameters(), **MFAC)
+    with pytest.raises(TypeError, match=f"^{name}="):
+        IOBSPruner(optimizer, **{name: wrong})
+
+
+def test_one_name_may_be_excluded_as_it_is() -> None:
+    with pytest.raises(ValueError, match="exclude: 'weigh' names no parameter"):
+        IOBSPruner(SparseMFAC(network().named_parameters(), **MFAC), exclude="weigh")
+
+
 def test_what_cannot_be_pruned_is_refused() -> None:
     model = network()
     with pytest.raises(ValueError, match="sparse_mfac or lowrank_mfac"):
@@ -292,6 +306,15 @@ def test_what_cannot_be_pruned_is_refused() -> None:
     IOBSPruner(optimizer)
     with pytest.raises(ValueError, match="frozen"):
         IOBSPruner(SparseMFAC(model.requires_grad_(False).parameters(), **MFAC))
+
+
+def test_nothing_is_projected_when_all_is_frozen_by_then() -> None:
+    model = network()
+    optimizer = SparseMFAC(model.named_parameters(), **MFAC)
+    pruner = IOBSPruner(optimizer, begin=1, end=1, every=1)
+    for param in model.parameters():
+        param.requires_grad_(param.dim() < 2)
+    assert pruner.step() is None
 
 
 def test_frozen_tensors_are_never_touched() -> None:

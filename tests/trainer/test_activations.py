@@ -106,3 +106,21 @@ def test_a_plan_adds_activations_to_gradients_or_in_layerwise_mode_to_the_state(
 def test_what_cannot_be_estimated_is_refused(model: str, reason: str) -> None:
     with pytest.raises(ValueError, match=f"{reason}.*plan without seq_len"):
         plan_memory(model, "ldadam", options=ModelOptions(seq_len=8))
+
+
+def test_a_plan_leaves_the_configuration_as_it_was() -> None:
+    config = hf.LlamaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    before = config.to_dict(), config._attn_implementation
+    plan_memory(config, "ldadam", options=ModelOptions(seq_len=8))
+    assert (config.to_dict(), config._attn_implementation) == before
+
+
+def test_the_note_names_what_the_batch_is() -> None:
+    text = hf.GPT2Config(
+        vocab_size=40, n_positions=8, n_embd=16, n_layer=1, n_head=2, architectures=["GPT2LMHeadModel"]
+    )
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    pictures = hf.ViTConfig(architectures=["ViTForImageClassification"], **sizes)
+    notes = [plan_memory(each, "ldadam", options=ModelOptions(seq_len=9)).notes[-1] for each in (text, pictures)]
+    assert "1 × 9 tokens at a time" in notes[0] and "9 tokens are more than the 8 positions" in notes[0]
+    assert "1 picture at a time" in notes[1] and "positions" not in notes[1]

@@ -38,7 +38,7 @@ def count_zeros(tensors: dict[str, torch.Tensor]) -> int:
 
 
 @pytest.mark.parametrize("optim", ["sparse_mfac", "adamw_torch"])
-def test_a_run_is_pruned_logged_and_resumed(optim: str, tmp_path: Path) -> None:
+def test_a_run_is_pruned_logged_and_resumed(optim: str, tmp_path: Path, caplog: Any) -> None:
     """Embeddings and head stay dense; reporters get the keys; stopped and resumed it is the same run to the bit."""
     settings = {**MFAC, "optim": optim} if optim == "sparse_mfac" else {**MFAC, "optim": optim, "optim_args": None}
     prune = {**SHORT, "correction": optim == "sparse_mfac", "exclude": ["layers.1.mlp"]}
@@ -63,7 +63,9 @@ def test_a_run_is_pruned_logged_and_resumed(optim: str, tmp_path: Path) -> None:
     assert len(logged(whole, "pruning/loss_increase")) == (9 if optim == "sparse_mfac" else 0)
     assert [entry["pruning/sparsity"] for entry in reporter.seen if "pruning/sparsity" in entry] == sparsity
 
+    assert "zeros of the" not in caplog.text
     run("parts", StopAt(), save_strategy="steps", save_steps=100).train()
+    assert "zeros of the" in caplog.text  # it stopped early
     resumed = run("parts")
     resumed.train(resume_from_checkpoint=True)
     assert_equal_to_the_bit(values(resumed.model), values(whole.model))
