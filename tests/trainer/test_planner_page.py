@@ -44,7 +44,7 @@ def choices(count: int) -> list[Choice]:
         setting = (number * 7) % len(DATA["settings"])
         layerwise = DATA["settings"][setting][0] in DATA["layerwise"] and chance.random() < 0.4
         tokens = chance.choice(["", *ways[index].get("activations", {})])
-        gpus = chance.choice(list(ways[index]["gpus"]))
+        gpus = "1" if layerwise else chance.choice(list(ways[index]["gpus"]))
         way = f"{index}+4bit" if quantized else str(index)
         found.append(Choice(model, way, setting, gpus, layerwise, tokens, chance.random() < 0.5))
     return found
@@ -129,7 +129,7 @@ def test_a_browser_shows_the_planner_s_bytes() -> None:
             page.select_option("#setting", str(choice.setting))
             page.select_option("#tokens", choice.tokens)
             page.set_checked("#checkpointing", choice.checkpointing)
-            if method in DATA["layerwise"]:
+            if page.is_enabled("#layerwise"):
                 page.set_checked("#layerwise", choice.layerwise)
             rows = page.eval_on_selector_all(
                 "#parts tr", "all => all.map(row => [row.dataset.part, +row.dataset.bytes])"
