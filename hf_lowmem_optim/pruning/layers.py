@@ -68,7 +68,7 @@ def iobs_layers_(
         damping: Added to H, relative to its mean diagonal.
         block_size: Columns that are chosen from together.
         layers: Names of layers, or parts of names (whole words between dots); by default all linear and convolution
-            layers but the output head.
+            layers but the output head of a model of transformers; elsewhere name the others.
         exact: Solve every row exactly for the weights that stay: much better, and in³/6 operations a row, so for layers
             of up to some hundred inputs.
 
@@ -299,6 +299,10 @@ def _moments(
             )
         for X0, X in zip(before, after, strict=True):
             moments.add(layer, X0, X)
+    if not moments.count:
+        raise ValueError(
+            f"{name!r} gets no row of input in any batch (an expert without tokens): leave it out of layers"
+        )
     moments.end()
     return moments
 

@@ -113,7 +113,8 @@ def prune_directory(source: Path, data: Path, out: Path, options: PruneOptions) 
     config = AutoConfig.from_pretrained(source, local_files_only=True)
     kind = (config.architectures or ["a model without architecture"])[0]
     tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
-    length = min(options.length, getattr(config, "max_position_embeddings", None) or options.length)
+    positions = getattr(config, "max_position_embeddings", None) or options.length
+    length = min(options.length, positions, tokenizer.model_max_length)  # of RoBERTa's positions two have no token
     loader: Any
     measure: Callable[[nn.Module, Sequence[dict[str, Any]]], float]
     if kind.endswith(("ForCausalLM", "LMHeadModel")):

@@ -197,3 +197,17 @@ def test_weights_that_are_not_finite_and_a_batch_in_place_of_batches_are_told() 
     for batch in (torch.randn(5, 6), {"input": torch.randn(5, 6)}):
         with pytest.raises(TypeError, match="give a list of batches"):
             iobs_layers_(nn.Sequential(nn.Linear(6, 6)), batch)
+
+
+class Empty(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.expert(x[:0])
+
+
+def test_a_layer_that_gets_no_row_is_told() -> None:
+    with pytest.raises(ValueError, match="'expert' gets no row of input"):
+        iobs_layers_(Empty(), [torch.randn(5, 6)])
