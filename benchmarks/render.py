@@ -22,6 +22,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from communication import SHOWN
+from communication import table as communication_table
 from pictures import PLOTS, plot_losses, plot_parts
 from results import RESULTS, Run, load_run
 from summary import choice_table, fit_table, learning_rate_table, option_table
@@ -44,6 +46,7 @@ TABLES: dict[str, tuple[Callable[[Run], str], str]] = {
     "memory": (partial(labelled, memory_rows), "memory.json"),
     "memory_gpu": (partial(labelled, memory_rows), "memory_gpu.json"),
     **{f"convergence_{task}": (convergence_report, f"convergence_{task}.json") for task in ("pretrain", "finetune")},
+    **{f"convergence_{name}": (convergence_report, f"convergence_{name}.json") for name in ("rows", "dash_trial")},
 }
 for _name in ("minilm", "llama", "lora", "small"):
     TABLES[f"step_time_{_name}"] = partial(labelled, partial(step_time_rows, shapes=_name)), "step_time.json"
@@ -57,6 +60,7 @@ _MADE: dict[str, Callable[[Path], str]] = {
     "learning_rates": learning_rate_table,
     "fits": fit_table,
     "options": partial(option_table, Options),
+    "communication": lambda _: communication_table(("llama-2-7b",), (8, 64), SHOWN),
 }
 for _entry in OPTIMIZERS.values():
     _MADE[f"options_{_entry.name}"] = partial(option_table, _entry.optimizer_class.method.options)

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from results import Row, load_run
@@ -125,7 +125,8 @@ def _rate(rate: float) -> str:
     return f"{float(digits):g}e{int(power)}"
 
 
-_FITTED = ("llama-3.2-1b", "llama-3.2-3b", "mistral-7b", "llama-3.1-8b")
+_FITTED = ("llama-3.2-3b", "mistral-7b", "llama-3.1-8b")
+_BATCH: dict[str, Any] = {"seq_len": 2048, "batch_size": 1, "checkpointing": True}
 
 
 def fit_table(_: Path) -> str:
@@ -133,8 +134,10 @@ def fit_table(_: Path) -> str:
     theirs, ours, eight = ["adamw_torch_fused", "adamw_8bit"], ["ldadam", "ldadam_layerwise"], "dense_state=8bit"
     cells = []
     for model in _FITTED:
-        plans = [plan_memory(model, theirs), plan_memory(model, ours, optim_args=eight)]
-        plans.append(plan_memory(model, theirs[:1], options=ModelOptions(lora="r=16,target=all-linear")))
+        plans = [
+            plan_memory(model, [*theirs, *ours], optim_args=eight, options=ModelOptions(**_BATCH)),
+            plan_memory(model, theirs[:1], options=ModelOptions(lora="r=16,target=all-linear", **_BATCH)),
+        ]
         totals = [plan.total_bytes(row) for plan in plans for row in plan.optimizers]
         cells.append([f"`{model}`", *(None if total is None else f"{total / 2**30:.1f}" for total in totals)])
     names = [*(f"`{name}`" for name in theirs), *(f"`{name}`, {eight}" for name in ours), "LoRA r=16, AdamW"]

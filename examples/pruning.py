@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from statistics import mean
 
 import torch
@@ -53,18 +53,21 @@ def train_dense(images: Tensor, labels: Tensor, seed: int) -> nn.Module:
     return model
 
 
-def prune(model: nn.Module, images: Tensor, labels: Tensor, sparsity: float, correction: bool, seed: int) -> nn.Module:
+def prune(
+    model: nn.Module, images: Tensor, labels: Tensor, args: argparse.Namespace, correction: bool, seed: int
+) -> nn.Module:
     """Return the model, pruned in six steps with 20 of AdamW after each."""
     model = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    curvature = SparseMFAC(model.parameters(), lr=0.0, window=WINDOW, density=1.0) if correction else None
+    curvature = SparseMFAC(model.parameters(), lr=0.0, window=WINDOW, density=args.density) if correction else None
     pruner = IOBSPruner(
         curvature or optimizer,
-        sparsity=sparsity,
-        initial_sparsity=sparsity / 2,
+        sparsity=args.sparsity,
+        initial_sparsity=args.sparsity / 2,
         begin=WINDOW,
         end=WINDOW + 100,
         every=20,
+        saliency=args.saliency if correction else "magnitude",
         correction=correction,
     )
     for _, (x, y) in zip(range(WINDOW + 120), mini_batches(images, labels, 32, seed + 100), strict=False):
@@ -83,27 +86,34 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
         return 100 * float((model(images).argmax(1) == labels).float().mean())
 
 
-def compare(sparsity: float, seeds: int) -> dict[str, float]:
+def compare(args: argparse.Namespace) -> dict[str, float]:
     """Return held-out accuracies, means over seeds."""
     found: dict[str, list[float]] = {"dense": [], "magnitude": [], "I-OBS": []}
-    for seed in range(seeds):
+    for seed in range(args.seeds):
         images, labels, *held_out = load_data(seed)
         model = train_dense(images, labels, seed)
         found["dense"].append(accuracy(model, *held_out))
         for name, correction in (("magnitude", False), ("I-OBS", True)):
-            pruned = prune(model, images, labels, sparsity, correction, seed)
+            pruned = prune(model, images, labels, args, correction, seed)
             found[name].append(accuracy(pruned, *held_out))
         print(f"seed {seed}: " + ", ".join(f"{name} {values[-1]:.1f} %" for name, values in found.items()))
     return {name: mean(values) for name, values in found.items()}
 
 
-def main() -> None:
-    """Compare, and print the means."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--seeds", type=int, default=3)
-    args = parser.parse_args()
-    means = compare(args.sparsity, args.seeds)
+    parser.add_argument("--density", type=float, default=1.0, help="of the window's gradients")
+    parser.add_argument("--saliency", choices=("magnitude", "obs"), default="magnitude", help="of I-OBS")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Compare, and print the means."""
+    args = parse()
+    means = compare(args)
     print(f"{args.sparsity:.0%} pruned: " + ", ".join(f"{name} {value:.1f} %" for name, value in means.items()))
 
 

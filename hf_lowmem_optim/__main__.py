@@ -94,6 +94,7 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     output.add_argument("--json", action="store_true", help="print JSON")
     output.add_argument("--csv", action="store_true", help="print CSV")
     plan.add_argument("--plot", metavar="OUT.png", help="draw stacked bars")
+    plan.add_argument("--html", metavar="OUT.html", help="write the planner's page for the model; takes a minute")
     plan.set_defaults(run=_plan)
 
 
@@ -139,6 +140,8 @@ def _plan(args: argparse.Namespace) -> int:
         parse_reserve(args.reserve, parse_bytes(args.budget))
     if args.plot and Path(args.plot).suffix.lower() not in (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp"):
         raise ValueError(f"--plot {args.plot}: the suffix chooses the format; write for example out.png or out.svg")
+    if args.html and Path(args.html).suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"--html {args.html}: that is a page; write for example out.html")
     # its advice on fast kernels of another package, which a plan does not run
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
         lambda record: "kernels-community" not in str(record.msg)
@@ -172,6 +175,10 @@ def _plan(args: argparse.Namespace) -> int:
         print(plan_csv(plan).rstrip("\n") if args.csv else plan)
     if args.plot:
         plot_plan(plan, args.plot)
+    if args.html:
+        from hf_lowmem_optim.trainer.planner_data import model_data, page_of
+
+        Path(args.html).write_text(page_of({plan.source: model_data(args.model)}), encoding="utf-8")
     return 0 if plan.anything_fits else _NOTHING_FITS
 
 

@@ -182,4 +182,9 @@ def test_troubleshooting_quotes_messages_that_exist_and_all_warnings() -> None:
 
 def occurs(quote: list[str], text: str) -> bool:
     """Tell whether the pieces of a quote come one after the other in a text."""
-    return re.search(".*?".join(map(re.escape, quote)), text, re.S) is not None
+    place = 0
+    for piece in quote:
+        place = text.find(piece, place) + len(piece)
+        if place < len(piece):
+            return False
+    return True

@@ -18,7 +18,7 @@ from hf_lowmem_optim.engine.options import Options, as_plain
 from hf_lowmem_optim.ops.low_rank import MOST_FACTOR_BYTES
 from hf_lowmem_optim.spec import TensorSpec
 
-__all__ = ["CoupledUpdate", "Method", "StagedUpdate", "StateFunction", "Update"]
+__all__ = ["CoupledUpdate", "Method", "StagedUpdate", "Stages", "StateFunction", "Update"]
 
 #: Slices and small factors that a step allocates whatever the sizes of its tensors, on a CPU and on other devices.
 _CPU_SLICES_BYTES, _DEVICE_SLICES_BYTES = 16 << 20, 80 << 20
@@ -75,20 +75,50 @@ class CoupledUpdate(Protocol):
         """
 
 
+class Stages(Protocol):
+    """One step, after the first, of a matrix of which each process has a part, with exchanges between its stages."""
+
+    def __call__(
+        self,
+        W: Sequence[Tensor],
+        g: Sequence[Tensor],
+        state: Mapping[str, Any],
+        t: int,
+        options: Any,
+        shape: Sequence[int],
+        axis: int,
+        /,
+    ) -> Generator[Any, Any, bool]:
+        """Update this process's part in place; ``W`` to ``options`` are an :class:`Update`'s, of one part.
+
+        Args:
+            W: The weight.
+            g: Its gradient.
+            state: Its state; every tensor is cut along its longest dimension.
+            t: Which update it is, at least 2.
+            options: The options of its group.
+            shape: Shape of the whole matrix.
+            axis: The dimension along which it is cut.
+
+        Yields:
+            First the state keys that it needs whole: it is sent these tensors by key, and what it writes to them is
+            kept. Then lists of tensors that are to be added up over the processes, in place.
+
+        Returns:
+            Whether it has taken the step; if not, it has written nothing, on no process.
+        """
+
+
 @dataclass(frozen=True)
 class StagedUpdate:
-    """An update of a matrix of which each process has a part: stages, between which the processes exchange numbers.
+    """How a matrix of which each process has a part is updated.
 
     Attributes:
-        stages: ``(W, g, state, t, options, shape, axis)`` -> a generator of one step of a part: weight, gradient and
-            state tensors are this process's; ``shape`` is that of the whole matrix and ``axis`` the dimension along
-            which it is cut, as are the state tensors along their longest. It yields the state keys that it needs whole
-            and is sent these tensors, then yields lists of tensors that are to be added up over the processes, in
-            place. It returns whether it has taken the step; if not, it has not written anything, on no process.
+        stages: The update.
         exchanged: ``(shape, dtype, options, axis)`` -> the bytes of whole state tensors, and those of each sum.
     """
 
-    stages: Callable[..., Generator[Any, Any, bool]]
+    stages: Stages
     exchanged: Callable[[Sequence[int], torch.dtype, Any, int], tuple[int, list[int]]]
 
 

@@ -20,8 +20,7 @@ SIZE_KEYS = ("rank", "window")
 
 COSTS = {
     "layerwise": (
-        "no quality: the same updates, each in the backward pass. Needs max_grad_norm=0, one process or FSDP2, "
-        "no fp16=True"
+        "no quality: the same updates, each in the backward pass. Needs max_grad_norm=0 and no fp16; not DDP"
     ),
     "dense_state=8bit": (
         "little: AdamW's moments in 8 bits for what is not compressed (extra bitsandbytes). With all moments in 8 bits "

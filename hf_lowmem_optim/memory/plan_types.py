@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from hf_lowmem_optim.engine.sharding.traffic import StepTraffic
 from hf_lowmem_optim.memory.byte_sizes import format_bytes
+from hf_lowmem_optim.memory.communication import fsdp_sent_bytes, traffic_text
 from hf_lowmem_optim.memory.learning_rates import LearningRate
 from hf_lowmem_optim.memory.measure import StateReport
 from hf_lowmem_optim.memory.plan_table import align
@@ -39,6 +41,7 @@ class OptimizerPlan:
         largest: With a budget: the largest value that fits of each hyper-parameter that scales the state (``"rank"``,
             ``"window"``), the others as they are; 0 if none does. Without those of which every value fits.
         gradient_bytes: In layer-wise mode the gradients that are there at once, by kind; None if that is all of them.
+        traffic: What a step after the first sends where FSDP2 splits the parameters; None elsewhere, and for baselines.
     """
 
     name: str
@@ -51,6 +54,7 @@ class OptimizerPlan:
     problem: str | None = None
     largest: Mapping[str, int] = field(default_factory=dict)
     gradient_bytes: Mapping[str, int] | None = None
+    traffic: StepTraffic | None = None
 
     @property
     def bytes_per_parameter(self) -> float | None:
@@ -207,6 +211,8 @@ class MemoryPlan:
             "compressed_bytes_per_parameter": optimizer.compressed_bytes_per_parameter,
             "fits": self.fits(optimizer),
             "largest_that_fits": dict(optimizer.largest),
+            "sent_bytes": {} if optimizer.traffic is None else dict(optimizer.traffic.sent_bytes),
+            "calls": None if optimizer.traffic is None else optimizer.traffic.calls,
         }
 
 
@@ -284,6 +290,10 @@ def _optimizer_lines(plan: MemoryPlan) -> Iterator[str]:
             yield f"    error: in {_size(kept)} of the gradients, which stay in memory between steps"
         if row.gradient_bytes is not None:
             yield f"    gradients: {_size(sum(row.gradient_bytes.values()))} at once, one tensor after the other"
+        if row.traffic is not None:
+            held, shards = plan.weights, plan.processes.num_shards
+            own = fsdp_sent_bytes(sum(held.weight_bytes.values()), sum(held.gradient_bytes.values()), shards)
+            yield from _indented(traffic_text(row.traffic, shards, own))
         if row.problem is not None:
             yield from _indented(f"cannot be used: {row.problem}")
         elif row.registered and row.compressed_bytes_per_parameter is None:

@@ -51,9 +51,15 @@ _SHAPE = {
 }
 
 
-def predicted_state(optimizer: Optimizer) -> StateReport | None:
-    """Return the planned state of an optimizer, None if it is not of this package."""
-    return plan_optimizer(optimizer) if isinstance(unwrap_optimizer(optimizer), LowMemoryOptimizer) else None
+def predicted_state(optimizer: Optimizer, *, local: bool = False) -> StateReport | None:
+    """Return the planned state of an optimizer, None if it is not of this package.
+
+    Args:
+        optimizer: The optimizer.
+        local: Count this process's part of sharded tensors (DTensors) instead of all parts together.
+    """
+    ours = isinstance(unwrap_optimizer(optimizer), LowMemoryOptimizer)
+    return plan_optimizer(optimizer, local=local) if ours else None
 
 
 def build_report(

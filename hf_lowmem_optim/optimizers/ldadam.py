@@ -132,8 +132,7 @@ def ldadam_update_(
         t: 1 for the first update of these tensors.
         o: The options.
     """
-    most = most_tensors(W[0].numel(), W[0].device)
-    if len(W) > most:  # on a GPU: a is of their size
+    if len(W) > 1 and len(W) > (most := most_tensors(W[0].numel(), W[0].device)):  # on a GPU: a is of their size
         for start in range(0, len(W), most):
             part = slice(start, start + most)
             ldadam_update_.torch_version(W[part], g[part], {key: value[part] for key, value in state.items()}, t, o)
@@ -233,7 +232,7 @@ def ldadam_stages_(
     shape: Sequence[int],
     axis: int,
 ) -> Generator[Any, Any, bool]:
-    """Take a step after the first on a process's part of a matrix: a ``StagedUpdate``, its arguments those of a batch.
+    """Take a step after the first on a process's part of a matrix: the ``Stages`` of ``engine/method.py``.
 
     Where the larger dimension is cut, U is whole, and what has q columns is this process's; where the smaller one is,
     U has this process's rows, and every process computes what has q columns.

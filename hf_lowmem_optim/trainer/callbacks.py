@@ -38,12 +38,14 @@ class OptimizerStateMemoryCallback(TrainerCallback):
     ``report_to`` service gets; only where the callback is added during training, the callbacks before it do not get
     them. It works with any torch optimizer; components are then the keys of its state.
 
-    After the first step it warns if what is measured is not what was predicted. At the end of training it prints a
-    table and writes ``optimizer_state_report.json`` to the output directory (``hf-lowmem-optim report DIR`` reads it);
-    so it does with every checkpoint, for a run that does not come to its end. Where it cannot write, it warns.
+    After the first step it warns if what is measured is not what was predicted, with FSDP2 on each process. At the end
+    of training it prints a table and writes ``optimizer_state_report.json`` to the output directory (``hf-lowmem-optim
+    report DIR`` reads it); so it does with every checkpoint, for a run that does not come to its end. Where it cannot
+    write, it warns.
 
     The first training log (one with a loss) has all keys, on the main process; later ones have the total and what is
-    another value than before. Tensors that FSDP2 shards (DTensors) count with all their parts.
+    another value than before. Tensors that FSDP2 shards (DTensors) count with all their parts, but in
+    ``optimizer_state/process_bytes``, what the main process has of them.
 
     Args:
         reset_peak: Reset the device's process-wide peak counter before every step, so that the peak of each step is
@@ -91,12 +93,13 @@ class OptimizerStateMemoryCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: Any, optimizer: Optimizer | None = None, **_: Any
     ) -> None:
         """Note it after the step; the first time compare what was predicted with what is there."""
-        if optimizer is None or not state.is_world_process_zero:
+        if optimizer is None or not (state.is_world_process_zero or _is_sharded(optimizer)):
             return
-        self._step_memory = self._meter.stop(optimizer).largest(self._step_memory)
-        if not self._compared and (measured := measure_state(optimizer)).total_bytes:
+        if state.is_world_process_zero:
+            self._step_memory = self._meter.stop(optimizer).largest(self._step_memory)
+        if not self._compared and (measured := measure_state(optimizer, local=True)).total_bytes:
             self._compared = True
-            _compare(optimizer, measured)
+            _compare(optimizer, measured, args.process_index)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: Any, optimizer: Optimizer | None = None, **_: Any
@@ -143,6 +146,8 @@ class OptimizerStateMemoryCallback(TrainerCallback):
         # layer-wise optimizers count what gradients take at once
         if (peak := getattr(unwrap_optimizer(optimizer), "peak_gradient_bytes", None)) is not None:
             entries["optimizer_state/gradient_peak_bytes"] = peak
+        if _is_sharded(optimizer):
+            entries["optimizer_state/process_bytes"] = measure_state(optimizer, local=True).total_bytes
         total = "optimizer_state/total_bytes"
         new = {key: value for key, value in entries.items() if self._logged.get(key) != value or key == total}
         self._logged.update(new)
@@ -184,9 +189,14 @@ def add_to_log(state: TrainerState, logs: dict[str, Any], entries: Mapping[str, 
         state.log_history[-1].update(entries)
 
 
-def _compare(optimizer: Optimizer, measured: StateReport) -> None:
-    """Warn if the state differs from the plan, with the reason if it is a known one."""
-    predicted = predicted_state(optimizer)
+def _is_sharded(optimizer: Optimizer) -> bool:
+    """Return whether parameters are split over processes."""
+    return any(hasattr(param, "placements") for group in optimizer.param_groups for param in group["params"])
+
+
+def _compare(optimizer: Optimizer, measured: StateReport, process: int) -> None:
+    """Warn if the state of a process differs from the plan, with the reason if it is a known one."""
+    predicted = predicted_state(optimizer, local=True)
     if predicted is None or measured == predicted:
         return
     inner = unwrap_optimizer(optimizer)
@@ -198,7 +208,7 @@ def _compare(optimizer: Optimizer, measured: StateReport) -> None:
     difference.subtract(predicted.component_bytes)
     parts = ", ".join(f"{name} {count:+,} B" for name, count in sorted(difference.items()) if count)
     found, planned = format_bytes(measured.total_bytes), format_bytes(predicted.total_bytes)
-    who = type(inner).__name__
+    who = type(inner).__name__ + (f" on process {process}" if _is_sharded(optimizer) else "")
     logger.warning("the state of %s takes %s, not the predicted %s (%s): %s", who, found, planned, parts, reason)
 
 

@@ -308,7 +308,8 @@ def _summary(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) -> 
     lines.append(f"  state: {total} ({parts}); AdamW in fp32: {adamw}")
     if plan.total_bytes > plan.adamw_fp32_bytes:
         scales = " or ".join(key for key in SIZE_KEYS if key in optimizer.method.shaping)
-        lines.append(f"  This is more than AdamW takes; a smaller {scales} saves memory.")
+        remedy = f"a smaller {scales}" if scales else "storage in fewer bits"
+        lines.append(f"  This is more than AdamW takes; {remedy} saves memory.")
     return "\n".join([f"{type(optimizer).__name__} for {plan.num_parameters:,} trainable parameters:", *lines])
 
 
@@ -317,8 +318,11 @@ def _label(optimizer: LowMemoryOptimizer, placement: Placement) -> str:
     settings = {**optimizer.defaults, **placement.settings}
     keys = optimizer.method.shaping
     if placement.rule == COMPRESSED:
-        shaping = optimizer.method.settings(settings)
-        label = f"compressed ({', '.join(f'{key}={value}' for key, value in shaping.items() if key != 'dense_state')})"
+        shaping, usual = optimizer.method.settings(settings), optimizer.method.options.defaults()
+        shaping.pop("dense_state")
+        # the first say most; of the others what is not as usual, for lines that fit a terminal
+        said_first = [key for number, key in enumerate(shaping) if number < 3 or shaping[key] != usual[key]]
+        label = f"compressed ({', '.join(f'{key}={shaping[key]}' for key in said_first)})"
     else:
         key, off = optimizer.method.switch
         keys = (*keys, key)

@@ -13,7 +13,9 @@ from typing import Any
 
 from torch import nn
 
+from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.options import nearest, shown
+from hf_lowmem_optim.engine.sharding.traffic import StepTraffic, step_traffic
 from hf_lowmem_optim.memory.baselines import BASELINES, ParameterFacts, plan_baseline
 from hf_lowmem_optim.memory.budget import COSTS, BudgetSearch
 from hf_lowmem_optim.memory.byte_sizes import parse_bytes, parse_reserve
@@ -27,7 +29,7 @@ from hf_lowmem_optim.trainer.model_source import ModelOptions, OpenedModel, Sour
 from hf_lowmem_optim.trainer.optim_args import hyperparameters_from_text, split_optim_args
 from hf_lowmem_optim.trainer.param_groups import COMPRESSED, EMBEDDING, TargetModules, place_parameters
 
-__all__ = ["plan_memory"]
+__all__ = ["plan_memory", "reference_groups"]
 
 #: With more optimizers a plan has only the suggestions that fit, and this many.
 _FEW, _MOST_SUGGESTIONS = 3, 6
@@ -159,7 +161,7 @@ class _Request:
 
     def _add_optimizers(self, frame: MemoryPlan, opened: OpenedModel, searches: dict[str, BudgetSearch]) -> MemoryPlan:
         registered = OPTIMIZERS.keys() & self.names
-        groups = [] if registered == set(self.names) else _reference_groups(opened.model, self.target_modules)
+        groups = [] if registered == set(self.names) else reference_groups(opened.model, self.target_modules)
         texts, _ = split_optim_args(self.optim_args, self._classes())
         rows = [
             self._registered(name, texts[name], opened.model, frame, searches)
@@ -194,8 +196,10 @@ class _Request:
             temporary_bytes=plan_temporaries(type(optimizer), groups, num_shards=shards),
             compressed_bytes_per_parameter=compressed_bytes_per_parameter(type(optimizer), groups),
             problem=f"{single}: it trains in one process" if self.processes.gpus > 1 and single is not None else None,
-            gradient_bytes={"largest gradient": largest} if method.layerwise else None,
+            gradient_bytes={"largest gradient": largest} if method.layerwise and shards == 1 else None,
         )
+        if row.problem is None and shards > 1:
+            row = replace(row, traffic=_traffic(method, groups, shards))
         if row.problem is not None or frame.usable_bytes is None:
             return row
 
@@ -295,7 +299,16 @@ def _notes_on_dtypes(model: nn.Module, options: ModelOptions) -> list[str]:
     ]
 
 
-def _reference_groups(model: nn.Module, target_modules: TargetModules) -> list[list[ParameterFacts]]:
+def _traffic(method: Method, groups: Groups, num_shards: int) -> StepTraffic:
+    """Return what a step sends; in layer-wise mode each tensor has calls of its own."""
+    traffic = step_traffic(method, groups, num_shards)
+    if not method.layerwise:
+        return traffic
+    alone = [[{**group, "params": [param]}] for group in groups for param in group["params"]]
+    return replace(traffic, calls=sum(step_traffic(method, each, num_shards).calls for each in alone))
+
+
+def reference_groups(model: nn.Module, target_modules: TargetModules) -> list[list[ParameterFacts]]:
     """Return the parameters in the groups of the Trainer's own optimizers: decaying or not."""
     facts: dict[bool, list[ParameterFacts]] = {True: [], False: []}
     for p in place_parameters(model, target_modules, lambda parameter, settings: COMPRESSED):

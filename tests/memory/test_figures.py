@@ -38,8 +38,8 @@ def test_the_factors_of_learning_rates_are_those_of_the_best_rates() -> None:
 
 def test_a_measured_state_prints_as_a_table() -> None:
     report = StateReport({"basis": 1024, "dense": 3 * 2**20}, (), 2**20)
-    expected = ["State of 1,048,576 parameters: 3 B/param", "  basis          1 KiB", "  dense          3 MiB"]
-    assert str(report).splitlines() == [*expected, "  all            3 MiB", "  AdamW fp32     8 MiB"]
+    expected = ["State of 1,048,576 parameters: 3 B/param", "  basis       1 KiB", "  dense       3 MiB"]
+    assert str(report).splitlines() == [*expected, "  all         3 MiB", "  AdamW fp32  8 MiB"]
     assert str(StateReport({}, (), 0)).startswith("State of 0 parameters\n")
 
 

@@ -118,7 +118,14 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("limit", [{"block_size": 1}, {"start_step": 100, "block_size": 16}], ids=str)
+@pytest.mark.parametrize(
+    "limit",
+    [
+        *({"block_size": 1, "scaling": scaling} for scaling in ("power_norm", "frobenius", "power_iteration")),
+        {"start_step": 100, "block_size": 16},
+    ],
+    ids=str,
+)
 def test_blocks_of_one_entry_and_a_late_start_are_adamw(limit: dict[str, Any], solver: str) -> None:
     start, steps = random(7, 12), drifting((7, 12), 8)
     theirs = nn.Parameter(start.clone())

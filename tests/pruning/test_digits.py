@@ -13,7 +13,7 @@ def test_correction_keeps_the_accuracy_that_magnitude_loses() -> None:
     assert spec is not None and spec.loader is not None
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
-    found = example.compare(0.9, seeds=3)
+    found = example.compare(example.parse(["--sparsity", "0.9", "--seeds", "3"]))
     assert found["dense"] > 96
     assert found["I-OBS"] >= 95, found
     assert found["magnitude"] < 93 and found["I-OBS"] - found["magnitude"] > 3, found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from hf_lowmem_optim import LDAdam, LDAdamLayerwise, LowRankMFAC, SparseGGT, SparseMFAC, fp32_state_dict
 from hf_lowmem_optim.pruning.pruner import IOBSPruner
+from tests.sharding.processes import launch
 from tests.trainer.runs import assert_equal_to_the_bit
 
 MFAC: dict[str, Any] = {"window": 8, "density": 0.5, "block_size": 64, "damping": 1e-2, "lr": 1e-2}
@@ -322,3 +324,11 @@ def test_frozen_tensors_are_never_touched() -> None:
     optimizer = SparseMFAC(model.named_parameters(), **MFAC)
     train(model, optimizer, IOBSPruner(optimizer, **SHORT), range(9))
     assert torch.equal(model[0].weight, before) and zeros(model) == 64
+
+
+def test_replicas_prune_alike_to_the_bit_and_shards_are_refused(tmp_path: Path) -> None:
+    (first, second), _ = launch(
+        [("tests.pruning.jobs:replicas", 2), ("tests.pruning.jobs:sharded", 2)], tmp_path, timeout=300
+    )
+    assert_equal_to_the_bit(first, second)
+    assert sum(int((p == 0).sum()) for p in first) == int(0.7 * NUMEL)

@@ -52,7 +52,7 @@ SHARDABLE["lowrank_mfac each its own"] = replace(
 #: convolution four processes would send more in stages than at once.
 EVEN = {
     "wide": (32, 96),
-    "tall": (64, 32),
+    "tall": (64, 34),  # of 34 four processes have unequal parts
     "square": (32, 32),
     "conv": (16, 4, 4, 4),
     "experts": (4, 16, 12),
@@ -235,16 +235,29 @@ def save(rank: int, world: int, folder: Path) -> list[str]:
 
 def sources_of(name: str, world: int) -> tuple[str, ...]:
     """Return from what a case is resumed; everything is tried by one process, and by more whatever differs there."""
+    if name.endswith(" even") and world != 2:
+        # one process sends nothing, whatever the shapes: only what was updated in stages is other than from one process
+        tried: dict[tuple[str, int], tuple[str, ...]] = {
+            ("ldadam even", 1): ("parts",),
+            ("ldadam even", 4): ("parts", "plain"),
+            ("sparse_mfac even", 4): ("parts", "full"),
+            ("microadam even", 4): ("plain",),
+        }
+        return tried.get((name, world), ())
     if world == 1:
         return ("parts", "full", "plain") if name in CASES else ("parts",)
-    everything = {"ldadam even": ("parts", "full"), "sparse_mfac even": ("parts", "full"), "microadam": ("plain",)}
-    return everything.get(name, ("parts",)) if world > 2 else ("parts",)
+    return ("parts",)
+
+
+def resumed(world: int) -> list[str]:
+    """Return the cases that so many processes resume."""
+    return [name for name in available() if sources_of(name, world)]
 
 
 def resume(rank: int, world: int, folder: Path) -> list[str]:
     """Go on from parts, from the whole, and from what a plain process saved; another number of processes may do it."""
     mesh = init_device_mesh("cpu", (world,))
-    for name in available():
+    for name in resumed(world):
         case, dtype, shapes = SHARDABLE[name], dtype_of(name), shapes_of(name)
         wanted, ends = torch.load(folder / name / "wanted.pt", weights_only=True)
         for source in sources_of(name, world):
@@ -266,12 +279,12 @@ def resume(rank: int, world: int, folder: Path) -> list[str]:
             assert_same_weights(model, wanted, optimizer, f"{name} from {source}, {world} processes", [Split(2)])
             # as many processes compute the same, to the bit
             assert world != 2 or all(torch.equal(whole(p.detach()), ends[key]) for key, p in model.named_parameters())
-    return available()
+    return resumed(world)
 
 
 def resume_plain(rank: int, world: int, folder: Path) -> list[str]:
     """Go on in one process without a mesh, from the whole that several processes saved."""
-    for name in available():
+    for name in resumed(world):
         case, dtype, shapes = SHARDABLE[name], dtype_of(name), shapes_of(name)
         model, optimizer = build(case, dtype, None, shapes=shapes)
         saved = {"model": get_model_state_dict(model)}
@@ -282,7 +295,7 @@ def resume_plain(rank: int, world: int, folder: Path) -> list[str]:
         train(model, optimizer, steps_of(dtype, BEFORE, BEFORE + AFTER, shapes))
         wanted, _ = torch.load(folder / name / "wanted.pt", weights_only=True)
         assert_same_weights(model, wanted, optimizer, name, [Split(2)])
-    return available()
+    return resumed(world)
 
 
 #: Of four processes: two replicas of two; by columns; by rows and columns.

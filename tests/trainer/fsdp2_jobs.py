@@ -10,8 +10,8 @@ import io
 import os
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,19 @@ import torch.distributed as dist
 from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from hf_lowmem_optim import LDAdam, OptimizerStateMemoryCallback, layerwise
+from hf_lowmem_optim import LDAdam, OptimizerStateMemoryCallback, layerwise, plan_memory
+from hf_lowmem_optim.engine.sharding.traffic import step_traffic
+from hf_lowmem_optim.memory.communication import fsdp_sent_bytes
 from hf_lowmem_optim.memory.measure import measure_state
 from hf_lowmem_optim.memory.plan import plan_optimizer
+from tests.sharding.jobs import counted
 from tests.sharding.processes import die
 
-SIZES = {"hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES = {"hidden_size": 32, "intermediate_size": 71, "num_hidden_layers": 2, "num_attention_heads": 2}
 FULL, PARTS = "FULL_STATE_DICT", "SHARDED_STATE_DICT"
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "fsdp2_full_finetuning.py"
 EXAMPLE_OPTIONS = ["--max_steps", "2", "--save_steps", "1", "--batch_size", "2"]
@@ -75,7 +79,7 @@ def pretend_to_have_gpus() -> None:
 def make_trainer(folder: Path, run: Run, callbacks: Sequence[TrainerCallback] = (), **more: Any) -> Trainer:
     """Build what trains four steps."""
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=64, tie_word_embeddings=False, **SIZES)
+    config = LlamaConfig(vocab_size=65, tie_word_embeddings=False, **SIZES)
     model: Any = LlamaForCausalLM(config).to(run.dtype)
     if run.lora:
         model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -146,6 +150,7 @@ def train(rank: int, world: int, folder: Path) -> dict[str, Any]:
     for name, run in RUNS.items():
         recorder = Recorder()
         trainer = make_trainer(folder / name, run, [recorder])
+        planned = plan_memory(trainer.model, run.optim, optim_args=run.optim_args, gpus=world, sharding="fsdp")
         trainer.train()
         params, inner = list(trainer.model.parameters()), trainer.optimizer.optimizer
         assert trainer.accelerator.is_fsdp2 and all(isinstance(param, DTensor) for param in params)
@@ -155,7 +160,15 @@ def train(rank: int, world: int, folder: Path) -> dict[str, Any]:
         assert rank or all(
             0 < log["optimizer_state/total_bytes"] == logs[0]["optimizer_state/predicted_bytes"] for log in logs
         )
-        assert measure_state(inner, local=True) == plan_optimizer(inner, local=True), name
+        # on each process; the command plans the first one, which has the largest parts
+        measured = measure_state(inner, local=True)
+        assert measured == plan_optimizer(inner, local=True), name
+        assert rank or logs[0]["optimizer_state/process_bytes"] == measured.total_bytes
+        state = planned[run.optim].state
+        assert state is not None
+        assert rank or (state.component_bytes, state.group_bytes) == (measured.component_bytes, measured.group_bytes)
+        held = sum(param.to_local().nbytes for param in params if param.requires_grad)
+        assert rank or planned.weights.gradient_bytes == {"gradients": held}
         if inner.method.layerwise:
             gradients = sum(param.to_local().nbytes for param in params)
             assert 0 < inner.peak_gradient_bytes < gradients / 2 and all(log["grad_norm"] > 0 for log in logs)
@@ -258,3 +271,78 @@ def resume_example(rank: int, world: int, folder: Path) -> str:
     with redirect_stdout(io.StringIO()) as printed:
         example.main()
     return printed.getvalue()
+
+
+@contextmanager
+def counted_in_fsdp() -> Iterator[list[int]]:
+    """Count the bytes that FSDP2 sends from this process, in rings; a list of one number."""
+    sent, originals = [0], {}
+
+    def count(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = {**dict(zip(("output", "input"), args, strict=False)), **kwargs}
+            part = given["input" if "gather" in name else "output"]
+            sent[0] += (dist.get_world_size() - 1) * part.nbytes
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    for name in ("all_gather_into_tensor", "all_gather_single", "reduce_scatter_tensor", "reduce_scatter_single"):
+        if hasattr(dist, name):
+            originals[name] = getattr(dist, name)
+            setattr(dist, name, count(name))
+    try:
+        yield sent
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+def count_bytes(rank: int, world: int, folder: Path) -> tuple[int, int, int, int]:
+    """Count what FSDP2 and the optimizer send in a step; return both, and what their formulas say."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(32, 64, bias=False), torch.nn.Linear(64, 32, bias=False))
+    for layer in (*model, model):
+        fully_shard(layer, reshard_after_forward=True)
+    optimizer = LDAdam(model.parameters(), lr=1e-2, rank=4, error_feedback="bf16")
+    counts = [0, 0]
+    for _ in range(2):
+        with counted_in_fsdp() as fsdp:
+            model(torch.randn(64, 32)).square().sum().backward()
+        with counted() as ours:
+            optimizer.step()
+        counts = [fsdp[0], ours.nbytes]
+    params = list(model.parameters())
+    held = sum(param.to_local().nbytes for param in params)
+    traffic = step_traffic(optimizer.method, optimizer.param_groups, world)
+    assert (set(traffic.tensors), ours.calls.total()) == ({"collective"}, traffic.calls), (traffic, ours.calls)
+    return counts[0], fsdp_sent_bytes(held, held, world), counts[1], traffic.total_bytes
+
+
+def zero_redundancy(rank: int, world: int, folder: Path) -> bool:
+    """Train with torch's ZeroRedundancyOptimizer, save and go on; the end is that of a plain optimizer."""
+    ends = []
+    for sharded in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.Linear(24, 16))
+        settings: dict[str, Any] = {"lr": 1e-2, "rank": 4}
+
+        def build(model: Any = model, sharded: bool = sharded, settings: Any = settings) -> Any:
+            parts = ZeroRedundancyOptimizer(model.parameters(), LDAdam, **settings) if sharded else None
+            return parts or LDAdam(model.parameters(), **settings)
+
+        optimizer = build()
+        for step in range(4):
+            if sharded and step == 2:
+                optimizer.consolidate_state_dict(to=0)
+                saved = [optimizer.state_dict() if rank == 0 else None]
+                dist.broadcast_object_list(saved)
+                optimizer = build()
+                optimizer.load_state_dict(saved[0])
+            x = torch.randn(8, 16, generator=torch.Generator().manual_seed(step))
+            (model(x) - x.flip(1)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append([param.detach().clone() for param in model.parameters()])
+    assert len(optimizer.optim.state) < len(ends[0])
+    return same(*ends)

@@ -24,6 +24,8 @@ JOBS = [
     ("resume_the_killed", 2),
     ("clip_each", 2),
     ("resume_example", 1),
+    ("count_bytes", 2),
+    ("zero_redundancy", 2),
 ]
 
 
@@ -82,3 +84,15 @@ def test_the_example_runs_under_accelerate_launch_and_one_process_goes_on(folder
     losses = [[float(number) for number in numbers] for numbers in found]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert (folder / "again" / "checkpoint-2" / ".metadata").is_file()
+
+
+def test_a_step_sends_what_the_formulas_say(results: Any) -> None:
+    """FSDP2's own bytes, and those of LDAdam in stages."""
+    for fsdp, fsdp_formula, _, _ in results["count_bytes", 2]:
+        assert fsdp == fsdp_formula > 0
+    (_, _, here, total), (_, _, there, _) = results["count_bytes", 2]
+    assert here + there == total > 0
+
+
+def test_zero_redundancy_optimizer_trains_and_resumes_as_one_process_does(results: Any) -> None:
+    assert results["zero_redundancy", 2] == [True, True]

@@ -16,6 +16,7 @@ from torch import nn
 
 from hf_lowmem_optim import OPTIMIZERS, ModelOptions, OptimizerFactory, measure_state, plan_memory
 from hf_lowmem_optim.memory.baselines import BASELINES
+from hf_lowmem_optim.memory.byte_sizes import format_bytes
 from hf_lowmem_optim.memory.learning_rates import learning_rates
 from hf_lowmem_optim.memory.plan_types import plan_text
 from hf_lowmem_optim.memory.weights import Processes, nf4_bytes, plan_weights
@@ -230,8 +231,16 @@ def test_gpus_share_the_bytes() -> None:
         assert 0 <= after.state.total_bytes - before.state.total_bytes / 4 < 0.05 * before.state.total_bytes
     total = sum(one.weights.weight_bytes.values())
     assert 0 <= sum(sharded.weights.weight_bytes.values()) - total / 4 < 0.01 * total
+    # FSDP2's own, of 4 processes: the weights twice, the gradients once
+    weights, gradients = (sum(each.values()) for each in (sharded.weights.weight_bytes, sharded.weights.gradient_bytes))
+    own = format_bytes(3 * (2 * weights + gradients))
     for name in OPTIMIZERS:
         assert sharded[name].problem is None
+        traffic = sharded[name].traffic
+        assert traffic is not None
+        sent = f"{format_bytes(traffic.total_bytes // 4)} in" if traffic.total_bytes else "nothing"
+        text = plan_text(replace(sharded, optimizers=(sharded[name],))).replace("\n      ", " ")
+        assert f"per GPU: {sent} " in text and f"; FSDP2 itself {own}\n" in text
         # whole tensors, for a moment, where a method gathers them
         assert sharded[name].temporary_bytes >= one[name].temporary_bytes
     assert sharded["ldadam"].temporary_bytes > one["ldadam"].temporary_bytes

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import logging
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -93,6 +94,17 @@ def test_what_cannot_work_is_refused(
         trainer.train()
     with pytest.raises(ValueError, match="sparsity=2"):
         IOBSPruningCallback(sparsity=2)
+
+
+def test_a_step_that_was_skipped_does_not_count_and_deepspeed_is_refused() -> None:
+    callback, calls = IOBSPruningCallback(**SHORT), list[int]()
+    given: Any = SimpleNamespace(deepspeed="zero.json")
+    with pytest.raises(NotImplementedError, match="DeepSpeed"):
+        callback.on_train_begin(given, given, None)
+    callback._pruner = cast(Any, SimpleNamespace(step=lambda: calls.append(1), num_steps=1))
+    for skipped in (True, False):
+        callback.on_optimizer_step(given, given, None, optimizer=SimpleNamespace(step_was_skipped=skipped))
+        assert len(calls) == callback.num_steps == (not skipped)
 
 
 def save(model: Any, folder: Path, words: list[str]) -> None:

@@ -148,7 +148,7 @@ def _is_cut_with_error(method: Method, options: Any, shape: Sequence[int], dtype
 def _misaligned(method: Method, options: Any, shape: Sequence[int], dtype: torch.dtype, split: Split) -> str | None:
     """Return that a tensor is gathered and which blocks would not straddle its parts, if there are such."""
     blocks = None if method.block_entries is None or options.is_stack(shape) else method.block_entries(options)
-    if blocks is None or not split.is_even(shape):
+    if blocks is None or "block_size" not in vars(options) or not split.is_even(shape):
         return None
     entries, unit = math.prod(part_shape(shape, split)), math.lcm(64, vars(options).get("quant_block_size", 64))
     for size in range(options.block_size - options.block_size % unit, 0, -unit):

@@ -142,11 +142,10 @@ def put_together(team: Team, tensors: Sequence[Any]) -> list[Tensor]:
         # the last part may be shorter: what follows it is cut off below
         _place(sent, start, each.dtype, shape)[tuple([slice(n) for n in each.shape])] = each
     torch.distributed.all_gather(list(received.unbind()), sent, group=team.group)
-    in_order = sorted(range(len(team)), key=lambda rank: team.coordinates[rank])
-    rows, wholes = received if in_order == list(range(len(team))) else received[in_order], []
+    wholes = []
     for start, each, (axis, shape) in zip(starts, tensors, parts, strict=False):
         nbytes = math.prod(shape) * each.element_size()
-        stacked = rows[:, start : start + nbytes].view(each.dtype).view(len(team), *shape)
+        stacked = received[:, start : start + nbytes].view(each.dtype).view(len(team), *shape)
         joined = stacked[0] if axis is None else stacked.movedim(0, axis).flatten(axis, axis + 1)
         wholes.append(joined[tuple([slice(n) for n in each.shape])].contiguous())
     return wholes
