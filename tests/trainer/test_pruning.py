@@ -154,7 +154,7 @@ def test_the_command_prunes_a_saved_classifier(tmp_path: Path, capsys: Any, capl
     command = ["prune", str(tmp_path / "model"), "--data", str(tmp_path / "table.csv"), "--out", str(tmp_path / "out")]
     assert main([*command, "--sparsity", "0.6", "--sequence-length", "8"]) == 0
     printed = capsys.readouterr().out
-    assert ("accuracy: " in printed and "(59.9" in printed) or "(60.0" in printed
+    assert "accuracy: " in printed and ("(59.9" in printed or "(60.0" in printed)
     (tmp_path / "table.csv").write_text("text,label\nw1,LABEL_7\n")
     assert main([*command, "--out", str(tmp_path / "other")]) == 2
     assert "row 2: label 'LABEL_7' is none of LABEL_0, LABEL_1" in capsys.readouterr().err
