@@ -132,12 +132,19 @@ def _list(_: argparse.Namespace) -> None:
 def _plan(args: argparse.Namespace) -> int:
     """Plan, and print it in the form asked for."""
     from hf_lowmem_optim.memory.byte_sizes import parse_bytes, parse_reserve
+    from hf_lowmem_optim.memory.learning_rates import learning_rates
     from hf_lowmem_optim.trainer.presets import find_model
 
     # before torch is imported, which takes seconds
     find_model(args.model)
     if args.budget is not None:
         parse_reserve(args.reserve, parse_bytes(args.budget))
+    elif args.reserve is not None:
+        raise ValueError(f"--reserve {args.reserve} is a part of a budget: give --budget")
+    if args.seq_len is None and (args.batch_size != 1 or args.checkpointing):
+        raise ValueError("--batch-size and --checkpointing decide activations, which need --seq-len: give that")
+    if args.adamw_lr is not None:
+        learning_rates([], args.adamw_lr)
     if args.plot and Path(args.plot).suffix.lower() not in (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp"):
         raise ValueError(f"--plot {args.plot}: the suffix chooses the format; write for example out.png or out.svg")
     if args.html and Path(args.html).suffix.lower() not in (".html", ".htm"):
@@ -147,7 +154,6 @@ def _plan(args: argparse.Namespace) -> int:
         lambda record: "kernels-community" not in str(record.msg)
     )
 
-    from hf_lowmem_optim.memory.learning_rates import learning_rates
     from hf_lowmem_optim.memory.plan_types import plan_csv
     from hf_lowmem_optim.memory.plots import plot_plan
     from hf_lowmem_optim.trainer.model_source import ModelOptions

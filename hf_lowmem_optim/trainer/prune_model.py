@@ -110,9 +110,9 @@ def prune_directory(source: Path, data: Path, out: Path, options: PruneOptions) 
         raise FileNotFoundError(f"--data {data} is no file")
     if out.exists():
         raise FileExistsError(f"--out {out} is there already")
-    config = AutoConfig.from_pretrained(source, local_files_only=True)
+    config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     kind = (config.architectures or ["a model without architecture"])[0]
-    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     positions = getattr(config, "max_position_embeddings", None) or options.length
     length = min(options.length, positions, tokenizer.model_max_length)  # of RoBERTa's positions two have no token
     loader: Any
@@ -129,7 +129,7 @@ def prune_directory(source: Path, data: Path, out: Path, options: PruneOptions) 
     if len(samples) <= held_out:
         raise ValueError(f"{data} gives {len(samples)} sequences of {length} tokens: two are the least")
     calibration, held_out_samples = samples[:-held_out][: options.samples], samples[-held_out:]
-    model = loader.from_pretrained(source, local_files_only=True, dtype="auto").eval()
+    model = loader.from_pretrained(source, local_files_only=True, trust_remote_code=False, dtype="auto").eval()
     if torch.cuda.is_available():
         model.cuda()
 
