@@ -1,4 +1,4 @@
-"""The Trainer with accelerate's FSDP2 in two processes: train, save in full and in parts, resume."""
+"""The Trainer with accelerate's FSDP2, and ``examples/fsdp2_full_finetuning.py``: train, save, resume."""
 
 from __future__ import annotations
 
