@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process by default.
 
     Returns:
-        The exit status: 0, 2 for a wrong argument, 3 for a plan of which nothing fits into the budget.
+        The exit status: 0, 2 for a wrong argument, 3 for a plan of which nothing fits into the budget, 130 after an
+        interrupt, 141 where the reader of the output has gone.
     """
     given = sys.argv[1:] if argv is None else list(argv)
     if given[:1] == ["run"]:
@@ -64,6 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         status: int | None = args.run(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"hf-lowmem-optim {args.command}: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # of head, or a pager that was left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (TypeError, ValueError, OSError, ImportError) as error:
         print(f"hf-lowmem-optim {args.command}: {error}", file=sys.stderr)
         return 2
@@ -212,6 +221,7 @@ def _prune(args: argparse.Namespace) -> None:
     share = done.num_zeros / done.num_weights
     print(f"zeros: {done.num_zeros:,} of {done.num_weights:,} weights ({share:.2%})")
     print(f"{done.measure}: {done.before:.4g} before, {done.after:.4g} after")
+    print(f"written to {args.out}")
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -176,3 +176,20 @@ def test_a_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main([*PLAN, "--plot", "out.png"]) == 2
     assert "pip install 'hf-lowmem-optim[plot]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "status", "said"), [(KeyboardInterrupt, 130, "stopped"), (BrokenPipeError, 141, "")])
+def test_an_interrupt_and_a_reader_that_has_gone_are_no_tracebacks(
+    error: type[BaseException],
+    status: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def fail(args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("hf_lowmem_optim.__main__._list", fail)
+    monkeypatch.setattr("os.dup2", lambda *descriptors: None)
+    assert main(["list"]) == status
+    assert capfd.readouterr().err.strip() == (f"hf-lowmem-optim list: {said}" if said else "")

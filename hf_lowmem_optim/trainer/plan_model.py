@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
@@ -137,6 +138,8 @@ class _Request:
             s.fits and _ORDER.index(cost) < _ORDER.index("dtype") for cost, s in found
         ):
             found += self._changes_of_the_model(plan)
+            if find_spec("peft") is None:
+                plan = replace(plan, notes=(*plan.notes, "Adapters were not tried: LoRA and QLoRA need peft."))
         found.sort(key=lambda pair: _ORDER.index(pair[0]))
         if len(self.names) > _FEW:
             found = [pair for pair in found if pair[1].fits][:_MOST_SUGGESTIONS]
@@ -241,27 +244,30 @@ class _Request:
         usable = plan.usable_bytes or 0
         options, lora = self.options, self.options.lora or "r=16,target=all-linear"
         changes: list[tuple[str, str, ModelOptions]] = []
+        also = ""
         if options.seq_len is not None and not options.checkpointing:
-            changes.append(("checkpointing", "--checkpointing", replace(options, checkpointing=True)))
+            # it costs no quality, so that all that follows has it, too
+            options, also = replace(options, checkpointing=True), "--checkpointing "
+            changes.append(("checkpointing", also.strip(), options))
         if options.batch_size > 1:
-            less = replace(options, checkpointing=True, batch_size=1)
-            changes.append(("batch", "--checkpointing --batch-size 1", less))
+            changes.append(("batch", f"{also}--batch-size 1", replace(options, batch_size=1)))
         if "float32" in plan.weights.dtypes and not options.lora:
-            changes.append(("dtype", "--dtype bf16", replace(options, dtype="bf16")))
-        if not options.lora:
-            changes.append(("lora", f"--lora {lora}", replace(options, lora=lora)))
-        if not options.quantize:
-            smallest = replace(options, lora=lora, quantize="4bit")
-            changes.append(("qlora", f"--lora {lora} --quantize 4bit", smallest))
+            changes.append(("dtype", f"{also}--dtype bf16", replace(options, dtype="bf16")))
+        if find_spec("peft") is not None:
+            if not options.lora:
+                changes.append(("lora", f"{also}--lora {lora}", replace(options, lora=lora)))
+            if not options.quantize:
+                smallest = replace(options, lora=lora, quantize="4bit")
+                changes.append(("qlora", f"{also}--lora {lora} --quantize 4bit", smallest))
         if not isinstance(self.source, nn.Module):
             for cost, change, other in changes:
                 if (best := replace(self, options=other)._best(usable)) is not None:
                     yield cost, _suggest(cost, f"{change} --optim {best[0]}", best[1], usable)
         for gpus in (2, 4, 8):
             if gpus > self.processes.num_shards:
-                best = replace(self, processes=Processes(gpus, "fsdp"))._best(usable)
+                best = replace(self, options=options, processes=Processes(gpus, "fsdp"))._best(usable)
                 if best is not None:
-                    change = f"--gpus {gpus} --sharding fsdp --optim {best[0]}"
+                    change = f"{also}--gpus {gpus} --sharding fsdp --optim {best[0]}"
                     yield "sharding", _suggest("sharding", change, best[1], usable)
                 if best is None or best[1] <= usable:
                     break

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib.resources import files
+from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
@@ -49,7 +50,8 @@ _LORA = "r=16,target=all-linear"
 def model_data(source: Source) -> dict[str, Any]:
     """Return all that the page shows of a model: each way to load it, with its plans and activations."""
     ways = []
-    for dtype, lora, gpus in (("bf16", "", GPUS), ("fp32", "", (1,)), ("bf16", _LORA, (1,))):
+    adapters = [("bf16", _LORA, (1,))] if find_spec("peft") is not None else []
+    for dtype, lora, gpus in (("bf16", "", GPUS), ("fp32", "", (1,)), *adapters):
         options = ModelOptions(dtype=dtype, lora=lora or None)
         way = {"dtype": dtype, "lora": lora, "gpus": _plans(open_model(source, options), gpus)}
         if lora:

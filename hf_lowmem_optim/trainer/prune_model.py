@@ -112,6 +112,8 @@ def prune_directory(source: Path, data: Path, out: Path, options: PruneOptions) 
         raise FileExistsError(f"--out {out} is there already")
     config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     kind = (config.architectures or ["a model without architecture"])[0]
+    if not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise FileNotFoundError(f"{source} has no tokenizer: save that there, too, by tokenizer.save_pretrained()")
     tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     positions = getattr(config, "max_position_embeddings", None) or options.length
     length = min(options.length, positions, tokenizer.model_max_length)  # of RoBERTa's positions two have no token

@@ -330,6 +330,21 @@ def test_a_budget_that_nothing_meets_keeps_the_table_and_says_what_would_help() 
     assert 0 < len(everything.suggestions) <= 6 and all(s.fits for s in everything.suggestions)
 
 
+def test_without_peft_the_plan_says_that_adapters_were_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_lowmem_optim.trainer.plan_model.find_spec", lambda name: None)
+    plan = plan_memory("llama-2-7b", "ldadam", budget="16GiB")
+    assert "Adapters were not tried: LoRA and QLoRA need peft." in plan.notes
+    assert plan.suggestions and not any("--lora" in s.change for s in plan.suggestions)
+
+
+def test_what_comes_after_checkpointing_has_it_too() -> None:
+    plan = plan_memory("bert-base", "ldadam", budget="700MiB", reserve=0, options=ModelOptions(seq_len=512))
+    changes = [s.change for s in plan.suggestions]
+    assert "--checkpointing --optim ldadam" in changes or "--checkpointing --optim ldadam_layerwise" in changes
+    adapters = [change for change in changes if "--lora" in change]
+    assert adapters and all(change.startswith("--checkpointing --lora") for change in adapters)
+
+
 def test_arguments_go_to_the_optimizers_that_know_them() -> None:
     plan = plan_memory("bert-base", ["ldadam", "microadam", "adamw_8bit"], optim_args="rank=32,dense_state=8bit")
     assert plan["ldadam"].settings["rank"] == 32
