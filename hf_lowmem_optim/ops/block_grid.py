@@ -41,6 +41,8 @@ Storage = Literal["fp32", "bf16", "8bit", "4bit"]
 Width = Callable[[int, int], int]
 
 _FORMATS = {"8bit": QuantFormat(8, 64), "4bit": QuantFormat(4, 64)}
+#: Sums of thousands of products of such entries stay in the range of float32.
+_MOST = 2.0**50
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -112,12 +114,13 @@ class Piece:
         return [self.blocks(x[i]) for i in self.tensors]
 
     def gather(self, x: Sequence[Tensor]) -> Tensor:
-        """Return its blocks of all its matrices in float32, a copy [blocks, a, b]."""
+        """Return its blocks of all its matrices in float32, a copy [blocks, a, b], cut at ±2⁵⁰."""
         parts = self.views(x)
         out = torch.empty((len(parts), *parts[0].shape), dtype=torch.float32, device=parts[0].device)
         for into, part in zip(out.unbind(), parts, strict=True):
             into.copy_(part)
-        return out.flatten(0, 2)
+        # unlike a clamp, it lets infinity become NaN
+        return out.div_(out.abs().mul_(1 / _MOST).clamp_(min=1)).flatten(0, 2)
 
     def only(self, j: int) -> Piece:
         """Return the piece of its block j alone."""

@@ -269,16 +269,15 @@ assert len(found) == 3 and all(torch.equal(found[0], each) for each in found), l
 
 
 @pytest.mark.parametrize("scale", [1e18, 1e24, 1e30, 1e36])
-def test_a_huge_gradient_raises_nothing(case: Case, scale: float) -> None:
-    """Beyond 1e18 the products of Dash overflow float32: it gives NaN, where AdamW's weights stop moving."""
+def test_a_huge_gradient_leaves_the_weights_finite(case: Case, scale: float) -> None:
+    """As AdamW does, whose second moment then is infinite, and whose weights stop moving."""
     params = make_params()
     optimizer = case.build(params.values())
     for grads in gradients(6):
         for key, param in params.items():
             param.grad = grads[key] * scale
         optimizer.step()
-        if scale == 1e18 or not case.name.startswith("dash"):
-            assert all(param.isfinite().all() for param in params.values())
+        assert all(param.isfinite().all() for param in params.values())
 
 
 @pytest.mark.parametrize("tall", [False, True])
