@@ -110,7 +110,7 @@ class MuonWithAdamW(Optimizer):
         # the very groups of the two, which a scheduler writes
         super().__init__([group for part in self.parts for group in part.param_groups], {})
 
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure is served
         """Take a step of both."""
         for part in self.parts:
             part.step()

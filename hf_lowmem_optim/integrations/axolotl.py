@@ -16,7 +16,7 @@ from hf_lowmem_optim.trainer.strings import register_optimizer_strings
 __all__ = ["LowMemoryOptimizers"]
 
 
-class LowMemoryOptimizers(BasePlugin):  # type: ignore[misc]
+class LowMemoryOptimizers(BasePlugin):  # type: ignore[misc]  # axolotl is not there to be read
     """Registers the optim strings, and reports on the optimizer's state."""
 
     def register(self, cfg: Any) -> None:

@@ -13,7 +13,7 @@ from hf_lowmem_optim.memory.report import build_report, report_text, write_repor
 __all__ = ["OptimizerStateReport"]
 
 
-class OptimizerStateReport(Callback):  # type: ignore[misc]
+class OptimizerStateReport(Callback):  # type: ignore[misc]  # lightning is not there to be read
     """Logs the bytes of the first optimizer's state, and writes the report that ``hf-lowmem-optim report DIR`` reads.
 
     Every ``log_every_n_steps`` of the trainer it logs ``optimizer_state/total_bytes``, and keeps the learning rate, the

@@ -96,6 +96,7 @@ class BudgetSearch:
         stay compressed; a window up to :data:`MAX_WINDOW`. 0 says that not even 1 fits. What fits at any value is not
         in it.
         """
+        # mypy finds no type for the default that binds the key
         found = {
             key: _bisect(lambda value, key=key: self.total_bytes({key: value}) <= allowed_bytes, limit)  # type: ignore[misc]
             for key, limit in self._limits().items()
