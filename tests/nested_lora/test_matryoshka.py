@@ -279,7 +279,7 @@ def test_draws_are_of_the_step_and_their_mean_is_that_of_the_paper() -> None:
     assert drawn(10) == first[:10]
     assert torch.equal(output(model), at_rank[5])  # in evaluation the largest, and no draw
     assert drawn(20) == first[10:]
-    draws = 1500
+    draws = 600
     nested.begin_step(0)
     layer, total = nested._layers[0], torch.zeros(R, dtype=torch.float64)
     for _ in range(draws):
@@ -287,7 +287,7 @@ def test_draws_are_of_the_step_and_their_mean_is_that_of_the_paper() -> None:
         assert layer.hook.drawn is not None
         total += layer.hook.drawn
     mean = total / draws * layer.factor
-    torch.testing.assert_close(mean, reference.diagonal(ALPHA, R, "rank", RANKS) / 3, rtol=0.1, atol=0)
+    torch.testing.assert_close(mean, reference.diagonal(ALPHA, R, "rank", RANKS) / 3, rtol=0.15, atol=0)
     other = MatryoshkaLora(adapted(torch.float64), RANKS, mode="dylora", seed=5)
     other.begin_step(7)
     model = other.model
