@@ -21,6 +21,7 @@ __all__ = [
     "gradients_are_equal",
     "keep_gradients_local",
     "num_workers",
+    "wide_norm",
 ]
 
 #: Of one collective; larger tensors take several, smaller ones share one.
@@ -182,10 +183,16 @@ def gradients_are_equal(gradients: Sequence[Tensor], group: Any = None) -> bool:
     """
     if num_workers(group) == 1:
         return False
-    norms = [float(torch.linalg.vector_norm(each.detach(), dtype=torch.float32)) for each in gradients]
+    norms = [wide_norm(each) for each in gradients]
     # equal to everybody's is not enough for what says nothing
     hashes = _gather_hashes(repr(norms).encode() if any(norms) else None, group)
     return hashes[0] != 0 and len(set(hashes)) == 1
+
+
+def wide_norm(tensor: Tensor) -> float:
+    """Return the norm of a tensor, added up in float32 at least; equal for equal tensors."""
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return float(torch.linalg.vector_norm(tensor.detach(), dtype=wide))
 
 
 def keep_gradients_local(model: nn.Module) -> None:

@@ -26,6 +26,7 @@ from hf_lowmem_optim.engine.averaging import (
     check_finite,
     gradients_are_equal,
     num_workers,
+    wide_norm,
 )
 from hf_lowmem_optim.engine.checks import describe_parameter
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
@@ -287,8 +288,8 @@ class LocalUpdates(Optimizer):
             plain = {key: float(value) if isinstance(value, Tensor) else value for key, value in options.items()}
             yield f"{type(self.optimizer).__name__} with group {index}: {plain}"
         for entry in self._entries():
-            norm = float(torch.linalg.vector_norm(entry.param.detach(), dtype=torch.float32))
-            yield f"{entry.name} {tuple(entry.param.shape)} {entry.param.dtype} of norm {norm!r}"
+            what = f"{entry.name} {tuple(entry.param.shape)} {entry.param.dtype}"
+            yield f"{what} of norm {wide_norm(entry.param)!r}"
 
     def _check_first_step(self) -> None:
         """Look for the keys that are to be averaged, and at the gradients, which somebody may have averaged."""

@@ -66,7 +66,8 @@ class LocalUpdatesCallback(TrainerCallback):
         # on is its default, and cannot be told from what the user wants
         args.average_tokens_across_devices = False
         if sync_every is not None:
-            if trainer.model_init is not None:
+            model_init: Any = trainer.model_init
+            if model_init is not None:
                 raise ValueError(
                     "model_init makes a new model and optimizer in train(): give the Trainer a model, or make "
                     "LocalUpdates in a create_optimizer() of your own and leave sync_every out here"
@@ -92,8 +93,8 @@ class LocalUpdatesCallback(TrainerCallback):
         trainer, self._optimizer = self._trainer(), _synced(optimizer)
         if trainer is None or self._optimizer is None:
             raise ValueError(
-                f"LocalUpdatesCallback found {type(unwrap_optimizer(optimizer)).__name__}, which averages nothing: give "
-                "it the Trainer that it is added to, and sync_every=16; or optim='lordo'"
+                f"LocalUpdatesCallback found {type(unwrap_optimizer(optimizer)).__name__}, which averages nothing: "
+                "give it the Trainer that it is added to, and sync_every=16; or optim='lordo'"
             )
         _refuse_engines(trainer)
         _check_schedule(args, state, self._optimizer.sync_every)
@@ -160,8 +161,8 @@ def _check_schedule(args: TrainingArguments, state: TrainerState, sync_every: in
         if getattr(strategy, "value", strategy) == "steps" and steps and steps % sync_every:
             best = " (load_best_model_at_end=True needs both)" * bool(args.load_best_model_at_end)
             raise ValueError(
-                f"{key}={steps} is no multiple of sync_every={sync_every}: between two syncs each worker has weights of "
-                f"its own{best}. Set {key}={-(-steps // sync_every) * sync_every}"
+                f"{key}={steps} is no multiple of sync_every={sync_every}: between two syncs each worker has weights "
+                f"of its own{best}. Set {key}={-(-steps // sync_every) * sync_every}"
             )
 
 
