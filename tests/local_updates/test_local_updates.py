@@ -88,11 +88,12 @@ def test_sixteen_bits_are_rounded_alike(results: Any) -> None:
     here, there = results["sixteen_bits", 2]
     exact = here["none"][0]["params"]
     moved = (exact - start_weight(torch.float32)).norm()
-    for name in here:
+    # roundings to 8 bits: of weights after each of four steps and up to three times in each of two syncs, or of what
+    # they moved in those only
+    limits = {"weights": 10 * exact.norm(), "all": 10 * exact.norm(), "displacements": 6 * moved, "none": 0.0}
+    for name, limit in limits.items():
         assert all(torch.equal(here[name][0][key], there[name][0][key]) for key in here[name][0])
-        off = (here[name][0]["params"].float() - exact).norm() / moved
-        # 8 bits of the weights, or of what they moved
-        assert off <= {"none": 0.0, "displacements": 4e-3}.get(name, 5e-2), (name, off)
+        assert (here[name][0]["params"].float() - exact).norm() <= 2.0**-9 * limit, name
 
 
 def test_each_worker_keeps_what_cannot_be_averaged_and_it_is_not_saved(results: Any) -> None:
