@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hf_lowmem_optim.optimizers.dash import Dash
     from hf_lowmem_optim.optimizers.dct_adamw import DCTAdamW
     from hf_lowmem_optim.optimizers.ldadam import LDAdam
+    from hf_lowmem_optim.optimizers.lordo import LoRDO
     from hf_lowmem_optim.optimizers.lowrank_mfac import LowRankMFAC
     from hf_lowmem_optim.optimizers.microadam import MicroAdam
     from hf_lowmem_optim.optimizers.sparse_ggt import SparseGGT
@@ -63,6 +64,7 @@ __all__ = [
     "IOBSPruningCallback",
     "LDAdam",
     "LDAdamLayerwise",
+    "LoRDO",
     "LocalUpdates",
     "LocalUpdatesCallback",
     "LowMemoryOptimizer",
@@ -121,6 +123,7 @@ _MODULES = {
     "optimizers.dash": "Dash",
     "optimizers.dct_adamw": "DCTAdamW",
     "optimizers.ldadam": "LDAdam",
+    "optimizers.lordo": "LoRDO",
     "optimizers.lowrank_mfac": "LowRankMFAC",
     "optimizers.microadam": "MicroAdam",
     "optimizers.sparse_ggt": "SparseGGT",
