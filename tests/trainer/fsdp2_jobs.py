@@ -10,8 +10,8 @@ import io
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from hf_lowmem_optim.engine.sharding.traffic import step_traffic
 from hf_lowmem_optim.memory.communication import fsdp_sent_bytes
 from hf_lowmem_optim.memory.measure import measure_state
 from hf_lowmem_optim.memory.plan import plan_optimizer
-from tests.sharding.jobs import counted
+from tests.sharding.counting import counted
 from tests.sharding.processes import die
 
 SIZES = {"hidden_size": 32, "intermediate_size": 71, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -273,31 +273,6 @@ def resume_example(rank: int, world: int, folder: Path) -> str:
     return printed.getvalue()
 
 
-@contextmanager
-def counted_in_fsdp() -> Iterator[list[int]]:
-    """Count the bytes that FSDP2 sends from this process, in rings; a list of one number."""
-    sent, originals = [0], {}
-
-    def count(name: str) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            given = {**dict(zip(("output", "input"), args, strict=False)), **kwargs}
-            part = given["input" if "gather" in name else "output"]
-            sent[0] += (dist.get_world_size() - 1) * part.nbytes
-            return originals[name](*args, **kwargs)
-
-        return call
-
-    for name in ("all_gather_into_tensor", "all_gather_single", "reduce_scatter_tensor", "reduce_scatter_single"):
-        if hasattr(dist, name):
-            originals[name] = getattr(dist, name)
-            setattr(dist, name, count(name))
-    try:
-        yield sent
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
-
-
 def count_bytes(rank: int, world: int, folder: Path) -> tuple[int, int, int, int]:
     """Count what FSDP2 and the optimizer send in a step; return both, and what their formulas say."""
     torch.manual_seed(0)
@@ -307,11 +282,11 @@ def count_bytes(rank: int, world: int, folder: Path) -> tuple[int, int, int, int
     optimizer = LDAdam(model.parameters(), lr=1e-2, rank=4, error_feedback="bf16")
     counts = [0, 0]
     for _ in range(2):
-        with counted_in_fsdp() as fsdp:
+        with counted() as fsdp:
             model(torch.randn(64, 32)).square().sum().backward()
         with counted() as ours:
             optimizer.step()
-        counts = [fsdp[0], ours.nbytes]
+        counts = [fsdp.nbytes, ours.nbytes]
     params = list(model.parameters())
     held = sum(param.to_local().nbytes for param in params)
     traffic = step_traffic(optimizer.method, optimizer.param_groups, world)
