@@ -246,9 +246,8 @@ def _sharded(local: Tensor, shape: Sequence[int], param: Any, *, compressed: boo
     from torch.distributed.tensor import DTensor
 
     mesh, placements = param.device_mesh, _placements_at_rest(shape, param, compressed=compressed)
-    if _HAS_GAPS and any(
-        [shape[p.dim] % n for p, n in zip(placements, mesh.shape, strict=True) if getattr(p, "dim", 0)]
-    ):
+    cuts = [(shape[p.dim], n) for p, n in zip(placements, mesh.shape, strict=True) if getattr(p, "dim", 0)]
+    if _HAS_GAPS and any(size % num_parts for size, num_parts in cuts):
         _warn_of_gaps()
     strides = torch.empty(tuple(shape), device="meta").stride()
     part: Tensor = DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=strides)
