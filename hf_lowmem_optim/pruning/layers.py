@@ -152,6 +152,8 @@ def prunable_layers(
         chosen = {name: layer for name, layer in modules.items() if is_supported(layer) and layer not in others}
     else:
         chosen = {}
+        if not isinstance(layers, (str, Sequence)):
+            raise TypeError(f"layers={shown(layers)} must be a list of names of layers")
         for entry in layers if not isinstance(layers, str) else [layers]:
             if not isinstance(entry, str) or not entry:
                 raise TypeError(f"layers has {shown(entry)}, which is no name of a layer")
