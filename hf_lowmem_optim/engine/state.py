@@ -181,14 +181,17 @@ def _check_groups(optimizer: Optimizer, method: Method, saved_groups: list[dict[
 
 
 def _tell_changed_options(optimizer: Optimizer, method: Method, saved_groups: Sequence[Mapping[str, Any]]) -> None:
-    """Warn of options with which this optimizer was built, and which those of the state replace."""
+    """Warn of options with which this optimizer was built, and which those of the state replace; once for each."""
+    changed: dict[tuple[str, str, str], list[str]] = {}
     for index, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
         for key in sorted(method.options.defaults().keys() & saved.keys() - {"lr", *method.shaping}):
             if as_plain(group[key]) != as_plain(saved[key]):
-                logger.warning(
-                    "parameter group %d goes on with %s=%r, as it was saved; the %s=%r of this %s has no effect",
-                    *(index, key, saved[key], key, group[key], type(optimizer).__name__),
-                )
+                changed.setdefault((key, repr(saved[key]), repr(group[key])), []).append(str(index))
+    for (key, was, now), indices in changed.items():
+        logger.warning(
+            "training goes on with %s=%s, as it was saved; the %s=%s of this %s has no effect (parameter group%s %s)",
+            *(key, was, key, now, type(optimizer).__name__, "s" * (len(indices) > 1), ", ".join(indices)),
+        )
 
 
 def _loaded_options(method: Method, group: Mapping[str, Any], saved: Mapping[str, Any]) -> Any:
