@@ -37,7 +37,8 @@ SCHEDULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def start_weight(dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(0).standard_normal(SHAPE)).to(dtype)
+    # in memory that torch aligned: the last bit may depend on that
+    return torch.from_numpy(np.random.default_rng(0).standard_normal(SHAPE)).to(dtype, copy=True)
 
 
 def backward(weight: Tensor, worker: int, t: int) -> Tensor:
