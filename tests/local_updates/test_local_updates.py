@@ -163,7 +163,7 @@ def test_it_is_a_torch_optimizer() -> None:
     state = optimizer.state_dict()
     loaded_weights = [nn.Parameter(each.detach().clone()) for each in (weight, more)]
     loaded = LocalUpdates(AdamW([{"params": [each]} for each in loaded_weights], **ADAM), **settings)
-    loaded.load_state_dict(state)
+    loaded.load_state_dict(copy.deepcopy(state))  # torch would share its tensors
     for one, weights in ((optimizer, [weight, more]), (twin, twin_weights), (loaded, loaded_weights)):
         for _ in range(4):
             for each in weights:
