@@ -11,11 +11,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_lowmem_optim.engine.averaging import keep_gradients_local
     from hf_lowmem_optim.engine.backward import layerwise
     from hf_lowmem_optim.engine.fp32_weights import fp32_state_dict, load_fp32_state_dict_
     from hf_lowmem_optim.engine.method import Method
     from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
     from hf_lowmem_optim.engine.options import Options, option
+    from hf_lowmem_optim.local_updates.optimizer import LocalUpdates
+    from hf_lowmem_optim.local_updates.outer import OuterNesterov
     from hf_lowmem_optim.memory.measure import StateReport, measure_state
     from hf_lowmem_optim.memory.plan import plan_optimizer, plan_state
     from hf_lowmem_optim.memory.plan_types import MemoryPlan
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
     from hf_lowmem_optim.spec import TensorSpec
     from hf_lowmem_optim.trainer.callbacks import OptimizerStateMemoryCallback
     from hf_lowmem_optim.trainer.factory import OptimizerFactory
+    from hf_lowmem_optim.trainer.local_updates import LocalUpdatesCallback
     from hf_lowmem_optim.trainer.model_source import ModelOptions
     from hf_lowmem_optim.trainer.plan_model import plan_memory
     from hf_lowmem_optim.trainer.pruning import IOBSPruningCallback
@@ -58,6 +62,8 @@ __all__ = [
     "LDAdam",
     "LDAdamLayerwise",
     "LoRDO",
+    "LocalUpdates",
+    "LocalUpdatesCallback",
     "LowMemoryOptimizer",
     "LowRankMFAC",
     "MemoryPlan",
@@ -69,6 +75,7 @@ __all__ = [
     "OptimizerFactory",
     "OptimizerStateMemoryCallback",
     "Options",
+    "OuterNesterov",
     "SparseGGT",
     "SparseMFAC",
     "StateReport",
@@ -78,6 +85,7 @@ __all__ = [
     "fp32_state_dict",
     "get_entry",
     "iobs_layers_",
+    "keep_gradients_local",
     "layerwise",
     "load_fp32_state_dict_",
     "measure_state",
@@ -91,11 +99,14 @@ __all__ = [
 ]
 
 _MODULES = {
+    "engine.averaging": "keep_gradients_local",
     "engine.backward": "layerwise",
     "engine.fp32_weights": "fp32_state_dict load_fp32_state_dict_",
     "engine.method": "Method",
     "engine.optimizer": "LowMemoryOptimizer",
     "engine.options": "Options option",
+    "local_updates.optimizer": "LocalUpdates",
+    "local_updates.outer": "OuterNesterov",
     "memory.measure": "StateReport measure_state",
     "memory.plan": "plan_optimizer plan_state",
     "memory.plan_types": "MemoryPlan",
@@ -115,6 +126,7 @@ _MODULES = {
     "spec": "TensorSpec",
     "trainer.callbacks": "OptimizerStateMemoryCallback",
     "trainer.factory": "OptimizerFactory",
+    "trainer.local_updates": "LocalUpdatesCallback",
     "trainer.model_source": "ModelOptions",
     "trainer.plan_model": "plan_memory",
     "trainer.pruning": "IOBSPruningCallback",

@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).parent.parent / "hf_lowmem_optim"
 NAME = PACKAGE.name
 #: From the bottom up; a module may import from its own layer and from those before it.
 LAYERS = (
-    *("words", "spec", "ops", "engine", "optimizers", "pruning", "registry", "memory", "trainer", "integrations"),
+    *("words", "spec", "ops", "engine", "optimizers", "pruning", "local_updates"),
+    *("registry", "memory", "trainer", "integrations"),
     "__main__",
 )
 #: Outside packages, each with the only places that may import it.

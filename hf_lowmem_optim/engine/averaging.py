@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "SyncedOptimizer",
@@ -19,7 +19,9 @@ __all__ = [
     "check_agreement",
     "check_finite",
     "gradients_are_equal",
+    "keep_gradients_local",
     "num_workers",
+    "wide_norm",
 ]
 
 #: Of one collective; larger tensors take several, smaller ones share one.
@@ -181,10 +183,44 @@ def gradients_are_equal(gradients: Sequence[Tensor], group: Any = None) -> bool:
     """
     if num_workers(group) == 1:
         return False
-    norms = [float(torch.linalg.vector_norm(each.detach(), dtype=torch.float32)) for each in gradients]
+    norms = [wide_norm(each) for each in gradients]
     # equal to everybody's is not enough for what says nothing
     hashes = _gather_hashes(repr(norms).encode() if any(norms) else None, group)
     return hashes[0] != 0 and len(set(hashes)) == 1
+
+
+def wide_norm(tensor: Tensor) -> float:
+    """Return the norm of a tensor, added up in float32 at least; equal for equal tensors."""
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return float(torch.linalg.vector_norm(tensor.detach(), dtype=wide))
+
+
+def keep_gradients_local(model: nn.Module) -> None:
+    """Have DistributedDataParallel leave each worker its own gradients: once, before the first backward pass.
+
+    Args:
+        model: ``DistributedDataParallel(module, broadcast_buffers=False)``, also as ``torch.compile`` returned it.
+
+    Raises:
+        TypeError: It is another module.
+        ValueError: It was built to communicate at every step: with ``broadcast_buffers=True`` (the default), or with
+            ``find_unused_parameters=True``.
+    """
+    from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
+
+    ddp: Any = getattr(model, "_orig_mod", model)
+    if not isinstance(ddp, nn.parallel.DistributedDataParallel):
+        raise TypeError(f"keep_gradients_local takes DistributedDataParallel(module), not {type(ddp).__name__}")
+    if ddp.broadcast_buffers:
+        raise ValueError(
+            "DistributedDataParallel with broadcast_buffers=True communicates at every step: give it False"
+        )
+    if ddp.find_unused_parameters:
+        raise ValueError(
+            "DistributedDataParallel with find_unused_parameters=True communicates at every step, and allows a "
+            "parameter without a gradient on one worker only, which has no mean: give it False"
+        )
+    ddp.register_comm_hook(None, noop_hook)
 
 
 def _first_not_finite(tensors: Sequence[Tensor]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,16 +27,13 @@ class WorkerOptimizer(LowMemoryOptimizer):
     """Base class of an optimizer that averages weights and moments over its workers every ``sync_every`` steps.
 
     Its options have ``sync_every``, ``clip_norm`` and ``sync_dtype``, on which all groups agree. All workers build it
-    alike, from equal weights, and step equally often.
-
-    Attributes:
-        process_group: The workers' group; None for the default one. One process alone sends nothing.
+    alike, from equal weights, and step equally often. One process alone sends nothing.
     """
 
-    process_group: Any = None
+    _process_group: Any = None
 
     def __init__(self, params: ParamsT, *positional: Any, process_group: Any = None, **options: Any) -> None:
-        self.process_group = process_group
+        self._process_group = process_group
         super().__init__(params, *positional, **options)
 
     def _start(self) -> None:
@@ -45,6 +42,11 @@ class WorkerOptimizer(LowMemoryOptimizer):
         self._agreed = self._trains = False
 
     # ------------------------------------------------------------------------------------------------------ sync
+
+    @property
+    def process_group(self) -> Any:
+        """The workers' group; None for the default one, as in a copy."""
+        return self._process_group
 
     @property
     def sync_every(self) -> int:
@@ -95,7 +97,14 @@ class WorkerOptimizer(LowMemoryOptimizer):
 
     def _num_steps(self) -> int:
         """Return t: the most steps that a tensor has taken."""
-        return max([state.get("step", 0) for state in self.state.values()], default=0)
+        return max([state["step"] for state in self._states()], default=0)
+
+    def _states(self) -> Iterator[dict[str, Any]]:
+        """Yield the states of the parameters that have one."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if state := self.state.get(param):
+                    yield state
 
     # ------------------------------------------------------------------------------------------------------ step
 
@@ -123,7 +132,7 @@ class WorkerOptimizer(LowMemoryOptimizer):
         """Take a worker's step, and then the common one if it is due."""
         updates, K = [*sparse, *(update for part in dense for update in part)], self.sync_every
         stepped = {id(update.state) for update in updates}
-        before = max([s.get("step", 0) - (id(s) in stepped) for s in self.state.values()], default=0)
+        before = max([state["step"] - (id(state) in stepped) for state in self._states()], default=0)
         if updates and not self._agreed:
             self._check_workers(before)
         if updates and (most := self.param_groups[0]["clip_norm"]) is not None:
