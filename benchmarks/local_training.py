@@ -36,14 +36,15 @@ from hf_lowmem_optim.engine.averaging import average_
 from hf_lowmem_optim.trainer.demo import documentation
 
 WORKERS, PER_WORKER, RANK, CURVE_STEPS, WIDTH, LENGTH = 4, 2, 16, 16, 128, 64
-PERIODS, OMEGAS = (16, 4, 64), (0.0, 0.5, 0.9, 1.0)
+PERIODS, OMEGAS = (16, 64, 4), (0.0, 0.5, 0.9, 1.0)
 #: Where the search for a rate begins.
 RATES = {"ddp:adamw": 4e-3, "ddp:ldadam": 8e-3, "local": 4e-3, "0": 2e-3, "0.5": 4e-3, "0.9": 8e-3, "1": 8e-3}
 ENTRIES = [
-    *("ddp:adamw", "ddp:ldadam"),
-    *(f"local:{k}" for k in PERIODS),
-    *(f"lordo:{k}:{omega:g}" for k in PERIODS for omega in OMEGAS),
+    f"{kind}:{k}" + (f":{omega:g}" if omega is not None else "")
+    for k in PERIODS
+    for kind, omega in [("local", None), *(("lordo", omega) for omega in OMEGAS)]
 ]
+ENTRIES = ["ddp:adamw", *ENTRIES[:5], "ddp:ldadam", *ENTRIES[5:]]
 
 
 def first_rate(entry: str) -> float:
@@ -189,7 +190,7 @@ def main() -> None:
     """Fork the workers, before anything has been computed, and wait for them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=ENTRIES, choices=ENTRIES, metavar="ENTRY")
-    parser.add_argument("--steps", type=int, default=192)
+    parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, help="write runs to this ….json, and skip those that are there")
     parser.add_argument("--note", default="", help="what a reader must know about these runs")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,16 +12,34 @@ from torch.optim.optimizer import ParamsT
 
 from hf_lowmem_optim.engine import averaging
 from hf_lowmem_optim.engine.buckets import CORRECTION, TensorUpdate
+from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.ops.dispatch import full_precision
 from hf_lowmem_optim.ops.weight_correction import join_weights, split_weights_
 
-__all__ = ["REPLICATED", "WorkerOptimizer"]
+__all__ = ["REPLICATED", "WorkerOptimizer", "sync_bytes"]
 
 #: What ``Method.replicated`` of such an optimizer says.
 REPLICATED = "a sync averages all tensors at once, of which every worker has the whole"
 _SENT = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def sync_bytes(method: Method, groups: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
+    """Return what a worker puts into a sync's all-reduces and what the first one broadcasts, in bytes.
+
+    Args:
+        method: The method of a :class:`WorkerOptimizer`.
+        groups: The parameter groups, with ``"params"``, of which only shapes and dtypes matter.
+    """
+    entries = common = itemsize = 0
+    for group in groups:
+        itemsize = _SENT[group["sync_dtype"]].itemsize
+        for param in group["params"]:
+            specs = method.state_specs(param, group)
+            entries += param.numel() + sum(math.prod(specs[key].shape) for key in _MOMENTS if key in specs)
+            common += specs["basis"].nbytes if "basis" in specs else 0
+    return entries * itemsize, common
 
 
 class WorkerOptimizer(LowMemoryOptimizer):
