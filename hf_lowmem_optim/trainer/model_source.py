@@ -25,7 +25,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowmem_optim.engine.options import check_number, count_up_to, nearest, shown
-from hf_lowmem_optim.memory.json_file import check_shape, read_json
+from hf_lowmem_optim.json_file import check_shape, read_json
 from hf_lowmem_optim.trainer.param_groups import compile_regex
 from hf_lowmem_optim.trainer.presets import PRESETS, find_model
 

@@ -109,7 +109,7 @@ def test_resume_is_bit_for_bit(case: Case, dtype: torch.dtype, device: str) -> N
 @pytest.mark.parametrize("device", DEVICES)
 @each_with("dtype", NARROW)
 def test_resume_with_weights_rounded_stochastically_is_bit_for_bit(case: Case, dtype: torch.dtype, device: str) -> None:
-    """Also into a layout that has no flat view."""
+    """Also into and from a layout that has no flat view."""
     steps = list(gradients(8, dtype, device=device))
     assert_resumes(case, steps, 4, layout=odd_layout, weight_rounding="stochastic")
 
