@@ -35,7 +35,7 @@ from hf_lowmem_optim.memory.plan import plan_optimizer
 from tests.sharding.counting import counted
 from tests.sharding.processes import die
 
-#: Before this version torch scrambles unevenly split tensors in full checkpoints, and gloo adds up instead of averaging.
+#: Before it torch scrambles unevenly split tensors in full checkpoints, and gloo adds up instead of averaging.
 IS_OLD_TORCH = torch.__version__ < "2.13"
 SIZES = {
     "hidden_size": 32,
