@@ -47,7 +47,9 @@ def choices(count: int) -> list[Choice]:
         setting = (number * 7) % len(DATA["settings"])
         layerwise = DATA["settings"][setting][0] in DATA["layerwise"] and chance.random() < 0.4
         tokens = chance.choice(["", *ways[index].get("activations", {})])
-        gpus = chance.choice(list(ways[index]["gpus"]))
+        plans = ways[index]["gpus"]
+        known = [count for count in plans if not layerwise or plans[count]["layerwise_steps"][setting] is not None]
+        gpus = chance.choice(known)
         way = f"{index}+4bit" if quantized else str(index)
         found.append(Choice(model, way, setting, gpus, layerwise, tokens, chance.random() < 0.5))
     return found
