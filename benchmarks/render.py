@@ -27,7 +27,7 @@ from communication import table as communication_table
 from pictures import PLOTS, plot_losses, plot_parts
 from results import RESULTS, Run, load_run
 from summary import choice_table, fit_table, learning_rate_table, option_table
-from tables import convergence_report, labelled, memory_rows, report, requirement_rows, step_time_rows
+from tables import convergence_report, labelled, memory_rows, nested_lora_rows, report, requirement_rows, step_time_rows
 
 from hf_lowmem_optim import OPTIMIZERS, Options
 from hf_lowmem_optim.__main__ import main as command_line
@@ -48,6 +48,7 @@ TABLES: dict[str, tuple[Callable[[Run], str], str]] = {
     **{f"convergence_{task}": (convergence_report, f"convergence_{task}.json") for task in ("pretrain", "finetune")},
     **{f"convergence_{name}": (convergence_report, f"convergence_{name}.json") for name in ("rows", "dash_trial")},
 }
+TABLES["nested_lora"] = partial(labelled, nested_lora_rows), "nested_lora.json"
 for _name in ("minilm", "llama", "lora", "small"):
     TABLES[f"step_time_{_name}"] = partial(labelled, partial(step_time_rows, shapes=_name)), "step_time.json"
 for _name in ("large", "llama", "minilm"):

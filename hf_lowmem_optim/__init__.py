@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from hf_lowmem_optim.memory.plan import plan_optimizer, plan_state
     from hf_lowmem_optim.memory.plan_types import MemoryPlan
     from hf_lowmem_optim.memory.report import build_report, write_report
+    from hf_lowmem_optim.nested_lora.matryoshka import MatryoshkaLora
+    from hf_lowmem_optim.nested_lora.ranks import aurac
     from hf_lowmem_optim.optimizers.dash import Dash
     from hf_lowmem_optim.optimizers.dct_adamw import DCTAdamW
     from hf_lowmem_optim.optimizers.ldadam import LDAdam
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from hf_lowmem_optim.trainer.factory import OptimizerFactory
     from hf_lowmem_optim.trainer.local_updates import LocalUpdatesCallback
     from hf_lowmem_optim.trainer.model_source import ModelOptions
+    from hf_lowmem_optim.trainer.nested_lora import RankEvaluationCallback, attach_nested_lora
     from hf_lowmem_optim.trainer.plan_model import plan_memory
     from hf_lowmem_optim.trainer.pruning import IOBSPruningCallback
     from hf_lowmem_optim.trainer.strings import register_optimizer_strings
@@ -66,6 +69,7 @@ __all__ = [
     "LocalUpdatesCallback",
     "LowMemoryOptimizer",
     "LowRankMFAC",
+    "MatryoshkaLora",
     "MemoryPlan",
     "Method",
     "MicroAdam",
@@ -76,11 +80,14 @@ __all__ = [
     "OptimizerStateMemoryCallback",
     "Options",
     "OuterNesterov",
+    "RankEvaluationCallback",
     "SparseGGT",
     "SparseMFAC",
     "StateReport",
     "TensorSpec",
     "Trion",
+    "attach_nested_lora",
+    "aurac",
     "build_report",
     "fp32_state_dict",
     "get_entry",
@@ -111,6 +118,8 @@ _MODULES = {
     "memory.plan": "plan_optimizer plan_state",
     "memory.plan_types": "MemoryPlan",
     "memory.report": "build_report write_report",
+    "nested_lora.matryoshka": "MatryoshkaLora",
+    "nested_lora.ranks": "aurac",
     "optimizers.dash": "Dash",
     "optimizers.dct_adamw": "DCTAdamW",
     "optimizers.ldadam": "LDAdam",
@@ -128,6 +137,7 @@ _MODULES = {
     "trainer.factory": "OptimizerFactory",
     "trainer.local_updates": "LocalUpdatesCallback",
     "trainer.model_source": "ModelOptions",
+    "trainer.nested_lora": "RankEvaluationCallback attach_nested_lora",
     "trainer.plan_model": "plan_memory",
     "trainer.pruning": "IOBSPruningCallback",
     "trainer.strings": "register_optimizer_strings",

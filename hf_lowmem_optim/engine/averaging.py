@@ -213,12 +213,13 @@ def keep_gradients_local(model: nn.Module) -> None:
         raise TypeError(f"keep_gradients_local takes DistributedDataParallel(module), not {type(ddp).__name__}")
     if ddp.broadcast_buffers:
         raise ValueError(
-            "DistributedDataParallel with broadcast_buffers=True communicates at every step: give it False"
+            "DistributedDataParallel sends buffers at every step: build it with broadcast_buffers=False, or with "
+            "forward_sync_buffers=False where torch has that"
         )
     if ddp.find_unused_parameters:
         raise ValueError(
-            "DistributedDataParallel with find_unused_parameters=True communicates at every step, and allows a "
-            "parameter without a gradient on one worker only, which has no mean: give it False"
+            "DistributedDataParallel with find_unused_parameters=True communicates at every step, and lets a parameter "
+            "have a gradient on one worker only: build it with find_unused_parameters=False"
         )
     ddp.register_comm_hook(None, noop_hook)
 

@@ -26,6 +26,7 @@ __all__ = [
     "describe_parameter",
     "fault_of_tensor",
     "flat_note",
+    "has_storage",
     "named_like_others",
     "refuse_mps",
 ]
@@ -102,7 +103,7 @@ def check_tensor(
         for tensor in (param, grad):
             needed = tensor.storage_offset() * tensor.element_size() + tensor.nbytes
             # a gradient may be expanded, or a slice
-            if tensor.untyped_storage().nbytes() < needed and not (tensor is grad and _has_storage(grad)):
+            if tensor.untyped_storage().nbytes() < needed and not (tensor is grad and has_storage(grad)):
                 _refuse_memory(param, grad, group)
     if not state:
         return
@@ -156,7 +157,7 @@ def _refuse_memory(param: Tensor, grad: Tensor, group: Mapping[str, Any]) -> Non
             f"{what} is {tuple(param.shape)} on {param.device}, its gradient {tuple(grad.shape)} on {grad.device}: "
             "param.data was replaced after the backward pass. Call zero_grad() when it is"
         )
-    whose = "the gradient of " if _has_storage(param) else ""
+    whose = "the gradient of " if has_storage(param) else ""
     raise RuntimeError(
         f"{whose}{what} has no memory of its size: its storage was freed or cut (by FSDP, or by resize_)"
     )
@@ -185,14 +186,14 @@ def fault_of_tensor(part: Tensor) -> str | None:
     part = local_of(part)
     if part.layout != torch.strided or not part.is_contiguous():
         return f"is not contiguous ({part.layout}, strides {part.stride() if part.layout == torch.strided else 'none'})"
-    if not _has_storage(part):
+    if not has_storage(part):
         return "has no memory of its size"
     if part.is_neg() or part._is_zerotensor():
         return "is a lazily negated or zero tensor, whose memory does not hold its numbers"
     return None
 
 
-def _has_storage(tensor: Tensor) -> bool:
+def has_storage(tensor: Tensor) -> bool:
     """Return whether the memory of a tensor is there: a storage may be freed or cut under it, as FSDP does."""
     if tensor.is_contiguous():
         entries = tensor.numel()

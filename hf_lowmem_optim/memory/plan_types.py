@@ -136,10 +136,6 @@ class MemoryPlan:
         """Return the gradients that are there at once with an optimizer, by kind."""
         return self.weights.gradient_bytes if optimizer.gradient_bytes is None else optimizer.gradient_bytes
 
-    def held_bytes(self, optimizer: OptimizerPlan) -> int:
-        """Return weights and gradients with an optimizer."""
-        return sum(self.weights.weight_bytes.values()) + sum(self.gradient_bytes(optimizer).values())
-
     def fits(self, optimizer: OptimizerPlan) -> bool | None:
         """Return whether an optimizer stays within the budget less the reserve; None without one."""
         if (usable := self.usable_bytes) is None:
@@ -148,14 +144,13 @@ class MemoryPlan:
         return optimizer.problem is None and total is not None and total <= usable
 
     def verdict(self, total_bytes: int | None) -> str:
-        """Return in words how some bytes compare with the budget."""
+        """Return in words how some bytes compare with the budget less the reserve."""
         if total_bytes is None or self.usable_bytes is None or self.budget_bytes is None:
             return "–"
         if total_bytes <= self.usable_bytes:
             return "fits"
-        if total_bytes <= self.budget_bytes:
-            return f"{format_bytes(total_bytes - self.usable_bytes)} into the reserve"
-        return f"over by {format_bytes(total_bytes - self.budget_bytes)}"
+        over = format_bytes(total_bytes - self.usable_bytes)
+        return f"{over} into the reserve" if total_bytes <= self.budget_bytes else f"over by {over}"
 
     def __getitem__(self, name: str) -> OptimizerPlan:
         """Return the plan of the optimizer of a name, or raise KeyError."""

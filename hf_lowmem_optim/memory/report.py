@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from hf_lowmem_optim.engine.backward import Layerwise
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import shown
+from hf_lowmem_optim.json_file import check_shape, read_json
 from hf_lowmem_optim.memory.byte_sizes import format_bytes
-from hf_lowmem_optim.memory.json_file import check_shape, read_json
 from hf_lowmem_optim.memory.measure import StateReport, measure_state, unwrap_optimizer
 from hf_lowmem_optim.memory.plan import plan_optimizer
 from hf_lowmem_optim.memory.plan_table import align

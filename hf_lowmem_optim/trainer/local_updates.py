@@ -59,10 +59,13 @@ class LocalUpdatesCallback(TrainerCallback):
         sync_dtype: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
         _refuse_engines(trainer)
-        args = trainer.args
+        args, handler = trainer.args, trainer.accelerator.ddp_handler
         for argument in ("ddp_broadcast_buffers", "ddp_find_unused_parameters"):
             if getattr(args, argument) is None:
                 setattr(args, argument, False)
+                # made from the arguments with the Trainer, and read when the model is wrapped
+                if handler is not None:
+                    setattr(handler, argument.removeprefix("ddp_"), False)
         # on is its default, and cannot be told from what the user wants
         args.average_tokens_across_devices = False
         if sync_every is not None:

@@ -101,6 +101,10 @@ def _optimizer_names(optim: str | Sequence[str] | None, optim_args: str | None) 
         return known
     names = [optim] if isinstance(optim, str) else list(optim)
     for name in names:
+        if name not in known and "," in str(name):
+            raise ValueError(
+                f"optim={shown(name)} names several optimizers: give a list, on a command line with spaces between them"
+            )
         if name not in known:
             raise ValueError(f"optim={shown(name)} cannot be planned{nearest(str(name), known)} ({', '.join(known)})")
     if not names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +37,8 @@ SCHEDULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def start_weight(dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(0).standard_normal(SHAPE)).to(dtype)
+    # in memory that torch aligned: the last bit may depend on that
+    return torch.from_numpy(np.random.default_rng(0).standard_normal(SHAPE)).to(dtype, copy=True)
 
 
 def backward(weight: Tensor, worker: int, t: int) -> Tensor:
@@ -76,18 +78,18 @@ def warnings_of_the_package() -> Iterator[list[str]]:
 def schedules(rank: int, world: int, folder: Path) -> dict[str, Any]:
     """Train by every schedule in float64; local Adam in float32 too, and with the workers in another order."""
     found: dict[str, Any] = {}
-    cases = [(name, torch.float64, rank) for name in SCHEDULES]
-    cases += [("local adam", torch.float32, rank), ("local adam", torch.float64, world - 1 - rank)]
-    for name, dtype, worker in cases:
+    cases = [(name, torch.float64, "") for name in SCHEDULES]
+    cases += [("local adam", torch.float32, ""), ("local adam", torch.float64, " permuted")]
+    for name, dtype, order in cases:
         weight = nn.Parameter(start_weight(dtype))
         optimizer = LocalUpdates(AdamW([weight], **ADAM), **SCHEDULES[name][0])
         assert isinstance(optimizer, SyncedOptimizer)
         with warnings_of_the_package() as told:
-            steps = list(run(optimizer, weight, worker))
+            steps = list(run(optimizer, weight, world - 1 - rank if order else rank))
         assert not told
-        key = f"{name} {str(dtype).removeprefix('torch.')}" + " permuted" * (worker != rank)
+        key = f"{name} {str(dtype).removeprefix('torch.')}{order}"
         found[key] = steps, optimizer.communicated_bytes
-        if name == "local adam" and dtype == torch.float64 and worker == rank:
+        if key == "local adam float64":
             assert optimizer.steps_since_sync == 2 == STEPS % 4
             with pytest.raises(RuntimeError, match=r"saved 2 steps after a sync.*multiple of sync_every=4"):
                 optimizer.state_dict()
@@ -151,10 +153,11 @@ def sixteen_bits(rank: int, world: int, folder: Path) -> dict[str, Any]:
 
 def of_this_package(rank: int, world: int, folder: Path) -> dict[str, Any]:
     """Train what is compressed on each worker for itself, beside what is dense."""
+    os.environ["HF_LOWMEM_OPTIM_BACKEND"] = "reference"  # nothing to compile
     found = {}
     for name, build in (
         ("ldadam", lambda params: LDAdam(params, lr=1e-2, rank=2)),
-        ("microadam", lambda params: MicroAdam(params, lr=1e-2, min_compress_size=1, block_size=64)),
+        ("microadam", lambda params: MicroAdam(params, lr=1e-2, min_compress_size=32, block_size=64)),
         ("dense", lambda params: LDAdam(params, lr=1e-2, rank=None)),
         ("sgd", lambda params: SGD(params, lr=1e-2, momentum=0.9)),
     ):
@@ -216,8 +219,10 @@ def faults(rank: int, world: int, folder: Path) -> None:
     with pytest.raises(RuntimeError, match=r"^rank 1 has NaN or infinity in 'weight of group 0'"):
         step(params, optimizer, [torch.nan if other else 1, 1])
     assert optimizer.communicated_bytes == 0 and (other or bool(params[0].isfinite().all()))
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
     with pytest.raises(RuntimeError, match="falls out of step"):
-        torch.amp.GradScaler("cpu").step(optimizer)
+        scaler.step(optimizer)
 
 
 def save(rank: int, world: int, folder: Path) -> dict[str, Any]:

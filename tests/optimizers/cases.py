@@ -316,17 +316,23 @@ def assert_resumes(
     layout: Callable[[Tensor], Tensor] = lambda value: value,
     **hyper: Any,
 ) -> None:
-    """Check that a run which is saved after some steps and resumed is the one that was not stopped, to the bit."""
+    """Check that a run which is saved after some steps and resumed is the one that was not stopped, to the bit.
+
+    Weights and state are laid out by ``layout`` before they are loaded.
+    """
     dtype, device = steps[0]["wide"].dtype, steps[0]["wide"].device
     straight = make_params(dtype, device=str(device))
     optimizer = case.build(straight.values(), **hyper)
     run(optimizer, straight, iter(steps[:done]))
     values, saved = through_a_file(({k: v.data for k, v in straight.items()}, optimizer.state_dict()))
+    for each in saved["state"].values():
+        own = [key for key, value in each.items() if isinstance(value, Tensor) and not key.startswith("shared_")]
+        each.update({key: layout(each[key]) for key in own})
     resumed = {k: nn.Parameter(layout(v.to(device))) for k, v in values.items()}
     second = case.build(resumed.values(), **hyper)
     second.load_state_dict(saved)
-    for each, params in ((optimizer, straight), (second, resumed)):
-        run(each, params, iter(steps[done:]))
+    for stepped, params in ((optimizer, straight), (second, resumed)):
+        run(stepped, params, iter(steps[done:]))
     assert_equal(straight.values(), resumed.values())
     assert_same_state(optimizer, second)
 
