@@ -13,22 +13,26 @@ on negative eigenvalues. 8 bits take 0.53 bytes per entry of the matrix, 4 bits 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from hf_lowmem_optim.ops.block_grid import Piece, Region, Storage, Vectors, Width
+from hf_lowmem_optim.ops.constants import constant
+from hf_lowmem_optim.ops.dispatch import Op, chosen_backend
 from hf_lowmem_optim.ops.inverse_root import largest_and_norm
 from hf_lowmem_optim.spec import TensorSpec
 
-__all__ = ["Semidefinite", "Symmetric", "semidefinite_factor"]
+__all__ = ["Semidefinite", "Symmetric", "semidefinite_factor", "triangle_constants"]
 
 _JITTER = 1e-6
 #: With the last one, the sum is diagonally dominant.
 _ATTEMPTS = 8
+#: From this side on, a CPU computes symmetric products by halves: an even multiple of what keeps those aligned.
+_HALVED = 256
 
 
 @dataclass(frozen=True)
@@ -53,21 +57,18 @@ class Symmetric:
 
     def read(self, state: Mapping[str, Tensor], piece: Piece) -> Tensor:
         """Return the matrices of a piece, float32 [blocks, n, n]; a view of what is stored in full."""
-        if self.storage == "fp32":
-            return self._full(state, piece)
-        lower = self._lower(state, piece)
-        lower.diagonal(dim1=1, dim2=2).mul_(0.5)
-        return lower + lower.mT
+        return self._stored(state, piece, mirrored=True)
 
     def write_(self, state: Mapping[str, Tensor], piece: Piece, values: Tensor) -> None:
         """Store float32 [blocks, n, n], of which only the lower triangle counts unless it is stored in full."""
-        flat = values.flatten(1)
         if self.storage == "fp32":
-            self._parts[0].write_(state, piece, flat)
+            self._parts[0].write_(state, piece, values.flatten(1))
             return
-        places = _strict_lower(values.shape[-1], values.device)
-        self._parts[0].write_(state, piece, values.diagonal(dim1=1, dim2=2))
-        self._parts[1].write_(state, piece, flat.index_select(1, places))
+        n = values.shape[-1]
+        diagonal, lower = values.new_empty(len(values), n), values.new_empty(len(values), n * (n - 1) // 2)
+        _take_triangles(values, diagonal, lower)
+        for part, each in zip(self._parts, (diagonal, lower), strict=True):
+            part.write_(state, piece, each)
 
     @cached_property
     def _parts(self) -> list[Vectors]:
@@ -77,33 +78,59 @@ class Symmetric:
         lower = Vectors(self.key, counted, lambda a, b: side(a, b) * (side(a, b) - 1) // 2, self.storage)
         return [Vectors(f"{self.key}_diagonal", counted, side), lower]
 
-    def _full(self, state: Mapping[str, Tensor], piece: Piece) -> Tensor:
+    def _stored(self, state: Mapping[str, Tensor], piece: Piece, *, mirrored: bool) -> Tensor:
+        """Return the matrices as stored; of triangles mirrored ones, or zeros above the diagonal."""
         n = self.side(piece.region.a, piece.region.b)
-        return self._parts[0].read(state, piece).view(-1, n, n)
-
-    def _lower(self, state: Mapping[str, Tensor], piece: Piece) -> Tensor:
-        """Return the stored triangles with their diagonals, and zeros above."""
-        diagonal, lower = (part.read(state, piece) for part in self._parts)
-        n = diagonal.shape[1]
-        out = diagonal.new_zeros(len(diagonal), n, n)
-        out.flatten(1).index_copy_(1, _strict_lower(n, out.device), lower)
-        out.diagonal(dim1=1, dim2=2).copy_(diagonal)
+        parts = [part.read(state, piece) for part in self._parts]
+        if self.storage == "fp32":
+            return parts[0].view(-1, n, n)
+        out = parts[0].new_empty(len(parts[0]), n, n)
+        _fill_squares(out, *parts, mirrored)
         return out
 
 
 class Semidefinite(Symmetric):
     """A positive semidefinite matrix for each block; of triangles, those of its Cholesky factor."""
 
-    def read(self, state: Mapping[str, Tensor], piece: Piece) -> Tensor:
-        """Return the matrices of a piece, as :meth:`Symmetric.read`."""
-        if self.storage == "fp32":
-            return self._full(state, piece)
-        C = self._lower(state, piece)
-        return C @ C.mT
+    def update_(self, state: Mapping[str, Tensor], piece: Piece, A: Tensor, decay: float, share: float) -> Tensor:
+        """Replace the matrices S of a piece by decay·S + share·AAᵀ, and return those, a copy.
 
-    def write_(self, state: Mapping[str, Tensor], piece: Piece, values: Tensor) -> None:
-        """Store float32 [blocks, n, n]."""
-        super().write_(state, piece, values if self.storage == "fp32" else semidefinite_factor(values))
+        Args:
+            state: The state; written.
+            piece: The piece.
+            A: float32 [blocks, n, any].
+            decay: Factor of the old ones.
+            share: Factor of the products.
+        """
+        stored = self._stored(state, piece, mirrored=False)
+        old = stored if self.storage == "fp32" else _gram(stored, None, 0.0, 1.0, triangular=True)
+        S = _gram(A, old, decay, share)
+        self.write_(state, piece, S if self.storage == "fp32" else semidefinite_factor(S))
+        return S
+
+
+def _gram(A: Tensor, S: Tensor | None, beta: float, alpha: float, *, triangular: bool = False) -> Tensor:
+    """Return beta·S + alpha·AAᵀ for each matrix of a stack, symmetric to the bit.
+
+    Args:
+        A: float32 [matrices, n, any].
+        S: float32 [matrices, n, n], symmetric, or None for zeros; only read.
+        beta: Factor of S.
+        alpha: Factor of the products.
+        triangular: Whether A is lower triangular: half of it is zero then.
+    """
+    n, h = A.shape[1], A.shape[1] // 2
+    if A.device.type != "cpu" or n < _HALVED or n % 32:
+        return alpha * (A @ A.mT) if S is None else torch.baddbmm(S, A, A.mT, beta=beta, alpha=alpha)
+    out = A.new_empty(len(A), n, n)
+    for rows, columns in ((slice(h), slice(h)), (slice(h, n), slice(h)), (slice(h, n), slice(h, n))):
+        inner = columns.stop if triangular else A.shape[2]
+        part = out[:, rows, columns]
+        if S is not None:
+            part.copy_(S[:, rows, columns])
+        part.baddbmm_(A[:, rows, :inner], A[:, columns, :inner].mT, beta=beta, alpha=alpha)
+    out[:, :h, h:] = out[:, h:, :h].mT
+    return out
 
 
 def semidefinite_factor(S: Tensor) -> Tensor:
@@ -119,15 +146,17 @@ def semidefinite_factor(S: Tensor) -> Tensor:
     zero, finite = norm == 0, norm < torch.inf
     jitter = torch.where(zero, 1, _JITTER * norm)
     C, info = _cholesky(S, jitter)
+    # most often none, so that nothing goes through all matrices again
+    (odd,) = torch.nonzero((info != 0) | zero | ~finite, as_tuple=True)
+    if len(odd) == 0:
+        return C
     for _ in range(_ATTEMPTS):
         (failed,) = torch.nonzero((info != 0) & finite, as_tuple=True)
         if len(failed) == 0:
             break
         jitter[failed] *= 10
         C[failed], info[failed] = _cholesky(S[failed], jitter[failed])
-    # a scatter to the few, if any, where a mask would go through all
-    for which, value in ((zero, 0.0), (~finite, torch.nan)):
-        C[which] = value
+    C[odd] = torch.where(finite[odd, None, None], C[odd], torch.nan).masked_fill_(zero[odd, None, None], 0)
     return C
 
 
@@ -141,8 +170,48 @@ def _cholesky(S: Tensor, jitter: Tensor) -> tuple[Tensor, Tensor]:
     return C, info
 
 
-@lru_cache(maxsize=8)
+def triangle_constants(sides: Iterable[int], device: torch.device) -> dict[Hashable, TensorSpec]:
+    """Describe what triangles of these sides hold on a device for the whole process, by the key of the constant."""
+    if chosen_backend(device) == "cpu":  # numba's loops count for themselves
+        return {}
+    return {("triangle", n, device): TensorSpec((n * (n - 1) // 2,), torch.int64, "triangles") for n in set(sides)}
+
+
 def _strict_lower(n: int, device: torch.device) -> Tensor:
     """Return the places of the strict lower triangle in a flattened matrix, row by row."""
-    places: Tensor = torch.tril_indices(n, n, -1, device=device)
-    return places[0] * n + places[1]
+
+    def make() -> Tensor:
+        rows, columns = torch.tril_indices(n, n, -1, device=device)
+        return rows * n + columns
+
+    return constant(("triangle", n, device), make)
+
+
+@Op
+def _fill_squares(out: Tensor, diagonal: Tensor, lower: Tensor, mirrored: bool) -> None:
+    """Write matrices from their diagonals and strict lower triangles.
+
+    Args:
+        out: float32 [matrices, n, n], contiguous; all of it is written.
+        diagonal: float32 [matrices, n].
+        lower: float32 [matrices, n·(n − 1)/2], row by row, each contiguous.
+        mirrored: Whether they are symmetric; else there are zeros above the diagonal.
+    """
+    n = out.shape[-1]
+    out.zero_().flatten(1).index_copy_(1, _strict_lower(n, out.device), lower)
+    if mirrored:
+        out.add_(out.mT.clone())
+    out.diagonal(dim1=1, dim2=2).copy_(diagonal)
+
+
+@Op
+def _take_triangles(square: Tensor, diagonal: Tensor, lower: Tensor) -> None:
+    """Write the diagonals and strict lower triangles of matrices, the converse of :func:`_fill_squares`.
+
+    Args:
+        square: float32 [matrices, n, n], those next to each other, of rows or of columns next to each other.
+        diagonal: float32 [matrices, n], contiguous.
+        lower: float32 [matrices, n·(n − 1)/2], contiguous.
+    """
+    diagonal.copy_(square.diagonal(dim1=1, dim2=2))
+    torch.index_select(square.flatten(1), 1, _strict_lower(square.shape[-1], square.device), out=lower)

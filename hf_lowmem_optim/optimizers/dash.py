@@ -104,14 +104,13 @@ class _Stored(NamedTuple):
 
     @classmethod
     def of(cls, o: DashOptions) -> _Stored:
-        v = Squares("exp_avg_sq", o.grafting == "adafactor")
         return cls(
             Semidefinite("left", "statistics", lambda a, b: a, o.statistics_dtype),
             Semidefinite("right", "statistics", lambda a, b: b, o.statistics_dtype),
             Symmetric("left_root", "roots", lambda a, b: a, o.root_dtype),
             Symmetric("right_root", "roots", lambda a, b: b, o.root_dtype),
-            FirstMoment("exp_avg", o.moment_dtype, v),
-            v,
+            FirstMoment("exp_avg", o.moment_dtype),
+            Squares("exp_avg_sq", o.grafting == "adafactor"),
             Vectors("velocity", "velocity", lambda a, b: a * b),
         )
 
@@ -158,23 +157,21 @@ def _direction(piece: Piece, G: Tensor, state: Mapping[str, Any], at: _Stored, t
     (β1, β2), βs = o.betas, o.shampoo_beta
     # 1. L ← βs·L + (1 − βs)·GGᵀ;  R ← βs·R + (1 − βs)·GᵀG
     share = 1 - βs if βs < 1 else 1.0
-    L = torch.baddbmm(at.L.read(state, piece), G, G.mT, beta=βs, alpha=share)
-    R = torch.baddbmm(at.R.read(state, piece), G.mT, G, beta=βs, alpha=share)
-    at.L.write_(state, piece, L)
-    at.R.write_(state, piece, R)
+    L = at.L.update_(state, piece, G, βs, share)
+    R = at.R.update_(state, piece, G.mT, βs, share)
     # 2. v ← β2·v + (1 − β2)·G², after m is read, whose unit in 8 bits is √v
-    m = at.m.read(state, piece)
-    v = at.v.update_(state, piece, G, β2)
+    m = at.m.read(state, piece, at.v.root(state, piece))
+    root_v = at.v.update_(state, piece, G, β2)
     # 3. L̄ ← L^(−1/4);  R̄ ← R^(−1/4)
     if due := _due(piece, state["places"], t, o):
         _write_roots_(piece, state, at, (L, R), due, o)
     del L, R
     # 4. m ← β1·m + (1 − β1)·G
-    m = (m * β1).add_(G.mul_(1 - β1))
-    at.m.write_(state, piece, m, v)
+    m.mul_(β1).add_(G.mul_(1 - β1))
+    at.m.write_(state, piece, m, root_v)
     # 5. D ← (m/c1) / (eps + √(v/c2))
     c1, c2 = (1 - β1**t, 1 - β2**t) if o.bias_correction else (1.0, 1.0)
-    P = (m / c1).div_(v.div_(c2).sqrt_().add_(o.eps))
+    P = m / math.prod(root_v).mul_(c1 / math.sqrt(c2)).add_(c1 * o.eps)
     if t >= o.start_step:
         # 6. U ← L̄ m R̄;  P ← U·‖D‖/(‖U‖ + 1e-16); P ← D as long as there are no roots, only zeros
         U = at.L_root.read(state, piece) @ m @ at.R_root.read(state, piece)
