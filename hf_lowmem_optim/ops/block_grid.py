@@ -154,7 +154,7 @@ class Piece:
 
 def piece_entries(device: torch.device) -> int:
     """Return the entries of the largest matrices of a piece together, unless one block has more."""
-    return 1 << 18 if device.type == "cpu" else 1 << 22
+    return 1 << 19 if device.type == "cpu" else 1 << 22
 
 
 def pieces(regions: Sequence[Region], count: int, device: torch.device) -> Iterator[Piece]:
@@ -324,7 +324,7 @@ class FirstMoment:
     def write_(self, state: Mapping[str, Tensor], piece: Piece, m: Tensor, root: Sequence[Tensor]) -> None:
         """Store float32 m [blocks, a, b], given the factors of the stored √v."""
         if self.storage in _FORMATS:
-            first, *others = [torch.where(factor == 0, 0, 1 / factor) for factor in root]
+            first, *others = [(1 / factor).nan_to_num_(nan=torch.nan, posinf=0) for factor in root]
             m = m * first
             for inverse in others:
                 m.mul_(inverse)

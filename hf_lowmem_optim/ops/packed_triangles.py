@@ -31,7 +31,7 @@ __all__ = ["Semidefinite", "Symmetric", "semidefinite_factor", "triangle_constan
 _JITTER = 1e-6
 #: With the last one, the sum is diagonally dominant.
 _ATTEMPTS = 8
-#: From this side on, a CPU computes symmetric products by halves: an even multiple of what keeps those aligned.
+#: From this side on, a CPU leaves out a quarter of a symmetric product.
 _HALVED = 256
 
 
@@ -65,10 +65,10 @@ class Symmetric:
             self._parts[0].write_(state, piece, values.flatten(1))
             return
         n = values.shape[-1]
-        diagonal, lower = values.new_empty(len(values), n), values.new_empty(len(values), n * (n - 1) // 2)
-        _take_triangles(values, diagonal, lower)
-        for part, each in zip(self._parts, (diagonal, lower), strict=True):
-            part.write_(state, piece, each)
+        lower = values.new_empty(len(values), n * (n - 1) // 2)
+        _take_triangles(values, lower)
+        self._parts[0].write_(state, piece, values.diagonal(dim1=1, dim2=2))
+        self._parts[1].write_(state, piece, lower)
 
     @cached_property
     def _parts(self) -> list[Vectors]:
@@ -92,6 +92,15 @@ class Symmetric:
 class Semidefinite(Symmetric):
     """A positive semidefinite matrix for each block; of triangles, those of its Cholesky factor."""
 
+    def read(self, state: Mapping[str, Tensor], piece: Piece) -> Tensor:
+        """Return the matrices of a piece, as :meth:`Symmetric.read`."""
+        stored = self._stored(state, piece, mirrored=False)
+        return stored if self.storage == "fp32" else _mirror_(_product(stored))
+
+    def write_(self, state: Mapping[str, Tensor], piece: Piece, values: Tensor) -> None:
+        """Store float32 [blocks, n, n]."""
+        super().write_(state, piece, values if self.storage == "fp32" else semidefinite_factor(values))
+
     def update_(self, state: Mapping[str, Tensor], piece: Piece, A: Tensor, decay: float, share: float) -> Tensor:
         """Replace the matrices S of a piece by decay·S + share·AAᵀ, and return those, a copy.
 
@@ -103,34 +112,51 @@ class Semidefinite(Symmetric):
             share: Factor of the products.
         """
         stored = self._stored(state, piece, mirrored=False)
-        old = stored if self.storage == "fp32" else _gram(stored, None, 0.0, 1.0, triangular=True)
-        S = _gram(A, old, decay, share)
-        self.write_(state, piece, S if self.storage == "fp32" else semidefinite_factor(S))
+        S = stored.clone() if self.storage == "fp32" else _product(stored)
+        _add_gram_(S, A, decay, share)
+        _mirror_(S)
+        self.write_(state, piece, S)
         return S
 
 
-def _gram(A: Tensor, S: Tensor | None, beta: float, alpha: float, *, triangular: bool = False) -> Tensor:
-    """Return beta·S + alpha·AAᵀ for each matrix of a stack, symmetric to the bit.
+def _product(C: Tensor) -> Tensor:
+    """Return C·Cᵀ of lower triangular matrices; where it has halves, but its upper quarter."""
+    S = torch.empty_like(C)
+    _add_gram_(S, C, 0.0, 1.0, triangular=True)
+    return S
+
+
+def _half(S: Tensor) -> int:
+    """Return the side of the quarters by which a CPU computes symmetric matrices; 0 for whole ones."""
+    n = S.shape[-1]
+    return n // 2 if S.device.type == "cpu" and n >= _HALVED and n % 32 == 0 else 0
+
+
+def _add_gram_(S: Tensor, A: Tensor, beta: float, alpha: float, *, triangular: bool = False) -> None:
+    """Replace symmetric S by beta·S + alpha·AAᵀ for each matrix of a stack; where it has halves, but its upper quarter.
 
     Args:
+        S: float32 [matrices, n, n]; with a beta of 0 of any values.
         A: float32 [matrices, n, any].
-        S: float32 [matrices, n, n], symmetric, or None for zeros; only read.
         beta: Factor of S.
         alpha: Factor of the products.
         triangular: Whether A is lower triangular: half of it is zero then.
     """
-    n, h = A.shape[1], A.shape[1] // 2
-    if A.device.type != "cpu" or n < _HALVED or n % 32:
-        return alpha * (A @ A.mT) if S is None else torch.baddbmm(S, A, A.mT, beta=beta, alpha=alpha)
-    out = A.new_empty(len(A), n, n)
+    h, n = _half(S), S.shape[-1]
+    if h == 0:
+        S.baddbmm_(A, A.mT, beta=beta, alpha=alpha)
+        return
     for rows, columns in ((slice(h), slice(h)), (slice(h, n), slice(h)), (slice(h, n), slice(h, n))):
         inner = columns.stop if triangular else A.shape[2]
-        part = out[:, rows, columns]
-        if S is not None:
-            part.copy_(S[:, rows, columns])
-        part.baddbmm_(A[:, rows, :inner], A[:, columns, :inner].mT, beta=beta, alpha=alpha)
-    out[:, :h, h:] = out[:, h:, :h].mT
-    return out
+        left, right = A[:, rows, :inner], A[:, columns, :inner]
+        S[:, rows, columns].baddbmm_(left, right.mT, beta=beta, alpha=alpha)
+
+
+def _mirror_(S: Tensor) -> Tensor:
+    """Write the upper quarter that :func:`_add_gram_` leaves out."""
+    h = _half(S)
+    S[:, :h, h:] = S[:, h:, :h].mT
+    return S
 
 
 def semidefinite_factor(S: Tensor) -> Tensor:
@@ -205,13 +231,11 @@ def _fill_squares(out: Tensor, diagonal: Tensor, lower: Tensor, mirrored: bool) 
 
 
 @Op
-def _take_triangles(square: Tensor, diagonal: Tensor, lower: Tensor) -> None:
-    """Write the diagonals and strict lower triangles of matrices, the converse of :func:`_fill_squares`.
+def _take_triangles(square: Tensor, lower: Tensor) -> None:
+    """Write the strict lower triangles of matrices.
 
     Args:
-        square: float32 [matrices, n, n], those next to each other, of rows or of columns next to each other.
-        diagonal: float32 [matrices, n], contiguous.
-        lower: float32 [matrices, n·(n − 1)/2], contiguous.
+        square: float32 [matrices, n, n], of which the rows or the columns are contiguous.
+        lower: float32 [matrices, n·(n − 1)/2], row by row, contiguous; all of it is written.
     """
-    diagonal.copy_(square.diagonal(dim1=1, dim2=2))
     torch.index_select(square.flatten(1), 1, _strict_lower(square.shape[-1], square.device), out=lower)

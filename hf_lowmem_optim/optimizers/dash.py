@@ -27,7 +27,7 @@ grafting="adam", spread=False`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -39,7 +39,7 @@ from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import COUNT, NOT_NEGATIVE, UNIT, Options, Range, option
 from hf_lowmem_optim.ops.block_grid import FirstMoment, Piece, Region, Squares, Vectors, grid, piece_entries, pieces
 from hf_lowmem_optim.ops.inverse_root import InverseRoot, Scaling, inverse_fourth_root
-from hf_lowmem_optim.ops.packed_triangles import Semidefinite, Symmetric
+from hf_lowmem_optim.ops.packed_triangles import Semidefinite, Symmetric, triangle_constants
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["Dash", "DashOptions", "dash_state", "dash_update_"]
@@ -219,6 +219,11 @@ def _scratch_entries(shape: Sequence[int], o: DashOptions, device: torch.device)
     return _COPIES * max(piece_entries(device), *[max(r.a, r.b) ** 2 for r in _regions(shape, o)])
 
 
+def _constants(shape: Sequence[int], device: torch.device, o: DashOptions) -> dict[Hashable, TensorSpec]:
+    stored = [each for each in _Stored.of(o)[:4] if each.storage != "fp32"]
+    return triangle_constants({each.side(r.a, r.b) for each in stored for r in _regions(shape, o)}, device)
+
+
 class Dash(LowMemoryOptimizer):
     """Dash: Shampoo on the blocks of a matrix, with Adam's step sizes.
 
@@ -243,5 +248,6 @@ class Dash(LowMemoryOptimizer):
         adam_like=False,
         uses_betas=True,
         scratch_entries=_scratch_entries,
+        constants=_constants,
         optional_state={"velocity": "momentum"},
     )

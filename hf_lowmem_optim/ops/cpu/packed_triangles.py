@@ -40,11 +40,9 @@ def _fill(out, diagonal, lower, stride, mirrored, matrix):
 
 
 @loop
-def _take(square, by_columns, diagonal, lower, matrix):
+def _take(square, by_columns, lower, matrix):
     n = square.shape[1]
     source, target = square[matrix], lower[matrix]
-    for i in range(n):
-        diagonal[matrix, i] = source[i, i]
     if not by_columns:
         for i in range(n):
             row, into = source[i], target[i * (i - 1) // 2 :]
@@ -70,9 +68,9 @@ def fill_squares(out: Tensor, diagonal: Tensor, lower: Tensor, mirrored: bool) -
 
 
 @register(_take_triangles, "cpu")
-def take_triangles(square: Tensor, diagonal: Tensor, lower: Tensor) -> None:
+def take_triangles(square: Tensor, lower: Tensor) -> None:
     """See the torch version."""
-    by_columns = square.stride(1) == 1 and square.shape[1] > 1
+    by_columns = not square.is_contiguous()
     rows = (square.mT if by_columns else square).contiguous().numpy()
-    arrays = rows, by_columns, diagonal.numpy(), lower.numpy()
+    arrays = rows, by_columns, lower.numpy()
     run_pieces(_take.run, [(*arrays, i) for i in range(len(rows))], square.numel(), each=ENTRIES_PER_THREAD_BETWEEN)
