@@ -126,8 +126,7 @@ def dash_state(shape: Sequence[int], dtype: torch.dtype, o: DashOptions) -> dict
     """
     if o.block_size is None or len(shape) < 2:
         return None
-    stored = _Stored.of(o)
-    parts = stored if o.momentum > 0 else stored[:-1]
+    parts = _Stored.of(o)[: None if o.momentum > 0 else -1]
     return {key: spec for part in parts for key, spec in part.specs(_regions(shape, o)).items()}
 
 
@@ -156,9 +155,7 @@ def _direction(piece: Piece, G: Tensor, state: Mapping[str, Any], at: _Stored, t
     """Update the state of a piece's blocks, and return P: lines 1 to 7. G is overwritten."""
     (β1, β2), βs = o.betas, o.shampoo_beta
     # 1. L ← βs·L + (1 − βs)·GGᵀ;  R ← βs·R + (1 − βs)·GᵀG
-    share = 1 - βs if βs < 1 else 1.0
-    L = at.L.update_(state, piece, G, βs, share)
-    R = at.R.update_(state, piece, G.mT, βs, share)
+    L, R = (S.update_(state, piece, A, βs, 1 - βs if βs < 1 else 1.0) for S, A in ((at.L, G), (at.R, G.mT)))
     # 2. v ← β2·v + (1 − β2)·G², after m is read, whose unit in 8 bits is √v
     m = at.m.read(state, piece, at.v.root(state, piece))
     root_v = at.v.update_(state, piece, G, β2)
@@ -169,7 +166,7 @@ def _direction(piece: Piece, G: Tensor, state: Mapping[str, Any], at: _Stored, t
     # 4. m ← β1·m + (1 − β1)·G
     m.mul_(β1).add_(G.mul_(1 - β1))
     at.m.write_(state, piece, m, root_v)
-    # 5. D ← (m/c1) / (eps + √(v/c2))
+    # 5. D ← (m/c1) / (eps + √(v/c2)), both sides of the fraction times c1
     c1, c2 = (1 - β1**t, 1 - β2**t) if o.bias_correction else (1.0, 1.0)
     P = m / math.prod(root_v).mul_(c1 / math.sqrt(c2)).add_(c1 * o.eps)
     if t >= o.start_step:
@@ -220,8 +217,8 @@ def _scratch_entries(shape: Sequence[int], o: DashOptions, device: torch.device)
 
 
 def _constants(shape: Sequence[int], device: torch.device, o: DashOptions) -> dict[Hashable, TensorSpec]:
-    stored = [each for each in _Stored.of(o)[:4] if each.storage != "fp32"]
-    return triangle_constants({each.side(r.a, r.b) for each in stored for r in _regions(shape, o)}, device)
+    sides = {x.side(r.a, r.b) for x in _Stored.of(o)[:4] if x.storage != "fp32" for r in _regions(shape, o)}
+    return triangle_constants(sides, device)
 
 
 class Dash(LowMemoryOptimizer):
