@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def results(folder: Path) -> dict[tuple[str, int], list[Any]]:
     """Return what each process of each job returned."""
     jobs = [(f"tests.local_updates.trainer_jobs:{name}", world) for name, world in JOBS]
-    return dict(zip(JOBS, launch(jobs, folder, timeout=240), strict=True))
+    return dict(zip(JOBS, launch(jobs, folder, timeout=600), strict=True))
 
 
 def test_workers_step_apart_and_are_equal_after_every_sync(results: Any) -> None:

@@ -91,10 +91,10 @@ def test_losses_are_the_mean_over_ranks_with_accumulation(tmp_path: Path) -> Non
     with torch.no_grad():
         for name, param in trainer.model.named_parameters():
             param.copy_(before[name])
-    losses = []
+    losses, items = [], trainer._get_num_items_in_batch(batches, torch.device("cpu"))
     for rank in RANKS:
         with nested.at(rank):
-            losses.append(trainer.model.train()(**batch).loss)
+            losses.append(trainer.model.train()(**batch, num_items_in_batch=items).loss)
     loss = torch.stack(losses).mean()
     loss.backward()
     assert logged(trainer, "loss") == [pytest.approx(loss.item(), rel=1e-4)]
