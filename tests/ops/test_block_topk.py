@@ -267,7 +267,7 @@ def test_what_is_not_finite_is_selected_first_and_does_not_stay_in_the_error():
 def test_counts_and_window_rows():
     assert kept_per_block(4096, 0.01) == 41 and kept_per_block(100, 0.07) == 7 and kept_per_block(1, 0.001) == 1
     assert num_kept(10_000, 4096, 0.01) == 41 + 41 + 19 and num_kept(0, 64, 0.1) == 0 and num_kept(64, 64, 1.0) == 64
-    specs = window_specs(10_000, window=3, density=0.01, block_size=4096, value_dtype=FP32)
+    specs = window_specs(10_000, window=3, density=0.01, block_size=4096, value_dtype="fp32")
     assert specs["indices"].shape == specs["values"].shape == (3, 41 + 41 + 19)
     assert specs["indices"].dtype == torch.int16 and specs["values"].dtype == FP32
     with pytest.raises(ValueError, match="window must be at least 1"):
@@ -280,7 +280,7 @@ def test_counts_and_window_rows():
         (r"block_size must be in \[1, 32768\]", {"block_size": 65536}),
         (r"density must be in \(0, 1\]", {"density": 0.0}),
         (r"indices must be contiguous, .* = \[1, 16\], got \[1, 8\]", {"density": 0.12}),
-        (r"indices must be one of torch\.int16; got torch\.int32", {"indices": torch.zeros(8).int()}),
+        ("indices must be int16; got torch.int32", {"indices": torch.zeros(8).int()}),
         ("grad must be contiguous", {"grad": torch.zeros(64, 4)[:, :2]}),
         ("multiple of the error's quantization block size", {"error": new_error(128, QuantFormat(4, 48))}),
         ("error has 100 entries", {"error": new_error(100, QuantFormat())}),
