@@ -144,7 +144,8 @@ class SparseWindow:
         else:
             indices, codes, bits = stored.long(), self.values[rows, columns].int(), 8
         blocks = torch.arange(columns.start, columns.stop, device=stored.device) // self.kept_per_block
-        return indices, decode(codes, *(part[rows][..., blocks] for part in self.grids), bits)
+        lo, step = (part[rows][..., blocks] for part in self.grids)
+        return indices, decode(codes, lo, step, bits)
 
 
 def windows_of(

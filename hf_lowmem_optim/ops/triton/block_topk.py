@@ -9,6 +9,7 @@ are not autotuned (the kernel works in place).
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
+# ruff: noqa: SIM300 (an argument in capitals is taken for the constant)
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
@@ -138,7 +139,7 @@ def select_block(
         if ERROR == "dense":
             tl.store(error_ptr + index, rest.to(BUFFER), mask=valid)
         else:
-            BF16_STATS: tl.constexpr = STATS == tl.bfloat16  # noqa: SIM300 (ruff takes an argument in capitals for the constant)
+            BF16_STATS: tl.constexpr = STATS == tl.bfloat16
             lo, hi = block_range(rest, valid, BF16_STATS)
             codes = encode(rest, valid, lo, hi, base + index, key0, key1, LEVELS, STOCHASTIC)
             store_codes(error_ptr, codes, row, length, ROWS, QUANT_BLOCK, QUANT_BLOCK, BITS)

@@ -13,6 +13,7 @@ is exact, a short block) is left as it is and flagged; ``block_topk`` does it th
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
+# ruff: noqa: SIM300 (an argument in capitals is taken for the constant)
 from __future__ import annotations
 
 import torch

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined, assignment, var-annotated"
 """Products of a sparse window's rows in Triton: with one of the rows, and with weights.
 
 The product of two rows looks up each index of one among those of the other, which ascend. A combination of rows is

@@ -1,6 +1,6 @@
 """Values of a window in Triton, bit for bit the torch version: see ``ops/window_values.py``.
 
-A kernel is told their storage by a type VALUES: that of the floats, uint8 for codes of 8 bits, and int16 for codes of 4,
+A kernel is told their storage by a type VALUES: that of floats, uint8 for codes of 8 bits, and int16 for codes of 4,
 which are in the words of their indices. As everywhere, launches pass ``enable_fp_fusion=False``.
 """
 
@@ -69,7 +69,7 @@ def decode_values(codes, lo, step, VALUES: tl.constexpr):
 
 @triton.jit
 def grid_of(values, selected, VALUES: tl.constexpr):
-    """lo and step, as stored, of the grid of the selected values."""
+    """Grid of the selected values: lo and step as stored."""
     LEVELS: tl.constexpr = levels_of(VALUES)
     magnitude = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     usual = selected & (magnitude >= _NORMAL) & (magnitude < _INFINITE)
@@ -115,16 +115,14 @@ def index_of(word, VALUES: tl.constexpr):
 def load_stored(indices_ptr, values_ptr, at, live, VALUES: tl.constexpr):
     """Index, int32, and value as it is stored, of the entries at ``at``; zeros where they are not live."""
     word = tl.load(indices_ptr + at, mask=live, other=0)
-    if VALUES == tl.int16:
-        stored = (word.to(tl.int32) >> 12) & 15
-    else:
-        stored = tl.load(values_ptr + at, mask=live, other=0)
+    code = (word.to(tl.int32) >> 12) & 15
+    stored = code if VALUES == tl.int16 else tl.load(values_ptr + at, mask=live, other=0)
     return index_of(word, VALUES), stored
 
 
 @triton.jit
 def load_grid(lo_ptr, step_ptr, at, live, VALUES: tl.constexpr):
-    """lo and step of a row's block; floats have none, and so zeros."""
+    """Grid of a row's block: lo and step; zeros for floats."""
     lo = tl.zeros_like(at).to(tl.float32)
     step = lo
     if VALUES == tl.uint8 or VALUES == tl.int16:
@@ -137,10 +135,9 @@ def load_grid(lo_ptr, step_ptr, at, live, VALUES: tl.constexpr):
 def value_of(stored, lo, step, VALUES: tl.constexpr):
     """The float32 values of what :func:`load_stored` gave."""
     if VALUES == tl.uint8 or VALUES == tl.int16:
-        value = decode_values(stored.to(tl.int32), lo, step, VALUES)
-    else:
-        value = stored.to(tl.float32)
-    return value
+        return decode_values(stored.to(tl.int32), lo, step, VALUES)
+    else:  # noqa: RET505 (a branch of a constexpr that is not taken is not compiled)
+        return stored.to(tl.float32)
 
 
 def stored_as(values: Tensor | None, grids: Grids | None) -> Any:
