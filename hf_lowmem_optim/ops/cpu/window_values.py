@@ -30,6 +30,7 @@ _NORMAL, _LARGEST, _INFINITE = np.int32(0x00800000), np.int32(0x7F7FFFFF), np.in
 _MAGNITUDE, _MANTISSA, _ONE_BITS = np.int32(0x7FFFFFFF), np.int32(0x7FFFFF), np.int32(0x3F800000)
 _ZERO, _HALF, _ONE = np.float32(0.0), np.float32(0.5), np.float32(1.0)
 _INDEX_MASK, _NO_MASK = np.int16((1 << INDEX_BITS) - 1), np.int16(-1)
+_TOGETHER = 16
 # unsigned: an index that could be negative for all that the compiler knows is checked, and not vectorized
 _index = np.uint64
 
@@ -99,14 +100,27 @@ def load_values(indices, values, value_code, begin, columns, k, grids, segment):
 
 
 @inlined
+def _decode_eight(stored, grid):
+    lo, step, first, last = grid
+    code = np.int32(stored)
+    value = _decode(np.int32(code & np.int32(127)), lo, step, first, last)
+    return -value if code > np.int32(127) else value
+
+
+@inlined
 def _load_eight(values, begin, columns, k, grids, segment):
     block = _index(0)
     for left in range(_index(0), columns, k):
-        lo, step, first, last = _grid(grids[0][block], grids[1][block], np.int32(127))
-        for j in range(left, min(left + k, columns)):
-            code = np.int32(values[begin + j])
-            value = _decode(np.int32(code & np.int32(127)), lo, step, first, last)
-            segment[j] = -value if code > np.int32(127) else value
+        grid, stop = _grid(grids[0][block], grids[1][block], np.int32(127)), min(left + k, columns)
+        count = stop - left
+        if count < _index(_TOGETHER):
+            for j in range(left, stop):
+                segment[j] = _decode_eight(values[begin + j], grid)
+        else:  # a fixed number at a time is made vectors; the last ones overlap those before
+            for j in range(_index(0), count, _index(_TOGETHER)):
+                at = left + min(j, count - _index(_TOGETHER))
+                for i in range(_index(_TOGETHER)):
+                    segment[at + i] = _decode_eight(values[begin + at + i], grid)
         block += _index(1)
 
 
