@@ -3,8 +3,8 @@
     python benchmarks/formats.py [--save benchmarks/results/formats.json]
 
 GMSE is E‖x − x̂‖²/E‖x‖²; effective bits are −½·log2 GMSE, which for Gaussian numbers are at most the bits stored (arXiv
-2506.01863). Statistics and indices count as stored. Errors and moments look Gaussian; what a window keeps is a tail, the
-largest 1 % of blocks of 4096, for which formats rank otherwise.
+2506.01863). Statistics and indices count as stored. Errors and moments look Gaussian; what a window keeps is a tail,
+the largest 1 % of blocks of 4096, for which formats rank otherwise.
 """
 
 from __future__ import annotations
@@ -113,10 +113,8 @@ def value_rows() -> Iterator[Row]:
             for name, bits, stored in formats:
                 gmse = float((stored(numbers) - numbers).double().square().sum() / numbers.double().square().sum())
                 effective = -0.5 * np.log2(gmse)
-                yield {
-                    **{"table": "values", "numbers": f"{source}, {which}", "format": name, "stored_bits": bits},
-                    **{"gmse": gmse, "effective_bits": effective, "efficiency": effective / bits},
-                }
+                row: Row = {"table": "values", "numbers": f"{source}, {which}", "format": name, "stored_bits": bits}
+                yield {**row, "gmse": gmse, "effective_bits": effective, "efficiency": effective / bits}
 
 
 # ---- indices: rows of KEPT ascending ones, and as many codes of 4 bits ----------------------------------------------
@@ -256,12 +254,10 @@ def packing_times(rounds: int) -> Iterator[Row]:
             assert np.array_equal(again[0], indices) and np.array_equal(again[1], codes), name
     for name, (size, _, _) in PACKINGS.items():
         yield {
-            **{
-                "table": "indices",
-                "packing": name,
-                "bytes_per_entry": size / KEPT,
-                "bits_per_index": 8 * size / KEPT - 4,
-            },
+            "table": "indices",
+            "packing": name,
+            "bytes_per_entry": size / KEPT,
+            "bits_per_index": 8 * size / KEPT - 4,
             "microadam_bytes_per_parameter": 0.5625 + 10 * (size + 8) / BLOCK,
             **{f"{what}_ns": 1e9 * min(times[name, what]) / (BLOCKS * KEPT) for what in ("pack", "unpack")},
         }

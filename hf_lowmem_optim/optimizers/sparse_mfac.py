@@ -11,12 +11,12 @@ window m, with the window's rows as the matrix G:
 6. vel ← μ·vel + u                                            if μ > 0
 7. W ← W·(1 − lr·weight_decay) − lr·(vel or u)
 
-| letter | state key                | shape                | dtype            | bytes per parameter                          |
-|--------|--------------------------|----------------------|------------------|----------------------------------------------|
-| c      | `indices`                | (m, kept)            | int16            | 2·m·density; with the values if 4bit         |
-| c      | `values`                 | (m, kept)            | `value_dtype`    | m·density·(4 fp32, 2 bf16, 1 8bit)           |
-| c      | `value_lo`, `value_step` | (m, ⌈n/block_size⌉)  | float32          | 8·m/block_size (8bit, 4bit)                  |
-| ξ      | `error`…                 | (n,)                 | `error_feedback` | 4 (fp32), 2 (bf16), 1.06 (8bit), 0.56 (4bit) |
+| letter | state key                | shape               | dtype            | bytes per parameter                  |
+|--------|--------------------------|---------------------|------------------|--------------------------------------|
+| c      | `indices`                | (m, kept)           | int16            | 2·m·density; with the values if 4bit |
+| c      | `values`                 | (m, kept)           | `value_dtype`    | m·density·(4 fp32, 2 bf16, 1 8bit)   |
+| c      | `value_lo`, `value_step` | (m, ⌈n/block_size⌉) | float32          | 8·m/block_size (8bit, 4bit)          |
+| ξ      | `error`…                 | (n,)                | `error_feedback` | 4 fp32, 2 bf16, 1.06 8bit, 0.56 4bit |
 
 and GGᵀ and vel as in ``preconditioned.py``. Every tensor is compressed, also small ones.
 """
