@@ -41,8 +41,8 @@ SHORT = {
 
 @pytest.mark.slow
 def test_every_example_and_the_demo_run(tmp_path: Path) -> None:
-    # one of them runs in two processes: tests/trainer/test_fsdp2.py
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {*SHORT, "fsdp2_full_finetuning.py"}
+    # two of them run in two processes: tests/trainer/test_fsdp2.py, tests/local_updates/test_trainer.py
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {*SHORT, "fsdp2_full_finetuning.py", "local_updates.py"}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}
     subprocess.run([sys.executable, "-m", __name__, str(tmp_path)], env=environment, check=True, timeout=1800)
     printed, errors = {}, {}

@@ -89,7 +89,7 @@ def build_report(
         "adamw_fp32_bytes": measured.adamw_fp32_bytes,
         "predicted": None if predicted is None else {"total_bytes": predicted.total_bytes, **predicted.breakdown()},
         "measured": {"total_bytes": measured.total_bytes, **measured.breakdown()},
-        "this_process_bytes": measure_state(inner, local=True).total_bytes,
+        "this_process_bytes": measure_state(optimizer, local=True).total_bytes,
         "groups": [_describe_group(inner, group) for group in inner.param_groups],
         "gradients": _gradients(inner),
         "step_memory": None if step_memory is None else asdict(step_memory),
