@@ -102,8 +102,7 @@ def adapt(base: nn.Module, entry: str, lr: float, seed: int, num_steps: int, hel
     torch.manual_seed(seed)
     config = LoraConfig(r=RANKS[-1], lora_alpha=1, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM")
     model: Any = get_peft_model(copy.deepcopy(base), config)
-    given: Any = {"mode": "lora" if mode == "base" else mode, "seed": seed}
-    nested = MatryoshkaLora(model, RANKS, **given)
+    nested = MatryoshkaLora(model, RANKS, mode="lora" if mode == "base" else mode, seed=seed)
     optimizer, schedule = optimizer_for(model, lr, num_steps)
     losses, start = [], time.perf_counter()
     for rows in batches(source("training"), num_steps if lr else 1, seed):
