@@ -27,7 +27,16 @@ from communication import table as communication_table
 from pictures import PLOTS, plot_losses, plot_parts
 from results import RESULTS, Run, load_run
 from summary import choice_table, fit_table, learning_rate_table, option_table
-from tables import convergence_report, labelled, memory_rows, nested_lora_rows, report, requirement_rows, step_time_rows
+from tables import (
+    convergence_report,
+    labelled,
+    local_training_rows,
+    memory_rows,
+    nested_lora_rows,
+    report,
+    requirement_rows,
+    step_time_rows,
+)
 
 from hf_lowmem_optim import OPTIMIZERS, Options
 from hf_lowmem_optim.__main__ import main as command_line
@@ -44,6 +53,7 @@ _PLAN = re.compile(r"^```text\n\$ hf-lowmem-optim (?P<command>plan .*)\n(?P<outp
 TABLES: dict[str, tuple[Callable[[Run], str], str]] = {
     "requirements": (partial(labelled, requirement_rows), "requirements.json"),
     "memory": (partial(labelled, memory_rows), "memory.json"),
+    "local_training": (partial(labelled, local_training_rows), "local_training.json"),
     "memory_gpu": (partial(labelled, memory_rows), "memory_gpu.json"),
     **{f"convergence_{task}": (convergence_report, f"convergence_{task}.json") for task in ("pretrain", "finetune")},
     **{f"convergence_{name}": (convergence_report, f"convergence_{name}.json") for name in ("rows", "dash_trial")},
