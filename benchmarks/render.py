@@ -29,10 +29,12 @@ from results import RESULTS, Run, load_run
 from summary import choice_table, fit_table, learning_rate_table, option_table
 from tables import (
     convergence_report,
+    format_rows,
     labelled,
     local_training_rows,
     memory_rows,
     nested_lora_rows,
+    packing_rows,
     report,
     requirement_rows,
     step_time_rows,
@@ -52,6 +54,8 @@ _PLAN = re.compile(r"^```text\n\$ hf-lowmem-optim (?P<command>plan .*)\n(?P<outp
 #: How each table is rendered, and from which file.
 TABLES: dict[str, tuple[Callable[[Run], str], str]] = {
     "requirements": (partial(labelled, requirement_rows), "requirements.json"),
+    "formats": (lambda run: format_rows(run.rows), "formats.json"),
+    "packings": (partial(labelled, packing_rows), "formats.json"),
     "memory": (partial(labelled, memory_rows), "memory.json"),
     "local_training": (partial(labelled, local_training_rows), "local_training.json"),
     "memory_gpu": (partial(labelled, memory_rows), "memory_gpu.json"),
