@@ -37,6 +37,7 @@ MAX_PART_LINES = {
     "ops/ engine/ optimizers/": 11_500,
     "pruning/": 1_700,
     "nested_lora/": 750,
+    "local_updates/": 600,
     "": 6_800,
 }
 #: Decorators whose functions are compiled: by Triton, or by numba through ``ops/cpu/jit.py``.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +12,12 @@ from torch.optim.optimizer import ParamsT
 
 from hf_lowmem_optim.engine import averaging
 from hf_lowmem_optim.engine.buckets import CORRECTION, TensorUpdate
+from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.ops.dispatch import full_precision
 from hf_lowmem_optim.ops.weight_correction import join_weights, split_weights_
 
-__all__ = ["REPLICATED", "WorkerOptimizer"]
+__all__ = ["REPLICATED", "WorkerOptimizer", "sync_bytes"]
 
 #: What ``Method.replicated`` of such an optimizer says.
 REPLICATED = "a sync averages all tensors at once, of which every worker has the whole"
@@ -23,20 +25,34 @@ _SENT = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def sync_bytes(method: Method, groups: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
+    """Return what a worker puts into a sync's all-reduces and what the first one broadcasts, in bytes.
+
+    Args:
+        method: The method of a :class:`WorkerOptimizer`.
+        groups: The parameter groups, with ``"params"``, of which only shapes and dtypes matter.
+    """
+    entries = common = itemsize = 0
+    for group in groups:
+        itemsize = _SENT[group["sync_dtype"]].itemsize
+        for param in group["params"]:
+            specs = method.state_specs(param, group)
+            entries += param.numel() + sum(math.prod(specs[key].shape) for key in _MOMENTS if key in specs)
+            common += specs["basis"].nbytes if "basis" in specs else 0
+    return entries * itemsize, common
+
+
 class WorkerOptimizer(LowMemoryOptimizer):
     """Base class of an optimizer that averages weights and moments over its workers every ``sync_every`` steps.
 
     Its options have ``sync_every``, ``clip_norm`` and ``sync_dtype``, on which all groups agree. All workers build it
-    alike, from equal weights, and step equally often.
-
-    Attributes:
-        process_group: The workers' group; None for the default one. One process alone sends nothing.
+    alike, from equal weights, and step equally often. One process alone sends nothing.
     """
 
-    process_group: Any = None
+    _process_group: Any = None
 
     def __init__(self, params: ParamsT, *positional: Any, process_group: Any = None, **options: Any) -> None:
-        self.process_group = process_group
+        self._process_group = process_group
         super().__init__(params, *positional, **options)
 
     def _start(self) -> None:
@@ -45,6 +61,11 @@ class WorkerOptimizer(LowMemoryOptimizer):
         self._agreed = self._trains = False
 
     # ------------------------------------------------------------------------------------------------------ sync
+
+    @property
+    def process_group(self) -> Any:
+        """The workers' group; None for the default one, as in a copy."""
+        return self._process_group
 
     @property
     def sync_every(self) -> int:
@@ -95,7 +116,14 @@ class WorkerOptimizer(LowMemoryOptimizer):
 
     def _num_steps(self) -> int:
         """Return t: the most steps that a tensor has taken."""
-        return max([state.get("step", 0) for state in self.state.values()], default=0)
+        return max([state["step"] for state in self._states()], default=0)
+
+    def _states(self) -> Iterator[dict[str, Any]]:
+        """Yield the states of the parameters that have one."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if state := self.state.get(param):
+                    yield state
 
     # ------------------------------------------------------------------------------------------------------ step
 
@@ -123,7 +151,7 @@ class WorkerOptimizer(LowMemoryOptimizer):
         """Take a worker's step, and then the common one if it is due."""
         updates, K = [*sparse, *(update for part in dense for update in part)], self.sync_every
         stepped = {id(update.state) for update in updates}
-        before = max([s.get("step", 0) - (id(s) in stepped) for s in self.state.values()], default=0)
+        before = max([state["step"] - (id(state) in stepped) for state in self._states()], default=0)
         if updates and not self._agreed:
             self._check_workers(before)
         if updates and (most := self.param_groups[0]["clip_norm"]) is not None:

@@ -148,7 +148,8 @@ class LocalUpdates(Optimizer):
         self.optimizer.zero_grad(set_to_none=set_to_none)
 
     def __getstate__(self) -> dict[str, Any]:
-        return dict(vars(self))
+        # without hooks, as in torch, and without a scheduler's step, which is bound to the optimizer that is copied
+        return {key: v for key, v in vars(self).items() if key != "step" and not key.startswith("_optimizer_")}
 
     def __repr__(self) -> str:
         outer = "" if self.outer is None else f", outer={self.outer}"

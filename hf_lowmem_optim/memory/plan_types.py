@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_lowmem_optim.engine.sharding.traffic import StepTraffic
 from hf_lowmem_optim.memory.byte_sizes import format_bytes
-from hf_lowmem_optim.memory.communication import fsdp_sent_bytes, traffic_text
+from hf_lowmem_optim.memory.communication import SyncTraffic, ddp_sent_bytes, fsdp_sent_bytes, sync_text, traffic_text
 from hf_lowmem_optim.memory.learning_rates import LearningRate
 from hf_lowmem_optim.memory.measure import StateReport
 from hf_lowmem_optim.memory.plan_table import align
@@ -42,6 +42,7 @@ class OptimizerPlan:
             ``"window"``), the others as they are; 0 if none does. Without those of which every value fits.
         gradient_bytes: In layer-wise mode the gradients that are there at once, by kind; None if that is all of them.
         traffic: What a step after the first sends where FSDP2 splits the parameters; None elsewhere, and for baselines.
+        sync: What its workers send to each other under DDP, if they step apart; None for any other optimizer.
     """
 
     name: str
@@ -55,6 +56,7 @@ class OptimizerPlan:
     largest: Mapping[str, int] = field(default_factory=dict)
     gradient_bytes: Mapping[str, int] | None = None
     traffic: StepTraffic | None = None
+    sync: SyncTraffic | None = None
 
     @property
     def bytes_per_parameter(self) -> float | None:
@@ -208,6 +210,7 @@ class MemoryPlan:
             "largest_that_fits": dict(optimizer.largest),
             "sent_bytes": {} if optimizer.traffic is None else dict(optimizer.traffic.sent_bytes),
             "calls": None if optimizer.traffic is None else optimizer.traffic.calls,
+            "sync": None if optimizer.sync is None else asdict(optimizer.sync),
         }
 
 
@@ -289,6 +292,11 @@ def _optimizer_lines(plan: MemoryPlan) -> Iterator[str]:
             held, shards = plan.weights, plan.processes.num_shards
             own = fsdp_sent_bytes(sum(held.weight_bytes.values()), sum(held.gradient_bytes.values()), shards)
             yield from _indented(traffic_text(row.traffic, shards, own))
+        if row.sync is not None:
+            held, gpus = plan.weights, plan.processes.gpus
+            gradients = held.gradient_bytes["gradients"]
+            own = fsdp_sent_bytes(sum(held.weight_bytes.values()), gradients, gpus) // gpus
+            yield from _indented(sync_text(row.sync, ddp_sent_bytes(gradients, gpus), own))
         if row.problem is not None:
             yield from _indented(f"cannot be used: {row.problem}")
         elif row.registered and row.compressed_bytes_per_parameter is None:

@@ -91,7 +91,7 @@ class NestedLayer:
         kept = min(rank, self.own_rank)
         factor = scale_at(self.alpha, kept, self.peft_scaling)
         key_a, key_b = (f"{self.name}.{part}.{self.adapter}.weight" for part in ("lora_A", "lora_B"))
-        a, b = state[key_a].detach()[:kept], state[key_b].detach()[:, :kept]
+        a, b = state[key_a].detach()[:kept], state[key_b].detach()[:, :kept].contiguous()  # or safetensors refuses it
         if rule == "nested" or self.scaling != self.peft_scaling:
             a = _scale_rows(a, [each / factor for each in self.weights(rank, rule)[:kept]])
         saved = {key_a: a, key_b: b}

@@ -39,18 +39,19 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from hf_lowmem_optim.engine import averaging
-from hf_lowmem_optim.engine.buckets import TensorUpdate, split_stacks
+from hf_lowmem_optim.engine.buckets import CORRECTION, TensorUpdate, split_stacks
 from hf_lowmem_optim.engine.error_feedback import FORMATS, add_residual, error_state, save_residual_
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.options import COUNT, POSITIVE, UNIT, Options, Range, option
 from hf_lowmem_optim.engine.workers import REPLICATED, WorkerOptimizer
 from hf_lowmem_optim.ops.low_rank import bound_projection_, leading_left_singular_vectors, seeded_sketch
+from hf_lowmem_optim.ops.weight_correction import join_weights
 from hf_lowmem_optim.optimizers.cosine_rows import sides
 from hf_lowmem_optim.spec import TensorSpec
 
@@ -209,12 +210,14 @@ def transport_(state: Mapping[str, Tensor], new: Tensor, t: int, o: Any) -> None
     old.copy_(new)
 
 
-def _seen(W: Tensor, start: int, o: Any, gaussian: _Gaussian) -> Tensor:
-    """Return what is compared of a weight at the two ends of the period after step ``start``: W, or WΩ."""
+def _seen(x: TensorUpdate, start: int, gaussian: _Gaussian) -> Tensor:
+    """Return what is compared of a weight at the two ends of the period after step ``start``: W, or WΩ, in float32."""
+    correction, o = x.state.get(CORRECTION), cast(LoRDOOptions, x.options)
+    W = x.param if correction is None else join_weights([x.param], [correction])[0]
     upright = _upright(W.reshape(len(W), -1)).float()
     if o.projection == "svd":
         return upright
-    return upright @ gaussian(upright.shape[1], o.rank + _OVERSAMPLING, W.device, start)
+    return upright @ gaussian(upright.shape[1], _anchor(x.state).shape[1], W.device, start)
 
 
 def _anchor(state: Mapping[str, Tensor]) -> Tensor:
@@ -277,7 +280,7 @@ class LoRDO(WorkerOptimizer):
             self._send_([mean])
             basis = x.state["basis"]
             basis.copy_(leading_left_singular_vectors(_upright(mean), basis.shape[1]))
-            _anchor(x.state).copy_(_seen(x.param, start, x.options, gaussian))
+            _anchor(x.state).copy_(_seen(x, start, gaussian))
         self._sent_bytes += averaging.broadcast_([x.state["basis"] for x in fresh], self.process_group)
 
     def _renew_(self, start: int, t: int) -> None:
@@ -287,7 +290,7 @@ class LoRDO(WorkerOptimizer):
         for x in matrices:
             # 9. Δ ← W − W_anchor;  Q₊ ← r leading left singular vectors of Δ
             if averaging.num_workers(group) == 1 or torch.distributed.get_rank(group) == 0:
-                whole = _seen(x.param, start, x.options, gaussian)
+                whole = _seen(x, start, gaussian)
                 bases.append(new_basis(whole - _anchor(x.state), whole, x.state["basis"]))
             else:
                 bases.append(torch.empty_like(x.state["basis"]))
@@ -295,7 +298,7 @@ class LoRDO(WorkerOptimizer):
         for x, basis in zip(matrices, bases, strict=True):
             # 10. and 11.
             transport_(x.state, basis, x.step, x.options)
-            _anchor(x.state).copy_(_seen(x.param, t, x.options, gaussian))
+            _anchor(x.state).copy_(_seen(x, t, gaussian))
 
     def _matrices(self) -> Iterator[TensorUpdate]:
         """Yield the compressed matrices that have state, those of stacks one by one."""

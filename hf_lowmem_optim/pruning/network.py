@@ -134,7 +134,7 @@ class Network:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, and let it keep no keys and values of earlier calls."""
     modes = {module: module.training for module in model.modules()}
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
     model.eval()
     if use_cache is not None:

@@ -37,7 +37,8 @@ SCHEDULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def start_weight(dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(0).standard_normal(SHAPE)).to(dtype)
+    # in memory that torch aligned: the last bit may depend on that
+    return torch.from_numpy(np.random.default_rng(0).standard_normal(SHAPE)).to(dtype, copy=True)
 
 
 def backward(weight: Tensor, worker: int, t: int) -> Tensor:
@@ -156,7 +157,7 @@ def of_this_package(rank: int, world: int, folder: Path) -> dict[str, Any]:
     found = {}
     for name, build in (
         ("ldadam", lambda params: LDAdam(params, lr=1e-2, rank=2)),
-        ("microadam", lambda params: MicroAdam(params, lr=1e-2, min_compress_size=1, block_size=64)),
+        ("microadam", lambda params: MicroAdam(params, lr=1e-2, min_compress_size=32, block_size=64)),
         ("dense", lambda params: LDAdam(params, lr=1e-2, rank=None)),
         ("sgd", lambda params: SGD(params, lr=1e-2, momentum=0.9)),
     ):

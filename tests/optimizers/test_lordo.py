@@ -15,7 +15,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_lowmem_optim import LoRDO, get_entry, layerwise, measure_state, plan_optimizer
+from hf_lowmem_optim import LoRDO, get_entry, layerwise, measure_state, plan_memory, plan_optimizer
+from hf_lowmem_optim.engine.workers import sync_bytes
+from hf_lowmem_optim.memory.byte_sizes import format_bytes
+from hf_lowmem_optim.memory.communication import SyncTraffic
 from hf_lowmem_optim.optimizers.lordo import LoRDOOptions, lordo_state, lordo_update_, new_basis, transport_
 from tests.reference.lordo import ReferenceLoRDO
 from tests.sharding.processes import launch
@@ -194,6 +197,23 @@ def test_the_state_takes_what_the_table_says(projection: str) -> None:
     assert sum(spec.nbytes for spec in large.values()) / 4096**2 == 4 * (16 + 2 * 16 + 24) / 4096
 
 
+def test_the_plan_says_what_a_sync_sends_beside_ddp_and_fsdp2() -> None:
+    r, n, model = 16, 4, nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64))
+    plan = plan_memory(model, "lordo", optim_args="sync_every=8", gpus=n)
+    matrices, vectors = 2 * (64 * 96 + 2 * r * 96), 96 + 64
+    expected = (n - 1) * (2 * 4 * (matrices + 3 * vectors) + 2 * 4 * 64 * r) // n
+    assert plan["lordo"].sync == SyncTraffic(8, expected) and plan["lordo"].sync.bytes_per_step == expected // 8
+    weights = 4 * (2 * 64 * 96 + vectors)
+    said = f"DDP itself {format_bytes(2 * 3 * weights // 4)} a step, FSDP2 itself {format_bytes(3 * 3 * weights // 4)}"
+    text = " ".join(str(plan).split())
+    assert (
+        f"sends every 8 steps, per GPU: {format_bytes(expected)}, {format_bytes(expected // 8)} a step; {said}" in text
+    )
+    sharded = plan_memory(model, "lordo", gpus=n, sharding="fsdp")["lordo"]
+    assert sharded.sync is None and "it trains under DDP" in str(sharded.problem)
+    assert plan_memory(model, "lordo")["lordo"].sync is None
+
+
 def test_what_it_cannot_do_is_refused_with_the_reason() -> None:
     why = "a sync averages all tensors at once"
     with pytest.raises(NotImplementedError, match=f"'lordo' has no layer-wise mode: {why}"):
@@ -277,13 +297,14 @@ def follow(rank: int, world: int, options: dict[str, Any], absent: Sequence[int]
             by_hand.append(sent[0])
     r, matrices = RANK, [sorted(shape) for shape in SHAPES if len(shape) == 2]
     first = sum(4 * (p * q + p * r) for p, q in matrices)
+    planned = sum(sync_bytes(LoRDO.method, optimizer.param_groups))
     moments = 1 if options.get("omega") == 0 else 2
     each = sum(4 * (p * q + moments * r * q + p * r) for p, q in matrices) + 4 * 3 * 10
     return {
         "distance": distance(params, expected, rank),
         "equal": equal,
         "between": all_equal(digest(optimizer)),
-        "bytes": [sent[0], optimizer.communicated_bytes, first + each * (STEPS // K)],
+        "bytes": [sent[0], optimizer.communicated_bytes, first + planned * (STEPS // K), first + each * (STEPS // K)],
         "quiet": by_hand[0] == by_hand[2] == first and by_hand[3] == by_hand[6],
     }
 
@@ -422,7 +443,7 @@ def workers(rank: int, world: int, folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes returned."""
-    return launch([(f"{__name__}:workers", 2)], tmp_path_factory.mktemp("lordo"))[0]
+    return launch([(f"{__name__}:workers", 2)], tmp_path_factory.mktemp("lordo"), timeout=600)[0]
 
 
 @pytest.mark.parametrize("name", [*SETTINGS, "absent"])
@@ -431,8 +452,8 @@ def test_two_workers_are_the_float64_transcription(name: str, results: Any) -> N
     for each in results:
         assert each[name]["distance"] <= 2e-4
         assert each[name]["equal"] == [True] * 3 and not each[name]["between"] and each[name]["quiet"]
-        counted, told, formula = each[name]["bytes"]
-        assert counted == told == formula
+        counted, told, planned, formula = each[name]["bytes"]
+        assert counted == told == planned == formula
 
 
 def test_exact_limits_of_two_workers(results: Any) -> None:
