@@ -32,7 +32,7 @@ ONLY_IN = {
 MAX_LINES = 450
 MAX_ARGUMENTS = 9
 #: Of the kernels, the rest of the ground floor, each system upon it, and what talks to users.
-MAX_PART_LINES = {"ops/triton/": 3_200, "ops/ engine/ optimizers/": 11_500, "pruning/": 1_700, "": 6_800}
+MAX_PART_LINES = {"ops/triton/": 3_320, "ops/ engine/ optimizers/": 11_500, "pruning/": 1_700, "": 6_800}
 #: Decorators whose functions are compiled: by Triton, or by numba through ``ops/cpu/jit.py``.
 COMPILED = {"jit", "loop", "inlined"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -19,8 +19,15 @@ from hf_lowmem_optim.ops.block_topk import TopK, _select_all, kept_per_block
 from hf_lowmem_optim.ops.cpu.block_quant import decode_blocks, encode_blocks, random_keys
 from hf_lowmem_optim.ops.cpu.floats import load_floats, store_floats
 from hf_lowmem_optim.ops.cpu.jit import inlined, loop
-from hf_lowmem_optim.ops.cpu.launch import DTYPE_CODES, NO_BYTES, block_ranges, buffer_arguments, run_pieces
-from hf_lowmem_optim.ops.cpu.window_values import store_values, window_arguments
+from hf_lowmem_optim.ops.cpu.launch import (
+    DTYPE_CODES,
+    NO_BYTES,
+    block_ranges,
+    buffer_arguments,
+    run_pieces,
+    window_arguments,
+)
+from hf_lowmem_optim.ops.cpu.window_values import store_values
 from hf_lowmem_optim.ops.dispatch import register
 
 __all__ = ["select_all"]

@@ -17,16 +17,30 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from hf_lowmem_optim.ops.block_quant import Quantized
+from hf_lowmem_optim.ops.block_topk import value_dtype_of
+from hf_lowmem_optim.ops.window_values import Grids
 
-__all__ = ["DTYPE_CODES", "ENTRIES_PER_PIECE", "NO_BYTES", "block_ranges", "buffer_arguments", "run_pieces"]
+__all__ = [
+    "DTYPE_CODES",
+    "ENTRIES_PER_PIECE",
+    "NO_BYTES",
+    "block_ranges",
+    "buffer_arguments",
+    "run_pieces",
+    "window_arguments",
+]
 
 R = TypeVar("R")
 
 #: How a loop is told the dtype of a tensor of floats, which it takes as bytes; ``floats.py`` has the same numbers.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-#: Stands for a tensor that is not there.
+#: How a loop is told the storage of a window's values; ``window_values.py`` has the same numbers.
+_VALUE_CODES = {"fp32": 0, "bf16": 1, "8bit": 3, "4bit": 4}
+#: Stand for tensors that are not there.
+_ONE_GRID, _NO_CODES = np.zeros((1, 1), np.float32), np.zeros((1, 1), np.uint8)
 NO_BYTES: NDArray[np.uint8] = np.empty(0, np.uint8)
 
 _MAX_THREADS = 16
@@ -42,6 +56,13 @@ def buffer_arguments(buffer: Quantized) -> tuple[Any, ...]:
     """Return what a loop takes a buffer apart into: codes, lo, hi, dtype code of both, bits, block size."""
     lo, hi, fmt = buffer.lo.view(torch.uint8).numpy(), buffer.hi.view(torch.uint8).numpy(), buffer.format
     return buffer.codes.numpy(), lo, hi, DTYPE_CODES[buffer.lo.dtype], fmt.bits, fmt.block_size
+
+
+def window_arguments(indices: Tensor, values: Tensor | None, grids: Grids | None) -> tuple[Any, ...]:
+    """Return what the loops take for a window."""
+    stored = _NO_CODES if values is None else values.view(torch.uint8).numpy()
+    lo, step = (_ONE_GRID, _ONE_GRID) if grids is None else (grids.lo.numpy(), grids.step.numpy())
+    return indices.numpy(), stored, _VALUE_CODES[value_dtype_of(values, grids)], lo, step
 
 
 def block_ranges(numel: int, block_size: int) -> list[tuple[int, int]]:

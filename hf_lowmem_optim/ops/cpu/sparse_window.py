@@ -20,8 +20,8 @@ from torch import Tensor
 
 from hf_lowmem_optim.ops.cpu.floats import BFLOAT16, FLOAT16, FLOAT32, narrow, widen
 from hf_lowmem_optim.ops.cpu.jit import Loop, inlined, loop
-from hf_lowmem_optim.ops.cpu.launch import DTYPE_CODES, ENTRIES_PER_PIECE, block_ranges, run_pieces
-from hf_lowmem_optim.ops.cpu.window_values import index_mask, load_values, window_arguments
+from hf_lowmem_optim.ops.cpu.launch import DTYPE_CODES, ENTRIES_PER_PIECE, block_ranges, run_pieces, window_arguments
+from hf_lowmem_optim.ops.cpu.window_values import index_mask, load_values
 from hf_lowmem_optim.ops.dispatch import register
 from hf_lowmem_optim.ops.sparse_window import SparseWindow, WindowStep, _combine, _descend_all, _gram_rows, _update_all
 from hf_lowmem_optim.ops.window_values import unpack
