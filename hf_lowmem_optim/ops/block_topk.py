@@ -269,7 +269,10 @@ def _check(call: TopK) -> None:
         raise ValueError(f"indices must be int16; got {call.indices.dtype}")
     if call.indices.device != device:
         raise ValueError(f"indices is on {call.indices.device}, the other tensors on {device}")
-    check_stored(call.indices, call.values, call.grids, -(-numel // block_size))
+    stored = call.values
+    floats = call.grids is None and stored is not None and stored.dtype in FLOATS.values()
+    if not floats or stored.shape != shape or stored.device != device or not stored.is_contiguous():
+        check_stored(call.indices, stored, call.grids, -(-numel // block_size))
     if not 0 <= call.row < shape[0]:
         raise ValueError(f"row {call.row} is not one of the window's {shape[0]}")
     error = call.error

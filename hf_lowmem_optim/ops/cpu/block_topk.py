@@ -169,7 +169,7 @@ def _arguments(call: TopK) -> tuple[Any, ...]:
     grad, error, at = call.grad.detach().view(-1), call.error, call.row
     gradient = grad.view(torch.uint8).numpy(), DTYPE_CODES[grad.dtype], grad.numel()
     blocks = call.block_size, kept_per_block(call.block_size, call.density)
-    indices, values, value_code, lo, step = window_arguments(call.indices, call.values, call.grids)
+    indices, values, value_code, lo, step = window_arguments(call)
     row = indices[at], values[at % len(values)], value_code, lo[at % len(lo)], step[at % len(step)], *blocks
     form = _NO_ERROR
     buffer: tuple[Any, ...] = NO_BYTES, NO_BYTES, NO_BYTES, 0, 8, 1

@@ -17,11 +17,10 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from hf_lowmem_optim.ops.block_quant import Quantized
-from hf_lowmem_optim.ops.block_topk import value_dtype_of
-from hf_lowmem_optim.ops.window_values import Grids
+from hf_lowmem_optim.ops.block_topk import TopK
+from hf_lowmem_optim.ops.sparse_window import SparseWindow
 
 __all__ = [
     "DTYPE_CODES",
@@ -37,8 +36,6 @@ R = TypeVar("R")
 
 #: How a loop is told the dtype of a tensor of floats, which it takes as bytes; ``floats.py`` has the same numbers.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-#: How a loop is told the storage of a window's values; ``window_values.py`` has the same numbers.
-_VALUE_CODES = {"fp32": 0, "bf16": 1, "8bit": 3, "4bit": 4}
 #: Stand for tensors that are not there.
 _ONE_GRID, _NO_CODES = np.zeros((1, 1), np.float32), np.zeros((1, 1), np.uint8)
 NO_BYTES: NDArray[np.uint8] = np.empty(0, np.uint8)
@@ -58,11 +55,13 @@ def buffer_arguments(buffer: Quantized) -> tuple[Any, ...]:
     return buffer.codes.numpy(), lo, hi, DTYPE_CODES[buffer.lo.dtype], fmt.bits, fmt.block_size
 
 
-def window_arguments(indices: Tensor, values: Tensor | None, grids: Grids | None) -> tuple[Any, ...]:
-    """Return what the loops take for a window."""
+def window_arguments(window: SparseWindow | TopK) -> tuple[Any, ...]:
+    """Return what the loops take for a window, with a code of the storage of its values: 3 for 8 bits, 4 for 4."""
+    values, grids = window.values, window.grids
     stored = _NO_CODES if values is None else values.view(torch.uint8).numpy()
     lo, step = (_ONE_GRID, _ONE_GRID) if grids is None else (grids.lo.numpy(), grids.step.numpy())
-    return indices.numpy(), stored, _VALUE_CODES[value_dtype_of(values, grids)], lo, step
+    code = 4 if values is None else 3 if grids is not None else DTYPE_CODES[values.dtype]
+    return window.indices.numpy(), stored, code, lo, step
 
 
 def block_ranges(numel: int, block_size: int) -> list[tuple[int, int]]:
