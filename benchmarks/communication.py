@@ -5,7 +5,8 @@
 
 Everything is computed: the formulas are those that ``hf-lowmem-optim plan --sharding fsdp`` prints, and the tests count
 what two processes send. Weights and gradients are bfloat16. A method that has several paths is printed with each: with
-stochastically rounded weights every compressed tensor is gathered, as it is in any method's worst case.
+stochastically rounded weights every compressed tensor is gathered, as it is in any method's worst case. Workers that
+average every so many steps have whole weights, under DDP: theirs are the bytes of a sync by its steps.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Sequence
 
 from hf_lowmem_optim import OPTIMIZERS, plan_memory
 from hf_lowmem_optim.memory.byte_sizes import format_bytes
-from hf_lowmem_optim.memory.communication import fsdp_sent_bytes
+from hf_lowmem_optim.memory.communication import ddp_sent_bytes, fsdp_sent_bytes
 from hf_lowmem_optim.memory.plan_types import MemoryPlan, OptimizerPlan
 
 MODELS = ("llama-2-7b", "llama-2-70b")
@@ -23,7 +24,7 @@ RANKS = (8, 64, 512)
 #: Beside the defaults of every method.
 VARIANTS = ("rank=128", "weight_rounding=stochastic")
 #: In the documentation.
-SHOWN = ("ldadam", "ldadam weight_rounding=stochastic", "microadam", "sparse_mfac", "lowrank_mfac")
+SHOWN = ("ldadam", "ldadam weight_rounding=stochastic", "microadam", "sparse_mfac", "lowrank_mfac", "lordo")
 HEADER = ("model", "GPUs", "optimizer", "path", "sent a step", "of FSDP2's own", "calls", "state")
 
 
@@ -40,21 +41,30 @@ def rows(models: Sequence[str], ranks: Sequence[int], optims: Sequence[str]) -> 
             own = 0
             for optim in optims:
                 name, _, optim_args = optim.partition(" ")
-                plan = plan_memory(model, name, optim_args=optim_args or None, gpus=count, sharding="fsdp")
+                whole = OPTIMIZERS[name].optimizer_class.method.replicated is not None
+                sharding = "ddp" if whole else "fsdp"
+                plan = plan_memory(model, name, optim_args=optim_args or None, gpus=count, sharding=sharding)
                 if not own:
                     own = fsdp_own(plan)
                     yield model, str(count), "FSDP2 itself", "", format_bytes(own), "", "", ""
+                if whole:
+                    ddp = ddp_sent_bytes(plan.weights.gradient_bytes["gradients"], count)
+                    yield model, str(count), "DDP itself", "", format_bytes(ddp), f"{100 * ddp / own:.2g} %", "", ""
                 yield model, str(count), optim, *cells(plan[name], own, count)
 
 
 def fsdp_own(plan: MemoryPlan) -> int:
-    """Return what FSDP2 itself sends from each process in a step."""
-    weights, gradients = (sum(each.values()) for each in (plan.weights.weight_bytes, plan.weights.gradient_bytes))
-    return fsdp_sent_bytes(weights, gradients, plan.processes.num_shards)
+    """Return what FSDP2 itself sends from each process in a step; also where each has everything."""
+    weights, gradients = sum(plan.weights.weight_bytes.values()), plan.weights.gradient_bytes["gradients"]
+    split = plan.processes.gpus // plan.processes.num_shards
+    return fsdp_sent_bytes(weights, gradients, plan.processes.gpus) // split
 
 
 def cells(row: OptimizerPlan, own: int, count: int) -> tuple[str, ...]:
     """Return what an optimizer sends from each process, and its state there."""
+    if row.sync is not None and row.state is not None:
+        sent, every = row.sync.bytes_per_step, f"every {row.sync.sync_every} steps"
+        return every, format_bytes(sent), f"{100 * sent / own:.2g} %", "–", format_bytes(row.state.total_bytes)
     assert row.traffic is not None and row.state is not None
     paths = [path for path in row.traffic.tensors if path != "local"]
     sent = row.traffic.total_bytes // count

@@ -196,15 +196,16 @@ class RunStore:
         path: The file (``….json``); continued if it exists, and written after every run.
         settings: Task, steps and precision (``dtype``) of all runs.
         note: What a reader must know about the runs; by default what the file says.
+        benchmark: Whose runs they are.
 
     Raises:
         ValueError: The file has figures of another task, machine or versions, or with other settings: they cannot
             stand in one table.
     """
 
-    def __init__(self, path: Path | None, settings: Row, note: str = "") -> None:
+    def __init__(self, path: Path | None, settings: Row, note: str = "", benchmark: str = "convergence") -> None:
         self.path = path
-        self.run = describe_run("convergence", {**settings, "threads": torch.get_num_threads(), "device": "cpu"}, note)
+        self.run = describe_run(benchmark, {**settings, "threads": torch.get_num_threads(), "device": "cpu"}, note)
         if path is None or not path.exists():
             return
         old, new = load_run(path), self.run

@@ -32,6 +32,7 @@ from tables import (
     format_rows,
     labelled,
     memory_rows,
+    nested_lora_rows,
     packing_rows,
     report,
     requirement_rows,
@@ -59,6 +60,7 @@ TABLES: dict[str, tuple[Callable[[Run], str], str]] = {
     **{f"convergence_{task}": (convergence_report, f"convergence_{task}.json") for task in ("pretrain", "finetune")},
     **{f"convergence_{name}": (convergence_report, f"convergence_{name}.json") for name in ("rows", "dash_trial")},
 }
+TABLES["nested_lora"] = partial(labelled, nested_lora_rows), "nested_lora.json"
 for _name in ("minilm", "llama", "lora", "small"):
     TABLES[f"step_time_{_name}"] = partial(labelled, partial(step_time_rows, shapes=_name)), "step_time.json"
 for _name in ("large", "llama", "minilm"):

@@ -166,6 +166,16 @@ def rate_rows(rows: Sequence[Row]) -> str:
     return markdown_table(["validation loss at rate", *(f"{rate:g}" for rate in rates)], lines)
 
 
+def nested_lora_rows(rows: Sequence[Row]) -> str:
+    """Return test losses by rank, means over seeds, and their AURAC with its spread."""
+    ranks = [key for key in rows[0] if key.startswith("rank_")]
+    lines = []
+    for (entry, lr), runs in by_entry(rows, "test").items():
+        means = [f"{statistics.mean(row[key] for row in runs):.3f}" for key in ranks]
+        lines.append([entry, f"{lr:g}" if lr else None, *means, _with_spread([row["held_out_loss"] for row in runs])])
+    return markdown_table(["mode:rule", "rate", *(key.replace("_", " ") for key in ranks), "AURAC"], lines)
+
+
 def labelled(rows: Callable[[Sequence[Row]], str], run: Run) -> str:
     """Return a table of figures that depend on the machine, under the command and what they were measured with."""
     note = f" {run.note}" if run.note else ""
@@ -187,4 +197,9 @@ def report(run: Run) -> str:
         return "\n\n".join(labelled(partial(step_time_rows, shapes=name), run) for name in sets)
     if run.benchmark == "convergence":
         return f"{convergence_report(run)}\n\n{rate_rows(run.rows)}"
-    return labelled({"memory": memory_rows, "requirements": requirement_rows}.get(run.benchmark, all_rows), run)
+    return labelled(
+        {"memory": memory_rows, "requirements": requirement_rows, "nested_lora": nested_lora_rows}.get(
+            run.benchmark, all_rows
+        ),
+        run,
+    )

@@ -11,18 +11,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_lowmem_optim.engine.averaging import keep_gradients_local
     from hf_lowmem_optim.engine.backward import layerwise
     from hf_lowmem_optim.engine.fp32_weights import fp32_state_dict, load_fp32_state_dict_
     from hf_lowmem_optim.engine.method import Method
     from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
     from hf_lowmem_optim.engine.options import Options, option
+    from hf_lowmem_optim.local_updates.optimizer import LocalUpdates
+    from hf_lowmem_optim.local_updates.outer import OuterNesterov
     from hf_lowmem_optim.memory.measure import StateReport, measure_state
     from hf_lowmem_optim.memory.plan import plan_optimizer, plan_state
     from hf_lowmem_optim.memory.plan_types import MemoryPlan
     from hf_lowmem_optim.memory.report import build_report, write_report
+    from hf_lowmem_optim.nested_lora.matryoshka import MatryoshkaLora
+    from hf_lowmem_optim.nested_lora.ranks import aurac
     from hf_lowmem_optim.optimizers.dash import Dash
     from hf_lowmem_optim.optimizers.dct_adamw import DCTAdamW
     from hf_lowmem_optim.optimizers.ldadam import LDAdam
+    from hf_lowmem_optim.optimizers.lordo import LoRDO
     from hf_lowmem_optim.optimizers.lowrank_mfac import LowRankMFAC
     from hf_lowmem_optim.optimizers.microadam import MicroAdam
     from hf_lowmem_optim.optimizers.sparse_ggt import SparseGGT
@@ -41,7 +47,9 @@ if TYPE_CHECKING:
     from hf_lowmem_optim.spec import TensorSpec
     from hf_lowmem_optim.trainer.callbacks import OptimizerStateMemoryCallback
     from hf_lowmem_optim.trainer.factory import OptimizerFactory
+    from hf_lowmem_optim.trainer.local_updates import LocalUpdatesCallback
     from hf_lowmem_optim.trainer.model_source import ModelOptions
+    from hf_lowmem_optim.trainer.nested_lora import RankEvaluationCallback, attach_nested_lora
     from hf_lowmem_optim.trainer.plan_model import plan_memory
     from hf_lowmem_optim.trainer.pruning import IOBSPruningCallback
     from hf_lowmem_optim.trainer.strings import register_optimizer_strings
@@ -56,8 +64,12 @@ __all__ = [
     "IOBSPruningCallback",
     "LDAdam",
     "LDAdamLayerwise",
+    "LoRDO",
+    "LocalUpdates",
+    "LocalUpdatesCallback",
     "LowMemoryOptimizer",
     "LowRankMFAC",
+    "MatryoshkaLora",
     "MemoryPlan",
     "Method",
     "MicroAdam",
@@ -67,15 +79,20 @@ __all__ = [
     "OptimizerFactory",
     "OptimizerStateMemoryCallback",
     "Options",
+    "OuterNesterov",
+    "RankEvaluationCallback",
     "SparseGGT",
     "SparseMFAC",
     "StateReport",
     "TensorSpec",
     "Trion",
+    "attach_nested_lora",
+    "aurac",
     "build_report",
     "fp32_state_dict",
     "get_entry",
     "iobs_layers_",
+    "keep_gradients_local",
     "layerwise",
     "load_fp32_state_dict_",
     "measure_state",
@@ -89,18 +106,24 @@ __all__ = [
 ]
 
 _MODULES = {
+    "engine.averaging": "keep_gradients_local",
     "engine.backward": "layerwise",
     "engine.fp32_weights": "fp32_state_dict load_fp32_state_dict_",
     "engine.method": "Method",
     "engine.optimizer": "LowMemoryOptimizer",
     "engine.options": "Options option",
+    "local_updates.optimizer": "LocalUpdates",
+    "local_updates.outer": "OuterNesterov",
     "memory.measure": "StateReport measure_state",
     "memory.plan": "plan_optimizer plan_state",
     "memory.plan_types": "MemoryPlan",
     "memory.report": "build_report write_report",
+    "nested_lora.matryoshka": "MatryoshkaLora",
+    "nested_lora.ranks": "aurac",
     "optimizers.dash": "Dash",
     "optimizers.dct_adamw": "DCTAdamW",
     "optimizers.ldadam": "LDAdam",
+    "optimizers.lordo": "LoRDO",
     "optimizers.lowrank_mfac": "LowRankMFAC",
     "optimizers.microadam": "MicroAdam",
     "optimizers.sparse_ggt": "SparseGGT",
@@ -112,7 +135,9 @@ _MODULES = {
     "spec": "TensorSpec",
     "trainer.callbacks": "OptimizerStateMemoryCallback",
     "trainer.factory": "OptimizerFactory",
+    "trainer.local_updates": "LocalUpdatesCallback",
     "trainer.model_source": "ModelOptions",
+    "trainer.nested_lora": "RankEvaluationCallback attach_nested_lora",
     "trainer.plan_model": "plan_memory",
     "trainer.pruning": "IOBSPruningCallback",
     "trainer.strings": "register_optimizer_strings",

@@ -119,7 +119,9 @@ def _add_prune(prune: argparse.ArgumentParser) -> None:
     prune.add_argument("--iterations", type=_positive, default=3, metavar="N", help="passes; default: 3")
     prune.add_argument("--layers", nargs="+", metavar="NAME", help="default: all but embeddings and the output head")
     prune.add_argument("--samples", type=_positive, default=128, metavar="N", help="to calibrate with; default: 128")
-    prune.add_argument("--sequence-length", type=_positive, default=512, metavar="N", help="tokens; default: 512")
+    prune.add_argument(
+        "--sequence-length", type=_positive, default=512, metavar="N", help="tokens; texts are cut there; default: 512"
+    )
     prune.set_defaults(run=_prune)
 
 
@@ -154,10 +156,7 @@ def _plan(args: argparse.Namespace) -> int:
         raise ValueError("--batch-size and --checkpointing decide activations, which need --seq-len: give that")
     if args.adamw_lr is not None:
         learning_rates([], args.adamw_lr)
-    if args.plot and Path(args.plot).suffix.lower() not in (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp"):
-        raise ValueError(f"--plot {args.plot}: the suffix chooses the format; write for example out.png or out.svg")
-    if args.html and Path(args.html).suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"--html {args.html}: that is a page; write for example out.html")
+    _check_outputs(args)
     # its advice on fast kernels of another package, which a plan does not run
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
         lambda record: "kernels-community" not in str(record.msg)
@@ -190,15 +189,34 @@ def _plan(args: argparse.Namespace) -> int:
         print(plan_csv(plan).rstrip("\n") if args.csv else plan)
     if args.plot:
         plot_plan(plan, args.plot)
+        _say_written(args.plot)
     if args.html:
         from hf_lowmem_optim.trainer.planner_data import model_data, page_of
 
         Path(args.html).write_text(page_of({plan.source: model_data(args.model)}), encoding="utf-8")
+        _say_written(args.html)
     return 0 if plan.anything_fits else _NOTHING_FITS
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Refuse a name that no picture or page can have, before the work."""
+    if args.plot and Path(args.plot).suffix.lower() not in (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"--plot {args.plot}: the suffix chooses the format; write for example out.png or out.svg")
+    if args.html and Path(args.html).suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"--html {args.html}: that is a page; write for example out.html")
+    for option, path in (("--plot", args.plot), ("--html", args.html)):
+        if path and not Path(path).parent.is_dir():
+            raise FileNotFoundError(f"{option} {path}: {Path(path).parent} is no directory: make it first")
+
+
+def _say_written(path: str) -> None:
+    """Say where a file is, beside output that may be JSON."""
+    print(f"written to {path}", file=sys.stderr)
 
 
 def _report(args: argparse.Namespace) -> None:
     """Print the report of a run, and draw it."""
+    _check_outputs(args)
     from hf_lowmem_optim.memory.plots import plot_report
     from hf_lowmem_optim.memory.report import load_report, report_text
     from hf_lowmem_optim.memory.report_page import report_page
@@ -206,9 +224,11 @@ def _report(args: argparse.Namespace) -> None:
     report = load_report(Path(args.directory))
     if args.html:
         Path(args.html).write_text(report_page(report), encoding="utf-8")
+        _say_written(args.html)
     print(report_text(report))
     if args.plot:
         plot_report(report, args.plot)
+        _say_written(args.plot)
 
 
 def _prune(args: argparse.Namespace) -> None:
@@ -218,6 +238,8 @@ def _prune(args: argparse.Namespace) -> None:
     pattern = None if args.pattern is None else parse_pattern(args.pattern)
     options = PruneOptions(args.sparsity, pattern, args.iterations, args.layers, args.samples, args.sequence_length)
     done = prune_directory(args.model, args.data, args.out, options)
+    if done.num_cut:
+        print(f"texts that were cut at --sequence-length {args.sequence_length} or the model's limit: {done.num_cut:,}")
     share = done.num_zeros / done.num_weights
     print(f"zeros: {done.num_zeros:,} of {done.num_weights:,} weights ({share:.2%})")
     print(f"{done.measure}: {done.before:.4g} before, {done.after:.4g} after")

@@ -12,6 +12,7 @@ from hf_lowmem_optim.engine.options import nearest
 from hf_lowmem_optim.optimizers.dash import Dash
 from hf_lowmem_optim.optimizers.dct_adamw import DCTAdamW
 from hf_lowmem_optim.optimizers.ldadam import LDAdam
+from hf_lowmem_optim.optimizers.lordo import LoRDO
 from hf_lowmem_optim.optimizers.lowrank_mfac import LowRankMFAC
 from hf_lowmem_optim.optimizers.microadam import MicroAdam
 from hf_lowmem_optim.optimizers.sparse_ggt import SparseGGT
@@ -56,7 +57,7 @@ after_registration: list[Callable[[], None]] = []
 def register_optimizer(
     name: str, optimizer_class: type[LowMemoryOptimizer], *, paper: str = "", summary: str = ""
 ) -> None:
-    """Make an optimizer known under a string, and its layer-wise version under ``<name>_layerwise``.
+    """Make an optimizer known under a string, and its layer-wise version, if any, under ``<name>_layerwise``.
 
     It then has whatever the methods of this package have: the ``optim`` string and ``optim_args``, the factory, plan
     and report, exact resume, layer-wise mode. Register before building ``TrainingArguments``, before or after
@@ -93,9 +94,10 @@ def register_optimizer(
     if known is not None and _identity(known.optimizer_class) != _identity(optimizer_class):
         raise ValueError(f"name={name!r} is taken by {known.optimizer_class.__name__}; choose another one")
     OPTIMIZERS[name] = OptimizerEntry(name, optimizer_class, paper, summary)
-    other = f"{name}_layerwise"
-    note = f"{name}, each parameter updated in the backward pass as soon as its gradient is there"
-    OPTIMIZERS[other] = OptimizerEntry(other, layerwise(optimizer_class), paper, note)
+    if method.replicated is None:
+        other = f"{name}_layerwise"
+        note = f"{name}, each parameter updated in the backward pass as soon as its gradient is there"
+        OPTIMIZERS[other] = OptimizerEntry(other, layerwise(optimizer_class), paper, note)
     for call in after_registration:
         call()
 
@@ -116,10 +118,13 @@ def get_entry(optimizer: str | type[LowMemoryOptimizer]) -> OptimizerEntry:
     Raises:
         ValueError: There is none of that name; the message has the nearest one and the list. Or the class is not
             registered.
+        NotImplementedError: The method has no layer-wise mode.
         TypeError: It is neither a string nor a class of this package.
     """
     if isinstance(optimizer, str):
         if optimizer not in OPTIMIZERS:
+            if (normal := OPTIMIZERS.get(optimizer.removesuffix("_layerwise"))) is not None:
+                layerwise(normal.optimizer_class)  # says why there is none
             known = ", ".join(OPTIMIZERS)
             raise ValueError(
                 f"optim={optimizer!r} is not an optimizer of this package{nearest(optimizer, OPTIMIZERS)} ({known})"
@@ -149,6 +154,7 @@ for _class, _paper, _summary in (
     (DCTAdamW, _DCT, "AdamW on the largest rows of the gradient's cosine transform, with error feedback"),
     (Trion, _DCT, "Muon's update from the largest rows of the momentum's cosine transform"),
     (Dash, "2602.02016", "Shampoo by blocks with Adam's step sizes, its statistics as 8-bit triangles"),
+    (LoRDO, "2602.04396 (ICML 2026)", "low-rank Adam of workers that step apart and average every so many steps"),
 ):
     register_optimizer(_class.method.name, _class, paper=f"arXiv {_paper}", summary=_summary)
 

@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).parent.parent / "hf_lowmem_optim"
 NAME = PACKAGE.name
 #: From the bottom up; a module may import from its own layer and from those before it.
 LAYERS = (
-    *("words", "spec", "ops", "engine", "optimizers", "pruning", "registry", "memory", "trainer", "integrations"),
-    "__main__",
+    *("words", "json_file", "spec", "ops", "engine", "optimizers", "pruning", "nested_lora", "local_updates"),
+    *("registry", "memory", "trainer", "integrations", "__main__"),
 )
 #: Outside packages, each with the only places that may import it.
 ONLY_IN = {
@@ -32,7 +32,14 @@ ONLY_IN = {
 MAX_LINES = 450
 MAX_ARGUMENTS = 9
 #: Of the kernels, the rest of the ground floor, each system upon it, and what talks to users.
-MAX_PART_LINES = {"ops/triton/": 3_320, "ops/ engine/ optimizers/": 11_500, "pruning/": 1_700, "": 6_800}
+MAX_PART_LINES = {
+    "ops/triton/": 3_350,
+    "ops/ engine/ optimizers/": 12_300,
+    "pruning/": 1_700,
+    "nested_lora/": 750,
+    "local_updates/": 600,
+    "": 7_150,
+}
 #: Decorators whose functions are compiled: by Triton, or by numba through ``ops/cpu/jit.py``.
 COMPILED = {"jit", "loop", "inlined"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -106,6 +106,7 @@ def test_a_plan_of_which_nothing_fits_has_its_table_json_csv_and_a_status_of_its
         (["bert-base", "--budget", "24GiB", "--reserve", "24GiB"], "leaves nothing"),
         (["bert-base", "--plot", "a.txt"], "out.png or out.svg"),
         (["bert-base", "--html", "a.pdf"], "out.html"),
+        (["bert-base", "--html", "/nowhere/at/all.html"], "/nowhere/at is no directory: make it first"),
         (["bert-base", "--budgt", "24GiB"], "usage: hf-lowmem-optim plan"),
     ],
 )

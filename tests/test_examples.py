@@ -32,13 +32,17 @@ SHORT = {
     "trl_sft.py": (["--max_steps", "2"], "'optim': 'ldadam'"),
     "plain_loop.py": ([], "AdamW: "),
     "pruning.py": (["--seeds", "1"], "90% pruned: "),
+    "nested_lora.py": (
+        ["--max_steps", "2", "--lora_rank", "2", "--modes", "losses", "matryoshka"],
+        "losses by rank in out/aurac.png",
+    ),
 }
 
 
 @pytest.mark.slow
 def test_every_example_and_the_demo_run(tmp_path: Path) -> None:
-    # one of them runs in two processes: tests/trainer/test_fsdp2.py
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {*SHORT, "fsdp2_full_finetuning.py"}
+    # two of them run in two processes: tests/trainer/test_fsdp2.py, tests/local_updates/test_trainer.py
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {*SHORT, "fsdp2_full_finetuning.py", "local_updates.py"}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}
     subprocess.run([sys.executable, "-m", __name__, str(tmp_path)], env=environment, check=True, timeout=1800)
     printed, errors = {}, {}
@@ -58,6 +62,8 @@ def test_every_example_and_the_demo_run(tmp_path: Path) -> None:
     logs = [line for line in printed["demo"] if "step    50 of 50  loss " in line]
     assert [line.split()[0] for line in logs] == ["adamw_torch", "ldadam"]
     assert not any("{" in line for line in printed["demo"]) and "50/50" in errors["demo"]
+    assert any(line.startswith("losses: ") and "at rank 2; AURAC " in line for line in printed["nested_lora.py"])
+    assert (tmp_path / "nested_lora.py" / "out" / "losses" / "rank-1" / "adapter_config.json").exists()
     (picture,) = (tmp_path / "demo").iterdir()
     assert picture.name == "demo.png" and str(picture) in printed["demo"][-1]
 

@@ -396,6 +396,9 @@ def layerwise(optimizer_class: _T) -> _T:
     Returns:
         The class, the same one for every call; its name in the registry ends in ``_layerwise``.
 
+    Raises:
+        NotImplementedError: The method must have all gradients when it steps.
+
     Example:
         >>> optimizer = layerwise(LDAdam)(model.parameters(), lr=1e-3, rank=16)
         >>> loss.backward()  # updates the parameters
@@ -404,6 +407,8 @@ def layerwise(optimizer_class: _T) -> _T:
     if optimizer_class in _MADE:
         return cast("_T", _MADE[optimizer_class])
     normal: Method = optimizer_class.method
+    if normal.replicated is not None:
+        raise NotImplementedError(f"{normal.name!r} has no layer-wise mode: {normal.replicated}")
     clip = option(
         None,
         "Scale the gradient of each tensor down to this norm if it is larger. A group may set its own. Not with "

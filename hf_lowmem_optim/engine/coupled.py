@@ -37,7 +37,19 @@ Scope = Literal["model", "tensor"]
 
 
 def check_agreement(method: Method, groups: Sequence[Mapping[str, Any]], who: str) -> None:
-    """Raise ValueError for groups, with every option, that differ in one on which a system's must agree."""
+    """Raise ValueError for groups, with every option, that differ in one on which a system's must agree.
+
+    Without a system, all groups must agree on the method's shared options, also those that take AdamW.
+    """
+    if method.shared_state is None:
+        for group in groups[1:]:
+            for key in method.shared_options:
+                if group[key] != groups[0][key]:
+                    raise ValueError(
+                        f"{key}={group[key]!r} of a parameter group differs from {key}={groups[0][key]!r} of another; "
+                        f"all groups of {who} act together: give them the same {key}"
+                    )
+        return
     members = [group for group in groups if method.shared_options and not method.is_dense(group)]
     for group in members[1:]:
         for key in method.shared_options if members[0]["scope"] == "model" else ("scope",):

@@ -146,7 +146,8 @@ class Method:
             option: the state follows it.
         coupled_update_: Updates all tensors that share a system.
         shared_state: Describes the state of a system.
-        shared_options: The options on which all groups of a system must agree, ``"scope"`` among them.
+        shared_options: The options on which all groups of a system must agree, ``"scope"`` among them; of a method
+            without a system, on which all groups must.
         absent_: Notes in a tensor's state that it had no gradient in a step of its system: ``(state, t) -> None``.
         check_loaded: Finds what its kernels could not be handed in a tensor's loaded state, beyond shapes and dtypes:
             ``(state, shape, options)`` -> the fault as a clause, or None.
@@ -159,6 +160,8 @@ class Method:
         block_entries: Of how many consecutive entries are the blocks that it treats each by itself, apart from a system
             over all tensors, with some options; None with options for which that is not so.
         staged: Its update of a matrix of which several processes have parts, for steps after the first.
+        replicated: Why every process must have all tensors whole, with all gradients, when it steps, as a clause; it
+            has then no layer-wise mode, and serves no sharded parameters. None for any other method.
 
     Raises:
         ValueError: There is no such switch, or not one update.
@@ -187,6 +190,7 @@ class Method:
     serves_flat: bool = False
     block_entries: Callable[[Any], int | None] | None = None
     staged: StagedUpdate | None = None
+    replicated: str | None = None
 
     def __post_init__(self) -> None:
         """Check what a mistyped description would break later."""
@@ -212,10 +216,9 @@ class Method:
         """:attr:`optional_state`, and that of every method."""
         return {**self.optional_state, CORRECTION: "weight_rounding"}
 
-    @functools.cached_property
-    def layout_options(self) -> tuple[str, ...]:
-        """The options that decide which state a tensor has."""
-        return (*self.shaping, *self.follows.values())
+    def layout_of(self, options: Options) -> tuple[Any, ...]:
+        """Return the options that decide which state a tensor has."""
+        return tuple([getattr(options, name) for name in (*self.shaping, *self.follows.values())])
 
     def check(self, values: Mapping[str, Any], owner: str) -> Options:
         """Return the options that some values by name make; what is missing counts as its default.
@@ -360,8 +363,11 @@ class Method:
 
         Args:
             group: The group.
-            sharded: Whether FSDP2 splits its parameters, whose hooks get gradients that are averaged.
+            sharded: Whether FSDP2 splits its parameters, whose hooks get gradients that are averaged; a method that is
+                :attr:`replicated` is trained by several processes otherwise.
         """
+        if sharded and self.replicated is not None:
+            return self.replicated
         if self.layerwise and not sharded:
             return "layer-wise mode uses a gradient before the processes have averaged it"
         if group.get("error_feedback") == "grad":

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from hf_lowmem_optim.engine.buckets import SHARED_PREFIX, own_tensors, split_state
-from hf_lowmem_optim.engine.checks import fault_of_tensor
+from hf_lowmem_optim.engine.checks import fault_of_tensor, has_storage
 from hf_lowmem_optim.engine.coupled import SHARED_STEP, check_agreement
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.options import Options, as_plain
@@ -182,14 +182,17 @@ def _check_groups(optimizer: Optimizer, method: Method, saved_groups: list[dict[
 
 
 def _tell_changed_options(optimizer: Optimizer, method: Method, saved_groups: Sequence[Mapping[str, Any]]) -> None:
-    """Warn of options with which this optimizer was built, and which those of the state replace."""
+    """Warn of options with which this optimizer was built, and which those of the state replace; once for each."""
+    changed: dict[tuple[str, str, str], list[str]] = {}
     for index, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
         for key in sorted(method.options.defaults().keys() & saved.keys() - {"lr", *method.shaping}):
             if as_plain(group[key]) != as_plain(saved[key]):
-                logger.warning(
-                    "parameter group %d goes on with %s=%r, as it was saved; the %s=%r of this %s has no effect",
-                    *(index, key, saved[key], key, group[key], type(optimizer).__name__),
-                )
+                changed.setdefault((key, repr(saved[key]), repr(group[key])), []).append(str(index))
+    for (key, was, now), indices in changed.items():
+        logger.warning(
+            "training goes on with %s=%s, as it was saved; the %s=%s of this %s has no effect (parameter group%s %s)",
+            *(key, was, key, now, type(optimizer).__name__, "s" * (len(indices) > 1), ", ".join(indices)),
+        )
 
 
 def _loaded_options(method: Method, group: Mapping[str, Any], saved: Mapping[str, Any]) -> Any:
@@ -218,7 +221,7 @@ def _move_old_shared(optimizer: Optimizer, method: Method, state_dict: dict[str,
 
 
 def _as_one_process(optimizer: Optimizer, method: Method, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """View the pairs of bytes of sharded parameters' state as the int16 that they are, where they are whole."""
+    """View whole state that was sharded as one process has it: contiguous, and pairs of bytes as int16."""
     state = dict(state_dict["state"])
     for group, saved_group in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         options = _loaded_options(method, group, saved_group)
@@ -226,8 +229,15 @@ def _as_one_process(optimizer: Optimizer, method: Method, state_dict: dict[str, 
             specs = method.specs(param.shape, param.dtype, options)
             if saved := state.get(saved_id):
                 whole = [k for k in specs if isinstance(saved.get(k), Tensor) and not hasattr(saved[k], "placements")]
-                state[saved_id] = {**saved, **{key: as_indices(saved[key], specs[key]) for key in whole}}
+                parts = {key: as_indices(_without_gaps(saved[key], specs[key]), specs[key]) for key in whole}
+                state[saved_id] = {**saved, **parts}
     return {**state_dict, "state": state}
+
+
+def _without_gaps(part: Tensor, spec: TensorSpec) -> Tensor:
+    """Return a tensor of the right size contiguous: torch < 2.13 leaves gaps in what it puts together of shards."""
+    is_readable = part.layout == torch.strided and part.nbytes == spec.stored_bytes and has_storage(part)
+    return part.contiguous() if is_readable else part
 
 
 def _check_state(optimizer: Optimizer, method: Method, state_dict: dict[str, Any]) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
+from hf_lowmem_optim.words import shown
+
 __all__ = ["FACTORS", "LearningRate", "learning_rates"]
 
 FACTORS: dict[str, tuple[float, float]] = {"ldadam": (2.5, 8.0), "microadam": (1.0, 4.0)}
@@ -33,8 +35,11 @@ def learning_rates(names: Iterable[str], adamw: float) -> tuple[LearningRate, ..
     """Return where to start with some optimizers; a layer-wise one takes the rate of its normal mode.
 
     Raises:
-        ValueError: AdamW's rate is not positive.
+        TypeError: AdamW's rate is no number.
+        ValueError: It is not positive, or 1 and more.
     """
+    if isinstance(adamw, bool) or not isinstance(adamw, (int, float)):
+        raise TypeError(f"adamw_lr={shown(adamw)} is a {type(adamw).__name__}; it must be a float > 0")
     if not 0 < adamw < 1:
         raise ValueError(f"adamw_lr={adamw:g} is no learning rate: it must be more than 0 and less than 1")
     found = ((name, FACTORS.get(name.removesuffix("_layerwise"), (None, None))) for name in names)

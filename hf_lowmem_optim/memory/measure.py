@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hf_lowmem_optim.engine.buckets import SHARED_PREFIX
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
+from hf_lowmem_optim.local_updates.optimizer import find_local_updates
 from hf_lowmem_optim.memory.byte_sizes import format_bytes
 from hf_lowmem_optim.memory.plan_table import align
 from hf_lowmem_optim.ops.constants import held_constant
@@ -111,10 +112,12 @@ def measure_state(optimizer: Optimizer, *, local: bool = False) -> StateReport:
     Returns:
         The report.
     """
-    optimizer = unwrap_optimizer(optimizer)
-    groups = optimizer.param_groups
+    inner = unwrap_optimizer(optimizer)
+    groups = inner.param_groups
     numel = sum(parameter.numel() for group in groups for parameter in group["params"])
-    return add_up(_pieces(optimizer, local), len(groups), numel)
+    local_updates = find_local_updates(optimizer)
+    outer = {} if local_updates is None else local_updates.outer_state
+    return add_up([*_pieces(inner, local), *_outer_pieces(groups, outer)], len(groups), numel)
 
 
 def _pieces(optimizer: Optimizer, local: bool) -> Iterator[Piece]:
@@ -142,6 +145,14 @@ def _pieces(optimizer: Optimizer, local: bool) -> Iterator[Piece]:
         if key not in in_groups:
             entry = state if isinstance(state, Mapping) else {str(key): state}
             yield from _pieces_of(entry, None, {}, None, seen, local)
+
+
+def _outer_pieces(groups: Sequence[Mapping[str, Any]], outer: Mapping[Tensor, Mapping[str, Tensor]]) -> Iterator[Piece]:
+    """Yield what the outer step of local updates keeps of every parameter."""
+    for index, group in enumerate(groups):
+        for param in group["params"]:
+            for tensor in outer.get(param, {}).values():
+                yield Piece(index, "outer", tensor.dtype, tensor.nbytes)
 
 
 def _pieces_of(

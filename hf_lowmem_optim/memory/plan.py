@@ -11,6 +11,8 @@ import torch
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.sharding.gathered import gathered_bytes
 from hf_lowmem_optim.engine.sharding.layout import Split, own_part, part_of_spec, specs_at_rest
+from hf_lowmem_optim.local_updates.optimizer import find_local_updates
+from hf_lowmem_optim.local_updates.outer import OuterNesterov
 from hf_lowmem_optim.memory.measure import Piece, StateReport, add_up, unwrap_optimizer
 from hf_lowmem_optim.registry import get_entry
 
@@ -46,7 +48,9 @@ def plan_optimizer(optimizer: torch.optim.Optimizer, *, local: bool = False) -> 
             f"plan_optimizer cannot predict the state of {type(inner).__name__}; it knows the optimizers of "
             "hf_lowmem_optim. Use measure_state after the first step"
         )
-    return plan_groups(type(inner), inner.param_groups, local=local)
+    local_updates = find_local_updates(optimizer)
+    outer = None if local_updates is None else local_updates.outer
+    return plan_groups(type(inner), inner.param_groups, local=local, outer=outer)
 
 
 def plan_state(
@@ -80,6 +84,7 @@ def plan_groups(
     num_shards: int = 1,
     rank: int = 0,
     local: bool = False,
+    outer: OuterNesterov | None = None,
 ) -> StateReport:
     """Sum the specs of all parameters in the groups.
 
@@ -90,6 +95,7 @@ def plan_groups(
             is too small to be split, and constants are on every process.
         rank: For which of them the report is; the first has the largest parts.
         local: Count this process's part of the parameters that are sharded already.
+        outer: The outer step of local updates.
     """
     method, pieces = optimizer_class.method, list[Piece]()
     for index, group in enumerate(groups):
@@ -108,6 +114,8 @@ def plan_groups(
                 specs = {key: part_of_spec(spec, shape, split, rank, compressed=compressed) for key, spec in parts}
             elif local and hasattr(params[0], "placements"):
                 specs = {key: own_part(spec, params[0], compressed=compressed) for key, spec in specs.items()}
+            if outer is not None:
+                specs = {**specs, **outer.specs(params[0])}
             for spec in specs.values():
                 pieces.append(Piece(index, spec.component, spec.dtype, count * spec.stored_bytes, spec.in_gradient))
     common = (*method.shared_specs(groups).values(), *method.constants_of(groups).values())

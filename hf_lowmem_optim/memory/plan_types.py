@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_lowmem_optim.engine.sharding.traffic import StepTraffic
 from hf_lowmem_optim.memory.byte_sizes import format_bytes
-from hf_lowmem_optim.memory.communication import fsdp_sent_bytes, traffic_text
+from hf_lowmem_optim.memory.communication import SyncTraffic, ddp_sent_bytes, fsdp_sent_bytes, sync_text, traffic_text
 from hf_lowmem_optim.memory.learning_rates import LearningRate
 from hf_lowmem_optim.memory.measure import StateReport
 from hf_lowmem_optim.memory.plan_table import align
@@ -42,6 +42,7 @@ class OptimizerPlan:
             ``"window"``), the others as they are; 0 if none does. Without those of which every value fits.
         gradient_bytes: In layer-wise mode the gradients that are there at once, by kind; None if that is all of them.
         traffic: What a step after the first sends where FSDP2 splits the parameters; None elsewhere, and for baselines.
+        sync: What its workers send to each other under DDP, if they step apart; None for any other optimizer.
     """
 
     name: str
@@ -55,6 +56,7 @@ class OptimizerPlan:
     largest: Mapping[str, int] = field(default_factory=dict)
     gradient_bytes: Mapping[str, int] | None = None
     traffic: StepTraffic | None = None
+    sync: SyncTraffic | None = None
 
     @property
     def bytes_per_parameter(self) -> float | None:
@@ -134,10 +136,6 @@ class MemoryPlan:
         """Return the gradients that are there at once with an optimizer, by kind."""
         return self.weights.gradient_bytes if optimizer.gradient_bytes is None else optimizer.gradient_bytes
 
-    def held_bytes(self, optimizer: OptimizerPlan) -> int:
-        """Return weights and gradients with an optimizer."""
-        return sum(self.weights.weight_bytes.values()) + sum(self.gradient_bytes(optimizer).values())
-
     def fits(self, optimizer: OptimizerPlan) -> bool | None:
         """Return whether an optimizer stays within the budget less the reserve; None without one."""
         if (usable := self.usable_bytes) is None:
@@ -146,14 +144,13 @@ class MemoryPlan:
         return optimizer.problem is None and total is not None and total <= usable
 
     def verdict(self, total_bytes: int | None) -> str:
-        """Return in words how some bytes compare with the budget."""
+        """Return in words how some bytes compare with the budget less the reserve."""
         if total_bytes is None or self.usable_bytes is None or self.budget_bytes is None:
             return "–"
         if total_bytes <= self.usable_bytes:
             return "fits"
-        if total_bytes <= self.budget_bytes:
-            return f"{format_bytes(total_bytes - self.usable_bytes)} into the reserve"
-        return f"over by {format_bytes(total_bytes - self.budget_bytes)}"
+        over = format_bytes(total_bytes - self.usable_bytes)
+        return f"{over} into the reserve" if total_bytes <= self.budget_bytes else f"over by {over}"
 
     def __getitem__(self, name: str) -> OptimizerPlan:
         """Return the plan of the optimizer of a name, or raise KeyError."""
@@ -213,6 +210,7 @@ class MemoryPlan:
             "largest_that_fits": dict(optimizer.largest),
             "sent_bytes": {} if optimizer.traffic is None else dict(optimizer.traffic.sent_bytes),
             "calls": None if optimizer.traffic is None else optimizer.traffic.calls,
+            "sync": None if optimizer.sync is None else asdict(optimizer.sync),
         }
 
 
@@ -294,6 +292,11 @@ def _optimizer_lines(plan: MemoryPlan) -> Iterator[str]:
             held, shards = plan.weights, plan.processes.num_shards
             own = fsdp_sent_bytes(sum(held.weight_bytes.values()), sum(held.gradient_bytes.values()), shards)
             yield from _indented(traffic_text(row.traffic, shards, own))
+        if row.sync is not None:
+            held, gpus = plan.weights, plan.processes.gpus
+            gradients = held.gradient_bytes["gradients"]
+            own = fsdp_sent_bytes(sum(held.weight_bytes.values()), gradients, gpus) // gpus
+            yield from _indented(sync_text(row.sync, ddp_sent_bytes(gradients, gpus), own))
         if row.problem is not None:
             yield from _indented(f"cannot be used: {row.problem}")
         elif row.registered and row.compressed_bytes_per_parameter is None:

@@ -10,13 +10,18 @@ from typing import Any
 from hf_lowmem_optim.memory.byte_sizes import format_bytes
 from hf_lowmem_optim.memory.plan_types import MemoryPlan, OptimizerPlan
 
-__all__ = ["plot_plan", "plot_report", "plot_runs"]
+__all__ = ["COLORS", "plot_plan", "plot_report", "plot_runs"]
 
 _DPI = 110
 _WIDTH = 11.0  # inches
-_COLORS = {"weights": "#b8bcc4", "gradients": "#8d93a0", "step temporaries": "#3f3f46"}
-_COLORS |= {"dense": "#e0a030", "dense statistics": "#f0cd86", "error": "#b5493a"}
-_PALETTE = ("#2f6db5", "#5aa0dc", "#2a9d8f", "#86c06c", "#7a5195", "#c58bd0", "#d0743c", "#80a8a0")
+#: One for each part, the same in every picture.
+COLORS = {"weights": "#b8bcc4", "gradients": "#8d93a0", "step temporaries": "#3f3f46"}
+COLORS |= {"dense": "#e0a030", "dense statistics": "#f0cd86", "state of other optimizers": "#a89a84"}
+COLORS |= {"error": "#8f2f22", "error codes": "#b5493a", "error statistics": "#e3988c"}
+COLORS |= {"basis": "#2f6db5", "first_moment": "#5aa0dc", "second_moment": "#a9d0f2", "dct_basis": "#17406f"}
+COLORS |= {"indices": "#2a9d8f", "values": "#86c06c", "rows": "#c7d59f", "gram": "#d0743c", "factors": "#5f6b3a"}
+COLORS |= {"momentum": "#7a5195", "statistics": "#c58bd0", "roots": "#4b2a63"}
+_PALETTE = ("#00bcd4", "#cddc39", "#ff80ab", "#80a8a0")  # of components that a method of somebody else names
 
 
 def _pyplot() -> Any:
@@ -138,7 +143,7 @@ def _draw_stacks(axes: Any, stacks: Mapping[str, Mapping[str, int]]) -> None:
     style = {"height": 0.68, "edgecolor": "white", "linewidth": 0.4}
     for part in parts:
         counts = {bar: stack.get(part, 0) for bar, stack in stacks.items()}
-        color = _COLORS.get(part) or next(others)
+        color = COLORS.get(part) or next(others)
         widths, left = ([count / unit for count in each.values()] for each in (counts, starts))
         axes.barh(list(stacks), widths, left=left, color=color, label=part, **style)
         starts = {bar: start + counts[bar] for bar, start in starts.items()}

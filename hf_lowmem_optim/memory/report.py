@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from hf_lowmem_optim.engine.backward import Layerwise
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import shown
+from hf_lowmem_optim.json_file import check_shape, read_json
 from hf_lowmem_optim.memory.byte_sizes import format_bytes
-from hf_lowmem_optim.memory.json_file import check_shape, read_json
 from hf_lowmem_optim.memory.measure import StateReport, measure_state, unwrap_optimizer
 from hf_lowmem_optim.memory.plan import plan_optimizer
 from hf_lowmem_optim.memory.plan_table import align
@@ -89,7 +89,7 @@ def build_report(
         "adamw_fp32_bytes": measured.adamw_fp32_bytes,
         "predicted": None if predicted is None else {"total_bytes": predicted.total_bytes, **predicted.breakdown()},
         "measured": {"total_bytes": measured.total_bytes, **measured.breakdown()},
-        "this_process_bytes": measure_state(inner, local=True).total_bytes,
+        "this_process_bytes": measure_state(optimizer, local=True).total_bytes,
         "groups": [_describe_group(inner, group) for group in inner.param_groups],
         "gradients": _gradients(inner),
         "step_memory": None if step_memory is None else asdict(step_memory),

@@ -270,8 +270,12 @@ def _check(call: TopK) -> None:
     if call.indices.device != device:
         raise ValueError(f"indices is on {call.indices.device}, the other tensors on {device}")
     stored = call.values
-    floats = call.grids is None and stored is not None and stored.dtype in FLOATS.values()
-    if not floats or stored.shape != shape or stored.device != device or not stored.is_contiguous():
+    if (
+        call.grids is not None
+        or stored is None
+        or (stored.dtype not in FLOATS.values() or stored.shape != shape or stored.device != device)
+        or not stored.is_contiguous()
+    ):
         check_stored(call.indices, stored, call.grids, -(-numel // block_size))
     if not 0 <= call.row < shape[0]:
         raise ValueError(f"row {call.row} is not one of the window's {shape[0]}")

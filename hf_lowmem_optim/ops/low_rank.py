@@ -19,6 +19,7 @@ __all__ = [
     "PROJECTION_NOISE",
     "Coefficients",
     "Products",
+    "bound_projection_",
     "leading_left_singular_vectors",
     "of_safe_size",
     "orthonormalize",
@@ -202,9 +203,23 @@ def of_safe_size(V: Tensor) -> Tensor:
     return (V / excess).div_(excess)
 
 
-def seeded_sketch(rows: int, columns: int, device: torch.device) -> Tensor:
+def bound_projection_(p: Tensor) -> Tensor:
+    """Take rounding noise and what would overflow out of projected gradients, float32 [n, r, q], in place.
+
+    Entries below :data:`PROJECTION_NOISE` of the largest of their column count as zero, those beyond
+    :data:`MOST_PROJECTION` as that.
+
+    Returns:
+        The argument.
+    """
+    size = p.abs()
+    p.mul_(size >= size.amax(1, keepdim=True).mul_(PROJECTION_NOISE))
+    return p.div_(size.mul_(1 / MOST_PROJECTION).clamp_(min=1))  # unlike a clamp, it lets infinity become NaN
+
+
+def seeded_sketch(rows: int, columns: int, device: torch.device, seed: int = _SEED) -> Tensor:
     """Return a fixed Gaussian matrix, float32 (rows, columns), drawn on the CPU whatever the device."""
-    generator = torch.Generator().manual_seed(_SEED)
+    generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, columns, generator=generator, dtype=torch.float32).to(device)
 
 

@@ -4,6 +4,7 @@ from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.optimizers.dash import Dash
 from hf_lowmem_optim.optimizers.dct_adamw import DCTAdamW
 from hf_lowmem_optim.optimizers.ldadam import LDAdam
+from hf_lowmem_optim.optimizers.lordo import LoRDO
 from hf_lowmem_optim.optimizers.lowrank_mfac import LowRankMFAC
 from hf_lowmem_optim.optimizers.microadam import MicroAdam
 from hf_lowmem_optim.optimizers.sparse_ggt import SparseGGT
@@ -14,6 +15,7 @@ __all__ = [
     "DCTAdamW",
     "Dash",
     "LDAdam",
+    "LoRDO",
     "LowMemoryOptimizer",
     "LowRankMFAC",
     "MicroAdam",

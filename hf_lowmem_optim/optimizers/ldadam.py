@@ -51,9 +51,8 @@ from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import COUNT, UNIT, Options, option
 from hf_lowmem_optim.ops.dispatch import Op
 from hf_lowmem_optim.ops.low_rank import (
-    MOST_PROJECTION,
-    PROJECTION_NOISE,
     Coefficients,
+    bound_projection_,
     leading_left_singular_vectors,
     of_safe_size,
     orthonormalize,
@@ -180,18 +179,15 @@ def ldadam_moments_(R: Tensor, m: Tensor, v: Tensor, p: Tensor, numbers: Coeffic
         R: UᵀU₋, float32 [n, r, r]; contiguous, as all tensors here.
         m: First moments, float32 [n, r, q]; written.
         v: Second moments, likewise.
-        p: p̃, likewise; entries below ``PROJECTION_NOISE`` of the largest of their column count as zero, those beyond
-            ``MOST_PROJECTION`` as that. Overwritten with the direction m/(√v + δ).
+        p: p̃, likewise, bounded by :func:`~hf_lowmem_optim.ops.low_rank.bound_projection_`. Overwritten with the
+            direction m/(√v + δ).
         numbers: The numbers of this step.
 
     Returns:
         float32 [n, 2r, q]: c·m of the old moment over −(p̃ + c·m̃), the right factors of line 6.
     """
     β1, β2, k = numbers.beta1, numbers.beta2, numbers.correction
-    size = p.abs()
-    p.mul_(size >= size.amax(1, keepdim=True).mul_(PROJECTION_NOISE))
-    p.div_(size.mul_(1 / MOST_PROJECTION).clamp_(min=1))  # unlike a clamp, it lets infinity become NaN
-    del size
+    bound_projection_(p)
     # 5. m̃ ← R m
     m_moved = R @ m
     # 7. v ← c2·|(R∘R)(v/c2 − (m/c1)²) + (m̃/c1)²|, times the β2 of line 8: with k = c2/c1², c1 and c2 cancel

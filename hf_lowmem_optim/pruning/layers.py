@@ -10,9 +10,8 @@ X₀ in the dense network:
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,14 +28,22 @@ from hf_lowmem_optim.pruning.layer_kinds import (
     rows_of_input,
     write_matrix_,
 )
+from hf_lowmem_optim.pruning.network import Network, evaluating
 from hf_lowmem_optim.pruning.support import check_pattern
 from hf_lowmem_optim.pruning.sweep import newton_point, solve_rows_, sweep_
 
 __all__ = ["iobs_layers_", "prunable_layers"]
 
 
-class _Reached(Exception):
-    """The layer that was looked for has been called."""
+@dataclass(frozen=True)
+class _Settings:
+    """How each layer is pruned."""
+
+    sparsity: float
+    pattern: tuple[int, int] | None
+    damping: float
+    block_size: int
+    exact: bool
 
 
 @torch.no_grad()
@@ -55,7 +62,8 @@ def iobs_layers_(
 
     Every layer (every group of a convolution) is pruned to ``sparsity`` by itself, exactly ⌊s·n⌋ entries. The
     weights are in memory twice, and of one layer at a time (or of a few with the same input) some matrices of 8·in²
-    bytes.
+    bytes. Where the model is a list of blocks (``network.py``), each layer runs its own block alone, and what a block
+    gives is kept twice, for all batches.
 
     Args:
         model: Any model; it is run in evaluation mode, and changed in place.
@@ -94,39 +102,36 @@ def iobs_layers_(
     if not inputs:
         raise ValueError("batches is empty: the layers' inputs are what their weights are judged by")
 
-    def prune_(X: _Moments, names: Sequence[str]) -> None:
-        for name in names:
-            layer = chosen[name]
-            matrices, W0 = matrices_of(layer, layer.weight), matrices_of(layer, dense[name])
-            if not bool(torch.isfinite(matrices).all()):
-                raise ValueError(f"the weights of {name!r} are not finite")
-            for W, dense_W, H0, cross in zip(matrices, W0, X.squares, X.crossed, strict=True):
-                if not bool(torch.isfinite(H0).all() & torch.isfinite(cross).all()):
-                    raise ValueError(f"the inputs of {name!r} are not finite")
-                H = H0.clone()
-                H.diagonal().add_(damping * (float(H0.diagonal().mean()) or 1.0))
-                target = newton_point(W, H, H0, dense_W @ cross)
-                pruned = sweep_(W.copy_(target), H, sparsity, pattern, block_size)
-                if exact:
-                    solve_rows_(W, target, H, pruned)
-            write_matrix_(layer, matrices)
+    settings = _Settings(sparsity, pattern, damping, block_size, exact)
+    with evaluating(model), full_precision():
+        network = Network(model, chosen, inputs)
+        total = iterations * len(chosen)
+        with tqdm(total=total, desc="pruning", unit="layer", disable=None) as progress:  # None: only on a terminal
+            for _ in range(iterations):
+                network.begin()
+                for names in network.order:
+                    _prune_(network, names, settings)
+                    progress.update(len(names))
 
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with full_precision():
-            order, repeated = _order_of(model, chosen, inputs)
-            dense = {name: layer.weight.detach().clone() for name, layer in chosen.items()}
-            total = iterations * len(chosen)
-            with tqdm(total=total, desc="pruning", unit="layer", disable=None) as progress:  # None: only on a terminal
-                for _ in range(iterations):
-                    for names in order:
-                        one = names[0]
-                        prune_(_moments(model, chosen, one, dense, inputs, one in repeated), names)
-                        progress.update(len(names))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+
+def _prune_(network: Network, names: Sequence[str], settings: _Settings) -> None:
+    """Prune layers that have one input."""
+    X = _moments(network, names[0])
+    for name in names:
+        layer = network.layers[name]
+        matrices, W0 = matrices_of(layer, layer.weight), matrices_of(layer, network.dense[name])
+        if not bool(torch.isfinite(matrices).all()):
+            raise ValueError(f"the weights of {name!r} are not finite")
+        for W, dense_W, H0, cross in zip(matrices, W0, X.squares, X.crossed, strict=True):
+            if not bool(torch.isfinite(H0).all() & torch.isfinite(cross).all()):
+                raise ValueError(f"the inputs of {name!r} are not finite")
+            H = H0.clone()
+            H.diagonal().add_(settings.damping * (float(H0.diagonal().mean()) or 1.0))
+            target = newton_point(W, H, H0, dense_W @ cross)
+            pruned = sweep_(W.copy_(target), H, settings.sparsity, settings.pattern, settings.block_size)
+            if settings.exact:
+                solve_rows_(W, target, H, pruned)
+        write_matrix_(layer, matrices)
 
 
 # ------------------------------------------------------------------------------------------------------------- layers
@@ -152,6 +157,8 @@ def prunable_layers(
         chosen = {name: layer for name, layer in modules.items() if is_supported(layer) and layer not in others}
     else:
         chosen = {}
+        if not isinstance(layers, (str, Sequence)):
+            raise TypeError(f"layers={shown(layers)} must be a list of names of layers")
         for entry in layers if not isinstance(layers, str) else [layers]:
             if not isinstance(entry, str) or not entry:
                 raise TypeError(f"layers has {shown(entry)}, which is no name of a layer")
@@ -191,68 +198,6 @@ def _not_by_default(model: nn.Module) -> set[nn.Module]:
 # ------------------------------------------------------------------------------------------------------------- inputs
 
 
-def _run(model: nn.Module, batch: Any) -> None:
-    try:
-        if isinstance(batch, Mapping):
-            model(**batch)
-        elif isinstance(batch, (tuple, list)):
-            model(*batch)
-        else:
-            model(batch)
-    except _Reached:
-        pass
-
-
-@contextmanager
-def _hooked(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Call ``see`` with the name and the input of each layer, before it runs."""
-
-    def hook(name: str) -> Callable[..., None]:
-        return lambda _, given, keywords: see(name, given[0] if given else keywords[next(iter(keywords))])
-
-    handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _order_of(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Any]
-) -> tuple[list[list[str]], set[str]]:
-    """Return the layers in the order of their first calls, and those that no batch calls twice.
-
-    Linear layers that get the same input, one after the other, are together: they have one Hessian.
-    """
-    together: list[list[str]] = []
-    known, repeated = set[str](), set[str]()
-    calls: Counter[str] = Counter()
-    last: Tensor | None = None
-
-    def see(name: str, x: Tensor) -> None:
-        nonlocal last
-        calls[name] += 1
-        if calls[name] > 1:
-            repeated.add(name)
-        if name not in known:
-            known.add(name)
-            if x is last and all(isinstance(layers[each], nn.Linear) for each in (name, together[-1][0])):
-                together[-1].append(name)
-            else:
-                together.append([name])
-            last = x
-
-    for batch in batches:
-        with _hooked(layers, see):
-            _run(model, batch)
-        calls.clear()
-        last = None
-    if missing := [name for name in layers if name not in known]:
-        raise ValueError(f"no batch reaches {missing[0]!r} ({len(missing)} such layers): name others in layers")
-    return together, repeated
-
-
 class _Moments:
     """Of the inputs of a layer, for each of its groups: XᵀX/n and X₀ᵀX/n, float64 [groups, in, in]."""
 
@@ -278,20 +223,10 @@ class _Moments:
             sums /= self.count
 
 
-def _moments(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    name: str,
-    dense: dict[str, Tensor],
-    batches: Sequence[Any],
-    repeated: bool,
-) -> _Moments:
-    """Run the dense network and the pruned one, as far as a layer, and return the moments of what that gets."""
-    layer, moments = layers[name], _Moments()
-    for batch in batches:
-        with _exchanged(layers, dense):
-            before = _inputs_of(model, layer, batch, repeated)
-        after = _inputs_of(model, layer, batch, repeated)
+def _moments(network: Network, name: str) -> _Moments:
+    """Return the moments of what a layer gets in the dense network and in the pruned one."""
+    layer, moments = network.layers[name], _Moments()
+    for before, after in network.inputs_of(name):
         if [x.shape for x in before] != [x.shape for x in after]:
             raise ValueError(
                 f"{name!r} gets other inputs in the pruned network than in the dense one (a router sends others): "
@@ -305,32 +240,3 @@ def _moments(
         )
     moments.end()
     return moments
-
-
-def _inputs_of(model: nn.Module, layer: nn.Module, batch: Any, repeated: bool) -> list[Tensor]:
-    """Return what a layer is given in each of its calls; the network ends there if it is called but once."""
-    seen: list[Tensor] = []
-
-    def see(_: str, x: Tensor) -> None:
-        seen.append(x.detach().clone())  # what follows may work in place
-        if not repeated:
-            raise _Reached
-
-    with _hooked({"": layer}, see):
-        _run(model, batch)
-    return seen
-
-
-@contextmanager
-def _exchanged(layers: Mapping[str, Any], weights: dict[str, Tensor]) -> Iterator[None]:
-    """Exchange the weights of layers with others of the same shapes, without copying."""
-
-    def exchange() -> None:
-        for name, layer in layers.items():
-            layer.weight.data, weights[name] = weights[name], layer.weight.data
-
-    exchange()
-    try:
-        yield
-    finally:
-        exchange()

@@ -80,6 +80,12 @@ def activation_bytes(model: nn.Module, batch_size: int, seq_len: int, *, checkpo
                 base.gradient_checkpointing_enable({"use_reentrant": False})
             return _most_at_once(model.train(), _inputs(base, batch_size, seq_len))
     except Exception as error:  # a model computes with whatever its configuration holds
+        positions = getattr(base.config, "max_position_embeddings", None)
+        if isinstance(positions, int) and seq_len > positions:
+            raise ValueError(
+                f"seq_len={seq_len} is more than the {positions:,} positions (max_position_embeddings) of "
+                f"{type(base).__name__}"
+            ) from error
         what = f"{type(base).__name__} with batch_size={batch_size}, seq_len={seq_len}"
         raise ValueError(f"the activations of {what} cannot be estimated: {' '.join(str(error).split())}") from error
 

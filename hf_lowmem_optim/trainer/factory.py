@@ -19,6 +19,7 @@ from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import POSITIVE, Options, check_number
 from hf_lowmem_optim.memory.budget import SIZE_KEYS
 from hf_lowmem_optim.memory.byte_sizes import format_bytes
+from hf_lowmem_optim.memory.learning_rates import FACTORS
 from hf_lowmem_optim.memory.plan import plan_optimizer
 from hf_lowmem_optim.memory.plan_table import align
 from hf_lowmem_optim.registry import get_entry
@@ -34,6 +35,7 @@ from hf_lowmem_optim.trainer.overrides import (
 )
 from hf_lowmem_optim.trainer.param_groups import (
     COMPRESSED,
+    NOT_TARGET,
     NOT_WORTH,
     SWITCHED_OFF,
     TOO_SMALL,
@@ -306,6 +308,9 @@ def _summary(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) -> 
         lines.append(f"  weights narrower than float32 {rounded}")
     total, adamw = format_bytes(plan.total_bytes), format_bytes(plan.adamw_fp32_bytes)
     lines.append(f"  state: {total} ({parts}); AdamW in fp32: {adamw}")
+    if factors := FACTORS.get(optimizer.method.name.removesuffix("_layerwise")):
+        start = f"{factors[0]:g} × AdamW's to fine-tune, {factors[1]:g} × from scratch"
+        lines.append(f"  learning rate: {float(optimizer.defaults['lr']):g}; start with {start}")
     if plan.total_bytes > plan.adamw_fp32_bytes:
         scales = " or ".join(key for key in SIZE_KEYS if key in optimizer.method.shaping)
         remedy = f"a smaller {scales}" if scales else "storage in fewer bits"
@@ -327,6 +332,8 @@ def _label(optimizer: LowMemoryOptimizer, placement: Placement) -> str:
         key, off = optimizer.method.switch
         keys = (*keys, key)
         reason = f"{key}={off}" if placement.rule == SWITCHED_OFF else placement.rule
+        if placement.rule == NOT_TARGET and not placement.name.endswith(".weight"):
+            reason += f" ({placement.name.rpartition('.')[2]})"  # a matrix that its module holds by another name
         label = f"{_DENSE[settings['dense_state']]}: {reason}"
     said = (*keys, *(() if placement.decays else ("weight_decay",)))
     own = {key: value for key, value in placement.settings.items() if key not in said}

@@ -24,8 +24,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from hf_lowmem_optim.engine.options import nearest, shown
-from hf_lowmem_optim.memory.json_file import check_shape, read_json
+from hf_lowmem_optim.engine.options import check_number, count_up_to, nearest, shown
+from hf_lowmem_optim.json_file import check_shape, read_json
 from hf_lowmem_optim.trainer.param_groups import compile_regex
 from hf_lowmem_optim.trainer.presets import PRESETS, find_model
 
@@ -114,8 +114,8 @@ class ModelOptions:
         if self.lora:
             LoraOptions.parse(self.lora)
         for name, number in (("seq_len", self.seq_len), ("batch_size", self.batch_size)):
-            if number is not None and not 1 <= number <= MAX_REPEATS:
-                raise ValueError(f"{name}={shown(number)} must be from 1 to {MAX_REPEATS:,}")
+            if number is not None or name == "batch_size":
+                check_number(name, number, count_up_to(MAX_REPEATS))
         if self.seq_len is None and (self.batch_size != 1 or self.checkpointing):
             raise ValueError("batch_size and checkpointing are for an estimate of activations, which needs seq_len")
 

@@ -17,9 +17,11 @@ from torch import nn
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.options import nearest, shown
 from hf_lowmem_optim.engine.sharding.traffic import StepTraffic, step_traffic
+from hf_lowmem_optim.engine.workers import WorkerOptimizer, sync_bytes
 from hf_lowmem_optim.memory.baselines import BASELINES, ParameterFacts, plan_baseline
 from hf_lowmem_optim.memory.budget import COSTS, BudgetSearch
 from hf_lowmem_optim.memory.byte_sizes import parse_bytes, parse_reserve
+from hf_lowmem_optim.memory.communication import SyncTraffic
 from hf_lowmem_optim.memory.plan import Groups, compressed_bytes_per_parameter, plan_groups, plan_temporaries
 from hf_lowmem_optim.memory.plan_types import MemoryPlan, OptimizerPlan, Suggestion
 from hf_lowmem_optim.memory.progress import shown_on_terminal
@@ -99,6 +101,10 @@ def _optimizer_names(optim: str | Sequence[str] | None, optim_args: str | None) 
         return known
     names = [optim] if isinstance(optim, str) else list(optim)
     for name in names:
+        if name not in known and "," in str(name):
+            raise ValueError(
+                f"optim={shown(name)} names several optimizers: give a list, on a command line with spaces between them"
+            )
         if name not in known:
             raise ValueError(f"optim={shown(name)} cannot be planned{nearest(str(name), known)} ({', '.join(known)})")
     if not names:
@@ -192,17 +198,21 @@ class _Request:
         largest = max(param.nbytes for group in groups for param in group["params"])
         sharded = self.processes.sharding == "fsdp"
         single = next(filter(None, (method.needs_one_process(group, sharded=sharded) for group in groups)), None)
+        instead = "in one process" if method.replicated is None else "under DDP"
         row = replace(
             row,
             settings=method.settings(optimizer.defaults),
             state=plan_groups(type(optimizer), groups, num_shards=shards),
             temporary_bytes=plan_temporaries(type(optimizer), groups, num_shards=shards),
             compressed_bytes_per_parameter=compressed_bytes_per_parameter(type(optimizer), groups),
-            problem=f"{single}: it trains in one process" if self.processes.gpus > 1 and single is not None else None,
+            problem=f"{single}: it trains {instead}" if self.processes.gpus > 1 and single is not None else None,
             gradient_bytes={"largest gradient": largest} if method.layerwise and shards == 1 else None,
         )
         if row.problem is None and shards > 1:
             row = replace(row, traffic=_traffic(method, groups, shards))
+        if row.problem is None and self.processes.gpus > 1 and isinstance(optimizer, WorkerOptimizer):
+            sent = sync_bytes(method, groups)
+            row = replace(row, sync=SyncTraffic.of(optimizer.sync_every, sent, self.processes.gpus))
         if row.problem is not None or frame.usable_bytes is None:
             return row
 

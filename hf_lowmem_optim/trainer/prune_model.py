@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from torch.utils.data import default_collate
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+)
 
 from hf_lowmem_optim.engine.options import COUNT, check_number, shown
 from hf_lowmem_optim.pruning.layers import iobs_layers_, prunable_layers
@@ -33,7 +40,7 @@ class PruneOptions:
         iterations: How often each layer is pruned.
         layers: Names of layers, or None for all but embeddings and the output head.
         samples: Sequences or texts to calibrate with, at most.
-        length: Tokens of a sequence, or of a text at most.
+        length: Tokens of a sequence, or of a text at most: longer texts are cut.
 
     Raises:
         TypeError: A value has the wrong type.
@@ -64,6 +71,7 @@ class PruneResult:
         after: Of the pruned one.
         num_zeros: Zeros in the pruned layers.
         num_weights: Weights of the pruned layers.
+        num_cut: Texts that were longer than the options' length, of all that were read.
     """
 
     measure: str
@@ -71,6 +79,7 @@ class PruneResult:
     after: float
     num_zeros: int
     num_weights: int
+    num_cut: int = 0
 
 
 def parse_pattern(text: str) -> tuple[int, int]:
@@ -119,12 +128,15 @@ def prune_directory(source: Path, data: Path, out: Path, options: PruneOptions) 
     length = min(options.length, positions, tokenizer.model_max_length)  # of RoBERTa's positions two have no token
     loader: Any
     measure: Callable[[nn.Module, Sequence[dict[str, Any]]], float]
+    collate: Callable[[Any], dict[str, Any]] = default_collate
+    num_cut = 0
     if kind.endswith(("ForCausalLM", "LMHeadModel")):
         loader, name, measure = AutoModelForCausalLM, "perplexity", _perplexity
         samples = _sequences(data, tokenizer, length)
     elif kind.endswith("ForSequenceClassification"):
         loader, name, measure = AutoModelForSequenceClassification, "accuracy", _accuracy
-        samples = _labelled_texts(data, tokenizer, length, dict(config.label2id))
+        samples, num_cut = _labelled_texts(data, tokenizer, length, dict(config.label2id))
+        collate = DataCollatorWithPadding(tokenizer)
     else:
         raise ValueError(f"{source} has {kind}: causal language models and sequence classifiers can be measured")
     held_out = max(1, len(samples) // 10)
@@ -135,16 +147,18 @@ def prune_directory(source: Path, data: Path, out: Path, options: PruneOptions) 
     if torch.cuda.is_available():
         model.cuda()
 
-    before = measure(model, held_out_samples)
+    held_out_batches = _batches(model, collate, held_out_samples)
+    before = measure(model, held_out_batches)
     layers = prunable_layers(model, options.layers, options.pattern)
-    inputs = [{key: x for key, x in batch.items() if key != "labels"} for batch in _batches(model, calibration)]
+    batches = _batches(model, collate, calibration)
+    inputs = [{key: x for key, x in batch.items() if key != "labels"} for batch in batches]
     iobs_layers_(model, inputs, options.sparsity, options.iterations, options.pattern, layers=options.layers)
-    after = measure(model, held_out_samples)
+    after = measure(model, held_out_batches)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     weights = [layer.weight for layer in layers.values()]
     zeros = sum(int((weight == 0).sum()) for weight in weights)
-    return PruneResult(name, before, after, zeros, sum(weight.numel() for weight in weights))
+    return PruneResult(name, before, after, zeros, sum(weight.numel() for weight in weights), num_cut)
 
 
 def _sequences(data: Path, tokenizer: Any, length: int) -> list[dict[str, Any]]:
@@ -156,37 +170,42 @@ def _sequences(data: Path, tokenizer: Any, length: int) -> list[dict[str, Any]]:
     return [{"input_ids": row, "labels": row} for row in whole]
 
 
-def _labelled_texts(data: Path, tokenizer: Any, length: int, label_ids: dict[str, int]) -> list[dict[str, Any]]:
-    """Return texts and their labels: names of the configuration, or numbers."""
+def _labelled_texts(
+    data: Path, tokenizer: Any, length: int, label_ids: dict[str, int]
+) -> tuple[list[dict[str, Any]], int]:
+    """Return texts and their labels, names of the configuration or numbers; and how many texts were cut."""
     with data.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if rows and not {"text", "label"} <= rows[0].keys():
         raise ValueError(f"{data} has the columns {', '.join(map(str, rows[0]))}: it must have text and label")
-    samples = []
+    samples, num_cut = [], 0
     for number, row in enumerate(rows, start=2):
         label = str(row["label"])
         index = label_ids.get(label, int(label) if label.isdecimal() and len(label) < 10 else -1)
         if not 0 <= index < len(label_ids):
             raise ValueError(f"{data}, row {number}: label {shown(label)} is none of {', '.join(label_ids)}")
-        text = tokenizer(row["text"], truncation=True, padding="max_length", max_length=length, return_tensors="pt")
-        samples.append({**{key: value[0] for key, value in text.items()}, "labels": torch.tensor(index)})
-    return samples
+        num_cut += len(tokenizer(row["text"], verbose=False)["input_ids"]) > length
+        samples.append({**tokenizer(row["text"], truncation=True, max_length=length), "labels": index})
+    return samples, num_cut
 
 
-def _batches(model: Any, samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    parts = [samples[start : start + _BATCH] for start in range(0, len(samples), _BATCH)]
-    return [{key: torch.stack([one[key] for one in part]).to(model.device) for key in part[0]} for part in parts]
+def _batches(
+    model: Any, collate: Callable[[Any], dict[str, Any]], samples: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return batches of samples of about the same length, so that little is padded."""
+    ordered = sorted(samples, key=lambda sample: len(sample["input_ids"]))
+    parts = [collate(ordered[start : start + _BATCH]) for start in range(0, len(ordered), _BATCH)]
+    return [{key: value.to(model.device) for key, value in part.items()} for part in parts]
 
 
 @torch.no_grad()
-def _perplexity(model: Any, samples: Sequence[dict[str, Any]]) -> float:
-    batches = _batches(model, samples)
+def _perplexity(model: Any, batches: Sequence[dict[str, Any]]) -> float:
     losses = [float(model(**batch).loss) * len(batch["input_ids"]) for batch in batches]
-    mean = sum(losses) / len(samples)
+    mean = sum(losses) / sum(len(batch["input_ids"]) for batch in batches)
     return math.exp(mean) if mean < 700 else math.inf
 
 
 @torch.no_grad()
-def _accuracy(model: Any, samples: Sequence[dict[str, Any]]) -> float:
-    right = [model(**batch).logits.argmax(-1) == batch["labels"] for batch in _batches(model, samples)]
+def _accuracy(model: Any, batches: Sequence[dict[str, Any]]) -> float:
+    right = [model(**batch).logits.argmax(-1) == batch["labels"] for batch in batches]
     return float(torch.cat(right).float().mean())

@@ -36,6 +36,7 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("microadam", {**MICROADAM, "weight_rounding": "compensated"}),
     ("dct_adamw", {}),
     ("dct_adamw", {"error_feedback": "fp32", "update_interval": 2, "transform": "fft", "state_dtype": "param"}),
+    ("lordo", {"sync_every": 2}),
     ("trion", {}),
     ("trion", {"rank": 100, "state_dtype": "param"}),
     ("microadam", MICROADAM),
@@ -78,7 +79,7 @@ def test_a_tensor_does_not_notice_the_others(
     """Also when one has its first gradient late, and others miss steps. Those of different groups are not together."""
     if "weight_rounding" in hyper and dtype == torch.float32:
         pytest.skip("nothing is rounded")
-    hyper = {"rank": 4, **hyper} if name in ("ldadam", "dct_adamw", "trion") else hyper
+    hyper = {"rank": 4, **hyper} if name in ("ldadam", "dct_adamw", "lordo", "trion") else hyper
     together, apart = weights_of(dtype), weights_of(dtype)
     build = OPTIMIZERS[name].optimizer_class
     one, other = build(together, **hyper), build([{"params": [weight]} for weight in apart], **hyper)

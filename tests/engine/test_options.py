@@ -159,7 +159,7 @@ def test_what_does_not_shape_the_state_may_change_between_steps(name: str) -> No
 OTHER_VALUES: dict[str, Any] = {
     "rank": 2, "state_dtype": "param", "dense_state": "fp32", "window": 5, "density": 0.3, "block_size": 128,
     "quant_block_size": 16, "bits": 8, "min_compress_size": 200, "value_dtype": "fp32", "error_feedback": "bf16",
-    "scope": "tensor", "dct_type": 2, "basis": "identity", "stacked": True,
+    "scope": "tensor", "dct_type": 2, "basis": "identity", "stacked": True, "sync_every": 5, "projection": "svd",
     "grafting": "adam", "statistics_dtype": "4bit", "root_dtype": "bf16", "moment_dtype": "fp32",
 }  # fmt: skip
 

@@ -26,6 +26,7 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("ldadam", {"rank": 4, "error_feedback": "param", "state_dtype": "param"}),
     ("ldadam", {"rank": 4, "error_feedback": "grad"}),
     ("ldadam", {"rank": 4, "error_feedback": "none"}),
+    ("lordo", {"rank": 4, "sync_every": 2, "error_feedback": "4bit", "weight_decay": 0.1}),
     ("lowrank_mfac", {**LOW_RANK, "momentum": 0.5}),
     ("lowrank_mfac", {**LOW_RANK, "scope": "tensor"}),
     ("lowrank_mfac", {**LOW_RANK, "rank": 30, "lr": 0.1}),  # the gradients themselves are in the window

@@ -123,6 +123,7 @@ def test_the_storage_of_dense_moments_is_one_of_the_settings(name: str) -> None:
     # the vector of 8192 entries is dense in methods for matrices, a matrix where its sides are no larger than the rank
     method, entries = finder.optimizer_class.method, {(8192,): 8192, (96, 128): 12288, (128, 80): 10240}
     dense = [count for shape, count in entries.items() if not method.compresses(shape, finder.groups[0])]
-    assert len(dense) == {"ldadam": 1, "trion": 1, "dash": 1, "dct_adamw": 3}.get(name.removesuffix("_layerwise"), 0)
+    known = {"ldadam": 1, "lordo": 1, "trion": 1, "dash": 1, "dct_adamw": 3}
+    assert len(dense) == known.get(name.removesuffix("_layerwise"), 0)
     assert before - after == saved + sum(2 * count * 3 - 2 * 4 * count // 256 for count in dense)
     assert finder.total_bytes({}) - sizes[0] >= before - after - temporaries

@@ -7,6 +7,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from hf_lowmem_optim.memory.budget import COSTS
 from hf_lowmem_optim.memory.learning_rates import FACTORS, LearningRate, learning_rates
 from hf_lowmem_optim.memory.measure import StateReport
@@ -31,6 +33,8 @@ def test_the_factors_of_learning_rates_are_those_of_the_best_rates() -> None:
         found = tuple(best_rate(name, entry) / best_rate(name, "adamw") for name in ("finetune", "pretrain"))
         assert found == FACTORS[optimizer]
     assert all(f"convergence_{name}.json" in LearningRate.source for name in ("finetune", "pretrain"))
+    with pytest.raises(TypeError, match=r"adamw_lr=.1e-5. is a str"):
+        learning_rates([], "1e-5")  # type: ignore[arg-type]
     rate, other = learning_rates(["ldadam_layerwise", "trion"], 1e-5)
     assert (rate.fine_tuning, rate.from_scratch) == FACTORS["ldadam"]
     assert other.fine_tuning is other.from_scratch is None

@@ -108,6 +108,21 @@ CASES = {
             {"rank": 5},
             {"rank": (0, -1, "x", True, 2.0), "rho": (1.0, -0.1), "state_dtype": ("fp8",), "error_feedback": ("fp23",)},
         ),
+        Case(
+            "lordo",
+            {**RATES, "rank": 4, "sync_every": 3},
+            {"sync_every": 4},
+            {
+                "rank": (0, -1, "x", True, 2.0),
+                "sync_every": (0, 2.5),
+                "omega": (1.5, -0.1),
+                "mu": (0.0,),
+                "clip_norm": (0.0, "1"),
+                "error_feedback": ("grad",),
+                "projection": ("qr",),
+                "sync_dtype": ("fp16",),
+            },
+        ),
         Case("sparse_mfac", {**PRECONDITIONED, **SPARSE}, {"density": 0.2}, {**WRONG_PRECONDITIONED, **WRONG_SPARSE}),
         Case(
             "lowrank_mfac",
@@ -187,7 +202,7 @@ CASES = {
 
 
 #: The layer-wise optimizers take what the normal ones take.
-for normal in list(CASES):
+for normal in [name for name in CASES if f"{name}_layerwise" in OPTIMIZERS]:
     name = f"{normal}_layerwise"
     wrong = {**CASES[normal].wrong, "clip_tensor_norm": (0.0, "1", True)}
     if "scope" in OPTIMIZERS[name].optimizer_class.method.options.defaults():
@@ -221,7 +236,7 @@ VARIANTS = {
     for name, storage in (("ldadam", "8bit"), ("ldadam_layerwise", "fp32"), ("microadam_layerwise", "8bit"))
 }
 #: Stacks of matrices taken apart, by methods for which that is another state.
-for name in ("ldadam", "ldadam_layerwise", "ldadam error in gradient", "lowrank_mfac"):
+for name in ("ldadam", "ldadam_layerwise", "ldadam error in gradient", "lowrank_mfac", "lordo"):
     VARIANTS[f"{name} stacked"] = replace(CASES[name], hyper={**CASES[name].hyper, "stacked": True}, wrong={})
 
 
@@ -306,17 +321,23 @@ def assert_resumes(
     layout: Callable[[Tensor], Tensor] = lambda value: value,
     **hyper: Any,
 ) -> None:
-    """Check that a run which is saved after some steps and resumed is the one that was not stopped, to the bit."""
+    """Check that a run which is saved after some steps and resumed is the one that was not stopped, to the bit.
+
+    Weights and state are laid out by ``layout`` before they are loaded.
+    """
     dtype, device = steps[0]["wide"].dtype, steps[0]["wide"].device
     straight = make_params(dtype, device=str(device))
     optimizer = case.build(straight.values(), **hyper)
     run(optimizer, straight, iter(steps[:done]))
     values, saved = through_a_file(({k: v.data for k, v in straight.items()}, optimizer.state_dict()))
+    for each in saved["state"].values():
+        own = [key for key, value in each.items() if isinstance(value, Tensor) and not key.startswith("shared_")]
+        each.update({key: layout(each[key]) for key in own})
     resumed = {k: nn.Parameter(layout(v.to(device))) for k, v in values.items()}
     second = case.build(resumed.values(), **hyper)
     second.load_state_dict(saved)
-    for each, params in ((optimizer, straight), (second, resumed)):
-        run(each, params, iter(steps[done:]))
+    for stepped, params in ((optimizer, straight), (second, resumed)):
+        run(stepped, params, iter(steps[done:]))
     assert_equal(straight.values(), resumed.values())
     assert_same_state(optimizer, second)
 

@@ -52,7 +52,8 @@ def both(name: str, dtype: torch.dtype, keys: Sequence[str], **hyper: Any) -> li
     """Parameters and optimizer of compensated weights, and of float32 ones that begin as the same numbers."""
     narrow = {key: param for key, param in make_params(dtype).items() if key in keys}
     floats = {key: nn.Parameter(param.detach().float()) for key, param in narrow.items()}
-    case = CASES[name]
+    # a sync looks at the weights that are stored, which here are rounded and there are not
+    case, hyper = CASES[name], {**hyper, **({"sync_every": 64} if name == "lordo" else {})}
     return [
         (narrow, case.build(narrow.values(), **COMPENSATED, **FP32_MOMENTS, **hyper)),
         (floats, case.build(floats.values(), **FP32_MOMENTS, **hyper)),

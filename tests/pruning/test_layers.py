@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lowmem_optim import iobs_layers_
 from hf_lowmem_optim.pruning import layers as module
+from hf_lowmem_optim.pruning import network as network_module
 from hf_lowmem_optim.pruning.layer_kinds import matrices_of, rows_of_input
 from hf_lowmem_optim.pruning.layers import prunable_layers
 from hf_lowmem_optim.pruning.sweep import newton_point, solve_rows_, sweep_
@@ -136,7 +137,7 @@ def test_transformers_are_pruned_but_for_embeddings_and_heads(make: Any) -> None
 def test_layers_with_one_input_share_a_run_and_shared_weights_are_pruned_once(monkeypatch: Any) -> None:
     runs: list[str] = []
     original = module._moments
-    monkeypatch.setattr(module, "_moments", lambda *given: (runs.append(given[2]), original(*given))[1])
+    monkeypatch.setattr(module, "_moments", lambda *given: (runs.append(given[1]), original(*given))[1])
     model = tiny_llama(num_hidden_layers=1)
     ids = torch.randint(1, 40, (2, 12), generator=torch.Generator().manual_seed(0))
     iobs_layers_(model, [{"input_ids": ids}], iterations=1)
@@ -146,6 +147,57 @@ def test_layers_with_one_input_share_a_run_and_shared_weights_are_pruned_once(mo
     twice = nn.Sequential(shared, nn.Tanh(), shared)
     iobs_layers_(twice, [torch.randn(20, 8)], sparsity=0.5)
     assert int((shared.weight == 0).sum()) == 32
+
+
+class SomeBlocks(nn.Module):
+    """Hands its blocks what the one before gave, or something else."""
+
+    def __init__(self, chained: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(4))
+        self.chained = chained
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x
+        for block in self.blocks:
+            y = block(y if self.chained else y + x)
+        return y
+
+
+@pytest.mark.parametrize(
+    ("make", "fewer"),
+    [
+        *[(each, None) for each in (tiny_gpt2, tiny_bert_classifier, network)],
+        (lambda: tiny_llama(num_hidden_layers=4), True),
+        (lambda: SomeBlocks(chained=True), True),
+        (lambda: SomeBlocks(chained=False), False),
+    ],
+)
+def test_of_a_list_of_blocks_only_the_layer_s_own_runs(make: Any, fewer: bool | None, monkeypatch: Any) -> None:
+    """Fewer calls of layers than through the whole network, and the same weights to the bit."""
+    generator, dense = torch.Generator(), make()
+    results, calls = list[dict[str, torch.Tensor]](), [0, 0]
+    for whole in (0, 1):
+        if whole:
+            monkeypatch.setattr(network_module, "_find_blocks", lambda *_: [])
+        model = copy.deepcopy(dense)
+        size = 32 if isinstance(model, nn.Sequential) else 6
+        batches = [torch.randn(40, size, generator=generator.manual_seed(i)) for i in (0, 1)]
+        if hasattr(model, "config"):
+            batches = [{"input_ids": torch.randint(1, 40, (2, 12), generator=generator.manual_seed(i))} for i in (0, 1)]
+
+        def count(*_: Any, whole: int = whole) -> None:
+            calls[whole] += 1
+
+        for layer in prunable_layers(model).values():
+            layer.register_forward_hook(count)
+        iobs_layers_(model, batches, iterations=2)
+        results.append(model.state_dict())
+        assert not any("forward" in vars(module) for module in model.modules())
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+    if fewer is not None:
+        assert (calls[0] < 0.8 * calls[1]) is fewer
 
 
 class Quantized(nn.Linear):
@@ -194,6 +246,8 @@ def test_weights_that_are_not_finite_and_a_batch_in_place_of_batches_are_told() 
         broken[0].weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="the weights of '0' are not finite"):
         iobs_layers_(broken, [torch.randn(5, 6)])
+    with pytest.raises(TypeError, match="layers=5 must be a list of names"):
+        prunable_layers(network(), 5)  # type: ignore[arg-type]
     for batch in (torch.randn(5, 6), {"input": torch.randn(5, 6)}):
         with pytest.raises(TypeError, match="give a list of batches"):
             iobs_layers_(nn.Sequential(nn.Linear(6, 6)), batch)

@@ -91,7 +91,7 @@ def test_a_plan_adds_activations_to_gradients_or_in_layerwise_mode_to_the_state(
     normal, layerwise = plan.optimizers
     for row, before in zip(plan.optimizers, without.optimizers, strict=True):
         assert row == before
-    held = plan.held_bytes(normal) + normal.state.total_bytes
+    held = plan.weights.total_bytes + normal.state.total_bytes
     assert plan.total_bytes(normal) == held + max(activations, normal.temporary_bytes)
     # the gradient at hand is among the activations
     weights = sum(plan.weights.weight_bytes.values())

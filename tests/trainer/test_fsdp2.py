@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.sharding.processes import GROUP_TIMEOUT, launch
-from tests.trainer.fsdp2_jobs import EXAMPLE, EXAMPLE_OPTIONS, RUNS
+from tests.trainer.fsdp2_jobs import EXAMPLE, EXAMPLE_OPTIONS, IS_OLD_TORCH, RUNS
 
 #: What is done, and by how many processes.
 JOBS = [
@@ -72,6 +72,7 @@ def test_a_tensor_is_clipped_by_the_norm_of_all_its_parts(results: Any) -> None:
     assert here == there
 
 
+@pytest.mark.skipif(IS_OLD_TORCH, reason="FSDP2 over gloo adds the gradients of two processes up: pytorch 162338")
 def test_the_example_runs_under_accelerate_launch_and_one_process_goes_on(folder: Path, results: Any) -> None:
     """Losses and norms agree to rounding; each process tells what it holds, as planned."""
     straight, resumed = (folder / "printed").read_text(), results["resume_example", 1][0]

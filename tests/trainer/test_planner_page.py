@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import html
 import json
 import random
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ import pytest
 
 from hf_lowmem_optim import OPTIMIZERS, ModelOptions, plan_memory
 from hf_lowmem_optim.__main__ import main
+from hf_lowmem_optim.memory.plots import COLORS
 
 PAGE = Path(__file__).parents[2] / "docs" / "planner" / "index.html"
 DATA: dict[str, Any] = json.loads(re.search(r"^const DATA = (\{.*\});$", PAGE.read_text(), re.M)[1])
@@ -44,7 +47,9 @@ def choices(count: int) -> list[Choice]:
         setting = (number * 7) % len(DATA["settings"])
         layerwise = DATA["settings"][setting][0] in DATA["layerwise"] and chance.random() < 0.4
         tokens = chance.choice(["", *ways[index].get("activations", {})])
-        gpus = "1" if layerwise else chance.choice(list(ways[index]["gpus"]))
+        plans = ways[index]["gpus"]
+        known = [count for count in plans if not layerwise or plans[count]["layerwise_steps"][setting] is not None]
+        gpus = chance.choice(known)
         way = f"{index}+4bit" if quantized else str(index)
         found.append(Choice(model, way, setting, gpus, layerwise, tokens, chance.random() < 0.5))
     return found
@@ -92,9 +97,59 @@ def test_the_data_of_the_page_are_the_planner_s(choice: Choice) -> None:
     total, components = planned(choice)
     assert state == components
     if choice.layerwise:
+        step = plans["layerwise_steps"][choice.setting]
+    if choice.layerwise and choice.gpus == "1":
         assert total == weights + max(plans["largest_gradient"], active) + sum(state.values()) + step
     else:
         assert total == weights + sum(plans["gradients"].values()) + sum(state.values()) + max(step or 0, active)
+
+
+def shown(tmp_path: Path, script: str) -> Any:
+    """Return what a script in the page prints there as JSON, in Chromium without a window."""
+    chromium = shutil.which("chromium") or pytest.skip("needs Debian's chromium")
+    page = tmp_path / "page.html"
+    report = f"const result = (() => {{{script}}})(); document.body.textContent = 'RESULT' + JSON.stringify(result);"
+    page.write_text(PAGE.read_text().replace("</body>", f"<script>{report}</script></body>"))
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
+    text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    return json.loads(html.unescape(re.search(r"RESULT(.*)</body>", text, re.S)[1]))
+
+
+def test_a_browser_shows_the_planner_s_bytes(tmp_path: Path) -> None:
+    """Each choice as a user makes it; and a plan that is pasted, with an optimizer and settings of its own."""
+    plan = plan_memory("minilm-l6", ["ldadam", "ldadam_layerwise", "adafactor"], optim_args="rank=24")
+    tried = [(*choice, DATA["settings"][choice.setting][0]) for choice in choices(20)]
+    script = f"""
+      const choose = (id, value) => {{ $(id).value = value; $(id).dispatchEvent(new Event("change")); }};
+      const mark = (id, value) => {{ $(id).checked = value; $(id).dispatchEvent(new Event("change")); }};
+      const paste = (text) => {{ $("paste").value = text; $("paste").dispatchEvent(new Event("input")); }};
+      const rows = () => [...document.querySelectorAll("#parts tr")].map((row) => row.dataset);
+      const parts = () => rows().map(({{part, bytes}}) => [part, +bytes]);
+      const seen = () => [+$("verdict").dataset.bytes, parts(), $("code").textContent, $("wrong").textContent];
+      const found = {json.dumps(tried)}.map(([model, way, setting, gpus, layerwise, tokens, checkpointing, name]) => {{
+        choose("model", model); choose("way", way); choose("gpus", gpus); choose("method", name);
+        choose("setting", setting); choose("tokens", tokens); mark("checkpointing", checkpointing);
+        if (!$("layerwise").disabled) mark("layerwise", layerwise);
+        return seen();
+      }});
+      paste({json.dumps(json.dumps(plan.to_dict()))});
+      found.push(...[0, 1, 2].map((index) => {{ choose("method", chosen().settings[index][0]); return seen(); }}));
+      paste('{{"model_type": "llama"}}');
+      return [found, $("wrong").textContent];"""
+    found, refusal = shown(tmp_path, script)
+    for choice, (total, rows, code, _) in zip(choices(20), found[:20], strict=True):
+        state = {part.removeprefix("state: "): count for part, count in rows if part.startswith("state: ")}
+        assert (total, state) == planned(choice) and total == sum(count for _, count in rows), choice
+        assert ('_layerwise"' in code) == choice.layerwise and "learning_rate=" in code
+    for row, (total, _, code, wrong) in zip(plan.optimizers, found[20:], strict=True):
+        assert total == plan.total_bytes(row) and wrong == "", row.name
+        assert f'optim="{row.name}"' in code and ("rank=24" in code) == row.registered
+    assert "learning_rate=5e-5,  # 2.5 ×" in found[20][2] and "This is a configuration" in refusal
+
+
+def test_every_component_has_a_colour_of_its_own_in_pictures() -> None:
+    assert set(DATA["components"]) - {"state"} <= COLORS.keys()
+    assert len(set(COLORS.values())) == len(COLORS)
 
 
 def test_the_command_writes_the_page_for_any_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,7 +166,7 @@ def test_the_command_writes_the_page_for_any_model(tmp_path: Path, capsys: pytes
     assert sum(plans["rows"][0][2::2]) == plan["ldadam"].state.total_bytes
 
 
-def test_a_browser_shows_the_planner_s_bytes() -> None:
+def test_the_page_works_by_keyboard_and_on_a_telephone() -> None:
     chromium = shutil.which("chromium") or pytest.skip("needs Debian's chromium")
     api = pytest.importorskip("playwright.sync_api")
     with api.sync_playwright() as play:
@@ -120,28 +175,8 @@ def test_a_browser_shows_the_planner_s_bytes() -> None:
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("request", lambda request: errors.append(request.url) if not request.url.startswith("file:") else None)
         page.goto(PAGE.as_uri())
-        for choice in choices(20):
-            method = DATA["settings"][choice.setting][0]
-            page.select_option("#model", choice.model)
-            page.select_option("#way", choice.way)
-            page.select_option("#gpus", choice.gpus)
-            page.select_option("#method", method)
-            page.select_option("#setting", str(choice.setting))
-            page.select_option("#tokens", choice.tokens)
-            page.set_checked("#checkpointing", choice.checkpointing)
-            if page.is_enabled("#layerwise"):
-                page.set_checked("#layerwise", choice.layerwise)
-            rows = page.eval_on_selector_all(
-                "#parts tr", "all => all.map(row => [row.dataset.part, +row.dataset.bytes])"
-            )
-            total, components = planned(choice)
-            state = {part.removeprefix("state: "): count for part, count in rows if part.startswith("state: ")}
-            assert state == components, choice
-            shown = int(page.get_attribute("#verdict", "data-bytes"))
-            assert shown == sum(count for _, count in rows) == total, choice
-            name = f'optim="{method}_layerwise"' if choice.layerwise else "optim="
-            assert name in page.inner_text("#code")
-        # by keyboard alone: another model, and a setting from the table
+        # another model, and a setting from the table
+        page.select_option("#model", "minilm-l6")
         page.focus("#model")
         before = page.input_value("#model")
         page.keyboard.press("ArrowUp")

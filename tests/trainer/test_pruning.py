@@ -15,8 +15,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from hf_lowmem_optim import IOBSPruningCallback
+from hf_lowmem_optim import IOBSPruningCallback, iobs_layers_
 from hf_lowmem_optim.__main__ import main
+from hf_lowmem_optim.trainer import prune_model
 from tests.trainer.runs import Reporter, StopAt, assert_equal_to_the_bit, logged, make_trainer, values
 from tests.trainer.tiny_models import tiny_bert_classifier, tiny_llama, with_lora
 
@@ -144,17 +145,26 @@ def test_the_command_prunes_a_saved_language_model(tmp_path: Path, capsys: Any) 
     assert not (tmp_path / "other").exists()
 
 
-def test_the_command_prunes_a_saved_classifier(tmp_path: Path, capsys: Any, caplog: Any) -> None:
+def test_the_command_prunes_a_saved_classifier(tmp_path: Path, capsys: Any, caplog: Any, monkeypatch: Any) -> None:
     caplog.set_level(logging.ERROR)
+    widths = list[int]()
+
+    def watched(model: Any, batches: Any, *more: Any, **also: Any) -> None:
+        widths.extend(batch["input_ids"].shape[1] for batch in batches)
+        iobs_layers_(model, batches, *more, **also)
+
+    monkeypatch.setattr(prune_model, "iobs_layers_", watched)
     save(tiny_bert_classifier(), tmp_path / "model", WORDS)
     with (tmp_path / "table.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["text", "label"])
-        writer.writerows([" ".join(WORDS[i : i + 5]), "LABEL_1" if i % 2 else "0"] for i in range(30))
+        writer.writerows([" ".join(WORDS[i : i + 1 + i % 10]), "LABEL_1" if i % 2 else "0"] for i in range(30))
     command = ["prune", str(tmp_path / "model"), "--data", str(tmp_path / "table.csv"), "--out", str(tmp_path / "out")]
     assert main([*command, "--sparsity", "0.6", "--sequence-length", "8"]) == 0
     printed = capsys.readouterr().out
     assert "accuracy: " in printed and ("(59.9" in printed or "(60.0" in printed)
+    assert "texts that were cut at --sequence-length 8 or the model's limit: 6\n" in printed  # of nine and ten words
+    assert widths == [3, 6, 8, 8]  # padded to the longest of a batch of about the same length
     (tmp_path / "table.csv").write_text("text,label\nw1,LABEL_7\n")
     assert main([*command, "--out", str(tmp_path / "other")]) == 2
     assert "row 2: label 'LABEL_7' is none of LABEL_0, LABEL_1" in capsys.readouterr().err

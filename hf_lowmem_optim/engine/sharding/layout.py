@@ -8,6 +8,8 @@ nor NCCL sends it.
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -35,6 +37,11 @@ __all__ = [
     "specs_at_rest",
     "split_of",
 ]
+
+logger = logging.getLogger(__name__)
+
+#: torch leaves gaps in a full tensor whose rows were split unevenly, and sends them as if they were entries.
+_HAS_GAPS = torch.__version__ < "2.13"
 
 #: Slices of a tensor, one for each of its dimensions: what one process has of it.
 Region = tuple[slice, ...]
@@ -239,6 +246,20 @@ def _sharded(local: Tensor, shape: Sequence[int], param: Any, *, compressed: boo
     from torch.distributed.tensor import DTensor
 
     mesh, placements = param.device_mesh, _placements_at_rest(shape, param, compressed=compressed)
+    cuts = [(shape[p.dim], n) for p, n in zip(placements, mesh.shape, strict=True) if getattr(p, "dim", 0)]
+    if _HAS_GAPS and any(size % num_parts for size, num_parts in cuts):
+        _warn_of_gaps()
     strides = torch.empty(tuple(shape), device="meta").stride()
     part: Tensor = DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=strides)
     return part
+
+
+@functools.cache
+def _warn_of_gaps() -> None:
+    logger.warning(
+        "%d processes do not divide all dimensions of the optimizer's state evenly, and torch %s scrambles such "
+        "tensors when several processes load a full state dict: save sharded ones (fsdp_config state_dict_type "
+        "SHARDED_STATE_DICT, or torch.distributed.checkpoint), or update torch to 2.13",
+        torch.distributed.get_world_size(),
+        torch.__version__,
+    )

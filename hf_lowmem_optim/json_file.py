@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hf_lowmem_optim.engine.options import shown
+from hf_lowmem_optim.words import shown
 
 __all__ = ["check_shape", "read_json"]
 

@@ -1,0 +1,1 @@
+"""Workers that step apart on their own data, and average every so many steps."""

@@ -1,0 +1,1 @@
+"""One LoRA adapter whose first components are adapters of smaller ranks."""
