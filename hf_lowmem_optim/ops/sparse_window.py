@@ -208,7 +208,7 @@ def foreach_window_update_(steps: Sequence[WindowStep]) -> None:
         ValueError: For shapes or devices that contradict each other, or a tensor that is not contiguous. Likewise.
     """
     for step in steps:
-        _check(step, (2, len(step.rows.indices)), steps[0].param.device)
+        _check(step, (2, step.rows.indices.shape[0]), steps[0].param.device)
     if steps:
         _update_all(steps)
 
@@ -226,7 +226,7 @@ def foreach_window_descend_(steps: Sequence[WindowStep]) -> None:
         ValueError: Likewise.
     """
     for step in steps:
-        _check(step, (len(step.rows.indices),), steps[0].param.device)
+        _check(step, (step.rows.indices.shape[0],), steps[0].param.device)
     if steps:
         _descend_all(steps)
 
@@ -265,11 +265,11 @@ def foreach_window_gram_rows(windows: Sequence[SparseWindow], row: int) -> Tenso
     """
     if not windows:
         raise ValueError("windows must be at least one window, got none")
-    length = len(windows[0].indices)
+    length = windows[0].indices.shape[0]
     for window in windows:
         if window.indices.device != windows[0].indices.device:
             raise ValueError(f"window: on {window.device}, but another tensor is on {windows[0].device}")
-        if len(window.indices) != length:
+        if window.indices.shape[0] != length:
             raise ValueError(f"a window has {window.window} rows, another one {length}")
     if not 0 <= row < length:
         raise IndexError(f"row {row} is not one of the window's {length}")
