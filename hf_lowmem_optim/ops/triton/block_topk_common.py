@@ -283,7 +283,9 @@ def is_common(call: TopK, k: int) -> bool:
         vectors
         and (call.block_size, fmt.block_size, fmt.stat_dtype) == (_BLOCK, _QUANT_BLOCK, torch.bfloat16)
         and k <= _MOST_KEPT
-        and value_dtype_of(call.values, call.grids) != "fp32"
+        # AMD's registers do not hold what codes of 8 bits take
+        and value_dtype_of(call.values, call.grids)
+        in (("bf16", "4bit") if torch.version.hip else ("bf16", "8bit", "4bit"))
         and call.error_scale == 1
         and call.seed is None
     )
