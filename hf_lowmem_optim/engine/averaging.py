@@ -6,6 +6,7 @@ Everything here is called by all workers of a group alike. One process alone, wi
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,8 +22,11 @@ __all__ = [
     "gradients_are_equal",
     "keep_gradients_local",
     "num_workers",
+    "warn_of_equal_gradients",
     "wide_norm",
 ]
+
+logger = logging.getLogger(__name__)
 
 #: Of one collective; larger tensors take several, smaller ones share one.
 BUCKET_BYTES = 25 << 20
@@ -187,6 +191,16 @@ def gradients_are_equal(gradients: Sequence[Tensor], group: Any = None) -> bool:
     # equal to everybody's is not enough for what says nothing
     hashes = _gather_hashes(repr(norms).encode() if any(norms) else None, group)
     return hashes[0] != 0 and len(set(hashes)) == 1
+
+
+def warn_of_equal_gradients(gradients: Sequence[Tensor], group: Any = None) -> None:
+    """Warn if all workers have the same gradients, as :func:`gradients_are_equal` says; at a first step."""
+    if gradients_are_equal(gradients, group):
+        logger.warning(
+            "all workers have the same gradients: either they have the same data, or DistributedDataParallel averages "
+            "gradients at every step. In a Trainer add LocalUpdatesCallback(trainer), in a loop of your own call "
+            "keep_gradients_local(ddp_model)"
+        )
 
 
 def wide_norm(tensor: Tensor) -> float:

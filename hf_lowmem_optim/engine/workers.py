@@ -154,6 +154,7 @@ class WorkerOptimizer(LowMemoryOptimizer):
         before = max([state["step"] - (id(state) in stepped) for state in self._states()], default=0)
         if updates and not self._agreed:
             self._check_workers(before)
+            averaging.warn_of_equal_gradients([update.grad for update in updates], self.process_group)
         if updates and (most := self.param_groups[0]["clip_norm"]) is not None:
             _clip_([update.grad for update in updates], most)
         self._begin_([update for update in sparse if update.step == 1], before // K * K)

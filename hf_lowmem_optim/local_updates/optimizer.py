@@ -10,7 +10,6 @@ On each worker, t = 1, 2, …:
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -24,8 +23,8 @@ from hf_lowmem_optim.engine.averaging import (
     average_,
     check_agreement,
     check_finite,
-    gradients_are_equal,
     num_workers,
+    warn_of_equal_gradients,
     wide_norm,
 )
 from hf_lowmem_optim.engine.checks import describe_parameter
@@ -34,8 +33,6 @@ from hf_lowmem_optim.engine.options import COUNT, check_number
 from hf_lowmem_optim.local_updates.outer import OuterNesterov
 
 __all__ = ["LocalUpdates", "find_local_updates"]
-
-logger = logging.getLogger(__name__)
 
 _SAVED = "local_updates"
 _PARAMS, _MOMENTS = "params", "moments"
@@ -302,12 +299,7 @@ class LocalUpdates(Optimizer):
                 f"{', '.join(sorted(found)) or 'nothing'} to average beside the weights"
             )
         gradients = [entry.param.grad for entry in entries if entry.param.grad is not None]
-        if gradients_are_equal(gradients, self.process_group):
-            logger.warning(
-                "all workers have the same gradients: either they have the same data, or DistributedDataParallel "
-                "averages gradients at every step. In a Trainer add LocalUpdatesCallback(trainer), in a loop of your "
-                "own call keep_gradients_local(ddp_model)"
-            )
+        warn_of_equal_gradients(gradients, self.process_group)
 
     # ------------------------------------------------------------------------------------------------------- state
 
