@@ -64,10 +64,11 @@ def window_arguments(window: SparseWindow | TopK) -> tuple[Any, ...]:
     return window.indices.numpy(), stored, code, lo, step
 
 
-def block_ranges(numel: int, block_size: int) -> list[tuple[int, int]]:
+@lru_cache  # the same few sizes at every step
+def block_ranges(numel: int, block_size: int) -> tuple[tuple[int, int], ...]:
     """Cut a tensor into pieces of whole blocks: the first block of each, and the one after its last."""
     num_blocks, step = -(-numel // block_size), max(1, ENTRIES_PER_PIECE // block_size)
-    return [(first, min(first + step, num_blocks)) for first in range(0, num_blocks, step)]
+    return tuple((first, min(first + step, num_blocks)) for first in range(0, num_blocks, step))
 
 
 def run_pieces(
