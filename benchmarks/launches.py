@@ -18,12 +18,13 @@ from torch import Tensor
 
 from hf_lowmem_optim.ops import dispatch
 from hf_lowmem_optim.ops.block_quant import Quantized, dequantize_, dequantize_add_, quantize_
-from hf_lowmem_optim.ops.block_topk import num_kept
+from hf_lowmem_optim.ops.block_topk import TopK, foreach_block_topk_, num_kept
 from hf_lowmem_optim.ops.low_rank import Coefficients
 from hf_lowmem_optim.ops.sparse_window import SparseWindow, window_combine_
 from hf_lowmem_optim.ops.weight_correction import join_weights, split_weights_
+from hf_lowmem_optim.ops.window_values import FLOATS, INDEX_BITS, Grids, ValueDtype, encode
 from hf_lowmem_optim.spec import QuantFormat
-from tests.ops.backends import BF16, FP16, FP32, block_topk_, window_descend_, window_gram_row, window_update_
+from tests.ops.backends import BF16, FP16, FP32, window_descend_, window_gram_row, window_update_
 
 #: Of a step of LDAdam.
 NUMBERS = Coefficients(0.8, 0.3, 0.9, 0.99, 0.7, 1e-4, 0.9, 0.4)
@@ -50,13 +51,24 @@ def force_triton() -> None:
     dispatch._triton_interprets = lambda: True
 
 
-def _window(numel: int, block_size: int, kept: int, window: int, values: torch.dtype) -> SparseWindow:
+def _window(numel: int, block_size: int, kept: int, window: int, values: ValueDtype) -> SparseWindow:
     """Random indices, uniform in each block, as from gradients without structure."""
     generator = torch.Generator().manual_seed(0)
     scores = torch.rand(window, numel // block_size, block_size, generator=generator)
     indices = scores.topk(kept).indices.sort().values.view(window, -1)
-    chosen = torch.randn(indices.shape, generator=generator).to(values)
-    return SparseWindow(indices.to(torch.int16), chosen, numel, block_size, kept)
+    chosen = torch.randn(indices.shape, generator=generator)
+    if values in FLOATS:
+        return SparseWindow(indices.to(torch.int16), chosen.to(FLOATS[values]), numel, block_size, kept)
+    bits = 4 if values == "4bit" else 8
+    codes, lo, step = encode(chosen.view(-1, kept), bits)
+    grids, codes = Grids(lo.view(window, -1), step.view(window, -1)), codes.view(window, -1)
+    words = (indices | codes << INDEX_BITS) if bits == 4 else indices
+    stored = None if bits == 4 else codes.to(torch.uint8)
+    return SparseWindow(words.to(torch.int16), stored, numel, block_size, kept, grids)
+
+
+def _parts(rows: SparseWindow) -> list[Tensor]:
+    return [part for part in (rows.indices, rows.values, *(rows.grids or ())) if part is not None]
 
 
 def _quantized(numel: int, fmt: QuantFormat) -> Quantized:
@@ -66,27 +78,27 @@ def _quantized(numel: int, fmt: QuantFormat) -> Quantized:
     return Quantized(codes, lo.to(fmt.stat_dtype), hi.to(fmt.stat_dtype), numel, fmt)
 
 
-def update(numel, *, block_size=4096, kept=41, window=10, values=BF16, param=FP32, weight_decay=0.0) -> Prepared:
+def update(numel, *, block_size=4096, kept=41, window=10, values="bf16", param=FP32, weight_decay=0.0) -> Prepared:
     rows, weights = _window(numel, block_size, kept, window, values), torch.rand(2, window)
     weight = torch.randn(numel).to(param)
     call = partial(window_update_, weight, rows, weights, lr=1e-3, eps=1e-8, weight_decay=weight_decay)
-    return call, [weight, rows.indices, rows.values, weights]
+    return call, [weight, *_parts(rows), weights]
 
 
-def combine(numel: int) -> Prepared:
-    rows, weights, out = _window(numel, 4096, 41, 32, BF16), torch.rand(32), torch.randn(numel)
-    return partial(window_combine_, out, rows, weights), [out, rows.indices, rows.values, weights]
+def combine(numel: int, *, values: ValueDtype = "bf16") -> Prepared:
+    rows, weights, out = _window(numel, 4096, 41, 32, values), torch.rand(32), torch.randn(numel)
+    return partial(window_combine_, out, rows, weights), [out, *_parts(rows), weights]
 
 
-def gram_row(numel: int) -> Prepared:
-    rows = _window(numel, 4096, 41, 32, BF16)
-    return partial(window_gram_row, rows, 5), [rows.indices, rows.values]
+def gram_row(numel: int, *, values: ValueDtype = "bf16") -> Prepared:
+    rows = _window(numel, 4096, 41, 32, values)
+    return partial(window_gram_row, rows, 5), _parts(rows)
 
 
-def descend(numel: int, *, weight_decay: float = 0.0) -> Prepared:
-    rows, weights, weight = _window(numel, 4096, 41, 32, BF16), torch.rand(32), torch.randn(numel).bfloat16()
+def descend(numel: int, *, weight_decay: float = 0.0, values: ValueDtype = "bf16") -> Prepared:
+    rows, weights, weight = _window(numel, 4096, 41, 32, values), torch.rand(32), torch.randn(numel).bfloat16()
     call = partial(window_descend_, weight, rows, weights, lr=0.1, weight_decay=weight_decay)
-    return call, [weight, weight, rows.indices, rows.values, weights]
+    return call, [weight, weight, *_parts(rows), weights]
 
 
 def quantization(numel: int, operation: str, fmt: QuantFormat, dtype: torch.dtype, **options: Any) -> Prepared:
@@ -99,9 +111,8 @@ def quantization(numel: int, operation: str, fmt: QuantFormat, dtype: torch.dtyp
     return calls[operation], [dense, buffer.codes, buffer.lo, buffer.hi]
 
 
-def topk(numel, *, error=None, grad=FP32, values=BF16, block_size=4096, seed=None) -> Prepared:
-    kept = num_kept(numel, block_size, 0.01)
-    indices, chosen = torch.zeros(kept, dtype=torch.int16), torch.zeros(kept, dtype=values)
+def topk(numel, *, error=None, grad=FP32, values="bf16", block_size=4096, seed=None) -> Prepared:
+    rows = _window(numel, block_size, num_kept(block_size, block_size, 0.01), 1, values)
     gradient, parts = torch.randn(numel).to(grad), []
     buffer: Quantized | Tensor | None = None
     if isinstance(error, QuantFormat):
@@ -110,8 +121,8 @@ def topk(numel, *, error=None, grad=FP32, values=BF16, block_size=4096, seed=Non
     elif error is not None:
         buffer = torch.randn(numel).to(error)
         parts = [buffer]
-    options = {"block_size": block_size, "density": 0.01, "seed": seed}
-    return partial(block_topk_, indices, chosen, gradient, buffer, **options), [gradient, indices, chosen, *parts]
+    call = TopK(rows.indices, rows.values, 0, gradient, buffer, block_size, 0.01, 1.0, seed, rows.grids)
+    return partial(foreach_block_topk_, [call]), [gradient, *_parts(rows), *parts]
 
 
 def reflections(numel: int, rank: int) -> Prepared:
@@ -218,12 +229,14 @@ def launch(name: str, widest_load: int, prepare: Callable[..., Prepared], *given
 LAUNCHES: list[Launch] = [
     launch("block_topk 4-bit error", 16, topk, error=FOUR),
     launch("block_topk 4-bit error, bf16 gradient", 16, topk, error=FOUR, grad=BF16),
-    launch("block_topk 4-bit error, fp32 statistics and values", 16, topk, error=FOUR_FP32, values=FP32),
+    launch("block_topk 4-bit error, fp32 statistics and values", 16, topk, error=FOUR_FP32, values="fp32"),
     launch("block_topk 4-bit error, stochastic", 16, topk, error=FOUR, seed=1),
     launch("block_topk 8-bit error", 16, topk, error=EIGHT),
     launch("block_topk 8-bit error, bf16 gradient", 16, topk, error=EIGHT, grad=BF16),
     launch("block_topk dense bf16 error, fp16 gradient", 16, topk, error=BF16, grad=FP16),
     launch("block_topk no error", 16, topk),
+    launch("block_topk 4-bit error and values, bf16 gradient", 16, topk, error=FOUR, grad=BF16, values="4bit"),
+    launch("block_topk 8-bit error and values", 16, topk, error=EIGHT, values="8bit"),
     launch("block_topk 4-bit error, block of 8192", 16, topk, error=FOUR, block_size=8192, numel=4 * 8192),
     launch("block_topk 4-bit error, block of 512", 16, topk, error=FOUR, block_size=512, numel=4 * 512),
     launch("window_update defaults", 0, update),
@@ -232,7 +245,7 @@ LAUNCHES: list[Launch] = [
     launch("window_update fp16 parameter", 0, update, param=FP16),
     launch("window_update 15 rows of 3%", 16, update, window=15, kept=123, weight_decay=0.1),
     launch("window_update 16 rows of 6%", 0, update, window=16, kept=246),
-    launch("window_update fp32 values, weight decay", 16, update, values=FP32, weight_decay=0.1),
+    launch("window_update fp32 values, weight decay", 16, update, values="fp32", weight_decay=0.1),
     launch("window_update 32 rows (looped)", 0, update, window=32),
     launch("window_update 32 rows (looped), weight decay", 16, update, window=32, weight_decay=0.1),
     launch(
@@ -244,9 +257,15 @@ LAUNCHES: list[Launch] = [
         param=BF16,
         numel=4 * 32768,
     ),
+    launch("window_update 4-bit values, weight decay, bf16", 16, update, values="4bit", weight_decay=0.1, param=BF16),
+    launch("window_update 8-bit values", 0, update, values="8bit"),
+    launch("window_update 32 rows (looped) of 4-bit values", 0, update, values="4bit", window=32),
     launch("window_combine 32 rows", 0, combine),
+    launch("window_combine 32 rows of 4-bit values", 0, combine, values="4bit"),
     launch("window_gram_row 32 rows", 0, gram_row),
+    launch("window_gram_row 32 rows of 4-bit values", 0, gram_row, values="4bit"),
     launch("window_descend 32 rows", 0, descend),
+    launch("window_descend 32 rows of 8-bit values", 0, descend, values="8bit"),
     launch("window_descend, weight decay 32 rows", 0, descend, weight_decay=0.1),
     launch("quantize 4-bit", 16, quantization, "quantize", FOUR, FP32),
     launch("quantize 4-bit bf16, stochastic", 16, quantization, "quantize", FOUR, BF16, seed=1),

@@ -106,7 +106,7 @@ def adapt(base: nn.Module, entry: str, lr: float, seed: int, num_steps: int, hel
     nested = MatryoshkaLora(model, RANKS, **given)
     optimizer, schedule = optimizer_for(model, lr, num_steps)
     losses, start = [], time.perf_counter()
-    for rows in batches(source("training"), num_steps, seed):
+    for rows in batches(source("training"), num_steps if lr else 1, seed):
         model.train()
         total = 0.0
         for rank in RANKS if mode == "losses" else (None,):
@@ -144,7 +144,7 @@ def main() -> None:
     base = pretrain(args.steps[0])
     run = store.resumable(lambda entry, lr, seed, held: adapt(base, entry, lr, seed, args.steps[1], held))
     for seed in args.seeds:
-        run("base", 0.0, seed, "test")  # at a rate of zero
+        run("base", 0.0, seed, "test")  # one step, at a rate of zero
     tune_and_report(run, dict.fromkeys(args.entry, args.rate), args.tune_seed, args.seeds)
     print(report(store.run))
 

@@ -27,7 +27,17 @@ from communication import table as communication_table
 from pictures import PLOTS, plot_losses, plot_parts
 from results import RESULTS, Run, load_run
 from summary import choice_table, fit_table, learning_rate_table, option_table
-from tables import convergence_report, labelled, memory_rows, nested_lora_rows, report, requirement_rows, step_time_rows
+from tables import (
+    convergence_report,
+    format_rows,
+    labelled,
+    memory_rows,
+    nested_lora_rows,
+    packing_rows,
+    report,
+    requirement_rows,
+    step_time_rows,
+)
 
 from hf_lowmem_optim import OPTIMIZERS, Options
 from hf_lowmem_optim.__main__ import main as command_line
@@ -43,6 +53,8 @@ _PLAN = re.compile(r"^```text\n\$ hf-lowmem-optim (?P<command>plan .*)\n(?P<outp
 #: How each table is rendered, and from which file.
 TABLES: dict[str, tuple[Callable[[Run], str], str]] = {
     "requirements": (partial(labelled, requirement_rows), "requirements.json"),
+    "formats": (lambda run: format_rows(run.rows), "formats.json"),
+    "packings": (partial(labelled, packing_rows), "formats.json"),
     "memory": (partial(labelled, memory_rows), "memory.json"),
     "memory_gpu": (partial(labelled, memory_rows), "memory_gpu.json"),
     **{f"convergence_{task}": (convergence_report, f"convergence_{task}.json") for task in ("pretrain", "finetune")},

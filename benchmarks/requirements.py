@@ -4,7 +4,8 @@
     python benchmarks/requirements.py --quick     # fewer rounds, under two minutes
 
 The limits are for two CPU cores and numba (extra ``cpu``); on a larger machine: ``OMP_NUM_THREADS=2 taskset -c 0,1``.
-A figure is a median over rounds in which all optimizers of a part take a step each, in a process of its own. A first
+A figure is a median over rounds in which all optimizers of a part take a step each, in a process of its own (of Dash,
+whose roots are spread over ten steps, the mean and the worst round, too). A first
 step is that of a fresh process whose model and gradients exist, the import of numba included, with numba's compiled
 code on disk. The exit status is 1 if a requirement is not met, 2 if one was skipped because a peer is missing.
 """
@@ -19,18 +20,32 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from interleave import SEED, Contender, compare, enter, ratio, workload
 from machine import backend
-from peers import FOREACH, Candidate, ours, peer
+from peers import FOREACH, Candidate, ours, peer, split_parameters
 from results import describe_run, save_run
 from step_time import add_timing_options, wait_unless_told
 from tables import requirement_rows
+from torch import nn
+
+from hf_lowmem_optim.ops.newton_schulz import newton_schulz
 
 NAMES = ("ldadam", "microadam", "sparse_mfac")
 _FIRST_STEP_LIMIT = 1.0  # seconds
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Describe the most that an optimizer's time may be in units of another's."""
+
+    ours: Candidate
+    base: Candidate
+    most: float
+    statistic: Literal["median", "mean", "worst"] = "median"  # mean and worst round: in units of the base's median
+    beyond: Candidate | None = None  # what is left out of the first one's time
 
 
 @dataclass(frozen=True)
@@ -38,26 +53,56 @@ class Part:
     """Describe optimizers that are timed together in one process."""
 
     shapes: str
-    limits: tuple[tuple[Candidate, Candidate, float], ...]  # two optimizers, and the most that their ratio may be
+    limits: tuple[Limit, ...]
     words: str = ""  # what a line says besides the names
     environment: dict[str, str] = field(default_factory=dict)
 
 
+class NewtonSchulz(torch.optim.Optimizer):
+    """Compute Trion's Newton–Schulz products and nothing else.
+
+    Args:
+        model: The model.
+        rank: Trion's.
+    """
+
+    def __init__(self, model: nn.Module, rank: int) -> None:
+        matrices, _ = split_parameters(model)
+        super().__init__(matrices, {})
+        sides = [sorted(matrix.shape) for matrix in matrices]
+        self._chosen = [torch.randn(1, min(rank, p), q, device=matrices[0].device) for p, q in sides]
+
+    def step(self, closure: Any = None) -> None:
+        """Compute them."""
+        for chosen in self._chosen:
+            newton_schulz(chosen, "muon")
+
+
 _BASE = peer(FOREACH)
+_DASH = ours("dash", block_size=256, precondition_frequency=10)
+_PRODUCTS = Candidate("its Newton–Schulz products", lambda model: NewtonSchulz(model, 128))
 PARTS: dict[str, Part] = {
     "minilm": Part(
         "minilm",
         (
-            (ours("ldadam", rank=16), _BASE, 0.8),
-            (ours("ldadam", rank=128), peer("galore-torch", 128), 1.9),
-            (ours("microadam"), _BASE, 0.55),
-            (ours("sparse_mfac"), _BASE, 0.7),
+            Limit(ours("ldadam", rank=16), _BASE, 0.8),
+            Limit(ours("ldadam", rank=128), peer("galore-torch", 128), 1.9),
+            Limit(ours("microadam"), _BASE, 0.55),
+            Limit(ours("sparse_mfac"), _BASE, 0.7),
         ),
     ),
-    "small": Part("small", tuple((ours(name), _BASE, 3.0) for name in NAMES), ", 1000 small tensors"),
+    "transforms": Part(
+        "minilm",
+        (
+            Limit(ours("dct_adamw", rank=128), peer("galore-torch", 128), 1.5),
+            Limit(ours("trion", rank=128), _BASE, 1.5, beyond=_PRODUCTS),
+        ),
+    ),
+    "dash": Part("minilm", (Limit(_DASH, _BASE, 6.0, "mean"), Limit(_DASH, _BASE, 12.0, "worst"))),
+    "small": Part("small", tuple(Limit(ours(name), _BASE, 3.0) for name in NAMES), ", 1000 small tensors"),
     "reference": Part(
         "minilm",
-        ((ours("microadam"), _BASE, 4.0), (ours("ldadam", rank=16), _BASE, 2.5)),
+        (Limit(ours("microadam"), _BASE, 4.0), Limit(ours("ldadam", rank=16), _BASE, 2.5)),
         ", without numba",
         {"HF_LOWMEM_OPTIM_BACKEND": "reference"},
     ),
@@ -73,21 +118,33 @@ def finding(requirement: str, limit: float, figure: float | None, spread: str) -
 def measure_part(part: Part, rounds: int, seconds: float) -> list[dict[str, Any]]:
     """Return the rows of a part, measured in this process."""
     work = workload(part.shapes)
-    wanted = {candidate.name: candidate for first, second, _ in part.limits for candidate in (first, second)}
+    wanted = {c.name: c for limit in part.limits for c in (limit.ours, limit.base, limit.beyond) if c is not None}
     entered = {name: enter(candidate, work) for name, candidate in wanted.items()}
     cores = compare([found for found in entered.values() if isinstance(found, Contender)], rounds, seconds)
     print(f"others used {cores:.2f} cores meanwhile", file=sys.stderr)
-    rows = []
-    for ours_, base, limit in part.limits:
-        requirement = f"{ours_.name} / {base.name}{part.words}"
-        first, second = entered[ours_.name], entered[base.name]
-        if isinstance(first, str) or isinstance(second, str):
-            reason = first if isinstance(first, str) else second
-            rows.append(finding(requirement, limit, None, f"skipped: {reason}"))
-        else:
-            low, middle, high = ratio(first, second)
-            rows.append(finding(requirement, limit, middle, f"{low:.2f}–{high:.2f}"))
-    return rows
+    return [measure_limit(limit, entered, part.words) for limit in part.limits]
+
+
+def measure_limit(limit: Limit, entered: dict[str, Contender | str], words: str) -> dict[str, Any]:
+    """Return the row of a limit, from the times of all contenders."""
+    requirement = f"{limit.ours.name} / {limit.base.name}{words}"
+    if limit.beyond is not None:
+        requirement += f", beyond {limit.beyond.name}"
+    if limit.statistic != "median":
+        requirement += f", {limit.statistic} of the rounds"
+    first, second = entered[limit.ours.name], entered[limit.base.name]
+    if isinstance(first, str) or isinstance(second, str):
+        return finding(requirement, limit.most, None, f"skipped: {first if isinstance(first, str) else second}")
+    if limit.beyond is not None:
+        products = entered[limit.beyond.name]
+        assert isinstance(products, Contender)
+        times = [a - b for a, b in zip(first.times_ms, products.times_ms, strict=True)]
+        first = replace(first, times_ms=times)
+    low, middle, high = ratio(first, second)
+    if limit.statistic != "median":
+        reduce = statistics.mean if limit.statistic == "mean" else max
+        middle = round(reduce(first.times_ms) / statistics.median(second.times_ms), 4)
+    return finding(requirement, limit.most, middle, f"{low:.2f}–{high:.2f}")
 
 
 def time_first_step(name: str) -> float:

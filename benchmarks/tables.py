@@ -70,6 +70,33 @@ def requirement_rows(rows: Sequence[Row]) -> str:
     return markdown_table(["requirement", "measured", "10–90%, or made from", "limit", "met"], cells)
 
 
+def format_rows(rows: Sequence[Row]) -> str:
+    """Return bits and errors of storage formats, by the numbers that they store."""
+    columns = ["numbers", "format", "stored bits", "GMSE", "effective bits", "effective / stored"]
+    cells = [
+        [
+            row["numbers"],
+            row["format"],
+            row["stored_bits"],
+            f"{row['gmse']:.1e}",
+            row["effective_bits"],
+            row["efficiency"],
+        ]
+        for row in rows
+        if row["table"] == "values"
+    ]
+    return markdown_table(columns, cells)
+
+
+def packing_rows(rows: Sequence[Row]) -> str:
+    """Return bytes and times of a window's indices with codes of 4 bits."""
+    columns = {"packing": "packing", "bytes an entry": "bytes_per_entry", "bits an index": "bits_per_index"}
+    columns |= {"pack, ns an entry": "pack_ns", "unpack, ns an entry": "unpack_ns"}
+    columns |= {"MicroAdam, bytes a parameter": "microadam_bytes_per_parameter"}
+    rows = [row for row in rows if row["table"] == "indices"]
+    return markdown_table(list(columns), [[row[key] for key in columns.values()] for row in rows])
+
+
 _MEMORY = {"optimizer": "optimizer", "measured peak": "peak_bytes", "planned": "planned_bytes"}
 _MEMORY |= {part: f"planned_{part}_bytes" for part in ("weights", "gradients", "state", "step")}
 

@@ -33,11 +33,12 @@ MAX_LINES = 450
 MAX_ARGUMENTS = 9
 #: Of the kernels, the rest of the ground floor, each system upon it, and what talks to users.
 MAX_PART_LINES = {
-    "ops/triton/": 3_200,
-    "ops/ engine/ optimizers/": 11_500,
+    "ops/triton/": 3_350,
+    "ops/ engine/ optimizers/": 12_300,
     "pruning/": 1_700,
     "nested_lora/": 750,
-    "": 6_800,
+    "local_updates/": 600,
+    "": 7_150,
 }
 #: Decorators whose functions are compiled: by Triton, or by numba through ``ops/cpu/jit.py``.
 COMPILED = {"jit", "loop", "inlined"}

@@ -78,8 +78,40 @@ def check_tensor(
         NotImplementedError: The parameter is a sharded DTensor, which its group's options do not serve.
         ValueError: The options of the group no longer describe the state, which a kernel would read as what it is not.
     """
-    grad, (compressed, specs), method, who = param.grad, rule, optimizer.method, type(optimizer).__name__
+    grad, (compressed, specs), method = param.grad, rule, optimizer.method
     assert grad is not None
+    dtype = param.dtype
+    if grad.layout != torch.strided or grad.dtype != dtype or dtype not in _DTYPES:
+        _refuse_gradient(param, grad, group, compressed, type(optimizer).__name__)
+    if type(param) is not Parameter and hasattr(param, "placements"):
+        _check_sharded(param, group, compressed, method, type(optimizer).__name__)
+    elif (
+        grad.shape != param.shape
+        or grad.device != param.device
+        or param.untyped_storage().nbytes() < param.storage_offset() * dtype.itemsize + param.nbytes
+        # a gradient may be expanded, or a slice
+        or (
+            grad.untyped_storage().nbytes() < grad.storage_offset() * grad.itemsize + grad.nbytes
+            and not has_storage(grad)
+        )
+    ):
+        _refuse_memory(param, grad, group)
+    if not state:
+        return
+    # which tensors they are, where they lie and how large they are: as long as that stays, so does what was checked
+    facts = [
+        fact for part in state.values() if type(part) is Tensor for fact in (id(part), part.data_ptr(), part.nbytes)
+    ]
+    before = optimizer.checked.get(id(param))
+    if before is not None and before[0] is specs and before[1] == facts:
+        return
+    _check_state(param, group, state, specs, method)
+    if all(type(part) is Tensor for part in state.values() if isinstance(part, Tensor)):
+        optimizer.checked[id(param)] = specs, facts
+
+
+def _refuse_gradient(param: Tensor, grad: Tensor, group: Mapping[str, Any], compressed: bool, who: str) -> None:
+    """Raise RuntimeError for a gradient that is sparse, or of a dtype that the parameter's rule does not take."""
     if grad.layout != torch.strided:
         raise RuntimeError(
             f"{describe_parameter(param, group)} has a sparse gradient, which {who} does not support; "
@@ -90,33 +122,11 @@ def check_tensor(
             f"{describe_parameter(param, group)} is {param.dtype} with a gradient of {grad.dtype}; "
             f"{who} supports float32, bfloat16 and float16"
         )
-    if grad.dtype != param.dtype and not compressed:
+    if not compressed:
         raise RuntimeError(
             f"{describe_parameter(param, group)} is {param.dtype} with a gradient of {grad.dtype}; the dense rule "
             "needs both alike"
         )
-    if type(param) is not Parameter and hasattr(param, "placements"):
-        _check_sharded(param, group, compressed, method, who)
-    elif grad.shape != param.shape or grad.device != param.device:
-        _refuse_memory(param, grad, group)
-    else:
-        for tensor in (param, grad):
-            needed = tensor.storage_offset() * tensor.element_size() + tensor.nbytes
-            # a gradient may be expanded, or a slice
-            if tensor.untyped_storage().nbytes() < needed and not (tensor is grad and has_storage(grad)):
-                _refuse_memory(param, grad, group)
-    if not state:
-        return
-    # which tensors they are, where they lie and how large they are: as long as that stays, so does what was checked
-    facts = [
-        fact for part in state.values() if type(part) is Tensor for fact in (id(part), part.data_ptr(), part.nbytes)
-    ]
-    before = optimizer.checked.get(param)
-    if before is not None and before[0] is specs and before[1] == facts:
-        return
-    _check_state(param, group, state, specs, method)
-    if all(type(part) is Tensor for part in state.values() if isinstance(part, Tensor)):
-        optimizer.checked[param] = specs, facts
 
 
 def _check_state(

@@ -113,7 +113,7 @@ class LowMemoryOptimizer(Optimizer):
         self._complete = True
         self._options: dict[int, tuple[tuple[Any, ...], Options]] = {}
         self._specs: dict[tuple[Any, ...], tuple[bool, dict[str, TensorSpec]]] = {}
-        self.checked: dict[Tensor, tuple[Mapping[str, TensorSpec], list[int]]] = {}
+        self.checked: dict[int, tuple[Mapping[str, TensorSpec], list[int]]] = {}
         self.unchecked: set[int] = set()
         self.paths: dict[tuple[Any, ...], Path] = {}
         self._system_home: Tensor | None = None
@@ -243,12 +243,14 @@ class LowMemoryOptimizer(Optimizer):
         # every check comes before the first change
         rules = []
         options_of: dict[int, Options] = {}
+        layouts: dict[int, tuple[Any, ...]] = {}
         for _, param, group in live:
             if (options := options_of.get(id(group))) is None:
                 options = options_of[id(group)] = self._options_of(group)
-            compressed, specs = self._rule(param, options)
-            check_tensor(param, group, self.state.get(param), rule=(compressed, specs), optimizer=self)
-            rules.append((options, compressed, specs))
+                layouts[id(group)] = method.layout_of(options)
+            rule = self._rule(param, options, layouts[id(group)])
+            check_tensor(param, group, self.state.get(param), rule=rule, optimizer=self)
+            rules.append((options, *rule))
         if method.shared_options and len(self.param_groups) > 1:
             distinct = {id(options): vars(options) for options, compressed, _ in rules if compressed}
             check_agreement(method, list(distinct.values()), type(self).__name__)
@@ -356,9 +358,11 @@ class LowMemoryOptimizer(Optimizer):
         rule = self._rule(param, self._options_of(group))
         check_tensor(param, group, self.state.get(param), rule=rule, optimizer=self)
 
-    def _rule(self, param: Tensor, options: Options) -> tuple[bool, dict[str, TensorSpec]]:
+    def _rule(
+        self, param: Tensor, options: Options, layout: tuple[Any, ...] | None = None
+    ) -> tuple[bool, dict[str, TensorSpec]]:
         """Return whether a parameter is compressed, and the specs of its state."""
-        key = (param.shape, param.dtype, *[getattr(options, name) for name in self.method.layout_options])
+        key = param.shape, param.dtype, layout or self.method.layout_of(options)
         rule = self._specs.get(key)
         if rule is None:
             compressed = self.method.compressed_state(param.shape, param.dtype, options) is not None

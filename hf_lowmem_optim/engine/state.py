@@ -34,7 +34,7 @@ _MAX_STEPS = 1 << 38
 #: Where versions before 0.2 kept what belongs to all parameters together: a key of the first parameter group.
 _OLD_SHARED = "shared"
 #: Options that older versions did not have, with the value that is what they did.
-_ADDED_LATER = {"stacked": False}
+_ADDED_LATER = {"stacked": False, "value_dtype": "bf16"}
 
 
 class _AsSaved:
@@ -55,7 +55,8 @@ def exact_load(optimizer: Any, method: Method) -> Iterator[None]:
         who = type(optimizer).__name__
         _check_containers(state_dict, who)
         # in the order that the group has, so that what is saved again is the same
-        groups = [{**group, **_ADDED_LATER, **group} for group in state_dict["param_groups"]]
+        later = {key: value for key, value in _ADDED_LATER.items() if key in method.options.defaults()}
+        groups = [{**group, **later, **group} for group in state_dict["param_groups"]]
         state_dict = {**state_dict, "param_groups": groups}
         _check_groups(optimizer, method, state_dict["param_groups"])
         state_dict = _as_one_process(optimizer, method, _move_old_shared(optimizer, method, state_dict))

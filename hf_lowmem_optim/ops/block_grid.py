@@ -118,9 +118,9 @@ class Piece:
         parts = self.views(x)
         out = torch.empty((len(parts), *parts[0].shape), dtype=torch.float32, device=parts[0].device)
         for into, part in zip(out.unbind(), parts, strict=True):
-            into.copy_(part)
-        # unlike a clamp, it lets infinity become NaN
-        return out.div_(out.abs().mul_(1 / _MOST).clamp_(min=1)).flatten(0, 2)
+            torch.clamp(part, -_MOST, _MOST, out=into)
+            into.add_(part, alpha=0)  # lets infinity become NaN
+        return out.flatten(0, 2)
 
     def only(self, j: int) -> Piece:
         """Return the piece of its block j alone."""
@@ -154,7 +154,7 @@ class Piece:
 
 def piece_entries(device: torch.device) -> int:
     """Return the entries of the largest matrices of a piece together, unless one block has more."""
-    return 1 << 18 if device.type == "cpu" else 1 << 22
+    return 1 << 19 if device.type == "cpu" else 1 << 22
 
 
 def pieces(regions: Sequence[Region], count: int, device: torch.device) -> Iterator[Piece]:
@@ -249,6 +249,8 @@ class Vectors:
 class Squares:
     """The running mean of the squares of each block's entries, in the state of its tensor.
 
+    Its root is given as factors that broadcast to [blocks, a, b]; rows and columns of them take no pass over all.
+
     Attributes:
         key: Its state key, or the prefix of two.
         factored: Whether only row and column sums are kept: ρτᵀ/Σρ instead (Adafactor, arXiv 1804.04235).
@@ -261,26 +263,26 @@ class Squares:
         """Describe its state."""
         return {key: spec for part in self._parts() for key, spec in part.specs(regions).items()}
 
-    def read(self, state: Mapping[str, Tensor], piece: Piece) -> Tensor:
-        """Return the mean, float32 [blocks, a, b]; a view of what is not factored."""
-        return self._whole([part.read(state, piece) for part in self._parts()], piece)
+    def root(self, state: Mapping[str, Tensor], piece: Piece) -> list[Tensor]:
+        """Return factors of the mean's root, float32 copies."""
+        return self._root([part.read(state, piece) for part in self._parts()], piece)
 
-    def update_(self, state: Mapping[str, Tensor], piece: Piece, x: Tensor, decay: float) -> Tensor:
-        """Let the squares of float32 x [blocks, a, b] into the mean, and return it, a copy."""
+    def update_(self, state: Mapping[str, Tensor], piece: Piece, x: Tensor, decay: float) -> list[Tensor]:
+        """Let the squares of float32 x [blocks, a, b] into the mean, and return factors of its root, copies."""
         squares, parts = x.square(), self._parts()
         values = [squares.sum(2), squares.sum(1)] if self.factored else [squares.flatten(1)]
         # each operation rounds once, so that an entry's place in a stack does not matter
         values = [(p.read(state, piece) * decay).add_(v * (1 - decay)) for p, v in zip(parts, values, strict=True)]
         for part, value in zip(parts, values, strict=True):
             part.write_(state, piece, value)
-        return self._whole(values, piece)
+        return self._root(values, piece)
 
-    def _whole(self, values: Sequence[Tensor], piece: Piece) -> Tensor:
+    def _root(self, values: Sequence[Tensor], piece: Piece) -> list[Tensor]:
         if not self.factored:
-            return values[0].view(-1, piece.region.a, piece.region.b)
+            return [values[0].sqrt().view(-1, piece.region.a, piece.region.b)]
         rows, columns = values
         whole = rows.sum(1, keepdim=True)
-        return rows[:, :, None] * (columns / whole.masked_fill(whole == 0, 1))[:, None, :]
+        return [rows.sqrt()[:, :, None], (columns / whole.masked_fill(whole == 0, 1)).sqrt_()[:, None, :]]
 
     def _parts(self) -> list[Vectors]:
         if not self.factored:
@@ -300,26 +302,32 @@ class FirstMoment:
     Attributes:
         key: Its state key, or the prefix of three.
         storage: How it is stored.
-        squares: v, which has to be the same when m is read as when it was written.
     """
 
     key: str
     storage: Storage
-    squares: Squares
 
     def specs(self, regions: Sequence[Region]) -> dict[str, TensorSpec]:
         """Describe its state."""
         return self._vectors().specs(regions)
 
-    def read(self, state: Mapping[str, Tensor], piece: Piece) -> Tensor:
-        """Return the mean, float32 [blocks, a, b]; a view of what is float32."""
-        m = self._vectors().read(state, piece).view(-1, piece.region.a, piece.region.b)
-        return m if self.storage not in _FORMATS else m.mul_(self.squares.read(state, piece).sqrt())
+    def read(self, state: Mapping[str, Tensor], piece: Piece, root: Sequence[Tensor]) -> Tensor:
+        """Return the mean, float32 [blocks, a, b], given the factors of √v with which it was written.
 
-    def write_(self, state: Mapping[str, Tensor], piece: Piece, m: Tensor, v: Tensor) -> None:
-        """Store float32 m [blocks, a, b], with the v that is stored."""
+        What is stored in float32 may come as a view.
+        """
+        m = self._vectors().read(state, piece).view(-1, piece.region.a, piece.region.b)
+        for factor in root if self.storage in _FORMATS else ():
+            m.mul_(factor)
+        return m
+
+    def write_(self, state: Mapping[str, Tensor], piece: Piece, m: Tensor, root: Sequence[Tensor]) -> None:
+        """Store float32 m [blocks, a, b], given the factors of the stored √v."""
         if self.storage in _FORMATS:
-            m = (m / v.sqrt()).masked_fill_(v == 0, 0)
+            first, *others = [(1 / factor).nan_to_num_(nan=torch.nan, posinf=0) for factor in root]
+            m = m * first
+            for inverse in others:
+                m.mul_(inverse)
         self._vectors().write_(state, piece, m.flatten(1))
 
     def _vectors(self) -> Vectors:

@@ -4,7 +4,7 @@ Per block of ``block_size`` consecutive entries (the last one of n shorter), all
 
     a ← g + s·Q⁻¹(e)                 s = error_scale; Q of ``block_quant``, or the identity for a dense buffer
     I ← the ⌈density·n⌉ entries of largest |a|, exactly; ties go to the lowest index
-    V ← a[I] rounded to the values' dtype
+    V ← a[I] as it is stored: as a float, or on the block's geometric grid (``window_values``)
     a[I] ← a[I] − V                  what rounding cuts off belongs to the error
     e ← Q(a)
 
@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -42,15 +42,26 @@ from hf_lowmem_optim.ops.block_quant import (
     slices,
 )
 from hf_lowmem_optim.ops.dispatch import Op
+from hf_lowmem_optim.ops.window_values import (
+    FLOATS,
+    INDEX_BITS,
+    Grids,
+    ValueDtype,
+    check_block_and_values,
+    check_stored,
+    decode,
+    encode,
+    fault_of_grids,
+    unpack,
+)
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = [
     "MAX_BLOCK_SIZE",
-    "VALUE_DTYPES",
     "TopK",
     "check_block_size",
     "counts",
-    "fault_of_indices",
+    "fault_of_window",
     "foreach_block_topk_",
     "kept_per_block",
     "num_kept",
@@ -58,7 +69,6 @@ __all__ = [
 ]
 
 MAX_BLOCK_SIZE = 32768  # int16 indices hold 0 … 32767
-VALUE_DTYPES = (torch.bfloat16, torch.float32)
 
 # magnitudes are compared as the bits of |a|; every NaN counts as one magnitude, above infinity
 _MAGNITUDE_MASK, _NAN_MAGNITUDE = 0x7FFFFFFF, 0x7F800001
@@ -103,15 +113,20 @@ def check_block_size(block_size: int) -> None:
         raise ValueError(f"block_size must be in [1, {MAX_BLOCK_SIZE}] (indices are int16), got {block_size!r}")
 
 
-def fault_of_indices(indices: Tensor, numel: int, block_size: int, density: float) -> str | None:
-    """Return why a window's loaded indices cannot be used, as a clause; None if each is of an entry of its block.
+def fault_of_window(state: Mapping[str, Tensor], numel: int, block_size: int, density: float) -> str | None:
+    """Return why a loaded window cannot be used, as a clause; None if each index is of an entry of its block.
 
     Args:
-        indices: int16 [window, kept], as :func:`window_specs` describes them.
+        state: The tensors that :func:`window_specs` describes, by key.
         numel: Entries of the tensor.
         block_size: Entries of a block.
         density: Fraction of each block's entries that is kept.
     """
+    indices = state["indices"]
+    if "value_lo" in state:
+        if (fault := fault_of_grids(Grids(state["value_lo"], state["value_step"]))) is not None:
+            return fault
+        indices = indices if "values" in state else unpack(indices)[0]
     in_full_blocks = numel // block_size * kept_per_block(block_size, density)
     for part, entries in ((indices[:, :in_full_blocks], block_size), (indices[:, in_full_blocks:], numel % block_size)):
         if part.numel() and not 0 <= int(part.amin()) <= int(part.amax()) < entries:
@@ -120,7 +135,7 @@ def fault_of_indices(indices: Tensor, numel: int, block_size: int, density: floa
 
 
 def window_specs(
-    numel: int, *, window: int, density: float, block_size: int, value_dtype: torch.dtype = torch.bfloat16
+    numel: int, *, window: int, density: float, block_size: int, value_dtype: ValueDtype = "bf16"
 ) -> dict[str, TensorSpec]:
     """Describe the window of the last ``window`` selections of a tensor of ``numel`` entries.
 
@@ -132,15 +147,24 @@ def window_specs(
         value_dtype: Storage of the values.
 
     Returns:
-        ``"indices"``: int16 [window, kept]; ``"values"``: ``value_dtype`` [window, kept].
+        ``"indices"``: int16 [window, kept]; ``"values"``: floats or uint8 [window, kept], but for ``"4bit"``, whose
+        codes are in the indices; and of ``"8bit"`` and ``"4bit"`` ``"value_lo"`` and ``"value_step"``: float32
+        [window, blocks].
 
     Raises:
-        ValueError: An argument is out of range.
+        ValueError: An argument is out of range, or the block too large for 4 bits.
     """
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window!r}")
+    check_block_and_values(block_size, value_dtype)
     shape = (window, num_kept(numel, block_size, density))
-    return {"indices": TensorSpec(shape, torch.int16, "indices"), "values": TensorSpec(shape, value_dtype, "values")}
+    specs = {"indices": TensorSpec(shape, torch.int16, "indices")}
+    if value_dtype != "4bit":
+        specs["values"] = TensorSpec(shape, FLOATS.get(value_dtype, torch.uint8), "values")
+    if value_dtype not in FLOATS:
+        grid = TensorSpec((window, -(-numel // block_size)), torch.float32, "value grids")
+        specs |= {"value_lo": grid, "value_step": grid}
+    return specs
 
 
 class TopK(NamedTuple):
@@ -151,8 +175,8 @@ class TopK(NamedTuple):
 
     Attributes:
         indices: int16 [window, kept], contiguous.
-        values: bfloat16 or float32 [window, kept], contiguous.
-        row: The row of both that is written, (t − 1) mod window at step t.
+        values: bfloat16, float32 or (with grids) uint8 [window, kept], contiguous; None for codes of 4 bits.
+        row: The row of all that is written, (t − 1) mod window at step t.
         grad: Contiguous float32, bfloat16 or float16 tensor (any shape; taken flat). Left as it is.
         error: Block-quantized buffer whose block size divides ``block_size``, or a contiguous dense buffer of
             ``grad``'s size, or None for plain Top-K. Read and written.
@@ -160,10 +184,11 @@ class TopK(NamedTuple):
         density: Fraction of each block's entries to keep, rounded up.
         error_scale: Factor s, rounded to float32.
         seed: None rounds a quantized error to nearest; an integer rounds it stochastically with that seed.
+        grids: float32 [window, blocks] each; None for floats.
     """
 
     indices: Tensor
-    values: Tensor
+    values: Tensor | None
     row: int
     grad: Tensor
     error: Quantized | Tensor | None
@@ -171,6 +196,7 @@ class TopK(NamedTuple):
     density: float
     error_scale: float = 1.0
     seed: int | None = None
+    grids: Grids | None = None
 
 
 def foreach_block_topk_(calls: Sequence[TopK]) -> None:
@@ -180,8 +206,9 @@ def foreach_block_topk_(calls: Sequence[TopK]) -> None:
         calls: The tensors, all on one device, none written for two of them, and how each is treated.
 
     Raises:
+        TypeError: A tensor of a window has the wrong dtype. Nothing has been written then.
         ValueError: An argument is out of range, or a tensor has the wrong dtype, shape or device or is not contiguous.
-            Nothing has been written then.
+            Likewise.
     """
     for call in calls:
         device, first = call.grad.device, calls[0].grad.device
@@ -200,13 +227,13 @@ def _check(call: TopK) -> None:
     if call.grad.dtype not in FLOAT_DTYPES or not call.grad.is_contiguous():
         check_dense(call.grad, "grad", numel=numel, device=device)  # says what is wrong
     shape = (len(call.indices), kept)
-    for name, tensor, dtypes in (("indices", call.indices, (torch.int16,)), ("values", call.values, VALUE_DTYPES)):
-        if tensor.shape != shape or not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, [window, kept] = {[*shape]}, got {[*tensor.shape]}")
-        if tensor.dtype not in dtypes:
-            raise ValueError(f"{name} must be one of {', '.join(map(str, dtypes))}; got {tensor.dtype}")
-        if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}, the other tensors on {device}")
+    if call.indices.shape != shape or not call.indices.is_contiguous():
+        raise ValueError(f"indices must be contiguous, [window, kept] = {[*shape]}, got {[*call.indices.shape]}")
+    if call.indices.dtype != torch.int16:
+        raise ValueError(f"indices must be int16; got {call.indices.dtype}")
+    if call.indices.device != device:
+        raise ValueError(f"indices is on {call.indices.device}, the other tensors on {device}")
+    check_stored(call.indices, call.values, call.grids, -(-numel // block_size))
     if not 0 <= call.row < shape[0]:
         raise ValueError(f"row {call.row} is not one of the window's {shape[0]}")
     error = call.error
@@ -231,8 +258,7 @@ def _check(call: TopK) -> None:
 def _select_all(calls: Sequence[TopK]) -> None:
     """Select from every tensor; the arguments are checked, and no tensor is empty."""
     for call in calls:
-        grad, error, stored = call.grad.detach().view(-1), call.error, call.values.dtype
-        indices, values = call.indices[call.row], call.values[call.row]
+        grad, error = call.grad.detach().view(-1), call.error
         dense = error.detach().view(-1) if isinstance(error, Tensor) else None
         _, k_full, k_last = counts(len(grad), call.block_size, call.density)
         for start, stop in slices(len(grad), call.block_size, grad.device):
@@ -245,20 +271,37 @@ def _select_all(calls: Sequence[TopK]) -> None:
                 a = grad[start:stop].to(torch.float32, copy=True)
             rows = a.view(-1, min(call.block_size, stop - start))  # [blocks, entries]
             k = k_full if rows.shape[1] == call.block_size else k_last
-            # I ← the k entries of largest |a| per block;  V ← a[I], rounded to the storage of the values
+            # I ← the k entries of largest |a| per block;  V ← a[I], as it is stored
             index = _largest(rows, k)
             kept = rows.gather(1, index)
-            value = kept.to(stored)
-            first = start // call.block_size * k_full
-            indices[first : first + index.numel()] = index.reshape(-1)
-            values[first : first + index.numel()] = value.view(-1)
+            value = _store(call, index, kept, start // call.block_size, k_full)
             # e ← Q(a with a[I] ← a[I] − V):  what rounding cuts off the values belongs to the error
-            wide = value.float()
-            rows.scatter_(1, index, torch.where(wide.isfinite(), kept - wide, 0.0))
+            rows.scatter_(1, index, torch.where(value.isfinite(), kept - value, 0.0))
             if isinstance(error, Quantized):
                 quantize_slice_(error, a, start, seed=call.seed)
             elif dense is not None:
                 dense[start:stop] = a
+
+
+def _store(call: TopK, index: Tensor, kept: Tensor, block: int, k: int) -> Tensor:
+    """Store the selected entries [blocks, k] of some blocks from ``block`` on; return them as stored, float32."""
+    columns, blocks = slice(block * k, block * k + index.numel()), slice(block, block + len(index))
+    indices = call.indices[call.row, columns]
+    if call.grids is None:
+        assert call.values is not None
+        value = kept.to(call.values.dtype)
+        indices.copy_(index.reshape(-1))
+        call.values[call.row, columns] = value.view(-1)
+        return value.float()
+    bits = 4 if call.values is None else 8
+    codes, lo, step = encode(kept, bits)
+    call.grids.lo[call.row, blocks], call.grids.step[call.row, blocks] = lo, step
+    if call.values is None:
+        indices.copy_((index | (codes << INDEX_BITS)).view(-1))
+    else:
+        indices.copy_(index.reshape(-1))
+        call.values[call.row, columns] = codes.view(-1).to(torch.uint8)
+    return decode(codes, lo[:, None], step[:, None], bits)
 
 
 def _largest(rows: Tensor, k: int) -> Tensor:

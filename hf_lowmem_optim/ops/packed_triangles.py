@@ -13,22 +13,26 @@ on negative eigenvalues. 8 bits take 0.53 bytes per entry of the matrix, 4 bits 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from hf_lowmem_optim.ops.block_grid import Piece, Region, Storage, Vectors, Width
+from hf_lowmem_optim.ops.constants import constant
+from hf_lowmem_optim.ops.dispatch import Op, chosen_backend
 from hf_lowmem_optim.ops.inverse_root import largest_and_norm
 from hf_lowmem_optim.spec import TensorSpec
 
-__all__ = ["Semidefinite", "Symmetric", "semidefinite_factor"]
+__all__ = ["Semidefinite", "Symmetric", "semidefinite_factor", "triangle_constants"]
 
 _JITTER = 1e-6
 #: With the last one, the sum is diagonally dominant.
 _ATTEMPTS = 8
+#: From this side on, a CPU leaves out a quarter of a symmetric product.
+_HALVED = 256
 
 
 @dataclass(frozen=True)
@@ -53,21 +57,18 @@ class Symmetric:
 
     def read(self, state: Mapping[str, Tensor], piece: Piece) -> Tensor:
         """Return the matrices of a piece, float32 [blocks, n, n]; a view of what is stored in full."""
-        if self.storage == "fp32":
-            return self._full(state, piece)
-        lower = self._lower(state, piece)
-        lower.diagonal(dim1=1, dim2=2).mul_(0.5)
-        return lower + lower.mT
+        return self._stored(state, piece, mirrored=True)
 
     def write_(self, state: Mapping[str, Tensor], piece: Piece, values: Tensor) -> None:
         """Store float32 [blocks, n, n], of which only the lower triangle counts unless it is stored in full."""
-        flat = values.flatten(1)
         if self.storage == "fp32":
-            self._parts[0].write_(state, piece, flat)
+            self._parts[0].write_(state, piece, values.flatten(1))
             return
-        places = _strict_lower(values.shape[-1], values.device)
+        n = values.shape[-1]
+        lower = values.new_empty(len(values), n * (n - 1) // 2)
+        _take_triangles(values, lower)
         self._parts[0].write_(state, piece, values.diagonal(dim1=1, dim2=2))
-        self._parts[1].write_(state, piece, flat.index_select(1, places))
+        self._parts[1].write_(state, piece, lower)
 
     @cached_property
     def _parts(self) -> list[Vectors]:
@@ -77,17 +78,14 @@ class Symmetric:
         lower = Vectors(self.key, counted, lambda a, b: side(a, b) * (side(a, b) - 1) // 2, self.storage)
         return [Vectors(f"{self.key}_diagonal", counted, side), lower]
 
-    def _full(self, state: Mapping[str, Tensor], piece: Piece) -> Tensor:
+    def _stored(self, state: Mapping[str, Tensor], piece: Piece, *, mirrored: bool) -> Tensor:
+        """Return the matrices as stored; of triangles mirrored ones, or zeros above the diagonal."""
         n = self.side(piece.region.a, piece.region.b)
-        return self._parts[0].read(state, piece).view(-1, n, n)
-
-    def _lower(self, state: Mapping[str, Tensor], piece: Piece) -> Tensor:
-        """Return the stored triangles with their diagonals, and zeros above."""
-        diagonal, lower = (part.read(state, piece) for part in self._parts)
-        n = diagonal.shape[1]
-        out = diagonal.new_zeros(len(diagonal), n, n)
-        out.flatten(1).index_copy_(1, _strict_lower(n, out.device), lower)
-        out.diagonal(dim1=1, dim2=2).copy_(diagonal)
+        parts = [part.read(state, piece) for part in self._parts]
+        if self.storage == "fp32":
+            return parts[0].view(-1, n, n)
+        out = parts[0].new_empty(len(parts[0]), n, n)
+        _fill_squares(out, *parts, mirrored)
         return out
 
 
@@ -96,14 +94,69 @@ class Semidefinite(Symmetric):
 
     def read(self, state: Mapping[str, Tensor], piece: Piece) -> Tensor:
         """Return the matrices of a piece, as :meth:`Symmetric.read`."""
-        if self.storage == "fp32":
-            return self._full(state, piece)
-        C = self._lower(state, piece)
-        return C @ C.mT
+        stored = self._stored(state, piece, mirrored=False)
+        return stored if self.storage == "fp32" else _mirror_(_product(stored))
 
     def write_(self, state: Mapping[str, Tensor], piece: Piece, values: Tensor) -> None:
         """Store float32 [blocks, n, n]."""
         super().write_(state, piece, values if self.storage == "fp32" else semidefinite_factor(values))
+
+    def update_(self, state: Mapping[str, Tensor], piece: Piece, A: Tensor, decay: float, share: float) -> Tensor:
+        """Replace the matrices S of a piece by decay·S + share·AAᵀ, and return those, a copy.
+
+        Args:
+            state: The state; written.
+            piece: The piece.
+            A: float32 [blocks, n, any].
+            decay: Factor of the old ones.
+            share: Factor of the products.
+        """
+        stored = self._stored(state, piece, mirrored=False)
+        S = stored.clone() if self.storage == "fp32" else _product(stored)
+        _add_gram_(S, A, decay, share)
+        _mirror_(S)
+        self.write_(state, piece, S)
+        return S
+
+
+def _product(C: Tensor) -> Tensor:
+    """Return C·Cᵀ of lower triangular matrices; where it has halves, but its upper quarter."""
+    S = torch.empty_like(C)
+    _add_gram_(S, C, 0.0, 1.0, triangular=True)
+    return S
+
+
+def _half(S: Tensor) -> int:
+    """Return the side of the quarters by which a CPU computes symmetric matrices; 0 for whole ones."""
+    n = S.shape[-1]
+    return n // 2 if S.device.type == "cpu" and n >= _HALVED and n % 32 == 0 else 0
+
+
+def _add_gram_(S: Tensor, A: Tensor, beta: float, alpha: float, *, triangular: bool = False) -> None:
+    """Replace symmetric S by beta·S + alpha·AAᵀ for each matrix of a stack; where it has halves, but its upper quarter.
+
+    Args:
+        S: float32 [matrices, n, n]; with a beta of 0 of any values.
+        A: float32 [matrices, n, any].
+        beta: Factor of S.
+        alpha: Factor of the products.
+        triangular: Whether A is lower triangular: half of it is zero then.
+    """
+    h, n = _half(S), S.shape[-1]
+    if h == 0:
+        S.baddbmm_(A, A.mT, beta=beta, alpha=alpha)
+        return
+    for rows, columns in ((slice(h), slice(h)), (slice(h, n), slice(h)), (slice(h, n), slice(h, n))):
+        inner = columns.stop if triangular else A.shape[2]
+        left, right = A[:, rows, :inner], A[:, columns, :inner]
+        S[:, rows, columns].baddbmm_(left, right.mT, beta=beta, alpha=alpha)
+
+
+def _mirror_(S: Tensor) -> Tensor:
+    """Write the upper quarter that :func:`_add_gram_` leaves out."""
+    h = _half(S)
+    S[:, :h, h:] = S[:, h:, :h].mT
+    return S
 
 
 def semidefinite_factor(S: Tensor) -> Tensor:
@@ -119,15 +172,17 @@ def semidefinite_factor(S: Tensor) -> Tensor:
     zero, finite = norm == 0, norm < torch.inf
     jitter = torch.where(zero, 1, _JITTER * norm)
     C, info = _cholesky(S, jitter)
+    # most often none, so that nothing goes through all matrices again
+    (odd,) = torch.nonzero((info != 0) | zero | ~finite, as_tuple=True)
+    if len(odd) == 0:
+        return C
     for _ in range(_ATTEMPTS):
         (failed,) = torch.nonzero((info != 0) & finite, as_tuple=True)
         if len(failed) == 0:
             break
         jitter[failed] *= 10
         C[failed], info[failed] = _cholesky(S[failed], jitter[failed])
-    # a scatter to the few, if any, where a mask would go through all
-    for which, value in ((zero, 0.0), (~finite, torch.nan)):
-        C[which] = value
+    C[odd] = torch.where(finite[odd, None, None], C[odd], torch.nan).masked_fill_(zero[odd, None, None], 0)
     return C
 
 
@@ -141,8 +196,46 @@ def _cholesky(S: Tensor, jitter: Tensor) -> tuple[Tensor, Tensor]:
     return C, info
 
 
-@lru_cache(maxsize=8)
+def triangle_constants(sides: Iterable[int], device: torch.device) -> dict[Hashable, TensorSpec]:
+    """Describe what triangles of these sides hold on a device for the whole process, by the key of the constant."""
+    if chosen_backend(device) == "cpu":  # numba's loops count for themselves
+        return {}
+    return {("triangle", n, device): TensorSpec((n * (n - 1) // 2,), torch.int64, "triangles") for n in set(sides)}
+
+
 def _strict_lower(n: int, device: torch.device) -> Tensor:
     """Return the places of the strict lower triangle in a flattened matrix, row by row."""
-    places: Tensor = torch.tril_indices(n, n, -1, device=device)
-    return places[0] * n + places[1]
+
+    def make() -> Tensor:
+        rows, columns = torch.tril_indices(n, n, -1, device=device)
+        return rows * n + columns
+
+    return constant(("triangle", n, device), make)
+
+
+@Op
+def _fill_squares(out: Tensor, diagonal: Tensor, lower: Tensor, mirrored: bool) -> None:
+    """Write matrices from their diagonals and strict lower triangles.
+
+    Args:
+        out: float32 [matrices, n, n], contiguous; all of it is written.
+        diagonal: float32 [matrices, n].
+        lower: float32 [matrices, n·(n − 1)/2], row by row, each contiguous.
+        mirrored: Whether they are symmetric; else there are zeros above the diagonal.
+    """
+    n = out.shape[-1]
+    out.zero_().flatten(1).index_copy_(1, _strict_lower(n, out.device), lower)
+    if mirrored:
+        out.add_(out.mT.clone())
+    out.diagonal(dim1=1, dim2=2).copy_(diagonal)
+
+
+@Op
+def _take_triangles(square: Tensor, lower: Tensor) -> None:
+    """Write the strict lower triangles of matrices.
+
+    Args:
+        square: float32 [matrices, n, n], of which the rows or the columns are contiguous.
+        lower: float32 [matrices, n·(n − 1)/2], row by row, contiguous; all of it is written.
+    """
+    torch.index_select(square.flatten(1), 1, _strict_lower(square.shape[-1], square.device), out=lower)

@@ -19,7 +19,7 @@ the entry that it touches and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple
@@ -29,8 +29,17 @@ import torch
 from torch import Tensor
 
 from hf_lowmem_optim.ops.block_quant import FLOAT_DTYPES
-from hf_lowmem_optim.ops.block_topk import MAX_BLOCK_SIZE, VALUE_DTYPES
+from hf_lowmem_optim.ops.block_topk import MAX_BLOCK_SIZE, kept_per_block
 from hf_lowmem_optim.ops.dispatch import Op
+from hf_lowmem_optim.ops.window_values import (
+    MAX_PACKED_BLOCK,
+    Grids,
+    ValueDtype,
+    check_stored,
+    decode,
+    unpack,
+    value_dtype_of,
+)
 
 __all__ = [
     "SparseWindow",
@@ -39,6 +48,7 @@ __all__ = [
     "foreach_window_gram_rows",
     "foreach_window_update_",
     "window_combine_",
+    "windows_of",
 ]
 
 #: Entries of the tensor that the torch version works on at a time.
@@ -56,12 +66,15 @@ class SparseWindow:
     a block ascend strictly. A row that was not written yet may hold anything that is in range (zeros, for example):
     the operations skip a row whose weights are all zero.
 
+    Values are floats, or codes of 8 bits, or of 4 in the upper bits of their indices: see ``window_values``.
+
     Attributes:
         indices: int16 ``[window, kept]``, contiguous; positions relative to the start of the block.
-        values: bfloat16 or float32 ``[window, kept]``, contiguous.
+        values: bfloat16, float32 or (with grids) uint8 ``[window, kept]``, contiguous; None for codes of 4 bits.
         numel: Number of entries of the tensor.
         block_size: Entries per block, 1 to 32768.
         kept_per_block: Kept entries of a full block, 1 to ``block_size``.
+        grids: Those of the codes; None for floats.
 
     Raises:
         TypeError: For a dtype that is not listed above.
@@ -69,28 +82,23 @@ class SparseWindow:
     """
 
     indices: Tensor
-    values: Tensor
+    values: Tensor | None
     numel: int
     block_size: int
     kept_per_block: int
+    grids: Grids | None = None
 
     def __post_init__(self) -> None:
         """Check everything that can be checked without reading the tensors."""
         indices, values = self.indices, self.values
         if indices.dtype != torch.int16:
             raise TypeError(f"indices must be int16, got {indices.dtype}")
-        if values.dtype not in VALUE_DTYPES:
-            raise TypeError(f"values must be bfloat16 or float32, got {values.dtype}")
-        if indices.ndim != 2 or indices.shape != values.shape:
-            raise ValueError(
-                f"indices and values must both be [window, kept], got {[*indices.shape]} and {[*values.shape]}"
-            )
-        if not (indices.is_contiguous() and values.is_contiguous()):
-            raise ValueError("indices and values must be contiguous")
-        if values.device != indices.device:
-            raise ValueError(f"values: on {values.device}, but indices is on {indices.device}")
-        if not 1 <= self.block_size <= MAX_BLOCK_SIZE:
-            raise ValueError(f"block_size must be in [1, {MAX_BLOCK_SIZE}] (int16), got {self.block_size!r}")
+        if indices.ndim != 2 or not indices.is_contiguous():
+            raise ValueError(f"indices must be contiguous and [window, kept], got {[*indices.shape]}")
+        most = MAX_PACKED_BLOCK if values is None else MAX_BLOCK_SIZE
+        if not 1 <= self.block_size <= most:
+            raise ValueError(f"block_size must be in [1, {most}] (int16), got {self.block_size!r}")
+        check_stored(indices, values, self.grids, self.num_blocks)
         if not 1 <= self.kept_per_block <= self.block_size:
             raise ValueError(f"kept_per_block must be between 1 and block_size, got {self.kept_per_block}")
         before = (self.numel - 1) // self.block_size  # blocks before the last one
@@ -118,6 +126,39 @@ class SparseWindow:
     def num_blocks(self) -> int:
         """Number of blocks, the short one included."""
         return -(-self.numel // self.block_size)
+
+    @property
+    def value_dtype(self) -> ValueDtype:
+        """How the values are stored."""
+        return value_dtype_of(self.values, self.grids)
+
+    def entries(self, rows: int | slice, columns: slice) -> tuple[Tensor, Tensor]:
+        """Return indices, int64, and values, float32, of some rows and of columns that begin with a block."""
+        stored = self.indices[rows, columns]
+        if self.grids is None:
+            assert self.values is not None
+            return stored.long(), self.values[rows, columns].float()
+        if self.values is None:
+            indices, codes = unpack(stored)
+            bits = 4
+        else:
+            indices, codes, bits = stored.long(), self.values[rows, columns].int(), 8
+        blocks = torch.arange(columns.start, columns.stop, device=stored.device) // self.kept_per_block
+        lo, step = (part[rows][..., blocks] for part in self.grids)
+        return indices, decode(codes, lo, step, bits)
+
+
+def windows_of(
+    state: Mapping[str, Sequence[Tensor]], numels: Iterable[int], block_size: int, density: float
+) -> list[SparseWindow]:
+    """Return the windows in the states of some tensors, by key a list of each tensor's own."""
+    kept, indices = kept_per_block(block_size, density), state["indices"]
+    values: Sequence[Tensor | None] = state.get("values") or [None] * len(indices)
+    grids: Sequence[Grids | None] = [None] * len(indices)
+    if "value_lo" in state:
+        grids = [Grids(lo, step) for lo, step in zip(state["value_lo"], state["value_step"], strict=True)]
+    parts = zip(indices, values, numels, grids, strict=True)
+    return [SparseWindow(index, value, numel, block_size, kept, grid) for index, value, numel, grid in parts]
 
 
 class WindowStep(NamedTuple):
@@ -295,9 +336,9 @@ def _update_all(steps: Sequence[WindowStep]) -> None:
             z1 = torch.zeros(piece.shape, dtype=torch.float32, device=piece.device)
             z2 = torch.full_like(z1, -0.0)
             for row, w1, w2 in rows:
-                positions, value = starts + window.indices[row, columns], window.values[row, columns].float()
-                z1.scatter_add_(0, positions, w1 * value)
-                z2.scatter_add_(0, positions, w2 * (value * value))
+                indices, value = window.entries(row, columns)
+                z1.scatter_add_(0, starts + indices, w1 * value)
+                z2.scatter_add_(0, starts + indices, w2 * (value * value))
             z2.masked_fill_(z2.view(torch.int32) == _UNTOUCHED_BITS, 1)  # z1 is 0 there: no step, whatever eps is
             root = _square_root(z2)
             update = z1.div_(root.add_(eps)).mul_(lr)
@@ -340,8 +381,8 @@ def _add_rows(piece: Tensor, window: SparseWindow, weights: Tensor, columns: sli
     """Add the weighted rows of one chunk to a dense piece; a row of weight zero is skipped."""
     for row, weight in enumerate(weights.tolist()):
         if weight != 0:
-            value = window.values[row, columns].float()
-            piece.scatter_add_(0, starts + window.indices[row, columns], weight * value)
+            indices, value = window.entries(row, columns)
+            piece.scatter_add_(0, starts + indices, weight * value)
 
 
 @Op
@@ -350,10 +391,11 @@ def _gram_rows(windows: Sequence[SparseWindow], row: int) -> Tensor:
     first = windows[0].indices
     products = torch.zeros(len(windows), len(first), dtype=torch.float64, device=first.device)
     for dots, window in zip(products, windows, strict=True):
-        indices, values = window.indices, window.values
         for entries, columns, starts in _chunks(window):
             piece = torch.zeros(entries.stop - entries.start, dtype=torch.float64, device=first.device)
-            piece[starts + indices[row, columns]] = values[row, columns].double()
-            for other in range(len(indices)):
-                dots[other] += torch.dot(piece[starts + indices[other, columns]], values[other, columns].double())
+            indices, value = window.entries(row, columns)
+            piece[starts + indices] = value.double()
+            for other in range(window.window):
+                indices, value = window.entries(other, columns)
+                dots[other] += torch.dot(piece[starts + indices], value.double())
     return products

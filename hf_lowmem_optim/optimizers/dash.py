@@ -27,7 +27,7 @@ grafting="adam", spread=False`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -39,7 +39,7 @@ from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import COUNT, NOT_NEGATIVE, UNIT, Options, Range, option
 from hf_lowmem_optim.ops.block_grid import FirstMoment, Piece, Region, Squares, Vectors, grid, piece_entries, pieces
 from hf_lowmem_optim.ops.inverse_root import InverseRoot, Scaling, inverse_fourth_root
-from hf_lowmem_optim.ops.packed_triangles import Semidefinite, Symmetric
+from hf_lowmem_optim.ops.packed_triangles import Semidefinite, Symmetric, triangle_constants
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["Dash", "DashOptions", "dash_state", "dash_update_"]
@@ -104,14 +104,13 @@ class _Stored(NamedTuple):
 
     @classmethod
     def of(cls, o: DashOptions) -> _Stored:
-        v = Squares("exp_avg_sq", o.grafting == "adafactor")
         return cls(
             Semidefinite("left", "statistics", lambda a, b: a, o.statistics_dtype),
             Semidefinite("right", "statistics", lambda a, b: b, o.statistics_dtype),
             Symmetric("left_root", "roots", lambda a, b: a, o.root_dtype),
             Symmetric("right_root", "roots", lambda a, b: b, o.root_dtype),
-            FirstMoment("exp_avg", o.moment_dtype, v),
-            v,
+            FirstMoment("exp_avg", o.moment_dtype),
+            Squares("exp_avg_sq", o.grafting == "adafactor"),
             Vectors("velocity", "velocity", lambda a, b: a * b),
         )
 
@@ -127,8 +126,7 @@ def dash_state(shape: Sequence[int], dtype: torch.dtype, o: DashOptions) -> dict
     """
     if o.block_size is None or len(shape) < 2:
         return None
-    stored = _Stored.of(o)
-    parts = stored if o.momentum > 0 else stored[:-1]
+    parts = _Stored.of(o)[: None if o.momentum > 0 else -1]
     return {key: spec for part in parts for key, spec in part.specs(_regions(shape, o)).items()}
 
 
@@ -157,24 +155,20 @@ def _direction(piece: Piece, G: Tensor, state: Mapping[str, Any], at: _Stored, t
     """Update the state of a piece's blocks, and return P: lines 1 to 7. G is overwritten."""
     (β1, β2), βs = o.betas, o.shampoo_beta
     # 1. L ← βs·L + (1 − βs)·GGᵀ;  R ← βs·R + (1 − βs)·GᵀG
-    share = 1 - βs if βs < 1 else 1.0
-    L = torch.baddbmm(at.L.read(state, piece), G, G.mT, beta=βs, alpha=share)
-    R = torch.baddbmm(at.R.read(state, piece), G.mT, G, beta=βs, alpha=share)
-    at.L.write_(state, piece, L)
-    at.R.write_(state, piece, R)
+    L, R = (S.update_(state, piece, A, βs, 1 - βs if βs < 1 else 1.0) for S, A in ((at.L, G), (at.R, G.mT)))
     # 2. v ← β2·v + (1 − β2)·G², after m is read, whose unit in 8 bits is √v
-    m = at.m.read(state, piece)
-    v = at.v.update_(state, piece, G, β2)
+    m = at.m.read(state, piece, at.v.root(state, piece))
+    root_v = at.v.update_(state, piece, G, β2)
     # 3. L̄ ← L^(−1/4);  R̄ ← R^(−1/4)
     if due := _due(piece, state["places"], t, o):
         _write_roots_(piece, state, at, (L, R), due, o)
     del L, R
     # 4. m ← β1·m + (1 − β1)·G
-    m = (m * β1).add_(G.mul_(1 - β1))
-    at.m.write_(state, piece, m, v)
-    # 5. D ← (m/c1) / (eps + √(v/c2))
+    m.mul_(β1).add_(G.mul_(1 - β1))
+    at.m.write_(state, piece, m, root_v)
+    # 5. D ← (m/c1) / (eps + √(v/c2)), both sides of the fraction times c1
     c1, c2 = (1 - β1**t, 1 - β2**t) if o.bias_correction else (1.0, 1.0)
-    P = (m / c1).div_(v.div_(c2).sqrt_().add_(o.eps))
+    P = m / math.prod(root_v).mul_(c1 / math.sqrt(c2)).add_(c1 * o.eps)
     if t >= o.start_step:
         # 6. U ← L̄ m R̄;  P ← U·‖D‖/(‖U‖ + 1e-16); P ← D as long as there are no roots, only zeros
         U = at.L_root.read(state, piece) @ m @ at.R_root.read(state, piece)
@@ -222,6 +216,11 @@ def _scratch_entries(shape: Sequence[int], o: DashOptions, device: torch.device)
     return _COPIES * max(piece_entries(device), *[max(r.a, r.b) ** 2 for r in _regions(shape, o)])
 
 
+def _constants(shape: Sequence[int], device: torch.device, o: DashOptions) -> dict[Hashable, TensorSpec]:
+    sides = {x.side(r.a, r.b) for x in _Stored.of(o)[:4] if x.storage != "fp32" for r in _regions(shape, o)}
+    return triangle_constants(sides, device)
+
+
 class Dash(LowMemoryOptimizer):
     """Dash: Shampoo on the blocks of a matrix, with Adam's step sizes.
 
@@ -246,5 +245,6 @@ class Dash(LowMemoryOptimizer):
         adam_like=False,
         uses_betas=True,
         scratch_entries=_scratch_entries,
+        constants=_constants,
         optional_state={"velocity": "momentum"},
     )

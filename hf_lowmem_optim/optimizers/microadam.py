@@ -4,7 +4,7 @@ Per tensor, flattened to d entries and cut into blocks of `block_size`, Q the bl
 
 1.  W ← W − lr·alpha·Q⁻¹(e)                                        only if alpha > 0
 2.  a ← g + (1 − alpha)·Q⁻¹(e)
-3.  I, V ← the ⌈density·n⌉ entries of largest |a| of each block;  a[I] ← a[I] − V  (what bfloat16 cuts off)
+3.  I, V ← the ⌈density·n⌉ entries of largest |a| of each block;  a[I] ← a[I] − V  (what V's storage cuts off)
 4.  e ← Q(a)
 5.  store (I, V) in row (t − 1) mod m of the window
 6.  z1 ← (1 − β1)/(1 − β1^T)·Σ_rows β1^age·V;  z2 ← (1 − β2)/(1 − β2^T)·Σ_rows β2^age·V²
@@ -12,12 +12,13 @@ Per tensor, flattened to d entries and cut into blocks of `block_size`, Q the bl
 
 T = t with `bias_correction="step"`, min(t, m) with `"window"`; age is the number of steps since a row was written.
 
-| letter | state key                 | shape                 | dtype    | bytes per parameter          |
-|--------|---------------------------|-----------------------|----------|------------------------------|
-| I      | `indices`                 | (m, kept)             | int16    | 2·m·density                  |
-| V      | `values`                  | (m, kept)             | bfloat16 | 2·m·density                  |
-| e      | `error_codes`             | ⌈d·bits/8⌉            | uint8    | 0.5 (4 bit), 1 (8 bit)       |
-| e      | `error_lo`, `error_hi`    | ⌈d/quant_block_size⌉  | bfloat16 | 4/quant_block_size           |
+| letter | state key                | shape                | dtype         | bytes per parameter                |
+|--------|--------------------------|----------------------|---------------|------------------------------------|
+| I      | `indices`                | (m, kept)            | int16         | 2·m·density; with V if 4bit        |
+| V      | `values`                 | (m, kept)            | `value_dtype` | m·density·(4 fp32, 2 bf16, 1 8bit) |
+| V      | `value_lo`, `value_step` | (m, ⌈d/block_size⌉)  | float32       | 8·m/block_size (8bit, 4bit)        |
+| e      | `error_codes`            | ⌈d·bits/8⌉           | uint8         | 0.5 (4 bit), 1 (8 bit)             |
+| e      | `error_lo`, `error_hi`   | ⌈d/quant_block_size⌉ | bfloat16      | 4/quant_block_size                 |
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ from hf_lowmem_optim.ops.block_quant import Quantized, dequantize_add_
 from hf_lowmem_optim.ops.block_topk import (
     MAX_BLOCK_SIZE,
     TopK,
-    fault_of_indices,
+    fault_of_window,
     foreach_block_topk_,
-    kept_per_block,
     window_specs,
 )
-from hf_lowmem_optim.ops.sparse_window import SparseWindow, WindowStep, foreach_window_update_
+from hf_lowmem_optim.ops.sparse_window import WindowStep, foreach_window_update_, windows_of
+from hf_lowmem_optim.ops.window_values import VALUES_HELP, ValueDtype, check_block_and_values
 from hf_lowmem_optim.spec import QuantFormat, TensorSpec, quantized_specs
 
 __all__ = ["MicroAdam", "MicroAdamOptions", "microadam_state", "microadam_update_"]
@@ -69,6 +70,7 @@ class MicroAdamOptions(Options):
         within=count_up_to(MAX_BLOCK_SIZE),
         shapes_state=True,
     )
+    value_dtype: ValueDtype = option("bf16", VALUES_HELP, shapes_state=True)
     bits: Literal[4, 8] = option(4, "Bits of the quantized error.", shapes_state=True)
     bias_correction: Literal["step", "window"] = option(
         "step", '``"step"`` (the paper) or ``"window"``: 1 − βᵗ or 1 − β^min(t, window).'
@@ -91,6 +93,7 @@ class MicroAdamOptions(Options):
             raise ValueError(
                 f"block_size={self.block_size} must be a multiple of quant_block_size={self.quant_block_size}"
             )
+        check_block_and_values(self.block_size, self.value_dtype)
 
 
 def microadam_state(shape: Sequence[int], dtype: torch.dtype, o: MicroAdamOptions) -> dict[str, TensorSpec] | None:
@@ -108,7 +111,7 @@ def microadam_state(shape: Sequence[int], dtype: torch.dtype, o: MicroAdamOption
     if o.density is None or numel < o.min_compress_size:
         return None
     return {
-        **window_specs(numel, window=o.window, density=o.density, block_size=o.block_size),
+        **window_specs(numel, window=o.window, density=o.density, block_size=o.block_size, value_dtype=o.value_dtype),
         **quantized_specs(numel, _format(o.bits, o.quant_block_size)),
     }
 
@@ -126,8 +129,8 @@ def microadam_update_(
         o: The options.
     """
     assert o.density is not None
-    row, indices, values = (t - 1) % o.window, state["indices"], state["values"]
-    fmt = _format(o.bits, o.quant_block_size)
+    row, fmt = (t - 1) % o.window, _format(o.bits, o.quant_block_size)
+    windows = windows_of(state, [weight.numel() for weight in W], o.block_size, o.density)
     parts = zip(state["error_codes"], state["error_lo"], state["error_hi"], W, strict=True)
     errors = [Quantized(codes, lo, hi, weight.numel(), fmt) for codes, lo, hi, weight in parts]
     # 1. W ← W − lr·alpha·Q⁻¹(e); line 7 will decay what is added here, so that it is added undecayed
@@ -138,19 +141,14 @@ def microadam_update_(
     seed = t if o.stochastic_rounding else None
     foreach_block_topk_(
         [
-            TopK(index, value, row, grad, e, o.block_size, o.density, 1 - o.alpha, seed)
-            for index, value, grad, e in zip(indices, values, g, errors, strict=True)
+            TopK(rows.indices, rows.values, row, grad, e, o.block_size, o.density, 1 - o.alpha, seed, rows.grids)
+            for rows, grad, e in zip(windows, g, errors, strict=True)
         ]
     )
     # 6. z1, z2 ← sums over the rows, each with its weight   7. W ← W·(1 − lr·weight_decay) − lr·z1/(√z2 + eps)
     weights = _row_weights(t, o.window, o.betas, o.bias_correction, W[0].device)
-    kept, rates = kept_per_block(o.block_size, o.density), (o.lr, o.weight_decay, o.eps)
-    foreach_window_update_(
-        [
-            WindowStep(weight, SparseWindow(index, value, weight.numel(), o.block_size, kept), weights, *rates)
-            for weight, index, value in zip(W, indices, values, strict=True)
-        ]
-    )
+    rates = o.lr, o.weight_decay, o.eps
+    foreach_window_update_([WindowStep(weight, rows, weights, *rates) for weight, rows in zip(W, windows, strict=True)])
 
 
 @functools.cache
@@ -199,7 +197,5 @@ class MicroAdam(LowMemoryOptimizer):
         serves_flat=True,
         # what is rounded at random goes by an entry's place
         block_entries=lambda o: None if o.stochastic_rounding else o.block_size,
-        check_loaded=lambda state, shape, o: fault_of_indices(
-            state["indices"], math.prod(shape), o.block_size, o.density
-        ),
+        check_loaded=lambda state, shape, o: fault_of_window(state, math.prod(shape), o.block_size, o.density),
     )

@@ -4,18 +4,19 @@ Over all compressed tensors of the optimizer as one vector (``scope="model"``) o
 window m, with the window's rows as the matrix G:
 
 1. acc ← ξ + g
-2. c ← the ⌈density·block⌉ entries of largest |acc| per block, rounded to ``value_dtype``;  ξ ← acc − c
+2. c ← the ⌈density·block⌉ entries of largest |acc| per block, as ``value_dtype`` stores them;  ξ ← acc − c
 3. row (t − 1) mod m of G ← c
 4. row and column (t − 1) mod m of GGᵀ ← G c
 5. u ← F⁻¹c = Gᵀw with F = λI + (1/m)·Σ gᵢgᵢᵀ over the rows gᵢ of G, and the weights w from GGᵀ alone
 6. vel ← μ·vel + u                                            if μ > 0
 7. W ← W·(1 − lr·weight_decay) − lr·(vel or u)
 
-| letter | state key | shape     | dtype            | bytes per parameter                          |
-|--------|-----------|-----------|------------------|----------------------------------------------|
-| c      | `indices` | (m, kept) | int16            | 2·m·density                                  |
-| c      | `values`  | (m, kept) | `value_dtype`    | 2·m·density (bf16), 4·m·density (fp32)       |
-| ξ      | `error`…  | (n,)      | `error_feedback` | 4 (fp32), 2 (bf16), 1.06 (8bit), 0.56 (4bit) |
+| letter | state key                | shape               | dtype            | bytes per parameter                  |
+|--------|--------------------------|---------------------|------------------|--------------------------------------|
+| c      | `indices`                | (m, kept)           | int16            | 2·m·density; with the values if 4bit |
+| c      | `values`                 | (m, kept)           | `value_dtype`    | m·density·(4 fp32, 2 bf16, 1 8bit)   |
+| c      | `value_lo`, `value_step` | (m, ⌈n/block_size⌉) | float32          | 8·m/block_size (8bit, 4bit)          |
+| ξ      | `error`…                 | (n,)                | `error_feedback` | 4 fp32, 2 bf16, 1.06 8bit, 0.56 4bit |
 
 and GGᵀ and vel as in ``preconditioned.py``. Every tensor is compressed, also small ones.
 """
@@ -25,7 +26,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,9 +39,8 @@ from hf_lowmem_optim.ops.block_quant import Quantized
 from hf_lowmem_optim.ops.block_topk import (
     MAX_BLOCK_SIZE,
     TopK,
-    fault_of_indices,
+    fault_of_window,
     foreach_block_topk_,
-    kept_per_block,
     window_specs,
 )
 from hf_lowmem_optim.ops.gram import mfac_weights, write_gram_row_
@@ -51,7 +50,9 @@ from hf_lowmem_optim.ops.sparse_window import (
     foreach_window_descend_,
     foreach_window_gram_rows,
     window_combine_,
+    windows_of,
 )
+from hf_lowmem_optim.ops.window_values import VALUES_HELP, ValueDtype, check_block_and_values
 from hf_lowmem_optim.optimizers.preconditioned import (
     PreconditionedOptions,
     add_momentum_,
@@ -62,8 +63,6 @@ from hf_lowmem_optim.optimizers.preconditioned import (
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["SparseMFAC", "SparseMFACOptions", "clear_sparse_row_", "sparse_mfac_state", "sparse_update_"]
-
-_VALUE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class SparseMFACOptions(PreconditionedOptions):
         within=count_up_to(MAX_BLOCK_SIZE),
         shapes_state=True,
     )
-    value_dtype: Literal["bf16", "fp32"] = option("bf16", "Storage of the kept values.", shapes_state=True)
+    value_dtype: ValueDtype = option("bf16", VALUES_HELP, shapes_state=True)
 
     def check(self) -> None:
         """Check that quantization blocks fit into blocks."""
@@ -93,6 +92,7 @@ class SparseMFACOptions(PreconditionedOptions):
                 f"block_size={self.block_size!r} must be a multiple of {fmt.block_size} for "
                 f'error_feedback={self.error_feedback!r}, or take error_feedback="bf16"'
             )
+        check_block_and_values(self.block_size, self.value_dtype)
 
 
 def sparse_mfac_state(shape: Sequence[int], dtype: torch.dtype, o: SparseMFACOptions) -> dict[str, TensorSpec] | None:
@@ -108,9 +108,9 @@ def sparse_mfac_state(shape: Sequence[int], dtype: torch.dtype, o: SparseMFACOpt
     """
     if o.density is None:
         return None
-    numel, stored = math.prod(shape), _VALUE_DTYPES[o.value_dtype]
+    numel = math.prod(shape)
     return {
-        **window_specs(numel, window=o.window, density=o.density, block_size=o.block_size, value_dtype=stored),
+        **window_specs(numel, window=o.window, density=o.density, block_size=o.block_size, value_dtype=o.value_dtype),
         **error_state((numel,), dtype, o.error_feedback),
         **own_state(shape, o),
     }
@@ -137,8 +137,8 @@ def sparse_update_(
     row = (t - 1) % o.window
     windows = [_windows(x) for x in tensors]
     # 1. acc ← ξ + g   2. c ← largest entries of acc;  ξ ← acc − c   3. row of G ← c
-    for x in tensors:
-        foreach_block_topk_(_selections(x, row))
+    for x, each in zip(tensors, windows, strict=True):
+        foreach_block_topk_(_selections(x, each, row))
     # 4. row and column of GGᵀ ← G c
     write_gram_row_(gram, row, [foreach_window_gram_rows(each, row) for each in windows], everywhere)
     # 5. u ← Gᵀw
@@ -170,13 +170,10 @@ def _descend_with_momentum_(weight: Tensor, G: SparseWindow, velocity: Tensor, w
 
 def _windows(x: Batch) -> list[SparseWindow]:
     """Return the windows of a batch."""
-    o = x.options
-    kept = kept_per_block(o.block_size, o.density)
-    parts = zip(x.state["indices"], x.state["values"], x.g, strict=True)
-    return [SparseWindow(indices, values, g.numel(), o.block_size, kept) for indices, values, g in parts]
+    return windows_of(x.state, [g.numel() for g in x.g], x.options.block_size, x.options.density)
 
 
-def _selections(x: Batch, row: int) -> list[TopK]:
+def _selections(x: Batch, windows: Sequence[SparseWindow], row: int) -> list[TopK]:
     """Return what lines 1 to 3 are of each tensor of a batch."""
     o, fmt = x.options, FORMATS.get(x.options.error_feedback)
     errors: Sequence[Tensor | Quantized]
@@ -185,14 +182,17 @@ def _selections(x: Batch, row: int) -> list[TopK]:
     else:
         parts = zip(*(x.state[f"error_{part}"] for part in ("codes", "lo", "hi")), x.g, strict=True)
         errors = [Quantized(codes, lo, hi, g.numel(), fmt) for codes, lo, hi, g in parts]
-    tensors = zip(x.state["indices"], x.state["values"], x.g, errors, strict=True)
-    return [TopK(indices, values, row, g, e, o.block_size, o.density) for indices, values, g, e in tensors]
+    return [
+        TopK(G.indices, G.values, row, g, e, o.block_size, o.density, grids=G.grids)
+        for G, g, e in zip(windows, x.g, errors, strict=True)
+    ]
 
 
 def clear_sparse_row_(state: Mapping[str, Tensor], t: int) -> None:
     """Set a tensor's row of G to zero in a step without a gradient."""
-    values = state["values"]
-    values[(t - 1) % len(values)] = 0
+    for key in ("values", "value_lo", "value_step"):  # with a grid of zeros every code is zero
+        if key in state:
+            state[key][(t - 1) % len(state[key])] = 0
 
 
 class SparseMFAC(LowMemoryOptimizer):
@@ -226,7 +226,5 @@ class SparseMFAC(LowMemoryOptimizer):
         shared_options=("scope", "window", "damping"),
         absent_=clear_sparse_row_,
         block_entries=lambda o: o.block_size if o.scope == "model" else None,
-        check_loaded=lambda state, shape, o: fault_of_indices(
-            state["indices"], math.prod(shape), o.block_size, o.density
-        ),
+        check_loaded=lambda state, shape, o: fault_of_window(state, math.prod(shape), o.block_size, o.density),
     )

@@ -10,8 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hf_lowmem_optim.ops.block_topk import kept_per_block
-from hf_lowmem_optim.ops.sparse_window import SparseWindow
+from hf_lowmem_optim.ops.sparse_window import SparseWindow, windows_of
 
 __all__ = ["DenseRows", "LowRankRows", "Rows", "SparseRows", "rows_of"]
 
@@ -66,17 +65,17 @@ class SparseRows:
 
     def pieces(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield the columns of some blocks at a time, scattered."""
-        indices, values, numel, block_size, kept = (
-            getattr(self.window, name) for name in ("indices", "values", "numel", "block_size", "kept_per_block")
-        )
-        blocks = max(1, _PIECE_NUMBERS // (len(indices) * block_size))
-        for first in range(0, self.window.num_blocks, blocks):
-            columns = slice(first * kept, min((first + blocks) * kept, indices.shape[1]))
-            entries = slice(first * block_size, min((first + blocks) * block_size, numel))
-            starts = torch.arange(columns.stop - columns.start, device=indices.device) // kept * block_size
-            piece = torch.zeros(len(indices), entries.stop - entries.start, dtype=torch.float64, device=indices.device)
+        G = self.window
+        kept, block_size = G.kept_per_block, G.block_size
+        blocks = max(1, _PIECE_NUMBERS // (G.window * block_size))
+        for first in range(0, G.num_blocks, blocks):
+            columns = slice(first * kept, min((first + blocks) * kept, G.kept))
+            entries = slice(first * block_size, min((first + blocks) * block_size, G.numel))
+            starts = torch.arange(columns.stop - columns.start, device=G.device) // kept * block_size
+            piece = torch.zeros(G.window, entries.stop - entries.start, dtype=torch.float64, device=G.device)
+            indices, values = G.entries(slice(None), columns)
             # a row that was not written yet has zeros at one place: it does not matter which of them stays
-            yield entries, piece.scatter_(1, starts + indices[:, columns], values[:, columns].double())
+            yield entries, piece.scatter_(1, starts + indices, values.double())
 
 
 def rows_of(state: Mapping[str, Any], shape: Sequence[int], options: Any) -> Rows | None:
@@ -87,5 +86,6 @@ def rows_of(state: Mapping[str, Any], shape: Sequence[int], options: Any) -> Row
         return LowRankRows(state["left"], state["right"])
     if "indices" not in state:
         return None
-    kept = kept_per_block(options.block_size, options.density)
-    return SparseRows(SparseWindow(state["indices"], state["values"], math.prod(shape), options.block_size, kept))
+    one = {key: [part] for key, part in state.items() if isinstance(part, Tensor)}
+    (window,) = windows_of(one, [math.prod(shape)], options.block_size, options.density)
+    return SparseRows(window)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hf_lowmem_optim import MatryoshkaLora, aurac
 from hf_lowmem_optim.nested_lora.layers import WeighComponents
+from tests.nested_lora import jobs
 from tests.reference import matryoshka as reference
 from tests.sharding.processes import launch
 from tests.trainer.tiny_models import tiny_gpt2, tiny_llama, tiny_mixtral, token_rows, with_lora
@@ -278,7 +279,7 @@ def test_draws_are_of_the_step_and_their_mean_is_that_of_the_paper() -> None:
     assert drawn(10) == first[:10]
     assert torch.equal(output(model), at_rank[5])  # in evaluation the largest, and no draw
     assert drawn(20) == first[10:]
-    draws = 1500
+    draws = 600
     nested.begin_step(0)
     layer, total = nested._layers[0], torch.zeros(R, dtype=torch.float64)
     for _ in range(draws):
@@ -286,7 +287,7 @@ def test_draws_are_of_the_step_and_their_mean_is_that_of_the_paper() -> None:
         assert layer.hook.drawn is not None
         total += layer.hook.drawn
     mean = total / draws * layer.factor
-    torch.testing.assert_close(mean, reference.diagonal(ALPHA, R, "rank", RANKS) / 3, rtol=0.1, atol=0)
+    torch.testing.assert_close(mean, reference.diagonal(ALPHA, R, "rank", RANKS) / 3, rtol=0.15, atol=0)
     other = MatryoshkaLora(adapted(torch.float64), RANKS, mode="dylora", seed=5)
     other.begin_step(7)
     model = other.model
@@ -565,9 +566,8 @@ def test_no_hook_is_left_where_a_constructor_fails() -> None:
 
 
 def test_processes_draw_alike_and_send_gradients_once(tmp_path: Path) -> None:
-    (first, second), (alone,) = launch(
-        [("tests.nested_lora.jobs:train", 2), ("tests.nested_lora.jobs:train", 1)], tmp_path, timeout=300
-    )
+    [(first, second)] = launch([("tests.nested_lora.jobs:train", 2)], tmp_path, timeout=300)
+    alone = jobs.train(0, 1, tmp_path)
     for mode, (values, num_sent) in first.items():
         assert all(torch.equal(value, second[mode][0][name]) for name, value in values.items())
         for name, value in values.items():

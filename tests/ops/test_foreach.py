@@ -13,8 +13,8 @@ from torch import Tensor
 
 from hf_lowmem_optim.ops import sparse_window as ops
 from hf_lowmem_optim.ops.block_quant import Quantized, dequantize_add_, quantize_
-from hf_lowmem_optim.ops.block_topk import TopK, foreach_block_topk_, kept_per_block, window_specs
-from hf_lowmem_optim.ops.sparse_window import SparseWindow, WindowStep
+from hf_lowmem_optim.ops.block_topk import TopK, foreach_block_topk_, window_specs
+from hf_lowmem_optim.ops.sparse_window import SparseWindow, WindowStep, windows_of
 from hf_lowmem_optim.spec import QuantFormat
 from tests.ops.backends import BACKENDS, BF16, DEVICE, FP16, FP32, QUIET, Use, empty_quantized, new_error, parts, same
 
@@ -22,21 +22,24 @@ pytestmark = QUIET
 
 WINDOW, DENSITY = 4, 0.05
 FOUR = QuantFormat(4, 16)
-#: Entries, size of the blocks, dtypes of parameter, gradient and values, format of the error.
+#: Entries, size of the blocks, dtypes of parameter and gradient, storage of values and error.
 TENSORS = [
-    (130, 64, FP32, FP32, BF16, FOUR),
-    (5, 64, BF16, BF16, BF16, FOUR),
-    (64, 64, FP32, BF16, FP32, QuantFormat(8, 32, FP32)),
-    (130, 128, FP16, FP16, BF16, FOUR),
-    (300, 256, BF16, FP32, BF16, FOUR),
-    (1, 64, FP32, FP32, FP32, FOUR),
-    (384, 96, BF16, FP16, BF16, BF16),
-    (1000, 96, FP32, BF16, BF16, FP16),
-    (777, 96, FP16, FP32, FP32, FP32),
-    (5, 96, BF16, BF16, FP32, None),
+    (130, 64, FP32, FP32, "bf16", FOUR),
+    (5, 64, BF16, BF16, "bf16", FOUR),
+    (64, 64, FP32, BF16, "fp32", QuantFormat(8, 32, FP32)),
+    (130, 128, FP16, FP16, "bf16", FOUR),
+    (300, 256, BF16, FP32, "bf16", FOUR),
+    (1, 64, FP32, FP32, "fp32", FOUR),
+    (384, 96, BF16, FP16, "bf16", BF16),
+    (1000, 96, FP32, BF16, "bf16", FP16),
+    (777, 96, FP16, FP32, "fp32", FP32),
+    (5, 96, BF16, BF16, "fp32", None),
+    (200, 128, FP32, FP32, "4bit", FOUR),
+    (300, 256, BF16, BF16, "8bit", QuantFormat(8, 32, FP32)),
+    (100, 256, BF16, BF16, "4bit", BF16),
 ]
 #: What Triton does not serve: error in blocks whose size is no power of two.
-ODD = [(95, 96, FP16, BF16, FP32, QuantFormat(8, 3, FP32)), (96, 96, FP32, FP32, BF16, QuantFormat(4, 96, FP32))]
+ODD = [(95, 96, FP16, BF16, "fp32", QuantFormat(8, 3, FP32)), (96, 96, FP32, FP32, "bf16", QuantFormat(4, 96, FP32))]
 
 
 def random_numbers(numel: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -61,20 +64,20 @@ class SparseState:
         param = torch.randn(numel, generator=torch.Generator().manual_seed(numel)).to(device, param_dtype)
         specs = window_specs(numel, window=WINDOW, density=DENSITY, block_size=block_size, value_dtype=value_dtype)
         state = {name: spec.allocate(device) for name, spec in specs.items()}
-        kept = kept_per_block(block_size, DENSITY)
-        rows = SparseWindow(**state, numel=numel, block_size=block_size, kept_per_block=kept)
+        (rows,) = windows_of({name: [part] for name, part in state.items()}, [numel], block_size, DENSITY)
         return SparseState(param, torch.ones_like(param, dtype=grad_dtype), new_error(numel, error, device), rows)
 
     def topk(self, step: int) -> TopK:
         rows, seed = self.rows, step if self.rows.numel % 2 else None
         row = rows.indices, rows.values, step % WINDOW
-        return TopK(*row, self.grad, self.error, rows.block_size, DENSITY, error_scale=0.9, seed=seed)
+        return TopK(*row, self.grad, self.error, rows.block_size, DENSITY, 0.9, seed, rows.grids)
 
     def step(self, weights: Tensor) -> WindowStep:
         return WindowStep(self.param, self.rows, weights, lr=1e-2, weight_decay=0.1, eps=1e-8)
 
     def tensors(self) -> list[Tensor]:
-        return [self.param, self.rows.indices, self.rows.values, *parts(self.error)]
+        stored = [self.rows.indices, self.rows.values, *(self.rows.grids or ())]
+        return [self.param, *(part for part in stored if part is not None), *parts(self.error)]
 
 
 def make_all(device: str, specs: Sequence[tuple[Any, ...]] = TENSORS) -> list[SparseState]:

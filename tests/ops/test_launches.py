@@ -95,6 +95,7 @@ def test_a_step_launches_as_much_for_many_layers_as_for_few(name: str, dtype: to
     ("name", "options", "most"),
     [
         ("microadam", {"window": 10, "density": 0.01, "weight_decay": 0.1}, 8.5),
+        ("microadam", {"window": 10, "density": 0.01, "weight_decay": 0.1, "value_dtype": "4bit"}, 8.2),
         ("ldadam", {"rank": 1}, 15.5),  # of a side what 16 are of 2048
         ("sparse_mfac", {"window": 32, "density": 0.01}, 12.0),
     ],

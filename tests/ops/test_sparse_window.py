@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_lowmem_optim.ops.sparse_window import SparseWindow, foreach_window_gram_rows, window_combine_
+from hf_lowmem_optim.ops.window_values import FLOATS, INDEX_BITS, Grids, ValueDtype, encode
 from tests.ops.backends import (
     BACKENDS,
     BF16,
@@ -44,7 +45,7 @@ class Case:
     kept_in_last_block: int
     window: int
     step: int
-    values: torch.dtype = BF16
+    values: ValueDtype = "bf16"
     param: torch.dtype = FP32
     weight_decay: float = 0.0
     eps: float = 1e-8
@@ -58,12 +59,16 @@ CASES = [
     Case(96, 32, 16, 16, window=8, step=9),
     Case(1030, 256, 13, 1, window=15, step=40, param=BF16, weight_decay=0.1),
     Case(777, 100, 7, 6, window=4, step=2, param=FP16, weight_decay=0.1),
-    Case(1030, 256, 13, 1, window=15, step=40, values=FP32),
+    Case(1030, 256, 13, 1, window=15, step=40, values="fp32"),
     Case(1500, 500, 250, 250, window=16, step=15, weight_decay=0.1),
     # what registers do not hold: more rows, more kept entries
     Case(777, 100, 7, 6, window=20, step=57, weight_decay=0.1),
     Case(32768 + 900, 32768, 300, 9, window=3, step=2, param=BF16),
-    Case(900, 512, 400, 300, window=8, step=6, param=FP16, values=FP32, weight_decay=0.1),
+    Case(900, 512, 400, 300, window=8, step=6, param=FP16, values="fp32", weight_decay=0.1),
+    # codes on grids
+    Case(4096 + 1000, 4096, 41, 10, window=10, step=7, values="4bit"),
+    Case(1030, 256, 13, 1, window=15, step=40, values="8bit", param=BF16, weight_decay=0.1),
+    Case(777, 100, 7, 6, window=20, step=57, values="4bit", weight_decay=0.1),
 ]
 ROUNDING = {FP32: 1e-6, BF16: 2**-8, FP16: 2**-11}
 
@@ -86,9 +91,15 @@ def make_window(case: Case, seed: int = 0, device: str = "cpu", *, unwritten: fl
     indices = torch.from_numpy(np.stack(rows).astype(np.int16))
     values = torch.from_numpy(rng.standard_normal(indices.shape) * 10.0 ** rng.integers(-9, 3, indices.shape))
     values[case.step :] = unwritten
-    return SparseWindow(
-        indices.to(device), values.to(case.values).to(device), case.numel, case.block_size, case.kept_per_block
-    )
+    layout = case.numel, case.block_size, case.kept_per_block
+    if case.values in FLOATS:
+        return SparseWindow(indices.to(device), values.to(FLOATS[case.values]).to(device), *layout)
+    coded = [encode(block, int(case.values[0])) for block in values.float().split(case.kept_per_block, 1)]
+    codes = torch.cat([each for each, _, _ in coded], 1)
+    lo, step = (torch.stack([each[part] for each in coded], 1).to(device) for part in (1, 2))
+    if case.values == "4bit":
+        return SparseWindow((indices | codes << INDEX_BITS).to(torch.int16).to(device), None, *layout, Grids(lo, step))
+    return SparseWindow(indices.to(device), codes.to(torch.uint8).to(device), *layout, Grids(lo, step))
 
 
 def moment_weights(case: Case, device: str = "cpu") -> Tensor:
@@ -110,7 +121,9 @@ def make_param(case: Case, seed: int = 1, device: str = "cpu") -> Tensor:
 
 def rows_of(window: SparseWindow) -> list[paper.Row]:
     return paper.rows_of_window(
-        window.indices.cpu().numpy(), window.values.float().cpu().numpy(), window.block_size, window.kept_per_block
+        *(part.cpu().numpy() for part in window.entries(slice(None), slice(0, window.kept))),
+        window.block_size,
+        window.kept_per_block,
     )
 
 
@@ -172,7 +185,7 @@ def test_torch_is_the_paper_and_the_other_backends_are_torch_to_the_bit(case: Ca
     G = np.array([paper.combine([row], [1.0], case.numel) for row in rows_of(zeroed)])
     for row in {0, min(case.step, case.window) - 1}:
         products = window_gram_row(zeroed, row)
-        assert products.dtype == torch.float64 and products.device == zeroed.values.device
+        assert products.dtype == torch.float64 and products.device == zeroed.device
         np.testing.assert_allclose(products.cpu().numpy(), G @ G[row], rtol=1e-10, atol=1e-10)
 
 

@@ -173,6 +173,7 @@ CASES = {
                 "alpha": (1.0,),
                 "min_compress_size": (0,),
                 "stochastic_rounding": (1,),
+                "value_dtype": ("fp16",),
             },
         ),
         Case(
@@ -212,6 +213,10 @@ for normal in [name for name in CASES if f"{name}_layerwise" in OPTIMIZERS]:
 CASES["ldadam error in gradient"] = replace(
     CASES["ldadam"], hyper={**CASES["ldadam"].hyper, "error_feedback": "grad"}, other={"error_feedback": "param"}
 )
+#: Values of windows as codes.
+for name, stored in (("microadam", "4bit"), ("sparse_mfac", "8bit")):
+    hyper = {**CASES[name].hyper, "value_dtype": stored}
+    CASES[f"{name} {stored} values"] = replace(CASES[name], hyper=hyper, other={"value_dtype": "bf16"}, wrong={})
 #: As it is published, and with a heavy ball.
 PUBLISHED = dict.fromkeys(("statistics_dtype", "root_dtype", "moment_dtype"), "fp32") | {"grafting": "adam"}
 CASES["dash as published"] = replace(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_lowmem_optim.optimizers.microadam import MicroAdam
+from hf_lowmem_optim.optimizers.microadam import MicroAdam, MicroAdamOptions, microadam_state
 from hf_lowmem_optim.spec import QuantFormat
 from tests.optimizers.cases import stored_error
 from tests.reference.microadam import ReferenceMicroAdam
@@ -45,6 +45,7 @@ class Parity:
     density: float = 0.1
     weight_decay: float = 0.0
     extra: dict[str, Any] = field(default_factory=dict)
+    steps: int = 35
 
 
 PARITY = [
@@ -54,18 +55,22 @@ PARITY = [
     Parity(weight_decay=0.1, extra={"alpha": 0.3}),
     Parity(extra={"bias_correction": "window", "betas": (0.8, 0.95)}),
     Parity(numel=5, window=2, density=1.0),
+    # until a number so near the middle of two codes comes that float64 takes the other one
+    Parity(weight_decay=0.1, extra={"value_dtype": "4bit"}, steps=12),
+    Parity(numel=384, extra={"value_dtype": "8bit"}, steps=12),
 ]
 
 
 @pytest.mark.parametrize("case", PARITY, ids=str)
 def test_parity_with_the_float64_transcription(case: Parity, backend: str) -> None:
     start = np.random.default_rng(0).normal(size=case.numel).astype(np.float32)
-    hyper = {"window": case.window, "density": case.density, "weight_decay": case.weight_decay, **case.extra}
+    hyper = {"window": case.window, "density": case.density, "weight_decay": case.weight_decay, "value_dtype": "bf16"}
+    hyper |= case.extra
     sizes = {"block_size": SMALL["block_size"], "quant_block_size": SMALL["quant_block_size"]}
     weight = nn.Parameter(torch.tensor(start))
     optimizer = MicroAdam([weight], **SMALL, **hyper)
     reference = ReferenceMicroAdam(start, **sizes, **hyper)
-    for step, gradient in enumerate(gradients(case.numel, 35)):
+    for step, gradient in enumerate(gradients(case.numel, case.steps)):
         lr = 1e-2 * (1 - step / 50)
         optimizer.param_groups[0]["lr"] = lr
         weight.grad = torch.tensor(gradient)
@@ -79,8 +84,10 @@ def test_parity_with_the_float64_transcription(case: Parity, backend: str) -> No
         stored.double().numpy(), reference.error, rtol=0, atol=1e-5 * np.abs(reference.error).max()
     )
     # the indices chosen last, exactly
-    row = (35 - 1) % case.window
+    row = (case.steps - 1) % case.window
     indices = optimizer.state[weight]["indices"][row].long()
+    if hyper["value_dtype"] == "4bit":
+        indices &= 0xFFF
     block_of = torch.arange(len(indices)) // math.ceil(case.density * SMALL["block_size"])
     assert sorted((block_of * SMALL["block_size"] + indices).tolist()) == sorted(reference.rows[-1])
 
@@ -89,7 +96,7 @@ def test_density_one_is_adam_until_the_window_is_full(backend: str) -> None:
     """Bfloat16 values keep it exact: gradients on that grid leave no error."""
     start = torch.linspace(-1, 1, 300)
     weight, twin = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    optimizer = MicroAdam([weight], lr=1e-2, density=1.0, window=8, **SMALL)
+    optimizer = MicroAdam([weight], lr=1e-2, density=1.0, window=8, value_dtype="bf16", **SMALL)
     adam = torch.optim.Adam([twin], lr=1e-2, betas=(0.9, 0.999), eps=1e-8)
     for gradient in gradients(300, 8):
         grad = torch.tensor(gradient).bfloat16().float()
@@ -135,6 +142,23 @@ def test_window_bias_correction_bounds_the_step() -> None:
     assert last["window"] == pytest.approx(1.0, rel=1e-2)
     assert last["step"] == pytest.approx((1 - 0.9**10) / math.sqrt(1 - 0.999**10), rel=1e-2)
     assert last["step"] == pytest.approx(6.5, abs=0.1)
+
+
+@pytest.mark.parametrize(("value_dtype", "most"), [("bf16", 0.97), ("8bit", 0.89), ("4bit", 0.79)])
+def test_bytes_per_parameter_of_a_7b_models_matrices(value_dtype: str, most: float) -> None:
+    for shape in ((4096, 4096), (11008, 4096)):
+        specs = microadam_state(shape, torch.bfloat16, MicroAdamOptions(value_dtype=value_dtype))
+        assert specs is not None
+        assert most - 0.02 < sum(spec.nbytes for spec in specs.values()) / math.prod(shape) < most
+
+
+def test_values_of_old_checkpoints_are_bfloat16() -> None:
+    saved = MicroAdam([nn.Parameter(torch.zeros(300))], value_dtype="bf16", **SMALL).state_dict()
+    for group in saved["param_groups"]:
+        del group["value_dtype"]
+    MicroAdam([nn.Parameter(torch.zeros(300))], value_dtype="bf16", **SMALL).load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"was saved with value_dtype='bf16', .* Build it with value_dtype='bf16'"):
+        MicroAdam([nn.Parameter(torch.zeros(300))], value_dtype="4bit", **SMALL).load_state_dict(saved)
 
 
 def test_min_compress_size() -> None:

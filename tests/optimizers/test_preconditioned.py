@@ -87,8 +87,7 @@ class Parity:
             return power_sgd({k: seeded_sketch(q, rank, cpu).double().numpy() for k, q in factored.items()})
         if self.hyper["density"] == 1.0:
             return keep_everything
-        bf16 = self.hyper["value_dtype"] == "bf16"
-        return top_k(density=self.hyper["density"], block_size=self.hyper["block_size"], bf16=bf16)
+        return top_k(**{key: self.hyper[key] for key in ("density", "block_size", "value_dtype")})
 
 
 def sparse(density: float, value_dtype: str) -> dict[str, Any]:
@@ -109,6 +108,8 @@ EXACT_LIMITS = [
 COMPRESSED = [
     *(Parity(cls, sparse(d, v)) for cls in (SparseMFAC, SparseGGT) for d in (0.05, 0.3) for v in ("bf16", "fp32")),
     Parity(SparseMFAC, sparse(0.1, "bf16"), momentum=0.9, weight_decay=0.1, damping=1e-5),
+    Parity(SparseMFAC, sparse(0.1, "4bit"), momentum=0.9, weight_decay=0.1),
+    Parity(SparseGGT, sparse(0.1, "8bit")),
     Parity(LowRankMFAC, {"rank": 1, "error_feedback": "fp32"}),
     Parity(LowRankMFAC, {"rank": 3, "error_feedback": "fp32"}, momentum=0.9, weight_decay=0.1, damping=1e-5),
 ]

@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.reference import block_topk
-from tests.reference.block_quant import nearest_bfloat16
+from tests.reference import block_topk, window_values
 
 Array = NDArray[np.float64]
 #: (name, acc, number of the tensor's update from 1) → c, shaped like acc.
@@ -22,12 +21,12 @@ def keep_everything(name: str, acc: Array, t: int) -> Array:
     return acc.copy()
 
 
-def top_k(*, density: float, block_size: int, bf16: bool) -> Compressor:
+def top_k(*, density: float, block_size: int, value_dtype: str) -> Compressor:
     def compress(name: str, acc: Array, t: int) -> Array:
         flat, c = acc.reshape(-1), np.zeros(acc.size)
         for start in range(0, flat.size, block_size):
             kept, values, _ = block_topk.step(flat[start : start + block_size], block_size, density)
-            c[start + kept] = nearest_bfloat16(values) if bf16 else values
+            c[start + kept] = window_values.stored(values, value_dtype)
         return c.reshape(acc.shape)
 
     return compress

@@ -1,6 +1,6 @@
 """MicroAdam in float64 numpy, entry by entry from the paper's algorithm; imports nothing from the package.
 
-Only what *is* stored in few bits is rounded: the window's values to bfloat16, the error to codes with bfloat16
+Only what *is* stored in few bits is rounded: the window's values as they are kept, the error to codes with bfloat16
 statistics rounded outwards. Loops over blocks, a dense buffer per window row: slow, and plainly right.
 """
 
@@ -9,8 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.reference import block_quant, block_topk
-from tests.reference.block_quant import nearest_bfloat16
+from tests.reference import block_quant, block_topk, window_values
 
 Array = NDArray[np.float64]
 
@@ -32,12 +31,13 @@ class ReferenceMicroAdam:
         weight_decay: float = 0.0,
         bias_correction: str = "step",
         alpha: float = 0.0,
+        value_dtype: str = "bf16",
     ) -> None:
         self.W = np.array(W, dtype=np.float64)
         self.window, self.density, self.block_size = window, density, block_size
         self.quant_block_size, self.bits = quant_block_size, bits
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
-        self.bias_correction, self.alpha = bias_correction, alpha
+        self.bias_correction, self.alpha, self.value_dtype = bias_correction, alpha, value_dtype
         self.error = np.zeros_like(self.W)
         self.rows: list[dict[int, float]] = []
         self.t = 0
@@ -49,7 +49,8 @@ class ReferenceMicroAdam:
         row: dict[int, float] = {}
         for start in range(0, a.size, self.block_size):
             indices, values, _ = block_topk.step(a[start : start + self.block_size], self.block_size, self.density)
-            row.update(zip((start + indices).tolist(), nearest_bfloat16(values).tolist(), strict=True))
+            kept = window_values.stored(values, self.value_dtype)
+            row.update(zip((start + indices).tolist(), kept.tolist(), strict=True))
         for index, value in row.items():
             a[index] -= value
         stored = block_quant.quantize(a, self.bits, self.quant_block_size, bf16=True)

@@ -40,7 +40,11 @@ from tests.optimizers.cases import CASES, MIN_QUANTIZED, SHAPES, VARIANTS, Case,
 from tests.sharding.counting import counted
 
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
-SHARDABLE = {n: c for n, c in {**CASES, **VARIANTS}.items() if not (c.layerwise or c.takes_gradients)}
+SHARDABLE = {
+    name: case
+    for name, case in {**CASES, **VARIANTS}.items()
+    if not (case.layerwise or case.takes_gradients or case.method.replicated)
+}
 #: Half-precision weights, rounded at random: the draws depend on an entry's place in the whole.
 SHARDABLE["ldadam rounding"] = replace(
     CASES["ldadam"], hyper={**CASES["ldadam"].hyper, "weight_rounding": "stochastic"}, other={}

@@ -27,6 +27,7 @@ ARGUMENTS = {
     "dct_adamw": "rank=4,update_interval=3",
     "trion": "rank=4,dense_lr_ratio=1",  # a smaller rate would be lost in norms of bfloat16
     "sparse_ggt": "density=0.05",
+    "lordo": "rank=4,sync_every=3",
     "dash": "block_size=16,precondition_frequency=3",
 }
 ARGUMENTS.update({f"{name}_layerwise": text for name, text in ARGUMENTS.items() if f"{name}_layerwise" in OPTIMIZERS})

@@ -73,37 +73,33 @@ def test_every_mode_learns_and_resumes_to_the_bit(mode: str, optim: str, more: s
 
 
 def test_losses_are_the_mean_over_ranks_with_accumulation(tmp_path: Path) -> None:
-    """One step of SGD is that of all losses together, and the logged loss is their mean; evaluation divides nothing."""
-    trainer, nested = build(
-        tmp_path,
-        optim="sgd",
-        learning_rate=0.5,
-        max_steps=1,
-        gradient_accumulation_steps=3,
-        lr_scheduler_type="constant",
-        given={"eval_dataset": token_rows(4)},
-    )
-    before = values(trainer.model)
-    batches = [dict(batch.items()) for batch in trainer.get_train_dataloader()][:3]
-    batch = {key: torch.cat([each[key] for each in batches]) for key in batches[0]}
-    trainer.train()
-    after = values(trainer.model)
-    with torch.no_grad():
-        for name, param in trainer.model.named_parameters():
-            param.copy_(before[name])
-    losses, items = [], trainer._get_num_items_in_batch(batches, torch.device("cpu"))
-    for rank in RANKS:
-        with nested.at(rank):
-            losses.append(trainer.model.train()(**batch, num_items_in_batch=items).loss)
-    loss = torch.stack(losses).mean()
-    loss.backward()
-    assert logged(trainer, "loss") == [pytest.approx(loss.item(), rel=1e-4)]
-    for name, param in trainer.model.named_parameters():
-        if param.requires_grad:
-            torch.testing.assert_close(after[name], before[name] - 0.5 * param.grad, rtol=1e-4, atol=1e-6)
-    rows = torch.stack([row["input_ids"] for row in token_rows(4)])
-    with torch.no_grad(), nested.at(4):
-        assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.model(rows, labels=rows).loss.item(), rel=1e-5)
+    """A step of SGD is the mean of those at each rank, the logged loss too; evaluation divides nothing."""
+
+    def step(rank: int | None) -> tuple[dict[str, torch.Tensor], float, Any]:
+        trainer, nested = build(
+            tmp_path,
+            "losses" if rank is None else "matryoshka",
+            optim="sgd",
+            learning_rate=0.5,
+            max_steps=1,
+            gradient_accumulation_steps=3,
+            lr_scheduler_type="constant",
+            given={"eval_dataset": token_rows(4)},
+        )
+        nested.set_rank(rank)
+        before = values(trainer.model)
+        trainer.train()
+        moves = {name: value - before[name] for name, value in values(trainer.model).items()}
+        return moves, logged(trainer, "loss")[0], trainer
+
+    alone = [step(rank) for rank in RANKS]
+    moves, loss, trainer = step(None)
+    assert loss == pytest.approx(sum(each[1] for each in alone) / 3, rel=1e-5)
+    assert sum(bool(move.any()) for move in moves.values()) == 4  # lora_B; lora_A waits for it
+    for name, move in moves.items():
+        torch.testing.assert_close(move, sum(each[0][name] for each in alone) / 3, rtol=1e-3, atol=1e-7)
+    plain = make_trainer(tmp_path, trainer.model, given={"eval_dataset": token_rows(4)})
+    assert trainer.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
 
 
 class Counter(TrainerCallback):

@@ -108,7 +108,7 @@ def shown(tmp_path: Path, script: str) -> Any:
     """Return what a script in the page prints there as JSON, in Chromium without a window."""
     chromium = shutil.which("chromium") or pytest.skip("needs Debian's chromium")
     page = tmp_path / "page.html"
-    report = f"document.body.innerHTML = ''; document.body.append('RESULT' + JSON.stringify((() => {{{script}}})()));"
+    report = f"const result = (() => {{{script}}})(); document.body.textContent = 'RESULT' + JSON.stringify(result);"
     page.write_text(PAGE.read_text().replace("</body>", f"<script>{report}</script></body>"))
     command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
     text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout

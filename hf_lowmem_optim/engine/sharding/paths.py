@@ -41,8 +41,7 @@ def path_of(optimizer: Any, param: Any, options: Any, step: int) -> Path:
         step: t, 1 for its first update, for which there is no collective path.
     """
     method, split = optimizer.method, split_of(param)
-    settings = [getattr(options, name) for name in method.layout_options]
-    key = (param.shape, param.dtype, split, vars(options).get("stochastic_rounding"), *settings)
+    key = (param.shape, param.dtype, split, vars(options).get("stochastic_rounding"), method.layout_of(options))
     path: Path | None = optimizer.paths.get(key)
     if path is None:
         path = optimizer.paths[key] = path_of_shape(method, options, param.shape, param.dtype, split)

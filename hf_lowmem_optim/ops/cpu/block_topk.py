@@ -17,9 +17,10 @@ import torch
 from hf_lowmem_optim.ops.block_quant import Quantized
 from hf_lowmem_optim.ops.block_topk import TopK, _select_all, kept_per_block
 from hf_lowmem_optim.ops.cpu.block_quant import decode_blocks, encode_blocks, random_keys
-from hf_lowmem_optim.ops.cpu.floats import BFLOAT16, FLOAT32, load_floats, narrow, store_floats, widen
+from hf_lowmem_optim.ops.cpu.floats import load_floats, store_floats
 from hf_lowmem_optim.ops.cpu.jit import inlined, loop
 from hf_lowmem_optim.ops.cpu.launch import DTYPE_CODES, NO_BYTES, block_ranges, buffer_arguments, run_pieces
+from hf_lowmem_optim.ops.cpu.window_values import store_values, window_arguments
 from hf_lowmem_optim.ops.dispatch import register
 
 __all__ = ["select_all"]
@@ -88,25 +89,6 @@ def _select(magnitude, count, chunk_max, chunks, k, candidate, reach):
             room -= 1 if tied else 0
 
 
-@inlined
-def _take(a, chosen, k, first, indices, values, value_code):
-    """Store the chosen entries as index and value, and leave in ``a`` what rounding cut off the value."""
-    wide_values = values.view(np.float32) if value_code == FLOAT32 else values[:0].view(np.float32)
-    bits = values.view(np.uint16)
-    for j in range(_index(k)):
-        i = _index(chosen[j])
-        indices[first + j] = i
-        x = a[i]
-        stored = x
-        if value_code == FLOAT32:
-            wide_values[first + j] = x
-        else:
-            rounded = narrow(x, BFLOAT16)
-            bits[first + j] = rounded
-            stored = widen(rounded, BFLOAT16)
-        a[i] = x - stored if np.isfinite(stored) else np.float32(0.0)
-
-
 @loop
 def _topk(
     grad,
@@ -115,6 +97,8 @@ def _topk(
     indices,
     values,
     value_code,
+    lows_of_values,
+    steps,
     block_size,
     k,
     form,
@@ -138,6 +122,7 @@ def _topk(
     candidate, reach = np.empty(block_size + 1, np.int32), np.empty(block_size + 1, np.int32)
     scratch = np.empty((2, block_size // quant_block + 1), np.float32)
     scale, error = np.float32(error_scale), (codes, lows, highs, error_code, bits, quant_block)
+    rows = indices, values, value_code, lows_of_values, steps
     for block in range(first, stop):
         start = _index(block * block_size)
         count = _index(min(block_size, numel - block * block_size))
@@ -156,7 +141,7 @@ def _topk(
                 a[i] += e[i]
         chunks = _magnitudes(a, count, magnitude, chunk_max)
         _select(magnitude, count, chunk_max, chunks, kept, candidate, reach)
-        _take(a, candidate, kept, column, indices, values, value_code)
+        store_values(a, candidate, kept, column, _index(block), rows)
         # e ← Q(a)
         if form == _DENSE:
             store_floats(a, count, codes, error_code, start)
@@ -174,10 +159,11 @@ def select_all(calls: Sequence[TopK]) -> None:
 
 def _arguments(call: TopK) -> tuple[Any, ...]:
     """Return what the loop takes for a tensor."""
-    grad, values, error = call.grad.detach().view(-1), call.values[call.row], call.error
+    grad, error, at = call.grad.detach().view(-1), call.error, call.row
     gradient = grad.view(torch.uint8).numpy(), DTYPE_CODES[grad.dtype], grad.numel()
     blocks = call.block_size, kept_per_block(call.block_size, call.density)
-    row = call.indices[call.row].numpy(), values.view(torch.uint8).numpy(), DTYPE_CODES[values.dtype], *blocks
+    indices, values, value_code, lo, step = window_arguments(call.indices, call.values, call.grids)
+    row = indices[at], values[at % len(values)], value_code, lo[at % len(lo)], step[at % len(step)], *blocks
     form = _NO_ERROR
     buffer: tuple[Any, ...] = NO_BYTES, NO_BYTES, NO_BYTES, 0, 8, 1
     if isinstance(error, Quantized):

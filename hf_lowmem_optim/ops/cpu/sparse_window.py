@@ -18,11 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_lowmem_optim.ops.cpu.floats import BFLOAT16, FLOAT16, FLOAT32, load_floats, narrow, widen
+from hf_lowmem_optim.ops.cpu.floats import BFLOAT16, FLOAT16, FLOAT32, narrow, widen
 from hf_lowmem_optim.ops.cpu.jit import Loop, inlined, loop
 from hf_lowmem_optim.ops.cpu.launch import DTYPE_CODES, ENTRIES_PER_PIECE, block_ranges, run_pieces
+from hf_lowmem_optim.ops.cpu.window_values import index_mask, load_values, window_arguments
 from hf_lowmem_optim.ops.dispatch import register
 from hf_lowmem_optim.ops.sparse_window import SparseWindow, WindowStep, _combine, _descend_all, _gram_rows, _update_all
+from hf_lowmem_optim.ops.window_values import unpack
 
 __all__ = ["combine", "descend_all", "gram_rows", "update_all"]
 
@@ -42,32 +44,33 @@ def _blocks_at_a_time(block_size, blocks):
 @inlined
 def _bounds(matrix, first, stop):
     """Return the first column of some blocks and the number of columns; their first entry and the number of entries."""
-    _, _, _, numel, kept, block_size, kept_per_block = matrix
+    _, _, _, _, _, numel, kept, block_size, kept_per_block = matrix
     column, start = first * kept_per_block, first * block_size
     columns, count = min(stop * kept_per_block, kept) - column, min(stop * block_size, numel) - start
-    return _index(column), _index(columns), _index(start), _index(count)
+    return _index(column), _index(columns), _index(start), _index(count), _index(first)
 
 
 @inlined
-def _all_below(indices, begin, end, limit):
+def _all_below(indices, mask, begin, end, limit):
     largest = np.uint16(0)
     for j in range(begin, end):  # as unsigned numbers, negative ones are large
-        largest = max(largest, np.uint16(indices[j]))
+        largest = max(largest, np.uint16(indices[j] & mask))
     return _index(largest) < limit
 
 
 @inlined
 def _load_row(matrix, row, bounds, segment):
     """Write a row's values of some blocks to ``segment``; return where they begin, and if its indices are in range."""
-    indices, values, value_code, _, kept, block_size, kept_per_block = matrix
-    column, columns, _, count = bounds
-    begin = _index(row * kept) + column
-    load_floats(values, value_code, begin, columns, segment)
+    indices, values, value_code, lows, steps, _, kept, block_size, kept_per_block = matrix
+    column, columns, _, count, block = bounds
+    begin, mask, k = _index(row * kept) + column, index_mask(value_code), _index(kept_per_block)
+    grids = lows[row % len(lows), block:], steps[row % len(steps), block:]
+    load_values(indices, values, value_code, begin, columns, k, grids, segment)
     size, rest = _index(block_size), count % _index(block_size)
-    in_whole = begin + min(columns, count // size * _index(kept_per_block))
-    valid = _all_below(indices, begin, in_whole, size)
+    in_whole = begin + min(columns, count // size * k)
+    valid = _all_below(indices, mask, begin, in_whole, size)
     # a shorter last block
-    return begin, valid and (rest == 0 or _all_below(indices, in_whole, begin + columns, rest))
+    return begin, valid and (rest == 0 or _all_below(indices, mask, in_whole, begin + columns, rest))
 
 
 @inlined
@@ -94,8 +97,9 @@ def _descend_narrow_block(update, count, decay, bits, code, start):
 @inlined
 def _add_rows(matrix, weights, bounds, segment, out, start):
     """Add the weighted rows of some blocks to ``out`` from ``start`` on; return whether all indices are in range."""
-    indices, size, kept_per_block, valid = matrix[0], _index(matrix[5]), _index(matrix[6]), True
-    _, columns, _, _ = bounds
+    indices, size, kept_per_block, valid = matrix[0], _index(matrix[7]), _index(matrix[8]), True
+    _, columns, _, _, _ = bounds
+    mask = index_mask(matrix[2])
     for row in range(len(weights)):
         w = weights[row]
         if w != 0 and valid:
@@ -104,7 +108,7 @@ def _add_rows(matrix, weights, bounds, segment, out, start):
                 base = start
                 for left in range(_index(0), columns, kept_per_block):
                     for j in range(left, min(left + kept_per_block, columns)):
-                        out[base + _index(indices[begin + j])] += w * segment[j]
+                        out[base + _index(indices[begin + j] & mask)] += w * segment[j]
                     base += size
     return valid
 
@@ -120,6 +124,8 @@ def _update(
     indices,
     values,
     value_code,
+    lows,
+    steps,
     block_size,
     kept_per_block,
     weights,
@@ -130,15 +136,15 @@ def _update(
     stop,
 ):
     window, kept = indices.shape
-    indices = indices.reshape(-1)
-    matrix = indices, values.reshape(-1), value_code, numel, kept, block_size, kept_per_block
+    indices, mask = indices.reshape(-1), index_mask(value_code)
+    matrix = indices, values.reshape(-1), value_code, lows, steps, numel, kept, block_size, kept_per_block
     rate, epsilon, decay_ = np.float32(lr), np.float32(eps), np.float32(decay)
     blocks, size, k = _blocks_at_a_time(block_size, stop - first), _index(block_size), _index(kept_per_block)
     z1, z2 = np.zeros(blocks * block_size, np.float32), np.full(blocks * block_size, np.float32(-0.0))
     z2_bits, segment = z2.view(np.uint32), np.empty(blocks * kept_per_block, np.float32)
     for block in range(first, stop, blocks):
         bounds = _bounds(matrix, block, min(block + blocks, stop))
-        _, columns, start, count = bounds
+        _, columns, start, count, _ = bounds
         for row in range(window):
             w1, w2 = weights[0, row], weights[1, row]
             if w1 != 0 or w2 != 0:
@@ -148,7 +154,7 @@ def _update(
                 base = _index(0)
                 for left in range(_index(0), columns, k):
                     for j in range(left, min(left + k, columns)):
-                        i, value = base + _index(indices[begin + j]), segment[j]
+                        i, value = base + _index(indices[begin + j] & mask), segment[j]
                         z1[i] += w1 * value
                         z2[i] += w2 * (value * value)
                     base += size
@@ -164,15 +170,30 @@ def _update(
 
 @loop
 def _descend(
-    param, param_code, numel, indices, values, value_code, block_size, kept_per_block, weights, lr, decay, first, stop
+    param,
+    param_code,
+    numel,
+    indices,
+    values,
+    value_code,
+    lows,
+    steps,
+    block_size,
+    kept_per_block,
+    weights,
+    lr,
+    decay,
+    first,
+    stop,
 ):
     kept, blocks = indices.shape[1], _blocks_at_a_time(block_size, stop - first)
-    matrix = indices.reshape(-1), values.reshape(-1), value_code, numel, kept, block_size, kept_per_block
+    flat = indices.reshape(-1), values.reshape(-1)
+    matrix = *flat, value_code, lows, steps, numel, kept, block_size, kept_per_block
     rate, decay_ = np.float32(lr), np.float32(decay)
     direction, segment = np.zeros(blocks * block_size, np.float32), np.empty(blocks * kept_per_block, np.float32)
     for block in range(first, stop, blocks):
         bounds = _bounds(matrix, block, min(block + blocks, stop))
-        _, _, start, count = bounds
+        _, _, start, count, _ = bounds
         if not _add_rows(matrix, weights, bounds, segment, direction, _index(0)):
             return block
         for i in range(count):
@@ -184,9 +205,12 @@ def _descend(
 
 
 @loop
-def _combine_rows(out, numel, indices, values, value_code, block_size, kept_per_block, weights, first, stop):
+def _combine_rows(
+    out, numel, indices, values, value_code, lows, steps, block_size, kept_per_block, weights, first, stop
+):
     kept, blocks = indices.shape[1], _blocks_at_a_time(block_size, stop - first)
-    matrix = indices.reshape(-1), values.reshape(-1), value_code, numel, kept, block_size, kept_per_block
+    flat = indices.reshape(-1), values.reshape(-1)
+    matrix = *flat, value_code, lows, steps, numel, kept, block_size, kept_per_block
     segment = np.empty(blocks * kept_per_block, np.float32)
     for block in range(first, stop, blocks):
         bounds = _bounds(matrix, block, min(block + blocks, stop))
@@ -196,25 +220,25 @@ def _combine_rows(out, numel, indices, values, value_code, block_size, kept_per_
 
 
 @loop
-def _gram(numel, indices, values, value_code, block_size, kept_per_block, newest, sums, step, first, stop):
+def _gram(numel, indices, values, value_code, lows, steps, block_size, kept_per_block, newest, sums, step, first, stop):
     """Write the products of all rows with row ``newest`` to the piece's row of ``sums`` (float64)."""
     window, kept = indices.shape
-    indices = indices.reshape(-1)
-    matrix = indices, values.reshape(-1), value_code, numel, kept, block_size, kept_per_block
+    indices, mask = indices.reshape(-1), index_mask(value_code)
+    matrix = indices, values.reshape(-1), value_code, lows, steps, numel, kept, block_size, kept_per_block
     blocks, size, k = _blocks_at_a_time(block_size, stop - first), _index(block_size), _index(kept_per_block)
     dense, segment = np.zeros(blocks * block_size, np.float32), np.empty(blocks * kept_per_block, np.float32)
     own = sums[first // step]
     own[:] = 0.0
     for block in range(first, stop, blocks):
         bounds = _bounds(matrix, block, min(block + blocks, stop))
-        _, columns, _, count = bounds
+        _, columns, _, count, _ = bounds
         begin, valid = _load_row(matrix, newest, bounds, segment)
         if not valid:
             return block
         base = _index(0)
         for left in range(_index(0), columns, k):
             for j in range(left, min(left + k, columns)):
-                dense[base + _index(indices[begin + j])] = segment[j]
+                dense[base + _index(indices[begin + j] & mask)] = segment[j]
             base += size
         for row in range(window):
             begin, valid = _load_row(matrix, row, bounds, segment)
@@ -223,7 +247,7 @@ def _gram(numel, indices, values, value_code, block_size, kept_per_block, newest
             total, base = 0.0, _index(0)
             for left in range(_index(0), columns, k):
                 for j in range(left, min(left + k, columns)):
-                    total += np.float64(dense[base + _index(indices[begin + j])]) * np.float64(segment[j])
+                    total += np.float64(dense[base + _index(indices[begin + j] & mask)]) * np.float64(segment[j])
                 base += size
             own[row] += total
         for i in range(count):
@@ -294,6 +318,8 @@ def _out_of_range(window: SparseWindow, block: int) -> ValueError:
     blocks = torch.arange(first, window.kept) // window.kept_per_block
     entries = (window.numel - blocks * window.block_size).clamp(max=window.block_size)
     indices = window.indices[:, first:]
+    if window.value_dtype == "4bit":
+        indices = unpack(indices)[0]
     row, column = ((indices < 0) | (indices >= entries)).nonzero()[0].tolist()
     return ValueError(
         f"index {int(indices[row, column])} in row {row} of the window is out of range: "
@@ -303,21 +329,12 @@ def _out_of_range(window: SparseWindow, block: int) -> ValueError:
 
 def _window_arguments(window: SparseWindow) -> tuple[Any, ...]:
     """Return what a loop takes for a window."""
-    indices, values = window.indices.numpy(), window.values.view(torch.uint8).numpy()
-    return window.numel, indices, values, DTYPE_CODES[window.values.dtype], window.block_size, window.kept_per_block
+    stored = window_arguments(window.indices, window.values, window.grids)
+    return window.numel, *stored, window.block_size, window.kept_per_block
 
 
 def _arguments(step: WindowStep) -> tuple[Any, ...]:
     """Return what the loops of the update and of the descent take for a tensor."""
-    param, rows = step.param.detach().view(-1), step.rows
-    indices, values = rows.indices.numpy(), rows.values.view(torch.uint8).numpy()
-    weight = param.view(torch.uint8).numpy(), DTYPE_CODES[param.dtype], rows.numel
-    return (
-        *weight,
-        indices,
-        values,
-        DTYPE_CODES[rows.values.dtype],
-        rows.block_size,
-        rows.kept_per_block,
-        step.weights.numpy(),
-    )
+    param = step.param.detach().view(-1)
+    weight = param.view(torch.uint8).numpy(), DTYPE_CODES[param.dtype]
+    return *weight, *_window_arguments(step.rows), step.weights.numpy()

@@ -9,6 +9,7 @@ are not autotuned (the kernel works in place).
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
+# ruff: noqa: SIM300 (an argument in capitals is taken for the constant)
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
@@ -25,6 +26,7 @@ from hf_lowmem_optim.ops.triton.block_quant import block_range, decode, encode, 
 from hf_lowmem_optim.ops.triton.block_topk_common import block_topk_kernel, common_options, is_common
 from hf_lowmem_optim.ops.triton.device import on_device
 from hf_lowmem_optim.ops.triton.tables import TYPES, alike, block_tables, owner_and_block, pointer, size, vectorizes
+from hf_lowmem_optim.ops.triton.window_values import addresses, decode_values, encode_values, grid_of, stored_as
 
 __all__ = ["MAX_BLOCK_SIZE", "select_all"]
 
@@ -64,7 +66,7 @@ def select_block(
 ):  # fmt: skip
     """Do one block; see the kernel for the arguments."""
     # everything but the block's own place is in 32 bits: wide offsets would take most of the registers
-    record, block = owner_and_block(owners_ptr, table_ptr, program, 9)
+    record, block = owner_and_block(owners_ptr, table_ptr, program, 11)
     n = size(record, 7, ALIGNED)
     kept = tl.load(record + 8)
     base = block * BLOCK
@@ -111,20 +113,33 @@ def select_block(
     place = (ranks & 0xFFFF).to(tl.int32) + tl.minimum(equal_rank, room) - 1
 
     # V ← a[I] as stored
-    value = a.to(VALUES)
-    column = window_row * kept + block * k
-    tl.store(pointer(record, 5, tl.int16, False) + column + place, index.to(tl.int16), mask=selected)
-    tl.store(pointer(record, 6, VALUES, False) + column + place, value, mask=selected)
+    at = window_row * kept + block * k + place
+    word = index
+    if VALUES == tl.uint8 or VALUES == tl.int16:
+        grid_lo, grid_step = grid_of(a, selected, VALUES)
+        grid = window_row * tl.cdiv(n, BLOCK) + block
+        tl.store(pointer(record, 9, tl.float32, False) + grid, grid_lo)
+        tl.store(pointer(record, 10, tl.float32, False) + grid, grid_step)
+        codes = encode_values(a, grid_lo, grid_step, VALUES)
+        wide = decode_values(codes, grid_lo, grid_step, VALUES)
+        if VALUES == tl.uint8:
+            tl.store(pointer(record, 6, VALUES, False) + at, codes.to(VALUES), mask=selected)
+        else:
+            word = index | (codes << 12)
+    else:
+        value = a.to(VALUES)
+        wide = value.to(tl.float32)
+        tl.store(pointer(record, 6, VALUES, False) + at, value, mask=selected)
+    tl.store(pointer(record, 5, tl.int16, False) + at, word.to(tl.int16), mask=selected)
 
     # e ← Q(a with a[I] ← a[I] − V)
     if ERROR != "none":
-        wide = value.to(tl.float32)
         finite = (wide.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
         rest = tl.where(selected, tl.where(finite, a - wide, 0.0), a)
         if ERROR == "dense":
             tl.store(error_ptr + index, rest.to(BUFFER), mask=valid)
         else:
-            BF16_STATS: tl.constexpr = STATS == tl.bfloat16  # noqa: SIM300 (ruff takes an argument in capitals for the constant)
+            BF16_STATS: tl.constexpr = STATS == tl.bfloat16
             lo, hi = block_range(rest, valid, BF16_STATS)
             codes = encode(rest, valid, lo, hi, base + index, key0, key1, LEVELS, STOCHASTIC)
             store_codes(error_ptr, codes, row, length, ROWS, QUANT_BLOCK, QUANT_BLOCK, BITS)
@@ -134,7 +149,8 @@ def select_block(
 
 @triton.jit(do_not_specialize=["window_row", "k", "key0", "key1"])
 def _block_topk_kernel(
-    table_ptr,  # [tensors, 9]: first program; gradient, error, lo, hi, indices, values; entries, entries kept
+    # [tensors, 11]: first program; gradient, error, lo, hi, indices, values; entries, entries kept; lo, step of values
+    table_ptr,
     owners_ptr,
     flags_ptr,  # [blocks], or None for every block
     num_blocks,
@@ -210,7 +226,7 @@ def _key(call: TopK) -> Hashable:
         kind = error.format
     elif error is not None:
         kind = error.dtype
-    dtypes = call.grad.dtype, call.values.dtype, kind
+    dtypes = call.grad.dtype, stored_as(call.values, call.grids), kind
     how = call.row, call.block_size, call.density, call.error_scale, call.seed
     return dtypes, how, vectorizes(call.grad, *_parts(error))
 
@@ -227,7 +243,8 @@ def _record(call: TopK) -> tuple[int, ...]:
     error = [part.data_ptr() for part in _parts(call.error)]
     error += [0] * (3 - len(error))
     numel, kept = call.grad.numel(), call.indices.shape[1]
-    return call.grad.data_ptr(), *error, call.indices.data_ptr(), call.values.data_ptr(), numel, kept
+    values, *grid = addresses(call.values, call.grids)
+    return call.grad.data_ptr(), *error, call.indices.data_ptr(), values, numel, kept, *grid
 
 
 def _select(calls: Sequence[TopK]) -> None:
@@ -259,6 +276,7 @@ def _select(calls: Sequence[TopK]) -> None:
                 K=k,
                 BITS=bits,
                 GRAD=TYPES[grad.dtype],
+                VALUES=stored_as(one.values, one.grids),
                 **common_options(),
             )
             programs = min(programs, _persistent_programs(grad.device))
@@ -281,7 +299,7 @@ def _select(calls: Sequence[TopK]) -> None:
             GRAD=TYPES[grad.dtype],
             BUFFER=buffer,
             STATS=stats,
-            VALUES=TYPES[one.values.dtype],
+            VALUES=stored_as(one.values, one.grids),
             ALIGNED=vectorizes(grad, *_parts(error)),
             **_launch_options(block_size),
         )

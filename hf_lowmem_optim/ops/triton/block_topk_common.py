@@ -13,6 +13,7 @@ is exact, a short block) is left as it is and flagged; ``block_topk`` does it th
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
+# ruff: noqa: SIM300 (an argument in capitals is taken for the constant)
 from __future__ import annotations
 
 import torch
@@ -23,6 +24,8 @@ from hf_lowmem_optim.ops.block_quant import Quantized
 from hf_lowmem_optim.ops.block_topk import TopK
 from hf_lowmem_optim.ops.triton.block_quant import round_to_bfloat16
 from hf_lowmem_optim.ops.triton.tables import owner_and_block, pointer, vectorizes
+from hf_lowmem_optim.ops.triton.window_values import decode_values, encode_values, grid_of
+from hf_lowmem_optim.ops.window_values import value_dtype_of
 
 __all__ = ["block_topk_kernel", "common_options", "is_common"]
 
@@ -102,7 +105,8 @@ def unpack(words, BITS: tl.constexpr):
 def candidates(keys, a, threshold, GROUP: tl.constexpr):
     """Compact the entries that reach the threshold: index and value of each in a lane, in any order; and how many.
 
-    Lanes beyond them hold index −1. All of it is junk if there are more than there are lanes.
+    Lanes beyond them hold index −1. All of it is junk if there are more than there are lanes. And each thread's own: a
+    bit for each of its entries, the first lane, how many there are.
     """
     # a bit for each of a thread's entries, 32 at most
     REPEATS: tl.constexpr = _ROWS // GROUP
@@ -127,23 +131,39 @@ def candidates(keys, a, threshold, GROUP: tl.constexpr):
     index = (which // 8 * GROUP + thread // 8) * 64 + thread % 8 * 8 + which % 8
     there = lane < total
     value = tl.gather(tl.reshape(a, (_ROWS * 64,)), tl.where(there, index, 0), 0)
-    return tl.where(there, index, -1), value, total
+    return tl.where(there, index, -1), value, total, bits, upto - count, count
+
+
+@triton.jit
+def put_back(a, values, bits, first, count, GROUP: tl.constexpr):
+    """The entries a, with the candidates replaced by the values in their lanes."""
+    REPEATS: tl.constexpr = _ROWS // GROUP
+    a = tl.reshape(a, (REPEATS, GROUP, 8, 8))
+    bit = (1 << (tl.arange(0, REPEATS)[:, None] * 8 + tl.arange(0, 8)[None, :]))[:, None, None, :]
+    # a thread's first candidate, then its second, ...: three are many
+    for nth in range(tl.max(count)):
+        lowest = tl.reshape((bits & (0 - bits)).to(tl.int32, bitcast=True), (1, GROUP, 8, 1))
+        value = tl.gather(values, tl.minimum(first + nth, _CANDIDATES - 1), 0)
+        a = tl.where(bit == lowest, tl.reshape(value, (1, GROUP, 8, 1)), a)
+        bits = bits & (bits - 1)
+    return tl.reshape(a, (_ROWS, 64))
 
 
 @triton.jit(do_not_specialize=["window_row"])
 def block_topk_kernel(
-    table_ptr,  # [tensors, 9], see `block_topk`
+    table_ptr,  # [tensors, 11], see `block_topk`
     owners_ptr,
     flags_ptr,  # [programs], written: whether the block is left to `block_topk`
     window_row,
     K: tl.constexpr,
     BITS: tl.constexpr,
     GRAD: tl.constexpr,
+    VALUES: tl.constexpr,
     GROUP: tl.constexpr,  # rows that one register holds over all threads, eight entries each
 ):
     """Do a block, or flag it and leave it as it is."""
     program = tl.program_id(0)
-    record, block = owner_and_block(owners_ptr, table_ptr, program, 9)
+    record, block = owner_and_block(owners_ptr, table_ptr, program, 11)
     if (block + 1) * 4096 > tl.load(record + 7):
         tl.store(flags_ptr + program, 1)
         return
@@ -170,18 +190,24 @@ def block_topk_kernel(
     greatest = tl.max(top)
     column = window_row * tl.load(record + 8) + block * K
     indices_ptr = pointer(record, 5, tl.int16, False) + column
-    values_ptr = pointer(record, 6, tl.bfloat16, False) + column
+    values_ptr = pointer(record, 6, VALUES, False) + column
+    GRIDS: tl.constexpr = VALUES == tl.uint8 or VALUES == tl.int16
+    grid = window_row * tl.cdiv(tl.load(record + 7), 4096) + block
     lane = tl.arange(0, _CANDIDATES)
     if greatest == 0:  # as in an embedding's rows: the first k, and nothing is left
         tl.store(indices_ptr + lane, lane.to(tl.int16), mask=lane < K)
-        tl.store(values_ptr + lane, tl.zeros([_CANDIDATES], tl.bfloat16), mask=lane < K)
+        if VALUES != tl.int16:
+            tl.store(values_ptr + lane, tl.zeros([_CANDIDATES], VALUES), mask=lane < K)
+        if GRIDS:
+            tl.store(pointer(record, 9, tl.float32, False) + grid, 0.0)
+            tl.store(pointer(record, 10, tl.float32, False) + grid, 0.0)
         tl.store(codes_ptr + word, tl.zeros([_ROWS, WORDS], tl.int32))
         tl.store(lo_ptr + row, tl.zeros([_ROWS], tl.bfloat16))
         tl.store(hi_ptr + row, tl.zeros([_ROWS], tl.bfloat16))
         tl.store(flags_ptr + program, 0)
         return
     threshold = coarse_threshold(top, greatest, K, K + (_CANDIDATES - K) // 3)
-    at, value, total = candidates(keys, a, threshold, GROUP)
+    at, value, total, bits, first, count = candidates(keys, a, threshold, GROUP)
     if (total > _CANDIDATES) | (greatest >= _HUGE) | (threshold < _TINY):
         tl.store(flags_ptr + program, 1)
         return
@@ -203,10 +229,17 @@ def block_topk_kernel(
     chosen = tl.where(selected, at, 4096)
     place = tl.sum((chosen[:, None] < at[None, :]).to(tl.int32), 0)
 
-    # a[I] ← a[I] − V: rounded to 8 bits by adding 1.5·2^(exponent + 16), and subtracting it again
-    middle = ((a.to(tl.int32, bitcast=True) & 0x7F800000) | 0x00400000).to(tl.float32, bitcast=True)
-    rounded = tl.fma(middle, -65536.0, tl.fma(middle, 65536.0, a))
-    rest = tl.where(keys >= exact, a - rounded, a)
+    # a[I] ← a[I] − V
+    if GRIDS:
+        grid_lo, grid_step = grid_of(value, selected, VALUES)
+        value_codes = encode_values(value, grid_lo, grid_step, VALUES)
+        stored = decode_values(value_codes, grid_lo, grid_step, VALUES)
+        rest = put_back(a, tl.where(selected, value - stored, value), bits, first, count, GROUP)
+    else:
+        # rounded to 8 bits by adding 1.5·2^(exponent + 16), and subtracting it again
+        middle = ((a.to(tl.int32, bitcast=True) & 0x7F800000) | 0x00400000).to(tl.float32, bitcast=True)
+        rounded = tl.fma(middle, -65536.0, tl.fma(middle, 65536.0, a))
+        rest = tl.where(keys >= exact, a - rounded, a)
 
     # e ← Q(a)
     lo = round_to_bfloat16(tl.min(rest, 1), False)
@@ -219,8 +252,17 @@ def block_topk_kernel(
         tl.store(flags_ptr + program, 1)
         return
     tl.store(flags_ptr + program, 0)
-    tl.store(indices_ptr + place, at.to(tl.int16), mask=selected)
-    tl.store(values_ptr + place, value.to(tl.bfloat16), mask=selected)
+    kept_word = at
+    if GRIDS:
+        tl.store(pointer(record, 9, tl.float32, False) + grid, grid_lo)
+        tl.store(pointer(record, 10, tl.float32, False) + grid, grid_step)
+    if VALUES == tl.int16:
+        kept_word = at | (value_codes << 12)
+    elif VALUES == tl.uint8:
+        tl.store(values_ptr + place, value_codes.to(tl.uint8), mask=selected)
+    else:
+        tl.store(values_ptr + place, value.to(tl.bfloat16), mask=selected)
+    tl.store(indices_ptr + place, kept_word.to(tl.int16), mask=selected)
     unit = tl.div_rn(spread, LEVELS * 1.0)
     reciprocal = tl.where(spread > 0.0, tl.div_rn(1.0, tl.where(spread > 0.0, unit, 1.0)), 0.0)[:, None]
     offset = rest - lo[:, None]
@@ -242,7 +284,7 @@ def is_common(call: TopK, k: int) -> bool:
         vectors
         and (call.block_size, fmt.block_size, fmt.stat_dtype) == (_BLOCK, _QUANT_BLOCK, torch.bfloat16)
         and k <= _MOST_KEPT
-        and call.values.dtype == torch.bfloat16
+        and value_dtype_of(call.values, call.grids) != "fp32"
         and call.error_scale == 1
         and call.seed is None
     )

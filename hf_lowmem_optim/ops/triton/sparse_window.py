@@ -27,6 +27,7 @@ from hf_lowmem_optim.ops.sparse_window import SparseWindow, WindowStep, _update_
 from hf_lowmem_optim.ops.triton.device import on_device
 from hf_lowmem_optim.ops.triton.tables import TYPES, owner_and_block, pointer, size
 from hf_lowmem_optim.ops.triton.window_products import groups, num_programs, sparse_tile, step_tables
+from hf_lowmem_optim.ops.triton.window_values import index_of, load_grid, load_stored, stored_as, value_of
 
 __all__ = ["update_all"]
 
@@ -62,7 +63,7 @@ def pack(z1, z2):
 
 @triton.jit
 def _held_update_kernel(
-    table_ptr,  # [tensors, 6], see `step_tables`
+    table_ptr,  # [tensors, 8], see `step_tables`
     owners_ptr,
     weights_ptr,
     cells_ptr,  # int64 [programs, BLOCK_SIZE]
@@ -93,20 +94,23 @@ def _held_update_kernel(
         weights += ((w1, w2, tl.where((w1 != 0) | (w2 != 0), kept_per_block, 0)),)
 
     for number in range(program, num_blocks, tl.num_programs(0)):
-        record, block = owner_and_block(owners_ptr, table_ptr, number, 6)
+        record, block = owner_and_block(owners_ptr, table_ptr, number, 8)
         param_ptr = pointer(record, 1, PARAM, ALIGNED)
         indices_ptr = pointer(record, 2, tl.int16, False)
         values_ptr = pointer(record, 3, VALUES, False)
         numel = size(record, 4, ALIGNED)
         kept = tl.load(record + 5)
+        lo_ptr = pointer(record, 6, tl.float32, False)
+        step_ptr = pointer(record, 7, tl.float32, False)
+        blocks = tl.cdiv(numel, BLOCK_SIZE)
         column = block * kept_per_block + lane
         start = block * BLOCK_SIZE
         rows = ()
         for row in tl.static_range(WINDOW):
             live = (column < kept) & (lane < weights[row][2])
-            index = tl.load(indices_ptr + row * kept + column, mask=live, other=0).to(tl.int32)
-            value = tl.load(values_ptr + row * kept + column, mask=live, other=0.0)
-            rows += ((live, index, value),)
+            index, stored = load_stored(indices_ptr, values_ptr, row * kept + column, live, VALUES)
+            lo, step = load_grid(lo_ptr, step_ptr, row * blocks + block, weights[row][2] > 0, VALUES)
+            rows += ((live, index, stored, lo, step),)
         old = ()
         for row in tl.static_range(WINDOW):
             old += (tl.load(param_ptr + start + rows[row][1], mask=rows[row][0], other=0.0),)
@@ -115,8 +119,8 @@ def _held_update_kernel(
         # z1 ← Σ w1·V, z2 ← Σ w2·V², row after row; an entry belongs to the first row that meets it
         mine = ()
         for row in tl.static_range(WINDOW):
-            live, index, value = rows[row]
-            value = value.to(tl.float32)
+            live, index, stored, lo, step = rows[row]
+            value = value_of(stored, lo, step, VALUES)
             z1, z2 = load_cells(cells_ptr, index, live)
             mine += (live & is_untouched(z2),)
             z1 += weights[row][0] * value
@@ -167,12 +171,15 @@ def _looped_update_kernel(
     z2_ptr = z1_ptr + BLOCK_SIZE
     lane = tl.arange(0, TILE)
     for number in range(program, num_blocks, tl.num_programs(0)):
-        record, block = owner_and_block(owners_ptr, table_ptr, number, 6)
+        record, block = owner_and_block(owners_ptr, table_ptr, number, 8)
         param_ptr = pointer(record, 1, PARAM, ALIGNED)
         indices_ptr = pointer(record, 2, tl.int16, False)
         values_ptr = pointer(record, 3, VALUES, False)
         numel = size(record, 4, ALIGNED)
         kept = tl.load(record + 5)
+        lo_ptr = pointer(record, 6, tl.float32, False)
+        step_ptr = pointer(record, 7, tl.float32, False)
+        blocks = tl.cdiv(numel, BLOCK_SIZE)
         first = block * kept_per_block
         last = tl.minimum(first + kept_per_block, kept)
         start = block * BLOCK_SIZE
@@ -191,7 +198,7 @@ def _looped_update_kernel(
                     for tile in range(0, kept_per_block, TILE):
                         column = first + tile + lane
                         live = column < last
-                        index = tl.load(indices_ptr + row * kept + column, mask=live, other=0)
+                        index = index_of(tl.load(indices_ptr + row * kept + column, mask=live, other=0), VALUES)
                         tl.store(z1_ptr + index, tl.zeros([TILE], tl.float32), mask=live)
                         tl.store(z2_ptr + index, untouched(TILE), mask=live)
         tl.debug_barrier()
@@ -201,12 +208,13 @@ def _looped_update_kernel(
             w1 = tl.load(weights_ptr + row)
             w2 = tl.load(weights_ptr + window + row)
             if (w1 != 0) | (w2 != 0):
+                lo, step = load_grid(lo_ptr, step_ptr, row * blocks + block, True, VALUES)
                 for tile in range(0, kept_per_block, TILE):
                     column = first + tile + lane
                     live = column < last
                     entry = row * kept + column
-                    index = tl.load(indices_ptr + entry, mask=live, other=0)
-                    value = tl.load(values_ptr + entry, mask=live, other=0.0).to(tl.float32)
+                    index, stored = load_stored(indices_ptr, values_ptr, entry, live, VALUES)
+                    value = value_of(stored, lo, step, VALUES)
                     z1 = tl.load(z1_ptr + index, mask=live, other=0.0)
                     z2 = tl.load(z2_ptr + index, mask=live, other=0.0)
                     tl.store(z1_ptr + index, z1 + w1 * value, mask=live)
@@ -232,7 +240,7 @@ def _looped_update_kernel(
                     for tile in range(0, kept_per_block, TILE):
                         column = first + tile + lane
                         entry = row * kept + column
-                        index = tl.load(indices_ptr + entry, mask=column < last, other=0)
+                        index = index_of(tl.load(indices_ptr + entry, mask=column < last, other=0), VALUES)
                         z2 = tl.load(z2_ptr + index, mask=column < last, other=0.0)
                         live = (column < last) & (is_untouched(z2) == 0)
                         z1 = tl.load(z1_ptr + index, mask=live, other=0.0)
@@ -284,7 +292,7 @@ def _launch_held(steps: Sequence[WindowStep]) -> None:
         DENSE=_dense_tile(param, window, num_warps),
         HAS_DECAY=weight_decay != 0,
         PARAM=TYPES[param.dtype],
-        VALUES=TYPES[window.values.dtype],
+        VALUES=stored_as(window.values, window.grids),
         ALIGNED=is_aligned,
         num_warps=num_warps,
         enable_fp_fusion=False,
@@ -313,7 +321,7 @@ def _launch_looped(steps: Sequence[WindowStep]) -> None:
         TILE=tile,
         HAS_DECAY=has_decay,
         PARAM=TYPES[param.dtype],
-        VALUES=TYPES[window.values.dtype],
+        VALUES=stored_as(window.values, window.grids),
         ALIGNED=is_aligned,
         num_warps=_NUM_WARPS,
         enable_fp_fusion=False,

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined, assignment, var-annotated"
 """Products of a sparse window's rows in Triton: with one of the rows, and with weights.
 
 The product of two rows looks up each index of one among those of the other, which ascend. A combination of rows is
@@ -19,6 +19,14 @@ from hf_lowmem_optim.ops.dispatch import register
 from hf_lowmem_optim.ops.sparse_window import SparseWindow, WindowStep, _combine, _descend_all, _gram_rows
 from hf_lowmem_optim.ops.triton.device import on_device
 from hf_lowmem_optim.ops.triton.tables import TYPES, alike, block_tables, owner_and_block, pointer, size, vectorizes
+from hf_lowmem_optim.ops.triton.window_values import (
+    addresses,
+    index_of,
+    load_grid,
+    load_stored,
+    stored_as,
+    value_of,
+)
 
 __all__ = ["GRAM_ROWS", "combine", "descend_all", "gram_rows", "groups", "num_programs", "sparse_tile", "step_tables"]
 
@@ -34,13 +42,17 @@ _NUM_WARPS = 4
 
 
 @triton.jit
-def weighted_row(indices_ptr, values_ptr, weights_ptr, row, column, last, kept, window):
+def weighted_row(
+    indices_ptr, values_ptr, lo_ptr, step_ptr, weights_ptr, row, column, last, kept, window, block, blocks,
+    VALUES: tl.constexpr,
+):  # fmt: skip
     """Index and weighted value of a row's entries at ``column``, and which there are: none in a row of weight zero."""
     weight = tl.load(weights_ptr + tl.minimum(row, window - 1))
-    live = column < tl.where((row < window) & (weight != 0.0), last, 0)
-    index = tl.load(indices_ptr + row * kept + column, mask=live, other=0)
-    value = tl.load(values_ptr + row * kept + column, mask=live, other=0.0).to(tl.float32)
-    return index, weight * value, live
+    some = (row < window) & (weight != 0.0)
+    live = column < tl.where(some, last, 0)
+    index, stored = load_stored(indices_ptr, values_ptr, row * kept + column, live, VALUES)
+    lo, step = load_grid(lo_ptr, step_ptr, row * blocks + block, some, VALUES)
+    return index, weight * value_of(stored, lo, step, VALUES), live
 
 
 @triton.jit
@@ -53,35 +65,34 @@ def add_row(dense_ptr, index, part, live):
 
 @triton.jit
 def add_rows(
-    dense_ptr, indices_ptr, values_ptr, weights_ptr, first, kept, window, kept_per_block, TILE: tl.constexpr,
-    ONE_TILE: tl.constexpr,
+    dense_ptr, indices_ptr, values_ptr, lo_ptr, step_ptr, weights_ptr, block, blocks, kept, window, kept_per_block,
+    VALUES: tl.constexpr, TILE: tl.constexpr, ONE_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Add weighted rows of the block whose columns begin at ``first`` to a dense block, row after row."""
+    """Add weighted rows of a block to a dense block, row after row."""
+    first = block * kept_per_block
     last = tl.minimum(first + kept_per_block, kept)
     column = first + tl.arange(0, TILE)
     if ONE_TILE:
         # four rows are loaded before the first is added
         for row in range(0, window, 4):
-            index0, part0, live0 = weighted_row(indices_ptr, values_ptr, weights_ptr, row, column, last, kept, window)
-            index1, part1, live1 = weighted_row(
-                indices_ptr, values_ptr, weights_ptr, row + 1, column, last, kept, window
-            )
-            index2, part2, live2 = weighted_row(
-                indices_ptr, values_ptr, weights_ptr, row + 2, column, last, kept, window
-            )
-            index3, part3, live3 = weighted_row(
-                indices_ptr, values_ptr, weights_ptr, row + 3, column, last, kept, window
-            )
-            add_row(dense_ptr, index0, part0, live0)
-            add_row(dense_ptr, index1, part1, live1)
-            add_row(dense_ptr, index2, part2, live2)
-            add_row(dense_ptr, index3, part3, live3)
+            parts = ()
+            for ahead in tl.static_range(4):
+                parts += (
+                    weighted_row(
+                        indices_ptr, values_ptr, lo_ptr, step_ptr, weights_ptr, row + ahead, column, last, kept,
+                        window, block, blocks, VALUES,
+                    ),
+                )  # fmt: skip
+            for ahead in tl.static_range(4):
+                index, part, live = parts[ahead]
+                add_row(dense_ptr, index, part, live)
     else:
         for row in range(window):
             for tile in range(0, kept_per_block, TILE):
                 index, part, live = weighted_row(
-                    indices_ptr, values_ptr, weights_ptr, row, column + tile, last, kept, window
-                )
+                    indices_ptr, values_ptr, lo_ptr, step_ptr, weights_ptr, row, column + tile, last, kept, window,
+                    block, blocks, VALUES,
+                )  # fmt: skip
                 add_row(dense_ptr, index, part, live)
 
 
@@ -90,35 +101,40 @@ def _combine_kernel(
     out_ptr,
     indices_ptr,
     values_ptr,
+    lo_ptr,
+    step_ptr,
     weights_ptr,
     kept,
     window,
     kept_per_block,
     BLOCK_SIZE: tl.constexpr,
+    VALUES: tl.constexpr,
     TILE: tl.constexpr,
     ONE_TILE: tl.constexpr,
 ):
     kept = tl.cast(kept, tl.int64)
     block = tl.program_id(0).to(tl.int64)
-    first, block_ptr = block * kept_per_block, out_ptr + block * BLOCK_SIZE
-    add_rows(block_ptr, indices_ptr, values_ptr, weights_ptr, first, kept, window, kept_per_block, TILE, ONE_TILE)
+    add_rows(
+        out_ptr + block * BLOCK_SIZE, indices_ptr, values_ptr, lo_ptr, step_ptr, weights_ptr, block,
+        tl.num_programs(0), kept, window, kept_per_block, VALUES, TILE, ONE_TILE,
+    )  # fmt: skip
 
 
 @triton.jit
-def place_of(index, indices_ptr, length, LOG: tl.constexpr):
+def place_of(index, indices_ptr, length, LOG: tl.constexpr, VALUES: tl.constexpr):
     """Where int16 ``indices_ptr[:length]``, which ascend, reach ``index``; length is at most 2^LOG."""
     place = index * 0
     for half in tl.static_range(LOG):
         step = 1 << (LOG - 1 - half)
         probe = place + (step - 1)
-        before = tl.load(indices_ptr + probe, mask=probe < length, other=32767).to(tl.int32) < index
+        before = index_of(tl.load(indices_ptr + probe, mask=probe < length, other=32767), VALUES) < index
         place = tl.where(before, place + step, place)
     return place
 
 
 @triton.jit(do_not_specialize=["row"])
 def _gram_row_kernel(
-    table_ptr,  # [tensors, 5]: first program, indices, values, number of blocks, entries of a row
+    table_ptr,  # [tensors, 7]: first program, indices, values, number of blocks, entries of a row, lo, step
     owners_ptr,
     partial_ptr,  # [programs, window]
     row,
@@ -131,27 +147,32 @@ def _gram_row_kernel(
     LOG: tl.constexpr,  # kept_per_block is at most 2^LOG
 ):
     program = tl.program_id(0)
-    record, chunk = owner_and_block(owners_ptr, table_ptr, program, 5)
+    record, chunk = owner_and_block(owners_ptr, table_ptr, program, 7)
     indices_ptr = pointer(record, 1, tl.int16, False)
     values_ptr = pointer(record, 2, VALUES, False)
     blocks = tl.load(record + 3)
     kept = tl.load(record + 4)
+    lo_ptr = pointer(record, 5, tl.float32, False)
+    step_ptr = pointer(record, 6, tl.float32, False)
     others = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS, ENTRIES], tl.float64)
     for block in range(chunk * blocks_each, tl.minimum((chunk + 1) * blocks_each, blocks)):
         first = block * kept_per_block
         length = tl.minimum(kept - first, kept_per_block).to(tl.int32)
         newest = row * kept + first
+        lo, step = load_grid(lo_ptr, step_ptr, others[:, None] * blocks + block, others[:, None] < window, VALUES)
+        newest_lo, newest_step = load_grid(lo_ptr, step_ptr, row * blocks + block, True, VALUES)
         for entry in range(0, kept_per_block, ENTRIES):
             column = entry + tl.arange(0, ENTRIES)[None, :]
             there = (others[:, None] < window) & (column < length)
             at = others[:, None] * kept + first + column
-            index = tl.load(indices_ptr + at, mask=there, other=0).to(tl.int32)
-            value = tl.load(values_ptr + at, mask=there, other=0.0).to(tl.float32)
-            place = place_of(index, indices_ptr + newest, length, LOG)
-            found = tl.load(indices_ptr + newest + place, mask=there & (place < length), other=-1).to(tl.int32)
-            match = there & (found == index)
-            factor = tl.load(values_ptr + newest + place, mask=match, other=0.0).to(tl.float32)
+            index, stored = load_stored(indices_ptr, values_ptr, at, there, VALUES)
+            value = value_of(stored, lo, step, VALUES)
+            place = place_of(index, indices_ptr + newest, length, LOG, VALUES)
+            inside = there & (place < length)
+            found, stored = load_stored(indices_ptr, values_ptr, newest + place, inside, VALUES)
+            match = inside & (found == index)
+            factor = tl.where(match, value_of(stored, newest_lo, newest_step, VALUES), 0.0)
             total += factor.to(tl.float64) * tl.where(match, value, 0.0).to(tl.float64)
     tl.store(partial_ptr + program.to(tl.int64) * window + others, tl.sum(total, 1), mask=others < window)
 
@@ -160,8 +181,8 @@ def _gram_row_kernel(
 def _sum_kernel(table_ptr, partial_ptr, out_ptr, num_programs, window, WINDOW: tl.constexpr, TILE: tl.constexpr):
     """Add up the programs of each tensor, in an order that depends on their number only."""
     tensor = tl.program_id(0)
-    first = tl.load(table_ptr + tensor * 5)
-    stop = tl.load(table_ptr + tensor * 5 + 5, mask=tensor + 1 < tl.num_programs(0), other=num_programs)
+    first = tl.load(table_ptr + tensor * 7)
+    stop = tl.load(table_ptr + tensor * 7 + 7, mask=tensor + 1 < tl.num_programs(0), other=num_programs)
     row = tl.arange(0, WINDOW)[None, :]
     total = tl.zeros([TILE, WINDOW], tl.float64)
     for tile in range(first, stop, TILE):
@@ -173,7 +194,7 @@ def _sum_kernel(table_ptr, partial_ptr, out_ptr, num_programs, window, WINDOW: t
 
 @triton.jit
 def _descend_kernel(
-    table_ptr,  # [tensors, 6], see `step_tables`
+    table_ptr,  # [tensors, 8], see `step_tables`
     owners_ptr,
     weights_ptr,
     scratch_ptr,
@@ -194,13 +215,14 @@ def _descend_kernel(
     program = tl.program_id(0)
     direction_ptr = scratch_ptr + program.to(tl.int64) * BLOCK_SIZE
     for number in range(program, num_blocks, tl.num_programs(0)):
-        record, block = owner_and_block(owners_ptr, table_ptr, number, 6)
+        record, block = owner_and_block(owners_ptr, table_ptr, number, 8)
         param_ptr = pointer(record, 1, PARAM, ALIGNED)
         indices_ptr = pointer(record, 2, tl.int16, False)
         values_ptr = pointer(record, 3, VALUES, False)
         numel = size(record, 4, ALIGNED)
         kept = tl.load(record + 5)
-        first = block * kept_per_block
+        lo_ptr = pointer(record, 6, tl.float32, False)
+        step_ptr = pointer(record, 7, tl.float32, False)
         start = block * BLOCK_SIZE
         for tile in range(0, BLOCK_SIZE, DENSE):
             inner = tile + tl.arange(0, DENSE)
@@ -209,8 +231,9 @@ def _descend_kernel(
 
         # u ← Gᵀw
         add_rows(
-            direction_ptr, indices_ptr, values_ptr, weights_ptr, first, kept, window, kept_per_block, SPARSE, ONE_TILE
-        )
+            direction_ptr, indices_ptr, values_ptr, lo_ptr, step_ptr, weights_ptr, block,
+            tl.cdiv(numel, BLOCK_SIZE), kept, window, kept_per_block, VALUES, SPARSE, ONE_TILE,
+        )  # fmt: skip
 
         # W ← W·(1 − lr·wd) − lr·u
         for tile in range(0, BLOCK_SIZE, DENSE):
@@ -247,19 +270,21 @@ def groups(steps: Sequence[WindowStep]) -> Iterable[list[WindowStep]]:
 def _key(step: WindowStep) -> Hashable:
     """Return what tensors of one launch have in common."""
     param, rows, weights, *rates = step
-    layout = rows.indices.shape[0], rows.block_size, rows.kept_per_block, rows.values.dtype
+    layout = rows.indices.shape[0], rows.block_size, rows.kept_per_block, rows.value_dtype
     return param.dtype, vectorizes(param), weights.data_ptr(), *layout, *rates
 
 
 def step_tables(steps: Sequence[WindowStep]) -> tuple[Tensor, Tensor, bool]:
     """Return the tables of one launch, with a program for each block, and whether the parameters are aligned.
 
-    A record is: first program; addresses of parameter, indices, values; entries of the tensor, and of a row.
+    A record is: first program; addresses of parameter, indices, values; entries of the tensor, and of a row; addresses
+    of lo and step.
     """
     records = []
     for param, rows, *_ in steps:
-        addresses = param.data_ptr(), rows.indices.data_ptr(), rows.values.data_ptr()
-        records.append((*addresses, rows.numel, rows.indices.shape[1]))
+        values, lo, step = addresses(rows.values, rows.grids)
+        sizes = rows.numel, rows.indices.shape[1]
+        records.append((param.data_ptr(), rows.indices.data_ptr(), values, *sizes, lo, step))
     table, owners = block_tables(records, [step.rows.num_blocks for step in steps], steps[0].param.device)
     return table, owners, vectorizes(steps[0].param)
 
@@ -271,12 +296,14 @@ def combine(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
         _combine_kernel[(window.num_blocks,)](
             out,
             window.indices,
-            window.values,
+            window.indices if window.values is None else window.values,
+            *(window.grids or (None, None)),
             weights,
             window.kept,
             window.window,
             window.kept_per_block,
             BLOCK_SIZE=window.block_size,
+            VALUES=stored_as(window.values, window.grids),
             TILE=sparse_tile(window.kept_per_block),
             ONE_TILE=sparse_tile(window.kept_per_block) >= window.kept_per_block,
             num_warps=_num_warps(window.kept_per_block),
@@ -290,7 +317,7 @@ def gram_rows(windows: Sequence[SparseWindow], row: int) -> Tensor:
     products = torch.empty(len(windows), windows[0].window, dtype=torch.float64, device=windows[0].device)
     places: dict[Hashable, list[int]] = {}
     for place, window in enumerate(windows):
-        places.setdefault((window.values.dtype, window.kept_per_block), []).append(place)
+        places.setdefault((window.value_dtype, window.kept_per_block), []).append(place)
     for group in places.values():
         if len(places) == 1:
             _multiply(products, windows, row)
@@ -306,9 +333,10 @@ def _multiply(out: Tensor, windows: Sequence[SparseWindow], row: int) -> None:
     one = windows[0]
     blocks = [window.num_blocks for window in windows]
     each = -(-sum(blocks) // _GRAM_PROGRAMS)
-    records = [
-        (window.indices.data_ptr(), window.values.data_ptr(), window.num_blocks, window.kept) for window in windows
-    ]
+    records = []
+    for window in windows:
+        values, lo, step = addresses(window.values, window.grids)
+        records.append((window.indices.data_ptr(), values, window.num_blocks, window.kept, lo, step))
     table, owners = block_tables(records, [-(-count // each) for count in blocks], out.device)
     partial = torch.empty(len(owners), one.window, dtype=torch.float64, device=out.device)
     with on_device(out):
@@ -320,7 +348,7 @@ def _multiply(out: Tensor, windows: Sequence[SparseWindow], row: int) -> None:
             one.window,
             one.kept_per_block,
             each,
-            VALUES=TYPES[one.values.dtype],
+            VALUES=stored_as(one.values, one.grids),
             ROWS=GRAM_ROWS,
             ENTRIES=_GRAM_ENTRIES,
             LOG=(one.kept_per_block - 1).bit_length(),
@@ -363,7 +391,7 @@ def _descend(steps: Sequence[WindowStep]) -> None:
             DENSE=int(min(_DENSE_TILE, max(128, triton.next_power_of_2(window.block_size)))),
             HAS_DECAY=weight_decay != 0,
             PARAM=TYPES[param.dtype],
-            VALUES=TYPES[window.values.dtype],
+            VALUES=stored_as(window.values, window.grids),
             ALIGNED=is_aligned,
             num_warps=_num_warps(window.kept_per_block),
             enable_fp_fusion=False,
