@@ -206,10 +206,13 @@ class WorkerOptimizer(LowMemoryOptimizer):
         """Refuse workers that are not set up alike, and what has no mean."""
         if averaging.num_workers(self.process_group) > 1:
             for group in self.param_groups:
-                if group["sync_dtype"] == "bf16" and any(p.dtype != torch.bfloat16 for p in group["params"]):
+                wide = group["weight_rounding"] == "compensated" or any(
+                    param.requires_grad and param.dtype != torch.bfloat16 for param in group["params"]
+                )
+                if wide and group["sync_dtype"] == "bf16":
                     raise ValueError(
-                        "sync_dtype='bf16' would round weights that have more bits at every sync, and what they moved "
-                        "would be lost. Use sync_dtype='fp32', or bfloat16 weights"
+                        "sync_dtype='bf16' would round weights that have more bits at every sync, and lose what they "
+                        "moved. Use sync_dtype='fp32', or bfloat16 weights without weight_rounding='compensated'"
                     )
             if any(group["dense_state"] == "8bit" for group in self.param_groups):
                 raise NotImplementedError(
