@@ -31,6 +31,7 @@ from tables import (
     convergence_report,
     format_rows,
     labelled,
+    local_training_rows,
     memory_rows,
     nested_lora_rows,
     packing_rows,
@@ -56,11 +57,13 @@ TABLES: dict[str, tuple[Callable[[Run], str], str]] = {
     "formats": (lambda run: format_rows(run.rows), "formats.json"),
     "packings": (partial(labelled, packing_rows), "formats.json"),
     "memory": (partial(labelled, memory_rows), "memory.json"),
+    "local_training": (partial(labelled, local_training_rows), "local_training.json"),
     "memory_gpu": (partial(labelled, memory_rows), "memory_gpu.json"),
     **{f"convergence_{task}": (convergence_report, f"convergence_{task}.json") for task in ("pretrain", "finetune")},
     **{f"convergence_{name}": (convergence_report, f"convergence_{name}.json") for name in ("rows", "dash_trial")},
 }
-TABLES["nested_lora"] = partial(labelled, nested_lora_rows), "nested_lora.json"
+for _name in ("nested_lora", "nested_lora_price"):
+    TABLES[_name] = partial(labelled, nested_lora_rows), f"{_name}.json"
 for _name in ("minilm", "llama", "lora", "small"):
     TABLES[f"step_time_{_name}"] = partial(labelled, partial(step_time_rows, shapes=_name)), "step_time.json"
 for _name in ("large", "llama", "minilm"):

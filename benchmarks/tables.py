@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -190,6 +191,31 @@ def convergence_report(run: Run) -> str:
     return labelled(convergence_rows, replace(run, note=f"{note} s is wall time. {run.note}".strip()))
 
 
+#: Of the budget in a column of the table of local training.
+_SENT_BYTES = 8 << 20
+
+
+def local_training_rows(rows: Sequence[Row]) -> str:
+    """Return each entry at the rate that was best on the validation set: losses by tokens and by bytes sent."""
+    best: dict[str, Row] = {}
+    for row in rows:
+        if row["validation_loss"] < best.get(row["entry"], {"validation_loss": math.inf})["validation_loss"]:
+            best[row["entry"]] = row
+    names = {"ddp": "{0} under DDP", "local": "local AdamW, K = {0}", "lordo": "LoRDO, K = {0}, ω = {1}"}
+    cells = []
+    for entry, row in best.items():
+        kind, *rest = entry.split(":")
+        curve, rates = row["curve"], [each["lr"] for each in rows if each["entry"] == entry]
+        name = names[kind].format(*({"adamw": "AdamW", "ldadam": "LDAdam"}.get(part, part) for part in rest))
+        quarter, half, place = len(curve) // 4, len(curve) // 2, int(len(curve) * _SENT_BYTES / row["sent_bytes"])
+        at_budget = curve[min(place, len(curve) - 1)]
+        bracketed = min(rates) < row["lr"] < max(rates)
+        cells.append([name, f"{row['lr']:g}" + " (edge)" * (not bracketed), row["test_loss"]])
+        cells[-1] += [curve[quarter - 1], curve[half - 1], curve[-1], at_budget, _value(row, "sent_bytes")]
+    columns = ["optimizer", "rate", "test loss", "training loss at ¼ of the tokens", "½", "all", "after 8 MiB", "sent"]
+    return markdown_table(columns, cells)
+
+
 def report(run: Run) -> str:
     """Return every table of a result file."""
     if run.benchmark == "step_time":
@@ -197,9 +223,6 @@ def report(run: Run) -> str:
         return "\n\n".join(labelled(partial(step_time_rows, shapes=name), run) for name in sets)
     if run.benchmark == "convergence":
         return f"{convergence_report(run)}\n\n{rate_rows(run.rows)}"
-    return labelled(
-        {"memory": memory_rows, "requirements": requirement_rows, "nested_lora": nested_lora_rows}.get(
-            run.benchmark, all_rows
-        ),
-        run,
-    )
+    rows = {"memory": memory_rows, "requirements": requirement_rows, "nested_lora": nested_lora_rows}
+    rows["local_training"] = local_training_rows
+    return labelled(rows.get(run.benchmark, all_rows), run)

@@ -216,9 +216,10 @@ class Method:
         """:attr:`optional_state`, and that of every method."""
         return {**self.optional_state, CORRECTION: "weight_rounding"}
 
-    def layout_of(self, options: Options) -> tuple[Any, ...]:
-        """Return the options that decide which state a tensor has."""
-        return tuple([getattr(options, name) for name in (*self.shaping, *self.follows.values())])
+    @functools.cached_property
+    def layout_options(self) -> tuple[str, ...]:
+        """The options that decide which state a tensor has."""
+        return (*self.shaping, *self.follows.values())
 
     def check(self, values: Mapping[str, Any], owner: str) -> Options:
         """Return the options that some values by name make; what is missing counts as its default.

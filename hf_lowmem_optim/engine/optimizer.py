@@ -243,12 +243,13 @@ class LowMemoryOptimizer(Optimizer):
         # every check comes before the first change
         rules = []
         options_of: dict[int, Options] = {}
-        layouts: dict[int, tuple[Any, ...]] = {}
+        rule_of: dict[tuple[Any, ...], tuple[bool, dict[str, TensorSpec]]] = {}
         for _, param, group in live:
             if (options := options_of.get(id(group))) is None:
                 options = options_of[id(group)] = self._options_of(group)
-                layouts[id(group)] = method.layout_of(options)
-            rule = self._rule(param, options, layouts[id(group)])
+            kind = id(group), param.shape, param.dtype, type(param)
+            if (rule := rule_of.get(kind)) is None:
+                rule = rule_of[kind] = self._rule(param, options)
             check_tensor(param, group, self.state.get(param), rule=rule, optimizer=self)
             rules.append((options, *rule))
         if method.shared_options and len(self.param_groups) > 1:
@@ -358,11 +359,9 @@ class LowMemoryOptimizer(Optimizer):
         rule = self._rule(param, self._options_of(group))
         check_tensor(param, group, self.state.get(param), rule=rule, optimizer=self)
 
-    def _rule(
-        self, param: Tensor, options: Options, layout: tuple[Any, ...] | None = None
-    ) -> tuple[bool, dict[str, TensorSpec]]:
+    def _rule(self, param: Tensor, options: Options) -> tuple[bool, dict[str, TensorSpec]]:
         """Return whether a parameter is compressed, and the specs of its state."""
-        key = param.shape, param.dtype, layout or self.method.layout_of(options)
+        key = (param.shape, param.dtype, *[getattr(options, name) for name in self.method.layout_options])
         rule = self._specs.get(key)
         if rule is None:
             compressed = self.method.compressed_state(param.shape, param.dtype, options) is not None

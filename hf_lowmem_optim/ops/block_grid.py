@@ -118,9 +118,9 @@ class Piece:
         parts = self.views(x)
         out = torch.empty((len(parts), *parts[0].shape), dtype=torch.float32, device=parts[0].device)
         for into, part in zip(out.unbind(), parts, strict=True):
-            torch.clamp(part, -_MOST, _MOST, out=into)
-            into.add_(part, alpha=0)  # lets infinity become NaN
-        return out.flatten(0, 2)
+            into.copy_(part)
+        # the product lets infinity become NaN, unlike the clamp
+        return out.clamp(-_MOST, _MOST).add_(out, alpha=0).flatten(0, 2)
 
     def only(self, j: int) -> Piece:
         """Return the piece of its block j alone."""

@@ -48,7 +48,6 @@ from hf_lowmem_optim.ops.window_values import (
     Grids,
     ValueDtype,
     check_block_and_values,
-    check_stored,
     decode,
     encode,
     fault_of_grids,
@@ -60,11 +59,13 @@ __all__ = [
     "MAX_BLOCK_SIZE",
     "TopK",
     "check_block_size",
+    "check_stored",
     "counts",
     "fault_of_window",
     "foreach_block_topk_",
     "kept_per_block",
     "num_kept",
+    "value_dtype_of",
     "window_specs",
 ]
 
@@ -167,6 +168,41 @@ def window_specs(
     return specs
 
 
+def check_stored(indices: Tensor, values: Tensor | None, grids: Grids | None, blocks: int) -> None:
+    """Check the tensors of a window beside its indices.
+
+    Args:
+        indices: [window, kept].
+        values: As :class:`~hf_lowmem_optim.ops.sparse_window.SparseWindow` has them.
+        grids: Likewise.
+        blocks: Blocks of a row.
+
+    Raises:
+        TypeError: For a wrong dtype.
+        ValueError: For a wrong shape or device, or a tensor that is not contiguous.
+    """
+    wanted = (torch.uint8,) if grids is not None else tuple(FLOATS.values())
+    parts = [] if grids is None else [("lo", grids.lo, (torch.float32,)), ("step", grids.step, (torch.float32,))]
+    for name, tensor, dtypes in [("values", values, wanted), *parts]:
+        if tensor is None and grids is not None:  # codes that are beside the indices
+            continue
+        if tensor is None or tensor.dtype not in dtypes:
+            said = "bfloat16 or float32, or uint8 with grids" if name == "values" else "float32"
+            raise TypeError(f"{name} must be {said}; got {None if tensor is None else tensor.dtype}")
+        shape = tuple(indices.shape) if name == "values" else (len(indices), blocks)
+        if tensor.shape != shape or not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous and of shape {[*shape]}, got {[*tensor.shape]}")
+        if tensor.device != indices.device:
+            raise ValueError(f"{name}: on {tensor.device}, but indices is on {indices.device}")
+
+
+def value_dtype_of(values: Tensor | None, grids: Grids | None) -> ValueDtype:
+    """Return how values are stored: without grids they are floats, without a tensor of their own beside the indices."""
+    if grids is not None:
+        return "4bit" if values is None else "8bit"
+    return "fp32" if values is not None and values.dtype == torch.float32 else "bf16"
+
+
 class TopK(NamedTuple):
     """One tensor of :func:`foreach_block_topk_`.
 
@@ -233,7 +269,14 @@ def _check(call: TopK) -> None:
         raise ValueError(f"indices must be int16; got {call.indices.dtype}")
     if call.indices.device != device:
         raise ValueError(f"indices is on {call.indices.device}, the other tensors on {device}")
-    check_stored(call.indices, call.values, call.grids, -(-numel // block_size))
+    stored = call.values
+    if (
+        call.grids is not None
+        or stored is None
+        or (stored.dtype not in FLOATS.values() or stored.shape != shape or stored.device != device)
+        or not stored.is_contiguous()
+    ):
+        check_stored(call.indices, stored, call.grids, -(-numel // block_size))
     if not 0 <= call.row < shape[0]:
         raise ValueError(f"row {call.row} is not one of the window's {shape[0]}")
     error = call.error

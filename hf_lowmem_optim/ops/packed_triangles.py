@@ -13,7 +13,7 @@ on negative eigenvalues. 8 bits take 0.53 bytes per entry of the matrix, 4 bits 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 
 from hf_lowmem_optim.ops.block_grid import Piece, Region, Storage, Vectors, Width
-from hf_lowmem_optim.ops.constants import constant
-from hf_lowmem_optim.ops.dispatch import Op, chosen_backend
+from hf_lowmem_optim.ops.dispatch import Op
 from hf_lowmem_optim.ops.inverse_root import largest_and_norm
 from hf_lowmem_optim.spec import TensorSpec
 
-__all__ = ["Semidefinite", "Symmetric", "semidefinite_factor", "triangle_constants"]
+__all__ = ["Semidefinite", "Symmetric", "semidefinite_factor"]
 
 _JITTER = 1e-6
 #: With the last one, the sum is diagonally dominant.
@@ -81,11 +80,11 @@ class Symmetric:
     def _stored(self, state: Mapping[str, Tensor], piece: Piece, *, mirrored: bool) -> Tensor:
         """Return the matrices as stored; of triangles mirrored ones, or zeros above the diagonal."""
         n = self.side(piece.region.a, piece.region.b)
-        parts = [part.read(state, piece) for part in self._parts]
         if self.storage == "fp32":
-            return parts[0].view(-1, n, n)
-        out = parts[0].new_empty(len(parts[0]), n, n)
-        _fill_squares(out, *parts, mirrored)
+            return self._parts[0].read(state, piece).view(-1, n, n)
+        diagonal, lower = (part.read(state, piece) for part in self._parts)
+        out = diagonal.new_empty(len(diagonal), n, n)
+        _fill_squares(out, diagonal, lower, mirrored)
         return out
 
 
@@ -196,23 +195,6 @@ def _cholesky(S: Tensor, jitter: Tensor) -> tuple[Tensor, Tensor]:
     return C, info
 
 
-def triangle_constants(sides: Iterable[int], device: torch.device) -> dict[Hashable, TensorSpec]:
-    """Describe what triangles of these sides hold on a device for the whole process, by the key of the constant."""
-    if chosen_backend(device) == "cpu":  # numba's loops count for themselves
-        return {}
-    return {("triangle", n, device): TensorSpec((n * (n - 1) // 2,), torch.int64, "triangles") for n in set(sides)}
-
-
-def _strict_lower(n: int, device: torch.device) -> Tensor:
-    """Return the places of the strict lower triangle in a flattened matrix, row by row."""
-
-    def make() -> Tensor:
-        rows, columns = torch.tril_indices(n, n, -1, device=device)
-        return rows * n + columns
-
-    return constant(("triangle", n, device), make)
-
-
 @Op
 def _fill_squares(out: Tensor, diagonal: Tensor, lower: Tensor, mirrored: bool) -> None:
     """Write matrices from their diagonals and strict lower triangles.
@@ -224,9 +206,13 @@ def _fill_squares(out: Tensor, diagonal: Tensor, lower: Tensor, mirrored: bool) 
         mirrored: Whether they are symmetric; else there are zeros above the diagonal.
     """
     n = out.shape[-1]
-    out.zero_().flatten(1).index_copy_(1, _strict_lower(n, out.device), lower)
+    # made anew each time: 16 bytes per entry would be much to keep
+    rows, columns = torch.tril_indices(n, n, -1, device=out.device)
     if mirrored:
-        out.add_(out.mT.clone())
+        out[:, columns, rows] = lower
+    else:
+        out.zero_()
+    out[:, rows, columns] = lower
     out.diagonal(dim1=1, dim2=2).copy_(diagonal)
 
 
@@ -238,4 +224,5 @@ def _take_triangles(square: Tensor, lower: Tensor) -> None:
         square: float32 [matrices, n, n], of which the rows or the columns are contiguous.
         lower: float32 [matrices, n·(n − 1)/2], row by row, contiguous; all of it is written.
     """
-    torch.index_select(square.flatten(1), 1, _strict_lower(square.shape[-1], square.device), out=lower)
+    rows, columns = torch.tril_indices(square.shape[-1], square.shape[-1], -1, device=square.device)
+    lower.copy_(square[:, rows, columns])

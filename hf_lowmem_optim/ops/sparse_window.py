@@ -19,7 +19,7 @@ the entry that it touches and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple
@@ -29,16 +29,14 @@ import torch
 from torch import Tensor
 
 from hf_lowmem_optim.ops.block_quant import FLOAT_DTYPES
-from hf_lowmem_optim.ops.block_topk import MAX_BLOCK_SIZE, kept_per_block
+from hf_lowmem_optim.ops.block_topk import MAX_BLOCK_SIZE, check_stored, kept_per_block, value_dtype_of
 from hf_lowmem_optim.ops.dispatch import Op
 from hf_lowmem_optim.ops.window_values import (
     MAX_PACKED_BLOCK,
     Grids,
     ValueDtype,
-    check_stored,
     decode,
     unpack,
-    value_dtype_of,
 )
 
 __all__ = [
@@ -98,7 +96,7 @@ class SparseWindow:
         most = MAX_PACKED_BLOCK if values is None else MAX_BLOCK_SIZE
         if not 1 <= self.block_size <= most:
             raise ValueError(f"block_size must be in [1, {most}] (int16), got {self.block_size!r}")
-        check_stored(indices, values, self.grids, self.num_blocks)
+        check_stored(indices, values, self.grids, -(-self.numel // self.block_size))
         if not 1 <= self.kept_per_block <= self.block_size:
             raise ValueError(f"kept_per_block must be between 1 and block_size, got {self.kept_per_block}")
         before = (self.numel - 1) // self.block_size  # blocks before the last one
@@ -132,20 +130,21 @@ class SparseWindow:
         """How the values are stored."""
         return value_dtype_of(self.values, self.grids)
 
-    def entries(self, rows: int | slice, columns: slice) -> tuple[Tensor, Tensor]:
-        """Return indices, int64, and values, float32, of some rows and of columns that begin with a block."""
-        stored = self.indices[rows, columns]
-        if self.grids is None:
-            assert self.values is not None
-            return stored.long(), self.values[rows, columns].float()
-        if self.values is None:
-            indices, codes = unpack(stored)
-            bits = 4
-        else:
-            indices, codes, bits = stored.long(), self.values[rows, columns].int(), 8
-        blocks = torch.arange(columns.start, columns.stop, device=stored.device) // self.kept_per_block
-        lo, step = (part[rows][..., blocks] for part in self.grids)
-        return indices, decode(codes, lo, step, bits)
+    def read(self, rows: Iterable[int], columns: slice) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield indices, int64, and values, float32, of each row at columns that begin with a block."""
+        blocks = torch.arange(columns.start, columns.stop, device=self.indices.device) // self.kept_per_block
+        for row in rows:
+            stored = self.indices[row, columns]
+            if self.grids is None:
+                assert self.values is not None
+                yield stored.long(), self.values[row, columns].float()
+            else:
+                lo, step = (part[row, blocks] for part in self.grids)
+                if self.values is None:
+                    indices, codes = unpack(stored)
+                    yield indices, decode(codes, lo, step, 4)
+                else:
+                    yield stored.long(), decode(self.values[row, columns].int(), lo, step, 8)
 
 
 def windows_of(
@@ -209,7 +208,7 @@ def foreach_window_update_(steps: Sequence[WindowStep]) -> None:
         ValueError: For shapes or devices that contradict each other, or a tensor that is not contiguous. Likewise.
     """
     for step in steps:
-        _check(step, (2, len(step.rows.indices)), steps[0].param.device)
+        _check(step, (2, step.rows.indices.shape[0]), steps[0].param.device)
     if steps:
         _update_all(steps)
 
@@ -227,7 +226,7 @@ def foreach_window_descend_(steps: Sequence[WindowStep]) -> None:
         ValueError: Likewise.
     """
     for step in steps:
-        _check(step, (len(step.rows.indices),), steps[0].param.device)
+        _check(step, (step.rows.indices.shape[0],), steps[0].param.device)
     if steps:
         _descend_all(steps)
 
@@ -266,11 +265,11 @@ def foreach_window_gram_rows(windows: Sequence[SparseWindow], row: int) -> Tenso
     """
     if not windows:
         raise ValueError("windows must be at least one window, got none")
-    length = len(windows[0].indices)
+    length = windows[0].indices.shape[0]
     for window in windows:
         if window.indices.device != windows[0].indices.device:
             raise ValueError(f"window: on {window.device}, but another tensor is on {windows[0].device}")
-        if len(window.indices) != length:
+        if window.indices.shape[0] != length:
             raise ValueError(f"a window has {window.window} rows, another one {length}")
     if not 0 <= row < length:
         raise IndexError(f"row {row} is not one of the window's {length}")
@@ -335,8 +334,8 @@ def _update_all(steps: Sequence[WindowStep]) -> None:
             piece = param[entries]
             z1 = torch.zeros(piece.shape, dtype=torch.float32, device=piece.device)
             z2 = torch.full_like(z1, -0.0)
-            for row, w1, w2 in rows:
-                indices, value = window.entries(row, columns)
+            stored = window.read([row for row, _, _ in rows], columns)
+            for (_, w1, w2), (indices, value) in zip(rows, stored, strict=True):
                 z1.scatter_add_(0, starts + indices, w1 * value)
                 z2.scatter_add_(0, starts + indices, w2 * (value * value))
             z2.masked_fill_(z2.view(torch.int32) == _UNTOUCHED_BITS, 1)  # z1 is 0 there: no step, whatever eps is
@@ -379,10 +378,9 @@ def _combine(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
 
 def _add_rows(piece: Tensor, window: SparseWindow, weights: Tensor, columns: slice, starts: Tensor) -> None:
     """Add the weighted rows of one chunk to a dense piece; a row of weight zero is skipped."""
-    for row, weight in enumerate(weights.tolist()):
-        if weight != 0:
-            indices, value = window.entries(row, columns)
-            piece.scatter_add_(0, starts + indices, weight * value)
+    counted = {row: weight for row, weight in enumerate(weights.tolist()) if weight != 0}
+    for weight, (indices, value) in zip(counted.values(), window.read(counted, columns), strict=True):
+        piece.scatter_add_(0, starts + indices, weight * value)
 
 
 @Op
@@ -393,9 +391,9 @@ def _gram_rows(windows: Sequence[SparseWindow], row: int) -> Tensor:
     for dots, window in zip(products, windows, strict=True):
         for entries, columns, starts in _chunks(window):
             piece = torch.zeros(entries.stop - entries.start, dtype=torch.float64, device=first.device)
-            indices, value = window.entries(row, columns)
+            stored = window.read([row, *range(len(first))], columns)
+            indices, value = next(stored)
             piece[starts + indices] = value.double()
-            for other in range(window.window):
-                indices, value = window.entries(other, columns)
+            for other, (indices, value) in enumerate(stored):
                 dots[other] += torch.dot(piece[starts + indices], value.double())
     return products

@@ -35,12 +35,10 @@ __all__ = [
     "Grids",
     "ValueDtype",
     "check_block_and_values",
-    "check_stored",
     "decode",
     "encode",
     "fault_of_grids",
     "unpack",
-    "value_dtype_of",
 ]
 
 ValueDtype = Literal["bf16", "fp32", "8bit", "4bit"]
@@ -73,13 +71,6 @@ class Grids(NamedTuple):
     step: Tensor
 
 
-def value_dtype_of(values: Tensor | None, grids: Grids | None) -> ValueDtype:
-    """Return how values are stored: without grids they are floats, without a tensor of their own beside the indices."""
-    if grids is not None:
-        return "4bit" if values is None else "8bit"
-    return "fp32" if values is not None and values.dtype == torch.float32 else "bf16"
-
-
 def check_block_and_values(block_size: int, value_dtype: ValueDtype) -> None:
     """Raise ValueError if an index into a block of this size leaves no room for its value's code."""
     if value_dtype == "4bit" and block_size > MAX_PACKED_BLOCK:
@@ -87,34 +78,6 @@ def check_block_and_values(block_size: int, value_dtype: ValueDtype) -> None:
             f"block_size={block_size} does not fit value_dtype='4bit', which puts an index and a code into 16 bits: "
             f"take blocks of at most {MAX_PACKED_BLOCK} entries, or value_dtype='8bit'"
         )
-
-
-def check_stored(indices: Tensor, values: Tensor | None, grids: Grids | None, blocks: int) -> None:
-    """Check the tensors of a window beside its indices.
-
-    Args:
-        indices: [window, kept].
-        values: As :class:`~hf_lowmem_optim.ops.sparse_window.SparseWindow` has them.
-        grids: Likewise.
-        blocks: Blocks of a row.
-
-    Raises:
-        TypeError: For a wrong dtype.
-        ValueError: For a wrong shape or device, or a tensor that is not contiguous.
-    """
-    wanted = (torch.uint8,) if grids is not None else tuple(FLOATS.values())
-    parts = [] if grids is None else [("lo", grids.lo, (torch.float32,)), ("step", grids.step, (torch.float32,))]
-    for name, tensor, dtypes in [("values", values, wanted), *parts]:
-        if tensor is None and grids is not None:  # codes that are beside the indices
-            continue
-        if tensor is None or tensor.dtype not in dtypes:
-            said = "bfloat16 or float32, or uint8 with grids" if name == "values" else "float32"
-            raise TypeError(f"{name} must be {said}; got {None if tensor is None else tensor.dtype}")
-        shape = tuple(indices.shape) if name == "values" else (len(indices), blocks)
-        if tensor.shape != shape or not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous and of shape {[*shape]}, got {[*tensor.shape]}")
-        if tensor.device != indices.device:
-            raise ValueError(f"{name}: on {tensor.device}, but indices is on {indices.device}")
 
 
 def unpack(words: Tensor) -> tuple[Tensor, Tensor]:

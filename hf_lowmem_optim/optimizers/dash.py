@@ -27,8 +27,9 @@ grafting="adam", spread=False`.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import COUNT, NOT_NEGATIVE, UNIT, Options, Range, option
 from hf_lowmem_optim.ops.block_grid import FirstMoment, Piece, Region, Squares, Vectors, grid, piece_entries, pieces
 from hf_lowmem_optim.ops.inverse_root import InverseRoot, Scaling, inverse_fourth_root
-from hf_lowmem_optim.ops.packed_triangles import Semidefinite, Symmetric, triangle_constants
+from hf_lowmem_optim.ops.packed_triangles import Semidefinite, Symmetric
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["Dash", "DashOptions", "dash_state", "dash_update_"]
@@ -168,7 +169,7 @@ def _direction(piece: Piece, G: Tensor, state: Mapping[str, Any], at: _Stored, t
     at.m.write_(state, piece, m, root_v)
     # 5. D ← (m/c1) / (eps + √(v/c2)), both sides of the fraction times c1
     c1, c2 = (1 - β1**t, 1 - β2**t) if o.bias_correction else (1.0, 1.0)
-    P = m / math.prod(root_v).mul_(c1 / math.sqrt(c2)).add_(c1 * o.eps)
+    P = m / reduce(torch.mul, root_v).mul_(c1 / math.sqrt(c2)).add_(c1 * o.eps)
     if t >= o.start_step:
         # 6. U ← L̄ m R̄;  P ← U·‖D‖/(‖U‖ + 1e-16); P ← D as long as there are no roots, only zeros
         U = at.L_root.read(state, piece) @ m @ at.R_root.read(state, piece)
@@ -216,11 +217,6 @@ def _scratch_entries(shape: Sequence[int], o: DashOptions, device: torch.device)
     return _COPIES * max(piece_entries(device), *[max(r.a, r.b) ** 2 for r in _regions(shape, o)])
 
 
-def _constants(shape: Sequence[int], device: torch.device, o: DashOptions) -> dict[Hashable, TensorSpec]:
-    sides = {x.side(r.a, r.b) for x in _Stored.of(o)[:4] if x.storage != "fp32" for r in _regions(shape, o)}
-    return triangle_constants(sides, device)
-
-
 class Dash(LowMemoryOptimizer):
     """Dash: Shampoo on the blocks of a matrix, with Adam's step sizes.
 
@@ -245,6 +241,5 @@ class Dash(LowMemoryOptimizer):
         adam_like=False,
         uses_betas=True,
         scratch_entries=_scratch_entries,
-        constants=_constants,
         optional_state={"velocity": "momentum"},
     )

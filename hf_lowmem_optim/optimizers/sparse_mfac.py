@@ -135,7 +135,7 @@ def sparse_update_(
     """
     o, gram = tensors[0].options, shared["gram"]
     row = (t - 1) % o.window
-    windows = [_windows(x) for x in tensors]
+    windows = [windows_of(x.state, [g.numel() for g in x.g], o.block_size, o.density) for x in tensors]
     # 1. acc ← ξ + g   2. c ← largest entries of acc;  ξ ← acc − c   3. row of G ← c
     for x, each in zip(tensors, windows, strict=True):
         foreach_block_topk_(_selections(x, each, row))
@@ -166,11 +166,6 @@ def _descend_with_momentum_(weight: Tensor, G: SparseWindow, velocity: Tensor, w
     window_combine_(u, G, w)
     # 6. vel ← μ·vel + u   7. W ← W·(1 − lr·weight_decay) − lr·vel
     descend_(weight, add_momentum_(velocity, u, o.momentum), o)
-
-
-def _windows(x: Batch) -> list[SparseWindow]:
-    """Return the windows of a batch."""
-    return windows_of(x.state, [g.numel() for g in x.g], x.options.block_size, x.options.density)
 
 
 def _selections(x: Batch, windows: Sequence[SparseWindow], row: int) -> list[TopK]:

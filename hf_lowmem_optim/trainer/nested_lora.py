@@ -202,7 +202,7 @@ class RankEvaluationCallback(TrainerCallback):
             KeyError: There is no such metric.
         """
         trainer, metrics = self._trainer(), {} if metrics is None else metrics
-        prefix = next(key for key in metrics if key.endswith("_runtime")).removesuffix("_runtime")
+        prefix = next((key for key in metrics if key.endswith("_runtime")), "eval_runtime").removesuffix("_runtime")
         if not self.metric.startswith(f"{prefix}_"):
             return  # of another data set
         if self.metric not in metrics:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # which a first step imports, in every process
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW

@@ -120,8 +120,9 @@ def make_param(case: Case, seed: int = 1, device: str = "cpu") -> Tensor:
 
 
 def rows_of(window: SparseWindow) -> list[paper.Row]:
+    stored = window.read(range(window.window), slice(0, window.kept))
     return paper.rows_of_window(
-        *(part.cpu().numpy() for part in window.entries(slice(None), slice(0, window.kept))),
+        *(torch.stack(part).cpu().numpy() for part in zip(*stored, strict=True)),
         window.block_size,
         window.kept_per_block,
     )

@@ -63,7 +63,7 @@ TRAINED_PARTS: dict[str, Callable[[nn.Module], nn.Module]] = {
 SMALL: dict[str, dict[str, Any]] = {
     "ldadam": {"rank": 3, "state_dtype": "param"},
     "dct_adamw": {"rank": 3, "state_dtype": "param"},
-    "lordo": {"rank": 3, "projection": "svd"},
+    "lordo": {"rank": 1},
     "microadam": {"min_compress_size": 64},
 }
 

@@ -41,7 +41,8 @@ def path_of(optimizer: Any, param: Any, options: Any, step: int) -> Path:
         step: t, 1 for its first update, for which there is no collective path.
     """
     method, split = optimizer.method, split_of(param)
-    key = (param.shape, param.dtype, split, vars(options).get("stochastic_rounding"), method.layout_of(options))
+    settings = [getattr(options, name) for name in method.layout_options]
+    key = (param.shape, param.dtype, split, vars(options).get("stochastic_rounding"), *settings)
     path: Path | None = optimizer.paths.get(key)
     if path is None:
         path = optimizer.paths[key] = path_of_shape(method, options, param.shape, param.dtype, split)

@@ -19,8 +19,15 @@ from hf_lowmem_optim.ops.block_topk import TopK, _select_all, kept_per_block
 from hf_lowmem_optim.ops.cpu.block_quant import decode_blocks, encode_blocks, random_keys
 from hf_lowmem_optim.ops.cpu.floats import load_floats, store_floats
 from hf_lowmem_optim.ops.cpu.jit import inlined, loop
-from hf_lowmem_optim.ops.cpu.launch import DTYPE_CODES, NO_BYTES, block_ranges, buffer_arguments, run_pieces
-from hf_lowmem_optim.ops.cpu.window_values import store_values, window_arguments
+from hf_lowmem_optim.ops.cpu.launch import (
+    DTYPE_CODES,
+    NO_BYTES,
+    block_ranges,
+    buffer_arguments,
+    run_pieces,
+    window_arguments,
+)
+from hf_lowmem_optim.ops.cpu.window_values import store_values
 from hf_lowmem_optim.ops.dispatch import register
 
 __all__ = ["select_all"]
@@ -162,7 +169,7 @@ def _arguments(call: TopK) -> tuple[Any, ...]:
     grad, error, at = call.grad.detach().view(-1), call.error, call.row
     gradient = grad.view(torch.uint8).numpy(), DTYPE_CODES[grad.dtype], grad.numel()
     blocks = call.block_size, kept_per_block(call.block_size, call.density)
-    indices, values, value_code, lo, step = window_arguments(call.indices, call.values, call.grids)
+    indices, values, value_code, lo, step = window_arguments(call)
     row = indices[at], values[at % len(values)], value_code, lo[at % len(lo)], step[at % len(step)], *blocks
     form = _NO_ERROR
     buffer: tuple[Any, ...] = NO_BYTES, NO_BYTES, NO_BYTES, 0, 8, 1

@@ -19,14 +19,25 @@ import torch
 from numpy.typing import NDArray
 
 from hf_lowmem_optim.ops.block_quant import Quantized
+from hf_lowmem_optim.ops.block_topk import TopK
+from hf_lowmem_optim.ops.sparse_window import SparseWindow
 
-__all__ = ["DTYPE_CODES", "ENTRIES_PER_PIECE", "NO_BYTES", "block_ranges", "buffer_arguments", "run_pieces"]
+__all__ = [
+    "DTYPE_CODES",
+    "ENTRIES_PER_PIECE",
+    "NO_BYTES",
+    "block_ranges",
+    "buffer_arguments",
+    "run_pieces",
+    "window_arguments",
+]
 
 R = TypeVar("R")
 
 #: How a loop is told the dtype of a tensor of floats, which it takes as bytes; ``floats.py`` has the same numbers.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-#: Stands for a tensor that is not there.
+#: Stand for tensors that are not there.
+_ONE_GRID, _NO_CODES = np.zeros((1, 1), np.float32), np.zeros((1, 1), np.uint8)
 NO_BYTES: NDArray[np.uint8] = np.empty(0, np.uint8)
 
 _MAX_THREADS = 16
@@ -42,6 +53,15 @@ def buffer_arguments(buffer: Quantized) -> tuple[Any, ...]:
     """Return what a loop takes a buffer apart into: codes, lo, hi, dtype code of both, bits, block size."""
     lo, hi, fmt = buffer.lo.view(torch.uint8).numpy(), buffer.hi.view(torch.uint8).numpy(), buffer.format
     return buffer.codes.numpy(), lo, hi, DTYPE_CODES[buffer.lo.dtype], fmt.bits, fmt.block_size
+
+
+def window_arguments(window: SparseWindow | TopK) -> tuple[Any, ...]:
+    """Return what the loops take for a window, with a code of the storage of its values: 3 for 8 bits, 4 for 4."""
+    values, grids = window.values, window.grids
+    stored = _NO_CODES if values is None else values.view(torch.uint8).numpy()
+    lo, step = (_ONE_GRID, _ONE_GRID) if grids is None else (grids.lo.numpy(), grids.step.numpy())
+    code = 4 if values is None else 3 if grids is not None else DTYPE_CODES[values.dtype]
+    return window.indices.numpy(), stored, code, lo, step
 
 
 def block_ranges(numel: int, block_size: int) -> list[tuple[int, int]]:

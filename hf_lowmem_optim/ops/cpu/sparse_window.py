@@ -20,8 +20,8 @@ from torch import Tensor
 
 from hf_lowmem_optim.ops.cpu.floats import BFLOAT16, FLOAT16, FLOAT32, narrow, widen
 from hf_lowmem_optim.ops.cpu.jit import Loop, inlined, loop
-from hf_lowmem_optim.ops.cpu.launch import DTYPE_CODES, ENTRIES_PER_PIECE, block_ranges, run_pieces
-from hf_lowmem_optim.ops.cpu.window_values import index_mask, load_values, window_arguments
+from hf_lowmem_optim.ops.cpu.launch import DTYPE_CODES, ENTRIES_PER_PIECE, block_ranges, run_pieces, window_arguments
+from hf_lowmem_optim.ops.cpu.window_values import index_mask, load_values
 from hf_lowmem_optim.ops.dispatch import register
 from hf_lowmem_optim.ops.sparse_window import SparseWindow, WindowStep, _combine, _descend_all, _gram_rows, _update_all
 from hf_lowmem_optim.ops.window_values import unpack
@@ -274,7 +274,8 @@ def descend_all(steps: Sequence[WindowStep]) -> None:
 @register(_combine, "cpu")
 def combine(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
     """See :func:`hf_lowmem_optim.ops.sparse_window.window_combine_`."""
-    _run(_combine_rows, [window], [(out.numpy(), *_window_arguments(window), weights.numpy())])
+    given = window.numel, *window_arguments(window), window.block_size, window.kept_per_block
+    _run(_combine_rows, [window], [(out.numpy(), *given, weights.numpy())])
 
 
 @register(_gram_rows, "cpu")
@@ -286,7 +287,10 @@ def gram_rows(windows: Sequence[SparseWindow], row: int) -> Tensor:
     starts = np.cumsum([0, *pieces])
     sums = np.empty((starts[-1], windows[0].indices.shape[0]))
     parts = zip(windows, steps, starts[:-1], starts[1:], strict=True)
-    _run(_gram, windows, [(*_window_arguments(window), row, sums[a:b], step) for window, step, a, b in parts])
+    arguments = [
+        (w.numel, *window_arguments(w), w.block_size, w.kept_per_block, row, sums[a:b], step) for w, step, a, b in parts
+    ]
+    _run(_gram, windows, arguments)
     return torch.from_numpy(np.add.reduceat(sums, starts[:-1]))
 
 
@@ -327,14 +331,9 @@ def _out_of_range(window: SparseWindow, block: int) -> ValueError:
     )
 
 
-def _window_arguments(window: SparseWindow) -> tuple[Any, ...]:
-    """Return what a loop takes for a window."""
-    stored = window_arguments(window.indices, window.values, window.grids)
-    return window.numel, *stored, window.block_size, window.kept_per_block
-
-
 def _arguments(step: WindowStep) -> tuple[Any, ...]:
     """Return what the loops of the update and of the descent take for a tensor."""
     param = step.param.detach().view(-1)
     weight = param.view(torch.uint8).numpy(), DTYPE_CODES[param.dtype]
-    return *weight, *_window_arguments(step.rows), step.weights.numpy()
+    layout = step.rows.block_size, step.rows.kept_per_block
+    return *weight, step.rows.numel, *window_arguments(step.rows), *layout, step.weights.numpy()

@@ -6,23 +6,16 @@ A window is a tuple for the loops: indices, values, value code, lo, step. What i
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import torch
-from torch import Tensor
 
 from hf_lowmem_optim.ops.cpu.floats import BFLOAT16, FLOAT32, load_floats, narrow, widen
 from hf_lowmem_optim.ops.cpu.jit import inlined
-from hf_lowmem_optim.ops.window_values import EXP2, INDEX_BITS, LOG2, Grids, value_dtype_of
+from hf_lowmem_optim.ops.window_values import EXP2, INDEX_BITS, LOG2
 
-__all__ = ["index_mask", "load_values", "store_values", "window_arguments"]
+__all__ = ["index_mask", "load_values", "store_values"]
 
-#: How a loop is told the storage of values; the first two as ``floats.py`` has them.
+#: How a loop is told the storage of values, ``launch.py`` has the same numbers; those of floats are in ``floats.py``.
 _EIGHT, _FOUR = 3, 4
-_VALUE_CODES = {"fp32": FLOAT32, "bf16": BFLOAT16, "8bit": _EIGHT, "4bit": _FOUR}
-_ONE_GRID = np.zeros((1, 1), np.float32)
-_NO_CODES = np.zeros((1, 1), np.uint8)
 
 _LOG0, _LOG1, _LOG2, _LOG3, _LOG4, _LOG5, _LOG6, _LOG7 = (np.float32(c) for c in LOG2)
 _EXP0, _EXP1, _EXP2, _EXP3, _EXP4 = (np.float32(c) for c in EXP2)
@@ -30,7 +23,6 @@ _NORMAL, _LARGEST, _INFINITE = np.int32(0x00800000), np.int32(0x7F7FFFFF), np.in
 _MAGNITUDE, _MANTISSA, _ONE_BITS = np.int32(0x7FFFFFFF), np.int32(0x7FFFFF), np.int32(0x3F800000)
 _ZERO, _HALF, _ONE = np.float32(0.0), np.float32(0.5), np.float32(1.0)
 _INDEX_MASK, _NO_MASK = np.int16((1 << INDEX_BITS) - 1), np.int16(-1)
-_TOGETHER = 16
 # unsigned: an index that could be negative for all that the compiler knows is checked, and not vectorized
 _index = np.uint64
 
@@ -100,27 +92,14 @@ def load_values(indices, values, value_code, begin, columns, k, grids, segment):
 
 
 @inlined
-def _decode_eight(stored, grid):
-    lo, step, first, last = grid
-    code = np.int32(stored)
-    value = _decode(np.int32(code & np.int32(127)), lo, step, first, last)
-    return -value if code > np.int32(127) else value
-
-
-@inlined
 def _load_eight(values, begin, columns, k, grids, segment):
     block = _index(0)
     for left in range(_index(0), columns, k):
-        grid, stop = _grid(grids[0][block], grids[1][block], np.int32(127)), min(left + k, columns)
-        count = stop - left
-        if count < _index(_TOGETHER):
-            for j in range(left, stop):
-                segment[j] = _decode_eight(values[begin + j], grid)
-        else:  # a fixed number at a time is made vectors; the last ones overlap those before
-            for j in range(_index(0), count, _index(_TOGETHER)):
-                at = left + min(j, count - _index(_TOGETHER))
-                for i in range(_index(_TOGETHER)):
-                    segment[at + i] = _decode_eight(values[begin + at + i], grid)
+        lo, step, first, last = _grid(grids[0][block], grids[1][block], np.int32(127))
+        for j in range(left, min(left + k, columns)):
+            code = np.int32(values[begin + j])
+            value = _decode(np.int32(code & np.int32(127)), lo, step, first, last)
+            segment[j] = -value if code > np.int32(127) else value
         block += _index(1)
 
 
@@ -204,10 +183,3 @@ def _store_codes(a, chosen, k, first, block, rows):
             indices[first + j] = i
             values[first + j] = code
         a[i] = x - stored if c <= end else _ZERO
-
-
-def window_arguments(indices: Tensor, values: Tensor | None, grids: Grids | None) -> tuple[Any, ...]:
-    """Return what the loops take for a window."""
-    stored = _NO_CODES if values is None else values.view(torch.uint8).numpy()
-    lo, step = (_ONE_GRID, _ONE_GRID) if grids is None else (grids.lo.numpy(), grids.step.numpy())
-    return indices.numpy(), stored, _VALUE_CODES[value_dtype_of(values, grids)], lo, step

@@ -21,11 +21,10 @@ import triton
 import triton.language as tl
 
 from hf_lowmem_optim.ops.block_quant import Quantized
-from hf_lowmem_optim.ops.block_topk import TopK
+from hf_lowmem_optim.ops.block_topk import TopK, value_dtype_of
 from hf_lowmem_optim.ops.triton.block_quant import round_to_bfloat16
 from hf_lowmem_optim.ops.triton.tables import owner_and_block, pointer, vectorizes
 from hf_lowmem_optim.ops.triton.window_values import decode_values, encode_values, grid_of
-from hf_lowmem_optim.ops.window_values import value_dtype_of
 
 __all__ = ["block_topk_kernel", "common_options", "is_common"]
 

@@ -40,4 +40,7 @@ def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
 
 def aligned(tensors: Sequence[Tensor]) -> bool:
     """Return whether every tensor begins at a multiple of 16 bytes, as vectorized loads demand."""
-    return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    bits = 0
+    for tensor in tensors:  # every step asks this of every tensor
+        bits |= tensor.data_ptr()
+    return bits % 16 == 0

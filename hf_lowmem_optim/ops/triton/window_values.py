@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_lowmem_optim.ops.window_values import EXP2, LOG2, Grids, value_dtype_of
+from hf_lowmem_optim.ops.block_topk import value_dtype_of
+from hf_lowmem_optim.ops.window_values import EXP2, LOG2, Grids
 
 __all__ = [
     "addresses",
