@@ -19,11 +19,11 @@ __all__ = [
     "broadcast_",
     "check_agreement",
     "check_finite",
-    "gradients_are_equal",
+    "fingerprint",
     "keep_gradients_local",
     "num_workers",
+    "refuse_scaler",
     "warn_of_equal_gradients",
-    "wide_norm",
 ]
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,10 @@ class SyncedOptimizer(Protocol):
 
     def sync(self) -> None:
         """Make all workers equal now, also between two syncs; all workers call it after the same step."""
+        ...
+
+    def own_state(self) -> str | None:
+        """Return, as a clause, what each worker has of its own also after a sync; None if all are equal then."""
         ...
 
 
@@ -178,35 +182,43 @@ def check_finite(tensors: Sequence[Tensor], names: Sequence[str], group: Any = N
         )
 
 
-def gradients_are_equal(gradients: Sequence[Tensor], group: Any = None) -> bool:
-    """Return whether all workers have the same gradients, other than zero: then somebody has averaged them.
+def warn_of_equal_gradients(gradients: Sequence[Tensor], group: Any = None) -> None:
+    """Warn if all workers have the same gradients, other than zero: then somebody has averaged them.
 
     Args:
         gradients: Of any parameters, in the same order on every worker.
         group: The workers' process group; None for the default one.
     """
     if num_workers(group) == 1:
-        return False
-    norms = [wide_norm(each) for each in gradients]
+        return
     # equal to everybody's is not enough for what says nothing
-    hashes = _gather_hashes(repr(norms).encode() if any(norms) else None, group)
-    return hashes[0] != 0 and len(set(hashes)) == 1
-
-
-def warn_of_equal_gradients(gradients: Sequence[Tensor], group: Any = None) -> None:
-    """Warn if all workers have the same gradients, as :func:`gradients_are_equal` says; at a first step."""
-    if gradients_are_equal(gradients, group):
+    told = [fingerprint(each) for each in gradients] if any(bool(each.any()) for each in gradients) else None
+    hashes = _gather_hashes(None if told is None else repr(told).encode(), group)
+    if hashes[0] != 0 and len(set(hashes)) == 1:
         logger.warning(
-            "all workers have the same gradients: either they have the same data, or DistributedDataParallel averages "
-            "gradients at every step. In a Trainer add LocalUpdatesCallback(trainer), in a loop of your own call "
-            "keep_gradients_local(ddp_model)"
+            "all workers have the same gradients: either they have the same data, or DistributedDataParallel "
+            "averages gradients at every step. In a Trainer add LocalUpdatesCallback(trainer), in a loop of your "
+            "own call keep_gradients_local(ddp_model)"
         )
 
 
-def wide_norm(tensor: Tensor) -> float:
-    """Return the norm of a tensor, added up in float32 at least; equal for equal tensors."""
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    return float(torch.linalg.vector_norm(tensor.detach(), dtype=wide))
+def fingerprint(tensor: Tensor) -> int:
+    """Return the sum of a tensor's bits as integers: of equal tensors the same on any device, unlike a norm."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return int(tensor.detach().reshape(-1).view(integers).sum(dtype=torch.int64))
+
+
+def refuse_scaler(group: Any = None) -> None:
+    """Raise RuntimeError if there are several workers: a gradient scaler asked for a step.
+
+    Args:
+        group: The workers' process group; None for the default one.
+    """
+    if num_workers(group) > 1:
+        raise RuntimeError(
+            "a gradient scaler skips a worker's step where its gradients overflow, and the worker falls out of "
+            "step with the others. Train in bfloat16 or float32"
+        )
 
 
 def keep_gradients_local(model: nn.Module) -> None:

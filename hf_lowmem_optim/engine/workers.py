@@ -14,6 +14,7 @@ from hf_lowmem_optim.engine import averaging
 from hf_lowmem_optim.engine.buckets import CORRECTION, TensorUpdate
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
+from hf_lowmem_optim.engine.sharding.owners import waves_of
 from hf_lowmem_optim.ops.dispatch import full_precision
 from hf_lowmem_optim.ops.weight_correction import join_weights, split_weights_
 
@@ -23,6 +24,8 @@ __all__ = ["REPLICATED", "WorkerOptimizer", "sync_bytes"]
 REPLICATED = "a sync averages all tensors at once, of which every worker has the whole"
 _SENT = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+#: Of weights of 24 bits that there are in float32 at a time.
+_WAVE_BYTES = 64 << 20
 
 
 def sync_bytes(method: Method, groups: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
@@ -60,6 +63,11 @@ class WorkerOptimizer(LowMemoryOptimizer):
         self._sent_bytes, self._equal_since = 0, 0
         self._agreed = self._trains = False
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, on all workers alike; see :meth:`LowMemoryOptimizer.add_param_group`."""
+        super().add_param_group(param_group)
+        self._agreed = False
+
     # ------------------------------------------------------------------------------------------------------ sync
 
     @property
@@ -82,6 +90,11 @@ class WorkerOptimizer(LowMemoryOptimizer):
         """Bytes that this worker has put into collectives: entries times bytes of each as sent."""
         return self._sent_bytes
 
+    def own_state(self) -> str | None:
+        """Return, as a clause, what each worker has of its own also after a sync; None if all are equal then."""
+        kept = [group["error_feedback"] for group in self.param_groups if group["error_feedback"] != "none"]
+        return f"the error that error_feedback={kept[0]!r} keeps is each worker's own" if kept else None
+
     def sync(self) -> None:
         """Average out of turn, as at the end of training; all workers call it after the same step. The basis stays."""
         if self.steps_since_sync:
@@ -92,21 +105,28 @@ class WorkerOptimizer(LowMemoryOptimizer):
     def _average_(self) -> None:
         """Replace weights and moments by their means."""
         if averaging.num_workers(self.process_group) > 1:
-            tensors, names, joined = list[Tensor](), list[str](), list[tuple[Tensor, Tensor, Tensor]]()
+            tensors, names, wide = list[Tensor](), list[str](), list[tuple[Tensor, Tensor]]()
+            sent = list[Tensor]()
             for index, group in enumerate(self.param_groups):
                 known = group.get("param_names") or [f"{index}.{place}" for place in range(len(group["params"]))]
                 for param, name in zip(group["params"], known, strict=True):
-                    state, weight = self.state.get(param, {}), param.detach()
+                    if not (state := self.state.get(param, {})):
+                        continue
+                    own, weight = [key for key in _MOMENTS if key in state], param.detach()
+                    tensors += [weight, *(moments := [state[key] for key in own])]
+                    names += [name, *[f"{key} of {name}" for key in own]]
                     if CORRECTION in state:  # a weight of 24 bits
-                        (weight,) = join_weights([param], [state[CORRECTION]])
-                        joined.append((param, state[CORRECTION], weight))
-                    own = [key for key in _MOMENTS if key in state]
-                    tensors += [weight, *[state[key] for key in own]] if state else []
-                    names += [name, *[f"{key} of {name}" for key in own]] if state else []
+                        wide.append((weight, state[CORRECTION]))
+                    else:
+                        sent.append(weight)
+                    sent += moments
             averaging.check_finite(tensors, names, self.process_group)
-            self._send_(tensors)
-            for param, correction, weight in joined:
-                split_weights_([param], [correction], [weight])
+            for run in waves_of([4 * weight.numel() for weight, _ in wide], _WAVE_BYTES):
+                weights, corrections = map(list, zip(*[wide[place] for place in run], strict=True))
+                joined = join_weights(weights, corrections)
+                self._send_(joined)
+                split_weights_(weights, corrections, joined)
+            self._send_(sent)
         self._equal_since = self._num_steps()
 
     def _send_(self, tensors: Sequence[Tensor]) -> None:
@@ -142,6 +162,12 @@ class WorkerOptimizer(LowMemoryOptimizer):
             live = [(i, param, group) for i, (param, group) in enumerate(every) if param.grad is not None]
         super()._update_(live)
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What a gradient scaler asks first."""
+        averaging.refuse_scaler(self.process_group)
+        return super()._step_supports_amp_scaling
+
     def _is_real(self, param: Tensor) -> bool:
         return self._trains or super()._is_real(param)
 
@@ -153,13 +179,17 @@ class WorkerOptimizer(LowMemoryOptimizer):
         stepped = {id(update.state) for update in updates}
         before = max([state["step"] - (id(state) in stepped) for state in self._states()], default=0)
         if updates and not self._agreed:
-            self._check_workers(before)
-            averaging.warn_of_equal_gradients([update.grad for update in updates], self.process_group)
+            self._check_workers(before, updates)
+        t = max([before, *(update.step for update in updates)])
+        if updates and t == before and averaging.num_workers(self.process_group) > 1:
+            raise RuntimeError(
+                f"frozen parameters have taken {t} steps, all that are trained now at most as many, and by the most of "
+                "them the workers count the steps between two averages. Keep one parameter trained from the start on"
+            )
         if updates and (most := self.param_groups[0]["clip_norm"]) is not None:
             _clip_([update.grad for update in updates], most)
         self._begin_([update for update in sparse if update.step == 1], before // K * K)
         super()._apply_(sparse, dense, system)
-        t = self._num_steps()
         if t > before and t % K == 0:
             self._average_()
             self._renew_(t - K, t)
@@ -172,9 +202,18 @@ class WorkerOptimizer(LowMemoryOptimizer):
         """Take what is common from the averages after step t, at the end of the period after step ``start``."""
         raise NotImplementedError
 
-    def _check_workers(self, t: int) -> None:
+    def _check_workers(self, t: int, updates: Sequence[TensorUpdate]) -> None:
         """Refuse workers that are not set up alike, and what has no mean."""
         if averaging.num_workers(self.process_group) > 1:
+            for group in self.param_groups:
+                wide = group["weight_rounding"] == "compensated" or any(
+                    param.requires_grad and param.dtype != torch.bfloat16 for param in group["params"]
+                )
+                if wide and group["sync_dtype"] == "bf16":
+                    raise ValueError(
+                        "sync_dtype='bf16' would round weights that have more bits at every sync, and lose what they "
+                        "moved. Use sync_dtype='fp32', or bfloat16 weights without weight_rounding='compensated'"
+                    )
             if any(group["dense_state"] == "8bit" for group in self.param_groups):
                 raise NotImplementedError(
                     "dense_state='8bit' keeps codes, of which several workers have no mean: use dense_state='param'"
@@ -183,11 +222,12 @@ class WorkerOptimizer(LowMemoryOptimizer):
             for group in self.param_groups:
                 lines.append(str(self._options_of(group)))
                 for param in group["params"]:
-                    bits = param.detach().reshape(-1).view(torch.int32 if param.itemsize == 4 else torch.int16)
-                    lines.append(
-                        f"{tuple(param.shape)} {param.dtype}, bits adding up to {int(bits.sum(dtype=torch.int64))}"
-                    )
+                    what = f"{tuple(param.shape)} {param.dtype}"
+                    # between two syncs a group may be added, of which no weight has been trained
+                    fresh = t == self._equal_since or self.state[param]["step"] == 1 if self.state.get(param) else True
+                    lines.append(f"{what}, bits adding up to {averaging.fingerprint(param)}" if fresh else what)
             averaging.check_agreement("\n".join(lines), self.process_group)
+            averaging.warn_of_equal_gradients([update.grad for update in updates], self.process_group)
         self._agreed = True
 
     # ---------------------------------------------------------------------------------------------------- resume
@@ -205,11 +245,9 @@ class WorkerOptimizer(LowMemoryOptimizer):
                     f"the state is this worker's alone, {since} steps after the last sync: save when a multiple of "
                     f"sync_every={self.sync_every} steps is taken, or have all workers call sync() first"
                 )
-            if any(group["error_feedback"] != "none" for group in self.param_groups):
-                raise RuntimeError(
-                    "error_feedback keeps each worker's own error, which a state of one worker does not have: several "
-                    "workers save with error_feedback='none'"
-                )
+            # wrappers such as accelerate's take a state before the first step
+            if self._num_steps() and (own := self.own_state()) is not None:
+                raise RuntimeError(f"state cannot be saved: {own}. Several workers save with error_feedback='none'")
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

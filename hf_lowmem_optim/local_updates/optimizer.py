@@ -20,12 +20,14 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from hf_lowmem_optim.engine.averaging import (
+    SyncedOptimizer,
     average_,
     check_agreement,
     check_finite,
+    fingerprint,
     num_workers,
+    refuse_scaler,
     warn_of_equal_gradients,
-    wide_norm,
 )
 from hf_lowmem_optim.engine.checks import describe_parameter
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
@@ -102,6 +104,8 @@ class LocalUpdates(Optimizer):
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"LocalUpdates steps a torch optimizer, not {optimizer!r}")
+        if isinstance(optimizer, SyncedOptimizer):
+            raise ValueError(f"{type(optimizer).__name__} averages its workers by itself: use it without LocalUpdates")
         if outer is not None and not isinstance(outer, OuterNesterov):
             raise TypeError(f"outer={outer!r} is a {type(outer).__name__}; it must be OuterNesterov(...) or None")
         if sync_dtype not in _SENT:
@@ -155,11 +159,7 @@ class LocalUpdates(Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """What a gradient scaler asks first."""
-        if num_workers(self.process_group) > 1:
-            raise RuntimeError(
-                "a gradient scaler skips a worker's step where its gradients overflow, and the worker falls out of "
-                "step with the others. Train in bfloat16 or float32"
-            )
+        refuse_scaler(self.process_group)
         return False
 
     # ---------------------------------------------------------------------------------------------------- stepping
@@ -285,9 +285,12 @@ class LocalUpdates(Optimizer):
             options = {key: value for key, value in group.items() if key not in (_PARAMS, "param_names")}
             plain = {key: float(value) if isinstance(value, Tensor) else value for key, value in options.items()}
             yield f"{type(self.optimizer).__name__} with group {index}: {plain}"
+        weights_are_equal = self._synced[_PARAMS] == self.num_steps
         for entry in self._entries():
             what = f"{entry.name} {tuple(entry.param.shape)} {entry.param.dtype}"
-            yield f"{what} of norm {wide_norm(entry.param)!r}"
+            # between two syncs a group may be added, of which no weight has been trained
+            fresh = weights_are_equal or not self.optimizer.state.get(entry.param)
+            yield f"{what}, bits adding up to {fingerprint(entry.param)}" if fresh else what
 
     def _check_first_step(self) -> None:
         """Look for the keys that are to be averaged, and at the gradients, which somebody may have averaged."""
@@ -318,7 +321,7 @@ class LocalUpdates(Optimizer):
                     one = isinstance(value, Tensor) and value.numel() == 1 < param.numel()
                     if key == "step" or (not compressed and (one or isinstance(value, (int, float)))):
                         entry.numbers[key] = float(value)
-                    elif type(value) is Tensor and value.shape == param.shape and not compressed:
+                    elif _has_mean(value) and value.shape == param.shape and not compressed:
                         entry.averaged[key] = value
                     elif value is not None:
                         entry.own.append(key)
@@ -362,6 +365,26 @@ class LocalUpdates(Optimizer):
         saved = {"num_steps": self.num_steps, "synced": dict(self._synced), "outer": outer}
         return {**self.optimizer.state_dict(), _SAVED: saved}
 
+    def _fault_of_saved(self, saved: Any, params: Sequence[Tensor]) -> str | None:
+        """Return what is wrong with the part of a state that LocalUpdates wrote, as a clause; None if nothing is."""
+        if not isinstance(saved, Mapping) or saved.keys() != {"num_steps", "synced", "outer"}:
+            return f"{_SAVED!r} must be a dict of num_steps, synced and outer"
+        synced, states = saved["synced"], saved["outer"]
+        if not isinstance(synced, Mapping) or not all(map(_is_count, [saved["num_steps"], *synced.values()])):
+            return "'num_steps' and what 'synced' has must be ints from 0"
+        if not isinstance(states, list) or len(states) != len(params):
+            return f"'outer' must be a list for this optimizer's {len(params)} parameters"
+        for param, state in zip(params, states, strict=True):
+            if not state:
+                continue
+            if self.outer is None:
+                return "it was saved with an outer step; build LocalUpdates with outer=OuterNesterov(...)"
+            found = {key: (tuple(v.shape), v.dtype) for key, v in dict(state).items() if _has_mean(v)}
+            expected = {key: (spec.shape, spec.dtype) for key, spec in self.outer.specs(param).items()}
+            if found != expected or len(state) != len(found):
+                return f"the outer step's state is that of other parameters: {found}, and this optimizer's {expected}"
+        return None
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave; all workers load the same, and may be more or fewer than before.
 
@@ -371,13 +394,10 @@ class LocalUpdates(Optimizer):
             ValueError: The outer step's state does not fit, or the optimizer refuses the rest.
         """
         params = [param for group in self.param_groups for param in group["params"]]
-        saved = state_dict.get(_SAVED, {"num_steps": 0, "synced": {}, "outer": []})
-        outer = {param: state for param, state in zip(params, saved["outer"], strict=False) if state}
-        if outer and self.outer is None:
-            raise ValueError("the state was saved with an outer step: build LocalUpdates with outer=OuterNesterov(...)")
-        for param, state in outer.items():
-            if any(tensor.shape != param.shape for tensor in state.values()):
-                raise ValueError("the outer step's state is that of other parameters than this optimizer has")
+        saved = state_dict.get(_SAVED, {"num_steps": 0, "synced": {}, "outer": [{} for _ in params]})
+        if fault := self._fault_of_saved(saved, params):
+            raise ValueError(f"LocalUpdates cannot load this state: {fault}")
+        outer = {param: state for param, state in zip(params, saved["outer"], strict=True) if state}
         self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != _SAVED})
         self.outer_state = {
             param: {key: tensor.to(param.device, copy=True) for key, tensor in state.items()}
@@ -386,6 +406,16 @@ class LocalUpdates(Optimizer):
         self.num_steps = int(saved["num_steps"])
         self._synced = {key: int(saved["synced"].get(key, self.num_steps)) for key in self.periods}
         self._begun = False
+
+
+def _is_count(value: Any) -> bool:
+    """Return whether a saved value counts steps."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _has_mean(value: Any) -> bool:
+    """Return whether a part of a state is one of numbers, not of codes."""
+    return type(value) is Tensor and value.is_floating_point()
 
 
 def find_local_updates(optimizer: Optimizer) -> LocalUpdates | None:

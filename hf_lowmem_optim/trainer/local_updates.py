@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from hf_lowmem_optim.engine.averaging import SyncedOptimizer, keep_gradients_local, num_workers
-from hf_lowmem_optim.local_updates.optimizer import LocalUpdates, find_local_updates
+from hf_lowmem_optim.local_updates.optimizer import LocalUpdates
 from hf_lowmem_optim.local_updates.outer import OuterNesterov
 from hf_lowmem_optim.memory.measure import unwrap_optimizer
 from hf_lowmem_optim.trainer.callbacks import add_to_log, log_early
@@ -83,6 +83,7 @@ class LocalUpdatesCallback(TrainerCallback):
         self._trainer = weakref.ref(trainer)
         self._connected = weakref.WeakSet[nn.Module]()
         self._optimizer: SyncedOptimizer | None = None
+        self._first = True
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: Any, optimizer: Any = None, **_: Any
@@ -93,7 +94,7 @@ class LocalUpdatesCallback(TrainerCallback):
             ValueError: An argument would communicate at every step, or save or evaluate between two syncs.
             NotImplementedError: The run is one of FSDP or DeepSpeed.
         """
-        trainer, self._optimizer = self._trainer(), _synced(optimizer)
+        trainer, self._optimizer, self._first = self._trainer(), _synced(optimizer), True
         if trainer is None or self._optimizer is None:
             raise ValueError(
                 f"LocalUpdatesCallback found {type(unwrap_optimizer(optimizer)).__name__}, which averages nothing: "
@@ -105,28 +106,46 @@ class LocalUpdatesCallback(TrainerCallback):
         if num_workers() == 1:
             return
         _check_arguments(args)
-        local = find_local_updates(optimizer)
-        saves = str(getattr(args.save_strategy, "value", args.save_strategy)) != "no" and not args.save_only_model
-        if local is not None and saves and (own := local.own_state()) is not None:
-            raise ValueError(
-                f"the run would save state of which {own}: no worker's is that of all. Use save_only_model=True or "
-                "save_strategy='no', or an optimizer all of whose state is averaged, such as optim='adamw_torch'"
-            )
+        self._check_saved(args)
         model = trainer.model_wrapped
         if model not in self._connected:
             keep_gradients_local(model)
             self._connected.add(model)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
-        """Sync after the last step, before the Trainer saves."""
-        if self._optimizer is not None and control.should_training_stop:
-            self._optimizer.sync()
+        """Sync after the last step, before the Trainer saves, and where it saves or evaluates out of turn.
+
+        That is where the optimizer's count is not the Trainer's: in a second ``train()``, or resumed without its state.
+
+        Raises:
+            ValueError: The optimizer turns out to have state that is each worker's own, and the run would save it.
+        """
+        if self._first:
+            # torch's optimizers have their state only now
+            self._first = False
+            self._check_saved(args)
+        self._sync_if_needed(control)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
         """Sync where an epoch's end saves or evaluates."""
+        self._sync_if_needed(control)
+
+    def _sync_if_needed(self, control: Any) -> None:
+        """Sync before the Trainer saves, evaluates, or ends training."""
         wanted = control.should_training_stop or control.should_save or control.should_evaluate
         if self._optimizer is not None and wanted:
             self._optimizer.sync()
+
+    def _check_saved(self, args: TrainingArguments) -> None:
+        """Raise ValueError, on all workers, if checkpoints would have state that is each worker's own."""
+        saves = str(getattr(args.save_strategy, "value", args.save_strategy)) != "no" and not args.save_only_model
+        if self._optimizer is None or num_workers() == 1 or not saves:
+            return
+        if (own := self._optimizer.own_state()) is not None:
+            raise ValueError(
+                f"the run would save state of which {own}: no worker's is that of all. Use save_only_model=True or "
+                "save_strategy='no', or an optimizer all of whose state is averaged, such as optim='adamw_torch'"
+            )
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
         """Sync if a callback after this one ended training, unless the best checkpoint has been loaded."""

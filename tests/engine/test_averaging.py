@@ -15,9 +15,11 @@ from hf_lowmem_optim.engine.averaging import (
     broadcast_,
     check_agreement,
     check_finite,
-    gradients_are_equal,
+    fingerprint,
     num_workers,
+    warn_of_equal_gradients,
 )
+from tests.local_updates.jobs import warnings_of_the_package
 from tests.sharding.processes import launch
 
 #: Some larger than a bucket of the test, some that share one, an empty one, a scalar, and two that are not contiguous.
@@ -71,11 +73,11 @@ def averages(rank: int, world: int, folder: Path) -> dict[str, Any]:
         check_agreement(f"weight (3, 2)\nsync_every={8 if rank == 1 else 4}")
     with pytest.raises(ValueError, match=r"'1 lines' where rank 1 has '2 lines'"):
         check_agreement("a" if rank == 0 else "a\nb")
-    told["equal"] = [
-        gradients_are_equal([torch.ones(3), torch.zeros(2)]),
-        gradients_are_equal([torch.ones(3) * (rank + 1)]),
-        gradients_are_equal([torch.zeros(3)]),
-    ]
+    told["equal"] = []
+    for gradients in ([torch.ones(3), torch.zeros(2)], [torch.ones(3) * (rank + 1)], [torch.zeros(3)]):
+        with warnings_of_the_package() as warned:
+            warn_of_equal_gradients(gradients)
+        told["equal"].append(len(warned) == 1 and "all workers have the same gradients" in warned[0])
     return told
 
 
@@ -112,4 +114,17 @@ def test_one_process_alone_sends_nothing() -> None:
     check_finite([tensor], ["weight"])
     check_agreement("alone")
     assert num_workers() == 1 and average_([tensor]) == broadcast_([tensor]) == 0
-    assert not gradients_are_equal([torch.ones(1)])
+    with warnings_of_the_package() as warned:
+        warn_of_equal_gradients([torch.ones(1)])
+    assert not warned
+
+
+def test_a_fingerprint_is_of_bits() -> None:
+    for dtype in (*DTYPES, torch.float16, torch.uint8):
+        tensor = torch.arange(1, 13).to(dtype).view(3, 4)
+        assert fingerprint(tensor) == fingerprint(tensor.t()) != fingerprint(tensor + 1)
+    # added up without rounding, where a norm would not see it
+    large = torch.full((10**5,), 2.0**20)
+    small = large.clone()
+    small[7] += 2.0**-3
+    assert fingerprint(large) != fingerprint(small) and large.norm() == small.norm()

@@ -197,7 +197,7 @@ def faults(rank: int, world: int, folder: Path) -> None:
         ({"sync_every": 3 if other else 2}, r"rank 1 differ from rank 0, .*'params': 2.*'params': 3"),
         ({"outer": OuterNesterov() if other else None}, r"rank 1 differ from rank 0, .*outer=None.*OuterNesterov"),
         ({"rows": 5 if other else 6}, r"weight of group 0 \(6, 4\).*weight of group 0 \(5, 4\)"),
-        ({"scale": 2 if other else 1}, "weight of group 0.*of norm"),
+        ({"scale": 2 if other else 1}, "weight of group 0.*bits adding up to"),
     ):
         params, optimizer = build(**settings)
         with pytest.raises(ValueError, match=message):
@@ -220,6 +220,23 @@ def faults(rank: int, world: int, folder: Path) -> None:
     with pytest.raises(RuntimeError, match=r"^rank 1 has NaN or infinity in 'weight of group 0'"):
         step(params, optimizer, [torch.nan if other else 1, 1])
     assert optimizer.communicated_bytes == 0 and (other or bool(params[0].isfinite().all()))
+    # a group that is added between two syncs, by all alike
+    params, optimizer = build()
+    step(params, optimizer, [rank, 1])
+    params.append(nn.Parameter(torch.ones(2)))
+    optimizer.add_param_group({"params": [("later", params[2])]})
+    step(params, optimizer, [rank, 1, rank])
+    optimizer.sync()
+    ends = [torch.empty_like(params[2]) for _ in range(world)]
+    dist.all_gather(ends, params[2].detach())
+    assert all(torch.equal(ends[0], end) for end in ends) and optimizer.steps_since_sync == 0
+    # codes have no mean
+    params, optimizer = build()
+    step(params, optimizer, [rank, 1])
+    optimizer.state[params[0]]["codes"] = torch.full((6, 4), rank, dtype=torch.uint8)
+    step(params, optimizer, [rank, 1])
+    assert bool((optimizer.state[params[0]]["codes"] == rank).all())
+    assert optimizer.own_state() == "codes of weight of group 0 is each worker's own"
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(torch.ones(()))
     with pytest.raises(RuntimeError, match="falls out of step"):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from hf_lowmem_optim import LDAdam, LocalUpdates, OuterNesterov, layerwise, measure_state
+from hf_lowmem_optim import LDAdam, LocalUpdates, LoRDO, OuterNesterov, layerwise, measure_state
 from hf_lowmem_optim.memory.plan import plan_optimizer
 from tests.local_updates.jobs import ADAM, SCHEDULES, SHAPE, STEPS, run, start_weight
 from tests.reference.local_updates import local_adamw
@@ -193,6 +193,8 @@ def test_refusals() -> None:
     adam = AdamW([weight])
     cases: list[tuple[type[Exception], str, Any, dict[str, Any]]] = [
         (TypeError, "not 3", 3, {}),
+        (ValueError, "LoRDO averages its workers by itself", LoRDO([weight]), {}),
+        (ValueError, "LocalUpdates averages its workers by itself", LocalUpdates(SGD([weight])), {}),
         (ValueError, "sync_every=0 is out of range", adam, {"sync_every": 0}),
         (TypeError, r"sync_every\['params'\]=2.0 is a float", adam, {"sync_every": {"params": 2.0}}),
         (ValueError, "lacks 'params'", adam, {"sync_every": {"exp_avg": 2}}),
@@ -221,3 +223,19 @@ def test_refusals() -> None:
         LocalUpdates(SGD([weight])).load_state_dict(saved.state_dict())
     with pytest.raises(ValueError, match="of other parameters"):
         LocalUpdates(SGD([nn.Parameter(torch.ones(2))]), outer=OuterNesterov()).load_state_dict(saved.state_dict())
+    for path, value, message in (
+        ((), 3, "must be a dict of num_steps, synced and outer"),
+        (("num_steps",), 2.0, "must be ints from 0"),
+        (("synced", "params"), -1, "must be ints from 0"),
+        (("outer",), [], "must be a list for this optimizer's 1 parameters"),
+        (("outer", 0, "anchor"), torch.ones(8, 8, dtype=torch.bfloat16), "bfloat16.*and this optimizer's .*float32"),
+        (("outer", 0, "anchor"), None, "of other parameters"),
+    ):
+        damaged = copy.deepcopy(saved.state_dict())
+        *way, last = ("local_updates", *path)
+        place: Any = damaged
+        for key in way:
+            place = place[key]
+        place[last] = value
+        with pytest.raises(ValueError, match=f"LocalUpdates cannot load this state: .*{message}"):
+            saved.load_state_dict(damaged)

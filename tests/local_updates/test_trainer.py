@@ -16,6 +16,7 @@ from tests.sharding.processes import GROUP_TIMEOUT, launch
 JOBS = [
     *(("train", 2), ("resume", 2), ("resume", 1), ("killed", 2), ("resume_the_killed", 2), ("refusals", 2)),
     ("run_example", 2),
+    ("again", 2),
 ]
 
 
@@ -70,6 +71,11 @@ def test_when_a_worker_is_killed_the_others_end_and_the_last_sync_resumes(result
 
 def test_what_communicates_at_every_step_is_refused(results: Any) -> None:
     assert results["refusals", 2] == [None, None]
+
+
+def test_a_second_train_syncs_where_it_saves(results: Any) -> None:
+    here, there = results["again", 2]
+    assert torch.equal(here[4], there[4]) and not torch.equal(here[2], there[2])
 
 
 def test_the_example_runs(results: Any) -> None:

@@ -152,6 +152,19 @@ def resume_the_killed(rank: int, world: int, folder: Path) -> Tensor:
     return recorder.weights[10]
 
 
+def again(rank: int, world: int, folder: Path) -> dict[int, Tensor]:
+    """Train twice, where the optimizer's count is no longer the Trainer's; return the weights that were saved."""
+    trainer = make_trainer(folder / "again", max_steps=5, learning_rate=1e-2)
+    trainer.add_callback(LocalUpdatesCallback(trainer, 4))
+    recorder = Recorder()
+    trainer.add_callback(recorder)
+    trainer.train()
+    trainer.train()
+    saved = torch.load(folder / "again" / "checkpoint-4" / "optimizer.pt", weights_only=True)["local_updates"]
+    assert saved["num_steps"] == 9 and set(saved["synced"].values()) == {9}
+    return {step: recorder.weights[step] for step in (2, 4)}
+
+
 def refusals(rank: int, world: int, folder: Path) -> None:
     """Ask for what communicates at every step, or would save between two syncs."""
 
@@ -178,6 +191,16 @@ def refusals(rank: int, world: int, folder: Path) -> None:
     refused("save_steps=3 .*load_best_model_at_end=True", **every_three, load_best_model_at_end=True)
     compressed = {"optim": "ldadam", "optim_args": "rank=4", "save_strategy": "steps"}
     refused("basis.* is each worker's own: no worker's is that of all. Use save_only_model=True", **compressed)
+    trainer = make_trainer(folder / "refused", optim="lordo", optim_args="rank=4,sync_every=4,error_feedback=4bit")
+    trainer.add_callback(LocalUpdatesCallback(trainer))
+    with pytest.raises(ValueError, match="the error that error_feedback='4bit' keeps is each worker's own: no worker"):
+        trainer.train()
+    # of which the state is known after a step
+    trainer = make_trainer(folder / "refused", optim="adafactor", save_steps=8)
+    trainer.add_callback(LocalUpdatesCallback(trainer, 4))
+    with pytest.raises(ValueError, match=r"exp_avg_sq_row, exp_avg_sq_col of .* is each worker's own: no worker"):
+        trainer.train()
+    assert trainer.state.global_step == 1
     for engine, name in (("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed")):
         trainer = make_trainer(folder / "refused")
         setattr(trainer, engine, True)

@@ -20,6 +20,7 @@ from hf_lowmem_optim.engine.workers import sync_bytes
 from hf_lowmem_optim.memory.byte_sizes import format_bytes
 from hf_lowmem_optim.memory.communication import SyncTraffic
 from hf_lowmem_optim.optimizers.lordo import LoRDOOptions, lordo_state, lordo_update_, new_basis, transport_
+from tests.local_updates.jobs import warnings_of_the_package
 from tests.reference.lordo import ReferenceLoRDO
 from tests.sharding.processes import launch
 
@@ -317,8 +318,11 @@ def limits(rank: int, world: int) -> dict[str, Any]:
     for group in (None, alone):
         params = parameters()
         optimizer = build(params, process_group=group)
-        for own in gradients(STEPS, world, equal=True):
-            step(optimizer, params, own[rank])
+        with warnings_of_the_package() as told:
+            for own in gradients(STEPS, world, equal=True):
+                step(optimizer, params, own[rank])
+        # as under a DDP that averages
+        assert [each.partition(":")[0] for each in told] == ["all workers have the same gradients"] * (group is None)
         runs.append(digest(optimizer))
     found["equal data"] = runs[0] == runs[1] and optimizer.communicated_bytes == 0
 
@@ -370,7 +374,7 @@ def narrow(rank: int, world: int) -> dict[str, Any]:
     for name, dtype, options in (
         ("bf16", torch.bfloat16, {}),
         ("24 bits", torch.bfloat16, {"weight_rounding": "compensated"}),
-        ("sent in bf16", torch.float32, {"sync_dtype": "bf16"}),
+        ("sent in bf16", torch.bfloat16, {"sync_dtype": "bf16"}),
     ):
         params = parameters(dtype)
         optimizer = build(params, **options)
@@ -408,6 +412,8 @@ def refusals(rank: int, world: int) -> dict[str, Any]:
         if name == "codes":
             pytest.importorskip("bitsandbytes")
         optimizer = build(params, **options)
+        # before the first step, as accelerate does
+        assert not refused(optimizer.state_dict)
         if name == "error":
             for each in gradients(K, world):
                 step(optimizer, params, each[rank])
@@ -421,11 +427,46 @@ def refusals(rank: int, world: int) -> dict[str, Any]:
     sharded.grad = distribute_tensor(torch.ones(12, 40), mesh, [Shard(0)])
     found["sharded"] = refused(LoRDO([sharded], rank=4).step)
 
+    found.update(later_groups(rank, own))
     # a rate that begins at 0, and a gradient that is nothing but zeros on one worker
     params = parameters()
     optimizer = build(params, lr=0.0)
     step(optimizer, params, [own[0] if rank == 0 else None, *own[1:]])
     found["steps"] = [optimizer.state[param]["step"] for param in params]
+    return found
+
+
+def later_groups(rank: int, own: Sequence[Any]) -> dict[str, Any]:
+    """What is trained or frozen later than the rest, roundings, and a gradient scaler."""
+    found: dict[str, Any] = {}
+    params = parameters()
+    optimizer = build(params[:3])
+    for _ in range(2):
+        step(optimizer, params[:3], [(rank + 1) * each for each in own[:3]])
+    optimizer.add_param_group({"params": [params[3]]})
+    for _ in range(2):
+        step(optimizer, params, [(rank + 1) * each for each in own])
+    found["added"] = optimizer.steps_since_sync == 0 and all_equal(digest(optimizer))
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2 + rank))]})
+    found["added otherwise"] = refused(partial(step, optimizer, params, own))
+
+    params = parameters()
+    optimizer = build(params)
+    for trained, other in ((0, 1), (1, 0)):
+        params[trained].requires_grad_(True)
+        params[other].requires_grad_(False)
+        for _ in range(2):
+            optimizer.zero_grad()
+            found["frozen"] = refused(partial(step, optimizer, [params[trained]], [own[trained]]))
+        for param in params[2:]:
+            param.requires_grad_(False)
+    for name, dtype, rounding in (("float32", torch.float32, "nearest"), ("24 bits", torch.bfloat16, "compensated")):
+        params = parameters(dtype)
+        optimizer = build(params, sync_dtype="bf16", weight_rounding=rounding)
+        found[f"{name} in bf16"] = refused(partial(step, optimizer, params, own))
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    found["scaler"] = refused(partial(scaler.step, optimizer))
     return found
 
 
@@ -483,7 +524,12 @@ def test_workers_that_differ_are_told_so(results: Any) -> None:
         assert "(12, 40)" in found["shapes"] and "(12, 41)" in found["shapes"]
         assert "bits adding up to" in found["weights"]
         assert "rank 1 has NaN or infinity in 'first'" in found["NaN"]
-        assert "each worker's own error" in found["error"] and "dense_state='8bit'" in found["codes"]
+        assert "the error that error_feedback='fp32' keeps is each worker's own" in found["error"]
+        assert "dense_state='8bit'" in found["codes"]
         assert "sharded (DTensor), and a sync averages all tensors" in found["sharded"]
         assert found["steps"] == [1, 1, 1, 1]
+        assert found["added"] and "(2,)" in found["added otherwise"] and "(3,)" in found["added otherwise"]
+        assert "frozen parameters have taken 2 steps" in found["frozen"]
+        assert "would round weights" in found["float32 in bf16"] and "would round weights" in found["24 bits in bf16"]
+        assert "a gradient scaler skips a worker's step" in found["scaler"]
     assert results[0]["refusals"]["finite"] and not results[1]["refusals"]["finite"]
