@@ -70,7 +70,7 @@ class MicroAdamOptions(Options):
         within=count_up_to(MAX_BLOCK_SIZE),
         shapes_state=True,
     )
-    value_dtype: ValueDtype = option("bf16", VALUES_HELP, shapes_state=True)
+    value_dtype: ValueDtype = option("4bit", VALUES_HELP, shapes_state=True)
     bits: Literal[4, 8] = option(4, "Bits of the quantized error.", shapes_state=True)
     bias_correction: Literal["step", "window"] = option(
         "step", '``"step"`` (the paper) or ``"window"``: 1 − βᵗ or 1 − β^min(t, window).'
