@@ -77,7 +77,7 @@ class MatryoshkaLora:
             rank has the very rows of the adapter.
         mode: ``"matryoshka"``, ``"losses"``, ``"dylora"`` or ``"lora"``.
         adapter: Its name.
-        seed: Of the ranks that ``"dylora"`` draws.
+        seed: Of the ranks that ``"dylora"`` draws; 0 or more.
         init: ``"authors"`` draws A anew from ±1/√R, as the authors' code does, in place of peft's ±1/√inputs.
 
     Attributes:
@@ -112,6 +112,7 @@ class MatryoshkaLora:
         check_choice("mode", mode, MODES)
         check_choice("scaling", scaling, (None, *SCALINGS))
         check_choice("init", init, ("peft", "authors"))
+        check_shape(seed, int, "seed")  # as in the file
         lora_config(model, adapter)
         layers = find_layers(model, adapter)
         self.full_rank: int = max(layer.r[adapter] for layer in layers.values())

@@ -495,6 +495,8 @@ REFUSED: list[tuple[Callable[[], Any], dict[str, Any], type[Exception], str]] = 
     (adapted, {"scaling": "srt"}, ValueError, "did you mean 'sqrt'"),
     (adapted, {"init": "author"}, ValueError, "did you mean 'authors'"),
     (adapted, {"adapter": "defalt"}, ValueError, "did you mean 'default'"),
+    (adapted, {"seed": -1}, ValueError, "seed: -1 is not a count"),  # nor would the file be one
+    (adapted, {"seed": 0.5}, ValueError, "seed: 0.5 is not a count"),
     (twice, {}, ValueError, "already"),
     (base, {}, TypeError, "Small is no PeftModel"),
     (lambda: nn.DataParallel(adapted()), {}, TypeError, "before anything else wraps it"),
