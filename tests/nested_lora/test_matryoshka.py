@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -255,6 +256,15 @@ def test_layers_of_a_smaller_rank() -> None:
     nested.remove()
     assert MatryoshkaLora(model).ranks == (1, 2, 4, 8)
     assert MatryoshkaLora(adapted(r=1)).ranks == (1,) and MatryoshkaLora(adapted(r=6)).ranks == (1, 2, 4, 6)
+
+
+def test_the_rule_of_the_paper_is_not_what_was_trained() -> None:
+    """At R neither; the norms of docs/nested-lora.md, of components that are random and so of the same size."""
+    model = adapted(r=4, use_rslora=True, target_modules=["first"])
+    (layer,) = MatryoshkaLora(model, (1, 2, 4))._layers
+    trained, at_full_rank = (math.hypot(*layer.weights(rank, "paper")) for rank in (None, 4))
+    assert at_full_rank / trained == pytest.approx(0.38, abs=0.005)
+    assert "has 0.38 of the other's norm" in (Path(__file__).parents[2] / "docs/nested-lora.md").read_text()
 
 
 def test_draws_are_of_the_step_and_their_mean_is_that_of_the_paper() -> None:
