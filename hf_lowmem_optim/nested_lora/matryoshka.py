@@ -155,10 +155,14 @@ class MatryoshkaLora:
         Args:
             rank: From 1 to R, in layers of a smaller rank that.
             rule: ``"paper"`` or ``"nested"``; see the class.
+
+        Raises:
+            ValueError: There is no such rank or rule, or peft has merged the adapter, so that no hook is called.
         """
         check_choice("rule", rule, RULES)
         if rank is not None:
             check_rank(rank, self.full_rank)
+            self._check_not_merged()
         self.rank, self.rule = rank, rule
         if rank is None and self.mode in ("dylora", "losses"):  # which train no single function
             rank = self.trained_ranks[-1]
@@ -239,8 +243,7 @@ class MatryoshkaLora:
             raise NotImplementedError(
                 "a DoRA is not merged at a rank: save_pretrained(folder, rank=...), load that with peft, and merge it"
             )
-        if any(self.adapter in layer.layer.merged_adapters for layer in self._layers):
-            raise ValueError(f"adapter {self.adapter!r} is merged already: call unmerge_adapter() first")
+        self._check_not_merged()
         before = [(layer.a.weight, layer.fold_(rank, rule)) for layer in self._layers]
         try:
             merged: nn.Module = self.model.merge_and_unload(adapter_names=[self.adapter], **kwargs)
@@ -257,6 +260,10 @@ class MatryoshkaLora:
             layer.handle.remove()
         if self._handle is not None:
             self._handle.remove()
+
+    def _check_not_merged(self) -> None:
+        if any(self.adapter in layer.layer.merged_adapters for layer in self._layers):
+            raise ValueError(f"adapter {self.adapter!r} is merged already: call unmerge_adapter() first")
 
     def _folder(self, folder: str | Path) -> Path:
         return Path(folder) if self.adapter == "default" else Path(folder) / self.adapter
