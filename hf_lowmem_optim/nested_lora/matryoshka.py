@@ -77,7 +77,7 @@ class MatryoshkaLora:
             rank has the very rows of the adapter.
         mode: ``"matryoshka"``, ``"losses"``, ``"dylora"`` or ``"lora"``.
         adapter: Its name.
-        seed: Of the ranks that ``"dylora"`` draws.
+        seed: Of the ranks that ``"dylora"`` draws; 0 or more.
         init: ``"authors"`` draws A anew from ±1/√R, as the authors' code does, in place of peft's ±1/√inputs.
 
     Attributes:
@@ -112,6 +112,7 @@ class MatryoshkaLora:
         check_choice("mode", mode, MODES)
         check_choice("scaling", scaling, (None, *SCALINGS))
         check_choice("init", init, ("peft", "authors"))
+        check_shape(seed, int, "seed")  # as in the file
         lora_config(model, adapter)
         layers = find_layers(model, adapter)
         self.full_rank: int = max(layer.r[adapter] for layer in layers.values())
@@ -154,10 +155,14 @@ class MatryoshkaLora:
         Args:
             rank: From 1 to R, in layers of a smaller rank that.
             rule: ``"paper"`` or ``"nested"``; see the class.
+
+        Raises:
+            ValueError: There is no such rank or rule, or peft has merged the adapter, so that no hook is called.
         """
         check_choice("rule", rule, RULES)
         if rank is not None:
             check_rank(rank, self.full_rank)
+            self._check_not_merged()
         self.rank, self.rule = rank, rule
         if rank is None and self.mode in ("dylora", "losses"):  # which train no single function
             rank = self.trained_ranks[-1]
@@ -238,8 +243,7 @@ class MatryoshkaLora:
             raise NotImplementedError(
                 "a DoRA is not merged at a rank: save_pretrained(folder, rank=...), load that with peft, and merge it"
             )
-        if any(self.adapter in layer.layer.merged_adapters for layer in self._layers):
-            raise ValueError(f"adapter {self.adapter!r} is merged already: call unmerge_adapter() first")
+        self._check_not_merged()
         before = [(layer.a.weight, layer.fold_(rank, rule)) for layer in self._layers]
         try:
             merged: nn.Module = self.model.merge_and_unload(adapter_names=[self.adapter], **kwargs)
@@ -256,6 +260,10 @@ class MatryoshkaLora:
             layer.handle.remove()
         if self._handle is not None:
             self._handle.remove()
+
+    def _check_not_merged(self) -> None:
+        if any(self.adapter in layer.layer.merged_adapters for layer in self._layers):
+            raise ValueError(f"adapter {self.adapter!r} is merged already: call unmerge_adapter() first")
 
     def _folder(self, folder: str | Path) -> Path:
         return Path(folder) if self.adapter == "default" else Path(folder) / self.adapter

@@ -31,8 +31,8 @@ def attach_nested_lora(trainer: Trainer, nested: MatryoshkaLora) -> None:
     ``"losses"``: each micro-batch gets a forward and a backward pass at every rank, of the loss divided by their
     number; accumulated gradients, mixed precision and what DDP sends are as for one pass, and the logged loss is the
     mean. ``"dylora"``: a run that resumes draws the ranks that the uninterrupted one does. In all modes
-    ``matryoshka.json`` is written wherever the Trainer saves the adapter, and compared where a run resumes; and
-    :class:`~hf_lowmem_optim.RankEvaluationCallback` finds the Trainer.
+    ``matryoshka.json`` is written wherever the Trainer saves the adapter, and compared where a run resumes in its
+    ``output_dir``; and :class:`~hf_lowmem_optim.RankEvaluationCallback` finds the Trainer.
 
     Args:
         trainer: Whose model is that of ``nested``; a subclass with a ``training_step`` of its own must be able to take
@@ -40,7 +40,9 @@ def attach_nested_lora(trainer: Trainer, nested: MatryoshkaLora) -> None:
         nested: What is trained.
 
     Raises:
-        ValueError: The model is another, or this was done already.
+        ValueError: The model is another, this was done already, or ``"dylora"`` is to draw for several GPUs of one
+            process.
+        NotImplementedError: ``"losses"`` under DeepSpeed.
 
     Example:
         >>> trainer = Trainer(model, args, train_dataset=data)
@@ -51,6 +53,14 @@ def attach_nested_lora(trainer: Trainer, nested: MatryoshkaLora) -> None:
         raise ValueError("the MatryoshkaLora is of another model than the Trainer's")
     if nested in _trainer_of and _trainer_of[nested]() is trainer:
         raise ValueError("the MatryoshkaLora is attached to this Trainer already")
+    if nested.mode == "losses" and trainer.is_deepspeed_enabled:
+        raise NotImplementedError("mode='losses' has several backward passes a step, which DeepSpeed counts")
+    if nested.mode == "dylora" and trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"mode='dylora' draws one rank for a forward pass, but {trainer.args.n_gpu} GPUs of one process "
+            "(nn.DataParallel) have a pass each: start a process for each GPU, as torchrun does, or let this one see a "
+            "single GPU by CUDA_VISIBLE_DEVICES"
+        )
     _trainer_of[nested] = weakref.ref(trainer)
     trainer.add_callback(_StepCallback(nested))
     changed: Any = trainer  # its methods are replaced for this one object
@@ -119,11 +129,8 @@ class _StepCallback(TrainerCallback):
         Raises:
             ValueError: It resumes from a checkpoint of other ranks or another mode, or the optimizer steps in each
                 backward pass, of which ``"losses"`` has several.
-            NotImplementedError: DeepSpeed steps in each of them.
         """
         if self._nested.mode == "losses":
-            if args.deepspeed is not None:
-                raise NotImplementedError("mode='losses' has several backward passes a step, which DeepSpeed counts")
             inner = None if optimizer is None else unwrap_optimizer(optimizer)
             ours = isinstance(inner, LowMemoryOptimizer) and inner.method.layerwise
             if ours or any(word in str(args.optim) for word in ("layerwise", "lomo")):
@@ -203,7 +210,11 @@ class RankEvaluationCallback(TrainerCallback):
         """
         trainer, metrics = self._trainer(), {} if metrics is None else metrics
         prefix = next((key for key in metrics if key.endswith("_runtime")), "eval_runtime").removesuffix("_runtime")
-        if not self.metric.startswith(f"{prefix}_"):
+        sets = trainer.eval_dataset
+        others = [f"eval_{name}_" for name in sets] if isinstance(sets, dict) else []
+        # of "a" and "a_b" the longer name
+        meant = max((each for each in others if self.metric.startswith(each)), key=len, default=f"{prefix}_")
+        if meant != f"{prefix}_" or not self.metric.startswith(meant):
             return  # of another data set
         if self.metric not in metrics:
             raise KeyError(f"metric={self.metric!r} is none of {', '.join(metrics)}")

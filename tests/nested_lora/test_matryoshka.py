@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -257,6 +258,15 @@ def test_layers_of_a_smaller_rank() -> None:
     assert MatryoshkaLora(adapted(r=1)).ranks == (1,) and MatryoshkaLora(adapted(r=6)).ranks == (1, 2, 4, 6)
 
 
+def test_the_rule_of_the_paper_is_not_what_was_trained() -> None:
+    """At R neither; the norms of docs/nested-lora.md, of components that are random and so of the same size."""
+    model = adapted(r=4, use_rslora=True, target_modules=["first"])
+    (layer,) = MatryoshkaLora(model, (1, 2, 4))._layers
+    trained, at_full_rank = (math.hypot(*layer.weights(rank, "paper")) for rank in (None, 4))
+    assert at_full_rank / trained == pytest.approx(0.38, abs=0.005)
+    assert "has 0.38 of the other's norm" in (Path(__file__).parents[2] / "docs/nested-lora.md").read_text()
+
+
 def test_draws_are_of_the_step_and_their_mean_is_that_of_the_paper() -> None:
     model = adapted(torch.float64)
     nested = MatryoshkaLora(model, RANKS, mode="dylora", seed=4)
@@ -495,6 +505,8 @@ REFUSED: list[tuple[Callable[[], Any], dict[str, Any], type[Exception], str]] = 
     (adapted, {"scaling": "srt"}, ValueError, "did you mean 'sqrt'"),
     (adapted, {"init": "author"}, ValueError, "did you mean 'authors'"),
     (adapted, {"adapter": "defalt"}, ValueError, "did you mean 'default'"),
+    (adapted, {"seed": -1}, ValueError, "seed: -1 is not a count"),  # nor would the file be one
+    (adapted, {"seed": 0.5}, ValueError, "seed: 0.5 is not a count"),
     (twice, {}, ValueError, "already"),
     (base, {}, TypeError, "Small is no PeftModel"),
     (lambda: nn.DataParallel(adapted()), {}, TypeError, "before anything else wraps it"),
@@ -533,6 +545,9 @@ def test_wrong_ranks_rules_and_merges_are_refused(tmp_path: Path) -> None:
     model.merge_adapter()
     with pytest.raises(ValueError, match="merged already"):
         nested.merge_and_unload(2)
+    with pytest.raises(ValueError, match="merged already"):
+        nested.set_rank(2)
+    nested.set_rank(None)
     model.unmerge_adapter()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(TypeError):

@@ -173,13 +173,19 @@ def test_ranks_are_evaluated_and_logged(tmp_path: Path) -> None:
 
 
 def test_one_of_several_data_sets_is_evaluated(tmp_path: Path) -> None:
+    """Also where its name begins with another one's."""
     given = {
-        "eval_dataset": {"first": token_rows(2), "second": token_rows(2, seed=2)},
-        "callbacks": [lambda nested: RankEvaluationCallback(nested, metric="eval_second_loss")],
+        "eval_dataset": {"one": token_rows(2), "one_more": token_rows(2, seed=2)},
+        "callbacks": [
+            lambda nested: RankEvaluationCallback(nested, metric="eval_one_loss"),
+            lambda nested: RankEvaluationCallback(nested, metric="eval_one_more_loss"),
+        ],
     }
     trainer, _ = build(tmp_path, "matryoshka", given=given, max_steps=1, eval_strategy="steps", optim="sgd")
     trainer.train()
-    assert len(logged(trainer, "eval_aurac/eval_second_loss")) == 1
+    one, more = (logged(trainer, f"eval_aurac/eval_{name}_loss") for name in ("one", "one_more"))
+    assert len(one) == len(more) == 1 and one != more
+    assert not any("aurac" in key for key in trainer.evaluate(token_rows(2)))  # of neither
 
 
 @pytest.mark.parametrize(
@@ -211,3 +217,20 @@ def test_what_cannot_work_is_refused(
     for wrong in ({"rule": "nestd"}, {"ranks": (2, 1)}, {"ranks": (1, 7)}):
         with pytest.raises(ValueError, match="rule=" if "rule" in wrong else "ranks="):
             RankEvaluationCallback(nested, **wrong)  # type: ignore[arg-type]
+
+
+def test_what_steps_or_draws_in_each_pass_is_refused(tmp_path: Path) -> None:
+    """DeepSpeed however it was started, and the replicas of a model on several GPUs of one process."""
+    model = with_lora()
+    nested = MatryoshkaLora(model, RANKS, mode="losses")
+    trainer = make_trainer(tmp_path, model, optim="sgd")
+    trainer.is_deepspeed_enabled = True  # by accelerate launch, too, which leaves args.deepspeed as it is
+    with pytest.raises(NotImplementedError, match="DeepSpeed"):
+        attach_nested_lora(trainer, nested)
+    nested.remove()
+    nested = MatryoshkaLora(model, RANKS, mode="dylora")
+    trainer.args._n_gpu = 2
+    with pytest.raises(ValueError, match="2 GPUs of one process"):
+        attach_nested_lora(trainer, nested)
+    trainer.args._n_gpu = 1
+    attach_nested_lora(trainer, nested)
