@@ -203,7 +203,7 @@ def local_training_rows(rows: Sequence[Row]) -> str:
             best[row["entry"]] = row
     names = {"ddp": "{0} under DDP", "local": "local AdamW, K = {0}", "lordo": "LoRDO, K = {0}, ω = {1}"}
     cells = []
-    for entry, row in best.items():
+    for entry, row in sorted(best.items(), key=lambda item: [f"{part:0>4}" for part in item[0].split(":")]):
         kind, *rest = entry.split(":")
         curve, rates = row["curve"], [each["lr"] for each in rows if each["entry"] == entry]
         name = names[kind].format(*({"adamw": "AdamW", "ldadam": "LDAdam"}.get(part, part) for part in rest))
