@@ -20,6 +20,7 @@ COLORS |= {"dense": "#e0a030", "dense statistics": "#f0cd86", "state of other op
 COLORS |= {"error": "#8f2f22", "error codes": "#b5493a", "error statistics": "#e3988c"}
 COLORS |= {"basis": "#2f6db5", "first_moment": "#5aa0dc", "second_moment": "#a9d0f2", "dct_basis": "#17406f"}
 COLORS |= {"indices": "#2a9d8f", "values": "#86c06c", "rows": "#c7d59f", "gram": "#d0743c", "factors": "#5f6b3a"}
+COLORS |= {"value grids": "#1d5c53"}
 COLORS |= {"momentum": "#7a5195", "statistics": "#c58bd0", "roots": "#4b2a63", "triangles": "#e6c3ec"}
 _PALETTE = ("#00bcd4", "#cddc39", "#ff80ab", "#80a8a0")  # of components that a method of somebody else names
 

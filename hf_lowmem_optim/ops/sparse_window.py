@@ -31,13 +31,7 @@ from torch import Tensor
 from hf_lowmem_optim.ops.block_quant import FLOAT_DTYPES
 from hf_lowmem_optim.ops.block_topk import MAX_BLOCK_SIZE, check_stored, kept_per_block, value_dtype_of
 from hf_lowmem_optim.ops.dispatch import Op
-from hf_lowmem_optim.ops.window_values import (
-    MAX_PACKED_BLOCK,
-    Grids,
-    ValueDtype,
-    decode,
-    unpack,
-)
+from hf_lowmem_optim.ops.window_values import INDEX_BITS, MAX_PACKED_BLOCK, Grids, ValueDtype, decode
 
 __all__ = [
     "SparseWindow",
@@ -141,8 +135,8 @@ class SparseWindow:
             else:
                 lo, step = (part[row, blocks] for part in self.grids)
                 if self.values is None:
-                    indices, codes = unpack(stored)
-                    yield indices, decode(codes, lo, step, 4)
+                    codes = (stored.int() >> INDEX_BITS) & 15
+                    yield stored.long() & (MAX_PACKED_BLOCK - 1), decode(codes, lo, step, 4)
                 else:
                     yield stored.long(), decode(self.values[row, columns].int(), lo, step, 8)
 

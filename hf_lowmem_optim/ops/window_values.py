@@ -52,6 +52,7 @@ VALUES_HELP = (
 INDEX_BITS = 12
 MAX_PACKED_BLOCK = 1 << INDEX_BITS
 
+#: Every product and every sum is rounded.
 #: log2(1 + x) = x·(LOG2[0] + LOG2[1]·x + …) and 2^x = 1 + x·(EXP2[0] + EXP2[1]·x + …) for x in [0, 1), to 1e-7.
 LOG2 = (1.4426899, -0.7211658, 0.4786837, -0.3473011, 0.24186478, -0.13752135, 0.052059, -0.00930916)
 EXP2 = (0.6931513, 0.24016445, 0.05579991, 0.00901703, 0.00186713)
@@ -119,8 +120,8 @@ def encode(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     most = levels - has_infinite.int() - first
     # step ← log2(hi/lo) / codes
     base = lo >> 23
-    low = _log2_above(lo, base)
-    step = (_log2_above(hi, base) - low).clamp_(min=0) / most.float()
+    low, high = _log2_above(torch.stack((lo, hi)), base)
+    step = (high - low).clamp_(min=0) / most.float()
     # c ← round(log2(|v|/lo) / step)
     divisor = torch.where(step > 0, step, torch.inf)
     c = (_log2_above(magnitude, base[:, None]) - low[:, None]).div_(divisor[:, None]).add_(0.5).floor_()
@@ -150,7 +151,10 @@ def decode(codes: Tensor, lo: Tensor, step: Tensor, bits: int) -> Tensor:
     t = (c - first).float() * step.abs()
     whole = t.int()
     fraction = t - whole.float()
-    value = lo.abs() * (_polynomial(fraction, EXP2).mul_(fraction).add_(1))
+    power = fraction * EXP2[-1]
+    for coefficient in EXP2[-2::-1]:
+        power.add_(coefficient).mul_(fraction)
+    value = lo.abs() * power.add_(1)
     magnitude = (value.view(torch.int32) + (whole << 23)).clamp_(max=_LARGEST)
     magnitude = torch.where(c < first, 0, torch.where(c > last, _INFINITE, magnitude))
     value = magnitude.view(torch.float32)
@@ -160,12 +164,7 @@ def decode(codes: Tensor, lo: Tensor, step: Tensor, bits: int) -> Tensor:
 def _log2_above(magnitude: Tensor, base: Tensor) -> Tensor:
     """Return log2(x) − (base − 127) of normal float32 numbers by their bits; junk for others."""
     x = ((magnitude & _MANTISSA) | _ONE).view(torch.float32) - 1
-    return _polynomial(x, LOG2).mul_(x).add_(((magnitude >> 23) - base).float())
-
-
-def _polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
-    """Return c0 + c1·x + …, every product and every sum rounded."""
-    total = x * coefficients[-1] + coefficients[-2]
-    for coefficient in coefficients[-3::-1]:
-        total.mul_(x).add_(coefficient)
-    return total
+    total = x * LOG2[-1]
+    for coefficient in LOG2[-2::-1]:
+        total.add_(coefficient).mul_(x)
+    return total.add_(((magnitude >> 23) - base).float())

@@ -151,7 +151,7 @@ def test_accumulation_is_that_of_the_sum(case: Case) -> None:
     """Exactly with an exact error; with a quantized one, a tensor moves as the sum's quantization lets it."""
     microadam, in_state = case.name == "microadam_layerwise", keeps_parts(case)
     exact = (
-        {"density": 1.0, "bits": 8}
+        {"density": 1.0, "bits": 8, "value_dtype": "bf16"}
         if microadam
         else {"error_feedback": "fp32"}
         if "error_feedback" in case.method.options.defaults()

@@ -463,7 +463,7 @@ def misaligned(rank: int, world: int, folder: Path) -> list[str]:
     mesh, told = init_device_mesh("cpu", (world,)), logging.handlers.QueueHandler(queue.SimpleQueue())
     logging.getLogger("hf_lowmem_optim").addHandler(told)
     params = [nn.Parameter(placed(torch.ones(shape), mesh, [Shard(0)])) for shape in ((6, 64), (6, 64), (7, 64))]
-    optimizer = CASES["microadam"].build(params, block_size=128, quant_block_size=32)
+    optimizer = CASES["microadam"].build(params, block_size=128, quant_block_size=32, value_dtype="bf16")
     for _ in range(3):
         for param in params:
             param.grad = param.detach().clone()

@@ -130,7 +130,7 @@ def test_what_saves_no_memory_is_said(name: str, hyper: dict[str, Any], model: A
         ("ldadam", {"rank": 6, "error_feedback": "4bit"}, set()),
         # basis, moments and error of an 8 × 64 adapter: (6·(8 + 2·64) + 8·64)·4 bytes, where two moments take 2·8·64·4
         ("ldadam", {"rank": 6, "error_feedback": "fp32"}, {"lora_A"}),
-        ("microadam", {"density": 0.25, "min_compress_size": 1}, {"lora_A", "body"}),
+        ("microadam", {"density": 0.25, "min_compress_size": 1, "value_dtype": "bf16"}, {"lora_A", "body"}),
         ("microadam", {"density": 0.05, "min_compress_size": 1}, set()),
         # the method is the reason to take it, not the memory
         ("sparse_mfac", {"window": 256, "density": 0.1}, set()),

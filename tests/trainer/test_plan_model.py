@@ -164,9 +164,10 @@ def test_the_papers_figures_for_llama_2_7b() -> None:
     assert theirs["ldadam"].state.in_gradient_bytes == 2 * (size - 2 * 32000 * 4096 - 65 * 4096)
     assert theirs.gradient_bytes(theirs["ldadam"]) == authors.gradient_bytes(authors["ldadam"])
     assert "error: in 12.1 GiB of the gradients" in plan_text(theirs)
-    # 4·window·density + 0.5 and a bfloat16 minimum and maximum per 64 entries; a block of 4096 keeps 41
+    # 2·window·density and a grid for each block and row, 0.5 and a bfloat16 minimum and maximum per 64 entries; a block
+    # of 4096 keeps 41
     microadam = plan["microadam"].compressed_bytes_per_parameter
-    assert microadam == pytest.approx(0.9 + 4 / 64, abs=5e-4)
+    assert microadam == pytest.approx(0.2 + 80 / 4096 + 0.5 + 4 / 64, abs=5e-4) and microadam <= 0.8
     assert round((microadam - 4 / 64) * size / GIB, 2) == 5.65
     everything = plan_memory("llama-2-7b", "microadam", target_modules=".*(proj|embed_tokens|lm_head)")["microadam"]
     statistics = everything.state.component_bytes["error statistics"]
@@ -224,7 +225,10 @@ def test_gpus_share_the_bytes() -> None:
     for before, after in zip(one.optimizers, two.optimizers, strict=True):
         layerwise = before.name.endswith("_layerwise")
         assert ("one process" in str(after.problem)) == layerwise
-        assert replace(after, problem=None) == before
+        # LoRDO averages over workers
+        assert replace(after, problem=None, sync=None) == before and (after.sync is not None) == (
+            before.name == "lordo"
+        )
     kept = plan_memory("bert-base", "ldadam", optim_args="error_feedback=grad", gpus=2)["ldadam"]
     assert re.search("error_feedback='grad' .*one process", str(kept.problem))
     sharded = plan_memory("bert-base", gpus=4, sharding="fsdp")
