@@ -23,7 +23,7 @@ import torch
 pytest.importorskip("numba")
 import numba
 
-from hf_lowmem_optim.ops.cpu import block_quant, jit, launch, sparse_window
+from hf_lowmem_optim.ops.cpu import block_quant, jit, launch
 from hf_lowmem_optim.ops.cpu.jit import Loop, _Compilation
 from hf_lowmem_optim.ops.sparse_window import SparseWindow, window_combine_
 from tests.ops.backends import Use, python, same, window_descend_, window_gram_row, window_update_
@@ -36,13 +36,14 @@ MANY = 1 << 30
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Threads]:
     """Set the number of threads, and have them share pieces of some blocks, however small the tensors."""
-    for module in (launch, sparse_window):
-        monkeypatch.setattr(module, "ENTRIES_PER_PIECE", 200)
+    monkeypatch.setattr(launch, "ENTRIES_PER_PIECE", 200)
+    launch.block_ranges.cache_clear()
     monkeypatch.setattr(block_quant, "ENTRIES_PER_THREAD_BETWEEN", 1)
     monkeypatch.setattr(launch, "_ENTRIES_PER_THREAD", 1)
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+    launch.block_ranges.cache_clear()  # nobody else has pieces so small
 
 
 def test_operations_agree_with_torch_on_any_number_of_threads(threads: Threads, use: Use) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hf_lowmem_optim.ops.cpu.floats import BFLOAT16, FLOAT16, FLOAT32, narrow, widen
 from hf_lowmem_optim.ops.cpu.jit import Loop, inlined, loop
-from hf_lowmem_optim.ops.cpu.launch import DTYPE_CODES, ENTRIES_PER_PIECE, block_ranges, run_pieces, window_arguments
+from hf_lowmem_optim.ops.cpu.launch import DTYPE_CODES, block_ranges, run_pieces, window_arguments
 from hf_lowmem_optim.ops.cpu.window_values import index_mask, load_values
 from hf_lowmem_optim.ops.dispatch import register
 from hf_lowmem_optim.ops.sparse_window import SparseWindow, WindowStep, _combine, _descend_all, _gram_rows, _update_all
@@ -282,13 +282,14 @@ def combine(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
 def gram_rows(windows: Sequence[SparseWindow], row: int) -> Tensor:
     """See :func:`hf_lowmem_optim.ops.sparse_window.foreach_window_gram_rows`."""
     # each piece of so many blocks has sums of its own, which are added up in a fixed order
-    steps = [max(1, ENTRIES_PER_PIECE // window.block_size) for window in windows]
-    pieces = [-(-window.numel // (window.block_size * step)) for window, step in zip(windows, steps, strict=True)]
-    starts = np.cumsum([0, *pieces])
+    ranges = [block_ranges(window.numel, window.block_size) for window in windows]
+    starts = np.cumsum([0, *map(len, ranges)])
     sums = np.empty((starts[-1], windows[0].indices.shape[0]))
-    parts = zip(windows, steps, starts[:-1], starts[1:], strict=True)
+    parts = zip(windows, ranges, starts[:-1], starts[1:], strict=True)
+    # all pieces but the last have as many blocks as the first
     arguments = [
-        (w.numel, *window_arguments(w), w.block_size, w.kept_per_block, row, sums[a:b], step) for w, step, a, b in parts
+        (w.numel, *window_arguments(w), w.block_size, w.kept_per_block, row, sums[a:b], pieces[0][1])
+        for w, pieces, a, b in parts
     ]
     _run(_gram, windows, arguments)
     return torch.from_numpy(np.add.reduceat(sums, starts[:-1]))

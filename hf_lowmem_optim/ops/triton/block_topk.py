@@ -113,7 +113,7 @@ def select_block(
     place = (ranks & 0xFFFF).to(tl.int32) + tl.minimum(equal_rank, room) - 1
 
     # V ← a[I] as stored
-    at = window_row * kept + block * k + place
+    column = window_row * kept + block * k  # added to the pointer before the place: that stays in 32 bits
     word = index
     if VALUES == tl.uint8 or VALUES == tl.int16:
         grid_lo, grid_step = grid_of(a, selected, VALUES)
@@ -123,14 +123,14 @@ def select_block(
         codes = encode_values(a, grid_lo, grid_step, VALUES)
         wide = decode_values(codes, grid_lo, grid_step, VALUES)
         if VALUES == tl.uint8:
-            tl.store(pointer(record, 6, VALUES, False) + at, codes.to(VALUES), mask=selected)
+            tl.store(pointer(record, 6, VALUES, False) + column + place, codes.to(VALUES), mask=selected)
         else:
             word = index | (codes << 12)
     else:
         value = a.to(VALUES)
         wide = value.to(tl.float32)
-        tl.store(pointer(record, 6, VALUES, False) + at, value, mask=selected)
-    tl.store(pointer(record, 5, tl.int16, False) + at, word.to(tl.int16), mask=selected)
+        tl.store(pointer(record, 6, VALUES, False) + column + place, value, mask=selected)
+    tl.store(pointer(record, 5, tl.int16, False) + column + place, word.to(tl.int16), mask=selected)
 
     # e ← Q(a with a[I] ← a[I] − V)
     if ERROR != "none":
@@ -224,7 +224,8 @@ def _key(call: TopK) -> Hashable:
     error = call.error
     kind: Hashable = None
     if isinstance(error, Quantized):
-        kind = id(error.format)  # methods have one object of each
+        fmt = error.format
+        kind = fmt.bits, fmt.block_size, fmt.stat_dtype  # takes less time to hash than the format itself
     elif error is not None:
         kind = error.dtype
     dtypes = call.grad.dtype, stored_as(call.values, call.grids), kind
