@@ -164,12 +164,17 @@ def test_the_papers_figures_for_llama_2_7b() -> None:
     assert theirs["ldadam"].state.in_gradient_bytes == 2 * (size - 2 * 32000 * 4096 - 65 * 4096)
     assert theirs.gradient_bytes(theirs["ldadam"]) == authors.gradient_bytes(authors["ldadam"])
     assert "error: in 12.1 GiB of the gradients" in plan_text(theirs)
-    # 2·window·density and a grid for each block and row, 0.5 and a bfloat16 minimum and maximum per 64 entries; a block
-    # of 4096 keeps 41
-    microadam = plan["microadam"].compressed_bytes_per_parameter
-    assert microadam == pytest.approx(0.2 + 80 / 4096 + 0.5 + 4 / 64, abs=5e-4) and microadam <= 0.8
+    # a bfloat16 minimum and maximum per 64 entries and, besides, 2·window·density and a grid for each block and row;
+    # or, as the authors', 4·window·density. A block of 4096 keeps 41
+    ours = plan["microadam"].compressed_bytes_per_parameter
+    assert ours == pytest.approx(0.2 + 80 / 4096 + 0.5 + 4 / 64, abs=5e-4) and ours <= 0.8
+    theirs = plan_memory("llama-2-7b", "microadam", optim_args="value_dtype=bf16")
+    microadam = theirs["microadam"].compressed_bytes_per_parameter
+    assert microadam == pytest.approx(0.9 + 4 / 64, abs=5e-4)
     assert round((microadam - 4 / 64) * size / GIB, 2) == 5.65
-    everything = plan_memory("llama-2-7b", "microadam", target_modules=".*(proj|embed_tokens|lm_head)")["microadam"]
+    every = ".*(proj|embed_tokens|lm_head)"
+    theirs = plan_memory("llama-2-7b", "microadam", optim_args="value_dtype=bf16", target_modules=every)
+    everything = theirs["microadam"]
     statistics = everything.state.component_bytes["error statistics"]
     assert round((everything.state.total_bytes - statistics) / GIB, 2) == 5.65
 
@@ -226,9 +231,8 @@ def test_gpus_share_the_bytes() -> None:
         layerwise = before.name.endswith("_layerwise")
         assert ("one process" in str(after.problem)) == layerwise
         # LoRDO averages over workers
-        assert replace(after, problem=None, sync=None) == before and (after.sync is not None) == (
-            before.name == "lordo"
-        )
+        assert replace(after, problem=None, sync=None) == before
+        assert (after.sync is not None) == (before.name == "lordo")
     kept = plan_memory("bert-base", "ldadam", optim_args="error_feedback=grad", gpus=2)["ldadam"]
     assert re.search("error_feedback='grad' .*one process", str(kept.problem))
     sharded = plan_memory("bert-base", gpus=4, sharding="fsdp")
@@ -240,6 +244,9 @@ def test_gpus_share_the_bytes() -> None:
     weights, gradients = (sum(each.values()) for each in (sharded.weights.weight_bytes, sharded.weights.gradient_bytes))
     own = format_bytes(3 * (2 * weights + gradients))
     for name in OPTIMIZERS:
+        if name == "lordo":
+            assert "it trains under DDP" in str(sharded[name].problem)
+            continue
         assert sharded[name].problem is None
         traffic = sharded[name].traffic
         assert traffic is not None
@@ -274,9 +281,9 @@ def test_a_budget_finds_what_fits_and_what_to_change() -> None:
         again = plan_memory("llama-2-7b", "microadam", optim_args=f"window={value}")
         assert (again.total_bytes(again["microadam"]) <= 36 * GIB) is fits
     # by default a tenth stays free
-    plan = plan_memory("llama-2-7b", ["ldadam", "microadam"], budget="33GiB")
-    assert plan.reserve_bytes == 33 * GIB // 10 and not plan.anything_fits
-    assert plan["microadam"].largest == {"window": 0} and "352 MiB into the reserve" in plan_text(plan)
+    plan = plan_memory("llama-2-7b", ["ldadam", "microadam"], budget="32GiB")
+    assert plan.reserve_bytes == 32 * GIB // 10 and not plan.anything_fits
+    assert plan["microadam"].largest == {"window": 0} and "1.24 GiB into the reserve" in plan_text(plan)
 
 
 def totals(model: str, change: str) -> int:
