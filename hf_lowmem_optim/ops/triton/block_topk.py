@@ -191,12 +191,11 @@ def _block_topk_kernel(
                         )  # fmt: skip
 
 
-def _launch_options(block_size: int, *, codes: bool) -> dict[str, int | bool]:
+def _launch_options(block_size: int) -> dict[str, int | bool]:
     """Return the launch parameters for blocks of this size, fixed by registers per thread, not tuned per device."""
     tile = triton.next_power_of_2(block_size)
-    # With more warps of NVIDIA's a thread has 128 registers at most, and blocks of 8192 spill; AMD's would with 8.
-    most = 16 if torch.version.hip else 8
-    entries = _ENTRIES_PER_WARP // (2 if codes and torch.version.hip else 1)
+    # With more warps of NVIDIA's a thread has 128 registers at most, and blocks of 8192 spill. AMD's spill with fewer.
+    most, entries = (16, _ENTRIES_PER_WARP // 2) if torch.version.hip else (8, _ENTRIES_PER_WARP)
     return {"num_warps": max(1, min(most, tile // entries)), "enable_fp_fusion": False}
 
 
@@ -303,7 +302,7 @@ def _select(calls: Sequence[TopK]) -> None:
             STATS=stats,
             VALUES=stored_as(one.values, one.grids),
             ALIGNED=vectorizes(grad, *_parts(error)),
-            **_launch_options(block_size, codes=one.grids is not None),
+            **_launch_options(block_size),
         )
 
 
