@@ -7,6 +7,8 @@ GMSE is E‖x − x̂‖²/E‖x‖²; effective bits are −½·log2 GMSE, whic
 the largest 1 % of blocks of 4096, for which formats rank otherwise.
 """
 
+# numba finds the types of what its loops take
+# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import argparse
@@ -121,14 +123,14 @@ def value_rows() -> Iterator[Row]:
 
 
 @numba.njit
-def _pack_words(indices, codes, out):  # type: ignore[no-untyped-def]
+def _pack_words(indices, codes, out):
     words = out.view(np.uint16)
     for j in range(len(indices)):
         words[j] = indices[j] | codes[j] << 12
 
 
 @numba.njit
-def _unpack_words(packed, indices, codes):  # type: ignore[no-untyped-def]
+def _unpack_words(packed, indices, codes):
     words = packed.view(np.uint16)
     for j in range(len(indices)):
         indices[j] = words[j] & 4095
@@ -136,7 +138,7 @@ def _unpack_words(packed, indices, codes):  # type: ignore[no-untyped-def]
 
 
 @numba.njit
-def _pack_apart(indices, codes, out):  # type: ignore[no-untyped-def]
+def _pack_apart(indices, codes, out):
     words = out[: 2 * len(indices)].view(np.uint16)
     for j in range(len(indices)):
         words[j] = indices[j]
@@ -144,7 +146,7 @@ def _pack_apart(indices, codes, out):  # type: ignore[no-untyped-def]
 
 
 @numba.njit
-def _unpack_apart(packed, indices, codes):  # type: ignore[no-untyped-def]
+def _unpack_apart(packed, indices, codes):
     words = packed[: 2 * len(indices)].view(np.uint16)
     for j in range(len(indices)):
         indices[j] = words[j]
@@ -152,20 +154,20 @@ def _unpack_apart(packed, indices, codes):  # type: ignore[no-untyped-def]
 
 
 @numba.njit
-def _pack_nibbles(codes, out):  # type: ignore[no-untyped-def]
+def _pack_nibbles(codes, out):
     out[:] = 0
     for j in range(len(codes)):
         out[j >> 1] |= codes[j] << (4 * (j & 1))
 
 
 @numba.njit
-def _unpack_nibbles(packed, codes):  # type: ignore[no-untyped-def]
+def _unpack_nibbles(packed, codes):
     for j in range(len(codes)):
         codes[j] = packed[j >> 1] >> (4 * (j & 1)) & 15
 
 
 @numba.njit
-def _pack_twelve(indices, codes, out):  # type: ignore[no-untyped-def]
+def _pack_twelve(indices, codes, out):
     size = (3 * len(indices) + 1) // 2
     out[:size] = 0
     for j in range(len(indices)):
@@ -180,7 +182,7 @@ def _pack_twelve(indices, codes, out):  # type: ignore[no-untyped-def]
 
 
 @numba.njit
-def _unpack_twelve(packed, indices, codes):  # type: ignore[no-untyped-def]
+def _unpack_twelve(packed, indices, codes):
     for j in range(len(indices)):
         at = 3 * j // 2
         both = np.int32(packed[at]) | np.int32(packed[at + 1]) << 8
@@ -189,7 +191,7 @@ def _unpack_twelve(packed, indices, codes):  # type: ignore[no-untyped-def]
 
 
 @numba.njit
-def _pack_elias_fano(indices, codes, out):  # type: ignore[no-untyped-def]
+def _pack_elias_fano(indices, codes, out):
     """Six low bits each; the high ones as distances in unary: a 1 for each index, a 0 for each step of 64."""
     out[:] = 0
     low, n = out[_HIGH_BYTES:], len(indices)
@@ -204,7 +206,7 @@ def _pack_elias_fano(indices, codes, out):  # type: ignore[no-untyped-def]
 
 
 @numba.njit
-def _unpack_elias_fano(packed, indices, codes):  # type: ignore[no-untyped-def]
+def _unpack_elias_fano(packed, indices, codes):
     low, n = packed[_HIGH_BYTES:], len(indices)
     j, place = 0, 0
     while j < n:
@@ -228,7 +230,7 @@ PACKINGS: dict[str, tuple[int, Any, Any]] = {
 
 
 @numba.njit
-def _all_rows(loop, first, second, third, rows):  # type: ignore[no-untyped-def]
+def _all_rows(loop, first, second, third, rows):
     for row in range(rows):
         loop(first[row], second[row], third[row])
 

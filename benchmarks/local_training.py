@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,7 @@ def work(rank: int, folder: str, arguments: argparse.Namespace) -> None:
         return float(rows[entry, lr]["validation_loss"])
 
     for entry in arguments.only:
-        bracket(lambda lr, entry=entry: loss_at(entry, lr), first_rate(entry))  # type: ignore[misc]
+        bracket(partial(loss_at, entry), first_rate(entry))
 
 
 def main() -> None:
