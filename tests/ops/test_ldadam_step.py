@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from rounded_products import RoundedProducts
 from torch import Tensor
 
 from hf_lowmem_optim.engine.buckets import allocate_stacked
 from hf_lowmem_optim.ops import dispatch
 from hf_lowmem_optim.ops.low_rank import PRODUCTS_VARIABLE, precision_of_products
-from hf_lowmem_optim.optimizers.ldadam import LDAdamOptions, ldadam_state, ldadam_update_
+from hf_lowmem_optim.optimizers.ldadam import LDAdam, LDAdamOptions, ldadam_state, ldadam_update_
 from tests.ops.backends import BF16, DEVICE, FP16, FP32, INTERPRETED, ON_GPU, QUIET, Use, normal
+from tests.optimizers.test_ldadam import drifting_gradients
+from tests.reference.ldadam import ReferenceLDAdam
 
 fused = pytest.importorskip("hf_lowmem_optim.ops.triton.ldadam_step", exc_type=ImportError)
 residual = pytest.importorskip("hf_lowmem_optim.ops.triton.residual", exc_type=ImportError)
@@ -136,6 +139,42 @@ def test_less_precise_products_cost_what_the_rule_says(
     )
     off = max(distance(y, x, w) for w, x, y in zip(start, expected, got, strict=True))
     assert off <= bound and (products == "tf32x3" or off > 2e-5)
+
+
+@pytest.mark.parametrize("products", ["tf32", "bf16"])
+@pytest.mark.parametrize(("shape", "error"), [((64, 128), "8bit"), ((128, 64), "none")])
+def test_simulated_products_are_those_of_the_kernels(
+    shape: tuple[int, int], error: str, products: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By which benchmarks train without a GPU; to a tenth of what rounding the products does at most."""
+    monkeypatch.setenv(PRODUCTS_VARIABLE, products)
+    options = LDAdamOptions(rank=16, lr=1e-2, error_feedback=error, weight_decay=0.1)
+    start, exact, got = both(shape, FP32, options)
+    simulated = copied(start, options)
+    RoundedProducts(products).update_(*simulated, 3, options)
+    rounded = [(a, b, c, w) for a, b, c, w in zip(got[0], simulated[0], exact[0], start[0], strict=True)]
+    rounded += [(got[2][key], simulated[2][key], exact[2][key], 0.0) for key in ("exp_avg", "exp_avg_sq")]
+    for kernel, torchs, float32, before in rounded:
+        print(distance(torchs, kernel, before), distance(float32, kernel, before))
+
+
+@pytest.mark.parametrize(("products", "error", "bound"), [("ieee", "fp32", 1e-5), ("tf32x3", "fp32", 3e-5), ("tf32", "8bit", 2e-2)])
+@pytest.mark.parametrize("shape", [(32, 64), (64, 32)])
+def test_fused_steps_hold_to_the_float64_transcription(
+    shape: tuple[int, int], products: str, error: str, bound: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PRODUCTS_VARIABLE, products)
+    start = normal(*shape)
+    weight = torch.nn.Parameter(start.clone())
+    optimizer = LDAdam([weight], rank=4, error_feedback=error, weight_decay=0.1, lr=1e-2)
+    reference = ReferenceLDAdam(start.double().cpu().numpy(), rank=4, weight_decay=0.1)
+    for gradient in drifting_gradients(shape, 30, seed=1):
+        weight.grad = torch.tensor(gradient, device=DEVICE)
+        optimizer.step()
+        reference.step(gradient, 1e-2)
+    off = distance(weight.detach().cpu(), torch.tensor(reference.W), start.cpu())
+    print(off)
+    assert off <= bound
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
