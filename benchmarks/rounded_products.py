@@ -74,7 +74,7 @@ class RoundedProducts:
         # 4. p̃ ← Uᵀa, without what is rounding of these products
         p = self.multiply(U.mT, a)
         size = p.abs()
-        p.mul_(size >= size.amax(1, keepdim=True) * projection_noise(self.products, p.shape[1]))
+        p.mul_(size >= size.amax(1, keepdim=True) * projection_noise(self.products, old.shape[1]))
         # 5. to 8.
         factors = ldadam_moments_(U.mT @ old, m, v, p, numbers)
         if o.error_feedback != "none":
