@@ -141,40 +141,45 @@ def test_less_precise_products_cost_what_the_rule_says(
     assert off <= bound and (products == "tf32x3" or off > 2e-5)
 
 
-@pytest.mark.parametrize("products", ["tf32", "bf16"])
-@pytest.mark.parametrize(("shape", "error"), [((64, 128), "8bit"), ((128, 64), "none")])
+@pytest.mark.parametrize(
+    ("products", "shape", "error"), [("tf32", (32, 64), "8bit"), ("bf16", (32, 64), "4bit"), ("bf16", (64, 32), "none")]
+)
 def test_simulated_products_are_those_of_the_kernels(
-    shape: tuple[int, int], error: str, products: str, monkeypatch: pytest.MonkeyPatch
+    products: str, shape: tuple[int, int], error: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By which benchmarks train without a GPU; to a tenth of what rounding the products does at most."""
+    """With which ``benchmarks/convergence.py`` trains wherever it runs."""
     monkeypatch.setenv(PRODUCTS_VARIABLE, products)
-    options = LDAdamOptions(rank=16, lr=1e-2, error_feedback=error, weight_decay=0.1)
+    options = LDAdamOptions(rank=4, lr=1e-2, error_feedback=error)
     start, exact, got = both(shape, FP32, options)
     simulated = copied(start, options)
     RoundedProducts(products).update_(*simulated, 3, options)
-    rounded = [(a, b, c, w) for a, b, c, w in zip(got[0], simulated[0], exact[0], start[0], strict=True)]
-    rounded += [(got[2][key], simulated[2][key], exact[2][key], 0.0) for key in ("exp_avg", "exp_avg_sq")]
-    for kernel, torchs, float32, before in rounded:
-        print(distance(torchs, kernel, before), distance(float32, kernel, before))
+    tensors = [(*each, 0.0) for each in zip(*([s["exp_avg"]] for s in (got[2], simulated[2], exact[2])), strict=True)]
+    tensors += list(zip(got[0], simulated[0], exact[0], start[0], strict=True))
+    for kernels, torchs, float32, before in tensors:
+        # some operands may round to the other side
+        off, moved = distance(torchs, kernels, before), distance(float32, kernels, before)
+        assert off <= min(1e-4, moved / 10)
 
 
-@pytest.mark.parametrize(("products", "error", "bound"), [("ieee", "fp32", 1e-5), ("tf32x3", "fp32", 3e-5), ("tf32", "8bit", 2e-2)])
-@pytest.mark.parametrize("shape", [(32, 64), (64, 32)])
-def test_fused_steps_hold_to_the_float64_transcription(
-    shape: tuple[int, int], products: str, error: str, bound: float, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("products", "error", "bound"), [("ieee", "fp32", 1e-5), ("tf32x3", "fp32", 3e-5), ("tf32", "8bit", 2e-2)]
+)
+def test_fused_steps_keep_to_the_float64_transcription(
+    products: str, error: str, bound: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(PRODUCTS_VARIABLE, products)
-    start = normal(*shape)
+    start, options = normal(24, 64), LDAdamOptions(rank=4, error_feedback=error, weight_decay=0.1, lr=1e-2)
     weight = torch.nn.Parameter(start.clone())
-    optimizer = LDAdam([weight], rank=4, error_feedback=error, weight_decay=0.1, lr=1e-2)
+    optimizer = LDAdam([weight], **vars(options))
     reference = ReferenceLDAdam(start.double().cpu().numpy(), rank=4, weight_decay=0.1)
-    for gradient in drifting_gradients(shape, 30, seed=1):
+    fused_steps, step_ = [], fused._step_
+    monkeypatch.setattr(fused, "_step_", lambda *given: (fused_steps.append(given), step_(*given)))
+    for gradient in drifting_gradients((24, 64), 12, seed=1):
         weight.grad = torch.tensor(gradient, device=DEVICE)
         optimizer.step()
-        reference.step(gradient, 1e-2)
+        reference.step(gradient, options.lr)
     off = distance(weight.detach().cpu(), torch.tensor(reference.W), start.cpu())
-    print(off)
-    assert off <= bound
+    assert len(fused_steps) == 11 and off <= bound
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
