@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from rounded_products import round_products_
 from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainingArguments
@@ -206,7 +207,8 @@ def build_optimizer(entry: str, model: nn.Module, lr: float) -> Optimizer:
     Args:
         entry: ``adamw`` and ``muon`` (torch's), ``adamw_8bit`` (bitsandbytes), ``galore``, ``apollo`` or one of ours;
             after a colon settings as in ``optim_args``, for peers those of :data:`GALORE` and :data:`APOLLO`. Any entry
-            takes ``dense_lr_ratio``, the rate of all else relative to the matrices'.
+            takes ``dense_lr_ratio``, the rate of all else relative to the matrices'; and ``ldadam`` takes ``products``,
+            ``tf32`` or ``bf16``, simulated by ``rounded_products.py``.
         model: The model.
         lr: Learning rate of the matrices, and of all else without ``dense_lr_ratio``.
 
@@ -216,9 +218,7 @@ def build_optimizer(entry: str, model: nn.Module, lr: float) -> Optimizer:
     """
     name, _, text = entry.partition(":")
     if name in OPTIMIZERS:
-        # the Trainer's own way, which reads optim_args; with max_grad_norm=0 it admits the layer-wise ones too
-        found: dict[str, Any] = {"optim": name, "optim_args": text or None, "learning_rate": lr, "max_grad_norm": 0.0}
-        return OptimizerFactory.from_training_args(TrainingArguments(output_dir="unused", **found))(model)
+        return _from_optim_args(name, text, model, lr)
     builders: dict[str, tuple[Callable[..., Optimizer], Mapping[str, Any]]]
     builders = {"adamw": (adamw, {}), "muon": (MuonWithAdamW, {}), "adamw_8bit": (adamw_8bit, {})}
     builders |= {"galore": (galore, GALORE), "apollo": (apollo, APOLLO)}
@@ -232,6 +232,19 @@ def build_optimizer(entry: str, model: nn.Module, lr: float) -> Optimizer:
     for group in optimizer.param_groups:
         if id(group["params"][0]) not in matrices:
             group["lr"] *= ratio
+    return optimizer
+
+
+def _from_optim_args(name: str, text: str, model: nn.Module, lr: float) -> Optimizer:
+    """Build one of ours, an LDAdam with simulated products where there is such a setting."""
+    parts = text.split(",")
+    simulated = [part for part in parts if part.startswith("products=")]
+    args = ",".join(part for part in parts if part not in simulated)
+    # the Trainer's own way, which reads optim_args; with max_grad_norm=0 it admits the layer-wise ones too
+    found: dict[str, Any] = {"optim": name, "optim_args": args or None, "learning_rate": lr, "max_grad_norm": 0.0}
+    optimizer = OptimizerFactory.from_training_args(TrainingArguments(output_dir="unused", **found))(model)
+    for part in simulated:
+        round_products_(optimizer, part.partition("=")[2])
     return optimizer
 
 

@@ -60,7 +60,10 @@ TABLES: dict[str, tuple[Callable[[Run], str], str]] = {
     "local_training": (partial(labelled, local_training_rows), "local_training.json"),
     "memory_gpu": (partial(labelled, memory_rows), "memory_gpu.json"),
 }
-for _name in ("pretrain", "finetune", "rows", "dash", "dash_finetune", "window", "window_finetune"):
+for _name in (
+    *("pretrain", "finetune", "rows", "dash", "dash_finetune", "window", "window_finetune"),
+    *("products", "products_finetune"),
+):
     TABLES[f"convergence_{_name}"] = convergence_report, f"convergence_{_name}.json"
 for _name in ("nested_lora", "nested_lora_price"):
     TABLES[_name] = partial(labelled, nested_lora_rows), f"{_name}.json"

@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from rounded_products import RoundedProducts
 from torch import Tensor
 
 from hf_lowmem_optim.engine.buckets import allocate_stacked
 from hf_lowmem_optim.ops import dispatch
 from hf_lowmem_optim.ops.low_rank import PRODUCTS_VARIABLE, precision_of_products
-from hf_lowmem_optim.optimizers.ldadam import LDAdamOptions, ldadam_state, ldadam_update_
+from hf_lowmem_optim.optimizers.ldadam import LDAdam, LDAdamOptions, ldadam_state, ldadam_update_
 from tests.ops.backends import BF16, DEVICE, FP16, FP32, INTERPRETED, ON_GPU, QUIET, Use, normal
+from tests.optimizers.test_ldadam import drifting_gradients
+from tests.reference.ldadam import ReferenceLDAdam
 
 fused = pytest.importorskip("hf_lowmem_optim.ops.triton.ldadam_step", exc_type=ImportError)
 residual = pytest.importorskip("hf_lowmem_optim.ops.triton.residual", exc_type=ImportError)
@@ -136,6 +139,47 @@ def test_less_precise_products_cost_what_the_rule_says(
     )
     off = max(distance(y, x, w) for w, x, y in zip(start, expected, got, strict=True))
     assert off <= bound and (products == "tf32x3" or off > 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("products", "shape", "error"), [("tf32", (32, 64), "8bit"), ("bf16", (32, 64), "4bit"), ("bf16", (64, 32), "none")]
+)
+def test_simulated_products_are_those_of_the_kernels(
+    products: str, shape: tuple[int, int], error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With which ``benchmarks/convergence.py`` trains wherever it runs."""
+    monkeypatch.setenv(PRODUCTS_VARIABLE, products)
+    options = LDAdamOptions(rank=4, lr=1e-2, error_feedback=error)
+    start, exact, got = both(shape, FP32, options)
+    simulated = copied(start, options)
+    RoundedProducts(products).update_(*simulated, 3, options)
+    tensors = [(*each, 0.0) for each in zip(*([s["exp_avg"]] for s in (got[2], simulated[2], exact[2])), strict=True)]
+    tensors += list(zip(got[0], simulated[0], exact[0], start[0], strict=True))
+    for kernels, torchs, float32, before in tensors:
+        # some operands may round to the other side
+        off, moved = distance(torchs, kernels, before), distance(float32, kernels, before)
+        assert off <= min(1e-4, moved / 10)
+
+
+@pytest.mark.parametrize(
+    ("products", "error", "bound"), [("ieee", "fp32", 1e-5), ("tf32x3", "fp32", 3e-5), ("tf32", "8bit", 2e-2)]
+)
+def test_fused_steps_keep_to_the_float64_transcription(
+    products: str, error: str, bound: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PRODUCTS_VARIABLE, products)
+    start, options = normal(24, 64), LDAdamOptions(rank=4, error_feedback=error, weight_decay=0.1, lr=1e-2)
+    weight = torch.nn.Parameter(start.clone())
+    optimizer = LDAdam([weight], **vars(options))
+    reference = ReferenceLDAdam(start.double().cpu().numpy(), rank=4, weight_decay=0.1)
+    fused_steps, step_ = [], fused._step_
+    monkeypatch.setattr(fused, "_step_", lambda *given: (fused_steps.append(given), step_(*given)))
+    for gradient in drifting_gradients((24, 64), 12, seed=1):
+        weight.grad = torch.tensor(gradient, device=DEVICE)
+        optimizer.step()
+        reference.step(gradient, options.lr)
+    off = distance(weight.detach().cpu(), torch.tensor(reference.W), start.cpu())
+    assert len(fused_steps) == 11 and off <= bound
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
