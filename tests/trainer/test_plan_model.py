@@ -338,7 +338,7 @@ def test_a_budget_that_nothing_meets_keeps_the_table_and_says_what_would_help() 
         assert expected in text
     assert not plan.anything_fits and any(s.fits for s in plan.suggestions)
     assert "17.2 GB; 1.6 GiB of it are kept" in text
-    everything = plan_memory("bert-base", budget="1100MiB", reserve=0, options=ModelOptions(dtype="fp32"))
+    everything = plan_memory("minilm-l6", budget="180MiB", reserve=0, options=ModelOptions(dtype="fp32"))
     assert 0 < len(everything.suggestions) <= 6 and all(s.fits for s in everything.suggestions)
 
 
@@ -350,7 +350,7 @@ def test_without_peft_the_plan_says_that_adapters_were_not_tried(monkeypatch: py
 
 
 def test_what_comes_after_checkpointing_has_it_too() -> None:
-    plan = plan_memory("bert-base", "ldadam", budget="700MiB", reserve=0, options=ModelOptions(seq_len=512))
+    plan = plan_memory("minilm-l6", "ldadam", budget="190MiB", reserve=0, options=ModelOptions(seq_len=128))
     changes = [s.change for s in plan.suggestions]
     assert "--checkpointing --optim ldadam" in changes or "--checkpointing --optim ldadam_layerwise" in changes
     adapters = [change for change in changes if "--lora" in change]
