@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
+from types import NoneType
 from typing import Any
 
 from torch import nn
@@ -31,6 +32,7 @@ from hf_lowmem_optim.trainer.factory import OptimizerFactory
 from hf_lowmem_optim.trainer.model_source import ModelOptions, OpenedModel, Source, open_model
 from hf_lowmem_optim.trainer.optim_args import hyperparameters_from_text, split_optim_args
 from hf_lowmem_optim.trainer.param_groups import COMPRESSED, EMBEDDING, TargetModules, place_parameters
+from hf_lowmem_optim.words import check_type
 
 __all__ = ["plan_memory", "reference_groups"]
 
@@ -82,6 +84,9 @@ def plan_memory(
         >>> plan = plan_memory("llama-2-7b", "ldadam", optim_args="rank=32", budget="48GiB")
         >>> plan["ldadam"].state.total_bytes
     """
+    check_type("optim", optim, (str, Sequence, NoneType), "a name or a list of names")
+    check_type("optim_args", optim_args, (str, NoneType), "text such as 'rank=32'")
+    check_type("options", options, (ModelOptions, NoneType), "ModelOptions(...)")
     names, processes = _optimizer_names(optim, optim_args), Processes(gpus, sharding)
     request = _Request(model, names, optim_args, target_modules, options or ModelOptions(), processes, len(names) == 1)
     if budget is None:

@@ -412,6 +412,13 @@ def refused(message: str, error: type[Exception] = ValueError, **given: Any) -> 
         refused("names several optimizers", optim="ldadam,microadam"),
         refused("matches no module", optim="ldadam", target_modules=["q_porj"]),
         refused("gpus=0", gpus=0),
+        refused("gpus='2' is a str; it must be an int ≥ 1", TypeError, gpus="2"),
+        refused("optim=5 is a int; it must be a name or a list", TypeError, optim=5),
+        refused("optim_args=5 is a int; it must be text", TypeError, optim="ldadam", optim_args=5),
+        refused("dtype=16 is a int; it must be text", TypeError, options={"dtype": 16}),
+        refused("lora=8 is a int; it must be text", TypeError, options={"lora": 8}),
+        refused("freeze=5 is a int; it must be a list of names", TypeError, options={"freeze": 5}),
+        refused(r"freeze=\[5\] must be a list of names", TypeError, options={"freeze": [5]}),
         refused("sharding='zero'", sharding="zero"),
         refused("budget='24'", budget="24"),
         refused("plan for its configuration", model=tiny_llama(), options={"dtype": "bf16"}),
@@ -429,6 +436,8 @@ def refused(message: str, error: type[Exception] = ValueError, **given: Any) -> 
 def test_wrong_arguments_are_named(message: str, error: type[Exception], given: dict[str, Any]) -> None:
     with pytest.raises(error, match=message):
         plan_memory(**{"model": "bert-base", **given, "options": ModelOptions(**given.get("options", {}))})
+    with pytest.raises(TypeError, match=r"options=\{'seq_len': 8\} is a dict; it must be ModelOptions"):
+        plan_memory("bert-base", options={"seq_len": 8})
 
 
 @pytest.mark.parametrize(
