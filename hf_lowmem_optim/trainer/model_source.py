@@ -103,14 +103,13 @@ class ModelOptions:
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        check_type("freeze", self.freeze, Sequence, "a list of names")
         for name, value in (("dtype", self.dtype), ("lora", self.lora)):
             check_type(name, value, (str, NoneType), "text or None")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(
                 f"dtype={shown(self.dtype)} is not one of {', '.join(DTYPES)}{nearest(self.dtype, DTYPES)}"
             )
-        if isinstance(self.freeze, str) or not all(isinstance(each, str) for each in self.freeze):
+        if not isinstance(self.freeze, (list, tuple)) or not all(isinstance(each, str) for each in self.freeze):
             raise TypeError(f"freeze={shown(self.freeze)} must be a list of names, for example [{shown(self.freeze)}]")
         if self.quantize not in (None, "4bit"):
             raise ValueError(f"quantize={shown(self.quantize)} is not supported; the choice is '4bit'")

@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def results(folder: Path) -> dict[tuple[str, int], list[Any]]:
     """Return what each process of each job returned."""
     jobs = [(f"tests.trainer.fsdp2_jobs:{name}", world) for name, world in JOBS]
-    return dict(zip(JOBS, launch(jobs, folder, timeout=300), strict=True))
+    return dict(zip(JOBS, launch(jobs, folder, timeout=600), strict=True))
 
 
 def test_the_trainer_shards_and_resumes_on_any_number(results: Any) -> None:

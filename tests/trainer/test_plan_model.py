@@ -417,7 +417,7 @@ def refused(message: str, error: type[Exception] = ValueError, **given: Any) -> 
         refused("optim_args=5 is a int; it must be text", TypeError, optim="ldadam", optim_args=5),
         refused("dtype=16 is a int; it must be text", TypeError, options={"dtype": 16}),
         refused("lora=8 is a int; it must be text", TypeError, options={"lora": 8}),
-        refused("freeze=5 is a int; it must be a list of names", TypeError, options={"freeze": 5}),
+        refused("freeze=5 must be a list of names", TypeError, options={"freeze": 5}),
         refused(r"freeze=\[5\] must be a list of names", TypeError, options={"freeze": [5]}),
         refused("sharding='zero'", sharding="zero"),
         refused("budget='24'", budget="24"),
