@@ -9,7 +9,7 @@ import argparse
 import re
 from pathlib import Path
 
-from hf_lowmem_optim.memory.progress import shown_on_terminal
+from hf_lowmem_optim.trainer.plan_model import shown_on_terminal
 from hf_lowmem_optim.trainer.planner_data import model_data, page_of, template_with
 from hf_lowmem_optim.trainer.presets import PRESETS
 

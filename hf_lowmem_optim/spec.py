@@ -43,11 +43,6 @@ class QuantFormat:
         if self.stat_dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(f"stat_dtype must be torch.bfloat16 or torch.float32, got {self.stat_dtype!r}")
 
-    @property
-    def levels(self) -> int:
-        """The largest code, 2^bits − 1."""
-        return (1 << self.bits) - 1
-
     def num_blocks(self, numel: int) -> int:
         """Return the blocks, and so the entries of lo and of hi, of a buffer of ``numel`` entries."""
         return -(-numel // self.block_size)

@@ -7,11 +7,17 @@ import reprlib
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["nearest", "shown"]
+__all__ = ["check_type", "nearest", "shown"]
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 200
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 12
+
+
+def check_type(name: str, value: Any, kinds: type | tuple[type, ...], expected: str) -> None:
+    """Raise TypeError, naming argument, value and what is right, for a value of another type."""
+    if not isinstance(value, kinds):
+        raise TypeError(f"{name}={shown(value)} is a {type(value).__name__}; it must be {expected}")
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -16,6 +19,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before anything imports triton, as transformers' Trainer does: the kernel tests run in its interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# numba's cache does not notice a change in a jit function that another file calls: a cache per state of the sources.
+# It serves every run on them, also that of .ci/oldest.
+_sources = sorted((Path(__file__).parent.parent / "hf_lowmem_optim" / "ops").rglob("*.py"))
+_digest = hashlib.sha256(b"".join(path.read_bytes() for path in _sources)).hexdigest()[:16]
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"hf-lowmem-optim-numba-{_digest}"))
 
 settings.register_profile(
     "suite", deadline=None, derandomize=True, max_examples=40, suppress_health_check=[HealthCheck.too_slow]

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import numpy as np
 from torch import Tensor
 
-from hf_lowmem_optim.words import nearest, shown
+from hf_lowmem_optim.words import check_type, nearest, shown
 
 __all__ = [
     "COUNT",
@@ -247,8 +247,7 @@ def _check(name: str, value: Any, kind: Any, metadata: Mapping[str, Any]) -> Non
             hint = nearest(value, map(str, choices)) if isinstance(value, str) else ""
             raise ValueError(f"{name}={shown(value)} is not one of {', '.join(map(repr, choices))}{hint}")
     elif kind is bool:
-        if not isinstance(value, bool):
-            raise TypeError(f"{name}={shown(value)} is a {type(value).__name__}; it must be True or False")
+        check_type(name, value, bool, "True or False")
     elif get_origin(kind) is tuple:
         if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != len(get_args(kind)):
             raise TypeError(f"{name}={shown(value)} must be two floats in [0, 1), for example betas=(0.9, 0.99)")

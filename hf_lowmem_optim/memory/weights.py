@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from hf_lowmem_optim.engine.options import shown
+from hf_lowmem_optim.engine.options import COUNT, check_number, shown
 
 __all__ = ["Processes", "WeightReport", "nf4_bytes", "plan_weights"]
 
@@ -28,8 +28,7 @@ class Processes:
     sharding: str = "ddp"
 
     def __post_init__(self) -> None:
-        if self.gpus < 1:
-            raise ValueError(f"gpus={self.gpus} must be 1 or more")
+        check_number("gpus", self.gpus, COUNT)
         if self.sharding not in SHARDINGS:
             raise ValueError(f"sharding={shown(self.sharding)} is not one of {', '.join(map(repr, SHARDINGS))}")
 

@@ -59,8 +59,8 @@ class MatryoshkaLora:
 
     - ``rule="paper"``: W₀x + s(r)·B[:, :r]·A[:r]·x, any r up to R. In the mode ``"matryoshka"`` it is *not* what was
       trained, at r = R neither.
-    - ``rule="nested"``, ours: W₀x + Σ s(r_j)·B[:, :r_j]·A[:r_j]·x over the trained r_j ≤ r: at the largest of them what
-      the mode ``"matryoshka"`` trained.
+    - ``rule="nested"``, ours: W₀x + Σ s(r_j)·B[:, :r_j]·A[:r_j]·x over the trained r_j ≤ r, of which there must be one:
+      at the largest of them what the mode ``"matryoshka"`` trained.
 
     Components above the largest trained rank never train. In layers of a smaller rank (``rank_pattern``) larger trained
     ranks drop out; where all would, the layer trains whole. In evaluation without a rank the model is what was trained;
@@ -157,17 +157,32 @@ class MatryoshkaLora:
             rule: ``"paper"`` or ``"nested"``; see the class.
 
         Raises:
-            ValueError: There is no such rank or rule, or peft has merged the adapter, so that no hook is called.
+            ValueError: There is no such rank or rule, the rule has no term up to that rank, or peft has merged the
+                adapter, so that no hook is called.
         """
         check_choice("rule", rule, RULES)
         if rank is not None:
-            check_rank(rank, self.full_rank)
+            self.check_rank(rank, rule)
             self._check_not_merged()
         self.rank, self.rule = rank, rule
         if rank is None and self.mode in ("dylora", "losses"):  # which train no single function
             rank = self.trained_ranks[-1]
         for layer in self._layers:
             layer.set_rank(rank, rule)
+
+    def check_rank(self, rank: Any, rule: Rule) -> None:
+        """Raise for what is no rank of the adapter, or has no term by the rule.
+
+        Raises:
+            TypeError: It is no integer.
+            ValueError: It is out of range.
+        """
+        check_rank(rank, self.full_rank)
+        if rule == "nested" and rank < self.trained_ranks[0]:
+            raise ValueError(
+                f"rank={rank} is the base model by rule='nested', which has no term below the smallest trained rank: "
+                f"take one of {', '.join(map(str, self.trained_ranks))}, or rule='paper'"
+            )
 
     @contextmanager
     def at(self, rank: int | None, rule: Rule = "paper") -> Iterator[None]:
@@ -203,7 +218,7 @@ class MatryoshkaLora:
         if rank is None:
             self.model.save_pretrained(str(folder), selected_adapters=[self.adapter], **kwargs)
         else:
-            check_rank(rank, self.full_rank)
+            self.check_rank(rank, rule)
             state = dict(kwargs.pop("state_dict", None) or self.model.state_dict())
             for layer in self._layers:
                 state.update(layer.saved_tensors(state, rank, rule))
@@ -238,7 +253,7 @@ class MatryoshkaLora:
             ValueError: It is merged already.
         """
         check_choice("rule", rule, RULES)
-        check_rank(rank, self.full_rank)
+        self.check_rank(rank, rule)
         if self.model.peft_config[self.adapter].use_dora:
             raise NotImplementedError(
                 "a DoRA is not merged at a rank: save_pretrained(folder, rank=...), load that with peft, and merge it"

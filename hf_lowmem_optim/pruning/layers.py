@@ -31,6 +31,7 @@ from hf_lowmem_optim.pruning.layer_kinds import (
 from hf_lowmem_optim.pruning.network import Network, evaluating
 from hf_lowmem_optim.pruning.support import check_pattern
 from hf_lowmem_optim.pruning.sweep import newton_point, solve_rows_, sweep_
+from hf_lowmem_optim.words import check_type
 
 __all__ = ["iobs_layers_", "prunable_layers"]
 
@@ -93,8 +94,9 @@ def iobs_layers_(
     check_number("iterations", iterations, COUNT)
     check_number("block_size", block_size, COUNT)
     check_number("damping", damping, POSITIVE)
-    if not isinstance(exact, bool):
-        raise TypeError(f"exact={shown(exact)} must be True or False")
+    check_type("exact", exact, bool, "True or False")
+    check_type("model", model, nn.Module, "a torch module")
+    check_type("batches", batches, Iterable, "a list of batches")
     if isinstance(batches, (Mapping, Tensor)):
         raise TypeError(f"batches is a {type(batches).__name__}, a batch itself: give a list of batches")
     chosen = prunable_layers(model, layers, pattern)
@@ -157,8 +159,7 @@ def prunable_layers(
         chosen = {name: layer for name, layer in modules.items() if is_supported(layer) and layer not in others}
     else:
         chosen = {}
-        if not isinstance(layers, (str, Sequence)):
-            raise TypeError(f"layers={shown(layers)} must be a list of names of layers")
+        check_type("layers", layers, Sequence, "a list of names of layers")
         for entry in layers if not isinstance(layers, str) else [layers]:
             if not isinstance(entry, str) or not entry:
                 raise TypeError(f"layers has {shown(entry)}, which is no name of a layer")

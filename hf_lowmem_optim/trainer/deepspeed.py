@@ -18,13 +18,13 @@ from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-__all__ = ["check_zero", "zero_stage"]
+__all__ = ["check_zero", "deepspeed_plugin"]
 
 logger = logging.getLogger(__name__)
 
 
-def zero_stage(args: TrainingArguments | None = None) -> int:
-    """Return the stage of ZeRO with which a model is to be trained; 0 without DeepSpeed.
+def deepspeed_plugin(args: TrainingArguments | None = None) -> Any:
+    """Return accelerate's settings of DeepSpeed, with which a model is to be trained; None without DeepSpeed.
 
     Args:
         args: Training arguments; without them, or where they say nothing, what accelerate was set up with counts.
@@ -32,7 +32,7 @@ def zero_stage(args: TrainingArguments | None = None) -> int:
     plugin = getattr(args, "deepspeed_plugin", None)
     if plugin is None and is_initialized():
         plugin = AcceleratorState().deepspeed_plugin
-    return 0 if plugin is None else int(plugin.zero_stage)
+    return plugin
 
 
 def check_zero(
@@ -49,7 +49,8 @@ def check_zero(
     Raises:
         NotImplementedError: The message names the remedy.
     """
-    method, who, stage = optimizer_class.method, optimizer_class.__name__, zero_stage(args)
+    method, who, plugin = optimizer_class.method, optimizer_class.__name__, deepspeed_plugin(args)
+    stage = 0 if plugin is None else int(plugin.zero_stage)
     if stage == 0 or method.is_dense(vars(method.check(hyper, who))):
         return
     remedy = "Use FSDP2 (fsdp=True; reshard_after_forward=False is ZeRO-2), or ZeRO stage 0"

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, cast
 
 import torch
@@ -28,6 +29,7 @@ from hf_lowmem_optim.engine.options import check_number, count_up_to, nearest, s
 from hf_lowmem_optim.json_file import check_shape, read_json
 from hf_lowmem_optim.trainer.param_groups import compile_regex
 from hf_lowmem_optim.trainer.presets import PRESETS, find_model
+from hf_lowmem_optim.words import check_type
 
 __all__ = ["ModelOptions", "OpenedModel", "open_model"]
 
@@ -101,11 +103,13 @@ class ModelOptions:
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
+        for name, value in (("dtype", self.dtype), ("lora", self.lora)):
+            check_type(name, value, (str, NoneType), "text or None")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(
                 f"dtype={shown(self.dtype)} is not one of {', '.join(DTYPES)}{nearest(self.dtype, DTYPES)}"
             )
-        if isinstance(self.freeze, str):
+        if not isinstance(self.freeze, (list, tuple)) or not all(isinstance(each, str) for each in self.freeze):
             raise TypeError(f"freeze={shown(self.freeze)} must be a list of names, for example [{shown(self.freeze)}]")
         if self.quantize not in (None, "4bit"):
             raise ValueError(f"quantize={shown(self.quantize)} is not supported; the choice is '4bit'")

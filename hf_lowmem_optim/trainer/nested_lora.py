@@ -182,6 +182,7 @@ class RankEvaluationCallback(TrainerCallback):
         check_choice("rule", rule, RULES)
         self.nested, self.metric, self.rule = nested, metric, rule
         self.ranks = nested.ranks if ranks is None else check_ranks(ranks, nested.full_rank)
+        nested.check_rank(self.ranks[0], rule)
         self.greater_is_better = not metric.endswith("loss") if greater_is_better is None else greater_is_better
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:

@@ -6,10 +6,12 @@ weights, and its state is summed from the specs that it would allocate from.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
+from types import NoneType
 from typing import Any
 
 from torch import nn
@@ -24,15 +26,15 @@ from hf_lowmem_optim.memory.byte_sizes import parse_bytes, parse_reserve
 from hf_lowmem_optim.memory.communication import SyncTraffic
 from hf_lowmem_optim.memory.plan import Groups, compressed_bytes_per_parameter, plan_groups, plan_temporaries
 from hf_lowmem_optim.memory.plan_types import MemoryPlan, OptimizerPlan, Suggestion
-from hf_lowmem_optim.memory.progress import shown_on_terminal
 from hf_lowmem_optim.memory.weights import Processes, plan_weights
 from hf_lowmem_optim.registry import OPTIMIZERS, get_entry
 from hf_lowmem_optim.trainer.factory import OptimizerFactory
 from hf_lowmem_optim.trainer.model_source import ModelOptions, OpenedModel, Source, open_model
 from hf_lowmem_optim.trainer.optim_args import hyperparameters_from_text, split_optim_args
 from hf_lowmem_optim.trainer.param_groups import COMPRESSED, EMBEDDING, TargetModules, place_parameters
+from hf_lowmem_optim.words import check_type
 
-__all__ = ["plan_memory", "reference_groups"]
+__all__ = ["plan_memory", "reference_groups", "shown_on_terminal"]
 
 #: With more optimizers a plan has only the suggestions that fit, and this many.
 _FEW, _MOST_SUGGESTIONS = 3, 6
@@ -82,6 +84,9 @@ def plan_memory(
         >>> plan = plan_memory("llama-2-7b", "ldadam", optim_args="rank=32", budget="48GiB")
         >>> plan["ldadam"].state.total_bytes
     """
+    check_type("optim", optim, (str, Sequence, NoneType), "a name or a list of names")
+    check_type("optim_args", optim_args, (str, NoneType), "text such as 'rank=32'")
+    check_type("options", options, (ModelOptions, NoneType), "ModelOptions(...)")
     names, processes = _optimizer_names(optim, optim_args), Processes(gpus, sharding)
     request = _Request(model, names, optim_args, target_modules, options or ModelOptions(), processes, len(names) == 1)
     if budget is None:
@@ -291,6 +296,24 @@ class _Request:
         totals = [(row.name, plan.total_bytes(row)) for row in plan.optimizers if row.problem is None]
         known = [(name, total) for name, total in totals if total is not None]
         return next((pair for pair in known if pair[1] <= usable), min(known, key=lambda pair: pair[1], default=None))
+
+
+def shown_on_terminal(names: Sequence[str], verb: str) -> Iterator[str]:
+    """Yield names, and say on a terminal which one is being worked on; the line is gone at the end.
+
+    Standard error that is a file, a pipe or a notebook gets nothing.
+    """
+    terminal, width = sys.stderr.isatty(), 0
+    try:
+        for number, name in enumerate(names, 1):
+            if terminal:
+                text = f"{verb} {name} ({number} of {len(names)})"
+                print(f"\r{text:<{width}}", end="", file=sys.stderr, flush=True)
+                width = len(text)
+            yield name
+    finally:
+        if width:
+            print(f"\r{'':<{width}}\r", end="", file=sys.stderr, flush=True)
 
 
 def _suggest(cost: str, change: str, total: int, usable: int) -> Suggestion:

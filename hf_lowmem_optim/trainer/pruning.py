@@ -17,6 +17,7 @@ from hf_lowmem_optim.pruning.projection import Projection
 from hf_lowmem_optim.pruning.pruner import IOBSPruner, Saliency, named_parameters
 from hf_lowmem_optim.pruning.schedule import PruningSchedule, ScheduleKind
 from hf_lowmem_optim.trainer.callbacks import add_to_log, log_early
+from hf_lowmem_optim.trainer.deepspeed import deepspeed_plugin
 from hf_lowmem_optim.trainer.param_groups import prunable_weights
 
 __all__ = ["IOBSPruningCallback"]
@@ -108,7 +109,7 @@ class IOBSPruningCallback(TrainerCallback, ExportableState):
             ValueError: The run ends before the sparsity is reached, or the pruner cannot work.
             NotImplementedError: The run is one of DeepSpeed, or parameters are sharded.
         """
-        if args.deepspeed is not None:
+        if deepspeed_plugin(args) is not None:
             raise NotImplementedError("DeepSpeed's partitions have no matrices to prune: use DDP")
         if self._pruner is not None:
             self._pruner.remove()

@@ -15,7 +15,7 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 
-from hf_lowmem_optim import MatryoshkaLora, aurac
+from hf_lowmem_optim import MatryoshkaLora, RankEvaluationCallback, aurac
 from hf_lowmem_optim.nested_lora.layers import WeighComponents
 from tests.nested_lora import jobs
 from tests.reference import matryoshka as reference
@@ -160,7 +160,7 @@ def test_every_rank_is_saved_as_a_stock_adapter_and_merged(kind: str, tmp_path: 
     seen = []
     ranks = range(1, R + 1) if kind == "peft's scale" else (3, nested.full_rank)
     for rule in ("paper", "nested"):
-        for rank in ranks if rule == "paper" else (1, 4, R):
+        for rank in ranks if rule == "paper" else (nested.ranks[0], 4, R):
             nested.set_rank(rank, rule)  # type: ignore[arg-type]
             expected = output(model)
             seen.append(expected)
@@ -540,6 +540,17 @@ def test_wrong_ranks_rules_and_merges_are_refused(tmp_path: Path) -> None:
         nested.set_rank(1, "nestd")  # type: ignore[arg-type]
     with pytest.raises(NotImplementedError, match="DoRA"):
         nested.merge_and_unload(2)
+    nested.remove()
+    nested = MatryoshkaLora(model, (4, 6))
+    for call in (
+        lambda: nested.set_rank(3, "nested"),
+        lambda: nested.save_pretrained(tmp_path, 3, "nested"),
+        lambda: nested.merge_and_unload(3, "nested"),
+        lambda: RankEvaluationCallback(nested, (3, 6), rule="nested"),
+    ):
+        with pytest.raises(ValueError, match=r"rank=3 is the base model by rule='nested'.*take one of 4, 6, or rule"):
+            call()
+    assert (nested.rank, nested.rule) == (None, "paper") and not list(tmp_path.iterdir())
     model = adapted()
     nested, expected = MatryoshkaLora(model, RANKS), output(model)
     model.merge_adapter()

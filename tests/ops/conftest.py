@@ -6,21 +6,13 @@ of time do it in a subprocess without the variable.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of triton
-
-# numba's cache does not notice a change in a jit function that another file calls: a cache per state of the sources
-_sources = sorted((Path(__file__).parents[2] / "hf_lowmem_optim" / "ops").rglob("*.py"))
-_digest = hashlib.sha256(b"".join(path.read_bytes() for path in _sources)).hexdigest()[:16]
-os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"hf-lowmem-optim-numba-{_digest}"))
 
 if os.environ["TRITON_INTERPRET"] == "1" and importlib.util.find_spec("triton"):
     from tests.ops import interpreter

@@ -104,7 +104,7 @@ def test_error_is_at_most_half_a_step(spec, fmt):
     quantized, out = round_trip(x, fmt)
     lo, hi = (t.double().repeat_interleave(fmt.block_size)[:numel] for t in (quantized.lo, quantized.hi))
     assert torch.all(lo <= x) and torch.all(x <= hi)
-    u = (hi - lo) / fmt.levels
+    u = (hi - lo) / (2**fmt.bits - 1)
     rounding = 2.0**-23 * torch.maximum(lo.abs(), hi.abs())
     assert torch.all((x.double() - out.double()).abs() <= u / 2 + rounding)
     # the stored range is the least that contains the block: no wider than one unit of bfloat16 on either side
@@ -131,13 +131,13 @@ def test_data_on_the_grid_comes_back_exactly_and_so_do_the_bytes(data, bits, see
     codes = torch.tensor(list(data), dtype=torch.uint8)
     numel = codes.numel() * 8 // bits
     lo = torch.full((fmt.num_blocks(numel),), -2.0)
-    grid = Quantized(codes, lo, lo + fmt.levels / 4, numel, fmt)  # u = 1/4
+    grid = Quantized(codes, lo, lo + (2**fmt.bits - 1) / 4, numel, fmt)  # u = 1/4
     x = torch.full((numel,), torch.nan)
     dequantize_(x, grid)
     if bits == 4:  # even index in the high nibble, odd in the low
         assert torch.equal(x[0::2], (codes >> 4) / 4 - 2) and torch.equal(x[1::2], (codes & 15) / 4 - 2)
     # with both ends of the range in each block, the block's own range is the grid's
-    rows = [torch.cat([r, torch.tensor([-2.0, -2 + fmt.levels / 4])]) for r in x.split(6)]
+    rows = [torch.cat([r, torch.tensor([-2.0, -2 + (2**fmt.bits - 1) / 4])]) for r in x.split(6)]
     x = torch.cat(rows)
     _, out = round_trip(x, fmt, seed)
     assert torch.equal(out, x)

@@ -1,6 +1,6 @@
 """Load state dicts with something wrong in them: run as a process, so that a crash is seen as one.
 
-    python -m tests.optimizers.state_fuzzer COUNT NAME...
+    python -m tests.optimizers.state_fuzzer NAME=COUNT...
 
 A load either raises ValueError or TypeError and leaves the optimizer as it was, ready to step, or is harmless: steps
 after it raise nothing. Prints a line for each optimizer: how many were refused, how many were harmless, and the
@@ -198,5 +198,6 @@ def fuzz(name: str, count: int) -> dict[str, Any]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    for each in sys.argv[2:]:
-        print(json.dumps(fuzz(each, int(sys.argv[1]))), flush=True)
+    for each in sys.argv[1:]:
+        given, _, times = each.partition("=")
+        print(json.dumps(fuzz(given, int(times))), flush=True)

@@ -41,15 +41,17 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 def test_a_state_dict_with_something_wrong_is_refused_or_harmless() -> None:
-    names = list(OPTIMIZERS)
-    command = [sys.executable, "-W", "ignore", "-m", "tests.optimizers.state_fuzzer", "500", *names]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500 * len(names))
+    """The layer-wise twins load by the same code: they are tried less often."""
+    counts = {name: 100 if entry.optimizer_class.method.layerwise else 500 for name, entry in OPTIMIZERS.items()}
+    given = [f"{name}={count}" for name, count in counts.items()]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.optimizers.state_fuzzer", *given]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500 * len(counts))
     assert done.returncode == 0, f"after {done.stdout}: {done.stderr[-2000:]}"
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [each["name"] for each in found] == names
+    assert [each["name"] for each in found] == list(counts)
     for each in found:
         assert not each["faults"]
-        assert each["refused"] > 300 and each["harmless"] > 20
+        assert each["refused"] > 0.6 * counts[each["name"]] and each["harmless"] > 0.04 * counts[each["name"]]
 
 
 @pytest.mark.parametrize("index", [-1, 32, 32767])

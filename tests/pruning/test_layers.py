@@ -246,7 +246,7 @@ def test_weights_that_are_not_finite_and_a_batch_in_place_of_batches_are_told() 
         broken[0].weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="the weights of '0' are not finite"):
         iobs_layers_(broken, [torch.randn(5, 6)])
-    with pytest.raises(TypeError, match="layers=5 must be a list of names"):
+    with pytest.raises(TypeError, match="layers=5 is a int; it must be a list of names"):
         prunable_layers(network(), 5)  # type: ignore[arg-type]
     for batch in (torch.randn(5, 6), {"input": torch.randn(5, 6)}):
         with pytest.raises(TypeError, match="give a list of batches"):

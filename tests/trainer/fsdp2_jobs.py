@@ -32,6 +32,7 @@ from hf_lowmem_optim.engine.sharding.traffic import step_traffic
 from hf_lowmem_optim.memory.communication import fsdp_sent_bytes
 from hf_lowmem_optim.memory.measure import measure_state
 from hf_lowmem_optim.memory.plan import plan_optimizer
+from tests.local_updates.trainer_jobs import say_where_the_group_is
 from tests.sharding.counting import counted
 from tests.sharding.processes import die
 
@@ -277,14 +278,24 @@ def clip_each(rank: int, world: int, folder: Path) -> float:
     return float(optimizer.grad_norm)
 
 
+def example(rank: int, world: int, folder: Path) -> str:
+    """Run the example, which leaves two checkpoints; return what it prints."""
+    return run_example("--output_dir", str(folder / "example"))
+
+
 def resume_example(rank: int, world: int, folder: Path) -> str:
-    """Go on with the example where two processes stopped; return what it prints."""
+    """Go on with the example from its first checkpoint; return what it prints."""
+    return run_example("--output_dir", str(folder / "again"), "--resume", str(folder / "example" / "checkpoint-1"))
+
+
+def run_example(*places: str) -> str:
+    """Run the example as ``accelerate launch`` would, and return what it prints."""
+    say_where_the_group_is()
     spec = importlib.util.spec_from_file_location("example", EXAMPLE)
     assert spec is not None and spec.loader is not None
     example = importlib.util.module_from_spec(spec)
     sys.modules["example"] = example  # dataclasses look there
     spec.loader.exec_module(example)
-    places = ["--output_dir", str(folder / "again"), "--resume", str(folder / "example" / "checkpoint-1")]
     sys.argv = ["example", *EXAMPLE_OPTIONS, *places]
     with redirect_stdout(io.StringIO()) as printed:
         example.main()

@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from transformers import TrainingArguments
 
-from hf_lowmem_optim import OPTIMIZERS, LDAdam, MicroAdam, OptimizerFactory
+from hf_lowmem_optim import OPTIMIZERS, IOBSPruningCallback, LDAdam, MicroAdam, OptimizerFactory
 from hf_lowmem_optim.trainer.factory import class_and_arguments
 from tests.trainer.tiny_models import tiny_llama
 
@@ -45,6 +45,13 @@ def test_training_arguments_are_enough(tmp_path: Path) -> None:
         class_and_arguments(args, None)
     args.deepspeed_plugin = SimpleNamespace(zero_stage=0)
     assert class_and_arguments(args, None)[0] is LDAdam
+
+
+def test_pruning_is_refused_however_deepspeed_was_started(tmp_path: Path, zero_2: None) -> None:
+    """``accelerate launch`` leaves ``args.deepspeed`` as it is."""
+    args, state = SimpleNamespace(deepspeed=None, deepspeed_plugin=None), SimpleNamespace()
+    with pytest.raises(NotImplementedError, match="DeepSpeed"):
+        IOBSPruningCallback(sparsity=0.5).on_train_begin(args, state, None)  # type: ignore[arg-type]
 
 
 def test_what_is_asked_to_be_adamw_may_be(zero_2: None) -> None:

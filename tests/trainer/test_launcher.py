@@ -5,10 +5,10 @@ In two real processes too, with DDP over gloo: replicas stay equal, checkpoints 
 
 from __future__ import annotations
 
-import shutil
+import argparse
+import os
 import signal
-import socket
-import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,14 @@ from packaging.version import Version
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
+from transformers import HfArgumentParser, TrainingArguments
 
 from hf_lowmem_optim.memory.report import REPORT_NAME
+from hf_lowmem_optim.trainer.launcher import suggest_names
+from tests.local_updates.trainer_jobs import say_where_the_group_is
 from tests.optimizers.cases import CASES
 from tests.sharding import processes
+from tests.trainer import training_script
 from tests.trainer.runs import REPOSITORY, assert_equal_to_the_bit, moved, run_python, values
 
 LAUNCHER = ["-m", "hf_lowmem_optim", "run"]
@@ -79,19 +83,12 @@ def test_it_is_as_if_run_by_python(name: str, as_module: bool, tmp_path: Path) -
         assert launched.returncode == -signal.SIGINT
 
 
-@pytest.mark.slow
-def test_an_unmodified_script_trains_with_our_optimizers(tmp_path: Path) -> None:
-    shutil.copy(SCRIPT, tmp_path / "train.py")
-    settings = ["--output_dir", "out", "--max_steps", "2", "--report_to", "none", "--use_cpu", "true"]
-    arguments = [*settings, "--optim", "ldadam", "--optim_args", "rank=4"]
-    accelerate = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    launched = run_python(*accelerate, *LAUNCHER, "train.py", *arguments, folder=tmp_path)
-    assert launched.returncode == 0, launched.stderr
-    assert "trained with LDAdam to step 2" in launched.stdout
-    assert "compressed (rank=4, " in launched.stderr
-    wrong = run_python(*LAUNCHER, "train.py", *settings, "--optim", "ldamm", folder=tmp_path)
-    assert wrong.returncode == 2
-    assert "did you mean 'ldadam'" in wrong.stderr
+def test_a_command_line_is_told_the_name_it_may_have_meant(monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(argparse.ArgumentParser, "error", argparse.ArgumentParser.error)  # what is patched is put back
+    suggest_names.__wrapped__()  # as before transformers is imported
+    with pytest.raises(SystemExit) as refused:
+        HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(["--output_dir", "out", "--optim", "ldamm"])
+    assert refused.value.code == 2 and "did you mean 'ldadam'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -112,18 +109,13 @@ SETTINGS = [
 ]
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the script in two processes; accelerate itself starts several on CPUs by MPI only."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    done = run_python(*torchrun, *LAUNCHER, str(SCRIPT), *SETTINGS, *arguments, folder=folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+def resume(rank: int, world: int, folder: Path) -> None:
+    """Go on with the script where it saved, in processes that nobody but torch started."""
+    os.chdir(folder)
+    say_where_the_group_is()
+    more = ["--dump", "resumed", "--resume_from_checkpoint", "out/checkpoint-2"]
+    sys.argv = [str(SCRIPT), *SETTINGS, *more]
+    training_script.main()
 
 
 def ends(folder: Path) -> list[dict[str, Any]]:
@@ -135,16 +127,18 @@ def ends(folder: Path) -> list[dict[str, Any]]:
     Version(transformers.__version__) < Version("5.3"),
     reason="its Trainer asks torch for the place 'cpu:0', which torch does not know, to load an optimizer on two CPUs",
 )
-def test_an_unmodified_script_trains_in_two_processes(tmp_path: Path) -> None:
-    straight = launch(tmp_path, "--dump", "straight")
+def test_an_unmodified_script_trains_and_resumes_and_replicas_stay_equal(tmp_path: Path) -> None:
+    """Under ``accelerate launch``, which starts two processes as torchrun does."""
+    accelerate = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    run = run_python(*accelerate, *LAUNCHER, str(SCRIPT), *SETTINGS, "--dump", "straight", folder=tmp_path)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("trained with LDAdam to step 4") == 1
+    assert run.stdout.count("Optimizer state of LDAdam") == 1
+    for text in ("LDAdam for 14,432 trainable parameters", "compressed (rank=4, "):
+        assert run.stderr.count(text) == 1
     (tmp_path / "out" / REPORT_NAME).unlink()
-    checkpoint = tmp_path / "out" / "checkpoint-2"
-    resumed = launch(tmp_path, "--dump", "resumed", "--resume_from_checkpoint", str(checkpoint))
+    processes.launch([(f"{__name__}:resume", 2), (f"{__name__}:replicas", 2)], tmp_path, timeout=600)
     assert (tmp_path / "out" / REPORT_NAME).is_file()
-    for run in (straight, resumed):
-        assert run.stdout.count("trained with LDAdam to step 4") == 1
-        assert run.stdout.count("Optimizer state of LDAdam") == 1
-        assert run.stderr.count("LDAdam for 14,432 trainable parameters") == 1
     first, second = ends(tmp_path / "straight")
     assert (first["world_size"], first["wrapped"]) == (2, "DistributedDataParallel")
     # what is told once is told by the first process
@@ -183,8 +177,3 @@ def replicas(rank: int, world: int, folder: Path) -> None:
             torch.distributed.all_gather([b.view(torch.uint8) for b in both], tensor.contiguous().view(torch.uint8))
             assert torch.equal(both[0], both[1]), case.name
         assert moved(model, start) == set(start)
-
-
-@pytest.mark.slow
-def test_replicas_of_every_optimizer_stay_equal(tmp_path: Path) -> None:
-    processes.launch([(f"{__name__}:replicas", 2)], tmp_path, timeout=600)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,8 @@ QUANTIZED = {
     "4-bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "8-bit": {"load_in_8bit": True},
 }
+#: Every method on a base of one kind, in turn; the first on both.
+QUANTIZED_RUNS = [("ldadam", "4-bit"), *zip(runs.TRAINED, itertools.cycle(["8-bit", "4-bit"]), strict=False)]
 LINEAR = 2 * (4 * 64 * 64 + 3 * 64 * 128)
 
 
@@ -131,8 +134,7 @@ def loss(model: nn.Module) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device", runs.DEVICES)
-@pytest.mark.parametrize("bits", QUANTIZED)
-@pytest.mark.parametrize("name", runs.TRAINED)
+@pytest.mark.parametrize(("name", "bits"), QUANTIZED_RUNS)
 def test_adapters_on_a_quantized_base_train_and_resume_to_the_bit(
     name: str, bits: str, device: str, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

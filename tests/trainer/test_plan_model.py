@@ -338,7 +338,7 @@ def test_a_budget_that_nothing_meets_keeps_the_table_and_says_what_would_help() 
         assert expected in text
     assert not plan.anything_fits and any(s.fits for s in plan.suggestions)
     assert "17.2 GB; 1.6 GiB of it are kept" in text
-    everything = plan_memory("bert-base", budget="1100MiB", reserve=0, options=ModelOptions(dtype="fp32"))
+    everything = plan_memory("minilm-l6", budget="180MiB", reserve=0, options=ModelOptions(dtype="fp32"))
     assert 0 < len(everything.suggestions) <= 6 and all(s.fits for s in everything.suggestions)
 
 
@@ -350,7 +350,7 @@ def test_without_peft_the_plan_says_that_adapters_were_not_tried(monkeypatch: py
 
 
 def test_what_comes_after_checkpointing_has_it_too() -> None:
-    plan = plan_memory("bert-base", "ldadam", budget="700MiB", reserve=0, options=ModelOptions(seq_len=512))
+    plan = plan_memory("minilm-l6", "ldadam", budget="190MiB", reserve=0, options=ModelOptions(seq_len=128))
     changes = [s.change for s in plan.suggestions]
     assert "--checkpointing --optim ldadam" in changes or "--checkpointing --optim ldadam_layerwise" in changes
     adapters = [change for change in changes if "--lora" in change]
@@ -412,6 +412,13 @@ def refused(message: str, error: type[Exception] = ValueError, **given: Any) -> 
         refused("names several optimizers", optim="ldadam,microadam"),
         refused("matches no module", optim="ldadam", target_modules=["q_porj"]),
         refused("gpus=0", gpus=0),
+        refused("gpus='2' is a str; it must be an int ≥ 1", TypeError, gpus="2"),
+        refused("optim=5 is a int; it must be a name or a list", TypeError, optim=5),
+        refused("optim_args=5 is a int; it must be text", TypeError, optim="ldadam", optim_args=5),
+        refused("dtype=16 is a int; it must be text", TypeError, options={"dtype": 16}),
+        refused("lora=8 is a int; it must be text", TypeError, options={"lora": 8}),
+        refused("freeze=5 must be a list of names", TypeError, options={"freeze": 5}),
+        refused(r"freeze=\[5\] must be a list of names", TypeError, options={"freeze": [5]}),
         refused("sharding='zero'", sharding="zero"),
         refused("budget='24'", budget="24"),
         refused("plan for its configuration", model=tiny_llama(), options={"dtype": "bf16"}),
@@ -429,6 +436,8 @@ def refused(message: str, error: type[Exception] = ValueError, **given: Any) -> 
 def test_wrong_arguments_are_named(message: str, error: type[Exception], given: dict[str, Any]) -> None:
     with pytest.raises(error, match=message):
         plan_memory(**{"model": "bert-base", **given, "options": ModelOptions(**given.get("options", {}))})
+    with pytest.raises(TypeError, match=r"options=\{'seq_len': 8\} is a dict; it must be ModelOptions"):
+        plan_memory("bert-base", options={"seq_len": 8})
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,13 @@
 
 A process trains for 12 steps without a stop, and again for 6 with a checkpoint at the end, each optimizer of a case;
 another one goes on from the checkpoints to step 12. Both write parameters and optimizer state to FOLDER/NAME/*.pt.
-`python -m tests.trainer.test_resume FOLDER CASE NAME...` does both in one process, as accelerate starts it.
+Under accelerate launch: test_launcher.py.
 """
 
 from __future__ import annotations
 
 import gc
 import multiprocessing
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,7 +107,6 @@ def train(name: str, case: Case, folder: Path, *, stop: bool = False, resume: bo
             "clipped_at": clipped_at,
             "planned": plan_optimizer(trainer.optimizer).component_bytes,
             "measured": measure_state(trainer.optimizer).component_bytes,
-            "launched": "ACCELERATE_MIXED_PRECISION" in os.environ,
         },
         folder / ("stopped.pt" if stop else "resumed.pt" if resume else "straight.pt"),
     )
@@ -130,7 +127,6 @@ def run_phase(phase: str, root: str, key: str, names: Sequence[str]) -> None:
 
 #: Seconds for one process, which takes a few: also on a machine that is much slower or busy.
 LIMIT = 600
-LAUNCHED = ("ldadam", "sparse_mfac", "ldadam_layerwise")
 
 
 def in_new_process(phase: str, root: Path, case: str, names: Sequence[str]) -> None:
@@ -203,20 +199,6 @@ def check_case(case: str, folder: Path) -> None:
         ]
 
 
-@pytest.mark.slow
-def test_resume_under_accelerate_launch_is_exact_and_the_same(tmp_path: Path) -> None:
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", __name__]
-    done = runs.run_python(*launch, str(tmp_path / "launched"), "fp32", *LAUNCHED, timeout=3 * LIMIT)
-    assert done.returncode == 0, done.stderr[-4000:]
-    in_new_process("begin", tmp_path, "fp32", LAUNCHED)
-    for name in LAUNCHED:
-        check_resume(tmp_path / "launched" / name)
-        result, plain = (load(folder / name, "straight") for folder in (tmp_path / "launched", tmp_path))
-        assert result["launched"]
-        runs.assert_equal_to_the_bit(result["parameters"], plain["parameters"])
-
-
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
@@ -231,8 +213,3 @@ def test_resume_with_what_cannot_fit_is_refused(first: str, second: str, message
     runs.make_trainer(tmp_path, save_strategy="steps", save_steps=2, **settings[0]).train()
     with pytest.raises(ValueError, match=message):
         runs.make_trainer(tmp_path, max_steps=4, **settings[1]).train(resume_from_checkpoint=True)
-
-
-if __name__ == "__main__":
-    for phase in ("begin", "resume"):
-        run_phase(phase, sys.argv[1], sys.argv[2], sys.argv[3:])
