@@ -230,6 +230,16 @@ def launch(name: str, widest_load: int, prepare: Callable[..., Prepared], *given
     return Launch(name, numel, partial(prepare, numel, *given, **options), widest_load)
 
 
+def stages(rank: int, products: str) -> list[Launch]:
+    """Return what LDAdam launches for a matrix besides moments: a few long stripes, since the interpreter is slow."""
+    how, error = (rank, "4bit", BF16, products), f"rank {rank}, 4bit error"
+    return [
+        launch(f"aᵀ·factor of 512 × 128, {error}", 16, residual_product, 512, *how, True, numel=512 * 128),
+        launch(f"a·factor of 128 × 768, {error}", 16, residual_product, 128, *how, False, numel=128 * 768),
+        launch(f"error and weights of 128 × 256, {error}", 16, low_rank_step, 128, *how, numel=128 * 256),
+    ]
+
+
 #: The first of a kernel is compiled for every target also where its variants take turns.
 LAUNCHES: list[Launch] = [
     launch("block_topk 4-bit error and values, bf16 gradient", 16, topk, error=FOUR, grad=BF16, values="4bit"),
@@ -292,7 +302,7 @@ LAUNCHES: list[Launch] = [
     launch("householder 40000 × 16", 16, reflections, 16, numel=40000 * 16),
     launch("moments, rank 16", 4, moments, 16, numel=16 * 512),
     launch("moments, rank 20", 4, moments, 20, numel=20 * 500),
-    launch("moments, rank 128", 4, moments, 128, numel=128 * 512),
+    launch("moments, rank 128", 4, moments, 128, numel=128 * 128),
     launch("moments, rank 256", 4, moments, 256, numel=256 * 512),
     launch("descend 256 × 512, rank 16, bf16", 16, low_rank_descent, 256, 16, BF16, numel=256 * 512),
     launch("descend 512 × 256, rank 32, fp16", 16, low_rank_descent, 512, 32, FP16, numel=512 * 256),
@@ -300,6 +310,8 @@ LAUNCHES: list[Launch] = [
     launch("descend 256 × 512, rank 128, bf16", 16, low_rank_descent, 256, 128, BF16, numel=256 * 512),
     launch("descend 500 × 1000, rank 20, bf16", 4, low_rank_descent, 500, 20, BF16, numel=500 * 1000),
     launch("descend 500 × 1000, rank 50, bf16", 4, low_rank_descent, 500, 50, BF16, numel=500 * 1000),
+    *stages(16, "tf32"),
+    *stages(128, "bf16"),
     *(
         launch(
             f"{name} of {rows} × {columns}, rank {rank}, {error} error, {str(grad)[6:]}, {products}",
@@ -314,9 +326,7 @@ LAUNCHES: list[Launch] = [
             numel=rows * columns,
         )
         for rows, columns, rank, error, grad, products, widest in (
-            (512, 768, 16, "4bit", BF16, "tf32", 16),
             (768, 512, 16, "4bit", BF16, "tf32", 16),
-            (512, 768, 128, "4bit", BF16, "bf16", 16),
             (768, 512, 128, "4bit", BF16, "bf16", 16),
             (512, 768, 64, "8bit", FP16, "tf32", 16),
             (768, 512, 128, "fp32", FP32, "tf32x3", 16),
@@ -332,19 +342,32 @@ LAUNCHES: list[Launch] = [
         )
     ),
     launch(
-        "error of 512 × 768, rank 4, 8bit error", 16, low_rank_residual, 512, 4, "8bit", BF16, "tf32", numel=512 * 768
+        "error of 128 × 256, rank 4, 8bit error", 16, low_rank_residual, 128, 4, "8bit", BF16, "tf32", numel=1 << 15
     ),
     launch(
-        "a·factor of 512 × 768, rank 4, 8bit error",
+        "a·factor of 128 × 768, rank 4, 8bit error",
         16,
         residual_product,
-        512,
+        128,
         4,
         "8bit",
         BF16,
         "tf32",
         False,
-        numel=512 * 768,
+        numel=128 * 768,
+    ),
+    # with enough columns for the tile of large matrices
+    launch(
+        "aᵀ·factor of 64 × 32768, rank 16, 4bit error",
+        16,
+        residual_product,
+        64,
+        16,
+        "4bit",
+        BF16,
+        "tf32",
+        True,
+        numel=64 * 32768,
     ),
     launch(
         "error and weights of 512 × 768, rank 128, no error",
@@ -364,19 +387,21 @@ LAUNCHES: list[Launch] = [
 MAIN = (
     "block_topk 4-bit error, bf16 gradient",
     "window_update weight decay, bf16 parameter",
-    "aᵀ·factor of 512 × 768, rank 16, 4bit error, bfloat16, tf32",
-    "a·factor of 512 × 768, rank 16, 4bit error, bfloat16, tf32",
+    "aᵀ·factor of 512 × 128, rank 16, 4bit error",
+    "a·factor of 128 × 768, rank 16, 4bit error",
     "moments, rank 16",
-    "error and weights of 512 × 768, rank 16, 4bit error, bfloat16, tf32",
-    "aᵀ·factor of 512 × 768, rank 128, 4bit error, bfloat16, bf16",
-    "a·factor of 512 × 768, rank 128, 4bit error, bfloat16, bf16",
+    "error and weights of 128 × 256, rank 16, 4bit error",
+    "aᵀ·factor of 512 × 128, rank 128, 4bit error",
+    "a·factor of 128 × 768, rank 128, 4bit error",
     "moments, rank 128",
-    "error and weights of 512 × 768, rank 128, 4bit error, bfloat16, bf16",
+    "error and weights of 128 × 256, rank 128, 4bit error",
     "block_topk 8-bit error, bf16 gradient",
     "window_gram_row 32 rows",
     "window_descend 32 rows",
-    "a·factor of 512 × 768, rank 4, 8bit error",
-    "error of 512 × 768, rank 4, 8bit error",
+    "a·factor of 128 × 768, rank 4, 8bit error",
+    "error of 128 × 256, rank 4, 8bit error",
+    "quantize 4-bit",
+    "dequantize 4-bit to fp32",
 )
 
 #: Further variants that are compiled for every target.

@@ -57,9 +57,9 @@ CARDS = {
     "B200": Card("sm100", 148, 75e12, 1100e12, 2250e12, 7.7e12),
 }
 
-#: Lanes of a multiprocessor per clock: CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions"; a
-#: shared-memory access of more than 32 bits a lane takes so many turns of the LSU. Of the FMA pipe's two halves only one
-#: multiplies integers. "all": four schedulers issue one instruction of a warp each.
+#: Lanes of a multiprocessor per clock: CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions".
+#: Of the FMA pipe's two halves only one multiplies integers; a shared-memory access of 64 or 128 bits a lane takes two
+#: or four turns of the LSU. "all": four schedulers issue one instruction of a warp each.
 LANES = {
     "sm80": {"all": 128, "fma": 64, "imad": 64, "alu": 64, "fp64": 32, "xu": 16, "lsu": 32},
     "sm90": {"all": 128, "fma": 128, "imad": 64, "alu": 64, "fp64": 64, "xu": 16, "lsu": 32},
@@ -208,32 +208,44 @@ def blocks(listing: str) -> list[dict[str, Any]]:
 
 @contextmanager
 def counted_lines() -> Iterator[tuple[Counter[Line], Counter[str]]]:
-    """Count how often the lines of interpreted kernels run, and the multiply-adds of their products by precision."""
+    """Count how often the lines of interpreted kernels run, and the multiply-adds of their products by precision.
+
+    Of the programs of a launch only the first two are traced, because that takes ten times as long.
+    """
     from triton.runtime.interpreter import InterpreterBuilder
 
     lines, products = Counter[Line](), Counter[str]()
-    real = InterpreterBuilder.create_dot
+    real, place = InterpreterBuilder.create_dot, InterpreterBuilder.set_grid_idx
 
     def dot(self: Any, a: Any, b: Any, d: Any, precision: Any, *more: Any) -> Any:
         name = "bf16" if a.dtype.scalar.primitive_bitwidth == 16 else str(precision).rsplit(".", 1)[-1].lower()
         products[name] += a.data.shape[-2] * a.data.shape[-1] * b.data.shape[-1]
         return real(self, a, b, d, precision, *more)
 
+    names: dict[Any, str] = {}  # of code objects: the file in KERNELS, or nothing
+
     def trace(frame: Any, event: str, argument: Any) -> Any:
-        if Path(frame.f_code.co_filename).parent != KERNELS:
+        code = frame.f_code
+        if code not in names:
+            path = Path(code.co_filename)
+            names[code] = path.name if path.parent == KERNELS else ""
+        if not names[code]:
             return None
         if event == "line":
-            lines[Path(frame.f_code.co_filename).name, frame.f_lineno] += 1
+            lines[names[code], frame.f_lineno] += 1
         return trace
 
-    InterpreterBuilder.create_dot = dot
+    def begin(self: Any, x: int, y: int, z: int) -> None:
+        sys.settrace(trace if x < 2 and y == z == 0 else previous)
+        place(self, x, y, z)
+
     previous = sys.gettrace()
-    sys.settrace(trace)
+    InterpreterBuilder.create_dot, InterpreterBuilder.set_grid_idx = dot, begin
     try:
         yield lines, products
     finally:
         sys.settrace(previous)
-        InterpreterBuilder.create_dot = real
+        InterpreterBuilder.create_dot, InterpreterBuilder.set_grid_idx = real, place
 
 
 @functools.cache
