@@ -47,12 +47,13 @@ class Launch:
 
 def force_triton() -> None:
     """Have every operation of this process served by its Triton kernel, also on CPU tensors."""
-    from hf_lowmem_optim.ops.triton import window_products
+    from hf_lowmem_optim.ops.triton import block_topk, window_products
 
     os.environ[dispatch.ENVIRONMENT_VARIABLE] = "triton"
     dispatch._triton_interprets = lambda: True
     # as of a large tensor, a program has several blocks, so that what it does once does not count for each of them
     window_products._SCRATCH_BYTES = 1
+    block_topk._persistent_programs = lambda device: 1
 
 
 def _window(numel: int, block_size: int, kept: int, window: int, values: ValueDtype) -> SparseWindow:

@@ -3,7 +3,7 @@
 nvdisasm lists the instructions of a cubin with the source lines that they come from. What closes a loop bears the line
 of the ``for`` or ``while``, and Triton's interpreter counts how often each line runs (``counted_lines``); so how often
 a loop turns, and a branch is taken, are those of the launch's own data. A slow path of a division or a root (what
-calls a function) counts as not taken, a loop that ptxas unrolled as the copy of it that is not.
+calls a function) counts as not taken, and of the versions that ptxas makes of a loop only one counts.
 
 The time that follows is the least that issuing takes, at full clock on all multiprocessors. It knows nothing of
 latencies, bank conflicts or a launch too small to fill a device: nothing here is a measured time.
@@ -166,6 +166,30 @@ def _reached(start: int, follow: Mapping[int, Sequence[int]], stop: int = -1) ->
     return seen
 
 
+def _other_versions(
+    bodies: Mapping[int, set[int]],
+    header: Mapping[int, tuple[Line, ...]],
+    code: Sequence[Instruction],
+    ends: Mapping[int, int],
+) -> set[int]:
+    """Return the heads of loops that are another version of one: unrolled, or for when an inner loop does not turn.
+
+    One turn is the shortest of those that have most of the source lines.
+    """
+    length = {head: sum(ends[each] - each for each in body) for head, body in bodies.items()}
+    covered = {
+        head: {each.lines for block in body for each in code[block : ends[block]]} for head, body in bodies.items()
+    }
+    left_out = set()
+    for lines in set(header.values()):
+        alike = [head for head in bodies if header[head] == lines]
+        most = max(len(covered[head]) for head in alike)
+        full = [head for head in alike if 2 * len(covered[head]) > most]
+        shortest = min(length[head] for head in full)
+        left_out |= set(alike) - {head for head in full if length[head] <= 1.5 * shortest}
+    return left_out
+
+
 def blocks(listing: str) -> list[dict[str, Any]]:
     """Return the blocks of a kernel that may run: instructions by pipe, and what says how often they do.
 
@@ -186,15 +210,12 @@ def blocks(listing: str) -> list[dict[str, Any]]:
             if head <= block:
                 bodies[head] |= _reached(block, before, stop=head) & live
                 header[head] = code[ends[block] - 1].lines
-    length = {head: sum(ends[each] - each for each in body) for head, body in bodies.items()}
-    # ptxas may add an unrolled version to a loop: one turn of it is the shortest
-    shortest = {lines: min(length[head] for head in bodies if header[head] == lines) for lines in header.values()}
-    unrolled = {head for head in bodies if length[head] > 1.5 * shortest[header[head]]}
+    left_out = _other_versions(bodies, header, code, ends)
     found = []
     for begin in sorted(live):
         part = code[begin : ends[begin]]
         around = [head for head, body in bodies.items() if begin in body]
-        if unrolled & set(around) or any(each.stem == "CALL" for each in part):
+        if left_out & set(around) or any(each.stem == "CALL" for each in part):
             continue
         pipes = Counter[str]()
         for each in part:
@@ -249,9 +270,9 @@ def counted_lines() -> Iterator[tuple[Counter[Line], Counter[str]]]:
 
 
 @functools.cache
-def _source(file: str) -> tuple[dict[int, ast.stmt], dict[int, list[tuple[ast.stmt, ast.stmt]]]]:
+def _source(file: str) -> tuple[dict[int, ast.For | ast.While], dict[int, list[tuple[ast.stmt, ast.stmt]]]]:
     """Return the loops of a file by their lines, and for each line the branches that it is in: test and first one."""
-    loops: dict[int, ast.stmt] = {}
+    loops: dict[int, ast.For | ast.While] = {}
     branches: dict[int, list[tuple[ast.stmt, ast.stmt]]] = defaultdict(list)
     for node in ast.walk(ast.parse((KERNELS / file).read_text())):
         if isinstance(node, (ast.For, ast.While)):
@@ -270,8 +291,11 @@ class Executions:
     lines: Mapping[Line, int]
 
     def _ran(self, file: str, statement: ast.stmt) -> int:
-        # a statement of several lines may return to its first one
-        last = statement.lineno if hasattr(statement, "body") else statement.end_lineno or statement.lineno
+        """Return how often a statement was reached; a loop's first line runs once more for each turn."""
+        if isinstance(statement, (ast.For, ast.While)):
+            return self.lines.get((file, statement.lineno), 0) - self._ran(file, statement.body[0])
+        # one of several lines may return to its first
+        last = statement.lineno if isinstance(statement, ast.If) else statement.end_lineno or statement.lineno
         counts = [self.lines.get((file, line), 0) for line in range(statement.lineno, last + 1)]
         return min(filter(None, counts), default=0)
 
@@ -279,9 +303,7 @@ class Executions:
         """Return how often a loop turns, each time that it is reached."""
         file, line = header
         loop = _source(file)[0][line]
-        assert isinstance(loop, (ast.For, ast.While))
-        inside, tests = self._ran(file, loop.body[0]), self.lines.get(header, 0)
-        return inside / (tests - inside) if inside else 0.0
+        return self._ran(file, loop.body[0]) / max(1, self._ran(file, loop))
 
     def share(self, lines: Sequence[Line]) -> float:
         """Return how often the branches are taken that an instruction is in."""
