@@ -120,7 +120,7 @@ def parse(listing: str) -> tuple[list[Instruction], dict[str, int]]:
     lines: tuple[Line, ...] = ()
     fresh, inside = True, False
     for text in map(str.strip, listing.splitlines()):
-        if ".section" in text:
+        if re.match(r"\.section\s", text):
             inside = ".text." in text
         elif not inside:
             continue
@@ -149,9 +149,10 @@ def _edges(code: Sequence[Instruction], labels: Mapping[str, int]) -> tuple[list
         last = code[end - 1]
         ends = end - 1 in jumps
         # @P0 BRA P1, target: any predicate may keep it from jumping
-        certain = not last.predicate and not re.match(r"\s*!?U?P\w+,", last.operands)
+        certain = last.opcode != "BRA.DIV" and not last.predicate and not re.match(r"\s*!?U?P\w+,", last.operands)
         follow[begin] = [] if (ends and certain) or end == len(code) else [end]
-        if ends and last.stem in ("BRA", "JMP") and last.label in labels:
+        # BRA.DIV goes to what makes up for a warp whose threads are apart
+        if ends and last.stem in ("BRA", "JMP") and last.opcode != "BRA.DIV" and last.label in labels:
             follow[begin].append(labels[last.label])
     return begins, follow
 
@@ -196,6 +197,7 @@ def blocks(listing: str) -> list[dict[str, Any]]:
     ``loops`` are the lines of the loops that a block is in; ``lines`` are the source lines of each of its instructions.
     """
     code, labels = parse(listing)
+    assert code, f"no instructions in {listing[:200]!r}"
     begins, follow = _edges(code, labels)
     ends = dict(zip(begins, [*begins[1:], len(code)], strict=True))
     before = defaultdict(list)
@@ -300,9 +302,11 @@ class Executions:
         return min(filter(None, counts), default=0)
 
     def turns(self, header: Line) -> float:
-        """Return how often a loop turns, each time that it is reached."""
+        """Return how often a loop turns, each time that it is reached: once if it only waits for a barrier."""
         file, line = header
-        loop = _source(file)[0][line]
+        loop = _source(file)[0].get(line)
+        if loop is None:
+            return 1.0
         return self._ran(file, loop.body[0]) / max(1, self._ran(file, loop))
 
     def share(self, lines: Sequence[Line]) -> float:
