@@ -2,22 +2,27 @@
 
 Run as ``python -m benchmarks.ahead_of_time [target …]`` in a process without TRITON_INTERPRET (the interpreter
 replaces the kernels when triton is imported). Prints one JSON list: per launch and target the registers, spills, shared
-memory and widest global load. No GPU and no driver are needed: triton brings ptxas and LLVM's AMD backend along.
+memory, widest global load and machine code. No GPU and no driver are needed: triton brings ptxas, nvdisasm and LLVM's
+AMD backend along. ``--rotate`` is for tests: see :func:`jobs`.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import os
 import re
+import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from benchmarks.machine_code import blocks, disassemble
 
 
 @dataclass(frozen=True)
@@ -47,15 +52,19 @@ TARGETS = {
 }
 
 
-def _record(launch: Any, target: Target) -> list[tuple[Any, dict[str, Any]]]:
-    """Run a call with the launching itself replaced; return each kernel, and its arguments and options by name."""
+def _record(launch: Any, target: Target) -> list[tuple[Any, dict[str, Any], int]]:
+    """Run a call with the launching itself replaced.
+
+    Returns:
+        Each kernel, its arguments and options by name, and how many programs it has.
+    """
     import torch
     from triton.runtime.jit import JITFunction
 
-    seen: list[tuple[Any, dict[str, Any]]] = []
+    seen: list[tuple[Any, dict[str, Any], int]] = []
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        seen.append((self, dict(zip(self.arg_names, args, strict=False)) | kwargs))
+        seen.append((self, dict(zip(self.arg_names, args, strict=False)) | kwargs, math.prod(grid)))
 
     real_run, real_hip = JITFunction.run, torch.version.hip
     JITFunction.run, torch.version.hip = run, "ahead of time" if target.backend == "hip" else None
@@ -106,6 +115,15 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def nvidia_tool(name: str) -> Path | None:
+    """Return where triton, or else CUDA, has one of NVIDIA's tools; None where neither has it."""
+    import triton
+
+    found = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    elsewhere = shutil.which(name)
+    return found if found.exists() else Path(elsewhere) if elsewhere else None
+
+
 def _registers_and_spills(compiled: Any, target: Target) -> tuple[int, int]:
     if target.backend == "hip":
         listing = compiled.asm["amdgcn"]
@@ -117,9 +135,8 @@ def _registers_and_spills(compiled: Any, target: Target) -> tuple[int, int]:
         # vgpr_count is the total of ordinary and accumulation registers, which share one file
         spilled = field("vgpr_spill_count") + field("sgpr_spill_count")
         return field("vgpr_count"), max(field("private_segment_fixed_size"), 4 * spilled)
-    import triton
-
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    cuobjdump = nvidia_tool("cuobjdump")
+    assert cuobjdump, "triton has no cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -153,11 +170,12 @@ def occupancy(target: Target, num_warps: int, registers: int, shared_bytes: int)
     return min(by_registers, by_shared, by_warps) * num_warps / target.warps_per_processor
 
 
-def compile_launch(name: str, target_name: str) -> list[dict[str, Any]]:
+def compile_launch(name: str, target_name: str, list_code: bool) -> list[dict[str, Any]]:
     """Compile the kernels of one call for one target; where that fails, there is nothing but an ``error``.
 
     Registers and spilled bytes are those of a thread; ``widest_load`` is what one thread loads at once from global
-    memory, at most, and ``required_load`` what the launch table demands of the first kernel, at least.
+    memory, at most, and ``required_load`` what the launch table demands of the first kernel, at least. ``code`` are the
+    blocks of the machine code; None where that is not asked for, not NVIDIA's, or nvdisasm is not there.
     """
     from benchmarks.launches import LAUNCHES, force_triton
 
@@ -165,13 +183,13 @@ def compile_launch(name: str, target_name: str) -> list[dict[str, Any]]:
     target = TARGETS[target_name]
     launch = next(launch for launch in LAUNCHES if launch.name == name)
     kernels = _record(launch, target)
-    results = [_report(*each, target) | {"launch": name, "target": target_name} for each in kernels]
+    results = [_report(*each, target, list_code) | {"launch": name, "target": target_name} for each in kernels]
     return [each | {"required_load": launch.widest_load if not place else 0} for place, each in enumerate(results)]
 
 
-def _report(kernel: Any, values: dict[str, Any], target: Target) -> dict[str, Any]:
+def _report(kernel: Any, values: dict[str, Any], programs: int, target: Target, list_code: bool) -> dict[str, Any]:
     """Compile one kernel and return what the compilers say about it."""
-    found = {"kernel": kernel.fn.__name__}
+    found = {"kernel": kernel.fn.__name__, "programs": programs, "code": None}
     try:
         compiled = _compile(kernel, values, target)
     except Exception as error:  # whatever the compiler raises is the result
@@ -180,28 +198,41 @@ def _report(kernel: Any, values: dict[str, Any], target: Target) -> dict[str, An
     num_warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     found |= {"error": "", "num_warps": num_warps, "registers": registers, "spill_bytes": spill_bytes}
     found |= {"shared_bytes": shared, "occupancy": occupancy(target, num_warps, registers, shared)}
+    if list_code and target.backend == "cuda" and (nvdisasm := nvidia_tool("nvdisasm")):
+        found["code"] = blocks(disassemble(nvdisasm, compiled.asm["cubin"]))
     return found | {"widest_load": _widest_load(compiled, target)}
 
 
-def jobs(rotate: bool, names: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield launch and target; to ``rotate``, the variants of a kernel have one target each, in turn."""
-    from benchmarks.launches import LAUNCHES
+def jobs(names: list[str], *, rotate: bool, only_main: bool) -> Iterator[tuple[str, str, bool]]:
+    """Yield launch, target, and whether to list the code.
+
+    To ``rotate``, variants of a kernel have one target each, in turn, but for the first one and those that are meant to
+    be compiled everywhere; main launches have sm90, and only of these the code is listed.
+    """
+    from benchmarks.launches import EVERYWHERE, LAUNCHES, MAIN
 
     kernels = set()
     for number, launch in enumerate(LAUNCHES):
-        kernel = re.split(r"\W", launch.name)[0]
+        kernel, is_main = re.split(r"\W", launch.name)[0], launch.name in MAIN
+        everywhere = not rotate or kernel not in kernels or launch.name in EVERYWHERE
         for place, target in enumerate(names or TARGETS):
-            if not rotate or kernel not in kernels or place == number % 4:
-                yield launch.name, target
+            recorded = is_main and target == "sm90"
+            in_turn = recorded or (place == number % 4 and not is_main)
+            if (is_main or not only_main) and (everywhere or in_turn):
+                yield launch.name, target, recorded or not rotate
         kernels.add(kernel)
 
 
-def main(names: list[str]) -> None:
-    """Compile every launch for the targets ``names`` (all if empty), in two processes."""
+def main() -> None:
+    """Compile launches in two processes and print the list."""
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise SystemExit("TRITON_INTERPRET=1 replaces the kernels by interpreted ones: unset it")
-    rotate = "--rotate" in names
-    chosen = jobs(rotate, [name for name in names if name != "--rotate"])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="*", help="all of them by default")
+    parser.add_argument("--rotate", action="store_true", help="most variants for one target each")
+    parser.add_argument("--main", action="store_true", help="only the main launches")
+    arguments = parser.parse_args()
+    chosen = jobs(arguments.targets, rotate=arguments.rotate, only_main=arguments.main)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with ProcessPoolExecutor(2) as pool:
@@ -210,4 +241,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

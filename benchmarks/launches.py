@@ -1,7 +1,7 @@
 """Every Triton kernel of the package as the package launches it, at realistic sizes.
 
 Two users, in processes of their own: ``ahead_of_time.py`` records the launches and compiles them for GPUs that are not
-there; ``kernel_report.py`` runs them in the interpreter and counts the bytes that they load and store.
+there; ``kernel_report.py`` runs them in the interpreter and counts the bytes that they load and store, and the lines.
 Nothing is written down twice: signatures, constants and launch parameters are those of the package's own launchers.
 """
 
@@ -47,8 +47,13 @@ class Launch:
 
 def force_triton() -> None:
     """Have every operation of this process served by its Triton kernel, also on CPU tensors."""
+    from hf_lowmem_optim.ops.triton import block_topk, window_products
+
     os.environ[dispatch.ENVIRONMENT_VARIABLE] = "triton"
     dispatch._triton_interprets = lambda: True
+    # as of a large tensor, a program has several blocks, so that what it does once does not count for each of them
+    window_products._SCRATCH_BYTES = 1
+    block_topk._persistent_programs = lambda device: 1
 
 
 def _window(numel: int, block_size: int, kept: int, window: int, values: ValueDtype) -> SparseWindow:
@@ -226,7 +231,19 @@ def launch(name: str, widest_load: int, prepare: Callable[..., Prepared], *given
     return Launch(name, numel, partial(prepare, numel, *given, **options), widest_load)
 
 
+def stages(rank: int, products: str) -> list[Launch]:
+    """Return what LDAdam launches for a matrix besides moments: a few long stripes, since the interpreter is slow."""
+    how, error = (rank, "4bit", BF16, products), f"rank {rank}, 4bit error"
+    return [
+        launch(f"aᵀ·factor of 512 × 128, {error}", 16, residual_product, 512, *how, True, numel=512 * 128),
+        launch(f"a·factor of 128 × 768, {error}", 16, residual_product, 128, *how, False, numel=128 * 768),
+        launch(f"error and weights of 128 × 256, {error}", 16, low_rank_step, 128, *how, numel=128 * 256),
+    ]
+
+
+#: The first of a kernel is compiled for every target also where its variants take turns.
 LAUNCHES: list[Launch] = [
+    launch("block_topk 4-bit error and values, bf16 gradient", 16, topk, error=FOUR, grad=BF16, values="4bit"),
     launch("block_topk 4-bit error", 16, topk, error=FOUR),
     launch("block_topk 4-bit error, bf16 gradient", 16, topk, error=FOUR, grad=BF16),
     launch("block_topk 4-bit error, fp32 statistics and values", 16, topk, error=FOUR_FP32, values="fp32"),
@@ -235,10 +252,10 @@ LAUNCHES: list[Launch] = [
     launch("block_topk 8-bit error, bf16 gradient", 16, topk, error=EIGHT, grad=BF16),
     launch("block_topk dense bf16 error, fp16 gradient", 16, topk, error=BF16, grad=FP16),
     launch("block_topk no error", 16, topk),
-    launch("block_topk 4-bit error and values, bf16 gradient", 16, topk, error=FOUR, grad=BF16, values="4bit"),
     launch("block_topk 8-bit error and values", 16, topk, error=EIGHT, values="8bit"),
     launch("block_topk 4-bit error, block of 8192", 16, topk, error=FOUR, block_size=8192, numel=4 * 8192),
     launch("block_topk 4-bit error, block of 512", 16, topk, error=FOUR, block_size=512, numel=4 * 512),
+    launch("window_update 4-bit values, weight decay, bf16", 16, update, values="4bit", weight_decay=0.1, param=BF16),
     launch("window_update defaults", 0, update),
     launch("window_update weight decay", 16, update, weight_decay=0.1),
     launch("window_update weight decay, bf16 parameter", 16, update, weight_decay=0.1, param=BF16),
@@ -257,15 +274,17 @@ LAUNCHES: list[Launch] = [
         param=BF16,
         numel=4 * 32768,
     ),
-    launch("window_update 4-bit values, weight decay, bf16", 16, update, values="4bit", weight_decay=0.1, param=BF16),
     launch("window_update 8-bit values", 0, update, values="8bit"),
     launch("window_update 32 rows (looped) of 4-bit values", 0, update, values="4bit", window=32),
-    launch("window_combine 32 rows", 0, combine),
     launch("window_combine 32 rows of 4-bit values", 0, combine, values="4bit"),
-    launch("window_gram_row 32 rows", 0, gram_row),
+    launch("window_combine 32 rows of 8-bit values", 0, combine, values="8bit"),
+    launch("window_combine 32 rows", 0, combine),
     launch("window_gram_row 32 rows of 4-bit values", 0, gram_row, values="4bit"),
-    launch("window_descend 32 rows", 0, descend),
+    launch("window_gram_row 32 rows of 8-bit values", 0, gram_row, values="8bit"),
+    launch("window_gram_row 32 rows", 0, gram_row),
     launch("window_descend 32 rows of 8-bit values", 0, descend, values="8bit"),
+    launch("window_descend 32 rows of 4-bit values", 0, descend, values="4bit"),
+    launch("window_descend 32 rows", 0, descend),
     launch("window_descend, weight decay 32 rows", 0, descend, weight_decay=0.1),
     launch("quantize 4-bit", 16, quantization, "quantize", FOUR, FP32),
     launch("quantize 4-bit bf16, stochastic", 16, quantization, "quantize", FOUR, BF16, seed=1),
@@ -284,7 +303,7 @@ LAUNCHES: list[Launch] = [
     launch("householder 40000 × 16", 16, reflections, 16, numel=40000 * 16),
     launch("moments, rank 16", 4, moments, 16, numel=16 * 512),
     launch("moments, rank 20", 4, moments, 20, numel=20 * 500),
-    launch("moments, rank 128", 4, moments, 128, numel=128 * 512),
+    launch("moments, rank 128", 4, moments, 128, numel=128 * 128),
     launch("moments, rank 256", 4, moments, 256, numel=256 * 512),
     launch("descend 256 × 512, rank 16, bf16", 16, low_rank_descent, 256, 16, BF16, numel=256 * 512),
     launch("descend 512 × 256, rank 32, fp16", 16, low_rank_descent, 512, 32, FP16, numel=512 * 256),
@@ -292,6 +311,8 @@ LAUNCHES: list[Launch] = [
     launch("descend 256 × 512, rank 128, bf16", 16, low_rank_descent, 256, 128, BF16, numel=256 * 512),
     launch("descend 500 × 1000, rank 20, bf16", 4, low_rank_descent, 500, 20, BF16, numel=500 * 1000),
     launch("descend 500 × 1000, rank 50, bf16", 4, low_rank_descent, 500, 50, BF16, numel=500 * 1000),
+    *stages(16, "tf32"),
+    *stages(128, "bf16"),
     *(
         launch(
             f"{name} of {rows} × {columns}, rank {rank}, {error} error, {str(grad)[6:]}, {products}",
@@ -306,9 +327,7 @@ LAUNCHES: list[Launch] = [
             numel=rows * columns,
         )
         for rows, columns, rank, error, grad, products, widest in (
-            (512, 768, 16, "4bit", BF16, "tf32", 16),
             (768, 512, 16, "4bit", BF16, "tf32", 16),
-            (512, 768, 128, "4bit", BF16, "bf16", 16),
             (768, 512, 128, "4bit", BF16, "bf16", 16),
             (512, 768, 64, "8bit", FP16, "tf32", 16),
             (768, 512, 128, "fp32", FP32, "tf32x3", 16),
@@ -324,19 +343,32 @@ LAUNCHES: list[Launch] = [
         )
     ),
     launch(
-        "error of 512 × 768, rank 4, 8bit error", 16, low_rank_residual, 512, 4, "8bit", BF16, "tf32", numel=512 * 768
+        "error of 128 × 256, rank 4, 8bit error", 16, low_rank_residual, 128, 4, "8bit", BF16, "tf32", numel=1 << 15
     ),
     launch(
-        "a·factor of 512 × 768, rank 4, 8bit error",
+        "a·factor of 128 × 768, rank 4, 8bit error",
         16,
         residual_product,
-        512,
+        128,
         4,
         "8bit",
         BF16,
         "tf32",
         False,
-        numel=512 * 768,
+        numel=128 * 768,
+    ),
+    # with enough columns for the tile of large matrices
+    launch(
+        "aᵀ·factor of 64 × 32768, rank 16, 4bit error",
+        16,
+        residual_product,
+        64,
+        16,
+        "4bit",
+        BF16,
+        "tf32",
+        True,
+        numel=64 * 32768,
     ),
     launch(
         "error and weights of 512 × 768, rank 128, no error",
@@ -350,3 +382,31 @@ LAUNCHES: list[Launch] = [
         numel=512 * 768,
     ),
 ]
+
+#: What a step of the methods launches most, per parameter: what ``kernel_report.py --record`` records and a test holds
+#: them to. MicroAdam's; LDAdam's at rank 16 and 128; the sparse preconditioners'; LowRankMFAC's; the first steps'.
+MAIN = (
+    "block_topk 4-bit error, bf16 gradient",
+    "window_update weight decay, bf16 parameter",
+    "aᵀ·factor of 512 × 128, rank 16, 4bit error",
+    "a·factor of 128 × 768, rank 16, 4bit error",
+    "moments, rank 16",
+    "error and weights of 128 × 256, rank 16, 4bit error",
+    "aᵀ·factor of 512 × 128, rank 128, 4bit error",
+    "a·factor of 128 × 768, rank 128, 4bit error",
+    "moments, rank 128",
+    "error and weights of 128 × 256, rank 128, 4bit error",
+    "block_topk 8-bit error, bf16 gradient",
+    "window_gram_row 32 rows",
+    "window_descend 32 rows",
+    "a·factor of 128 × 768, rank 4, 8bit error",
+    "error of 128 × 256, rank 4, 8bit error",
+    "quantize 4-bit",
+    "dequantize 4-bit to fp32",
+)
+
+#: Further variants that are compiled for every target.
+EVERYWHERE = (
+    "block_topk 8-bit error and values",
+    "window_update 8-bit values",
+)

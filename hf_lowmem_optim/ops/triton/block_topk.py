@@ -123,14 +123,17 @@ def select_block(
         codes = encode_values(a, grid_lo, grid_step, VALUES)
         wide = decode_values(codes, grid_lo, grid_step, VALUES)
         if VALUES == tl.uint8:
-            tl.store(pointer(record, 6, VALUES, False) + column + place, codes.to(VALUES), mask=selected)
+            at = column + place  # one wide offset for both stores: with two narrow ones sm80 spills
+            tl.store(pointer(record, 6, VALUES, False) + at, codes.to(VALUES), mask=selected)
+            tl.store(pointer(record, 5, tl.int16, False) + at, index.to(tl.int16), mask=selected)
         else:
             word = index | (codes << 12)
     else:
         value = a.to(VALUES)
         wide = value.to(tl.float32)
         tl.store(pointer(record, 6, VALUES, False) + column + place, value, mask=selected)
-    tl.store(pointer(record, 5, tl.int16, False) + column + place, word.to(tl.int16), mask=selected)
+    if VALUES != tl.uint8:
+        tl.store(pointer(record, 5, tl.int16, False) + column + place, word.to(tl.int16), mask=selected)
 
     # e ← Q(a with a[I] ← a[I] − V)
     if ERROR != "none":

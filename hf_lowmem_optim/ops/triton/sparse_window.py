@@ -80,6 +80,7 @@ def _held_update_kernel(
     PARAM: tl.constexpr,
     VALUES: tl.constexpr,
     ALIGNED: tl.constexpr,
+    LATE_SCALARS: tl.constexpr,  # a row's weights and grid are loaded as they are needed
 ):
     program = tl.program_id(0)
     cells_ptr += program.to(tl.int64) * BLOCK_SIZE
@@ -109,7 +110,9 @@ def _held_update_kernel(
         for row in tl.static_range(WINDOW):
             live = (column < kept) & (lane < weights[row][2])
             index, stored = load_stored(indices_ptr, values_ptr, row * kept + column, live, VALUES)
-            lo, step = load_grid(lo_ptr, step_ptr, row * blocks + block, weights[row][2] > 0, VALUES)
+            lo, step = 0.0, 0.0
+            if not LATE_SCALARS:
+                lo, step = load_grid(lo_ptr, step_ptr, row * blocks + block, weights[row][2] > 0, VALUES)
             rows += ((live, index, stored, lo, step),)
         old = ()
         for row in tl.static_range(WINDOW):
@@ -120,11 +123,18 @@ def _held_update_kernel(
         mine = ()
         for row in tl.static_range(WINDOW):
             live, index, stored, lo, step = rows[row]
+            w1, w2, some = weights[row]
+            if LATE_SCALARS:
+                w1 = tl.load(weights_ptr + row)
+                w2 = tl.load(weights_ptr + WINDOW + row)
+                some = tl.where((w1 != 0) | (w2 != 0), kept_per_block, 0)
+                live = (column < kept) & (lane < some)
+                lo, step = load_grid(lo_ptr, step_ptr, row * blocks + block, some > 0, VALUES)
             value = value_of(stored, lo, step, VALUES)
             z1, z2 = load_cells(cells_ptr, index, live)
             mine += (live & is_untouched(z2),)
-            z1 += weights[row][0] * value
-            z2 += weights[row][1] * (value * value)
+            z1 += w1 * value
+            z2 += w2 * (value * value)
             tl.store(cells_ptr + index, pack(z1, z2), mask=live)
             tl.debug_barrier()
 
@@ -294,6 +304,7 @@ def _launch_held(steps: Sequence[WindowStep]) -> None:
         PARAM=TYPES[param.dtype],
         VALUES=stored_as(window.values, window.grids),
         ALIGNED=is_aligned,
+        LATE_SCALARS=bool(torch.version.hip),  # AMD's scalar registers do not hold those of all rows
         num_warps=num_warps,
         enable_fp_fusion=False,
     )

@@ -29,11 +29,14 @@ class Launch:
         extents = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors]
         total = 0
         for kind in self.accesses.values():
-            if not kind:
-                continue
-            touched = np.unique(np.concatenate([(lanes[:, None] + np.arange(size)).ravel() for lanes, size in kind]))
-            wanted = touched[np.any([(touched >= start) & (touched < stop) for start, stop in extents], axis=0)]
-            total += np.unique(wanted // unit).size * unit
+            touched = []
+            for lanes, size in kind:
+                lanes = np.unique(lanes)
+                wanted = lanes[np.any([(lanes >= start) & (lanes < stop) for start, stop in extents], axis=0)]
+                # entries are aligned, so that only units smaller than one have to be told apart within it
+                offsets = np.arange(0, size, unit)
+                touched.append(np.unique((wanted[:, None] + offsets).ravel() // unit))
+            total += np.unique(np.concatenate(touched)).size * unit if touched else 0
         return total
 
 
