@@ -199,13 +199,11 @@ def of_safe_size(V: Tensor) -> Tensor:
     V ~ Aᵀ is to be multiplied by an A of its size, and only what the columns of AV span is asked for: AV is to stay in
     the range of float32, which |V| = |A| = 10¹⁹ would leave.
     """
-    if V.device.type == "cpu":  # two short reductions instead of a norm, and rarely a pass over V
-        largest = torch.maximum(V.amax((1, 2), keepdim=True), V.amin((1, 2), keepdim=True).neg_())
-        if bool((largest <= 2.0**20).all()):  # not where one is NaN
+    if V.device.type == "cpu":  # where a norm is slow, and a look at a number is not
+        least, most = torch.aminmax(V.mT)
+        if least.item() >= -(2.0**20) and most.item() <= 2.0**20:  # not if one is NaN
             return V
-    else:
-        largest = torch.linalg.vector_norm(V, math.inf, dim=(1, 2), keepdim=True)
-    excess: Tensor = largest.mul_(2.0**-20).clamp_(min=1)
+    excess: Tensor = torch.linalg.vector_norm(V, math.inf, dim=(1, 2), keepdim=True).mul_(2.0**-20).clamp_(min=1)
     return (V / excess).div_(excess)
 
 
@@ -220,7 +218,7 @@ def bound_projection_(p: Tensor) -> Tensor:
     """
     size = p.abs()
     largest = size.amax(1, keepdim=True)
-    if p.device.type != "cpu" or not bool((largest <= MOST_PROJECTION).all()):
+    if p.device.type != "cpu" or not largest.amax().item() <= MOST_PROJECTION:
         p.div_((size * (1 / MOST_PROJECTION)).clamp_(min=1))  # unlike a clamp, it lets infinity become NaN
     return p.mul_(size.ge_(largest.mul_(PROJECTION_NOISE)))  # by ones and zeros: a CPU is slow with booleans
 

@@ -140,7 +140,7 @@ def test_moments_are_the_formulas(n: int, r: int, q: int) -> None:
 
 
 @pytest.mark.parametrize("update", [ldadam.move_moments_, ldadam_moments_.torch_version])
-def test_a_projection_to_rounding_noise_counts_as_zero(update: Callable[..., Tensor]) -> None:
+def test_a_projection_to_rounding_noise_counts_as_zero(update: Callable[..., None]) -> None:
     R, m, v, p, _ = state(2, 5, 40)
     for moments in (R, m, v):
         moments.zero_()  # as in the first step
