@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.launches import NUMBERS
-from hf_lowmem_optim.ops.low_rank import orthonormalize
+from hf_lowmem_optim.ops.low_rank import of_safe_size, orthonormalize
 from hf_lowmem_optim.optimizers.ldadam import ldadam_moments_
 from tests.ops.backends import BF16, DEVICE, FP16, FP32, INTERPRETED, ON_GPU, QUIET, normal
 
@@ -110,6 +110,16 @@ def test_what_has_no_such_columns_is_refused() -> None:
     for wrong in (normal(3, 4), normal(4), normal(4, 3).double()):
         with pytest.raises(ValueError, match=r"p ≥ r; got"):
             orthonormalize(wrong)
+
+
+def test_of_a_batch_what_is_too_large_is_divided() -> None:
+    V = normal(2, 4, 30).mT
+    assert torch.equal(of_safe_size(V), V)
+    V[1, 3, 2] = -(2.0**30)  # the excess of 2¹⁰, twice
+    assert torch.equal(of_safe_size(V), V * torch.tensor([1.0, 2.0**-20], device=V.device)[:, None, None])
+    V[0, 5, 1] = math.nan
+    safe = of_safe_size(V)
+    assert safe[0].isnan().any() and torch.equal(safe[1], V[1] * 2.0**-20)
 
 
 def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
