@@ -199,6 +199,10 @@ def of_safe_size(V: Tensor) -> Tensor:
     V ~ Aᵀ is to be multiplied by an A of its size, and only what the columns of AV span is asked for: AV is to stay in
     the range of float32, which |V| = |A| = 10¹⁹ would leave.
     """
+    if V.device.type == "cpu":  # where a norm is slow, and a look at a number is not
+        least, most = torch.aminmax(V.mT)
+        if least.item() >= -(2.0**20) and most.item() <= 2.0**20:  # not if one is NaN
+            return V
     excess: Tensor = torch.linalg.vector_norm(V, math.inf, dim=(1, 2), keepdim=True).mul_(2.0**-20).clamp_(min=1)
     return (V / excess).div_(excess)
 
@@ -213,8 +217,10 @@ def bound_projection_(p: Tensor) -> Tensor:
         The argument.
     """
     size = p.abs()
-    p.mul_(size >= size.amax(1, keepdim=True).mul_(PROJECTION_NOISE))
-    return p.div_(size.mul_(1 / MOST_PROJECTION).clamp_(min=1))  # unlike a clamp, it lets infinity become NaN
+    largest = size.amax(1, keepdim=True)
+    if p.device.type != "cpu" or not largest.amax().item() <= MOST_PROJECTION:
+        p.div_((size * (1 / MOST_PROJECTION)).clamp_(min=1))  # unlike a clamp, it lets infinity become NaN
+    return p.mul_(size.ge_(largest.mul_(PROJECTION_NOISE)))  # by ones and zeros: a CPU is slow with booleans
 
 
 def seeded_sketch(rows: int, columns: int, device: torch.device, seed: int = _SEED) -> Tensor:

@@ -151,20 +151,18 @@ def ldadam_update_(
         s = numbers.momentum_weight
         V = of_safe_size(torch.baddbmm(m, old.mT, a, beta=s, alpha=1 - o.rho).mT)
         U = orthonormalize((old @ (m @ V)).baddbmm_(a, V, beta=s, alpha=1 - o.rho))
-    bases = torch.cat((old.mT, U.mT), dim=1)  # U₋ᵀ over Uᵀ, [n, 2r, p]
-    old_rows, rows = bases.tensor_split(2, dim=1)
-    R = rows @ old_rows.mT
     # 4. p̃ ← Uᵀa
-    p = rows @ a
-    # 5. to 8. m̃, v, m; p becomes the direction of line 9, and the factors are c·m over −(p̃ + c·m̃)
-    factors = ldadam_moments_(R, m, v, p, numbers)
+    p = U.mT @ a
+    # 6. ξ ← a + c·U₋m − U(p̃ + c·m̃), of which p̃ + c·m̃ is m / (1 − β1) after line 8
     if o.error_feedback != "none":
-        # 6. ξ ← a − U(p̃ + c·m̃) + c·U₋m
-        torch.baddbmm(a, bases.mT, factors, out=a)
+        a.baddbmm_(old, m, alpha=numbers.beta1 / (1 - numbers.beta1))
+    # 5., 7. and 8. m̃, v, m; p becomes the direction of line 9
+    ldadam_moments_(U.mT @ old, m, v, p, numbers)
+    if o.error_feedback != "none":
+        a.baddbmm_(U, m, alpha=-1 / (1 - numbers.beta1))
         save_residual_(state, residual, fmt, seed=t if o.stochastic_rounding else None)
     del a, residual
     # 9. W ← W·(1 − lr·weight_decay) − lr·U[m̂ / (√v̂ + eps)]
-    U = U.contiguous()
     ldadam_descend_([weight.mT if tall else weight for weight in W], U, p, numbers.decay, numbers.step_size)
     for key, value in (("basis", U), ("exp_avg", m), ("exp_avg_sq", v)):
         if state[key] is not value:
@@ -172,33 +170,27 @@ def ldadam_update_(
 
 
 @Op
-def ldadam_moments_(R: Tensor, m: Tensor, v: Tensor, p: Tensor, numbers: Coefficients) -> Tensor:
+def ldadam_moments_(R: Tensor, m: Tensor, v: Tensor, p: Tensor, numbers: Coefficients) -> None:
     """Move the moments to the new basis and update them: lines 5, 7 and 8.
 
     Args:
-        R: UᵀU₋, float32 [n, r, r]; contiguous, as all tensors here.
-        m: First moments, float32 [n, r, q]; written.
+        R: UᵀU₋, float32 [n, r, r].
+        m: First moments, float32 [n, r, q], contiguous; written.
         v: Second moments, likewise.
-        p: p̃, likewise, bounded by :func:`~hf_lowmem_optim.ops.low_rank.bound_projection_`. Overwritten with the
-            direction m/(√v + δ).
+        p: p̃, likewise. Overwritten with the direction m/(√v + δ).
         numbers: The numbers of this step.
-
-    Returns:
-        float32 [n, 2r, q]: c·m of the old moment over −(p̃ + c·m̃), the right factors of line 6.
     """
     β1, β2, k = numbers.beta1, numbers.beta2, numbers.correction
     bound_projection_(p)
     # 5. m̃ ← R m
     m_moved = R @ m
     # 7. v ← c2·|(R∘R)(v/c2 − (m/c1)²) + (m̃/c1)²|, times the β2 of line 8: with k = c2/c1², c1 and c2 cancel
-    v_moved = torch.empty_like(v).baddbmm_(R * R, v.addcmul(m, m, value=-k), beta=0, alpha=β2)
+    v_moved = m.baddbmm_(R * R, v.addcmul_(m, m, value=-k), beta=0, alpha=β2)  # in m's place, which has had its turn
     v_moved.addcmul_(m_moved, m_moved, value=β2 * k).abs_()
-    # 8. m ← β1·m̃ + (1 − β1)·p̃;  v ← β2·v + (1 − β2)·p̃²; so that p̃ + c·m̃ is m/(1 − β1)
-    kept = m * (β1 / (1 - β1))
-    torch.add(m_moved * β1, p, alpha=1 - β1, out=m)
+    # 8. v ← β2·v + (1 − β2)·p̃²;  m ← β1·m̃ + (1 − β1)·p̃
     torch.addcmul(v_moved, p, p, value=1 - β2, out=v)
-    torch.div(m, v.sqrt().add_(numbers.damping), out=p)
-    return torch.cat((kept, m * (-1 / (1 - β1))), dim=1)
+    torch.lerp(p, m_moved, β1, out=m)
+    torch.div(m, torch.sqrt(v, out=m_moved).add_(numbers.damping), out=p)
 
 
 @Op
@@ -264,10 +256,11 @@ def ldadam_stages_(
         U, products = found
         R, p = (part.contiguous() for part in products.tensor_split([old.shape[2]], dim=2))
     # 5. to 8.
-    factors = ldadam_moments_(R, m, v, p, numbers)
     if o.error_feedback != "none":
-        # 6. ξ ← a − U(p̃ + c·m̃) + c·U₋m
-        torch.baddbmm(a, torch.cat((old, U), dim=2), factors, out=a)
+        a.baddbmm_(old, m, alpha=numbers.beta1 / (1 - numbers.beta1))
+    ldadam_moments_(R, m, v, p, numbers)
+    if o.error_feedback != "none":
+        a.baddbmm_(U, m, alpha=-1 / (1 - numbers.beta1))
         save_residual_(state, residual, fmt)
     # 9. W ← W·(1 − lr·weight_decay) − lr·U[m̂ / (√v̂ + eps)]
     ldadam_descend_([weight.mT if tall else weight for weight in W], U, p, numbers.decay, numbers.step_size)
@@ -310,8 +303,8 @@ class LDAdam(LowMemoryOptimizer):
         switch=("rank", None),
         scratch=1.0,  # a; fused on a GPU, later steps have none
         whole="gpu",
-        # Factors, at most 5.4; the first step's exact SVD, at most 6 if not for a rank below 4: of fewer than 24 rows,
-        # it takes 2 matrices, which the constant of every step covers up to 1.5 million entries.
+        # The first step's exact SVD, at most 6 if not for a rank below 4: of fewer than 24 rows, it takes 2 matrices,
+        # which the constant of every step covers up to 1.5 million entries. A later step's factors are fewer.
         scratch_state=6.0,
         staged=StagedUpdate(ldadam_stages_, ldadam_exchanged),
     )

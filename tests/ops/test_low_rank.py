@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.launches import NUMBERS
-from hf_lowmem_optim.ops.low_rank import orthonormalize
+from hf_lowmem_optim.ops.low_rank import of_safe_size, orthonormalize
 from hf_lowmem_optim.optimizers.ldadam import ldadam_moments_
 from tests.ops.backends import BF16, DEVICE, FP16, FP32, INTERPRETED, ON_GPU, QUIET, normal
 
@@ -112,6 +112,16 @@ def test_what_has_no_such_columns_is_refused() -> None:
             orthonormalize(wrong)
 
 
+def test_of_a_batch_what_is_too_large_is_divided() -> None:
+    V = normal(2, 4, 30).mT
+    assert torch.equal(of_safe_size(V), V)
+    V[1, 3, 2] = -(2.0**30)  # the excess of 2¹⁰, twice
+    assert torch.equal(of_safe_size(V), V * torch.tensor([1.0, 2.0**-20], device=V.device)[:, None, None])
+    V[0, 5, 1] = math.nan
+    safe = of_safe_size(V)
+    assert safe[0].isnan().any() and torch.equal(safe[1], V[1] * 2.0**-20)
+
+
 def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
     scale = expected.abs().max().item()
     torch.testing.assert_close(got.double() / scale, expected / scale, rtol=0, atol=tolerance)
@@ -140,7 +150,7 @@ def test_moments_are_the_formulas(n: int, r: int, q: int) -> None:
 
 
 @pytest.mark.parametrize("update", [ldadam.move_moments_, ldadam_moments_.torch_version])
-def test_a_projection_to_rounding_noise_counts_as_zero(update: Callable[..., Tensor]) -> None:
+def test_a_projection_to_rounding_noise_counts_as_zero(update: Callable[..., None]) -> None:
     R, m, v, p, _ = state(2, 5, 40)
     for moments in (R, m, v):
         moments.zero_()  # as in the first step

@@ -261,12 +261,11 @@ def _why_no_moments(R: Tensor, m: Tensor, *_: object) -> str | None:
 
 
 @register("ldadam_moments_", "triton", why_not=_why_no_moments)
-def move_moments_(R: Tensor, m: Tensor, v: Tensor, p: Tensor, numbers: Coefficients) -> Tensor:
+def move_moments_(R: Tensor, m: Tensor, v: Tensor, p: Tensor, numbers: Coefficients) -> None:
     """See :func:`hf_lowmem_optim.optimizers.ldadam.ldadam_moments_`."""
     n, r, q = m.shape
-    factors = torch.empty(n, 2 * r, q, dtype=torch.float32, device=m.device)
-    update_moments_(R, m, v, p, factors, numbers)
-    return factors
+    # a first step's, or one's that is not fused: the factors are not asked for
+    update_moments_(R, m, v, p, torch.empty(n, 2 * r, q, dtype=torch.float32, device=m.device), numbers)
 
 
 def _why_no_descent(W: Sequence[Tensor], U: Tensor, direction: Tensor, *_: object) -> str | None:
