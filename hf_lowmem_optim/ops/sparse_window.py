@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 #: Entries of the tensor, and of the window's rows, that the torch version works on at a time.
-CHUNK_ENTRIES = 3 << 15
+CHUNK_ENTRIES = 3 << 16
 
 
 @dataclass(frozen=True)
