@@ -134,11 +134,11 @@ class SparseWindow:
             return stored.long(), picked(self.values[:, columns]).float()
         k = self.kept_per_block
         blocks = slice(columns.start // k, -(-columns.stop // k))
-        grids = [picked(part[:, blocks]).repeat_interleave(k, 1)[:, : stored.shape[1]] for part in self.grids]
+        lo, step = (picked(part[:, blocks]).repeat_interleave(k, 1)[:, : stored.shape[1]] for part in self.grids)
         if self.values is not None:
-            return stored.long(), decode(picked(self.values[:, columns]).int(), *grids, 8)
+            return stored.long(), decode(picked(self.values[:, columns]).int(), lo, step, 8)
         indices, codes = unpack(stored)
-        return indices, decode(codes, *grids, 4)
+        return indices, decode(codes, lo, step, 4)
 
 
 def windows_of(
@@ -292,7 +292,7 @@ def _check(step: WindowStep, weights_shape: tuple[int, ...], device: torch.devic
 
 
 # ---- torch version: the specification --------------------------------------------------------------------------------
-# The rows are scattered into a dense piece of at most CHUNK_ENTRIES entries (or one block), so that the temporaries stay
+# Rows are scattered into a dense piece of at most CHUNK_ENTRIES entries (or one block), so that the temporaries stay
 # bounded. They are added in the order of their storage, which fixes the result to the last bit.
 
 
