@@ -119,7 +119,8 @@ def encode(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     first = has_zero.float()
     most = levels - has_infinite.float() - first
     # step ← log2(hi/lo) / codes
-    c, low, high = _log2_above(torch.cat((magnitude, lo, hi), 1), lo >> 23).split((x.shape[1], 1, 1), 1)
+    logs = _log2_above(torch.cat((magnitude, lo, hi), 1), lo >> 23)
+    c, low, high = logs[:, :-2], logs[:, -2:-1], logs[:, -1:]
     step = (high - low).clamp_(min=0) / most
     # c ← round(log2(|v|/lo) / step)
     c = (c - low).div_(torch.where(step > 0, step, torch.inf)).add_(0.5).floor_().clamp_(min=0)
