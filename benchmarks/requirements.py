@@ -19,19 +19,19 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from interleave import SEED, Contender, compare, enter, ratio, workload
 from machine import backend
-from peers import FOREACH, GALORE, Candidate, ours, peer, split_parameters
+from peers import FOREACH, GALORE, Candidate, ours, peer
 from results import describe_run, save_run
 from step_time import add_timing_options, wait_unless_told
 from tables import requirement_rows
-from torch import nn
 
-from hf_lowmem_optim.ops.newton_schulz import newton_schulz
+from hf_lowmem_optim.optimizers import trion
 
 NAMES = ("ldadam", "microadam", "sparse_mfac")
 _FIRST_STEP_LIMIT = 1.0  # seconds
@@ -45,7 +45,7 @@ class Limit:
     base: Candidate
     most: float
     statistic: Literal["median", "mean", "worst"] = "median"  # mean and worst round: in units of the base's median
-    beyond: Candidate | None = None  # what is left out of the first one's time
+    beyond_products: bool = False  # whether the first one is Trion, and its Newton–Schulz products are left out
     gap: int = 0  # steps between two decompositions of the base: its first step has one, no step of a round does
 
 
@@ -59,29 +59,33 @@ class Part:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-class NewtonSchulz(torch.optim.Optimizer):
-    """Compute Trion's Newton–Schulz products and nothing else.
+class Meter:
+    """Note how long Trion's Newton–Schulz products take in each of its steps: on a CPU calls return when done."""
 
-    Args:
-        model: The model.
-        rank: Trion's.
-    """
+    def __init__(self) -> None:
+        self.steps_ms: list[float] = []
+        self._since_ms = 0.0
+        self._products: Callable[..., torch.Tensor] = trion.newton_schulz
+        trion.newton_schulz = self._timed
 
-    def __init__(self, model: nn.Module, rank: int) -> None:
-        matrices, _ = split_parameters(model)
-        super().__init__(matrices, {})
-        sides = [sorted(matrix.shape) for matrix in matrices]
-        self._chosen = [torch.randn(1, min(rank, p), q, device=matrices[0].device) for p, q in sides]
+    def _timed(self, *arguments: Any) -> torch.Tensor:
+        start = time.perf_counter()
+        products = self._products(*arguments)
+        self._since_ms += 1e3 * (time.perf_counter() - start)
+        return products
 
-    def step(self, closure: Any = None) -> None:
-        """Compute them."""
-        for chosen in self._chosen:
-            newton_schulz(chosen, "muon")
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Begin with the next step of an optimizer, the only one of its kind."""
+        self._since_ms = 0.0
+        optimizer.register_step_post_hook(self._end_step)
+
+    def _end_step(self, *_: Any) -> None:
+        self.steps_ms.append(self._since_ms)
+        self._since_ms = 0.0
 
 
 _BASE = peer(FOREACH)
 _DASH = ours("dash", block_size=256, precondition_frequency=10)
-_PRODUCTS = Candidate("its Newton–Schulz products", lambda model: NewtonSchulz(model, 128))
 PARTS: dict[str, Part] = {
     "minilm": Part(
         "minilm",
@@ -96,7 +100,7 @@ PARTS: dict[str, Part] = {
         "minilm",
         (
             Limit(ours("dct_adamw", rank=128), peer("galore-torch", 128), 1.5, gap=GALORE["update_proj_gap"]),
-            Limit(ours("trion", rank=128), _BASE, 1.5, beyond=_PRODUCTS),
+            Limit(ours("trion", rank=128), _BASE, 1.5, beyond_products=True),
         ),
     ),
     "dash": Part("minilm", (Limit(_DASH, _BASE, 6.0, "mean"), Limit(_DASH, _BASE, 12.0, "worst"))),
@@ -119,28 +123,31 @@ def finding(requirement: str, limit: float, figure: float | None, spread: str) -
 def measure_part(part: Part, rounds: int, seconds: float) -> list[dict[str, Any]]:
     """Return the rows of a part, measured in this process."""
     work = workload(part.shapes)
-    wanted = {c.name: c for limit in part.limits for c in (limit.ours, limit.base, limit.beyond) if c is not None}
+    wanted = {c.name: c for limit in part.limits for c in (limit.ours, limit.base)}
+    meter = Meter()
     entered = {name: enter(candidate, work) for name, candidate in wanted.items()}
+    for limit in part.limits:
+        if limit.beyond_products and isinstance(timed := entered[limit.ours.name], Contender):
+            meter.attach(timed.optimizer)
     cores = compare([found for found in entered.values() if isinstance(found, Contender)], rounds, seconds)
     print(f"others used {cores:.2f} cores meanwhile", file=sys.stderr)
-    return [measure_limit(limit, entered, part.words) for limit in part.limits]
+    return [measure_limit(limit, entered, part.words, meter.steps_ms) for limit in part.limits]
 
 
-def measure_limit(limit: Limit, entered: dict[str, Contender | str], words: str) -> dict[str, Any]:
-    """Return the row of a limit, from the times of all contenders."""
+def measure_limit(
+    limit: Limit, entered: dict[str, Contender | str], words: str, products_ms: list[float]
+) -> dict[str, Any]:
+    """Return the row of a limit, from the times of all contenders and of the products in Trion's steps."""
     requirement = f"{limit.ours.name} / {limit.base.name}{words}"
-    if limit.beyond is not None:
-        requirement += f", beyond {limit.beyond.name}"
+    if limit.beyond_products:
+        requirement += ", beyond its Newton–Schulz products"
     if limit.statistic != "median":
         requirement += f", {limit.statistic} of the rounds"
     first, second = entered[limit.ours.name], entered[limit.base.name]
     if isinstance(first, str) or isinstance(second, str):
         return finding(requirement, limit.most, None, f"skipped: {first if isinstance(first, str) else second}")
-    if limit.beyond is not None:
-        products = entered[limit.beyond.name]
-        assert isinstance(products, Contender)
-        times = [a - b for a, b in zip(first.times_ms, products.times_ms, strict=True)]
-        first = replace(first, times_ms=times)
+    if limit.beyond_products:
+        first = replace(first, times_ms=[a - b for a, b in zip(first.times_ms, products_ms, strict=True)])
     low, middle, high = ratio(first, second)
     if limit.statistic != "median":
         reduce = statistics.mean if limit.statistic == "mean" else max

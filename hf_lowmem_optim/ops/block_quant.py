@@ -185,8 +185,8 @@ def _dequantize_into(out: Tensor, quantized: Quantized, scale: float, onto: Tens
 
 def slices(numel: int, block_size: int, device: torch.device) -> list[tuple[int, int]]:
     """Cut ``numel`` entries into (start, stop) of whole blocks; a shorter last block comes alone."""
-    # few enough at a time that a CPU's cache holds the temporaries
-    entries = 1 << 17 if device.type == "cpu" else 1 << 22
+    # few calls, and temporaries of a megabyte that a CPU's cache holds
+    entries = 1 << 18 if device.type == "cpu" else 1 << 22
     length = max(1, entries // block_size) * block_size
     whole = numel // block_size * block_size
     bounds = [(start, min(start + length, whole)) for start in range(0, whole, length)]

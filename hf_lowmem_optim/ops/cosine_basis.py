@@ -157,7 +157,7 @@ def _add_in_slices_(out: Tensor, x: Tensor, basis: Basis) -> None:
     twiddle, place = _twiddle(n, device, inverse=True), torch.empty_like(order)
     place[order] = torch.arange(n, device=device)
     for part, columns in parts:
-        part.mT.add_(_dct3(columns.mT, place, twiddle))
+        part.add_(_dct3(columns, place, twiddle))
 
 
 def _dct2(rows: Tensor, order: Tensor, twiddle: Tensor) -> Tensor:
@@ -168,16 +168,17 @@ def _dct2(rows: Tensor, order: Tensor, twiddle: Tensor) -> Tensor:
     return torch.cat((z.real, -z.imag[:, 1 : (n + 1) // 2].flip(1)), dim=1)
 
 
-def _dct3(rows: Tensor, place: Tensor, twiddle: Tensor) -> Tensor:
-    """Return the orthonormal DCT-III of every row, the inverse of the DCT-II backwards."""
-    n, half = rows.shape[1], len(twiddle)
-    rows = rows.float()
+def _dct3(columns: Tensor, place: Tensor, twiddle: Tensor) -> Tensor:
+    """Return the orthonormal DCT-III of every column, the inverse of the DCT-II backwards."""
+    n, half = len(columns), len(twiddle)
+    columns = columns.float()
     # Y_k = e^(iπk/(2n))·(X_k − i·X_(n−k))/s_k, and X_n = 0
-    mirrored = torch.zeros_like(rows[:, :half])
-    mirrored[:, 1:] = rows[:, n - half + 1 :].flip(1)
-    Y = torch.complex(rows[:, :half], mirrored.neg_()).mul_(twiddle)
-    permuted: Tensor = torch.fft.irfft(Y, n)
-    return permuted.index_select(1, place)
+    mirrored = torch.zeros_like(columns[:half])
+    mirrored[1:] = columns[n - half + 1 :].flip(0)
+    Y = torch.complex(columns[:half], mirrored.neg_()).mul_(twiddle[:, None])
+    # the FFT leaves columns beside each other, of which rows are not gathered fast
+    permuted: Tensor = torch.fft.irfft(Y, n, dim=0).contiguous()
+    return permuted.index_select(0, place)
 
 
 def _order(n: int, device: torch.device) -> Tensor:
@@ -214,11 +215,11 @@ def basis_columns(basis: Basis, indices: Tensor) -> Tensor:
     n, device = basis.n, indices.device
     if not basis.fft:
         return basis_matrix(basis, device).mT[indices].mT
-    places = torch.arange(n, device=device)
-    frequency, odd = (
-        (indices[..., None], 2 * places + 1) if basis.kind == "dct2" else (places, 2 * indices[..., None] + 1)
-    )
-    columns = _shared_table(n, device).take((frequency * odd).remainder_(4 * n))
+    dtype = torch.int32 if n < 1 << 15 else torch.int64  # a product is less than 2n²
+    places, chosen = torch.arange(n, dtype=dtype, device=device), indices[..., None].to(dtype)
+    frequency, odd = (chosen, 2 * places + 1) if basis.kind == "dct2" else (places, 2 * chosen + 1)
+    angles = (frequency * odd).remainder_(4 * n)
+    columns = _shared_table(n, device).index_select(0, angles.view(-1)).view(angles.shape)
     return columns.masked_fill_(frequency == 0, math.sqrt(1 / n)).mT
 
 

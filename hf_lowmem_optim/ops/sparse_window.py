@@ -19,7 +19,7 @@ the entry that it touches and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple
@@ -31,7 +31,7 @@ from torch import Tensor
 from hf_lowmem_optim.ops.block_quant import FLOAT_DTYPES
 from hf_lowmem_optim.ops.block_topk import MAX_BLOCK_SIZE, check_stored, kept_per_block, value_dtype_of
 from hf_lowmem_optim.ops.dispatch import Op
-from hf_lowmem_optim.ops.window_values import INDEX_BITS, MAX_PACKED_BLOCK, Grids, ValueDtype, decode
+from hf_lowmem_optim.ops.window_values import MAX_PACKED_BLOCK, Grids, ValueDtype, decode, unpack
 
 __all__ = [
     "SparseWindow",
@@ -43,10 +43,8 @@ __all__ = [
     "windows_of",
 ]
 
-#: Entries of the tensor that the torch version works on at a time.
-CHUNK_ENTRIES = 3 << 15
-#: The bits of −0.0, from which z2 starts: a sum that has met any w2·V² is +0.0 or more, or NaN, never −0.0.
-_UNTOUCHED_BITS = -(2**31)
+#: Entries of the tensor, and of the window's rows, that the torch version works on at a time.
+CHUNK_ENTRIES = 3 << 16
 
 
 @dataclass(frozen=True)
@@ -124,21 +122,23 @@ class SparseWindow:
         """How the values are stored."""
         return value_dtype_of(self.values, self.grids)
 
-    def read(self, rows: Iterable[int], columns: slice) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield indices, int64, and values, float32, of each row at columns that begin with a block."""
-        blocks = torch.arange(columns.start, columns.stop, device=self.indices.device) // self.kept_per_block
-        for row in rows:
-            stored = self.indices[row, columns]
-            if self.grids is None:
-                assert self.values is not None
-                yield stored.long(), self.values[row, columns].float()
-            else:
-                lo, step = (part[row, blocks] for part in self.grids)
-                if self.values is None:
-                    codes = (stored.int() >> INDEX_BITS) & 15
-                    yield stored.long() & (MAX_PACKED_BLOCK - 1), decode(codes, lo, step, 4)
-                else:
-                    yield stored.long(), decode(self.values[row, columns].int(), lo, step, 8)
+    def read(self, columns: slice, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return indices, int64, and values, float32, at columns that begin with a block: of all rows, or of some."""
+
+        def picked(part: Tensor) -> Tensor:
+            return part if rows is None else part.index_select(0, rows)
+
+        stored = picked(self.indices[:, columns])
+        if self.grids is None:
+            assert self.values is not None
+            return stored.long(), picked(self.values[:, columns]).float()
+        k = self.kept_per_block
+        blocks = slice(columns.start // k, -(-columns.stop // k))
+        lo, step = (picked(part[:, blocks]).repeat_interleave(k, 1)[:, : stored.shape[1]] for part in self.grids)
+        if self.values is not None:
+            return stored.long(), decode(picked(self.values[:, columns]).int(), lo, step, 8)
+        indices, codes = unpack(stored)
+        return indices, decode(codes, lo, step, 4)
 
 
 def windows_of(
@@ -292,8 +292,8 @@ def _check(step: WindowStep, weights_shape: tuple[int, ...], device: torch.devic
 
 
 # ---- torch version: the specification --------------------------------------------------------------------------------
-# Each row is scattered into a dense piece of at most CHUNK_ENTRIES entries (or one block), so that the temporaries stay
-# bounded. Rows are added in the order of their storage, which fixes the result to the last bit.
+# Rows are scattered into a dense piece of at most CHUNK_ENTRIES entries (or one block), so that the temporaries stay
+# bounded. They are added in the order of their storage, which fixes the result to the last bit.
 
 
 def _chunks(window: SparseWindow) -> list[tuple[slice, slice, Tensor]]:
@@ -305,7 +305,7 @@ def _chunks(window: SparseWindow) -> list[tuple[slice, slice, Tensor]]:
     """
     indices, block_size, kept_per_block = window.indices, window.block_size, window.kept_per_block
     kept, num_blocks = indices.shape[1], -(-window.numel // block_size)
-    blocks = max(1, CHUNK_ENTRIES // block_size)
+    blocks = max(1, CHUNK_ENTRIES // max(block_size, len(indices) * kept_per_block))
     column = torch.arange(min(blocks * kept_per_block, kept), device=indices.device)
     starts = column // kept_per_block * block_size
     chunks = []
@@ -321,26 +321,38 @@ def _update_all(steps: Sequence[WindowStep]) -> None:
     """Take MicroAdam's step for each tensor; the arguments are checked."""
     for weight, window, weights, lr, weight_decay, eps in steps:
         param = weight.detach().view(-1)
-        rows = [(row, w1, w2) for row, (w1, w2) in enumerate(weights.T.tolist()) if w1 != 0 or w2 != 0]
-        if not rows and weight_decay == 0:
+        rows = weights.any(0).nonzero().view(-1)
+        if not len(rows) and weight_decay == 0:
             continue
+        w1, w2 = weights[:, rows, None].unbind()
         for entries, columns, starts in _chunks(window):
             piece = param[entries]
-            z1 = torch.zeros(piece.shape, dtype=torch.float32, device=piece.device)
-            z2 = torch.full_like(z1, -0.0)
-            stored = window.read([row for row, _, _ in rows], columns)
-            for (_, w1, w2), (indices, value) in zip(rows, stored, strict=True):
-                z1.scatter_add_(0, starts + indices, w1 * value)
-                z2.scatter_add_(0, starts + indices, w2 * (value * value))
-            z2.masked_fill_(z2.view(torch.int32) == _UNTOUCHED_BITS, 1)  # z1 is 0 there: no step, whatever eps is
-            root = _square_root(z2)
-            update = z1.div_(root.add_(eps)).mul_(lr)
             stepped = piece if piece.dtype == torch.float32 else piece.float()
             if weight_decay != 0:
                 stepped.mul_(1 - lr * weight_decay)
-            stepped.sub_(update)
+            indices, values = window.read(columns, rows)
+            places = indices.add_(starts)
+            z1, z2 = _sum(w1 * values, places, piece), _sum(w2 * (values * values), places, piece)
+            # an entry that several rows touch gets the same value as often
+            touched = places.view(-1)
+            root = _square_root(z2.index_select(0, touched))
+            update = z1.index_select(0, touched).div_(root.add_(eps)).mul_(lr)
+            stepped.scatter_(0, touched, stepped.index_select(0, touched).sub_(update))
             if stepped is not piece:
                 piece.copy_(stepped)
+
+
+def _sum(values: Tensor, places: Tensor, piece: Tensor) -> Tensor:
+    """Return the sum of rows, scattered to a dense piece, float32."""
+    total = torch.zeros(piece.shape, dtype=torch.float32, device=piece.device)
+    _add_rows(total, places, values)
+    return total
+
+
+def _add_rows(piece: Tensor, places: Tensor, values: Tensor) -> None:
+    """Add rows to a dense piece, one after the other."""
+    for row, value in zip(places.unbind(), values.unbind(), strict=True):
+        piece.scatter_add_(0, row, value)
 
 
 def _square_root(x: Tensor) -> Tensor:
@@ -356,7 +368,7 @@ def _descend_all(steps: Sequence[WindowStep]) -> None:
         for entries, columns, starts in _chunks(window):
             piece = param[entries]
             direction = torch.zeros(piece.shape, dtype=torch.float32, device=piece.device)
-            _add_rows(direction, window, weights, columns, starts)
+            _add_rows(direction, *_weighted(window, weights, columns, starts))
             decayed = piece.float()
             if weight_decay != 0:
                 decayed = decayed * (1 - lr * weight_decay)
@@ -367,14 +379,14 @@ def _descend_all(steps: Sequence[WindowStep]) -> None:
 def _combine(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
     """Add the combination to the flat ``out``."""
     for entries, columns, starts in _chunks(window):
-        _add_rows(out[entries], window, weights, columns, starts)
+        _add_rows(out[entries], *_weighted(window, weights, columns, starts))
 
 
-def _add_rows(piece: Tensor, window: SparseWindow, weights: Tensor, columns: slice, starts: Tensor) -> None:
-    """Add the weighted rows of one chunk to a dense piece; a row of weight zero is skipped."""
-    counted = {row: weight for row, weight in enumerate(weights.tolist()) if weight != 0}
-    for weight, (indices, value) in zip(counted.values(), window.read(counted, columns), strict=True):
-        piece.scatter_add_(0, starts + indices, weight * value)
+def _weighted(window: SparseWindow, weights: Tensor, columns: slice, starts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return places in a chunk and weighted values of the rows whose weight is not zero."""
+    rows = weights.nonzero().view(-1)
+    indices, values = window.read(columns, rows)
+    return indices.add_(starts), values.mul_(weights[rows, None])
 
 
 @Op
@@ -385,9 +397,8 @@ def _gram_rows(windows: Sequence[SparseWindow], row: int) -> Tensor:
     for dots, window in zip(products, windows, strict=True):
         for entries, columns, starts in _chunks(window):
             piece = torch.zeros(entries.stop - entries.start, dtype=torch.float64, device=first.device)
-            stored = window.read([row, *range(len(first))], columns)
-            indices, value = next(stored)
-            piece[starts + indices] = value.double()
-            for other, (indices, value) in enumerate(stored):
-                dots[other] += torch.dot(piece[starts + indices], value.double())
+            indices, values = window.read(columns)
+            places, values = indices.add_(starts), values.double()
+            piece[places[row]] = values[row]
+            dots += values.mul_(piece.index_select(0, places.view(-1)).view(places.shape)).sum(1)
     return products

@@ -113,23 +113,21 @@ def encode(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     small, infinite = magnitude < _NORMAL, magnitude >= _INFINITE
     usual = ~(small | infinite)
     # lo, hi ← smallest and largest usual magnitude, as bits; 0 if there is none
-    hi = torch.where(usual, magnitude, 0).amax(1)
-    lo = torch.minimum(torch.where(usual, magnitude, _LARGEST).amin(1), hi)
-    has_zero, has_infinite = small.any(1) & (lo > 0), infinite.any(1)
-    first = has_zero.int()
-    most = levels - has_infinite.int() - first
+    hi = torch.where(usual, magnitude, 0).amax(1, keepdim=True)
+    lo = torch.minimum(torch.where(usual, magnitude, _LARGEST).amin(1, keepdim=True), hi)
+    has_zero, has_infinite = small.any(1, keepdim=True) & (lo > 0), infinite.any(1, keepdim=True)
+    first = has_zero.float()
+    most = levels - has_infinite.float() - first
     # step ← log2(hi/lo) / codes
-    base = lo >> 23
-    low, high = _log2_above(torch.stack((lo, hi)), base)
-    step = (high - low).clamp_(min=0) / most.float()
+    logs = _log2_above(torch.cat((magnitude, lo, hi), 1), lo >> 23)
+    c, low, high = logs[:, :-2], logs[:, -2:-1], logs[:, -1:]
+    step = (high - low).clamp_(min=0) / most
     # c ← round(log2(|v|/lo) / step)
-    divisor = torch.where(step > 0, step, torch.inf)
-    c = (_log2_above(magnitude, base[:, None]) - low[:, None]).div_(divisor[:, None]).add_(0.5).floor_()
-    c = torch.minimum(c.clamp_(min=0), most.float()[:, None]).int() + first[:, None]
-    c = torch.where(small, 0, torch.where(infinite, levels, c))
+    c = (c - low).div_(torch.where(step > 0, step, torch.inf)).add_(0.5).floor_().clamp_(min=0)
+    codes = torch.minimum(c, most).add_(first).int().masked_fill_(small, 0).masked_fill_(infinite, levels)
+    codes |= (signed >> 31) & (levels + 1)
     wide = lo.view(torch.float32)
-    lo, step = torch.where(has_zero, -wide, wide), torch.where(has_infinite, -step, step)
-    return torch.where(signed < 0, c + (levels + 1), c), lo, step
+    return codes, torch.where(has_zero, -wide, wide)[:, 0], torch.where(has_infinite, -step, step)[:, 0]
 
 
 def decode(codes: Tensor, lo: Tensor, step: Tensor, bits: int) -> Tensor:
@@ -156,9 +154,8 @@ def decode(codes: Tensor, lo: Tensor, step: Tensor, bits: int) -> Tensor:
         power.add_(coefficient).mul_(fraction)
     value = lo.abs() * power.add_(1)
     magnitude = (value.view(torch.int32) + (whole << 23)).clamp_(max=_LARGEST)
-    magnitude = torch.where(c < first, 0, torch.where(c > last, _INFINITE, magnitude))
-    value = magnitude.view(torch.float32)
-    return torch.where(codes > levels, -value, value)
+    magnitude.masked_fill_(c < first, 0).masked_fill_(c > last, _INFINITE)
+    return magnitude.add_((codes >> (bits - 1)) << 31).view(torch.float32)
 
 
 def _log2_above(magnitude: Tensor, base: Tensor) -> Tensor:

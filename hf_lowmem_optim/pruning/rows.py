@@ -73,7 +73,7 @@ class SparseRows:
             entries = slice(first * block_size, min((first + blocks) * block_size, G.numel))
             starts = torch.arange(columns.stop - columns.start, device=G.device) // kept * block_size
             piece = torch.zeros(G.window, entries.stop - entries.start, dtype=torch.float64, device=G.device)
-            indices, values = (torch.stack(part) for part in zip(*G.read(range(G.window), columns), strict=True))
+            indices, values = G.read(columns)
             # a row that was not written yet has zeros at one place: it does not matter which of them stays
             yield entries, piece.scatter_(1, starts + indices, values.double())
 

@@ -120,12 +120,8 @@ def make_param(case: Case, seed: int = 1, device: str = "cpu") -> Tensor:
 
 
 def rows_of(window: SparseWindow) -> list[paper.Row]:
-    stored = window.read(range(window.window), slice(0, window.kept))
-    return paper.rows_of_window(
-        *(torch.stack(part).cpu().numpy() for part in zip(*stored, strict=True)),
-        window.block_size,
-        window.kept_per_block,
-    )
+    indices, values = (part.cpu().numpy() for part in window.read(slice(0, window.kept)))
+    return paper.rows_of_window(indices, values, window.block_size, window.kept_per_block)
 
 
 def updated(param: Tensor, window: SparseWindow, weights: Tensor, **options: float) -> Tensor:
