@@ -138,10 +138,10 @@ def microadam_update_(
         for weight, e in zip(W, errors, strict=True):
             dequantize_add_(weight, e, scale=-o.lr * o.alpha / (1 - o.lr * o.weight_decay))
     # 2. a ← g + (1 − alpha)·Q⁻¹(e)   3. I, V ← largest entries of a;  a[I] ← a[I] − V   4. e ← Q(a)   5. I, V → row
-    seed = t if o.stochastic_rounding else None
+    how = o.block_size, o.density, 1 - o.alpha, t if o.stochastic_rounding else None
     foreach_block_topk_(
         [
-            TopK(rows.indices, rows.values, row, grad, e, o.block_size, o.density, 1 - o.alpha, seed, rows.grids)
+            TopK(rows.indices, rows.values, row, grad, e, *how, rows.grids, rows.memo)
             for rows, grad, e in zip(windows, g, errors, strict=True)
         ]
     )
