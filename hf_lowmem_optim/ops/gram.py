@@ -27,7 +27,7 @@ _DEPENDENT = 1e-3
 _HARMLESS = 1e-3
 #: A direction whose squared singular value S² is below this part of the largest is a rounding error of the Gram matrix.
 _DROPPED = 1e-12
-#: Steps that make a projector's values 0 or 1 to float64's precision, but for S² within a factor of 3 of that bound.
+#: Steps that make a projector's values 0 or 1 to float64's precision, unless S² is within a factor of 3 of that bound.
 _PURIFICATIONS = 8
 
 
@@ -123,7 +123,7 @@ def damped_inverse_column(gram: Tensor, column: int, shift: float) -> tuple[Tens
         shift: Not negative.
 
     Returns:
-        float64 [m], zero for rows of zeros; and the least entry on the diagonal of K's Cholesky factor, a scalar tensor.
+        float64 [m], zero for rows of zeros; and, a scalar, the least entry on the diagonal of K's Cholesky factor.
         That is NaN or not positive if K is not positive definite in float64, and NaN if G is not finite; then the
         column is of no use.
 
