@@ -20,7 +20,7 @@ the entry that it touches and nowhere else.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -80,14 +80,15 @@ class SparseWindow:
     block_size: int
     kept_per_block: int
     grids: Grids | None = None
-    memo: dict[str, Any] = field(default_factory=dict, repr=False)
+    memo: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Check everything that can be checked without reading the tensors, if it was not."""
         layout = self.numel, self.block_size, self.kept_per_block
-        if self.memo.get("window") != layout:
+        if self.memo is None or self.memo.get("window") != layout:
             self._check()
-            self.memo["window"] = layout
+            if self.memo is not None:
+                self.memo["window"] = layout
 
     def _check(self) -> None:
         indices, values = self.indices, self.values
@@ -158,7 +159,7 @@ def windows_of(
     grids: Sequence[Grids | None] = [None] * len(indices)
     if "value_lo" in state:
         grids = [Grids(lo, step) for lo, step in zip(state["value_lo"], state["value_step"], strict=True)]
-    memos = state.get("memos") or [{} for _ in indices]
+    memos: Sequence[dict[str, Any] | None] = state.get("memos") or [None] * len(indices)
     parts = zip(indices, values, numels, grids, memos, strict=True)
     return [SparseWindow(i, value, numel, block_size, kept, grid, memo) for i, value, numel, grid, memo in parts]
 

@@ -278,12 +278,13 @@ def _stored(window: SparseWindow) -> tuple[tuple[Hashable, ...], tuple[int, ...]
 
     It is looked up only once as long as the window stays where it is.
     """
-    known: tuple[tuple[Hashable, ...], tuple[int, ...]] | None = window.memo.get("window in Triton")
+    memo = {} if window.memo is None else window.memo
+    known: tuple[tuple[Hashable, ...], tuple[int, ...]] | None = memo.get("window in Triton")
     if known is None:
         values, lo, step = addresses(window.values, window.grids)
         layout = window.value_dtype, window.kept_per_block, window.block_size, window.window
         record = window.indices.data_ptr(), values, window.numel, window.kept, lo, step
-        known = window.memo["window in Triton"] = layout, record
+        known = memo["window in Triton"] = layout, record
     return known
 
 
