@@ -17,7 +17,6 @@ __all__ = [
     "filtered_inverse_column",
     "ggt_weights",
     "mfac_weights",
-    "spectral_weights",
     "write_gram_row_",
 ]
 
@@ -101,13 +100,14 @@ def ggt_weights(gram: Tensor, newest: int, *, damping: float) -> Tensor:
 
     Source: arXiv 2306.06098 (its sparse GGT); arXiv 1806.02958, section 2.
     """
+    # repeated gradients give S = 0, where the weights cancel each other, and float32's rounding is all that is left of
+    # them: such directions are dropped, unless their response 1/eps is small enough to do no harm
     finite = _is_finite(gram)
-    weights = spectral_weights(
-        torch.where(finite, gram, 0.0),
-        newest,
-        lambda squares: 1 / (squares.sqrt() + damping),
-        keep_all=lambda most: damping > _HARMLESS * most.sqrt(),
-    )
+    squares, K = torch.linalg.eigh(torch.where(finite, gram, 0.0))  # ascending
+    squares = squares.clamp(min=0)
+    kept = (squares > _DROPPED * squares[-1]) | (damping > _HARMLESS * squares[-1].sqrt())
+    weights = K @ (torch.where(kept, 1 / (squares.sqrt() + damping), 0.0) * K[newest])
+    weights = torch.where(gram.diagonal() > 0, weights, 0.0)
     return torch.where(finite, weights, torch.nan)
 
 
@@ -182,28 +182,3 @@ def filtered_inverse_column(gram: Tensor, column: int, shift: float) -> Tensor:
     del identity, P
     found = torch.cholesky_solve(target[:, None], torch.linalg.cholesky_ex(unit)[0])[:, 0].div_(most)
     return torch.where(gram.diagonal() > 0, found, 0.0)
-
-
-def spectral_weights(
-    gram: Tensor, newest: int, response: Callable[[Tensor], Tensor], *, keep_all: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """Return w = K·response(S²)·Kᵀe_r with GGᵀ = K S² Kᵀ, without directions that are noise.
-
-    For singular vectors bᵢ = GᵀKᵢ/Sᵢ this makes Gᵀw = Σ bᵢ·response(Sᵢ²)·⟨bᵢ, c⟩ for the newest gradient c = Gᵀe_r.
-    Repeated gradients give S = 0, where the weights of the rows cancel each other; if the response is large there, the
-    float32 rounding of Gᵀw is all that is left of them. So such directions are dropped, unless ``keep_all``.
-
-    Args:
-        gram: GGᵀ, finite, float64 [m, m].
-        newest: Row r.
-        response: Function of S², finite for every S² ≥ 0.
-        keep_all: Given the largest S², whether the response to zero is small enough to drop nothing.
-
-    Returns:
-        float64 [m], zero for rows of zeros.
-    """
-    squares, K = torch.linalg.eigh(gram)  # ascending
-    squares = squares.clamp(min=0)
-    kept = (squares > _DROPPED * squares[-1]) | keep_all(squares[-1])
-    weights = K @ (torch.where(kept, response(squares), 0.0) * K[newest])
-    return torch.where(gram.diagonal() > 0, weights, 0.0)
