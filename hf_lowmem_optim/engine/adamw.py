@@ -35,6 +35,7 @@ from torch.optim.adamw import adamw
 
 from hf_lowmem_optim.engine.buckets import CORRECTION, TensorUpdate
 from hf_lowmem_optim.engine.rounding import StochasticRounding
+from hf_lowmem_optim.ops.constants import to_device
 from hf_lowmem_optim.ops.weight_correction import join_weights, split_weights_
 from hf_lowmem_optim.spec import TensorSpec
 
@@ -144,7 +145,7 @@ def _step_tensors(params: Sequence[Tensor], steps: Sequence[int], *, on_device: 
         if len(set(counts)) == 1:
             values = torch.full((len(counts),), counts[0], dtype=torch.float32, device=device)
         else:
-            values = torch.tensor(counts, dtype=torch.float32, device=device)
+            values = to_device(torch.tensor(counts, dtype=torch.float32), device)
         for i, value in zip(indices, values.unbind(), strict=True):
             tensors[i] = value
     return tensors

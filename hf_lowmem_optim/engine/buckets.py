@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -61,6 +61,7 @@ class TensorUpdate:
         step: t, 1 for the first update of this tensor.
         rounding_seed: Seed with which its weights are rounded stochastically; None if they are rounded to nearest.
         place: Its place among all parameters of the optimizer.
+        memo: What :func:`~hf_lowmem_optim.engine.checks.check_tensor` returned for it.
     """
 
     param: Tensor
@@ -70,6 +71,7 @@ class TensorUpdate:
     step: int
     rounding_seed: int | None = None
     place: int = 0
+    memo: dict[str, Any] = field(default_factory=dict)
 
     def key(self, *, whole: bool) -> Hashable:
         """Return what the tensors of a bucket have in common."""
@@ -128,7 +130,7 @@ class Batch:
         updates: The tensors.
         g: Their gradients, contiguous; tensors of three and more dimensions as matrices (out, rest).
         state: Their state by key: stacked, [number of tensors, ...]; or each tensor's own, for a method that is
-            ``whole``. And ``"places"``.
+            ``whole``. And ``"places"``, and ``"memos"``.
         step: t, 1 for the first update of these tensors.
         options: Those of their group.
     """
@@ -298,7 +300,7 @@ def _batch(updates: Sequence[TensorUpdate], *, whole: bool = False) -> Batch:
         state = {key: one.state[key][None] for key in keys}
     else:
         state = {key: _stacked([update.state[key] for update in updates]) for key in keys}
-    state["places"] = [update.place for update in updates]
+    state["places"], state["memos"] = [update.place for update in updates], [update.memo for update in updates]
     g = [update.grad for update in updates]
     if not all(grad.is_contiguous() and grad.dim() <= 2 for grad in g):
         g = _matrices(g)

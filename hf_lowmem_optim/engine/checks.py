@@ -63,7 +63,7 @@ def check_tensor(
     *,
     rule: tuple[bool, Mapping[str, TensorSpec]],
     optimizer: Any,
-) -> None:
+) -> dict[str, Any]:
     """Refuse what the rules of an optimizer cannot do with a parameter, before anything is touched.
 
     Args:
@@ -72,6 +72,10 @@ def check_tensor(
         state: Its state; None or empty before its first gradient.
         rule: Whether it takes the compressed rule, and what its state is to be.
         optimizer: The optimizer.
+
+    Returns:
+        A memo: where operations note what they found out about the state's tensors, numbers and no tensors. The same
+        one as long as these stay where they are.
 
     Raises:
         RuntimeError: The gradient is sparse or complex, or for the dense rule of another dtype than the parameter.
@@ -96,18 +100,20 @@ def check_tensor(
         )
     ):
         _refuse_memory(param, grad, group)
+    memo: dict[str, Any] = {}
     if not state:
-        return
+        return memo
     # which tensors they are, where they lie and how large they are: as long as that stays, so does what was checked
-    facts = [
-        fact for part in state.values() if type(part) is Tensor for fact in (id(part), part.data_ptr(), part.nbytes)
-    ]
+    parts = [part for part in state.values() if type(part) is Tensor]
+    facts = [param.device, *map(id, parts), *map(Tensor.data_ptr, parts), *map(Tensor.numel, parts)]
     before = optimizer.checked.get(id(param))
     if before is not None and before[0] is specs and before[1] == facts:
-        return
+        known: dict[str, Any] = before[2]
+        return known
     _check_state(param, group, state, specs, method)
     if all(type(part) is Tensor for part in state.values() if isinstance(part, Tensor)):
-        optimizer.checked[id(param)] = specs, facts
+        optimizer.checked[id(param)] = specs, facts, memo
+    return memo
 
 
 def _refuse_gradient(param: Tensor, grad: Tensor, group: Mapping[str, Any], compressed: bool, who: str) -> None:

@@ -113,7 +113,7 @@ class LowMemoryOptimizer(Optimizer):
         self._complete = True
         self._options: dict[int, tuple[tuple[Any, ...], Options]] = {}
         self._specs: dict[tuple[Any, ...], tuple[bool, dict[str, TensorSpec]]] = {}
-        self.checked: dict[int, tuple[Mapping[str, TensorSpec], list[int]]] = {}
+        self.checked: dict[int, tuple[Mapping[str, TensorSpec], list[Any], dict[str, Any]]] = {}
         self.unchecked: set[int] = set()
         self.paths: dict[tuple[Any, ...], Path] = {}
         self._system_home: Tensor | None = None
@@ -241,7 +241,7 @@ class LowMemoryOptimizer(Optimizer):
         """Update parameters that have a gradient: each with its place among all parameters, and its group."""
         method = self.method
         # every check comes before the first change
-        rules = []
+        rules, memos = [], []
         options_of: dict[int, Options] = {}
         rule_of: dict[tuple[Any, ...], tuple[bool, dict[str, TensorSpec]]] = {}
         for _, param, group in live:
@@ -250,7 +250,7 @@ class LowMemoryOptimizer(Optimizer):
             kind = id(group), param.shape, param.dtype, type(param)
             if (rule := rule_of.get(kind)) is None:
                 rule = rule_of[kind] = self._rule(param, options)
-            check_tensor(param, group, self.state.get(param), rule=rule, optimizer=self)
+            memos.append(check_tensor(param, group, self.state.get(param), rule=rule, optimizer=self))
             rules.append((options, *rule))
         if method.shared_options and len(self.param_groups) > 1:
             distinct = {id(options): vars(options) for options, compressed, _ in rules if compressed}
@@ -275,21 +275,21 @@ class LowMemoryOptimizer(Optimizer):
         dense: dict[int, list[TensorUpdate]] = {}
         sharded: list[tuple[TensorUpdate, bool]] = []
         changed: list[Tensor] = []
-        for (index, param, group), (options, compressed, specs) in zip(live, rules, strict=True):
+        for (index, param, group), (options, compressed, specs), memo in zip(live, rules, memos, strict=True):
             grad, state = param.grad, self.state[param]
             assert grad is not None
             step = state["step"] + 1
             if id(param) in probed:
                 continue
             state["step"] = step
-            if any((key in specs) != (key in state) for key in method.follows):
+            if [key for key in method.follows if (key in specs) != (key in state)]:
                 follow_options_(state, specs, method.follows, param)
             stochastic = options.weight_rounding == "stochastic" and param.dtype != torch.float32
             seed = step * _MAX_PARAMETERS + index if stochastic else None
             grad = grad.detach() if grad.requires_grad else grad
             # kernels read memory, which does not hold the numbers of a lazy gradient
             grad = grad.clone() if grad.is_neg() or grad._is_zerotensor() else grad
-            update = TensorUpdate(param.detach(), grad, state, options, step, seed, index)
+            update = TensorUpdate(param.detach(), grad, state, options, step, seed, index, memo)
             changed.append(param)
             if hasattr(param, "placements"):
                 sharded.append((update, compressed))

@@ -51,7 +51,7 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MASK32 = 0xFFFFFFFF
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Quantized:
     """A block-quantized buffer of ``numel`` entries: entry i is ``code[i]·u + lo`` with u = (hi − lo)/levels.
 

@@ -28,7 +28,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -221,6 +221,7 @@ class TopK(NamedTuple):
         error_scale: Factor s, rounded to float32.
         seed: None rounds a quantized error to nearest; an integer rounds it stochastically with that seed.
         grids: float32 [window, blocks] each; None for floats.
+        memo: What was found out about the window and the error before, as long as they stay where they are.
     """
 
     indices: Tensor
@@ -233,6 +234,7 @@ class TopK(NamedTuple):
     error_scale: float = 1.0
     seed: int | None = None
     grids: Grids | None = None
+    memo: dict[str, Any] | None = None
 
 
 def foreach_block_topk_(calls: Sequence[TopK]) -> None:
@@ -246,22 +248,32 @@ def foreach_block_topk_(calls: Sequence[TopK]) -> None:
         ValueError: An argument is out of range, or a tensor has the wrong dtype, shape or device or is not contiguous.
             Likewise.
     """
+    filled = []
     for call in calls:
-        device, first = call.grad.device, calls[0].grad.device
+        grad, first = call.grad, calls[0].grad.device
+        numel, device = grad.numel(), grad.device
         if device != first:
             raise ValueError(f"grad is on {device}, that of another tensor on {first}")
-        if call.grad.numel():
-            _check(call)
-    if filled := [call for call in calls if call.grad.numel()]:
+        if not numel:
+            continue
+        if grad.dtype not in FLOAT_DTYPES or not grad.is_contiguous():
+            check_dense(grad, "grad", numel=numel, device=device)  # says what is wrong
+        stored = numel, device, call.block_size, call.density
+        if call.memo is None or call.memo.get("selection") != stored:
+            _check(call, numel, device)
+            if call.memo is not None:
+                call.memo["selection"] = stored
+        if not 0 <= call.row < len(call.indices):
+            raise ValueError(f"row {call.row} is not one of the window's {len(call.indices)}")
+        filled.append(call)
+    if filled:
         _select_all(filled)
 
 
-def _check(call: TopK) -> None:
-    """Check the arguments for one tensor."""
-    block_size, numel, device = call.block_size, call.grad.numel(), call.grad.device
+def _check(call: TopK, numel: int, device: torch.device) -> None:
+    """Check what a tensor's selection reads and writes beside its gradient."""
+    block_size = call.block_size
     kept, _, _ = counts(numel, block_size, call.density)
-    if call.grad.dtype not in FLOAT_DTYPES or not call.grad.is_contiguous():
-        check_dense(call.grad, "grad", numel=numel, device=device)  # says what is wrong
     shape = (len(call.indices), kept)
     if call.indices.shape != shape or not call.indices.is_contiguous():
         raise ValueError(f"indices must be contiguous, [window, kept] = {[*shape]}, got {[*call.indices.shape]}")
@@ -269,16 +281,7 @@ def _check(call: TopK) -> None:
         raise ValueError(f"indices must be int16; got {call.indices.dtype}")
     if call.indices.device != device:
         raise ValueError(f"indices is on {call.indices.device}, the other tensors on {device}")
-    stored = call.values
-    if (
-        call.grids is not None
-        or stored is None
-        or (stored.dtype not in FLOATS.values() or stored.shape != shape or stored.device != device)
-        or not stored.is_contiguous()
-    ):
-        check_stored(call.indices, stored, call.grids, -(-numel // block_size))
-    if not 0 <= call.row < shape[0]:
-        raise ValueError(f"row {call.row} is not one of the window's {shape[0]}")
+    check_stored(call.indices, call.values, call.grids, -(-numel // block_size))
     error = call.error
     if isinstance(error, Tensor):
         check_dense(error, "error", numel=numel, device=device)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 
+import torch
 from torch import Tensor
 
-__all__ = ["constant", "held_constant"]
+__all__ = ["constant", "held_constant", "to_device"]
 
 _HELD: dict[Hashable, Tensor] = {}
 
@@ -31,3 +32,8 @@ def constant(key: Hashable, make: Callable[[], Tensor]) -> Tensor:
 def held_constant(key: Hashable) -> Tensor | None:
     """Return the constant of a key if it has been made."""
     return _HELD.get(key)
+
+
+def to_device(numbers: Tensor, device: torch.device) -> Tensor:
+    """Copy numbers of the host to a device without waiting for it."""
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)

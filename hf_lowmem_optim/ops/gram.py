@@ -7,13 +7,18 @@ formulas give, without the difference of two nearly equal ones, of which float32
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["damped_inverse_column", "ggt_weights", "mfac_weights", "spectral_weights", "write_gram_row_"]
+__all__ = [
+    "damped_inverse_column",
+    "filtered_inverse_column",
+    "ggt_weights",
+    "mfac_weights",
+    "write_gram_row_",
+]
 
 #: Below this pivot, for rows of unit length, a gradient counts as nearly a combination of the others.
 _DEPENDENT = 1e-3
@@ -21,6 +26,8 @@ _DEPENDENT = 1e-3
 _HARMLESS = 1e-3
 #: A direction whose squared singular value S² is below this part of the largest is a rounding error of the Gram matrix.
 _DROPPED = 1e-12
+#: Steps that make a projector's values 0 or 1 to float64's precision, unless S² is within a factor of 3 of that bound.
+_PURIFICATIONS = 8
 
 
 def write_gram_row_(
@@ -47,7 +54,8 @@ def mfac_weights(gram: Tensor, newest: int, *, damping: float) -> Tensor:
 
     The paper's u = (1/λ)·[c − Gᵀ(mλI + GGᵀ)⁻¹Gc] becomes w = m·(mλI + GGᵀ)⁻¹e_r; for ‖c‖² ≫ mλ the bracket is a small
     part of c. By Cholesky, scaled to rows of unit length so that the sizes of the gradients do not matter. Where rows
-    depend on each other (a gradient repeats), by eigendecomposition, which leaves out the directions without weight.
+    depend on each other (a gradient repeats), the directions that these have not are filtered out before. A GPU
+    computes both, rather than wait for the answer.
 
     Args:
         gram: GGᵀ, float64 [m, m], symmetric positive semidefinite. A row of zeros is a gradient of zero, as in a window
@@ -64,15 +72,16 @@ def mfac_weights(gram: Tensor, newest: int, *, damping: float) -> Tensor:
     total = window * damping
     # w ← m·(mλI + GGᵀ)⁻¹e_r
     column, smallest_pivot = damped_inverse_column(gram, newest, total)
-    if smallest_pivot > _DEPENDENT:
-        return column.mul_(window)
-    del column
-    # entries are sums of products of float32 numbers: those that are finite do not overflow when they are added up
-    if not math.isfinite(float(gram.sum())):
-        return torch.full((window,), torch.nan, dtype=gram.dtype, device=gram.device)
-    return spectral_weights(
-        gram, newest, lambda squares: window / (total + squares), keep_all=lambda most: total > _HARMLESS * most
-    )
+    independent = smallest_pivot > _DEPENDENT
+    if gram.device.type != "cpu" or not independent:
+        column = torch.where(independent, column, filtered_inverse_column(gram, newest, total))
+        column = torch.where(_is_finite(gram), column, torch.nan)
+    return column.mul_(window)
+
+
+def _is_finite(gram: Tensor) -> Tensor:
+    """Return whether all entries are finite: these do not overflow in a sum, as products of float32 numbers."""
+    return gram.sum().isfinite()
 
 
 def ggt_weights(gram: Tensor, newest: int, *, damping: float) -> Tensor:
@@ -91,17 +100,18 @@ def ggt_weights(gram: Tensor, newest: int, *, damping: float) -> Tensor:
 
     Source: arXiv 2306.06098 (its sparse GGT); arXiv 1806.02958, section 2.
     """
-    if not torch.isfinite(gram).all():
-        return torch.full_like(gram[0], torch.nan)
-    return spectral_weights(
-        gram,
-        newest,
-        lambda squares: 1 / (squares.sqrt() + damping),
-        keep_all=lambda most: damping > _HARMLESS * most.sqrt(),
-    )
+    # repeated gradients give S = 0, where the weights cancel each other, and float32's rounding is all that is left of
+    # them: such directions are dropped, unless their response 1/eps is small enough to do no harm
+    finite = _is_finite(gram)
+    squares, K = torch.linalg.eigh(torch.where(finite, gram, 0.0))  # ascending
+    squares = squares.clamp(min=0)
+    kept = (squares > _DROPPED * squares[-1]) | (damping > _HARMLESS * squares[-1].sqrt())
+    weights = K @ (torch.where(kept, 1 / (squares.sqrt() + damping), 0.0) * K[newest])
+    weights = torch.where(gram.diagonal() > 0, weights, 0.0)
+    return torch.where(finite, weights, torch.nan)
 
 
-def damped_inverse_column(gram: Tensor, column: int, shift: float) -> tuple[Tensor, float]:
+def damped_inverse_column(gram: Tensor, column: int, shift: float) -> tuple[Tensor, Tensor]:
     """Return (G + shift·I)⁻¹e_c, and how far the rows of G are from depending on each other.
 
     Computed from K = D·G·D with a diagonal of ones, D = diag(G)^(-1/2), so that the rows' sizes do not matter:
@@ -113,8 +123,9 @@ def damped_inverse_column(gram: Tensor, column: int, shift: float) -> tuple[Tens
         shift: Not negative.
 
     Returns:
-        float64 [m], zero for rows of zeros; and the least entry on the diagonal of K's Cholesky factor. That is NaN or
-        not positive if K is not positive definite in float64, and NaN if G is not finite; then the column is of no use.
+        float64 [m], zero for rows of zeros; and, a scalar, the least entry on the diagonal of K's Cholesky factor.
+        That is NaN or not positive if K is not positive definite in float64, and NaN if G is not finite; then the
+        column is of no use.
 
     Raises:
         ValueError: ``gram`` is no such matrix, or there is no such column.
@@ -130,8 +141,7 @@ def damped_inverse_column(gram: Tensor, column: int, shift: float) -> tuple[Tens
     # K; rows of zeros become rows of the identity
     unit = (gram * scale).mul_(scale[:, None])
     unit.diagonal().masked_fill_(~alive, 1.0)
-    # 0 · x is NaN if x is not finite; one number, so that a GPU is waited for once
-    smallest = float(torch.linalg.cholesky_ex(unit)[0].diagonal().min() + 0.0 * gram.sum())
+    smallest = torch.linalg.cholesky_ex(unit)[0].diagonal().min() + 0.0 * gram.sum()  # 0 · x is NaN if x is not finite
     unit.diagonal().addcmul_(scale, scale, value=shift)
     target = torch.zeros_like(norm)
     target[column] = scale[column]
@@ -139,26 +149,36 @@ def damped_inverse_column(gram: Tensor, column: int, shift: float) -> tuple[Tens
     return torch.cholesky_solve(target[:, None], factor)[:, 0].mul_(scale), smallest
 
 
-def spectral_weights(
-    gram: Tensor, newest: int, response: Callable[[Tensor], Tensor], *, keep_all: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """Return w = K·response(S²)·Kᵀe_r with GGᵀ = K S² Kᵀ, without directions that are noise.
+def filtered_inverse_column(gram: Tensor, column: int, shift: float) -> Tensor:
+    """Return (G + shift·I)⁻¹e_c without the part of e_c in directions that are noise, unless that does no harm.
 
-    For singular vectors bᵢ = GᵀKᵢ/Sᵢ this makes Gᵀw = Σ bᵢ·response(Sᵢ²)·⟨bᵢ, c⟩ for the newest gradient c = Gᵀe_r.
-    Repeated gradients give S = 0, where the weights of the rows cancel each other; if the response is large there, the
-    float32 rounding of Gᵀw is all that is left of them. So such directions are dropped, unless ``keep_all``.
+    With rows that repeat, that part is as large as 1/shift, and cancels in Gᵀw up to float32's rounding. P, which
+    projects onto the others, comes from products alone: F = G(G + δI)⁻¹ has values above ½ where G's are above δ, and
+    each F ← 3F² − 2F³ (McWeeny's purification) squares their distance from 0 or 1.
 
     Args:
-        gram: GGᵀ, finite, float64 [m, m].
-        newest: Row r.
-        response: Function of S², finite for every S² ≥ 0.
-        keep_all: Given the largest S², whether the response to zero is small enough to drop nothing.
+        gram: G, finite, float64 [m, m], symmetric positive semidefinite; not zero.
+        column: c.
+        shift: Not negative.
 
     Returns:
         float64 [m], zero for rows of zeros.
     """
-    squares, K = torch.linalg.eigh(gram)  # ascending
-    squares = squares.clamp(min=0)
-    kept = (squares > _DROPPED * squares[-1]) | keep_all(squares[-1])
-    weights = K @ (torch.where(kept, response(squares), 0.0) * K[newest])
-    return torch.where(gram.diagonal() > 0, weights, 0.0)
+    most = gram.abs().sum(1).amax()  # at least the largest eigenvalue
+    unit, shift_of_unit = gram / most, shift / most
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    # F = I − δ·(G + δI)⁻¹, in which the rounding of the inverse does not matter
+    factor = torch.linalg.cholesky_ex(identity.mul(_DROPPED).add_(unit))[0]
+    P = torch.cholesky_solve(identity, factor).mul_(-_DROPPED).add_(identity)
+    del factor
+    for _ in range(_PURIFICATIONS):
+        square = P @ P
+        P = torch.addmm(square, square, P, beta=3, alpha=-2)
+    del square
+    P = torch.where(shift_of_unit > _HARMLESS, identity, P)
+    target = P[:, column].clone()
+    # 1 instead of what is left of G in the directions of noise
+    unit.add_(identity.mul_(1 + shift_of_unit)).sub_(P)
+    del identity, P
+    found = torch.cholesky_solve(target[:, None], torch.linalg.cholesky_ex(unit)[0])[:, 0].div_(most)
+    return torch.where(gram.diagonal() > 0, found, 0.0)

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ __all__ = [
 CHUNK_ENTRIES = 3 << 16
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class SparseWindow:
     """The last compressed gradients of one tensor of ``numel`` entries, one per row.
 
@@ -65,6 +65,7 @@ class SparseWindow:
         block_size: Entries per block, 1 to 32768.
         kept_per_block: Kept entries of a full block, 1 to ``block_size``.
         grids: Those of the codes; None for floats.
+        memo: What was found out about these tensors before, as long as they stay where they are.
 
     Raises:
         TypeError: For a dtype that is not listed above.
@@ -77,9 +78,17 @@ class SparseWindow:
     block_size: int
     kept_per_block: int
     grids: Grids | None = None
+    memo: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        """Check everything that can be checked without reading the tensors."""
+        """Check everything that can be checked without reading the tensors, if it was not."""
+        layout = self.numel, self.block_size, self.kept_per_block
+        if self.memo is None or self.memo.get("window") != layout:
+            self._check()
+            if self.memo is not None:
+                self.memo["window"] = layout
+
+    def _check(self) -> None:
         indices, values = self.indices, self.values
         if indices.dtype != torch.int16:
             raise TypeError(f"indices must be int16, got {indices.dtype}")
@@ -142,16 +151,17 @@ class SparseWindow:
 
 
 def windows_of(
-    state: Mapping[str, Sequence[Tensor]], numels: Iterable[int], block_size: int, density: float
+    state: Mapping[str, Sequence[Any]], numels: Iterable[int], block_size: int, density: float
 ) -> list[SparseWindow]:
-    """Return the windows in the states of some tensors, by key a list of each tensor's own."""
+    """Return the windows in the states of some tensors, by key a list of each tensor's own; with ``"memos"`` or not."""
     kept, indices = kept_per_block(block_size, density), state["indices"]
     values: Sequence[Tensor | None] = state.get("values") or [None] * len(indices)
     grids: Sequence[Grids | None] = [None] * len(indices)
     if "value_lo" in state:
         grids = [Grids(lo, step) for lo, step in zip(state["value_lo"], state["value_step"], strict=True)]
-    parts = zip(indices, values, numels, grids, strict=True)
-    return [SparseWindow(index, value, numel, block_size, kept, grid) for index, value, numel, grid in parts]
+    memos: Sequence[dict[str, Any] | None] = state.get("memos") or [None] * len(indices)
+    parts = zip(indices, values, numels, grids, memos, strict=True)
+    return [SparseWindow(i, value, numel, block_size, kept, grid, memo) for i, value, numel, grid, memo in parts]
 
 
 class WindowStep(NamedTuple):
@@ -201,8 +211,7 @@ def foreach_window_update_(steps: Sequence[WindowStep]) -> None:
         TypeError: For a dtype that is not listed. Nothing has been written then.
         ValueError: For shapes or devices that contradict each other, or a tensor that is not contiguous. Likewise.
     """
-    for step in steps:
-        _check(step, (2, step.rows.indices.shape[0]), steps[0].param.device)
+    _check(steps, 2)
     if steps:
         _update_all(steps)
 
@@ -219,8 +228,7 @@ def foreach_window_descend_(steps: Sequence[WindowStep]) -> None:
         TypeError: As :func:`foreach_window_update_`.
         ValueError: Likewise.
     """
-    for step in steps:
-        _check(step, (step.rows.indices.shape[0],), steps[0].param.device)
+    _check(steps, None)
     if steps:
         _descend_all(steps)
 
@@ -239,7 +247,7 @@ def window_combine_(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
     """
     if out.dtype != torch.float32:
         raise TypeError(f"out must be float32, got {out.dtype}")
-    _check(WindowStep(out, window, weights, 0.0), (window.window,), out.device)
+    _check([WindowStep(out, window, weights, 0.0)], None)
     _combine(out.detach().view(-1), window, weights)
 
 
@@ -259,34 +267,43 @@ def foreach_window_gram_rows(windows: Sequence[SparseWindow], row: int) -> Tenso
     """
     if not windows:
         raise ValueError("windows must be at least one window, got none")
-    length = windows[0].indices.shape[0]
+    length, device = windows[0].window, windows[0].device
     for window in windows:
-        if window.indices.device != windows[0].indices.device:
-            raise ValueError(f"window: on {window.device}, but another tensor is on {windows[0].device}")
-        if window.indices.shape[0] != length:
+        if window.indices.device != device:
+            raise ValueError(f"window: on {window.device}, but another tensor is on {device}")
+        if len(window.indices) != length:
             raise ValueError(f"a window has {window.window} rows, another one {length}")
     if not 0 <= row < length:
         raise IndexError(f"row {row} is not one of the window's {length}")
     return _gram_rows(windows, row)
 
 
-def _check(step: WindowStep, weights_shape: tuple[int, ...], device: torch.device) -> None:
-    """Check the arguments for one tensor."""
-    param, rows, weights = step.param, step.rows, step.weights
-    if param.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"param must be float32, bfloat16 or float16, got {param.dtype}")
-    if param.device != device:
-        raise ValueError(f"param: on {param.device}, but another tensor is on {device}")
-    if param.numel() != rows.numel:
-        raise ValueError(f"param has {param.numel()} entries, the window is of {rows.numel}")
-    if not param.is_contiguous():
-        raise ValueError("param must be contiguous")
-    if device != rows.indices.device:
-        raise ValueError(f"param: on {device}, but the window is on {rows.indices.device}")
+def _check(steps: Sequence[WindowStep], sums: int | None) -> None:
+    """Check the arguments; the weights are [window], or [sums, window]."""
+    known: tuple[Tensor, int] | None = None
+    for param, rows, weights, *_ in steps:
+        device, length = steps[0].param.device, len(rows.indices)
+        if param.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"param must be float32, bfloat16 or float16, got {param.dtype}")
+        if param.device != device:
+            raise ValueError(f"param: on {param.device}, but another tensor is on {device}")
+        if param.numel() != rows.numel:
+            raise ValueError(f"param has {param.numel()} entries, the window is of {rows.numel}")
+        if not param.is_contiguous():
+            raise ValueError("param must be contiguous")
+        if rows.indices.device != device:
+            raise ValueError(f"param: on {device}, but the window is on {rows.device}")
+        # most tensors have the same
+        if known is None or weights is not known[0] or length != known[1]:
+            _check_weights(weights, (length,) if sums is None else (sums, length), device)
+            known = weights, length
+
+
+def _check_weights(weights: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     if weights.dtype != torch.float32:
         raise TypeError(f"weights must be float32, got {weights.dtype}")
-    if weights.shape != weights_shape or not weights.is_contiguous():
-        raise ValueError(f"weights must be contiguous and of shape {[*weights_shape]}, got {[*weights.shape]}")
+    if weights.shape != shape or not weights.is_contiguous():
+        raise ValueError(f"weights must be contiguous and of shape {[*shape]}, got {[*weights.shape]}")
     if weights.device != device:
         raise ValueError(f"weights: on {weights.device}, but the window is on {device}")
 

@@ -43,6 +43,7 @@ from hf_lowmem_optim.ops.block_topk import (
     foreach_block_topk_,
     window_specs,
 )
+from hf_lowmem_optim.ops.constants import to_device
 from hf_lowmem_optim.ops.sparse_window import WindowStep, foreach_window_update_, windows_of
 from hf_lowmem_optim.ops.window_values import VALUES_HELP, ValueDtype, check_block_and_values
 from hf_lowmem_optim.spec import QuantFormat, TensorSpec, quantized_specs
@@ -138,10 +139,10 @@ def microadam_update_(
         for weight, e in zip(W, errors, strict=True):
             dequantize_add_(weight, e, scale=-o.lr * o.alpha / (1 - o.lr * o.weight_decay))
     # 2. a ← g + (1 − alpha)·Q⁻¹(e)   3. I, V ← largest entries of a;  a[I] ← a[I] − V   4. e ← Q(a)   5. I, V → row
-    seed = t if o.stochastic_rounding else None
+    how = o.block_size, o.density, 1 - o.alpha, t if o.stochastic_rounding else None
     foreach_block_topk_(
         [
-            TopK(rows.indices, rows.values, row, grad, e, o.block_size, o.density, 1 - o.alpha, seed, rows.grids)
+            TopK(rows.indices, rows.values, row, grad, e, *how, rows.grids, rows.memo)
             for rows, grad, e in zip(windows, g, errors, strict=True)
         ]
     )
@@ -164,7 +165,7 @@ def _row_weights(t: int, window: int, betas: tuple[float, float], bias_correctio
         [(1 - β) / (1 - β**T) * β**age if age < t else 0.0 for age in ((t - 1 - row) % window for row in range(window))]
         for β in betas
     ]
-    return torch.tensor(weights, dtype=torch.float32, device=device)
+    return to_device(torch.tensor(weights, dtype=torch.float32), device)
 
 
 class MicroAdam(LowMemoryOptimizer):

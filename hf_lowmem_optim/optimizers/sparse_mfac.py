@@ -178,7 +178,7 @@ def _selections(x: Batch, windows: Sequence[SparseWindow], row: int) -> list[Top
         parts = zip(*(x.state[f"error_{part}"] for part in ("codes", "lo", "hi")), x.g, strict=True)
         errors = [Quantized(codes, lo, hi, g.numel(), fmt) for codes, lo, hi, g in parts]
     return [
-        TopK(G.indices, G.values, row, g, e, o.block_size, o.density, grids=G.grids)
+        TopK(G.indices, G.values, row, g, e, o.block_size, o.density, grids=G.grids, memo=G.memo)
         for G, g, e in zip(windows, x.g, errors, strict=True)
     ]
 

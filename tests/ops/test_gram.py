@@ -12,7 +12,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hf_lowmem_optim.ops.gram import damped_inverse_column, ggt_weights, mfac_weights
+from hf_lowmem_optim.ops.gram import damped_inverse_column, filtered_inverse_column, ggt_weights, mfac_weights
 
 DAMPINGS = [1e-8, 1e-5, 1e-2, 1.0]
 SOLVERS = {"mfac": mfac_weights, "ggt": ggt_weights}
@@ -48,7 +48,7 @@ def test_it_is_a_column_of_the_inverse(size: int, shift: float, zero: bool, seed
     inside, wanted = (torch.where(alive, each / scale / scale[column], 0.0) for each in (found, expected))
     torch.testing.assert_close(inside, wanted, rtol=1e-6, atol=1e-6 * float(wanted.abs().max()))
     unit = gram * scale * scale[:, None] + torch.diag((~alive).double())
-    assert pivot == pytest.approx(float(torch.linalg.cholesky(unit).diagonal().min()), rel=1e-6)
+    assert float(pivot) == pytest.approx(float(torch.linalg.cholesky(unit).diagonal().min()), rel=1e-6)
 
 
 @pytest.mark.parametrize("size", [2, 20])
@@ -84,13 +84,20 @@ def by_definition(solver: str, G: np.ndarray, newest: int, damping: float) -> np
     """u through the singular value decomposition of G: exact for repeated rows too."""
     U, S, Vt = np.linalg.svd(G, full_matrices=False)
     S = np.where(1e-13 * S.max() > S, 0, S)
-    scale = S / (damping + S**2 / G.shape[0]) if solver == "mfac" else S / (damping + S)
+    scale = S / (damping + S**2 / G.shape[0]) if solver.startswith("mfac") else S / (damping + S)
     return Vt.T @ (scale * U[newest])
+
+
+def mfac_weights_where_rows_depend(gram: torch.Tensor, newest: int, *, damping: float) -> torch.Tensor:
+    """As if these did, which a GPU does not know before it has computed both."""
+    return filtered_inverse_column(gram, newest, damping * len(gram)).mul_(len(gram))
 
 
 def combine(solver: str, G: np.ndarray, newest: int, damping: float) -> np.ndarray:
     """u = Gᵀw as the optimizers form it: float64 weights, float32 sum."""
-    weights = SOLVERS[solver](torch.tensor(G @ G.T), newest, damping=damping)
+    weights = (SOLVERS | {"mfac filtered": mfac_weights_where_rows_depend})[solver](
+        torch.tensor(G @ G.T), newest, damping=damping
+    )
     assert weights.dtype == torch.float64 and weights.shape == (G.shape[0],)
     return (torch.tensor(G, dtype=torch.float32).T @ weights.float()).double().numpy()
 
@@ -109,10 +116,11 @@ WINDOWS: dict[str, Callable[[float], np.ndarray]] = {
         random_rows(s, 2)[np.arange(16) % 2] * (2.0 ** -(np.arange(16) % 5) * (-1.0) ** np.arange(16))[:, None]
     ),
     "strongly correlated": lambda s: np.float32(random_rows(s, 1) + 1e-2 * random_rows(s)).astype(np.float64),
+    "nearly the same": lambda s: np.float32(random_rows(s, 17)[:1] + 1e-4 * random_rows(s, 17)[1:]).astype(np.float64),
 }
 
 
-@pytest.mark.parametrize("solver", list(SOLVERS))
+@pytest.mark.parametrize("solver", [*SOLVERS, "mfac filtered"])
 @pytest.mark.parametrize("damping", DAMPINGS)
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 @pytest.mark.parametrize("name", list(WINDOWS))
@@ -168,3 +176,10 @@ def test_the_order_of_rows_does_not_matter(solver: str, order: Any, newest: int,
     weights = SOLVERS[solver](gram, newest, damping=damping)
     permuted = SOLVERS[solver](gram[order][:, order], order.index(newest), damping=damping)
     torch.testing.assert_close(permuted, weights[order], rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("solver", list(SOLVERS))
+def test_a_device_is_not_waited_for(solver: str) -> None:
+    """Tensors on no device have no numbers to ask for."""
+    gram = torch.empty(8, 8, dtype=torch.float64, device="meta")
+    assert SOLVERS[solver](gram, 3, damping=1e-3).shape == (8,)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_lowmem_optim import OPTIMIZERS
 from tests.ops.backends import INTERPRETED, QUIET, Use
+from tests.optimizers.cases import CASES, gradients, make_params, run
 
 pytestmark = QUIET
 triton = pytest.importorskip("triton")
@@ -31,6 +32,10 @@ METHODS: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
+#: Operations that wait for a GPU: they read from it, or their results' sizes are numbers on it.
+WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "_linalg_")
+
+
 class Operations(TorchDispatchMode):
     """Counts torch's operations that compute or copy something."""
 
@@ -42,6 +47,10 @@ class Operations(TorchDispatchMode):
         if not func.is_view and func.namespace != "prim":
             self.found[str(func)] += 1
         return func(*args, **(kwargs or {}))
+
+    def waiting(self) -> Counter[str]:
+        """Those of a kind that waits."""
+        return Counter({name: n for name, n in self.found.items() if name.split(".")[1].startswith(WAITING)})
 
 
 @contextmanager
@@ -136,3 +145,55 @@ def test_corrections_take_two_launches_a_rule(name: str, use: Use) -> None:
         counts.append(Counter(launched))
     assert counts[0] == counts[1] and counts[0].total() <= most + 4
     assert 1 <= counts[0]["_join_kernel"] == counts[0]["_split_kernel"] <= 2
+
+
+#: M-FAC asks a CPU, and no GPU (``test_gram.py``), whether rows depend on each other; GGT's eigenvectors wait on both.
+SOLVED = {
+    "sparse_mfac": {"aten._local_scalar_dense.default": 1},
+    "lowrank_mfac": {"aten._local_scalar_dense.default": 1},
+    "sparse_ggt": {"aten._linalg_eigh.default": 1},
+}
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("dash")])
+def test_a_later_step_waits_for_nothing(name: str, use: Use) -> None:
+    """Of all methods but Dash, with tensors of all kinds; ``test_gpu.py`` asks a GPU itself."""
+    use("triton")
+    params = make_params()
+    optimizer, steps = CASES[name].build(params.values()), list(gradients(4))
+    with kernels():
+        run(optimizer, params, iter(steps[:3]))
+        with Operations() as operations:
+            run(optimizer, params, iter(steps[3:]))
+    systems = len([p for p in params.values() if "gram" in optimizer.state[p]]) or 1
+    expected = {
+        kind: count * systems for kind, count in SOLVED.get(name.split()[0].removesuffix("_layerwise"), {}).items()
+    }
+    assert operations.waiting() == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "most"),
+    [
+        ("microadam", METHODS["microadam"][0], 4),
+        ("sparse_mfac", SPARSE, 4),
+        ("sparse_ggt", SPARSE, 4),
+        ("ldadam", {"rank": 4}, 7),
+        ("lowrank_mfac", {"rank": 4, "window": 3}, 7),
+    ],
+)
+def test_launches_of_a_tensor_in_the_backward_pass(name: str, options: dict[str, Any], most: int, use: Use) -> None:
+    """And none of them is waited for."""
+    use("triton")
+    weights = [nn.Parameter(torch.randn(32, 64).bfloat16()) for _ in range(3)]
+    optimizer = OPTIMIZERS[f"{name}_layerwise"].optimizer_class(weights, **options)
+    with kernels():
+        for _ in range(2):
+            sum((weight * weight).sum() for weight in weights).backward()
+            optimizer.step()
+        loss = sum((weight * weight).sum() for weight in weights)
+        with Operations() as operations, kernels() as launched:
+            loss.backward()
+    assert all(weight.grad is None for weight in weights)
+    assert 0 < len(launched) <= most * len(weights), launched
+    assert operations.waiting() == {kind: 3 * count for kind, count in SOLVED.get(name, {}).items()}

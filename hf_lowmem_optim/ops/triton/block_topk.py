@@ -20,11 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_lowmem_optim.ops.block_quant import Quantized, rounding_keys
-from hf_lowmem_optim.ops.block_topk import TopK, _select_all, counts
+from hf_lowmem_optim.ops.block_topk import TopK, _select_all, counts, value_dtype_of
 from hf_lowmem_optim.ops.dispatch import register
 from hf_lowmem_optim.ops.triton.block_quant import block_range, decode, encode, load_codes, store_codes
 from hf_lowmem_optim.ops.triton.block_topk_common import block_topk_kernel, common_options, is_common
-from hf_lowmem_optim.ops.triton.device import on_device
+from hf_lowmem_optim.ops.triton.device import aligned, on_device
 from hf_lowmem_optim.ops.triton.tables import TYPES, alike, block_tables, owner_and_block, pointer, size, vectorizes
 from hf_lowmem_optim.ops.triton.window_values import addresses, decode_values, encode_values, grid_of, stored_as
 
@@ -223,16 +223,8 @@ def select_all(calls: Sequence[TopK]) -> None:
 
 def _key(call: TopK) -> Hashable:
     """Return what tensors of one launch have in common."""
-    error = call.error
-    kind: Hashable = None
-    if isinstance(error, Quantized):
-        fmt = error.format
-        kind = fmt.bits, fmt.block_size, fmt.stat_dtype  # takes less time to hash than the format itself
-    elif error is not None:
-        kind = error.dtype
-    dtypes = call.grad.dtype, stored_as(call.values, call.grids), kind
     how = call.row, call.block_size, call.density, call.error_scale, call.seed
-    return dtypes, how, vectorizes(call.grad, *_parts(error))
+    return call.grad.dtype, vectorizes(call.grad), how, _stored(call)[0]
 
 
 def _parts(error: Quantized | Tensor | None) -> list[Tensor]:
@@ -242,13 +234,27 @@ def _parts(error: Quantized | Tensor | None) -> list[Tensor]:
     return [] if error is None else [error]
 
 
-def _record(call: TopK) -> tuple[int, ...]:
-    """Return what the kernel is told of a tensor."""
-    error = [part.data_ptr() for part in _parts(call.error)]
-    error += [0] * (3 - len(error))
-    numel, kept = call.grad.numel(), call.indices.shape[1]
-    values, *grid = addresses(call.values, call.grids)
-    return call.grad.data_ptr(), *error, call.indices.data_ptr(), values, numel, kept, *grid
+def _stored(call: TopK) -> tuple[Hashable, tuple[int, ...]]:
+    """Return what tensors of one launch have in common of what is stored, and a tensor's record but for its gradient.
+
+    It is looked up only once as long as window and error stay where they are.
+    """
+    memo = {} if call.memo is None else call.memo
+    known: tuple[Hashable, tuple[int, ...]] | None = memo.get("selection in Triton")
+    if known is None:
+        error, parts = call.error, _parts(call.error)
+        kind: tuple[Hashable, ...] = ()
+        if isinstance(error, Quantized):
+            kind = error.format.bits, error.format.block_size, error.format.stat_dtype
+        elif error is not None:
+            kind = (error.dtype,)
+        buffers = [part.data_ptr() for part in parts] + [0] * (3 - len(parts))
+        values, *grid = addresses(call.values, call.grids)
+        sizes = call.grad.numel(), call.indices.shape[1]
+        record = *buffers, call.indices.data_ptr(), values, *sizes, *grid
+        known = (value_dtype_of(call.values, call.grids), aligned(parts), *kind), record
+        memo["selection in Triton"] = known
+    return known
 
 
 def _select(calls: Sequence[TopK]) -> None:
@@ -266,7 +272,9 @@ def _select(calls: Sequence[TopK]) -> None:
     elif error is not None:
         kind, buffer = "dense", TYPES[error.dtype]
     table, owners = block_tables(
-        [_record(call) for call in calls], [-(-call.grad.numel() // block_size) for call in calls], grad.device
+        [(call.grad.data_ptr(), *_stored(call)[1]) for call in calls],
+        [-(-call.grad.numel() // block_size) for call in calls],
+        grad.device,
     )
     programs, flags = len(owners), None
     with on_device(grad):

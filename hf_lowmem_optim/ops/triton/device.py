@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_lowmem_optim.ops.constants import to_device
+
 __all__ = ["MAX_OFFSET", "address_table", "aligned", "on_device"]
 
 _HERE: AbstractContextManager[Any] = nullcontext()
@@ -35,7 +37,7 @@ def address_table(tensors: Sequence[Tensor]) -> Tensor:
 
 @functools.lru_cache(maxsize=256)
 def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(addresses, dtype=torch.int64, device=device)
+    return to_device(torch.tensor(addresses, dtype=torch.int64), device)
 
 
 def aligned(tensors: Sequence[Tensor]) -> bool:

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_lowmem_optim.ops.constants import to_device
 from hf_lowmem_optim.ops.triton.device import aligned
 
 __all__ = ["TYPES", "alike", "block_tables", "owner_and_block", "pointer", "size", "vectorizes"]
@@ -73,23 +74,18 @@ def block_tables(
 def _table(records: tuple[tuple[int, ...], ...], programs: tuple[int, ...], device: torch.device) -> Tensor:
     firsts = accumulate(programs, initial=0)
     rows = [(first, *record) for first, record in zip(firsts, records, strict=False)]
-    return _to_device(torch.tensor(rows, dtype=torch.int64), device)
+    return to_device(torch.tensor(rows, dtype=torch.int64), device)
 
 
 @functools.lru_cache(maxsize=32)
 def _owners(programs: tuple[int, ...], device: torch.device) -> Tensor:
     tensors = torch.arange(len(programs), dtype=torch.int32)
-    return _to_device(tensors.repeat_interleave(torch.tensor(programs)), device)
+    return to_device(tensors.repeat_interleave(torch.tensor(programs)), device)
 
 
 def vectorizes(tensor: Tensor, *others: Tensor) -> bool:
     """Return whether a tensor's entries, and the addresses of it and of others, are multiples of 16."""
     return tensor.numel() % 16 == 0 and aligned((tensor, *others))
-
-
-def _to_device(table: Tensor, device: torch.device) -> Tensor:
-    """Copy a table without waiting for the device."""
-    return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
 
 
 def alike(calls: Sequence[T], key: Callable[[T], Hashable]) -> dict[Hashable, list[T]]:

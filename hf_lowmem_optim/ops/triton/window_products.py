@@ -270,8 +270,22 @@ def groups(steps: Sequence[WindowStep]) -> Iterable[list[WindowStep]]:
 def _key(step: WindowStep) -> Hashable:
     """Return what tensors of one launch have in common."""
     param, rows, weights, *rates = step
-    layout = rows.indices.shape[0], rows.block_size, rows.kept_per_block, rows.value_dtype
-    return param.dtype, vectorizes(param), weights.data_ptr(), *layout, *rates
+    return param.dtype, vectorizes(param), weights.data_ptr(), _stored(rows)[0], *rates
+
+
+def _stored(window: SparseWindow) -> tuple[tuple[Hashable, ...], tuple[int, ...]]:
+    """Return what windows of one launch have in common, and a window's part of a record of :func:`step_tables`.
+
+    It is looked up only once as long as the window stays where it is.
+    """
+    memo = {} if window.memo is None else window.memo
+    known: tuple[tuple[Hashable, ...], tuple[int, ...]] | None = memo.get("window in Triton")
+    if known is None:
+        values, lo, step = addresses(window.values, window.grids)
+        layout = window.value_dtype, window.kept_per_block, window.block_size, window.window
+        record = window.indices.data_ptr(), values, window.numel, window.kept, lo, step
+        known = memo["window in Triton"] = layout, record
+    return known
 
 
 def step_tables(steps: Sequence[WindowStep]) -> tuple[Tensor, Tensor, bool]:
@@ -280,11 +294,7 @@ def step_tables(steps: Sequence[WindowStep]) -> tuple[Tensor, Tensor, bool]:
     A record is: first program; addresses of parameter, indices, values; entries of the tensor, and of a row; addresses
     of lo and step.
     """
-    records = []
-    for param, rows, *_ in steps:
-        values, lo, step = addresses(rows.values, rows.grids)
-        sizes = rows.numel, rows.indices.shape[1]
-        records.append((param.data_ptr(), rows.indices.data_ptr(), values, *sizes, lo, step))
+    records = [(step.param.data_ptr(), *_stored(step.rows)[1]) for step in steps]
     table, owners = block_tables(records, [step.rows.num_blocks for step in steps], steps[0].param.device)
     return table, owners, vectorizes(steps[0].param)
 
@@ -317,7 +327,7 @@ def gram_rows(windows: Sequence[SparseWindow], row: int) -> Tensor:
     products = torch.empty(len(windows), windows[0].window, dtype=torch.float64, device=windows[0].device)
     places: dict[Hashable, list[int]] = {}
     for place, window in enumerate(windows):
-        places.setdefault((window.value_dtype, window.kept_per_block), []).append(place)
+        places.setdefault(_stored(window)[0][:2], []).append(place)  # dtype, and entries per block
     for group in places.values():
         if len(places) == 1:
             _multiply(products, windows, row)
@@ -335,8 +345,8 @@ def _multiply(out: Tensor, windows: Sequence[SparseWindow], row: int) -> None:
     each = -(-sum(blocks) // _GRAM_PROGRAMS)
     records = []
     for window in windows:
-        values, lo, step = addresses(window.values, window.grids)
-        records.append((window.indices.data_ptr(), values, window.num_blocks, window.kept, lo, step))
+        indices, values, _, *rest = _stored(window)[1]
+        records.append((indices, values, window.num_blocks, *rest))
     table, owners = block_tables(records, [-(-count // each) for count in blocks], out.device)
     partial = torch.empty(len(owners), one.window, dtype=torch.float64, device=out.device)
     with on_device(out):
