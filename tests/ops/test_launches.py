@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_lowmem_optim import OPTIMIZERS
+from hf_lowmem_optim.engine import buckets
 from tests.ops.backends import INTERPRETED, QUIET, Use
 from tests.optimizers.cases import CASES, gradients, make_params, run
 
@@ -68,10 +69,11 @@ def kernels() -> Iterator[list[str]]:
         yield found
 
 
-def llama(layers: int, dtype: torch.dtype) -> list[nn.Parameter]:
-    """The parameters of a tiny one: keys of fewer heads, norms, embedding and head."""
-    layer = [(16, 16), (8, 16), (8, 16), (16, 16), (24, 16), (24, 16), (16, 24), (16,), (16,)]
-    return [nn.Parameter(torch.randn(shape).to(dtype)) for shape in [(40, 16), *layer * layers, (16,), (40, 16)]]
+def llama(layers: int, dtype: torch.dtype, unit: int = 8) -> list[nn.Parameter]:
+    """The parameters of a tiny one: keys of fewer heads, norms, embedding and head; sizes are multiples of a unit."""
+    layer = [(2, 2), (1, 2), (1, 2), (2, 2), (3, 2), (3, 2), (2, 3), (2,), (2,)]
+    shapes = [[unit * size for size in shape] for shape in [(5, 2), *layer * layers, (2,), (5, 2)]]
+    return [nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
 
 
 def step(optimizer: Any, weights: Sequence[Tensor], seed: int) -> None:
@@ -97,6 +99,32 @@ def test_a_step_launches_as_much_for_many_layers_as_for_few(name: str, dtype: to
             optimizer.step()
         assert 0 < len(launched) <= most
         counts.append((launched, operations.found))
+    assert counts[0] == counts[1] == counts[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "most"),
+    [("ldadam", {"rank": 16}, 12), ("lowrank_mfac", {"window": 2}, 14)],
+)
+def test_low_rank_methods_launch_so_much_a_shape(
+    name: str, options: dict[str, Any], most: int, use: Use, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of matrices that the fused steps take, as many of a shape together as on a GPU."""
+    use("triton")
+    monkeypatch.setattr(buckets, "_rounds_alike", lambda _: True)
+    monkeypatch.setattr(buckets, "most_tensors", lambda *_: 1 << 30)
+    counts = []
+    for layers in (2, 8, 32):
+        weights = llama(layers, torch.bfloat16, unit=64)
+        optimizer = OPTIMIZERS[name].optimizer_class(weights, **options)
+        shapes = {weight.shape for weight in weights if weight.dim() == 2}
+        with kernels():
+            step(optimizer, weights, 0)
+            step(optimizer, weights, 1)
+        with kernels() as launched:
+            optimizer.step()
+        assert len(shapes) == 5 and 0 < len(launched) <= most * len(shapes)
+        counts.append(launched)
     assert counts[0] == counts[1] == counts[2]
 
 
