@@ -76,9 +76,11 @@ class RoundedProducts:
         size = p.abs()
         p.mul_(size >= size.amax(1, keepdim=True) * projection_noise(self.products, old.shape[1]))
         # 5. to 8.
-        factors = ldadam_moments_(U.mT @ old, m, v, p, numbers)
+        moved = m * (numbers.beta1 / (1 - numbers.beta1))
+        ldadam_moments_(U.mT @ old, m, v, p, numbers)
         if o.error_feedback != "none":
-            # 6. ξ ← a − U(p̃ + c·m̃) + c·U₋m
+            # 6. ξ ← a + c·U₋m − U(p̃ + c·m̃), the latter m/(1 − β1) by now
+            factors = torch.cat((moved, m * (-1 / (1 - numbers.beta1))), dim=1)
             a.add_(self.multiply(torch.cat((old, U), dim=2), factors))
             save_residual_(state, residual, fmt, seed=t if o.stochastic_rounding else None)
         # 9. W ← W·(1 − lr·weight_decay) − lr·U[m̂ / (√v̂ + eps)]

@@ -44,6 +44,8 @@ MOST_FACTOR_BYTES = 1 << 28
 _MOST_TF32_TERMS = 64
 #: Of columns of unit length, the least distance of one from those before it with which two passes are enough.
 _LEAST_PIVOT = 1e-5
+#: Devices on which a look at a number waits for nothing.
+_READABLE: tuple[str, ...] = ("cpu",)
 _OVERSAMPLING = 8
 _POWER_ITERATIONS = 2
 _SEED = 0
@@ -199,7 +201,7 @@ def of_safe_size(V: Tensor) -> Tensor:
     V ~ Aᵀ is to be multiplied by an A of its size, and only what the columns of AV span is asked for: AV is to stay in
     the range of float32, which |V| = |A| = 10¹⁹ would leave.
     """
-    if V.device.type == "cpu":  # where a norm is slow, and a look at a number is not
+    if V.device.type in _READABLE:  # where a norm is slow
         least, most = torch.aminmax(V.mT)
         if least.item() >= -(2.0**20) and most.item() <= 2.0**20:  # not if one is NaN
             return V
@@ -218,7 +220,7 @@ def bound_projection_(p: Tensor) -> Tensor:
     """
     size = p.abs()
     largest = size.amax(1, keepdim=True)
-    if p.device.type != "cpu" or not largest.amax().item() <= MOST_PROJECTION:
+    if p.device.type not in _READABLE or not largest.amax().item() <= MOST_PROJECTION:
         p.div_((size * (1 / MOST_PROJECTION)).clamp_(min=1))  # unlike a clamp, it lets infinity become NaN
     return p.mul_(size.ge_(largest.mul_(PROJECTION_NOISE)))  # by ones and zeros: a CPU is slow with booleans
 

@@ -133,20 +133,21 @@ class SparseWindow:
 
     def read(self, columns: slice, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return indices, int64, and values, float32, at columns that begin with a block: of all rows, or of some."""
-
-        def picked(part: Tensor) -> Tensor:
-            return part if rows is None else part.index_select(0, rows)
-
-        stored = picked(self.indices[:, columns])
-        if self.grids is None:
-            assert self.values is not None
-            return stored.long(), picked(self.values[:, columns]).float()
         k = self.kept_per_block
         blocks = slice(columns.start // k, -(-columns.stop // k))
-        lo, step = (picked(part[:, blocks]).repeat_interleave(k, 1)[:, : stored.shape[1]] for part in self.grids)
+        parts = [part[:, columns] for part in (self.indices, self.values) if part is not None]
+        parts += [part[:, blocks] for part in self.grids or ()]
+        if rows is not None:
+            parts = [part.index_select(0, rows) for part in parts]
+        if self.grids is None:
+            indices, values = parts
+            return indices.long(), values.float()
+        *stored, lo, step = parts
+        lo, step = (grid.repeat_interleave(k, 1)[:, : stored[0].shape[1]] for grid in (lo, step))
         if self.values is not None:
-            return stored.long(), decode(picked(self.values[:, columns]).int(), lo, step, 8)
-        indices, codes = unpack(stored)
+            indices, codes = stored
+            return indices.long(), decode(codes.int(), lo, step, 8)
+        indices, codes = unpack(stored[0])
         return indices, decode(codes, lo, step, 4)
 
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_lowmem_optim import OPTIMIZERS
 from hf_lowmem_optim.engine import buckets
+from hf_lowmem_optim.ops import low_rank
 from tests.ops.backends import INTERPRETED, QUIET, Use
 from tests.optimizers.cases import CASES, gradients, make_params, run
 
@@ -184,9 +185,10 @@ SOLVED = {
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("dash")])
-def test_a_later_step_waits_for_nothing(name: str, use: Use) -> None:
+def test_a_later_step_waits_for_nothing(name: str, use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all methods but Dash, with tensors of all kinds; ``test_gpu.py`` asks a GPU itself."""
     use("triton")
+    monkeypatch.setattr(low_rank, "_READABLE", ())
     params = make_params()
     optimizer, steps = CASES[name].build(params.values()), list(gradients(4))
     with kernels():
@@ -210,9 +212,12 @@ def test_a_later_step_waits_for_nothing(name: str, use: Use) -> None:
         ("lowrank_mfac", {"rank": 4, "window": 3}, 7),
     ],
 )
-def test_launches_of_a_tensor_in_the_backward_pass(name: str, options: dict[str, Any], most: int, use: Use) -> None:
+def test_launches_of_a_tensor_in_the_backward_pass(
+    name: str, options: dict[str, Any], most: int, use: Use, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And none of them is waited for."""
     use("triton")
+    monkeypatch.setattr(low_rank, "_READABLE", ())
     weights = [nn.Parameter(torch.randn(32, 64).bfloat16()) for _ in range(3)]
     optimizer = OPTIMIZERS[f"{name}_layerwise"].optimizer_class(weights, **options)
     with kernels():
