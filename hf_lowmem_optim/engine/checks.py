@@ -103,9 +103,10 @@ def check_tensor(
     memo: dict[str, Any] = {}
     if not state:
         return memo
-    # which tensors they are, where they lie and how large they are: as long as that stays, so does what was checked
+    # which tensors they are, and where, how large and of which dtype: as long as that stays, so does what was checked
     parts = [part for part in state.values() if type(part) is Tensor]
     facts = [param.device, *map(id, parts), *map(Tensor.data_ptr, parts), *map(Tensor.numel, parts)]
+    facts += [part.dtype for part in parts]
     before = optimizer.checked.get(id(param))
     if before is not None and before[0] is specs and before[1] == facts:
         known: dict[str, Any] = before[2]

@@ -119,6 +119,11 @@ def test_a_step_finds_what_was_moved(name: str, options: dict[str, Any], backend
     optimizer.state[weights[0]]["indices"] = indices.int()
     with pytest.raises(ValueError, match="'indices' is"):
         optimizer.step()
+    indices = optimizer.state[weights[1]]["indices"]
+    indices.data = indices.data.view(torch.float16)  # of the same size, in the same place
+    optimizer.state.pop(weights[0])
+    with pytest.raises(ValueError, match="'indices' is"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize(("name", "options"), SETTINGS, ids=lambda value: value if isinstance(value, str) else "")
