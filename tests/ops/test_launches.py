@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hf_lowmem_optim import OPTIMIZERS
 from hf_lowmem_optim.engine import buckets
@@ -44,11 +45,17 @@ class Operations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: Counter[str] = Counter()
+        self.largest = 0  # bytes of a result that is no argument's memory
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not func.is_view and func.namespace != "prim":
             self.found[str(func)] += 1
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        given = {leaf.data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.data_ptr() not in given]
+        if not func.is_view:
+            self.largest = max([self.largest, *[each.nbytes for each in made]])
+        return result
 
     def waiting(self) -> Counter[str]:
         """Those of a kind that waits."""
@@ -156,6 +163,36 @@ def test_a_step_moves_fewer_bytes_than_adamw(name: str, options: dict[str, Any],
     tensors = [weight, grad, *[part for part in optimizer.state[weight].values() if isinstance(part, Tensor)]]
     moved = sum(launch.needed(tensors) for launch in launched) / weight.numel()
     assert most / 2 < moved <= most
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("microadam", {"window": 3}),
+        ("sparse_mfac", {"window": 3}),
+        ("sparse_ggt", {"window": 3}),
+        ("ldadam", {"rank": 16}),
+        ("ldadam", {"rank": 16, "error_feedback": "none"}),
+        ("lowrank_mfac", {"window": 3}),
+    ],
+)
+def test_a_fused_step_allocates_nothing_of_a_gradients_size(
+    name: str, options: dict[str, Any], use: Use, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Besides the scratch memory of windows: at most 32 MiB, whatever the model."""
+    from hf_lowmem_optim.ops.triton import window_products
+
+    use("triton")
+    assert window_products._SCRATCH_BYTES == 1 << 25
+    monkeypatch.setattr(window_products, "_SCRATCH_BYTES", 1 << 17)
+    weights = [nn.Parameter(torch.randn(1024, 1536).bfloat16())]
+    optimizer = OPTIMIZERS[name].optimizer_class(weights, **options)
+    with kernels():
+        for seed in range(4):
+            step(optimizer, weights, seed)
+        with Operations() as operations:
+            optimizer.step()
+    assert 0 < operations.largest < weights[0].nbytes / 4
 
 
 @pytest.mark.parametrize("name", METHODS)
