@@ -62,7 +62,7 @@ TABLES: dict[str, tuple[Callable[[Run], str], str]] = {
 }
 for _name in (
     *("pretrain", "finetune", "rows", "dash", "dash_finetune", "window", "window_finetune"),
-    *("products", "products_finetune"),
+    *("products", "products_finetune", "rows_finetune"),
 ):
     TABLES[f"convergence_{_name}"] = convergence_report, f"convergence_{_name}.json"
 for _name in ("nested_lora", "nested_lora_price"):
