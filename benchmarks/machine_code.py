@@ -317,15 +317,15 @@ class Executions:
                 share *= self._ran(file, first) / max(1, self._ran(file, test))
         return share
 
-    def instructions(self, code: Sequence[Mapping[str, Any]]) -> Counter[str]:
+    def instructions(self, code: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Return the instructions of a warp that runs these blocks."""
-        total = Counter[str]()
+        total: dict[str, float] = defaultdict(float)
         for block in code:
             times = max(map(self.share, block["lines"]))
             for header in block["loops"]:
                 times *= self.turns(tuple(header))
             for pipe, count in block["pipes"].items():
-                total[pipe] += times * count  # type: ignore[assignment]
+                total[pipe] += times * count
         return total
 
 

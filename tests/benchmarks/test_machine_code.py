@@ -55,8 +55,8 @@ def test_blocks_run_as_often_as_their_lines(tmp_path: Path, monkeypatch: pytest.
         else:
             text += [f'//## File "{kernels}/toy.py", line {each[0]}', f"/*0010*/  {each[1]} ;"]
     ran = Executions({("toy.py", 2): 11, ("toy.py", 3): 10, ("toy.py", 4): 10, ("toy.py", 5): 5, ("toy.py", 6): 1})
-    found = ran.instructions(blocks("\n".join(text)))
-    assert +found == {"alu": 10, "lsu": 10, "turns": 30, "xu": 5, "other": 1 + 10 + 5 + 20 + 1}
+    found = {pipe: count for pipe, count in ran.instructions(blocks("\n".join(text))).items() if count}
+    assert found == {"alu": 10, "lsu": 10, "turns": 30, "xu": 5, "other": 1 + 10 + 5 + 20 + 1}
 
 
 def test_the_fullest_pipe_takes_the_time() -> None:

@@ -32,6 +32,7 @@ def test_every_large_product_is_rounded_in_every_step_after_the_first(settings: 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 64), nn.Linear(64, 128), nn.LayerNorm(128))
     optimizer = build_optimizer(f"ldadam:rank=4,products=tf32{settings}", model, 1e-3)
+    # a method of RoundedProducts by now, of which the type of optimizers knows nothing
     update = optimizer.method.update_.__self__  # type: ignore[attr-defined]
     counts = []
     for _ in range(3):

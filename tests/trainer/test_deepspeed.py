@@ -51,6 +51,7 @@ def test_pruning_is_refused_however_deepspeed_was_started(tmp_path: Path, zero_2
     """``accelerate launch`` leaves ``args.deepspeed`` as it is."""
     args, state = SimpleNamespace(deepspeed=None, deepspeed_plugin=None), SimpleNamespace()
     with pytest.raises(NotImplementedError, match="DeepSpeed"):
+        # stand-ins: real arguments would start DeepSpeed, which is not installed
         IOBSPruningCallback(sparsity=0.5).on_train_begin(args, state, None)  # type: ignore[arg-type]
 
 
