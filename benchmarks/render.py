@@ -30,6 +30,7 @@ from summary import choice_table, fit_table, learning_rate_table, option_table
 from tables import (
     convergence_report,
     format_rows,
+    host_cost_rows,
     labelled,
     local_training_rows,
     memory_rows,
@@ -56,6 +57,7 @@ TABLES: dict[str, tuple[Callable[[Run], str], str]] = {
     "requirements": (partial(labelled, requirement_rows), "requirements.json"),
     "formats": (lambda run: format_rows(run.rows), "formats.json"),
     "packings": (partial(labelled, packing_rows), "formats.json"),
+    "host_cost": (partial(labelled, host_cost_rows), "host_cost.json"),
     "memory": (partial(labelled, memory_rows), "memory.json"),
     "local_training": (partial(labelled, local_training_rows), "local_training.json"),
     "memory_gpu": (partial(labelled, memory_rows), "memory_gpu.json"),

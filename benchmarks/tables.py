@@ -98,6 +98,13 @@ def packing_rows(rows: Sequence[Row]) -> str:
     return markdown_table(list(columns), [[row[key] for key in columns.values()] for row in rows])
 
 
+def host_cost_rows(rows: Sequence[Row]) -> str:
+    """Return what a step costs the host for each tensor, and beside torch's fused AdamW."""
+    columns = [key for key in rows[0] if key != "optimizer"]
+    cells = [[row["optimizer"], *[f"{row[key]:.1f}" for key in columns]] for row in rows]
+    return markdown_table(["optimizer", *[key.replace("us", "µs a tensor") for key in columns]], cells)
+
+
 _MEMORY = {"optimizer": "optimizer", "measured peak": "peak_bytes", "planned": "planned_bytes"}
 _MEMORY |= {part: f"planned_{part}_bytes" for part in ("weights", "gradients", "state", "step")}
 

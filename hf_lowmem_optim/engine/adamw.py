@@ -112,11 +112,14 @@ def _adamw_(
     columns: list[Sequence[Any]] = [W, g, *moments, [update.step for update in updates]]
     for fused in set(fusable):
         # all of them, but for rare layouts
-        lists = [list(compress(each, [f is fused for f in fusable])) for each in columns]
+        some: list[list[Any]] = [list(compress(each, [f is fused for f in fusable])) for each in columns]
         adamw(
-            *lists[:4],
+            some[0],
+            some[1],
+            some[2],
+            some[3],
             [],
-            _step_tensors(lists[0], lists[4], on_device=fused),
+            _step_tensors(some[0], some[4], on_device=fused),
             fused=fused,
             foreach=False,
             amsgrad=False,
