@@ -110,12 +110,13 @@ def test_a_step_launches_as_much_for_many_layers_as_for_few(name: str, dtype: to
     assert counts[0] == counts[1] == counts[2]
 
 
+@pytest.mark.parametrize("unit", [64, 70])  # with which blocks of the error cross rows
 @pytest.mark.parametrize(
-    ("name", "options", "most"),
-    [("ldadam", {"rank": 16}, 12), ("lowrank_mfac", {"window": 2}, 14)],
+    ("name", "options", "most", "products"),
+    [("ldadam", {"rank": 16}, 12, 3), ("lowrank_mfac", {"window": 2}, 14, 2)],
 )
 def test_low_rank_methods_launch_so_much_a_shape(
-    name: str, options: dict[str, Any], most: int, use: Use, monkeypatch: pytest.MonkeyPatch
+    name: str, options: dict[str, Any], most: int, products: int, unit: int, use: Use, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of matrices that the fused steps take, as many of a shape together as on a GPU."""
     use("triton")
@@ -123,7 +124,7 @@ def test_low_rank_methods_launch_so_much_a_shape(
     monkeypatch.setattr(buckets, "most_tensors", lambda *_: 1 << 30)
     counts = []
     for layers in (2, 8, 32):
-        weights = llama(layers, torch.bfloat16, unit=64)
+        weights = llama(layers, torch.bfloat16, unit=unit)
         optimizer = OPTIMIZERS[name].optimizer_class(weights, **options)
         shapes = {weight.shape for weight in weights if weight.dim() == 2}
         with kernels():
@@ -131,9 +132,26 @@ def test_low_rank_methods_launch_so_much_a_shape(
             step(optimizer, weights, 1)
         with kernels() as launched:
             optimizer.step()
-        assert len(shapes) == 5 and 0 < len(launched) <= most * len(shapes)
+        assert len(shapes) == 5 and len(launched) <= most * len(shapes)
+        assert launched.count("multiply_kernel") == products * len(shapes)
         counts.append(launched)
     assert counts[0] == counts[1] == counts[2]
+
+
+@pytest.mark.parametrize("rank", [200, 320, 512])
+@pytest.mark.parametrize(("name", "most", "products"), [("ldadam", 12, 3), ("lowrank_mfac", 14, 2)])
+def test_large_ranks_launch_no_more(name: str, most: int, products: int, rank: int, use: Use) -> None:
+    """Torch takes the first step, which is an SVD."""
+    weight = nn.Parameter(torch.randn(1090, 1100).bfloat16())
+    options = {"rank": rank, "error_feedback": "8bit"} | ({} if name == "ldadam" else {"window": 2})
+    optimizer = OPTIMIZERS[name].optimizer_class([weight], **options)
+    use("reference")
+    with kernels():
+        step(optimizer, [weight], 0)
+    use("triton")
+    with kernels() as launched:
+        step(optimizer, [weight], 1)
+    assert len(launched) <= most and launched.count("multiply_kernel") == products
 
 
 @pytest.mark.parametrize(
@@ -166,18 +184,20 @@ def test_a_step_moves_fewer_bytes_than_adamw(name: str, options: dict[str, Any],
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("name", "options", "columns"),
     [
-        ("microadam", {"window": 3}),
-        ("sparse_mfac", {"window": 3}),
-        ("sparse_ggt", {"window": 3}),
-        ("ldadam", {"rank": 16}),
-        ("ldadam", {"rank": 16, "error_feedback": "none"}),
-        ("lowrank_mfac", {"window": 3}),
+        ("microadam", {"window": 3}, 1536),
+        ("sparse_mfac", {"window": 3}, 1536),
+        ("sparse_ggt", {"window": 3}, 1536),
+        ("ldadam", {"rank": 16}, 1536),
+        ("ldadam", {"rank": 16}, 1537),
+        ("ldadam", {"rank": 16, "error_feedback": "none"}, 1536),
+        ("lowrank_mfac", {"window": 3}, 1536),
+        ("lowrank_mfac", {"window": 3}, 1537),
     ],
 )
 def test_a_fused_step_allocates_nothing_of_a_gradients_size(
-    name: str, options: dict[str, Any], use: Use, monkeypatch: pytest.MonkeyPatch
+    name: str, options: dict[str, Any], columns: int, use: Use, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Besides the scratch memory of windows: at most 32 MiB, whatever the model."""
     from hf_lowmem_optim.ops.triton import window_products
@@ -185,7 +205,7 @@ def test_a_fused_step_allocates_nothing_of_a_gradients_size(
     use("triton")
     assert window_products._SCRATCH_BYTES == 1 << 25
     monkeypatch.setattr(window_products, "_SCRATCH_BYTES", 1 << 17)
-    weights = [nn.Parameter(torch.randn(1024, 1536).bfloat16())]
+    weights = [nn.Parameter(torch.randn(1024, columns).bfloat16())]
     optimizer = OPTIMIZERS[name].optimizer_class(weights, **options)
     with kernels():
         for seed in range(4):

@@ -188,7 +188,9 @@ def test_fused_steps_keep_to_the_float64_transcription(
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize(("shape", "error"), [((48, 128), "4bit"), ((128, 64), "8bit"), ((40, 70), "fp32")])
+@pytest.mark.parametrize(
+    ("shape", "error"), [((48, 128), "4bit"), ((128, 64), "8bit"), ((40, 70), "fp32"), ((40, 70), "4bit")]
+)
 def test_what_is_not_finite_goes_where_it_goes_in_torch(shape: tuple[int, int], error: str, value: float) -> None:
     options = LDAdamOptions(rank=4, error_feedback=error)
     before = matrices(shape, FP32, options)

@@ -2,7 +2,7 @@
 
 Per batch of equal matrices, and beside products of r × r and orthonormalization: the sketch V, the sketch Y and the
 projection p̃ are a launch each of ``residual.py``, the moments one of ``ldadam.py``; the last one, of
-``residual_update.py``, writes ξ and W.
+``residual_update.py``, writes ξ and W. These are two where ξ is quantized and rows are not made of whole blocks.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from hf_lowmem_optim.ops.triton.device import MAX_OFFSET, on_device
 __all__ = ["orthonormal_columns"]
 
 #: Rank up to which a matrix YᵀY fits into the registers of one program.
-_FACTOR_RANK, _FACTOR_TERMS = 64, 16
+_FACTOR_RANK = 64
 #: How far an entry of UᵀU may be from that of the identity.
 _TOLERANCE = 1e-6
 _ROWS, _COLUMNS, _NUM_WARPS = 1024, 16, 16
@@ -48,18 +48,8 @@ def eliminate(T, r, RANK: tl.constexpr):
 
 
 @triton.jit
-def subtract_product(
-    acc, x_ptr, x_row, x_term, y_ptr, y_term, y_column, rows, columns, terms, RANK: tl.constexpr, TERMS: tl.constexpr
-):
-    """Return acc − x·y, float64 [RANK, RANK]."""
-    lane = tl.arange(0, RANK)
-    for first in range(0, terms, TERMS):
-        term = first + tl.arange(0, TERMS)
-        x_at, y_at = lane[:, None] * x_row + term[None, :] * x_term, term[:, None] * y_term + lane[None, :] * y_column
-        x = tl.load(x_ptr + x_at, mask=(lane < rows)[:, None] & (term < terms)[None, :], other=0.0)
-        y = tl.load(y_ptr + y_at, mask=(term < terms)[:, None] & (lane < columns)[None, :], other=0.0)
-        acc = tl.dot(-x, y, acc, input_precision="ieee", out_dtype=tl.float64)
-    return acc
+def times(x, y):
+    return tl.dot(x, y, input_precision="ieee", out_dtype=tl.float64)
 
 
 @triton.jit
@@ -67,39 +57,24 @@ def _inverse_factor_kernel(
     gram_ptr,  # [batch, r, r]: G, float64
     inverse_ptr,  # [batch, r, r]: L⁻¹, G = L·Lᵀ; zeros
     r,
-    HALVES: tl.constexpr,  # whether r > RANK, and then at most 2·RANK
+    HALVES: tl.constexpr,  # whether r > RANK; at most twice of it
     RANK: tl.constexpr,  # r rounded up, or what fits into registers
-    TERMS: tl.constexpr,
 ):
     gram_ptr += tl.program_id(0).to(tl.int64) * r * r
     inverse_ptr += tl.program_id(0).to(tl.int64) * r * r
-    at = tl.arange(0, RANK)[:, None] * r + tl.arange(0, RANK)[None, :]
     row, column = tl.arange(0, RANK)[:, None], tl.arange(0, RANK)[None, :]
-    count = RANK if HALVES else r
+    at, count = row * r + column, RANK if HALVES else r
     inside = (row < count) & (column < count)
-    T = tl.load(gram_ptr + at, mask=inside, other=0.0)
-    tl.store(inverse_ptr + at, eliminate(T, count, RANK), mask=inside)
-    if HALVES:
-        # of [[A, ·], [B, C]] it is [[E, 0], [F·X·E, F]]: X = −B·Eᵀ, F of C − X·Xᵀ
-        rest, corner = r - RANK, RANK * r + RANK
-        low, inside = row < rest, (row < rest) & (column < rest)
-        B_ptr, X_ptr, F_ptr = gram_ptr + RANK * r, inverse_ptr + RANK * r, inverse_ptr + corner
-        zero = tl.zeros([RANK, RANK], tl.float64)
-        tl.debug_barrier()
-        X = subtract_product(zero, B_ptr, r, 1, inverse_ptr, 1, r, rest, RANK, RANK, RANK, TERMS)
-        tl.store(X_ptr + at, X, mask=low)
-        tl.debug_barrier()
-        C = tl.load(gram_ptr + corner + at, mask=inside, other=0.0)
-        C = subtract_product(C, X_ptr, r, 1, X_ptr, 1, r, rest, rest, RANK, RANK, TERMS)
-        tl.store(F_ptr + at, eliminate(C, rest, RANK), mask=inside)
-        tl.debug_barrier()
-        Y = subtract_product(zero, F_ptr, r, 1, X_ptr, r, 1, rest, RANK, rest, RANK, TERMS)
-        tl.debug_barrier()
-        tl.store(X_ptr + at, Y, mask=low)
-        tl.debug_barrier()
-        Y = subtract_product(zero, X_ptr, r, 1, inverse_ptr, r, 1, rest, RANK, RANK, RANK, TERMS)
-        tl.debug_barrier()
-        tl.store(X_ptr + at, Y, mask=low)
+    E = eliminate(tl.load(gram_ptr + at, mask=inside, other=0.0), count, RANK)
+    tl.store(inverse_ptr + at, E, mask=inside)
+    if HALVES:  # G = [[·, ·], [B, C]]: L⁻¹ = [[E, 0], [−F·X·E, F]] with X = B·Eᵀ and F of C − X·Xᵀ
+        below, rest = at + RANK * r, r - RANK
+        inside = (row < rest) & (column < rest)
+        X = times(tl.load(gram_ptr + below, mask=row < rest, other=0.0), tl.trans(E))
+        C = tl.load(gram_ptr + below + RANK, mask=inside, other=0.0) - times(X, tl.trans(X))
+        F = eliminate(C, rest, RANK)
+        tl.store(inverse_ptr + below + RANK, F, mask=inside)
+        tl.store(inverse_ptr + below, -times(times(F, X), E), mask=row < rest)
 
 
 @triton.jit
@@ -241,7 +216,6 @@ def inverse_factor(gram: Tensor, most: int | None = None) -> Tensor:
                 r,
                 HALVES=r > rank,
                 RANK=rank,
-                TERMS=_FACTOR_TERMS,
                 num_warps=max(1, rank * rank // 512),
             )
         return inverse

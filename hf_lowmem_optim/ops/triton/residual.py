@@ -3,8 +3,9 @@
 """Products with a = g + ξ that never write a: it is formed in registers, tile by tile, of the gradient and the error.
 
 A batch has equal matrices [rows, columns]. Gradients are reached by their addresses; the error is stacked as the state
-is, quantized in blocks of 64 entries of one row, or dense, or in the gradient's own buffer, or not there. The jit
-functions without a leading underscore are shared with ``residual_update.py``.
+is, quantized in blocks of 64 entries, or dense, or in the gradient's own buffer, or not there. Where rows are not made
+of whole blocks, codes are loaded one by one instead of in words. The jit functions without a leading underscore are
+shared with ``residual_update.py``.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def load_parts(
     g_ptr, error_ptr, lo_ptr, hi_ptr, row0, col0, n, c,
     STORAGE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Load what a tile of a is made of: gradient, error (its codes in words of 32 bits), lo and hi; 0 outside.
+    """Load what a tile of a is made of: gradient, error (codes in words of 32 bits, or one by one), lo, hi; 0 outside.
 
     Scalar 64-bit addresses move with the tile; what a lane adds to them is the same in every iteration.
     """
