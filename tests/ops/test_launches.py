@@ -84,6 +84,11 @@ def llama(layers: int, dtype: torch.dtype, unit: int = 8) -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
 
 
+def is_fused(launched: Sequence[str]) -> bool:
+    """Whether a quantized error has no kernels of its own."""
+    return not any("quantize" in name for name in launched)
+
+
 def step(optimizer: Any, weights: Sequence[Tensor], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for weight in weights:
@@ -110,13 +115,17 @@ def test_a_step_launches_as_much_for_many_layers_as_for_few(name: str, dtype: to
     assert counts[0] == counts[1] == counts[2]
 
 
-@pytest.mark.parametrize("unit", [64, 70])  # with which blocks of the error cross rows
 @pytest.mark.parametrize(
-    ("name", "options", "most", "products"),
-    [("ldadam", {"rank": 16}, 12, 3), ("lowrank_mfac", {"window": 2}, 14, 2)],
+    ("name", "options", "unit", "most"),
+    [
+        ("ldadam", {"rank": 16}, 64, 12),
+        ("ldadam", {"rank": 16}, 70, 12),  # where blocks of the error go on in the next row
+        ("lowrank_mfac", {"window": 2}, 64, 14),
+        ("lowrank_mfac", {"window": 2}, 70, 14),
+    ],
 )
 def test_low_rank_methods_launch_so_much_a_shape(
-    name: str, options: dict[str, Any], most: int, products: int, unit: int, use: Use, monkeypatch: pytest.MonkeyPatch
+    name: str, options: dict[str, Any], unit: int, most: int, use: Use, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of matrices that the fused steps take, as many of a shape together as on a GPU."""
     use("triton")
@@ -132,15 +141,15 @@ def test_low_rank_methods_launch_so_much_a_shape(
             step(optimizer, weights, 1)
         with kernels() as launched:
             optimizer.step()
-        assert len(shapes) == 5 and len(launched) <= most * len(shapes)
-        assert launched.count("multiply_kernel") == products * len(shapes)
+        assert len(shapes) == 5 and 0 < len(launched) <= most * len(shapes)
+        assert is_fused(launched)
         counts.append(launched)
     assert counts[0] == counts[1] == counts[2]
 
 
 @pytest.mark.parametrize("rank", [200, 320, 512])
-@pytest.mark.parametrize(("name", "most", "products"), [("ldadam", 12, 3), ("lowrank_mfac", 14, 2)])
-def test_large_ranks_launch_no_more(name: str, most: int, products: int, rank: int, use: Use) -> None:
+@pytest.mark.parametrize(("name", "most"), [("ldadam", 12), ("lowrank_mfac", 14)])
+def test_large_ranks_launch_no_more(name: str, most: int, rank: int, use: Use) -> None:
     """Torch takes the first step, which is an SVD."""
     weight = nn.Parameter(torch.randn(1090, 1100).bfloat16())
     options = {"rank": rank, "error_feedback": "8bit"} | ({} if name == "ldadam" else {"window": 2})
@@ -151,7 +160,7 @@ def test_large_ranks_launch_no_more(name: str, most: int, products: int, rank: i
     use("triton")
     with kernels() as launched:
         step(optimizer, [weight], 1)
-    assert len(launched) <= most and launched.count("multiply_kernel") == products
+    assert 0 < len(launched) <= most and is_fused(launched)
 
 
 @pytest.mark.parametrize(
