@@ -2,7 +2,7 @@
 
 Per batch of equal matrices, and beside products of r × r and orthonormalization: the sketch V, the sketch Y and the
 projection p̃ are a launch each of ``residual.py``, the moments one of ``ldadam.py``; the last one, of
-``residual_update.py``, writes ξ and W.
+``residual_update.py``, writes ξ and W. These are two where ξ is quantized and rows are not made of whole blocks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hf_lowmem_optim.ops.low_rank import (
     precision_of_products,
     projection_noise,
 )
-from hf_lowmem_optim.ops.triton.ldadam import MAX_RANK, update_moments_
+from hf_lowmem_optim.ops.triton.ldadam import update_moments_
 from hf_lowmem_optim.ops.triton.low_rank import orthonormal_columns
 from hf_lowmem_optim.ops.triton.residual import Residual, why_not_residual
 from hf_lowmem_optim.ops.triton.residual_update import Descent, update_
@@ -35,8 +35,6 @@ _FACTOR_COPIES = 6
 def _why_not(W: Sequence[Tensor], g: Sequence[Tensor], state: Mapping[str, Tensor], t: int, o: Any) -> str | None:
     if t == 1:
         return "the first step takes a singular value decomposition"
-    if o.rank > MAX_RANK:
-        return f"rank {o.rank} does not fit into a program's shared memory (at most {MAX_RANK})"
     return why_not_residual(W, g, state)
 
 
