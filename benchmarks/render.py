@@ -69,7 +69,7 @@ for _name in ("nested_lora", "nested_lora_price"):
     TABLES[_name] = partial(labelled, nested_lora_rows), f"{_name}.json"
 for _name in ("minilm", "llama", "lora", "small"):
     TABLES[f"step_time_{_name}"] = partial(labelled, partial(step_time_rows, shapes=_name)), "step_time.json"
-for _name in ("large", "llama", "minilm"):
+for _name in ("large", "llama", "minilm", "small"):
     TABLES[f"step_time_gpu_{_name}"] = partial(labelled, step_time_rows), f"step_time_gpu_{_name}.json"
 
 #: Tables that are made from several files, or from none.
