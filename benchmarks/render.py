@@ -38,6 +38,7 @@ from tables import (
     report,
     requirement_rows,
     step_time_rows,
+    training_rows,
 )
 
 from hf_lowmem_optim import OPTIMIZERS, Options
@@ -59,6 +60,7 @@ TABLES: dict[str, tuple[Callable[[Run], str], str]] = {
     "memory": (partial(labelled, memory_rows), "memory.json"),
     "local_training": (partial(labelled, local_training_rows), "local_training.json"),
     "memory_gpu": (partial(labelled, memory_rows), "memory_gpu.json"),
+    "gpu_training": (partial(labelled, training_rows), "gpu_training.json"),
 }
 for _name in (
     *("pretrain", "finetune", "rows", "dash", "dash_finetune", "window", "window_finetune"),

@@ -70,6 +70,17 @@ def gpu_ratio_rows(rows: Sequence[Row]) -> str:
     return markdown_table(["optimizer", *(f"{each} {title}" for each in shapes for title in keys)], cells)
 
 
+def training_rows(rows: Sequence[Row]) -> str:
+    """Return what each training run reached, how long a step took, and the state's bytes."""
+    columns = ["optimizer", "rate", "held-out loss", "training loss", "ms a step", "B/param"]
+    cells = [
+        [row["entry"], f"{row['lr']:g}", f"{row['held_out_loss']:.4f}", f"{row['train_loss']:.4f}", row["ms_per_step"]]
+        + [row["state_bytes"] / row["parameters"]]
+        for row in rows
+    ]
+    return markdown_table(columns, cells)
+
+
 def all_rows(rows: Sequence[Row]) -> str:
     """Return everything in a result's rows but loss curves, as it is."""
     columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "curve"]
@@ -237,5 +248,5 @@ def report(run: Run) -> str:
     if run.benchmark == "convergence":
         return f"{convergence_report(run)}\n\n{rate_rows(run.rows)}"
     rows = {"memory": memory_rows, "requirements": requirement_rows, "nested_lora": nested_lora_rows}
-    rows["local_training"] = local_training_rows
+    rows |= {"local_training": local_training_rows, "gpu_training": training_rows}
     return labelled(rows.get(run.benchmark, all_rows), run)
