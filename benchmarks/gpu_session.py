@@ -11,6 +11,7 @@ Parts, the most valuable first, each a process with a time limit of its own:
 - ``step_time_gpu_…``: ``step_time.py`` on the shapes large, llama, small (1000 tensors) and minilm, bfloat16;
 - ``gpu_kernels``: ``gpu_kernels.py``, which kernels a step launches and how long each takes;
 - ``gpu_stages``: ``gpu_stages.py``, the stages of LDAdam's fused step, with other tiles beside their own;
+- ``gpu_layerwise``: ``gpu_layerwise.py``, training steps in the normal and in the layer-wise mode;
 - ``memory_gpu``: ``memory.py``, the peak memory of training steps;
 - ``gpu_training``: ``gpu_training.py``, a Llama from scratch on real text. Each variant is kept as soon as it is done.
 
@@ -84,6 +85,7 @@ PARTS = (
     Part("gpu_kernels", ("benchmarks/gpu_kernels.py",), 60),
     _step_time("minilm", 60, "galore-torch", "apollo-torch"),
     Part("gpu_stages", ("benchmarks/gpu_stages.py",), 80, timed=True),
+    Part("gpu_layerwise", ("benchmarks/gpu_layerwise.py",), 60),
     Part("memory_gpu", _MEMORY, 90),
     Part("gpu_training", ("benchmarks/gpu_training.py",), 240, timed=True),
 )

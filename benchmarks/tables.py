@@ -73,11 +73,11 @@ def gpu_ratio_rows(rows: Sequence[Row]) -> str:
 def training_rows(rows: Sequence[Row]) -> str:
     """Return what each training run reached, how long a step took, and the state's bytes."""
     columns = ["optimizer", "rate", "held-out loss", "training loss", "ms a step", "B/param"]
-    cells = [
-        [row["entry"], f"{row['lr']:g}", f"{row['held_out_loss']:.4f}", f"{row['train_loss']:.4f}", row["ms_per_step"]]
-        + [row["state_bytes"] / row["parameters"]]
-        for row in rows
-    ]
+    cells = []
+    for row in rows:
+        losses = [f"{row[key]:.4f}" for key in ("held_out_loss", "train_loss")]
+        per_parameter = row["state_bytes"] / row["parameters"]
+        cells.append([row["entry"], f"{row['lr']:g}", *losses, row["ms_per_step"], per_parameter])
     return markdown_table(columns, cells)
 
 
