@@ -104,6 +104,7 @@ def work_through(share: int, of: int) -> None:
             job()
         except Exception as error:  # the part itself will say so; here the other kernels are to be compiled
             print(f"{share}: {name}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+        torch.cuda.empty_cache()  # the device is shared
     mine = sum(met.values())
     print(f"{share}: {mine} of {len(met)} kernels after {time.monotonic() - began:.0f} s", flush=True)
 
