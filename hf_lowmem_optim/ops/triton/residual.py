@@ -72,14 +72,14 @@ def unit_of(lo, hi, STORAGE: tl.constexpr):
 def batch_pointers(
     table_ptr, error_ptr, lo_ptr, hi_ptr, b, error_batch, stats_batch, GRAD: tl.constexpr, STORAGE: tl.constexpr
 ):
-    """Return pointers to the gradient and the error of matrix ``b``."""
+    """Return pointers to the gradient and the error of matrix ``b``; for what there is not, the gradient's again."""
     g_ptr = tl.load(table_ptr + b).to(tl.pointer_type(GRAD))
-    if STORAGE == "dense" or STORAGE == "4bit" or STORAGE == "8bit":
-        error_ptr += b * error_batch
     if STORAGE == "4bit" or STORAGE == "8bit":
-        lo_ptr += b * stats_batch
-        hi_ptr += b * stats_batch
-    return g_ptr, error_ptr, lo_ptr, hi_ptr
+        return g_ptr, error_ptr + b * error_batch, lo_ptr + b * stats_batch, hi_ptr + b * stats_batch
+    elif STORAGE == "dense":
+        return g_ptr, error_ptr + b * error_batch, g_ptr, g_ptr  # Triton 3.4 cannot return None
+    else:
+        return g_ptr, g_ptr, g_ptr, g_ptr
 
 
 @triton.jit
