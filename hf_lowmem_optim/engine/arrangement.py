@@ -27,7 +27,10 @@ from hf_lowmem_optim.engine.options import Options
 from hf_lowmem_optim.engine.sharding.probe import without_gradient
 from hf_lowmem_optim.spec import TensorSpec
 
-__all__ = ["Arrangement", "Live", "Rule", "checked_rules", "probed_parameters"]
+__all__ = ["Arrangement", "Live", "Rule", "checked_rules", "probed_parameters", "remember_"]
+
+#: Arrangements of several tensors that an optimizer keeps: training may alternate between sets of them.
+_MOST = 4
 
 #: A parameter that has a gradient: its place among all parameters, itself, its group.
 Live = tuple[int, Tensor, dict[str, Any]]
@@ -104,15 +107,33 @@ class Arrangement:
         return self.facts == _facts(live, states, options_of, method)
 
 
+def remember_(
+    known: dict[tuple[int, ...], Arrangement], places: tuple[int, ...], arrangement: Arrangement | None
+) -> None:
+    """Keep the arrangement of a step; of several tensors only the last few, for gradients may be of ever others.
+
+    Args:
+        known: The arrangements kept, by the places of their tensors among all parameters.
+        places: Those of the step's.
+        arrangement: None for nothing to keep.
+    """
+    known.pop(places, None)
+    if arrangement is not None:
+        several = [others for others in known if len(others) > 1] if len(places) > 1 else []
+        if len(several) >= _MOST:
+            del known[several[0]]
+        known[places] = arrangement
+
+
 def _facts(
     live: Sequence[Live], states: Sequence[Mapping[str, Any]], options_of: Mapping[int, Options], method: Method
 ) -> list[Any]:
-    """Return which tensors there are, and where, how large and of which dtype; and how far their counts are apart."""
+    """Return which tensors there are, where, of which shape and dtype; and which of their counts are equal."""
     params = [param for _, param, _ in live]
     grads: list[Any] = [param.grad for param in params]
     values = [value for state in states for value in state.values()]
     parts = [value for value in values if type(value) is Tensor]
-    first = states[0].get("step", 0)
+    counts: dict[Any, int] = {}
     # not those that a schedule changes
     names = *method.layout_options, *method.shared_options
     return [
@@ -129,9 +150,11 @@ def _facts(
         *chain.from_iterable(states),
         *map(id, parts),
         *map(Tensor.data_ptr, parts),
-        *map(Tensor.numel, parts),
+        # in their storage, which several may share
+        *map(Tensor.storage_offset, parts),
+        *map(hash, map(_shape, parts)),
         *map(_dtype, parts),
-        *[state.get("step", 0) - first for state in states],
+        *[counts.setdefault(state.get("step", 0), len(counts)) for state in states],
     ]
 
 

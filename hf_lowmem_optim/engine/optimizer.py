@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from hf_lowmem_optim.engine.adamw import adamw_update_, require_bitsandbytes
 from hf_lowmem_optim.engine.allocation import allocate_, follow_options_
-from hf_lowmem_optim.engine.arrangement import Arrangement, Live, checked_rules, probed_parameters
+from hf_lowmem_optim.engine.arrangement import Arrangement, Live, checked_rules, probed_parameters, remember_
 from hf_lowmem_optim.engine.backward import LayerwiseMode
 from hf_lowmem_optim.engine.buckets import SHARED_PREFIX, Part, TensorUpdate, arrange, batches, split_stacks
 from hf_lowmem_optim.engine.checks import (
@@ -112,7 +112,7 @@ class LowMemoryOptimizer(Optimizer):
         self._complete = True
         self._options: dict[int, tuple[tuple[Any, ...], Options]] = {}
         self._specs: dict[tuple[Any, ...], tuple[bool, dict[str, TensorSpec]]] = {}
-        self._arrangements: dict[int | None, Arrangement | None] = {}
+        self._arrangements: dict[tuple[int, ...], Arrangement] = {}
         self.unchecked: set[int] = set()
         self.paths: dict[tuple[Any, ...], Path] = {}
         self._system_home: Tensor | None = None
@@ -241,10 +241,10 @@ class LowMemoryOptimizer(Optimizer):
         if not live:
             return
         method = self.method
-        key = live[0][0] if len(live) == 1 else None  # layer-wise updates are steps of one tensor
+        places = tuple([place for place, _, _ in live])
         states: list[dict[str, Any]] = [self.state.get(param, {}) for _, param, _ in live]
         options_of = {key: self._options_of(group) for key, group in {id(group): group for _, _, group in live}.items()}
-        known, probed = self._arrangements.get(key), frozenset[int]()
+        known, probed = self._arrangements.get(places), frozenset[int]()
         if known is None or not known.holds(live, states, options_of, method):
             known = None
             rules = checked_rules(self, live, options_of)
@@ -289,7 +289,7 @@ class LowMemoryOptimizer(Optimizer):
             if sharded:
                 update_sharded_(self, sharded, system, self._apply_)
         if known is None and not probed:
-            self._arrangements[key] = Arrangement.of(live, states, options_of, method, rules, parts)
+            remember_(self._arrangements, places, Arrangement.of(live, states, options_of, method, rules, parts))
 
     def _apply_(
         self,
