@@ -21,6 +21,7 @@ from hf_lowmem_optim.ops.low_rank import (
     precision_of_products,
     projection_noise,
 )
+from hf_lowmem_optim.ops.triton.finish import Moments, finish_, serves
 from hf_lowmem_optim.ops.triton.ldadam import MAX_RANK, update_moments_
 from hf_lowmem_optim.ops.triton.low_rank import orthonormal_columns
 from hf_lowmem_optim.ops.triton.residual import Residual, why_not_residual
@@ -66,20 +67,22 @@ def _step_(W: Sequence[Tensor], g: Sequence[Tensor], state: Mapping[str, Tensor]
     V = of_safe_size(V)
     Y = a.multiply(V, torch.empty_like(old), over_rows=tall, weight=rest)
     U = orthonormal_columns(Y.baddbmm_(old, m @ V.float(), alpha=s))
-    # 4. p̃ ← Uᵀa
-    factor = U.to(kind)
-    p = a.multiply(factor, torch.empty_like(m).mT, over_rows=not tall).mT
-    # 5. to 8. m̃, v, m, the direction of line 9; the factors are c·m over −(p̃ + c·m̃)
-    right = torch.empty(len(m), 2 * m.shape[1], m.shape[2], dtype=kind, device=m.device)
-    direction = torch.empty_like(p, dtype=kind)
-    noise = projection_noise(products, old.shape[1])
-    update_moments_(U.mT @ old, m, v, p, right, numbers, direction=direction, noise=noise)
-    # 6. ξ ← a − U(p̃ + c·m̃) + c·U₋m;  9. W ← W·(1 − lr·weight_decay) − lr·U[m̂ / (√v̂ + eps)]
-    kept, moved = right.chunk(2, dim=1)
-    lifted = [(old_factor, kept), (factor, moved), (factor, direction)]
-    change0, change1, descent = [(y.mT, x.mT) for x, y in lifted] if tall else lifted
-    seed = t if o.stochastic_rounding else None
-    update_(a, (change0, change1), Descent(W, descent, numbers.decay, numbers.step_size), seed)
+    R, noise, seed = U.mT @ old, projection_noise(products, old.shape[1]), t if o.stochastic_rounding else None
+    if serves(a, old.shape[2]):
+        finish_(a, Moments(U, old, R, m, v), W, numbers, noise, seed)
+    else:
+        # 4. p̃ ← Uᵀa
+        factor = U.to(kind)
+        p = a.multiply(factor, torch.empty_like(m).mT, over_rows=not tall).mT
+        # 5. to 8. m̃, v, m, the direction of line 9; the factors are c·m over −(p̃ + c·m̃)
+        right = torch.empty(len(m), 2 * m.shape[1], m.shape[2], dtype=kind, device=m.device)
+        direction = torch.empty_like(p, dtype=kind)
+        update_moments_(R, m, v, p, right, numbers, direction=direction, noise=noise)
+        # 6. ξ ← a − U(p̃ + c·m̃) + c·U₋m;  9. W ← W·(1 − lr·weight_decay) − lr·U[m̂ / (√v̂ + eps)]
+        kept, moved = right.chunk(2, dim=1)
+        lifted = [(old_factor, kept), (factor, moved), (factor, direction)]
+        change0, change1, descent = [(y.mT, x.mT) for x, y in lifted] if tall else lifted
+        update_(a, (change0, change1), Descent(W, descent, numbers.decay, numbers.step_size), seed)
     for key, value in (("basis", U), ("exp_avg", m), ("exp_avg_sq", v)):
         if state[key] is not value:
             state[key].copy_(value)

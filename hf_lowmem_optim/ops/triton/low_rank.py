@@ -18,7 +18,7 @@ from hf_lowmem_optim.ops.dispatch import register
 from hf_lowmem_optim.ops.low_rank import _orthonormal_columns
 from hf_lowmem_optim.ops.triton.device import MAX_OFFSET, on_device
 
-__all__ = ["orthonormal_columns"]
+__all__ = ["invert_factor", "orthonormal_columns", "reflect_columns"]
 
 #: Rank up to which a matrix YᵀY fits into the registers of one program.
 _FACTOR_RANK = 64
@@ -38,10 +38,18 @@ def _inverse_factor_kernel(
     lane = tl.arange(0, RANK)
     row, column = lane[:, None], lane[None, :]
     inside = (row < r) & (column < r)
+    gram = tl.load(gram_ptr + first + row * r + column, mask=inside, other=0.0)
+    tl.store(inverse_ptr + first + row * r + column, invert_factor(gram, r, RANK), mask=inside)
+
+
+@triton.jit
+def invert_factor(T, r, RANK: tl.constexpr):
+    """Return L⁻¹ of T = L·Lᵀ, float64 [RANK, RANK]; of a T that is not positive definite, in part NaN or infinite."""
+    lane = tl.arange(0, RANK)
+    row, column = lane[:, None], lane[None, :]
     one = tl.full([1, 1], 1.0, tl.float64)
-    # Elimination in place: E·G·Eᵀ = D with a unit lower triangle E. Of G what is left is right of the diagonal and on
+    # Elimination in place: E·T·Eᵀ = D with a unit lower triangle E. Of T what is left is right of the diagonal and on
     # it, what there is of E left of it.
-    T = tl.load(gram_ptr + first + row * r + column, mask=inside, other=0.0)
     for j in range(r):
         across = tl.sum(tl.where(row == j, T, 0.0), 0)
         pivot = tl.sum(tl.where(lane == j, across, 0.0), 0)
@@ -50,9 +58,7 @@ def _inverse_factor_kernel(
         T = T - share[:, None] * tl.where(lane == j, 0.0, across)[None, :]
         T = tl.where((column == j) & (row > j), -share[:, None], T)
     pivots = tl.sum(tl.where(row == column, T, 0.0), 1)
-    E = tl.where(row > column, T, tl.where(row == column, one, 0.0))
-    # of a matrix that is not positive definite a NaN
-    tl.store(inverse_ptr + first + row * r + column, E / tl.sqrt(pivots)[:, None], mask=inside)
+    return tl.where(row > column, T, tl.where(row == column, one, 0.0)) / tl.sqrt(pivots)[:, None]
 
 
 @triton.jit
@@ -70,32 +76,35 @@ def _householder_kernel(
 ):
     batch = tl.program_id(0).to(tl.int64)
     if not_orthonormal(gram_ptr + batch * r * r, r, RANK, COLUMNS, TOLERANCE) > 0:
-        A_ptr += batch * p * r
-        Y_ptr += batch * p * r
-        taus_ptr += batch * r
-        lane = tl.arange(0, ROWS)
-        for j in range(r):
-            for top in range(0, p, ROWS):
-                y = tl.load(Y_ptr + (top + lane).to(tl.int64) * r + j, mask=top + lane < p, other=0.0)
-                tl.store(A_ptr + j * p + top + lane, y, mask=top + lane < p)
+        reflect_columns(A_ptr + batch * p * r, Y_ptr + batch * p * r, taus_ptr + batch * r, p, r, ROWS, COLUMNS)
+
+
+@triton.jit
+def reflect_columns(A_ptr, Y_ptr, taus_ptr, p, r, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Write Qᵀ, Q of the QR decomposition of Y by Householder reflections, into A [r, p]."""
+    lane = tl.arange(0, ROWS)
+    for j in range(r):
+        for top in range(0, p, ROWS):
+            y = tl.load(Y_ptr + (top + lane).to(tl.int64) * r + j, mask=top + lane < p, other=0.0)
+            tl.store(A_ptr + j * p + top + lane, y, mask=top + lane < p)
+    tl.debug_barrier()
+    for j in range(r):
+        tau = find_reflection(A_ptr + j * p, j, p, ROWS)
+        tl.store(taus_ptr + j, tau)
         tl.debug_barrier()
-        for j in range(r):
-            tau = find_reflection(A_ptr + j * p, j, p, ROWS)
-            tl.store(taus_ptr + j, tau)
-            tl.debug_barrier()
-            reflect(A_ptr, tau, j, p, r, ROWS, COLUMNS)
-            tl.debug_barrier()
-        # Q = H₁H₂…·I, from the last reflection to the first
-        for back in range(r):
-            j = r - 1 - back
-            tau = tl.load(taus_ptr + j)
-            reflect(A_ptr, tau, j, p, r, ROWS, COLUMNS)
-            tl.debug_barrier()
-            for top in range(0, p, ROWS):
-                entry = top + lane
-                v = tl.load(A_ptr + j * p + entry, mask=entry < p, other=0.0)
-                tl.store(A_ptr + j * p + entry, tl.where(entry == j, 1.0, 0.0) - tau * v, mask=entry < p)
-            tl.debug_barrier()
+        reflect(A_ptr, tau, j, p, r, ROWS, COLUMNS)
+        tl.debug_barrier()
+    # Q = H₁H₂…·I, from the last reflection to the first
+    for back in range(r):
+        j = r - 1 - back
+        tau = tl.load(taus_ptr + j)
+        reflect(A_ptr, tau, j, p, r, ROWS, COLUMNS)
+        tl.debug_barrier()
+        for top in range(0, p, ROWS):
+            entry = top + lane
+            v = tl.load(A_ptr + j * p + entry, mask=entry < p, other=0.0)
+            tl.store(A_ptr + j * p + entry, tl.where(entry == j, 1.0, 0.0) - tau * v, mask=entry < p)
+        tl.debug_barrier()
 
 
 @triton.jit

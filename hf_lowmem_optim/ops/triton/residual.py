@@ -28,6 +28,8 @@ __all__ = [
     "batch_pointers",
     "load_factor",
     "load_parts",
+    "multiply_stripe",
+    "multiply_tile",
     "product",
     "store_error",
     "update_tile",
@@ -234,6 +236,40 @@ def load_factor(
 
 
 @triton.jit
+def multiply_stripe(
+    g_ptr, error_ptr, lo_ptr, hi_ptr, magic, factor_ptr, factor_along, factor_term, scale, first, term0, n, c, r,
+    STORAGE: tl.constexpr, OVER_ROWS: tl.constexpr, PRODUCTS: tl.constexpr,
+    TERMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    ALIGNED: tl.constexpr, EVEN: tl.constexpr, EVEN_TERMS: tl.constexpr,
+):  # fmt: skip
+    """Return what multiplying a with a factor makes of a stripe: [TERMS, COLS] if summed over rows, or [ROWS, TERMS].
+
+    The factor counts ``scale``² times, which may not be a float32 number; None for 1.
+    """
+    if OVER_ROWS:  # a stripe of columns
+        acc = tl.zeros([TERMS, COLS], tl.float32)
+        for row0 in range(0, n, ROWS):
+            g, error, lo, hi = load_parts(
+                g_ptr, error_ptr, lo_ptr, hi_ptr, row0, first, n, c, STORAGE, ROWS, COLS, ALIGNED, EVEN
+            )
+            factor = load_factor(factor_ptr, row0, n, factor_along, term0, r, factor_term, TERMS, ROWS, EVEN_TERMS)
+            if scale is not None:
+                factor = factor * scale * scale
+            acc = product(factor, add_error(g, error, lo, hi, magic, STORAGE, ROWS, COLS), acc, PRODUCTS)
+    else:  # a stripe of rows
+        acc = tl.zeros([ROWS, TERMS], tl.float32)
+        for col0 in range(0, c, COLS):
+            g, error, lo, hi = load_parts(
+                g_ptr, error_ptr, lo_ptr, hi_ptr, first, col0, n, c, STORAGE, ROWS, COLS, ALIGNED, EVEN
+            )
+            factor = load_factor(factor_ptr, col0, c, factor_along, term0, r, factor_term, TERMS, COLS, EVEN_TERMS)
+            if scale is not None:
+                factor = factor * scale * scale
+            acc = product(add_error(g, error, lo, hi, magic, STORAGE, ROWS, COLS), tl.trans(factor), acc, PRODUCTS)
+    return acc
+
+
+@triton.jit
 def multiply_kernel(
     table_ptr,  # [batch]: addresses of gradients [n, c]
     error_ptr,
@@ -276,22 +312,10 @@ def multiply_kernel(
     factor_ptr += b * factor_batch
     LENGTH: tl.constexpr = COLS if OVER_ROWS else ROWS
     first, count = tl.program_id(0) // pieces * LENGTH, c if OVER_ROWS else n
-    if OVER_ROWS:  # a stripe of columns
-        acc = tl.zeros([TERMS, COLS], tl.float32)
-        for row0 in range(0, n, ROWS):
-            g, error, lo, hi = load_parts(
-                g_ptr, error_ptr, lo_ptr, hi_ptr, row0, first, n, c, STORAGE, ROWS, COLS, ALIGNED, EVEN
-            )
-            factor = load_factor(factor_ptr, row0, n, factor_along, term0, r, factor_term, TERMS, ROWS, EVEN_TERMS)
-            acc = product(factor, add_error(g, error, lo, hi, magic, STORAGE, ROWS, COLS), acc, PRODUCTS)
-    else:  # a stripe of rows
-        acc = tl.zeros([ROWS, TERMS], tl.float32)
-        for col0 in range(0, c, COLS):
-            g, error, lo, hi = load_parts(
-                g_ptr, error_ptr, lo_ptr, hi_ptr, first, col0, n, c, STORAGE, ROWS, COLS, ALIGNED, EVEN
-            )
-            factor = load_factor(factor_ptr, col0, c, factor_along, term0, r, factor_term, TERMS, COLS, EVEN_TERMS)
-            acc = product(add_error(g, error, lo, hi, magic, STORAGE, ROWS, COLS), tl.trans(factor), acc, PRODUCTS)
+    acc = multiply_stripe(
+        g_ptr, error_ptr, lo_ptr, hi_ptr, magic, factor_ptr, factor_along, factor_term, None, first, term0, n, c, r,
+        STORAGE, OVER_ROWS, PRODUCTS, TERMS, ROWS, COLS, ALIGNED, EVEN, EVEN_TERMS,
+    )  # fmt: skip
     entry = first + tl.arange(0, LENGTH)
     term = term0 + tl.arange(0, TERMS)
     if OVER_ROWS:

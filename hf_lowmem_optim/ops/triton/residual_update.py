@@ -29,7 +29,7 @@ from hf_lowmem_optim.ops.triton.residual import (
     update_tile,
 )
 
-__all__ = ["Descent", "Pair", "update_"]
+__all__ = ["Descent", "Pair", "descend_tile", "update_"]
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 """Thin factors of a product: left [batch, rows, r] and right [batch, r, columns]."""
@@ -106,22 +106,33 @@ def update_kernel(
         )  # fmt: skip
     if weights_ptr is not None:
         weight_ptr = tl.load(weights_ptr + b).to(tl.pointer_type(WEIGHT))
-        row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
-        at = weight_ptr + (row0.to(tl.int64) * c + col0) + (row * c)[:, None] + col[None, :]
-        if ALIGNED_WEIGHTS:
-            at = tl.multiple_of(at, (1, 16))
-        inside = (row < n - row0)[:, None] & (col < c - col0)[None, :]
-        weight = tl.load(at) if EVEN else tl.load(at, mask=inside, other=0.0)
         descent = add_product(
             tl.zeros([ROWS, COLS], tl.float32), left2_ptr + b * left2_batch, left2_along, left2_term,
             right2_ptr + b * right2_batch, right2_along, right2_term, row0, n, col0, c, r,
             PRODUCTS, MORE_TERMS, TERMS, ROWS, COLS, EVEN_TERMS,
         )  # fmt: skip
-        weight = (decay * weight.to(tl.float32) - step_size * descent).to(WEIGHT)
-        if EVEN:
-            tl.store(at, weight)
-        else:
-            tl.store(at, weight, mask=inside)
+        descend_tile(
+            weight_ptr, descent, row0, col0, n, c, decay, step_size, WEIGHT, ROWS, COLS, ALIGNED_WEIGHTS, EVEN
+        )
+
+
+@triton.jit
+def descend_tile(
+    weight_ptr, descent, row0, col0, n, c, decay, step_size,
+    WEIGHT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Write a tile of weights: W ← decay·W − step_size·descent."""
+    row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
+    at = weight_ptr + (tl.cast(row0, tl.int64) * c + col0) + (row * c)[:, None] + col[None, :]
+    if ALIGNED:
+        at = tl.multiple_of(at, (1, 16))
+    inside = (row < n - row0)[:, None] & (col < c - col0)[None, :]
+    weight = tl.load(at) if EVEN else tl.load(at, mask=inside, other=0.0)
+    weight = (decay * weight.to(tl.float32) - step_size * descent).to(WEIGHT)
+    if EVEN:
+        tl.store(at, weight)
+    else:
+        tl.store(at, weight, mask=inside)
 
 
 @triton.jit
