@@ -223,6 +223,20 @@ def low_rank_residual(numel: int, rows: int, rank: int, error: str, grad: torch.
     return partial(update_, a, [(left, right)], None), [gradient, *state.values(), *state.values(), left, right]
 
 
+def low_rank_finish(
+    numel: int, rows: int, rank: int, error: str, grad: torch.dtype, products: str, along: bool = False
+) -> Prepared:
+    from hf_lowmem_optim.ops.triton.finish import Moments, finish_
+
+    a, state, gradient = residual(numel, rows, rank, error, grad, products)
+    weight, (p, q) = torch.randn(rows, numel // rows).to(grad), sorted((rows, numel // rows))
+    U, old = torch.rand(1, rank, p).mT if along else torch.rand(1, p, rank), torch.rand(1, p, rank)
+    moments = Moments(U, old, torch.rand(1, rank, rank), torch.rand(1, rank, q), torch.rand(1, rank, q))
+    call = partial(finish_, a, moments, [weight], NUMBERS, 1e-3)
+    twice = [weight, *state.values(), moments.m, moments.v]
+    return call, [gradient, *twice, *twice, U, old, moments.R]
+
+
 FORMATS = {"4bit": QuantFormat(), "8bit": QuantFormat(bits=8)}
 FOUR, EIGHT, FOUR_FP32 = QuantFormat(), QuantFormat(bits=8), QuantFormat(stat_dtype=FP32)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -35,7 +36,7 @@ from hf_lowmem_optim.ops.triton.residual_update import descend_tile
 __all__ = ["Moments", "finish_", "serves"]
 
 #: Entries of a stripe along the smaller dimension, at most, and rank.
-MOST_LENGTH, MOST_RANK = 1024, 64
+_MOST_LENGTH, _MOST_RANK = 1024, 32
 #: Terms that the products with R add at once.
 _TERMS = 16
 
@@ -161,15 +162,17 @@ class Moments(NamedTuple):
 
 def serves(a: Residual, r: int) -> bool:
     """Return whether one launch is to do it."""
-    whole = a.storage not in ("4bit", "8bit") or a.columns % 64 == 0
-    return r <= MOST_RANK and min(a.rows, a.columns) <= MOST_LENGTH and whole
+    # what is stored in blocks has them within a row, and rows begin at multiples of 16 entries
+    whole = a.columns % (64 if a.storage in ("4bit", "8bit") else 16) == 0
+    return whole and r <= _MOST_RANK and min(a.rows, a.columns) <= _MOST_LENGTH
 
 
 def finish_tile(a: Residual, r: int) -> dict[str, int]:
     """Return tile and launch parameters with which no registers are spilled."""
-    terms = max(16, triton.next_power_of_2(r))
-    rows = 64 if a.constants["PRODUCTS"] in ("tf32", "bf16") and a.columns % 16 == 0 else 32
-    return {"TERMS": terms, "ROWS": rows, "COLS": 64, "num_warps": 4, "num_stages": 2}
+    terms, products = max(16, triton.next_power_of_2(r)), a.constants["PRODUCTS"]
+    num_warps = 8 if terms > 16 and products == "ieee" and not torch.version.hip else 4
+    rows = 32 if products in ("ieee", "tf32x3") else 64
+    return {"TERMS": terms, "ROWS": rows, "COLS": 64, "num_warps": num_warps, "num_stages": 2}
 
 
 def finish_(

@@ -26,6 +26,7 @@ from hf_lowmem_optim.ops.triton.ldadam import MAX_RANK, update_moments_
 from hf_lowmem_optim.ops.triton.low_rank import orthonormal_columns
 from hf_lowmem_optim.ops.triton.residual import Residual, why_not_residual
 from hf_lowmem_optim.ops.triton.residual_update import Descent, update_
+from hf_lowmem_optim.ops.triton.sketch import move_basis_, tracks
 
 __all__ = ["later_step_"]
 
@@ -59,20 +60,23 @@ def _step_(W: Sequence[Tensor], g: Sequence[Tensor], state: Mapping[str, Tensor]
     kind = torch.bfloat16 if products == "bf16" else torch.float32
     # 1. a ← g + ξ
     a = Residual(g, state, o.error_feedback, products)
-    # 3. V ← bᵀU₋;  Y ← bV;  U ← orthonormalize(Y), with b = s·U₋m + (1 − ρ)·a
-    s, rest = numbers.momentum_weight, numbers.gradient_weight
-    old_factor = old.to(kind)
-    V = torch.empty_like(m, dtype=kind).mT
-    a.multiply(old_factor, V, over_rows=not tall, weight=rest, onto=m.mT, onto_weight=s)
-    V = of_safe_size(V)
-    Y = a.multiply(V, torch.empty_like(old), over_rows=tall, weight=rest)
-    U = orthonormal_columns(Y.baddbmm_(old, m @ V.float(), alpha=s))
-    R, noise, seed = U.mT @ old, projection_noise(products, old.shape[1]), t if o.stochastic_rounding else None
+    # 3. V ← bᵀU₋;  Y ← bV;  U ← orthonormalize(Y);  R ← UᵀU₋, with b = s·U₋m + (1 − ρ)·a
+    if tracks(a, old.shape[2]):
+        U = old
+        old, R = move_basis_(a, U, m, numbers)
+    else:
+        s, rest = numbers.momentum_weight, numbers.gradient_weight
+        V = torch.empty_like(m, dtype=kind).mT
+        V = of_safe_size(a.multiply(old.to(kind), V, over_rows=not tall, weight=rest, onto=m.mT, onto_weight=s))
+        Y = a.multiply(V, torch.empty_like(old), over_rows=tall, weight=rest)
+        U = orthonormal_columns(Y.baddbmm_(old, m @ V.float(), alpha=s))
+        R = U.mT @ old
+    noise, seed = projection_noise(products, old.shape[2]), t if o.stochastic_rounding else None
     if serves(a, old.shape[2]):
         finish_(a, Moments(U, old, R, m, v), W, numbers, noise, seed)
     else:
         # 4. p̃ ← Uᵀa
-        factor = U.to(kind)
+        factor, old_factor = U.to(kind), old.to(kind)
         p = a.multiply(factor, torch.empty_like(m).mT, over_rows=not tall).mT
         # 5. to 8. m̃, v, m, the direction of line 9; the factors are c·m over −(p̃ + c·m̃)
         right = torch.empty(len(m), 2 * m.shape[1], m.shape[2], dtype=kind, device=m.device)
