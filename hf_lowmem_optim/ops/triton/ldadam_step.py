@@ -71,7 +71,7 @@ def _step_(W: Sequence[Tensor], g: Sequence[Tensor], state: Mapping[str, Tensor]
         Y = a.multiply(V, torch.empty_like(old), over_rows=tall, weight=rest)
         U = orthonormal_columns(Y.baddbmm_(old, m @ V.float(), alpha=s))
         R = U.mT @ old
-    noise, seed = projection_noise(products, old.shape[2]), t if o.stochastic_rounding else None
+    noise, seed = projection_noise(products, old.shape[1]), t if o.stochastic_rounding else None
     if serves(a, old.shape[2]):
         finish_(a, Moments(U, old, R, m, v), W, numbers, noise, seed)
     else:
