@@ -19,13 +19,14 @@ from hf_lowmem_optim.ops.triton.residual import Residual, batch_pointers, multip
 
 __all__ = ["move_basis_", "tracks"]
 
-#: Rank up to which the launches serve.
-_MOST_RANK = 32
+#: Rank up to which the launches serve: what a program can hold as float64 r × r matrices beside its stripe.
+_MOST_RANK = 16
 #: Entries of a stripe that have one share of a sum. However wide a program's stripe is, the shares are the same.
 _SHARE = 64
 #: ‖L⁻¹‖² for columns of unit length up to which Y·L⁻ᵀ is orthonormal to 1e-6. An entry of YᵀY is off by some 1e-16.
 _MOST_GROWTH = 1e8
-_LANES, _COLUMNS = 512, 8
+#: Shares that are added up at once; rows of Y that a program orthonormalizes, and a tile of reflections.
+_CHUNK, _ROWS, _LANES, _COLUMNS = 8, 64, 512, 8
 
 
 @triton.jit
@@ -84,7 +85,7 @@ def sketch_kernel(
             entry = first + begin + tl.arange(0, SHARE)[None, :]
             at, inside = term * q + entry, (term < r) & (entry < q)
             m = tl.load(m_ptr + at, mask=inside, other=0.0)
-            V = tl.load(V_ptr + at, mask=inside, other=0.0)
+            V = tl.load(V_ptr + at, mask=inside, other=0.0).to(tl.float32)
             size = tl.maximum(tl.max(tl.max(tl.abs(V), 1), 0) * (1.0 / (1 << 20)), 1.0)
             tl.store(sizes_ptr + b * shares + share, size)
             part = tl.dot(m, tl.trans(V / size), input_precision="ieee")
@@ -233,7 +234,7 @@ def orthonormalize_kernel(
 
 def tracks(a: Residual, r: int) -> bool:
     """Return whether these launches serve a rank."""
-    return r <= min(_MOST_RANK, multiply_tile(a, r, True)["TERMS"], multiply_tile(a, r, False)["TERMS"])
+    return r <= _MOST_RANK
 
 
 def move_basis_(a: Residual, basis: Tensor, m: Tensor, numbers: Coefficients) -> tuple[Tensor, Tensor]:
@@ -250,28 +251,28 @@ def move_basis_(a: Residual, basis: Tensor, m: Tensor, numbers: Coefficients) ->
     """
     (n, p, r), q, tall = basis.shape, m.shape[2], a.rows > a.columns
     first, second = (multiply_tile(a, r, over_rows) for over_rows in (not tall, tall))
-    length, step = first["ROWS" if tall else "COLS"], second["COLS" if tall else "ROWS"]
-    terms, share = first["TERMS"], min(length, _SHARE)
+    length, step, terms = first["ROWS" if tall else "COLS"], second["COLS" if tall else "ROWS"], first["TERMS"]
+    share = min(length, _SHARE)
     shares, stripes, options = triton.cdiv(q, share), triton.cdiv(p, step), {"dtype": torch.float32, "device": m.device}
-    V, sizes = torch.empty_like(m), torch.empty(n, shares, **options)
-    products = torch.empty(n, shares, terms, terms, **options)
+    # as it is in products
+    V = torch.empty_like(m, dtype=torch.bfloat16 if a.constants["PRODUCTS"] == "bf16" else torch.float32)
+    sizes, products = torch.empty(n, shares, **options), torch.empty(n, shares, terms, terms, **options)
     Y, old, rows = (torch.empty_like(basis) for _ in range(3))
     grams = torch.empty(n, stripes, 2, terms, terms, dtype=torch.float64, device=m.device)
     taus, R = torch.empty(n, r, **options), torch.empty(n, r, r, **options)
     weights = float(numbers.momentum_weight), float(numbers.gradient_weight)
     size = (a.rows, a.columns, r, shares, *a.strides)
-    num_warps, chunk, lines = (4, 8, 128) if terms == 16 else (8, 8, 64)
     with on_device(m):
         sketch_kernel[(triton.cdiv(q, length), n)](
             *a.pointers, basis, m, V, sizes, products, *size, *weights, TALL=tall, SHARE=share, **a.options(r, first)
         )
         range_kernel[(stripes, n)](
             *a.pointers, V, sizes, products, basis, old, Y, grams, *size, *weights,
-            TALL=tall, CHUNK=chunk, **a.options(r, second),
+            TALL=tall, CHUNK=_CHUNK, **a.options(r, second),
         )  # fmt: skip
-        orthonormalize_kernel[(triton.cdiv(p, lines), n)](
+        orthonormalize_kernel[(triton.cdiv(p, _ROWS), n)](
             Y, old, grams, rows, taus, basis, R, p, r, stripes,
-            TERMS=terms, CHUNK=chunk, ROWS=lines, LANES=_LANES, COLUMNS=_COLUMNS, MOST_GROWTH=_MOST_GROWTH,
-            num_warps=num_warps,
+            TERMS=terms, CHUNK=_CHUNK, ROWS=_ROWS, LANES=_LANES, COLUMNS=_COLUMNS, MOST_GROWTH=_MOST_GROWTH,
+            num_warps=4,
         )  # fmt: skip
     return old, R
