@@ -23,8 +23,8 @@ __all__ = ["move_basis_", "tracks"]
 _MOST_RANK = 16
 #: Entries of a stripe that have one share of a sum. However wide a program's stripe is, the shares are the same.
 _SHARE = 64
-#: ‖L⁻¹‖² for columns of unit length up to which Y·L⁻ᵀ is orthonormal to 1e-6. An entry of YᵀY is off by some 1e-16.
-_MOST_GROWTH = 1e8
+#: ‖L⁻¹‖², of columns scaled to unit length, up to which Y·L⁻ᵀ counts as orthonormal: it is off by 2e-16 times that.
+_MOST_GROWTH = 2e9
 #: Shares that are added up at once; rows of Y that a program orthonormalizes, and a tile of reflections.
 _CHUNK, _ROWS, _LANES, _COLUMNS = 8, 64, 512, 8
 
