@@ -119,6 +119,15 @@ def test_a_fused_step_is_the_torch_version(
     check_same(*both(shape, dtype, LDAdamOptions(rank=rank, lr=1e-2, **options)))
 
 
+@pytest.mark.parametrize(("shape", "rank", "dtype", "options"), [CASES[10], CASES[13]], ids=str)
+def test_a_step_that_ends_in_parts_is_the_torch_version(
+    shape: tuple[int, int], rank: int, dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of matrices whose smaller dimension is long; higher ranks are among the cases above."""
+    monkeypatch.setattr(fused, "finishes", lambda *_: False)
+    check_same(*both(shape, dtype, LDAdamOptions(rank=rank, lr=1e-2, **options)))
+
+
 @pytest.mark.parametrize("shape", [(40, 70), (64, 40)])
 def test_an_error_in_the_gradient_stays_there(shape: tuple[int, int]) -> None:
     options = LDAdamOptions(rank=4, lr=1e-2, error_feedback="grad")

@@ -33,7 +33,7 @@ from hf_lowmem_optim.ops.triton.residual import (
 )
 from hf_lowmem_optim.ops.triton.residual_update import descend_tile
 
-__all__ = ["Moments", "finish_", "serves"]
+__all__ = ["Moments", "finish_", "finishes"]
 
 #: Entries of a stripe along the smaller dimension, at most, and rank.
 _MOST_LENGTH, _MOST_RANK = 1024, 32
@@ -160,7 +160,7 @@ class Moments(NamedTuple):
     v: Tensor
 
 
-def serves(a: Residual, r: int) -> bool:
+def finishes(a: Residual, r: int) -> bool:
     """Return whether one launch is to do it."""
     # what is stored in blocks has them within a row, and rows begin at multiples of 16 entries
     whole = a.columns % (64 if a.storage in ("4bit", "8bit") else 16) == 0

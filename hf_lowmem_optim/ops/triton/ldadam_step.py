@@ -21,7 +21,7 @@ from hf_lowmem_optim.ops.low_rank import (
     precision_of_products,
     projection_noise,
 )
-from hf_lowmem_optim.ops.triton.finish import Moments, finish_, serves
+from hf_lowmem_optim.ops.triton.finish import Moments, finish_, finishes
 from hf_lowmem_optim.ops.triton.ldadam import MAX_RANK, update_moments_
 from hf_lowmem_optim.ops.triton.low_rank import orthonormal_columns
 from hf_lowmem_optim.ops.triton.residual import Residual, why_not_residual
@@ -72,7 +72,7 @@ def _step_(W: Sequence[Tensor], g: Sequence[Tensor], state: Mapping[str, Tensor]
         U = orthonormal_columns(Y.baddbmm_(old, m @ V.float(), alpha=s))
         R = U.mT @ old
     noise, seed = projection_noise(products, old.shape[1]), t if o.stochastic_rounding else None
-    if serves(a, old.shape[2]):
+    if finishes(a, old.shape[2]):
         finish_(a, Moments(U, old, R, m, v), W, numbers, noise, seed)
     else:
         # 4. p̃ ← Uᵀa
