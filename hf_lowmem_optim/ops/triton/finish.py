@@ -19,7 +19,6 @@ from torch import Tensor
 from hf_lowmem_optim.ops.block_quant import rounding_keys
 from hf_lowmem_optim.ops.low_rank import MOST_PROJECTION, Coefficients
 from hf_lowmem_optim.ops.triton.device import address_table, aligned, on_device
-from hf_lowmem_optim.ops.triton.ldadam import step_moments
 from hf_lowmem_optim.ops.triton.residual import (
     POINTEE,
     Residual,
@@ -37,8 +36,6 @@ __all__ = ["Moments", "finish_", "finishes"]
 
 #: Entries of a stripe along the smaller dimension, at most, and rank.
 _MOST_LENGTH, _MOST_RANK = 1024, 32
-#: Terms that the products with R add at once.
-_TERMS = 16
 
 
 @triton.jit(do_not_specialize=["key0", "key1"])
@@ -77,7 +74,6 @@ def finish_kernel(
     STOCHASTIC: tl.constexpr,
     TALL: tl.constexpr,
     PRODUCTS: tl.constexpr,
-    R_TERMS: tl.constexpr,
     TERMS: tl.constexpr,  # r rounded up
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -104,14 +100,14 @@ def finish_kernel(
         STORAGE, not TALL, PRODUCTS, TERMS, ROWS, COLS, ALIGNED, EVEN, EVEN_TERMS,
     )  # fmt: skip
     # 5. to 8. m̃, v, m, the direction of line 9; kept and moved are c·m and −(p̃ + c·m̃)
+    if TALL:
+        projected = tl.trans(projected)
     kept, moved, direction = step_moments(
-        R_ptr + b * r * r, m_ptr + b * r * q, v_ptr + b * r * q, tl.trans(projected) if TALL else projected, first, r, q,
-        beta1, beta2, correction, damping, noise, most, TERMS, R_TERMS, LENGTH,
+        R_ptr + b * r * r, m_ptr + b * r * q, v_ptr + b * r * q, projected, first, r, q,
+        beta1, beta2, correction, damping, noise, most, TERMS, LENGTH,
     )  # fmt: skip
     if TALL:
         kept, moved, direction = tl.trans(kept), tl.trans(moved), tl.trans(direction)
-    # what is read above is written below
-    tl.debug_barrier()
 
     # 6. ξ ← a − U(p̃ + c·m̃) + c·U₋m;  9. W ← W·(1 − lr·weight_decay) − lr·U[m̂ / (√v̂ + eps)]
     for along in range(0, p, STEP):
@@ -137,9 +133,35 @@ def finish_kernel(
             descent = product(direction, U, nothing, PRODUCTS)
         else:
             descent = product(tl.trans(U), direction, nothing, PRODUCTS)
-        descend_tile(
-            weight_ptr, descent, row0, col0, n, c, decay, step_size, WEIGHT, ROWS, COLS, ALIGNED_WEIGHTS, EVEN
-        )
+        descend_tile(weight_ptr, descent, row0, col0, n, c, decay, step_size, WEIGHT, ROWS, COLS, ALIGNED_WEIGHTS, EVEN)
+
+
+@triton.jit
+def step_moments(
+    R_ptr, m_ptr, v_ptr, p, first, r, q, beta1, beta2, correction, damping, noise, most,
+    TERMS: tl.constexpr, LENGTH: tl.constexpr,
+):  # fmt: skip
+    """Update m and v of a stripe, given its p̃, as ``ldadam.py`` does; return c·m before, −(p̃ + c·m̃), and d."""
+    row, term = tl.arange(0, TERMS)[:, None], tl.arange(0, TERMS)[None, :]
+    column = first + tl.arange(0, LENGTH)[None, :]
+    at, inside = row * q + column, (row < r) & (column < q)
+    R = tl.load(R_ptr + row * r + term, mask=(row < r) & (term < r), other=0.0)
+    m = tl.load(m_ptr + at, mask=inside, other=0.0)
+    v = tl.load(v_ptr + at, mask=inside, other=0.0)
+    size = tl.abs(p)
+    p = tl.where(size < tl.max(size, axis=0)[None, :] * noise, 0.0, p)
+    p = tl.where(size > most, p / size * most, p)  # infinity becomes NaN
+    # m̃ ← R m;  v ← β2·|(R∘R)(v − k·m²) + k·m̃²| + (1 − β2)·p̃²
+    moved = tl.dot(R, m, input_precision="ieee")
+    x = tl.dot(R * R, v - correction * m * m, input_precision="ieee")
+    v = tl.abs(beta2 * x + beta2 * correction * moved * moved) + (1 - beta2) * p * p
+    new_m = beta1 * moved + (1 - beta1) * p
+    # everything is read before anything is written
+    tl.debug_barrier()
+    tl.store(m_ptr + at, new_m, mask=inside)
+    tl.store(v_ptr + at, v, mask=inside)
+    direction = tl.div_rn(new_m, tl.sqrt_rn(v) + damping)
+    return m * (beta1 / (1 - beta1)), new_m * (-1 / (1 - beta1)), direction
 
 
 class Moments(NamedTuple):
@@ -215,7 +237,6 @@ def finish_(
             WEIGHT=POINTEE[weights[0].dtype],
             STOCHASTIC=seed is not None,
             TALL=tall,
-            R_TERMS=_TERMS,
             ALIGNED_WEIGHTS=aligned(weights) and a.columns * weights[0].itemsize % 16 == 0,
             **a.options(r, tile),
         )

@@ -18,7 +18,7 @@ from hf_lowmem_optim.ops.dispatch import register
 from hf_lowmem_optim.ops.low_rank import MOST_PROJECTION, PROJECTION_NOISE, Coefficients
 from hf_lowmem_optim.ops.triton.device import MAX_OFFSET, address_table, aligned, on_device
 
-__all__ = ["MAX_RANK", "descend_", "descend_weights_", "move_moments_", "step_moments", "update_moments_"]
+__all__ = ["MAX_RANK", "descend_", "descend_weights_", "move_moments_", "update_moments_"]
 
 #: Rank up to which ``update_moments_`` serves: a program has all rows of its columns, as it overwrites them, and more
 #: would not fit into its shared memory.
@@ -50,29 +50,11 @@ def _moments_kernel(
     COLUMNS: tl.constexpr,
 ):
     batch = tl.program_id(1).to(tl.int64)
+    R_ptr += batch * r * r
     first = batch * r * q
     row = tl.arange(0, RANK)[:, None]
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    inside, at = (row < r) & (column < q), first + row * q + column
-    p = tl.load(projected_ptr + at, mask=inside, other=0.0)
-    m, new_m, direction = step_moments(
-        R_ptr + batch * r * r, m_ptr + first, v_ptr + first, p, tl.program_id(0) * COLUMNS, r, q,
-        beta1, beta2, correction, damping, noise, most, RANK, TERMS, COLUMNS,
-    )  # fmt: skip
-    tl.store(direction_ptr + at, direction, mask=inside)
-    right = 2 * first + row * q + column
-    tl.store(right_ptr + right, m, mask=inside)
-    tl.store(right_ptr + right + r * q, new_m, mask=inside)
 
-
-@triton.jit
-def step_moments(
-    R_ptr, m_ptr, v_ptr, p, first, r, q, beta1, beta2, correction, damping, noise, most,
-    RANK: tl.constexpr, TERMS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Update the moments of the columns from ``first`` on, given p̃; return c·m before, −(p̃ + c·m̃) and d."""
-    row = tl.arange(0, RANK)[:, None]
-    column = first + tl.arange(0, COLUMNS)[None, :]
     # m̃ ← R m;  x ← (R∘R)(v − k·m²)
     moved = tl.zeros([RANK, COLUMNS], tl.float32)
     x = tl.zeros([RANK, COLUMNS], tl.float32)
@@ -80,12 +62,14 @@ def step_moments(
         across, down = k + tl.arange(0, TERMS)[None, :], k + tl.arange(0, TERMS)[:, None]
         R = tl.load(R_ptr + row * r + across, mask=(row < r) & (across < r), other=0.0)
         inside = (down < r) & (column < q)
-        m = tl.load(m_ptr + down * q + column, mask=inside, other=0.0)
-        v = tl.load(v_ptr + down * q + column, mask=inside, other=0.0)
+        m = tl.load(m_ptr + first + down * q + column, mask=inside, other=0.0)
+        v = tl.load(v_ptr + first + down * q + column, mask=inside, other=0.0)
         moved = tl.dot(R, m, moved, input_precision="ieee")
         x = tl.dot(R * R, v - correction * m * m, x, input_precision="ieee")
-    inside, at = (row < r) & (column < q), row * q + column
+    inside = (row < r) & (column < q)
+    at = first + row * q + column
     m = tl.load(m_ptr + at, mask=inside, other=0.0)
+    p = tl.load(projected_ptr + at, mask=inside, other=0.0)
     size = tl.abs(p)
     p = tl.where(size < tl.max(size, axis=0)[None, :] * noise, 0.0, p)
     p = tl.where(size > most, p / size * most, p)  # infinity becomes NaN
@@ -97,8 +81,10 @@ def step_moments(
     new_m = beta1 * moved + (1 - beta1) * p
     tl.store(m_ptr + at, new_m, mask=inside)
     tl.store(v_ptr + at, v, mask=inside)
-    direction = tl.div_rn(new_m, tl.sqrt_rn(v) + damping)
-    return m * (beta1 / (1 - beta1)), new_m * (-1 / (1 - beta1)), direction
+    tl.store(direction_ptr + at, tl.div_rn(new_m, tl.sqrt_rn(v) + damping), mask=inside)
+    right = 2 * first + row * q + column
+    tl.store(right_ptr + right, m * (beta1 / (1 - beta1)), mask=inside)
+    tl.store(right_ptr + right + r * q, new_m * (-1 / (1 - beta1)), mask=inside)
 
 
 def update_moments_(

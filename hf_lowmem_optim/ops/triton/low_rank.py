@@ -18,13 +18,33 @@ from hf_lowmem_optim.ops.dispatch import register
 from hf_lowmem_optim.ops.low_rank import _orthonormal_columns
 from hf_lowmem_optim.ops.triton.device import MAX_OFFSET, on_device
 
-__all__ = ["invert_factor", "orthonormal_columns", "reflect_columns"]
+__all__ = ["eliminate", "orthonormal_columns", "reflect_columns"]
 
 #: Rank up to which a matrix YᵀY fits into the registers of one program.
 _FACTOR_RANK = 64
 #: How far an entry of UᵀU may be from that of the identity.
 _TOLERANCE = 1e-6
 _ROWS, _COLUMNS, _NUM_WARPS = 1024, 16, 16
+
+
+@triton.jit
+def eliminate(T, r, RANK: tl.constexpr):
+    """Return the inverse of the Cholesky factor of T, float64 [RANK, RANK] with r rows; not finite if there is none."""
+    lane = tl.arange(0, RANK)
+    row, column = lane[:, None], lane[None, :]
+    one = tl.full([1, 1], 1.0, tl.float64)
+    # Elimination in place: E·G·Eᵀ = D with a unit lower triangle E. Of G what is left is right of the diagonal and on
+    # it, what there is of E left of it.
+    for j in range(r):
+        across = tl.sum(tl.where(row == j, T, 0.0), 0)
+        pivot = tl.sum(tl.where(lane == j, across, 0.0), 0)
+        down = tl.sum(tl.where(column == j, T, 0.0), 1)
+        share = tl.where(lane > j, down / pivot, 0.0)
+        T = T - share[:, None] * tl.where(lane == j, 0.0, across)[None, :]
+        T = tl.where((column == j) & (row > j), -share[:, None], T)
+    pivots = tl.sum(tl.where(row == column, T, 0.0), 1)
+    E = tl.where(row > column, T, tl.where(row == column, one, 0.0))
+    return E / tl.sqrt(pivots)[:, None]
 
 
 @triton.jit
@@ -39,26 +59,7 @@ def _inverse_factor_kernel(
     row, column = lane[:, None], lane[None, :]
     inside = (row < r) & (column < r)
     gram = tl.load(gram_ptr + first + row * r + column, mask=inside, other=0.0)
-    tl.store(inverse_ptr + first + row * r + column, invert_factor(gram, r, RANK), mask=inside)
-
-
-@triton.jit
-def invert_factor(T, r, RANK: tl.constexpr):
-    """Return L⁻¹ of T = L·Lᵀ, float64 [RANK, RANK]; of a T that is not positive definite, in part NaN or infinite."""
-    lane = tl.arange(0, RANK)
-    row, column = lane[:, None], lane[None, :]
-    one = tl.full([1, 1], 1.0, tl.float64)
-    # Elimination in place: E·T·Eᵀ = D with a unit lower triangle E. Of T what is left is right of the diagonal and on
-    # it, what there is of E left of it.
-    for j in range(r):
-        across = tl.sum(tl.where(row == j, T, 0.0), 0)
-        pivot = tl.sum(tl.where(lane == j, across, 0.0), 0)
-        down = tl.sum(tl.where(column == j, T, 0.0), 1)
-        share = tl.where(lane > j, down / pivot, 0.0)
-        T = T - share[:, None] * tl.where(lane == j, 0.0, across)[None, :]
-        T = tl.where((column == j) & (row > j), -share[:, None], T)
-    pivots = tl.sum(tl.where(row == column, T, 0.0), 1)
-    return tl.where(row > column, T, tl.where(row == column, one, 0.0)) / tl.sqrt(pivots)[:, None]
+    tl.store(inverse_ptr + first + row * r + column, eliminate(gram, r, RANK), mask=inside)
 
 
 @triton.jit

@@ -111,9 +111,7 @@ def update_kernel(
             right2_ptr + b * right2_batch, right2_along, right2_term, row0, n, col0, c, r,
             PRODUCTS, MORE_TERMS, TERMS, ROWS, COLS, EVEN_TERMS,
         )  # fmt: skip
-        descend_tile(
-            weight_ptr, descent, row0, col0, n, c, decay, step_size, WEIGHT, ROWS, COLS, ALIGNED_WEIGHTS, EVEN
-        )
+        descend_tile(weight_ptr, descent, row0, col0, n, c, decay, step_size, WEIGHT, ROWS, COLS, ALIGNED_WEIGHTS, EVEN)
 
 
 @triton.jit

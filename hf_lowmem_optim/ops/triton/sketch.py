@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_lowmem_optim.ops.low_rank import Coefficients
 from hf_lowmem_optim.ops.triton.device import on_device
-from hf_lowmem_optim.ops.triton.low_rank import invert_factor, reflect_columns
+from hf_lowmem_optim.ops.triton.low_rank import eliminate, reflect_columns
 from hf_lowmem_optim.ops.triton.residual import Residual, batch_pointers, multiply_stripe, multiply_tile
 
 __all__ = ["move_basis_", "tracks"]
@@ -206,7 +206,7 @@ def orthonormalize_kernel(
     row, column = tl.arange(0, TERMS)[:, None], tl.arange(0, TERMS)[None, :]
     inside = (row < r) & (column < r)
     gram = add_up(grams_ptr, stripes, TERMS, CHUNK)
-    inverse = tl.where(inside, invert_factor(gram, r, TERMS), 0.0)
+    inverse = tl.where(inside, eliminate(gram, r, TERMS), 0.0)
     squares = tl.sum(tl.where(row == column, gram, 0.0), 0)
     lane = tl.arange(0, ROWS)[:, None]
     # every program of a matrix finds the same; NaN is not less
@@ -253,13 +253,13 @@ def move_basis_(a: Residual, basis: Tensor, m: Tensor, numbers: Coefficients) ->
     first, second = (multiply_tile(a, r, over_rows) for over_rows in (not tall, tall))
     length, step, terms = first["ROWS" if tall else "COLS"], second["COLS" if tall else "ROWS"], first["TERMS"]
     share = min(length, _SHARE)
-    shares, stripes, options = triton.cdiv(q, share), triton.cdiv(p, step), {"dtype": torch.float32, "device": m.device}
-    # as it is in products
+    shares, stripes = triton.cdiv(q, share), triton.cdiv(p, step)
+    # V as it is in products
     V = torch.empty_like(m, dtype=torch.bfloat16 if a.constants["PRODUCTS"] == "bf16" else torch.float32)
-    sizes, products = torch.empty(n, shares, **options), torch.empty(n, shares, terms, terms, **options)
+    sizes, products = m.new_empty(n, shares), m.new_empty(n, shares, terms, terms)
     Y, old, rows = (torch.empty_like(basis) for _ in range(3))
-    grams = torch.empty(n, stripes, 2, terms, terms, dtype=torch.float64, device=m.device)
-    taus, R = torch.empty(n, r, **options), torch.empty(n, r, r, **options)
+    grams = m.new_empty(n, stripes, 2, terms, terms, dtype=torch.float64)
+    taus, R = m.new_empty(n, r), m.new_empty(n, r, r)
     weights = float(numbers.momentum_weight), float(numbers.gradient_weight)
     size = (a.rows, a.columns, r, shares, *a.strides)
     with on_device(m):
