@@ -191,9 +191,10 @@ def finishes(a: Residual, r: int) -> bool:
 
 def finish_tile(a: Residual, r: int) -> dict[str, int]:
     """Return tile and launch parameters with which no registers are spilled."""
-    terms, products = max(16, triton.next_power_of_2(r)), a.constants["PRODUCTS"]
-    num_warps = 8 if terms > 16 and products == "ieee" and not torch.version.hip else 4
-    rows = 32 if products in ("ieee", "tf32x3") else 64
+    terms, exact = max(16, triton.next_power_of_2(r)), a.constants["PRODUCTS"] in ("ieee", "tf32x3")
+    # a warp of AMD's has twice the lanes
+    num_warps = 8 if terms > 16 and exact and not torch.version.hip else 4
+    rows = 32 if exact or (terms > 16 and torch.version.hip) else 64
     return {"TERMS": terms, "ROWS": rows, "COLS": 64, "num_warps": num_warps, "num_stages": 2}
 
 

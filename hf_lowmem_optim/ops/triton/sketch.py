@@ -26,7 +26,7 @@ _SHARE = 64
 #: ‖L⁻¹‖², of columns scaled to unit length, up to which Y·L⁻ᵀ counts as orthonormal: it is off by 2e-16 times that.
 _MOST_GROWTH = 2e9
 #: Shares that are added up at once; rows of Y that a program orthonormalizes, and a tile of reflections.
-_CHUNK, _ROWS, _LANES, _COLUMNS = 8, 64, 512, 8
+_CHUNK, _ROWS, _LANES, _COLUMNS = 8, 64, 256, 8
 
 
 @triton.jit
