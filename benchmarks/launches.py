@@ -235,6 +235,14 @@ def low_rank_finish(numel: int, rows: int, rank: int, error: str, grad: torch.dt
     return call, [gradient, *twice, *twice, U, old, moments.R]
 
 
+def low_rank_range(numel: int, rows: int, rank: int, error: str, grad: torch.dtype, products: str) -> Prepared:
+    from hf_lowmem_optim.ops.triton.sketch import orthonormal_range_
+
+    a, state, gradient = residual(numel, rows, rank, error, grad, products)
+    V, U = torch.randn(1, rank, numel // rows), torch.empty(1, rank, rows).mT
+    return partial(orthonormal_range_, a, V, U), [gradient, *state.values(), V, U]
+
+
 def low_rank_basis(numel: int, rows: int, rank: int, error: str, grad: torch.dtype, products: str) -> Prepared:
     from hf_lowmem_optim.ops.triton.sketch import move_basis_
 
@@ -420,6 +428,8 @@ LAUNCHES: list[Launch] = [
             ("basis", low_rank_basis, 128, 512, 4, "fp32", FP32, "tf32x3", 16),
             ("basis", low_rank_basis, 512, 128, 16, "8bit", FP16, "ieee", 16),
             ("basis", low_rank_basis, 500, 1000, 10, "bf16", BF16, "tf32x3", 4),
+            ("range", low_rank_range, 128, 256, 4, "8bit", BF16, "tf32", 16),
+            ("range", low_rank_range, 512, 128, 16, "bf16", BF16, "tf32x3", 16),
             ("finish", low_rank_finish, 128, 256, 16, "4bit", BF16, "tf32", 16),
             ("finish", low_rank_finish, 512, 128, 16, "4bit", BF16, "tf32", 16),
             ("finish", low_rank_finish, 512, 128, 32, "8bit", FP16, "tf32", 16),
@@ -451,6 +461,7 @@ MAIN = (
     "window_gram_row 32 rows",
     "window_descend 32 rows",
     "a·factor of 128 × 768, rank 4, 8bit error",
+    "range of 128 × 256, rank 4, 8bit error, bfloat16, tf32",
     "error of 128 × 256, rank 4, 8bit error",
     "quantize 4-bit",
     "dequantize 4-bit to fp32",

@@ -61,7 +61,7 @@ def _step_(W: Sequence[Tensor], g: Sequence[Tensor], state: Mapping[str, Tensor]
     # 1. a ← g + ξ
     a = Residual(g, state, o.error_feedback, products)
     # 3. V ← bᵀU₋;  Y ← bV;  U ← orthonormalize(Y);  R ← UᵀU₋, with b = s·U₋m + (1 − ρ)·a
-    if tracks(a, old.shape[2]):
+    if tracks(old.shape[2]):
         U = old
         old, R = move_basis_(a, U, m, numbers)
     else:

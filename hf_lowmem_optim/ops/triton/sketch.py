@@ -15,9 +15,15 @@ from torch import Tensor
 from hf_lowmem_optim.ops.low_rank import Coefficients
 from hf_lowmem_optim.ops.triton.device import on_device
 from hf_lowmem_optim.ops.triton.low_rank import eliminate, reflect_columns
-from hf_lowmem_optim.ops.triton.residual import Residual, batch_pointers, multiply_stripe, multiply_tile
+from hf_lowmem_optim.ops.triton.residual import (
+    Residual,
+    batch_pointers,
+    load_factor,
+    multiply_stripe,
+    multiply_tile,
+)
 
-__all__ = ["move_basis_", "tracks"]
+__all__ = ["move_basis_", "orthonormal_range_", "tracks"]
 
 #: Rank up to which the launches serve: what a program can hold as float64 r × r matrices beside its stripe.
 _MOST_RANK = 16
@@ -86,7 +92,7 @@ def sketch_kernel(
             at, inside = term * q + entry, (term < r) & (entry < q)
             m = tl.load(m_ptr + at, mask=inside, other=0.0)
             V = tl.load(V_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            size = tl.maximum(tl.max(tl.max(tl.abs(V), 1), 0) * (1.0 / (1 << 20)), 1.0)
+            size = safe_divisor(V)
             tl.store(sizes_ptr + b * shares + share, size)
             part = tl.dot(m, tl.trans(V / size), input_precision="ieee")
             to = term * TERMS + tl.arange(0, TERMS)[None, :]
@@ -100,8 +106,8 @@ def range_kernel(
     lo_ptr,
     hi_ptr,
     magic,
-    V_ptr,  # what sketch_kernel wrote
-    sizes_ptr,
+    V_ptr,  # [batch], r terms of q entries each
+    sizes_ptr,  # what else sketch_kernel wrote; None: V is all there is, and n is p
     products_ptr,
     old_ptr,  # U₋ [batch, p, r]
     copy_ptr,
@@ -113,6 +119,9 @@ def range_kernel(
     shares,
     error_batch,
     stats_batch,
+    V_batch,
+    V_term,
+    V_along,
     momentum_weight,
     weight,
     GRAD: tl.constexpr,
@@ -120,6 +129,7 @@ def range_kernel(
     TALL: tl.constexpr,
     PRODUCTS: tl.constexpr,
     CHUNK: tl.constexpr,
+    LANES: tl.constexpr,
     TERMS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -135,37 +145,49 @@ def range_kernel(
     LENGTH: tl.constexpr = COLS if TALL else ROWS
     first = tl.program_id(0) * LENGTH
 
-    # V is to count as V/size², so that Y, and what is added to it, stay in float32's range
-    sizes_ptr += b * shares
-    size = 1.0
-    for k in range(0, shares, 128):
-        share = k + tl.arange(0, 128)
-        size = tl.maximum(size, tl.max(tl.load(sizes_ptr + share, mask=share < shares, other=1.0), 0))
-    at = tl.arange(0, TERMS)[:, None] * TERMS + tl.arange(0, TERMS)[None, :]
-    mV = tl.zeros([TERMS, TERMS], tl.float32)
-    for k in range(0, shares, CHUNK):
-        share = k + tl.arange(0, CHUNK)
-        there = share < shares
-        part_at = products_ptr + (b * shares + share)[:, None, None] * (TERMS * TERMS) + at[None]
-        part = tl.load(part_at, mask=there[:, None, None], other=0.0)
-        factor = tl.load(sizes_ptr + share, mask=there, other=1.0) / size / size
-        mV += tl.sum(part * factor[:, None, None], 0)
+    V_ptr += b * V_batch
+    square = tl.arange(0, TERMS)[:, None] * TERMS + tl.arange(0, TERMS)[None, :]
 
+    # V is to count as V/size², so that Y, and what is added to it, stay in float32's range
+    size = 1.0
+    if sizes_ptr is None:
+        for k in range(0, q, LANES):
+            V = load_factor(V_ptr, k, q, V_along, 0, r, V_term, TERMS, LANES, False)
+            size = tl.maximum(size, safe_divisor(V))
+    else:
+        sizes_ptr += b * shares
+        for k in range(0, shares, LANES):
+            share = k + tl.arange(0, LANES)
+            size = tl.maximum(size, tl.max(tl.load(sizes_ptr + share, mask=share < shares, other=1.0), 0))
     acc = multiply_stripe(
-        g_ptr, error_ptr, lo_ptr, hi_ptr, magic, V_ptr + b * r * q, 1, q, 1.0 / size, first, 0, n, c, r,
+        g_ptr, error_ptr, lo_ptr, hi_ptr, magic, V_ptr, V_along, V_term, 1.0 / size, first, 0, n, c, r,
         STORAGE, TALL, PRODUCTS, TERMS, ROWS, COLS, ALIGNED, EVEN, EVEN_TERMS,
     )  # fmt: skip
     entry, term = first + tl.arange(0, LENGTH)[:, None], tl.arange(0, TERMS)[None, :]
     place, inside = b * p * r + entry * r + term, (entry < p) & (term < r)
-    old = tl.load(old_ptr + place, mask=inside, other=0.0)
     Y = weight * (tl.trans(acc) if TALL else acc)
-    Y += tl.dot(old, mV * momentum_weight, input_precision="ieee")
-    tl.store(copy_ptr + place, old, mask=inside)
-    tl.store(Y_ptr + place, Y, mask=inside)
-    wide = Y.to(tl.float64)
     grams_ptr += (b * tl.num_programs(0) + tl.program_id(0)) * (2 * TERMS * TERMS)
-    tl.store(grams_ptr + at, tl.dot(tl.trans(wide), wide))
-    tl.store(grams_ptr + TERMS * TERMS + at, tl.dot(tl.trans(wide), old.to(tl.float64)))
+    if products_ptr is not None:
+        mV = tl.zeros([TERMS, TERMS], tl.float32)
+        for k in range(0, shares, CHUNK):
+            share = k + tl.arange(0, CHUNK)
+            part_at = products_ptr + (b * shares + share)[:, None, None] * (TERMS * TERMS) + square[None]
+            part = tl.load(part_at, mask=(share < shares)[:, None, None], other=0.0)
+            factor = tl.load(sizes_ptr + share, mask=share < shares, other=1.0) / size / size
+            mV += tl.sum(part * factor[:, None, None], 0)
+        old = tl.load(old_ptr + place, mask=inside, other=0.0)
+        Y += tl.dot(old, mV * momentum_weight, input_precision="ieee")
+        tl.store(copy_ptr + place, old, mask=inside)
+        cross = tl.dot(tl.trans(Y.to(tl.float64)), old.to(tl.float64))
+        tl.store(grams_ptr + TERMS * TERMS + square, cross)
+    tl.store(Y_ptr + place, Y, mask=inside)
+    tl.store(grams_ptr + square, tl.dot(tl.trans(Y.to(tl.float64)), Y.to(tl.float64)))
+
+
+@triton.jit
+def safe_divisor(V):
+    """Return by what ``of_safe_size`` divides V, twice."""
+    return tl.maximum(tl.max(tl.max(tl.abs(V), 1), 0) * (1.0 / (1 << 20)), 1.0)
 
 
 @triton.jit
@@ -186,11 +208,15 @@ def orthonormalize_kernel(
     grams_ptr,  # what range_kernel wrote
     A_ptr,  # [batch, r, p]
     taus_ptr,  # [batch, r]
-    U_ptr,  # [batch, p, r]
-    R_ptr,  # [batch, r, r]
+    U_ptr,  # [batch], r terms of p entries each
+    R_ptr,  # [batch, r, r]: of UᵀU₋; or None
+    minus_ptr,  # −U [batch, p, r]; or None
     p,
     r,
     stripes,
+    U_batch,
+    U_along,
+    U_term,
     TERMS: tl.constexpr,  # r rounded up
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -200,8 +226,6 @@ def orthonormalize_kernel(
 ):
     b = tl.program_id(1).to(tl.int64)
     Y_ptr += b * p * r
-    old_ptr += b * p * r
-    U_ptr += b * p * r
     grams_ptr += b * stripes * (2 * TERMS * TERMS)
     row, column = tl.arange(0, TERMS)[:, None], tl.arange(0, TERMS)[None, :]
     inside = (row < r) & (column < r)
@@ -209,36 +233,48 @@ def orthonormalize_kernel(
     inverse = tl.where(inside, eliminate(gram, r, TERMS), 0.0)
     squares = tl.sum(tl.where(row == column, gram, 0.0), 0)
     lane = tl.arange(0, ROWS)[:, None]
+    R = tl.zeros([TERMS, TERMS], tl.float64)
     # every program of a matrix finds the same; NaN is not less
     if tl.sum(tl.sum(inverse * inverse * squares[None, :], 1), 0) <= MOST_GROWTH:
         entry = tl.program_id(0) * ROWS + lane
-        there = (entry < p) & (column < r)
-        Y = tl.load(Y_ptr + entry * r + column, mask=there, other=0.0).to(tl.float64)
-        tl.store(U_ptr + entry * r + column, tl.dot(Y, tl.trans(inverse)).to(tl.float32), mask=there)
-        if tl.program_id(0) == 0:
-            R = tl.dot(inverse, add_up(grams_ptr + TERMS * TERMS, stripes, TERMS, CHUNK))
-            tl.store(R_ptr + b * r * r + row * r + column, R.to(tl.float32), mask=inside)
+        Y = tl.load(Y_ptr + entry * r + column, mask=(entry < p) & (column < r), other=0.0).to(tl.float64)
+        U = tl.dot(Y, tl.trans(inverse)).to(tl.float32)
+        store_basis(U_ptr + b * U_batch, minus_ptr, U, b, entry, column, p, r, U_along, U_term)
+        if R_ptr is not None:
+            if tl.program_id(0) == 0:
+                R = tl.dot(inverse, add_up(grams_ptr + TERMS * TERMS, stripes, TERMS, CHUNK))
+                tl.store(R_ptr + b * r * r + row * r + column, R.to(tl.float32), mask=inside)
     elif tl.program_id(0) == 0:
         A_ptr += b * p * r
         reflect_columns(A_ptr, Y_ptr, taus_ptr + b * r, p, r, LANES, COLUMNS)
-        R = tl.zeros([TERMS, TERMS], tl.float64)
         for top in range(0, p, ROWS):
             entry = top + lane
             there = (entry < p) & (column < r)
             U = tl.load(A_ptr + column * p + entry, mask=there, other=0.0)
-            tl.store(U_ptr + entry * r + column, U, mask=there)
-            old = tl.load(old_ptr + entry * r + column, mask=there, other=0.0)
-            R = tl.dot(tl.trans(U.to(tl.float64)), old.to(tl.float64), R)
-        tl.store(R_ptr + b * r * r + row * r + column, R.to(tl.float32), mask=inside)
+            store_basis(U_ptr + b * U_batch, minus_ptr, U, b, entry, column, p, r, U_along, U_term)
+            if R_ptr is not None:
+                old = tl.load(old_ptr + b * p * r + entry * r + column, mask=there, other=0.0)
+                R = tl.dot(tl.trans(U.to(tl.float64)), old.to(tl.float64), R)
+        if R_ptr is not None:
+            tl.store(R_ptr + b * r * r + row * r + column, R.to(tl.float32), mask=inside)
 
 
-def tracks(a: Residual, r: int) -> bool:
+@triton.jit
+def store_basis(U_ptr, minus_ptr, U, b, entry, column, p, r, U_along, U_term):
+    """Store rows of U, and those of −U if asked for."""
+    there = (entry < p) & (column < r)
+    tl.store(U_ptr + entry * U_along + column * U_term, U, mask=there)
+    if minus_ptr is not None:
+        tl.store(minus_ptr + b * p * r + entry * r + column, -U, mask=there)
+
+
+def tracks(r: int) -> bool:
     """Return whether these launches serve a rank."""
     return r <= _MOST_RANK
 
 
 def move_basis_(a: Residual, basis: Tensor, m: Tensor, numbers: Coefficients) -> tuple[Tensor, Tensor]:
-    """Overwrite U₋ with U, in three launches: line 3.
+    """Overwrite U₋ with U, in three launches: line 3 of LDAdam.
 
     Args:
         a: Gradients and errors.
@@ -249,30 +285,66 @@ def move_basis_(a: Residual, basis: Tensor, m: Tensor, numbers: Coefficients) ->
     Returns:
         A copy of U₋, and R = UᵀU₋, float32 [n, r, r].
     """
-    (n, p, r), q, tall = basis.shape, m.shape[2], a.rows > a.columns
-    first, second = (multiply_tile(a, r, over_rows) for over_rows in (not tall, tall))
-    length, step, terms = first["ROWS" if tall else "COLS"], second["COLS" if tall else "ROWS"], first["TERMS"]
+    n, r, q = m.shape
+    tall = a.rows > a.columns
+    tile = multiply_tile(a, r, not tall)
+    length, terms = tile["ROWS" if tall else "COLS"], tile["TERMS"]
     share = min(length, _SHARE)
-    shares, stripes = triton.cdiv(q, share), triton.cdiv(p, step)
+    shares = triton.cdiv(q, share)
     # V as it is in products
     V = torch.empty_like(m, dtype=torch.bfloat16 if a.constants["PRODUCTS"] == "bf16" else torch.float32)
     sizes, products = m.new_empty(n, shares), m.new_empty(n, shares, terms, terms)
-    Y, old, rows = (torch.empty_like(basis) for _ in range(3))
-    grams = m.new_empty(n, stripes, 2, terms, terms, dtype=torch.float64)
-    taus, R = m.new_empty(n, r), m.new_empty(n, r, r)
     weights = float(numbers.momentum_weight), float(numbers.gradient_weight)
-    size = (a.rows, a.columns, r, shares, *a.strides)
     with on_device(m):
         sketch_kernel[(triton.cdiv(q, length), n)](
-            *a.pointers, basis, m, V, sizes, products, *size, *weights, TALL=tall, SHARE=share, **a.options(r, first)
-        )
+            *a.pointers, basis, m, V, sizes, products, a.rows, a.columns, r, shares, *a.strides, *weights,
+            TALL=tall, SHARE=share, **a.options(r, tile),
+        )  # fmt: skip
+    old, R = torch.empty_like(basis), m.new_empty(n, r, r)
+    _orthonormalize_(a, V, basis, (sizes, products, basis, old), weights, (old, R))
+    return old, R
+
+
+def orthonormal_range_(a: Residual, V: Tensor, U: Tensor) -> Tensor:
+    """Write U ← orthonormalize(a·V), in two launches.
+
+    Args:
+        a: Gradients and errors.
+        V: float32 [n, r, columns], transposed, any strides.
+        U: float32 [n, rows, r], any strides; written.
+
+    Returns:
+        −U.
+    """
+    minus = U.new_empty(U.shape)
+    _orthonormalize_(a, V, U, None, (0.0, 1.0), (minus,))
+    return minus
+
+
+def _orthonormalize_(
+    a: Residual,
+    V: Tensor,
+    U: Tensor,
+    momentum: tuple[Tensor, ...] | None,
+    weights: tuple[float, float],
+    made: tuple[Tensor, ...],
+) -> None:
+    """Write U ← orthonormalize(Y), and U₋ and R or else −U to ``made``."""
+    n, p, r = U.shape
+    tall = momentum is not None and a.rows > a.columns
+    tile = multiply_tile(a, r, tall)
+    terms, stripes = tile["TERMS"], triton.cdiv(p, tile["COLS" if tall else "ROWS"])
+    Y, rows, taus = U.new_empty(n, p, r), U.new_empty(n, r, p), U.new_empty(n, r)
+    grams = U.new_empty(n, stripes, 2, terms, terms, dtype=torch.float64)
+    shares = 0 if momentum is None else momentum[0].shape[1]
+    old, R, minus = (*made, None) if momentum is not None else (None, None, *made)
+    with on_device(U):
         range_kernel[(stripes, n)](
-            *a.pointers, V, sizes, products, basis, old, Y, grams, *size, *weights,
-            TALL=tall, CHUNK=_CHUNK, **a.options(r, second),
+            *a.pointers, V, *(momentum or (None,) * 4), Y, grams, a.rows, a.columns, r, shares, *a.strides,
+            *V.stride(), *weights, TALL=tall, CHUNK=_CHUNK, LANES=_LANES, **a.options(r, tile),
         )  # fmt: skip
         orthonormalize_kernel[(triton.cdiv(p, _ROWS), n)](
-            Y, old, grams, rows, taus, basis, R, p, r, stripes,
+            Y, old, grams, rows, taus, U, R, minus, p, r, stripes, *U.stride(),
             TERMS=terms, CHUNK=_CHUNK, ROWS=_ROWS, LANES=_LANES, COLUMNS=_COLUMNS, MOST_GROWTH=_MOST_GROWTH,
             num_warps=4,
         )  # fmt: skip
-    return old, R
