@@ -31,8 +31,10 @@ _MOST_RANK = 16
 _SHARE = 64
 #: ‖L⁻¹‖², of columns scaled to unit length, up to which Y·L⁻ᵀ counts as orthonormal: it is off by 2e-16 times that.
 _MOST_GROWTH = 2e9
-#: Shares that are added up at once; rows of Y that a program orthonormalizes, and a tile of reflections.
-_CHUNK, _ROWS, _LANES, _COLUMNS = 8, 64, 256, 8
+#: Shares of a sum that are added up at once, rows of Y that a program orthonormalizes, and entries that it looks at.
+_CHUNK, _ROWS, _LANES = 8, 64, 256
+#: A tile of reflections: what compiles without spills, on AMD's GPUs and on NVIDIA's.
+_COLUMNS, _HIP_LANES, _CUDA_LANES = 8, 256, 1024
 
 
 @triton.jit
@@ -240,10 +242,9 @@ def orthonormalize_kernel(
         Y = tl.load(Y_ptr + entry * r + column, mask=(entry < p) & (column < r), other=0.0).to(tl.float64)
         U = tl.dot(Y, tl.trans(inverse)).to(tl.float32)
         store_basis(U_ptr + b * U_batch, minus_ptr, U, b, entry, column, p, r, U_along, U_term)
-        if R_ptr is not None:
-            if tl.program_id(0) == 0:
-                R = tl.dot(inverse, add_up(grams_ptr + TERMS * TERMS, stripes, TERMS, CHUNK))
-                tl.store(R_ptr + b * r * r + row * r + column, R.to(tl.float32), mask=inside)
+        if R_ptr is not None and tl.program_id(0) == 0:
+            R = tl.dot(inverse, add_up(grams_ptr + TERMS * TERMS, stripes, TERMS, CHUNK))
+            tl.store(R_ptr + b * r * r + row * r + column, R.to(tl.float32), mask=inside)
     elif tl.program_id(0) == 0:
         A_ptr += b * p * r
         reflect_columns(A_ptr, Y_ptr, taus_ptr + b * r, p, r, LANES, COLUMNS)
@@ -345,6 +346,6 @@ def _orthonormalize_(
         )  # fmt: skip
         orthonormalize_kernel[(triton.cdiv(p, _ROWS), n)](
             Y, old, grams, rows, taus, U, R, minus, p, r, stripes, *U.stride(),
-            TERMS=terms, CHUNK=_CHUNK, ROWS=_ROWS, LANES=_LANES, COLUMNS=_COLUMNS, MOST_GROWTH=_MOST_GROWTH,
-            num_warps=4,
+            TERMS=terms, CHUNK=_CHUNK, ROWS=_ROWS, LANES=_HIP_LANES if torch.version.hip else _CUDA_LANES,
+            COLUMNS=_COLUMNS, MOST_GROWTH=_MOST_GROWTH, num_warps=4,
         )  # fmt: skip
