@@ -27,7 +27,7 @@ from tables import format_rows, packing_rows
 from torch import Tensor
 
 from hf_lowmem_optim.ops.block_quant import Quantized, dequantize_, quantize_
-from hf_lowmem_optim.ops.window_values import decode, encode
+from hf_lowmem_optim.ops.window import decode, encode
 from hf_lowmem_optim.spec import QuantFormat, quantized_specs
 
 SEED, BLOCK, KEPT, BLOCKS = 0, 4096, 41, 1024

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from hf_lowmem_optim.ops import dispatch
 from hf_lowmem_optim.ops.block_quant import Quantized, dequantize_, dequantize_add_, quantize_
-from hf_lowmem_optim.ops.block_topk import TopK, foreach_block_topk_, num_kept
+from hf_lowmem_optim.ops.block_topk import foreach_block_topk_, num_kept
 from hf_lowmem_optim.ops.low_rank import Coefficients
-from hf_lowmem_optim.ops.sparse_window import SparseWindow, window_combine_
+from hf_lowmem_optim.ops.sparse_window import window_combine_
 from hf_lowmem_optim.ops.weight_correction import join_weights, split_weights_
-from hf_lowmem_optim.ops.window_values import FLOATS, INDEX_BITS, Grids, ValueDtype, encode
+from hf_lowmem_optim.ops.window import FLOATS, INDEX_BITS, Grids, SparseWindow, ValueDtype, encode
 from hf_lowmem_optim.spec import QuantFormat
 from tests.ops.backends import BF16, FP16, FP32, window_descend_, window_gram_row, window_update_
 
@@ -126,8 +126,8 @@ def topk(numel, *, error=None, grad=FP32, values="bf16", block_size=4096, seed=N
     elif error is not None:
         buffer = torch.randn(numel).to(error)
         parts = [buffer]
-    call = TopK(rows.indices, rows.values, 0, gradient, buffer, block_size, 0.01, 1.0, seed, rows.grids)
-    return partial(foreach_block_topk_, [call]), [gradient, *_parts(rows), *parts]
+    call = partial(foreach_block_topk_, [gradient], [rows], [buffer], row=0, density=0.01, seed=seed)
+    return call, [gradient, *_parts(rows), *parts]
 
 
 def reflections(numel: int, rank: int) -> Prepared:

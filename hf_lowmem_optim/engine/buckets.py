@@ -27,8 +27,10 @@ __all__ = [
     "CORRECTION",
     "SHARED_PREFIX",
     "Batch",
+    "Part",
     "TensorUpdate",
     "allocate_stacked",
+    "arrange",
     "batches",
     "most_entries",
     "most_tensors",
@@ -61,7 +63,6 @@ class TensorUpdate:
         step: t, 1 for the first update of this tensor.
         rounding_seed: Seed with which its weights are rounded stochastically; None if they are rounded to nearest.
         place: Its place among all parameters of the optimizer.
-        memo: What :func:`~hf_lowmem_optim.engine.checks.check_tensor` returned for it.
     """
 
     param: Tensor
@@ -71,7 +72,6 @@ class TensorUpdate:
     step: int
     rounding_seed: int | None = None
     place: int = 0
-    memo: dict[str, Any] = field(default_factory=dict)
 
     def key(self, *, whole: bool) -> Hashable:
         """Return what the tensors of a bucket have in common."""
@@ -109,8 +109,10 @@ def split_state(state: Mapping[str, Any]) -> list[dict[str, Tensor]]:
     return [dict(zip(tensors, parts, strict=True)) for parts in zip(*tensors.values(), strict=True)]
 
 
-def split_stacks(updates: Sequence[TensorUpdate]) -> list[TensorUpdate]:
+def split_stacks(updates: Sequence[TensorUpdate]) -> Sequence[TensorUpdate]:
     """Replace stacks of matrices by their matrices, which are updated as tensors of their own."""
+    if not any(update.options.stacked for update in updates):
+        return updates
     matrices: list[TensorUpdate] = []
     for update in updates:
         if not update.options.is_stack(update.param.shape):
@@ -123,6 +125,19 @@ def split_stacks(updates: Sequence[TensorUpdate]) -> list[TensorUpdate]:
 
 
 @dataclass(slots=True)
+class Part:
+    """Which tensors of a step one call of an update serves.
+
+    Attributes:
+        which: Their places in the step's list.
+        memo: Where operations note what they found out about the tensors' state; numbers, and no tensors.
+    """
+
+    which: list[int]
+    memo: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
 class Batch:
     """Tensors of one bucket that one call of an update serves.
 
@@ -130,7 +145,7 @@ class Batch:
         updates: The tensors.
         g: Their gradients, contiguous; tensors of three and more dimensions as matrices (out, rest).
         state: Their state by key: stacked, [number of tensors, ...]; or each tensor's own, for a method that is
-            ``whole``. And ``"places"``, and ``"memos"``.
+            ``whole``, with ``"memo"``. And ``"places"``.
         step: t, 1 for the first update of these tensors.
         options: Those of their group.
     """
@@ -201,25 +216,44 @@ def allocate_stacked(specs: Mapping[str, TensorSpec], count: int, device: torch.
     return states
 
 
-def batches(updates: Sequence[TensorUpdate], *, whole: bool | Literal["gpu"]) -> Iterator[Batch]:
+def arrange(updates: Sequence[TensorUpdate], *, whole: bool | Literal["gpu"], alone: bool = False) -> list[Part]:
     """Put tensors of one bucket together, as many as one call may serve.
-
-    One after the other, so that contiguous copies of gradients do not exist all at once.
 
     Args:
         updates: The tensors, all with state; state that is not stacked yet is moved where that is due.
         whole: Whether a call serves any number of tensors of any shapes, because it allocates nothing of their size; or
             ``"gpu"``: any number of one shape, there.
+        alone: Whether a call serves one tensor only.
 
     Returns:
-        The batches, in the order of their first tensors.
+        The parts of the list, in the order of their first tensors.
     """
-    if any(update.options.stacked for update in updates):
+    if alone or len(updates) == 1:
+        return [Part([place]) for place in range(len(updates))]
+    place_of = {id(update): place for place, update in enumerate(updates)}
+    return [Part([place_of[id(update)] for update in bucket]) for bucket in _bucketed(updates, whole)]
+
+
+def batches(
+    updates: Sequence[TensorUpdate], *, whole: bool | Literal["gpu"], parts: Sequence[Part] | None = None
+) -> Iterator[Batch]:
+    """Return what each call of an update serves.
+
+    One after the other, so that contiguous copies of gradients do not exist all at once.
+
+    Args:
+        updates: The tensors, all with state.
+        whole: As for :func:`arrange`.
+        parts: What :func:`arrange` returned for them, stacks having been replaced by their matrices.
+    """
+    if parts is None:
         updates = split_stacks(updates)
-    return iter([_batch(updates, whole=whole is True)]) if len(updates) == 1 else _bucketed(updates, whole)
+        parts = arrange(updates, whole=whole)
+    for part in parts:
+        yield _batch([updates[place] for place in part.which], part.memo, whole=whole is True)
 
 
-def _bucketed(updates: Sequence[TensorUpdate], whole: bool | Literal["gpu"]) -> Iterator[Batch]:
+def _bucketed(updates: Sequence[TensorUpdate], whole: bool | Literal["gpu"]) -> Iterator[Sequence[TensorUpdate]]:
     buckets: dict[Hashable, list[TensorUpdate]] = {}
     for update in updates:
         buckets.setdefault(update.key(whole=whole is True), []).append(update)
@@ -227,9 +261,9 @@ def _bucketed(updates: Sequence[TensorUpdate], whole: bool | Literal["gpu"]) -> 
         if whole is True:
             copied = [update for update in bucket if update.is_copied]
             in_place = [update for update in bucket if not update.is_copied] if copied else bucket
-            yield from (_batch(part, whole=True) for part in (in_place, *_bounded(copied)) if part)
+            yield from (part for part in (in_place, *_bounded(copied)) if part)
         elif len(bucket) == 1:
-            yield _batch(bucket)
+            yield bucket
         else:
             stacked = _is_stacked(bucket)
             if not stacked:
@@ -241,7 +275,7 @@ def _bucketed(updates: Sequence[TensorUpdate], whole: bool | Literal["gpu"]) -> 
                 most = most_tensors(param.numel(), param.device) if _rounds_alike(bucket[0]) else 1
             for run in [bucket] if stacked else _runs(bucket):
                 for start in range(0, len(run), most):
-                    yield _batch(run[start : start + most])
+                    yield run[start : start + most]
 
 
 def _bounded(updates: Iterable[TensorUpdate]) -> Iterator[list[TensorUpdate]]:
@@ -290,7 +324,7 @@ def most_entries(device: torch.device) -> int:
     return 1 << 20 if device.type == "cpu" else 1 << 23
 
 
-def _batch(updates: Sequence[TensorUpdate], *, whole: bool = False) -> Batch:
+def _batch(updates: Sequence[TensorUpdate], memo: dict[str, Any], *, whole: bool) -> Batch:
     one = updates[0]
     keys = [key for key in one.state if key != "step" and not key.startswith(SHARED_PREFIX)]
     state: dict[str, Any]
@@ -300,7 +334,9 @@ def _batch(updates: Sequence[TensorUpdate], *, whole: bool = False) -> Batch:
         state = {key: one.state[key][None] for key in keys}
     else:
         state = {key: _stacked([update.state[key] for update in updates]) for key in keys}
-    state["places"], state["memos"] = [update.place for update in updates], [update.memo for update in updates]
+    state["places"] = [update.place for update in updates]
+    if whole:
+        state["memo"] = memo
     g = [update.grad for update in updates]
     if not all(grad.is_contiguous() and grad.dim() <= 2 for grad in g):
         g = _matrices(g)

@@ -63,7 +63,7 @@ def check_tensor(
     *,
     rule: tuple[bool, Mapping[str, TensorSpec]],
     optimizer: Any,
-) -> dict[str, Any]:
+) -> None:
     """Refuse what the rules of an optimizer cannot do with a parameter, before anything is touched.
 
     Args:
@@ -72,10 +72,6 @@ def check_tensor(
         state: Its state; None or empty before its first gradient.
         rule: Whether it takes the compressed rule, and what its state is to be.
         optimizer: The optimizer.
-
-    Returns:
-        A memo: where operations note what they found out about the state's tensors, numbers and no tensors. The same
-        one as long as these stay where they are.
 
     Raises:
         RuntimeError: The gradient is sparse or complex, or for the dense rule of another dtype than the parameter.
@@ -100,21 +96,8 @@ def check_tensor(
         )
     ):
         _refuse_memory(param, grad, group)
-    memo: dict[str, Any] = {}
-    if not state:
-        return memo
-    # which tensors they are, and where, how large and of which dtype: as long as that stays, so does what was checked
-    parts = [part for part in state.values() if type(part) is Tensor]
-    facts = [param.device, *map(id, parts), *map(Tensor.data_ptr, parts), *map(Tensor.numel, parts)]
-    facts += [part.dtype for part in parts]
-    before = optimizer.checked.get(id(param))
-    if before is not None and before[0] is specs and before[1] == facts:
-        known: dict[str, Any] = before[2]
-        return known
-    _check_state(param, group, state, specs, method)
-    if all(type(part) is Tensor for part in state.values() if isinstance(part, Tensor)):
-        optimizer.checked[id(param)] = specs, facts, memo
-    return memo
+    if state:
+        _check_state(param, group, state, specs, method)
 
 
 def _refuse_gradient(param: Tensor, grad: Tensor, group: Mapping[str, Any], compressed: bool, who: str) -> None:

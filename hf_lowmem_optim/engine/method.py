@@ -46,8 +46,8 @@ class Update(Protocol):
                 stacks as several weights. Of any shapes for a method that is :attr:`Method.whole`.
             g: Their gradients, likewise; only read.
             state: Their states stacked, [number of tensors, ...], by state key; of a method that is ``whole``, a list
-                of each tensor's own. And ``"places"``, the list of the tensors' places among all parameters; and
-                ``"memos"``, where operations note for each tensor what stays as long as its state stays where it is.
+                of each tensor's own, and ``"memo"``, where operations note what stays as long as all these states stay
+                where they are. And ``"places"``, the list of the tensors' places among all parameters.
             t: Which update of these tensors it is, 1 for the first.
             options: The options of their group.
         """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, overload
 
 import torch
@@ -13,10 +13,10 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from hf_lowmem_optim.engine.adamw import adamw_update_, require_bitsandbytes
 from hf_lowmem_optim.engine.allocation import allocate_, follow_options_
+from hf_lowmem_optim.engine.arrangement import Arrangement, Live, checked_rules, probed_parameters
 from hf_lowmem_optim.engine.backward import LayerwiseMode
-from hf_lowmem_optim.engine.buckets import SHARED_PREFIX, TensorUpdate, batches, split_stacks
+from hf_lowmem_optim.engine.buckets import SHARED_PREFIX, Part, TensorUpdate, arrange, batches, split_stacks
 from hf_lowmem_optim.engine.checks import (
-    check_flattened,
     check_parameter,
     check_rounding,
     check_tensor,
@@ -30,7 +30,6 @@ from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.options import Options, as_plain, check_group_keys
 from hf_lowmem_optim.engine.sharding.layout import specs_at_rest
 from hf_lowmem_optim.engine.sharding.paths import Path
-from hf_lowmem_optim.engine.sharding.probe import without_gradient
 from hf_lowmem_optim.engine.sharding.system import check_system
 from hf_lowmem_optim.engine.sharding.update import update_sharded_
 from hf_lowmem_optim.engine.state import exact_load
@@ -113,7 +112,7 @@ class LowMemoryOptimizer(Optimizer):
         self._complete = True
         self._options: dict[int, tuple[tuple[Any, ...], Options]] = {}
         self._specs: dict[tuple[Any, ...], tuple[bool, dict[str, TensorSpec]]] = {}
-        self.checked: dict[int, tuple[Mapping[str, TensorSpec], list[Any], dict[str, Any]]] = {}
+        self._arrangements: dict[int | None, Arrangement | None] = {}
         self.unchecked: set[int] = set()
         self.paths: dict[tuple[Any, ...], Path] = {}
         self._system_home: Tensor | None = None
@@ -237,96 +236,97 @@ class LowMemoryOptimizer(Optimizer):
             self._backward.after_step()
         return loss
 
-    def _update_(self, live: Sequence[tuple[int, Tensor, dict[str, Any]]]) -> None:
+    def _update_(self, live: Sequence[Live]) -> None:
         """Update parameters that have a gradient: each with its place among all parameters, and its group."""
+        if not live:
+            return
         method = self.method
-        # every check comes before the first change
-        rules, memos = [], []
-        options_of: dict[int, Options] = {}
-        rule_of: dict[tuple[Any, ...], tuple[bool, dict[str, TensorSpec]]] = {}
-        for _, param, group in live:
-            if (options := options_of.get(id(group))) is None:
-                options = options_of[id(group)] = self._options_of(group)
-            kind = id(group), param.shape, param.dtype, type(param)
-            if (rule := rule_of.get(kind)) is None:
-                rule = rule_of[kind] = self._rule(param, options)
-            memos.append(check_tensor(param, group, self.state.get(param), rule=rule, optimizer=self))
-            rules.append((options, *rule))
-        if method.shared_options and len(self.param_groups) > 1:
-            distinct = {id(options): vars(options) for options, compressed, _ in rules if compressed}
-            check_agreement(method, list(distinct.values()), type(self).__name__)
-        if fresh := [(p, rule) for (_, p, _), rule in zip(live, rules, strict=True) if not self.state.get(p)]:
-            check_flattened(self, self._had_matrices)
-            allocate_(self.state, fresh)
-        coupled = next((o for o, compressed, _ in rules if compressed and method.shared_state is not None), None)
-        system = None
+        key = live[0][0] if len(live) == 1 else None  # layer-wise updates are steps of one tensor
+        states: list[dict[str, Any]] = [self.state.get(param, {}) for _, param, _ in live]
+        options_of = {key: self._options_of(group) for key, group in {id(group): group for _, _, group in live}.items()}
+        known, probed = self._arrangements.get(key), frozenset[int]()
+        if known is None or not known.holds(live, states, options_of, method):
+            known = None
+            rules = checked_rules(self, live, options_of)
+            states = [self.state[param] for _, param, _ in live]
+            probed = probed_parameters(self, live, options_of)
+        else:
+            rules = known.rules
+        system, coupled = None, None
+        if method.shared_state is not None:
+            members = zip(live, rules, strict=True)
+            coupled = next((options_of[id(group)] for (_, _, group), (compressed, _) in members if compressed), None)
         if coupled is not None and vars(coupled)["scope"] == "model":
             system = None if self._system_home is None else self.state.get(self._system_home)
             if system is None or SHARED_STEP not in system:
                 system = self._common_system(coupled)
-        # Wrappers probe fresh optimizers with lr = 0 and zero gradients to learn the layout of their state
-        # (torch.distributed.checkpoint): that allocates, but is no update and leaves no trace in the run.
-        probed: Collection[int] = ()
-        if any(options.lr == 0 for options in options_of.values()):
-            still = [param for (_, param, _), rule in zip(live, rules, strict=True) if rule[0].lr == 0]
-            first = [param for param in still if self.state[param]["step"] == 0 and not self._is_real(param)]
-            probed = without_gradient(first)
         sparse: list[TensorUpdate] = []
         dense: dict[int, list[TensorUpdate]] = {}
         sharded: list[tuple[TensorUpdate, bool]] = []
-        changed: list[Tensor] = []
-        for (index, param, group), (options, compressed, specs), memo in zip(live, rules, memos, strict=True):
-            grad, state = param.grad, self.state[param]
+        for (index, param, group), (compressed, specs), state in zip(live, rules, states, strict=True):
+            grad, options = param.grad, options_of[id(group)]
             assert grad is not None
-            step = state["step"] + 1
             if id(param) in probed:
                 continue
-            state["step"] = step
-            if [key for key in method.follows if (key in specs) != (key in state)]:
-                follow_options_(state, specs, method.follows, param)
+            step = state["step"] = state["step"] + 1
+            if known is None:
+                if [key for key in method.follows if (key in specs) != (key in state)]:
+                    follow_options_(state, specs, method.follows, param)
+                grad = grad.detach() if grad.requires_grad else grad
+                # kernels read memory, which does not hold the numbers of a lazy gradient
+                grad = grad.clone() if grad.is_neg() or grad._is_zerotensor() else grad
             stochastic = options.weight_rounding == "stochastic" and param.dtype != torch.float32
             seed = step * _MAX_PARAMETERS + index if stochastic else None
-            grad = grad.detach() if grad.requires_grad else grad
-            # kernels read memory, which does not hold the numbers of a lazy gradient
-            grad = grad.clone() if grad.is_neg() or grad._is_zerotensor() else grad
-            update = TensorUpdate(param.detach(), grad, state, options, step, seed, index, memo)
-            changed.append(param)
-            if hasattr(param, "placements"):
+            update = TensorUpdate(param.detach(), grad, state, options, step, seed, index)
+            if known is None and hasattr(param, "placements"):
                 sharded.append((update, compressed))
             else:
                 (sparse if compressed else dense.setdefault(id(group), [])).append(update)
         # fused and own kernels hide a change from autograd; a pass through an older graph must see it
-        torch.autograd.graph.increment_version(changed)
+        torch.autograd.graph.increment_version([param for _, param, _ in live if id(param) not in probed])
         with full_precision():
-            self._apply_(sparse, list(dense.values()), system)
+            parts = self._apply_(sparse, list(dense.values()), system, None if known is None else known.parts)
             if sharded:
                 update_sharded_(self, sharded, system, self._apply_)
+        if known is None and not probed:
+            self._arrangements[key] = Arrangement.of(live, states, options_of, method, rules, parts)
 
     def _apply_(
-        self, sparse: Sequence[TensorUpdate], dense: Sequence[Sequence[TensorUpdate]], system: Any = None
-    ) -> None:
-        """Update whole tensors: those that are compressed, and lists of those of a group that are not."""
+        self,
+        sparse: Sequence[TensorUpdate],
+        dense: Sequence[Sequence[TensorUpdate]],
+        system: Any = None,
+        parts: list[Part] | None = None,
+    ) -> list[Part]:
+        """Update whole tensors: those that are compressed, and lists of those of a group that are not.
+
+        Returns:
+            How the compressed ones were put together, which serves equal ones again as ``parts``.
+        """
         method, coupled_update_ = self.method, self.method.coupled_update_
         options: Any = sparse[0].options if sparse else None
-        if sparse and coupled_update_ is None:
-            assert method.update_ is not None
-            for batch in batches(sparse, whole=method.whole):
+        matrices, alone = split_stacks(sparse), options is not None and getattr(options, "scope", None) == "tensor"
+        parts = arrange(matrices, whole=method.whole, alone=alone) if parts is None else parts
+        together = batches(matrices, whole=method.whole, parts=parts)
+        if coupled_update_ is None:
+            for batch in together:
+                assert method.update_ is not None
                 with batch.weights() as W:
                     method.update_(W, batch.g, batch.state, batch.step, batch.options)
-        elif sparse and options.scope == "tensor":
-            assert coupled_update_ is not None and method.shared_state is not None
-            for update in split_stacks(sparse):
-                own = {key: update.state[key] for key in method.shared_state(options)}
-                coupled_update_(list(batches([update], whole=method.whole)), own, update.step)
+        elif alone:
+            assert method.shared_state is not None
+            for batch in together:
+                own = {key: batch.updates[0].state[key] for key in method.shared_state(options)}
+                coupled_update_([batch], own, batch.step)
         elif sparse:
-            assert coupled_update_ is not None
             system[SHARED_STEP] += 1
             if len(sparse) < sum([len(group["params"]) for group in self.param_groups]):
                 note_absent_(self, method, sparse, system[SHARED_STEP])
             shared = {k.removeprefix(SHARED_PREFIX): v for k, v in system.items() if k.startswith(SHARED_PREFIX)}
-            coupled_update_(list(batches(sparse, whole=method.whole)), shared, system[SHARED_STEP])
+            coupled_update_(list(together), shared, system[SHARED_STEP])
         for updates in dense:
             adamw_update_(updates)
+        return parts
 
     def _common_system(self, options: Options) -> dict[str, Any]:
         """Return the state that has the system over all parameters, checked, or allocated if there is none yet."""

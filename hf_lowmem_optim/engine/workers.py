@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hf_lowmem_optim.engine import averaging
-from hf_lowmem_optim.engine.buckets import CORRECTION, TensorUpdate
+from hf_lowmem_optim.engine.buckets import CORRECTION, Part, TensorUpdate
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.sharding.owners import waves_of
@@ -172,8 +172,12 @@ class WorkerOptimizer(LowMemoryOptimizer):
         return self._trains or super()._is_real(param)
 
     def _apply_(
-        self, sparse: Sequence[TensorUpdate], dense: Sequence[Sequence[TensorUpdate]], system: Any = None
-    ) -> None:
+        self,
+        sparse: Sequence[TensorUpdate],
+        dense: Sequence[Sequence[TensorUpdate]],
+        system: Any = None,
+        parts: list[Part] | None = None,
+    ) -> list[Part]:
         """Take a worker's step, and then the common one if it is due."""
         updates, K = [*sparse, *(update for part in dense for update in part)], self.sync_every
         stepped = {id(update.state) for update in updates}
@@ -189,10 +193,11 @@ class WorkerOptimizer(LowMemoryOptimizer):
         if updates and (most := self.param_groups[0]["clip_norm"]) is not None:
             _clip_([update.grad for update in updates], most)
         self._begin_([update for update in sparse if update.step == 1], before // K * K)
-        super()._apply_(sparse, dense, system)
+        parts = super()._apply_(sparse, dense, system, parts)
         if t > before and t % K == 0:
             self._average_()
             self._renew_(t - K, t)
+        return parts
 
     def _begin_(self, fresh: Sequence[TensorUpdate], start: int) -> None:
         """Set up compressed tensors that have their first gradient, in the period after step ``start``."""

@@ -4,7 +4,7 @@ Per block of ``block_size`` consecutive entries (the last one of n shorter), all
 
     a ← g + s·Q⁻¹(e)                 s = error_scale; Q of ``block_quant``, or the identity for a dense buffer
     I ← the ⌈density·n⌉ entries of largest |a|, exactly; ties go to the lowest index
-    V ← a[I] as it is stored: as a float, or on the block's geometric grid (``window_values``)
+    V ← a[I] as it is stored: as a float, or on the block's geometric grid (``window.py``)
     a[I] ← a[I] − V                  what rounding cuts off belongs to the error
     e ← Q(a)
 
@@ -25,16 +25,13 @@ Source: MicroAdam, arXiv 2405.15593, Algorithm 1, lines 5-9. The released code d
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_lowmem_optim.ops.block_quant import (
-    FLOAT_DTYPES,
     Quantized,
     check_dense,
     dequantize_slice,
@@ -42,51 +39,40 @@ from hf_lowmem_optim.ops.block_quant import (
     slices,
 )
 from hf_lowmem_optim.ops.dispatch import Op
-from hf_lowmem_optim.ops.window_values import (
+from hf_lowmem_optim.ops.window import (
     FLOATS,
     INDEX_BITS,
+    MAX_BLOCK_SIZE,
     Grids,
+    Memo,
+    SparseWindow,
     ValueDtype,
     check_block_and_values,
+    check_tensors,
     decode,
     encode,
     fault_of_grids,
+    kept_per_block,
     unpack,
 )
-from hf_lowmem_optim.spec import TensorSpec
+from hf_lowmem_optim.spec import QuantFormat, TensorSpec
 
 __all__ = [
-    "MAX_BLOCK_SIZE",
-    "TopK",
+    "Errors",
+    "Selection",
     "check_block_size",
-    "check_stored",
     "counts",
     "fault_of_window",
     "foreach_block_topk_",
-    "kept_per_block",
     "num_kept",
-    "value_dtype_of",
     "window_specs",
 ]
 
-MAX_BLOCK_SIZE = 32768  # int16 indices hold 0 … 32767
+Errors = Sequence[Quantized | Tensor | None]
+"""The errors of several tensors."""
 
 # magnitudes are compared as the bits of |a|; every NaN counts as one magnitude, above infinity
 _MAGNITUDE_MASK, _NAN_MAGNITUDE = 0x7FFFFFFF, 0x7F800001
-
-
-@functools.lru_cache(maxsize=4096)
-def kept_per_block(num_entries: int, density: float) -> int:
-    """Return ⌈density·num_entries⌉, the entries kept of a block of ``num_entries``.
-
-    ``density`` counts as the decimal that it prints as: 7% of 100 entries are 7, although 0.07 * 100 > 7 in float64.
-
-    Raises:
-        ValueError: The density is not in (0, 1].
-    """
-    if not 0.0 < density <= 1.0:
-        raise ValueError(f"density must be in (0, 1], got {density!r}")
-    return math.ceil(Fraction(repr(float(density))) * num_entries)
 
 
 def num_kept(numel: int, block_size: int, density: float) -> int:
@@ -168,127 +154,80 @@ def window_specs(
     return specs
 
 
-def check_stored(indices: Tensor, values: Tensor | None, grids: Grids | None, blocks: int) -> None:
-    """Check the tensors of a window beside its indices.
+class Selection(NamedTuple):
+    """How a row of windows is selected: see :func:`foreach_block_topk_`."""
 
-    Args:
-        indices: [window, kept].
-        values: As :class:`~hf_lowmem_optim.ops.sparse_window.SparseWindow` has them.
-        grids: Likewise.
-        blocks: Blocks of a row.
-
-    Raises:
-        TypeError: For a wrong dtype.
-        ValueError: For a wrong shape or device, or a tensor that is not contiguous.
-    """
-    wanted = (torch.uint8,) if grids is not None else tuple(FLOATS.values())
-    parts = [] if grids is None else [("lo", grids.lo, (torch.float32,)), ("step", grids.step, (torch.float32,))]
-    for name, tensor, dtypes in [("values", values, wanted), *parts]:
-        if tensor is None and grids is not None:  # codes that are beside the indices
-            continue
-        if tensor is None or tensor.dtype not in dtypes:
-            said = "bfloat16 or float32, or uint8 with grids" if name == "values" else "float32"
-            raise TypeError(f"{name} must be {said}; got {None if tensor is None else tensor.dtype}")
-        shape = tuple(indices.shape) if name == "values" else (len(indices), blocks)
-        if tensor.shape != shape or not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous and of shape {[*shape]}, got {[*tensor.shape]}")
-        if tensor.device != indices.device:
-            raise ValueError(f"{name}: on {tensor.device}, but indices is on {indices.device}")
+    row: int
+    density: float
+    error_scale: float = 1.0
+    seed: int | None = None
 
 
-def value_dtype_of(values: Tensor | None, grids: Grids | None) -> ValueDtype:
-    """Return how values are stored: without grids they are floats, without a tensor of their own beside the indices."""
-    if grids is not None:
-        return "4bit" if values is None else "8bit"
-    return "fp32" if values is not None and values.dtype == torch.float32 else "bf16"
-
-
-class TopK(NamedTuple):
-    """One tensor of :func:`foreach_block_topk_`.
+def foreach_block_topk_(
+    grads: Sequence[Tensor],
+    windows: Sequence[SparseWindow],
+    errors: Errors,
+    *,
+    row: int,
+    density: float,
+    error_scale: float = 1.0,
+    seed: int | None = None,
+    memo: Memo | None = None,
+) -> None:
+    """Move the largest entries of ``grad + error_scale · error`` into a row of a window, and the rest into ``error``.
 
     MicroAdam's ``alpha``: the caller adds alpha·Q⁻¹(e) to the update (``dequantize_add_``), then selects with
     ``error_scale = 1 − alpha``.
 
-    Attributes:
-        indices: int16 [window, kept], contiguous.
-        values: bfloat16, float32 or (with grids) uint8 [window, kept], contiguous; None for codes of 4 bits.
+    Args:
+        grads: Contiguous float32, bfloat16 or float16 tensors of any shapes, taken flat; left as they are. All of one
+            dtype, and on one device.
+        windows: One for each of them, all alike.
+        errors: Likewise: block-quantized buffers whose block size divides that of the windows, or contiguous dense
+            buffers of the gradients' sizes, or None for plain Top-K. Read and written.
         row: The row of all that is written, (t − 1) mod window at step t.
-        grad: Contiguous float32, bfloat16 or float16 tensor (any shape; taken flat). Left as it is.
-        error: Block-quantized buffer whose block size divides ``block_size``, or a contiguous dense buffer of
-            ``grad``'s size, or None for plain Top-K. Read and written.
-        block_size: Entries of a block, at most 32768.
         density: Fraction of each block's entries to keep, rounded up.
         error_scale: Factor s, rounded to float32.
         seed: None rounds a quantized error to nearest; an integer rounds it stochastically with that seed.
-        grids: float32 [window, blocks] each; None for floats.
-        memo: What was found out about the window and the error before, as long as they stay where they are.
-    """
-
-    indices: Tensor
-    values: Tensor | None
-    row: int
-    grad: Tensor
-    error: Quantized | Tensor | None
-    block_size: int
-    density: float
-    error_scale: float = 1.0
-    seed: int | None = None
-    grids: Grids | None = None
-    memo: dict[str, Any] | None = None
-
-
-def foreach_block_topk_(calls: Sequence[TopK]) -> None:
-    """Move the largest entries of ``grad + error_scale · error`` into a row of a window, and the rest into ``error``.
-
-    Args:
-        calls: The tensors, all on one device, none written for two of them, and how each is treated.
+        memo: Where is noted what was found out about windows and errors, for a caller who passes it again as long as
+            these stay where they are.
 
     Raises:
         TypeError: A tensor of a window has the wrong dtype. Nothing has been written then.
         ValueError: An argument is out of range, or a tensor has the wrong dtype, shape or device or is not contiguous.
             Likewise.
     """
-    filled = []
-    for call in calls:
-        grad, first = call.grad, calls[0].grad.device
-        numel, device = grad.numel(), grad.device
-        if device != first:
-            raise ValueError(f"grad is on {device}, that of another tensor on {first}")
-        if not numel:
-            continue
-        if grad.dtype not in FLOAT_DTYPES or not grad.is_contiguous():
-            check_dense(grad, "grad", numel=numel, device=device)  # says what is wrong
-        stored = numel, device, call.block_size, call.density
-        if call.memo is None or call.memo.get("selection") != stored:
-            _check(call, numel, device)
-            if call.memo is not None:
-                call.memo["selection"] = stored
-        if not 0 <= call.row < len(call.indices):
-            raise ValueError(f"row {call.row} is not one of the window's {len(call.indices)}")
-        filled.append(call)
-    if filled:
-        _select_all(filled)
+    if not windows:
+        return
+    check_tensors(grads, "grad", windows, memo)
+    if memo is None or memo.get("checked errors") != density:
+        for window, error in zip(windows, errors, strict=True):
+            _check(window, error, density)
+            if _storage(error) != _storage(errors[0]):
+                raise ValueError(f"errors of one call must be stored alike, got {error} beside {errors[0]}")
+        if memo is not None:
+            memo["checked errors"] = density
+    if not 0 <= row < len(windows[0].indices):
+        raise ValueError(f"row {row} is not one of the window's {len(windows[0].indices)}")
+    how = Selection(row, density, error_scale, seed)
+    _select_all(grads, windows, errors, how, {} if memo is None else memo)
 
 
-def _check(call: TopK, numel: int, device: torch.device) -> None:
+def _check(window: SparseWindow, error: Quantized | Tensor | None, density: float) -> None:
     """Check what a tensor's selection reads and writes beside its gradient."""
-    block_size = call.block_size
-    kept, _, _ = counts(numel, block_size, call.density)
-    shape = (len(call.indices), kept)
-    if call.indices.shape != shape or not call.indices.is_contiguous():
-        raise ValueError(f"indices must be contiguous, [window, kept] = {[*shape]}, got {[*call.indices.shape]}")
-    if call.indices.dtype != torch.int16:
-        raise ValueError(f"indices must be int16; got {call.indices.dtype}")
-    if call.indices.device != device:
-        raise ValueError(f"indices is on {call.indices.device}, the other tensors on {device}")
-    check_stored(call.indices, call.values, call.grids, -(-numel // block_size))
-    error = call.error
+    numel, device, block_size = window.numel, window.device, window.block_size
+    kept = counts(numel, block_size, density)[:2]
+    if (window.kept, window.kept_per_block) != kept:
+        raise ValueError(
+            f"a window of {window.kept} entries in a row, {window.kept_per_block} of a block, does not fit "
+            f"density={density!r} of {numel} entries in blocks of {block_size}, which keeps {kept[0]} and {kept[1]}"
+        )
     if isinstance(error, Tensor):
         check_dense(error, "error", numel=numel, device=device)
     elif error is not None:
         error.check()
         if error.numel != numel or error.codes.device != device:
-            raise ValueError(f"error has {error.numel} entries on {error.codes.device}, grad {numel} on {device}")
+            raise ValueError(f"error has {error.numel} entries on {error.codes.device}, its window {numel} on {device}")
         if block_size % error.format.block_size:
             raise ValueError(
                 f"block_size ({block_size}) must be a multiple of the error's quantization block size "
@@ -296,57 +235,68 @@ def _check(call: TopK, numel: int, device: torch.device) -> None:
             )
 
 
+def _storage(error: Quantized | Tensor | None) -> QuantFormat | torch.dtype | None:
+    """Return how an error is stored."""
+    if isinstance(error, Quantized):
+        return error.format
+    return None if error is None else error.dtype
+
+
 # ---- torch version: the specification --------------------------------------------------------------------------------
 # Works on slices of blocks, so that its temporaries do not grow with the tensor.
 
 
 @Op
-def _select_all(calls: Sequence[TopK]) -> None:
-    """Select from every tensor; the arguments are checked, and no tensor is empty."""
-    for call in calls:
-        grad, error = call.grad.detach().view(-1), call.error
+def _select_all(
+    grads: Sequence[Tensor], windows: Sequence[SparseWindow], errors: Errors, how: Selection, memo: Memo
+) -> None:
+    """Select from every tensor; the arguments are checked."""
+    row, density, error_scale, seed = how
+    for tensor, window, error in zip(grads, windows, errors, strict=True):
+        grad, block_size = tensor.detach().view(-1), window.block_size
         dense = error.detach().view(-1) if isinstance(error, Tensor) else None
-        _, k_full, k_last = counts(len(grad), call.block_size, call.density)
-        for start, stop in slices(len(grad), call.block_size, grad.device):
+        _, k_full, k_last = counts(len(grad), block_size, density)
+        for start, stop in slices(len(grad), block_size, grad.device):
             # a ← g + s·Q⁻¹(e)
             if isinstance(error, Quantized):
-                a = dequantize_slice(error, start, stop).mul_(call.error_scale).add_(grad[start:stop])
+                a = dequantize_slice(error, start, stop).mul_(error_scale).add_(grad[start:stop])
             elif dense is not None:
-                a = dense[start:stop].to(torch.float32, copy=True).mul_(call.error_scale).add_(grad[start:stop])
+                a = dense[start:stop].to(torch.float32, copy=True).mul_(error_scale).add_(grad[start:stop])
             else:
                 a = grad[start:stop].to(torch.float32, copy=True)
-            rows = a.view(-1, min(call.block_size, stop - start))  # [blocks, entries]
-            k = k_full if rows.shape[1] == call.block_size else k_last
+            rows = a.view(-1, min(block_size, stop - start))  # [blocks, entries]
+            k = k_full if rows.shape[1] == block_size else k_last
             # I ← the k entries of largest |a| per block;  V ← a[I], as it is stored
             index = _largest(rows, k)
             kept = rows.gather(1, index)
-            value = _store(call, index, kept, start // call.block_size, k_full)
+            value = _store(window, row, index, kept, start // block_size)
             # e ← Q(a with a[I] ← a[I] − V):  what rounding cuts off the values belongs to the error
             rows.scatter_(1, index, torch.where(value.isfinite(), kept - value, 0.0))
             if isinstance(error, Quantized):
-                quantize_slice_(error, a, start, seed=call.seed)
+                quantize_slice_(error, a, start, seed=seed)
             elif dense is not None:
                 dense[start:stop] = a
 
 
-def _store(call: TopK, index: Tensor, kept: Tensor, block: int, k: int) -> Tensor:
+def _store(window: SparseWindow, row: int, index: Tensor, kept: Tensor, block: int) -> Tensor:
     """Store the selected entries [blocks, k] of some blocks from ``block`` on; return them as stored, float32."""
-    columns, blocks = slice(block * k, block * k + index.numel()), slice(block, block + len(index))
-    indices = call.indices[call.row, columns]
-    if call.grids is None:
-        assert call.values is not None
-        value = kept.to(call.values.dtype)
+    first, blocks = block * window.kept_per_block, slice(block, block + len(index))
+    columns = slice(first, first + index.numel())
+    indices, values, grids = window.indices[row, columns], window.values, window.grids
+    if grids is None:
+        assert values is not None
+        value = kept.to(values.dtype)
         indices.copy_(index.reshape(-1))
-        call.values[call.row, columns] = value.view(-1)
+        values[row, columns] = value.view(-1)
         return value.float()
-    bits = 4 if call.values is None else 8
+    bits = 4 if values is None else 8
     codes, lo, step = encode(kept, bits)
-    call.grids.lo[call.row, blocks], call.grids.step[call.row, blocks] = lo, step
-    if call.values is None:
+    grids.lo[row, blocks], grids.step[row, blocks] = lo, step
+    if values is None:
         indices.copy_((index | (codes << INDEX_BITS)).view(-1))
     else:
         indices.copy_(index.reshape(-1))
-        call.values[call.row, columns] = codes.view(-1).to(torch.uint8)
+        values[row, columns] = codes.view(-1).to(torch.uint8)
     return decode(codes, lo[:, None], step[:, None], bits)
 
 

@@ -23,7 +23,7 @@ import importlib.util
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, Literal, ParamSpec, TypeVar, get_args, overload
 
@@ -78,7 +78,7 @@ class Op(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the version that serves these arguments."""
         first: Any = args[0]
-        while isinstance(first, (list, tuple)):
+        while isinstance(first, Sequence):
             first = first[0]
         backend = _resolve(os.environ.get(ENVIRONMENT_VARIABLE, ""), first.device.type)
         version = _VERSIONS.get((self.name, backend))

@@ -27,7 +27,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,17 +35,18 @@ from torch import Tensor
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import COUNT, FRACTION, UNIT, Options, count_up_to, option
-from hf_lowmem_optim.ops.block_quant import Quantized, dequantize_add_
-from hf_lowmem_optim.ops.block_topk import (
-    MAX_BLOCK_SIZE,
-    TopK,
-    fault_of_window,
-    foreach_block_topk_,
-    window_specs,
-)
+from hf_lowmem_optim.ops.block_quant import dequantize_add_
+from hf_lowmem_optim.ops.block_topk import fault_of_window, foreach_block_topk_, window_specs
 from hf_lowmem_optim.ops.constants import to_device
-from hf_lowmem_optim.ops.sparse_window import WindowStep, foreach_window_update_, windows_of
-from hf_lowmem_optim.ops.window_values import VALUES_HELP, ValueDtype, check_block_and_values
+from hf_lowmem_optim.ops.sparse_window import foreach_window_update_
+from hf_lowmem_optim.ops.window import (
+    MAX_BLOCK_SIZE,
+    VALUES_HELP,
+    ValueDtype,
+    check_block_and_values,
+    errors_of,
+    windows_of,
+)
 from hf_lowmem_optim.spec import QuantFormat, TensorSpec, quantized_specs
 
 __all__ = ["MicroAdam", "MicroAdamOptions", "microadam_state", "microadam_update_"]
@@ -118,38 +119,32 @@ def microadam_state(shape: Sequence[int], dtype: torch.dtype, o: MicroAdamOption
 
 
 def microadam_update_(
-    W: Sequence[Tensor], g: Sequence[Tensor], state: Mapping[str, Sequence[Tensor]], t: int, o: MicroAdamOptions
+    W: Sequence[Tensor], g: Sequence[Tensor], state: Mapping[str, Any], t: int, o: MicroAdamOptions
 ) -> None:
     """Take one step of MicroAdam on tensors of any shapes, in place; nothing of their size is allocated.
 
     Args:
         W: The weights, contiguous; float32, bfloat16 or float16.
         g: Their gradients, likewise; only read.
-        state: As :func:`microadam_state` describes it, by key a list of each tensor's own; written.
+        state: As :func:`microadam_state` describes it, by key a list of each tensor's own; written. And ``"memo"``.
         t: 1 for the first update of these tensors.
         o: The options.
     """
     assert o.density is not None
     row, fmt = (t - 1) % o.window, _format(o.bits, o.quant_block_size)
-    windows = windows_of(state, [weight.numel() for weight in W], o.block_size, o.density)
-    parts = zip(state["error_codes"], state["error_lo"], state["error_hi"], W, strict=True)
-    errors = [Quantized(codes, lo, hi, weight.numel(), fmt) for codes, lo, hi, weight in parts]
+    numels = [weight.numel() for weight in W]
+    windows = windows_of(state, numels, o.block_size, o.density)
+    errors = errors_of(state, numels, fmt)
     # 1. W ← W − lr·alpha·Q⁻¹(e); line 7 will decay what is added here, so that it is added undecayed
     if o.alpha > 0:
         for weight, e in zip(W, errors, strict=True):
             dequantize_add_(weight, e, scale=-o.lr * o.alpha / (1 - o.lr * o.weight_decay))
     # 2. a ← g + (1 − alpha)·Q⁻¹(e)   3. I, V ← largest entries of a;  a[I] ← a[I] − V   4. e ← Q(a)   5. I, V → row
-    how = o.block_size, o.density, 1 - o.alpha, t if o.stochastic_rounding else None
-    foreach_block_topk_(
-        [
-            TopK(rows.indices, rows.values, row, grad, e, *how, rows.grids, rows.memo)
-            for rows, grad, e in zip(windows, g, errors, strict=True)
-        ]
-    )
+    seed, memo = t if o.stochastic_rounding else None, state["memo"]
+    foreach_block_topk_(g, windows, errors, row=row, density=o.density, error_scale=1 - o.alpha, seed=seed, memo=memo)
     # 6. z1, z2 ← sums over the rows, each with its weight   7. W ← W·(1 − lr·weight_decay) − lr·z1/(√z2 + eps)
     weights = _row_weights(t, o.window, o.betas, o.bias_correction, W[0].device)
-    rates = o.lr, o.weight_decay, o.eps
-    foreach_window_update_([WindowStep(weight, rows, weights, *rates) for weight, rows in zip(W, windows, strict=True)])
+    foreach_window_update_(W, windows, weights, lr=o.lr, weight_decay=o.weight_decay, eps=o.eps, memo=memo)
 
 
 @functools.cache

@@ -35,24 +35,18 @@ from hf_lowmem_optim.engine.error_feedback import FORMATS, error_state
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import FRACTION, count_up_to, option
-from hf_lowmem_optim.ops.block_quant import Quantized
-from hf_lowmem_optim.ops.block_topk import (
-    MAX_BLOCK_SIZE,
-    TopK,
-    fault_of_window,
-    foreach_block_topk_,
-    window_specs,
-)
+from hf_lowmem_optim.ops.block_topk import fault_of_window, foreach_block_topk_, window_specs
 from hf_lowmem_optim.ops.gram import mfac_weights, write_gram_row_
-from hf_lowmem_optim.ops.sparse_window import (
+from hf_lowmem_optim.ops.sparse_window import foreach_window_descend_, foreach_window_gram_rows, window_combine_
+from hf_lowmem_optim.ops.window import (
+    MAX_BLOCK_SIZE,
+    VALUES_HELP,
     SparseWindow,
-    WindowStep,
-    foreach_window_descend_,
-    foreach_window_gram_rows,
-    window_combine_,
+    ValueDtype,
+    check_block_and_values,
+    errors_of,
     windows_of,
 )
-from hf_lowmem_optim.ops.window_values import VALUES_HELP, ValueDtype, check_block_and_values
 from hf_lowmem_optim.optimizers.preconditioned import (
     PreconditionedOptions,
     add_momentum_,
@@ -135,12 +129,20 @@ def sparse_update_(
     """
     o, gram = tensors[0].options, shared["gram"]
     row = (t - 1) % o.window
-    windows = [windows_of(x.state, [g.numel() for g in x.g], o.block_size, o.density) for x in tensors]
+    numels = [[g.numel() for g in x.g] for x in tensors]
+    windows = [
+        windows_of(x.state, n, x.options.block_size, x.options.density) for x, n in zip(tensors, numels, strict=True)
+    ]
     # 1. acc ← ξ + g   2. c ← largest entries of acc;  ξ ← acc − c   3. row of G ← c
-    for x, each in zip(tensors, windows, strict=True):
-        foreach_block_topk_(_selections(x, each, row))
+    for x, n, each in zip(tensors, numels, windows, strict=True):
+        fmt = FORMATS.get(x.options.error_feedback)
+        errors = x.state["error"] if fmt is None else errors_of(x.state, n, fmt)
+        foreach_block_topk_(x.g, each, errors, row=row, density=x.options.density, memo=x.state["memo"])
     # 4. row and column of GGᵀ ← G c
-    write_gram_row_(gram, row, [foreach_window_gram_rows(each, row) for each in windows], everywhere)
+    products = [
+        foreach_window_gram_rows(each, row, memo=x.state["memo"]) for x, each in zip(tensors, windows, strict=True)
+    ]
+    write_gram_row_(gram, row, products, everywhere)
     # 5. u ← Gᵀw
     w = row_weights(gram, row, damping=o.damping).to(torch.float32)
     for x, each in zip(tensors, windows, strict=True):
@@ -153,9 +155,7 @@ def _descend_(x: Batch, windows: Sequence[SparseWindow], w: Tensor) -> None:
     with x.weights() as W:
         if o.momentum == 0:
             # 7. W ← W·(1 − lr·weight_decay) − lr·u, without ever forming u
-            foreach_window_descend_(
-                [WindowStep(weight, G, w, o.lr, o.weight_decay) for weight, G in zip(W, windows, strict=True)]
-            )
+            foreach_window_descend_(W, windows, w, lr=o.lr, weight_decay=o.weight_decay, memo=x.state["memo"])
             return
         for weight, G, velocity in zip(W, windows, x.state["velocity"], strict=True):
             _descend_with_momentum_(weight, G, velocity, w, o)
@@ -166,21 +166,6 @@ def _descend_with_momentum_(weight: Tensor, G: SparseWindow, velocity: Tensor, w
     window_combine_(u, G, w)
     # 6. vel ← μ·vel + u   7. W ← W·(1 − lr·weight_decay) − lr·vel
     descend_(weight, add_momentum_(velocity, u, o.momentum), o)
-
-
-def _selections(x: Batch, windows: Sequence[SparseWindow], row: int) -> list[TopK]:
-    """Return what lines 1 to 3 are of each tensor of a batch."""
-    o, fmt = x.options, FORMATS.get(x.options.error_feedback)
-    errors: Sequence[Tensor | Quantized]
-    if fmt is None:
-        errors = x.state["error"]
-    else:
-        parts = zip(*(x.state[f"error_{part}"] for part in ("codes", "lo", "hi")), x.g, strict=True)
-        errors = [Quantized(codes, lo, hi, g.numel(), fmt) for codes, lo, hi, g in parts]
-    return [
-        TopK(G.indices, G.values, row, g, e, o.block_size, o.density, grids=G.grids, memo=G.memo)
-        for G, g, e in zip(windows, x.g, errors, strict=True)
-    ]
 
 
 def clear_sparse_row_(state: Mapping[str, Tensor], t: int) -> None:

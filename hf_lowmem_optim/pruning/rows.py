@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hf_lowmem_optim.ops.sparse_window import SparseWindow, windows_of
+from hf_lowmem_optim.ops.window import SparseWindow, windows_of
 
 __all__ = ["DenseRows", "LowRankRows", "Rows", "SparseRows", "rows_of"]
 
@@ -88,4 +88,5 @@ def rows_of(state: Mapping[str, Any], shape: Sequence[int], options: Any) -> Row
         return None
     one = {key: [part] for key, part in state.items() if isinstance(part, Tensor)}
     (window,) = windows_of(one, [math.prod(shape)], options.block_size, options.density)
+    window.check()
     return SparseRows(window)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from hf_lowmem_optim.ops import sparse_window as many
 from hf_lowmem_optim.ops.block_quant import Quantized
-from hf_lowmem_optim.ops.block_topk import TopK, foreach_block_topk_
-from hf_lowmem_optim.ops.sparse_window import SparseWindow, WindowStep
+from hf_lowmem_optim.ops.block_topk import foreach_block_topk_
+from hf_lowmem_optim.ops.window import SparseWindow, kept_per_block
 from hf_lowmem_optim.spec import QuantFormat, quantized_specs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -58,17 +58,27 @@ def parts(error: Quantized | Tensor | None) -> list[Tensor]:
     return [] if error is None else [error]
 
 
-def block_topk_(indices: Tensor, values: Tensor, grad: Tensor, error: Quantized | Tensor | None, **how: Any) -> None:
+def block_topk_(
+    indices: Tensor,
+    values: Tensor,
+    grad: Tensor,
+    error: Quantized | Tensor | None,
+    block_size: int,
+    density: float,
+    **how: Any,
+) -> None:
     """Write one row, given as such."""
-    foreach_block_topk_([TopK(indices.unsqueeze(0), values.unsqueeze(0), 0, grad, error, **how)])
+    kept = kept_per_block(block_size, density)
+    window = SparseWindow(indices.unsqueeze(0), values.unsqueeze(0), grad.numel(), block_size, kept)
+    foreach_block_topk_([grad], [window], [error], row=0, density=density, **how)
 
 
 def window_update_(param: Tensor, window: SparseWindow, weights: Tensor, **how: Any) -> None:
-    many.foreach_window_update_([WindowStep(param, window, weights, **how)])
+    many.foreach_window_update_([param], [window], weights, **how)
 
 
 def window_descend_(param: Tensor, window: SparseWindow, weights: Tensor, **how: Any) -> None:
-    many.foreach_window_descend_([WindowStep(param, window, weights, **how)])
+    many.foreach_window_descend_([param], [window], weights, **how)
 
 
 def window_gram_row(window: SparseWindow, row: int) -> Tensor:

@@ -25,7 +25,8 @@ import numba
 
 from hf_lowmem_optim.ops.cpu import block_quant, jit, launch
 from hf_lowmem_optim.ops.cpu.jit import Loop, _Compilation
-from hf_lowmem_optim.ops.sparse_window import SparseWindow, window_combine_
+from hf_lowmem_optim.ops.sparse_window import window_combine_
+from hf_lowmem_optim.ops.window import SparseWindow
 from tests.ops.backends import Use, python, same, window_descend_, window_gram_row, window_update_
 from tests.ops.test_foreach import ODD, TENSORS, make_all, run
 
@@ -47,13 +48,13 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Threads]:
 
 
 def test_operations_agree_with_torch_on_any_number_of_threads(threads: Threads, use: Use) -> None:
-    groups = [[spec for spec in [*TENSORS, *ODD] if spec[1] == size] for size in (64, 96, 128, 256)]
-    expected = run([make_all(use("reference"), group) for group in groups], 5, others=True)
+    specs = [*TENSORS, *ODD]
+    expected = run([make_all(use("reference"), spec) for spec in specs], 5)
     use("cpu")
     alone = None
     for count in (1, 2, 3):
         threads(count)
-        result = run([make_all("cpu", group) for group in groups], 5, others=True)
+        result = run([make_all("cpu", spec) for spec in specs], 5)
         for one, other in zip(result, expected, strict=True):
             # sums of products, in another order: all else to the bit
             if one.dtype == torch.float64:

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_lowmem_optim.ops.sparse_window import SparseWindow, foreach_window_gram_rows, window_combine_
-from hf_lowmem_optim.ops.window_values import FLOATS, INDEX_BITS, Grids, ValueDtype, encode
+from hf_lowmem_optim.ops.sparse_window import foreach_window_gram_rows, window_combine_
+from hf_lowmem_optim.ops.window import FLOATS, INDEX_BITS, Grids, SparseWindow, ValueDtype, encode
 from tests.ops.backends import (
     BACKENDS,
     BF16,
@@ -272,22 +272,26 @@ def test_many_rows_and_blocks_in_a_program(
 def test_contradictions_are_refused() -> None:
     case = CASES[0]
     window, weights, param = make_window(case), moment_weights(case), make_param(case)
-    step = {"lr": 0.1, "eps": 1e-8}
+    step, other = {"lr": 0.1, "eps": 1e-8}, make_window(CASES[3])
     refusals: list[tuple[type[Exception], str, Callable[[], object]]] = [
-        (TypeError, "int16", lambda: replace(window, indices=window.indices.int())),
-        (TypeError, "bfloat16 or float32", lambda: replace(window, values=window.values.half())),
-        (ValueError, "block_size must be", lambda: replace(window, block_size=40000)),
-        (ValueError, "between 1 and block_size, got 5000", lambda: replace(window, kept_per_block=5000)),
-        (ValueError, "cannot give rows of", lambda: replace(window, numel=case.numel + 4096)),
-        (ValueError, "contiguous", lambda: replace(window, indices=window.indices.T.contiguous().T)),
-        (ValueError, "entries, the window is of", lambda: window_update_(param[1:], window, weights, **step)),
-        (TypeError, "param must be", lambda: window_update_(param.double(), window, weights, **step)),
+        (TypeError, "int16", replace(window, indices=window.indices.int()).check),
+        (TypeError, "bfloat16 or float32", replace(window, values=window.values.half()).check),
+        (ValueError, "block_size must be", replace(window, block_size=40000).check),
+        (ValueError, "between 1 and block_size, got 5000", replace(window, kept_per_block=5000).check),
+        (ValueError, "cannot give rows of", replace(window, numel=case.numel + 4096).check),
+        (ValueError, "contiguous", replace(window, indices=window.indices.T.contiguous().T).check),
+        (
+            ValueError,
+            "param must have 9192 entries",
+            lambda: window_update_(param[1:], window, weights, **step),
+        ),
+        (ValueError, "param must be one of", lambda: window_update_(param.double(), window, weights, **step)),
         (ValueError, "of shape", lambda: window_update_(param, window, weights[:1], **step)),
-        (TypeError, "float64", lambda: window_descend_(param.double(), window, weights[0], lr=0.1)),
+        (ValueError, "float64", lambda: window_descend_(param.double(), window, weights[0], lr=0.1)),
         (ValueError, r"shape \[10\], got \[9\]", lambda: window_descend_(param, window, weights[0, 1:], lr=0.1)),
         (TypeError, "out must be float32", lambda: window_combine_(param.half(), window, weights[0])),
         (IndexError, "row 10 is not one of the window's 10", lambda: window_gram_row(window, case.window)),
-        (ValueError, "3 rows, another one 10", lambda: foreach_window_gram_rows([window, make_window(CASES[3])], 0)),
+        (ValueError, "windows of one call must be alike", lambda: foreach_window_gram_rows([window, other], 0)),
     ]
     for error, says, call in refusals:
         with pytest.raises(error, match=says):

@@ -289,9 +289,9 @@ def sizes_of_batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     original = buckets._batch
 
-    def counted(updates: Any, **options: Any) -> buckets.Batch:
+    def counted(updates: Any, *memo: Any, **options: Any) -> buckets.Batch:
         found.append(len(updates))
-        return original(updates, **options)
+        return original(updates, *memo, **options)
 
     monkeypatch.setattr(buckets, "_batch", counted)
     return found

@@ -23,7 +23,7 @@ __all__ = ["GATHERED_WAVE_BYTES", "Apply", "Task", "assign", "check_loaded", "ga
 
 #: Whole tensors that a process has at a time, in bytes, unless one tensor has more.
 GATHERED_WAVE_BYTES = 512 << 20
-Apply = Callable[[Sequence[TensorUpdate], Sequence[Sequence[TensorUpdate]]], None]
+Apply = Callable[[Sequence[TensorUpdate], Sequence[Sequence[TensorUpdate]]], object]
 
 
 @dataclass(slots=True)

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hf_lowmem_optim.ops.block_quant import Quantized
-from hf_lowmem_optim.ops.block_topk import TopK, _select_all, kept_per_block
+from hf_lowmem_optim.ops.block_topk import Errors, Selection, _select_all
 from hf_lowmem_optim.ops.cpu.block_quant import decode_blocks, encode_blocks, random_keys
 from hf_lowmem_optim.ops.cpu.floats import load_floats, store_floats
 from hf_lowmem_optim.ops.cpu.jit import inlined, loop
@@ -27,8 +28,9 @@ from hf_lowmem_optim.ops.cpu.launch import (
     run_pieces,
     window_arguments,
 )
-from hf_lowmem_optim.ops.cpu.window_values import store_values
+from hf_lowmem_optim.ops.cpu.window import store_values
 from hf_lowmem_optim.ops.dispatch import register
+from hf_lowmem_optim.ops.window import Memo, SparseWindow
 
 __all__ = ["select_all"]
 
@@ -157,20 +159,30 @@ def _topk(
 
 
 @register(_select_all, "cpu")
-def select_all(calls: Sequence[TopK]) -> None:
+def select_all(
+    grads: Sequence[Tensor], windows: Sequence[SparseWindow], errors: Errors, how: Selection, memo: Memo
+) -> None:
     """See :func:`hf_lowmem_optim.ops.block_topk.foreach_block_topk_`."""
-    tensors = [(_arguments(call), block_ranges(call.grad.numel(), call.block_size)) for call in calls]
-    pieces = [(*arguments, *ends) for arguments, ranges in tensors for ends in ranges]
-    run_pieces(_topk.run, pieces, sum([call.grad.numel() for call in calls]))
+    rounding = (False, 0, 0) if how.seed is None else random_keys(how.seed)
+    pieces = [
+        (*_arguments(grad, window, how.row), *_error_arguments(error, how.error_scale), *rounding, *ends)
+        for grad, window, error in zip(grads, windows, errors, strict=True)
+        for ends in block_ranges(window.numel, window.block_size)
+    ]
+    run_pieces(_topk.run, pieces, sum([window.numel for window in windows]))
 
 
-def _arguments(call: TopK) -> tuple[Any, ...]:
-    """Return what the loop takes for a tensor."""
-    grad, error, at = call.grad.detach().view(-1), call.error, call.row
+def _arguments(tensor: Tensor, window: SparseWindow, at: int) -> tuple[Any, ...]:
+    """Return what the loop takes for a gradient and its window."""
+    grad = tensor.detach().view(-1)
     gradient = grad.view(torch.uint8).numpy(), DTYPE_CODES[grad.dtype], grad.numel()
-    blocks = call.block_size, kept_per_block(call.block_size, call.density)
-    indices, values, value_code, lo, step = window_arguments(call)
-    row = indices[at], values[at % len(values)], value_code, lo[at % len(lo)], step[at % len(step)], *blocks
+    indices, values, value_code, lo, step = window_arguments(window)
+    row = indices[at], values[at % len(values)], value_code, lo[at % len(lo)], step[at % len(step)]
+    return *gradient, *row, window.block_size, window.kept_per_block
+
+
+def _error_arguments(error: Quantized | Tensor | None, scale: float) -> tuple[Any, ...]:
+    """Return what the loop takes for an error."""
     form = _NO_ERROR
     buffer: tuple[Any, ...] = NO_BYTES, NO_BYTES, NO_BYTES, 0, 8, 1
     if isinstance(error, Quantized):
@@ -178,5 +190,4 @@ def _arguments(call: TopK) -> tuple[Any, ...]:
     elif error is not None:
         dense = error.detach().view(-1).view(torch.uint8).numpy()
         form, buffer = _DENSE, (dense, NO_BYTES, NO_BYTES, DTYPE_CODES[error.dtype], 8, 1)
-    keys = (False, 0, 0) if call.seed is None else random_keys(call.seed)
-    return *gradient, *row, form, float(call.error_scale), *buffer, *keys
+    return form, float(scale), *buffer

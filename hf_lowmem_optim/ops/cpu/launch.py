@@ -19,8 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from hf_lowmem_optim.ops.block_quant import Quantized
-from hf_lowmem_optim.ops.block_topk import TopK
-from hf_lowmem_optim.ops.sparse_window import SparseWindow
+from hf_lowmem_optim.ops.window import SparseWindow
 
 __all__ = [
     "DTYPE_CODES",
@@ -55,7 +54,7 @@ def buffer_arguments(buffer: Quantized) -> tuple[Any, ...]:
     return buffer.codes.numpy(), lo, hi, DTYPE_CODES[buffer.lo.dtype], fmt.bits, fmt.block_size
 
 
-def window_arguments(window: SparseWindow | TopK) -> tuple[Any, ...]:
+def window_arguments(window: SparseWindow) -> tuple[Any, ...]:
     """Return what the loops take for a window, with a code of the storage of its values: 3 for 8 bits, 4 for 4."""
     values, grids = window.values, window.grids
     stored = _NO_CODES if values is None else values.view(torch.uint8).numpy()

@@ -21,10 +21,10 @@ from torch import Tensor
 from hf_lowmem_optim.ops.cpu.floats import BFLOAT16, FLOAT16, FLOAT32, narrow, widen
 from hf_lowmem_optim.ops.cpu.jit import Loop, inlined, loop
 from hf_lowmem_optim.ops.cpu.launch import DTYPE_CODES, block_ranges, run_pieces, window_arguments
-from hf_lowmem_optim.ops.cpu.window_values import index_mask, load_values
+from hf_lowmem_optim.ops.cpu.window import index_mask, load_values
 from hf_lowmem_optim.ops.dispatch import register
-from hf_lowmem_optim.ops.sparse_window import SparseWindow, WindowStep, _combine, _descend_all, _gram_rows, _update_all
-from hf_lowmem_optim.ops.window_values import unpack
+from hf_lowmem_optim.ops.sparse_window import Rates, _combine, _descend_all, _gram_rows, _update_all
+from hf_lowmem_optim.ops.window import Memo, SparseWindow, unpack
 
 __all__ = ["combine", "descend_all", "gram_rows", "update_all"]
 
@@ -256,19 +256,21 @@ def _gram(numel, indices, values, value_code, lows, steps, block_size, kept_per_
 
 
 @register(_update_all, "cpu")
-def update_all(steps: Sequence[WindowStep]) -> None:
+def update_all(
+    params: Sequence[Tensor], windows: Sequence[SparseWindow], weights: Tensor, rates: Rates, memo: Memo
+) -> None:
     """See :func:`hf_lowmem_optim.ops.sparse_window.foreach_window_update_`."""
-    arguments = [
-        (*_arguments(step), float(step.lr), float(step.eps), 1.0 - step.lr * step.weight_decay) for step in steps
-    ]
-    _run(_update, [step.rows for step in steps], arguments)
+    how = weights.numpy(), float(rates.lr), float(rates.eps), rates.decay
+    _run(_update, windows, [(*_arguments(*each), *how) for each in zip(params, windows, strict=True)])
 
 
 @register(_descend_all, "cpu")
-def descend_all(steps: Sequence[WindowStep]) -> None:
+def descend_all(
+    params: Sequence[Tensor], windows: Sequence[SparseWindow], weights: Tensor, rates: Rates, memo: Memo
+) -> None:
     """See :func:`hf_lowmem_optim.ops.sparse_window.foreach_window_descend_`."""
-    arguments = [(*_arguments(step), float(step.lr), 1.0 - step.lr * step.weight_decay) for step in steps]
-    _run(_descend, [step.rows for step in steps], arguments)
+    how = weights.numpy(), float(rates.lr), rates.decay
+    _run(_descend, windows, [(*_arguments(*each), *how) for each in zip(params, windows, strict=True)])
 
 
 @register(_combine, "cpu")
@@ -279,7 +281,7 @@ def combine(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
 
 
 @register(_gram_rows, "cpu")
-def gram_rows(windows: Sequence[SparseWindow], row: int) -> Tensor:
+def gram_rows(windows: Sequence[SparseWindow], row: int, memo: Memo) -> Tensor:
     """See :func:`hf_lowmem_optim.ops.sparse_window.foreach_window_gram_rows`."""
     # each piece of so many blocks has sums of its own, which are added up in a fixed order
     ranges = [block_ranges(window.numel, window.block_size) for window in windows]
@@ -332,9 +334,8 @@ def _out_of_range(window: SparseWindow, block: int) -> ValueError:
     )
 
 
-def _arguments(step: WindowStep) -> tuple[Any, ...]:
-    """Return what the loops of the update and of the descent take for a tensor."""
-    param = step.param.detach().view(-1)
-    weight = param.view(torch.uint8).numpy(), DTYPE_CODES[param.dtype]
-    layout = step.rows.block_size, step.rows.kept_per_block
-    return *weight, step.rows.numel, *window_arguments(step.rows), *layout, step.weights.numpy()
+def _arguments(param: Tensor, window: SparseWindow) -> tuple[Any, ...]:
+    """Return what the loops of the update and of the descent take for a tensor, but for weights and rates."""
+    flat = param.detach().view(-1)
+    weight = flat.view(torch.uint8).numpy(), DTYPE_CODES[flat.dtype]
+    return *weight, window.numel, *window_arguments(window), window.block_size, window.kept_per_block

@@ -12,7 +12,7 @@ are not autotuned (the kernel works in place).
 # ruff: noqa: SIM300 (an argument in capitals is taken for the constant)
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -20,13 +20,14 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_lowmem_optim.ops.block_quant import Quantized, rounding_keys
-from hf_lowmem_optim.ops.block_topk import TopK, _select_all, counts, value_dtype_of
+from hf_lowmem_optim.ops.block_topk import Errors, Selection, _select_all
 from hf_lowmem_optim.ops.dispatch import register
 from hf_lowmem_optim.ops.triton.block_quant import block_range, decode, encode, load_codes, store_codes
 from hf_lowmem_optim.ops.triton.block_topk_common import block_topk_kernel, common_options, is_common
-from hf_lowmem_optim.ops.triton.device import aligned, on_device
-from hf_lowmem_optim.ops.triton.tables import TYPES, alike, block_tables, owner_and_block, pointer, size, vectorizes
-from hf_lowmem_optim.ops.triton.window_values import addresses, decode_values, encode_values, grid_of, stored_as
+from hf_lowmem_optim.ops.triton.device import on_device
+from hf_lowmem_optim.ops.triton.tables import TYPES, Launch, launches, owner_and_block, pointer, size
+from hf_lowmem_optim.ops.triton.window import addresses, decode_values, encode_values, grid_of, stored_as
+from hf_lowmem_optim.ops.window import Memo, SparseWindow
 
 __all__ = ["MAX_BLOCK_SIZE", "select_all"]
 
@@ -202,29 +203,33 @@ def _launch_options(block_size: int) -> dict[str, int | bool]:
     return {"num_warps": max(1, min(most, tile // entries)), "enable_fp_fusion": False}
 
 
-def _why_not(calls: Sequence[TopK]) -> str | None:
-    """Return which selection the kernel cannot make; the torch version makes all of such a call."""
-    for call in calls:
-        if call.block_size > MAX_BLOCK_SIZE:
-            return f"a block of {call.block_size} entries does not fit on a GPU (at most {MAX_BLOCK_SIZE})"
-        if isinstance(call.error, Quantized):
-            size = call.error.format.block_size
-            if size & (size - 1):
-                return f"quantization block size {size} is not a power of two"
+def _why_not(
+    grads: Sequence[Tensor], windows: Sequence[SparseWindow], errors: Errors, how: Selection, memo: Memo
+) -> str | None:
+    """Return why the kernel cannot make the selections; the torch version makes them then."""
+    if windows[0].block_size > MAX_BLOCK_SIZE:
+        return f"a block of {windows[0].block_size} entries does not fit on a GPU (at most {MAX_BLOCK_SIZE})"
+    if isinstance(error := errors[0], Quantized) and (size := error.format.block_size) & (size - 1):
+        return f"quantization block size {size} is not a power of two"
     return None
 
 
 @register(_select_all, "triton", why_not=_why_not)
-def select_all(calls: Sequence[TopK]) -> None:
-    """Select from all tensors that are treated alike in one launch."""
-    for group in alike(calls, _key).values():
-        _select(group)
-
-
-def _key(call: TopK) -> Hashable:
-    """Return what tensors of one launch have in common."""
-    how = call.row, call.block_size, call.density, call.error_scale, call.seed
-    return call.grad.dtype, vectorizes(call.grad), how, _stored(call)[0]
+def select_all(
+    grads: Sequence[Tensor], windows: Sequence[SparseWindow], errors: Errors, how: Selection, memo: Memo
+) -> None:
+    """Select from all tensors in one launch, and another for those that are not aligned."""
+    found, addresses = launches(
+        grads,
+        lambda place: _record(windows[place], errors[place]),
+        lambda place: windows[place].num_blocks,
+        memo,
+        "selections in Triton",
+        others=lambda place: _parts(errors[place]),
+    )
+    with on_device(grads[0]):
+        for launch in found:
+            _select(launch, launch.table(addresses), grads[0].dtype, windows[0], errors[0], how)
 
 
 def _parts(error: Quantized | Tensor | None) -> list[Tensor]:
@@ -234,34 +239,24 @@ def _parts(error: Quantized | Tensor | None) -> list[Tensor]:
     return [] if error is None else [error]
 
 
-def _stored(call: TopK) -> tuple[Hashable, tuple[int, ...]]:
-    """Return what tensors of one launch have in common of what is stored, and a tensor's record but for its gradient.
-
-    It is looked up only once as long as window and error stay where they are.
-    """
-    memo = {} if call.memo is None else call.memo
-    known: tuple[Hashable, tuple[int, ...]] | None = memo.get("selection in Triton")
-    if known is None:
-        error, parts = call.error, _parts(call.error)
-        kind: tuple[Hashable, ...] = ()
-        if isinstance(error, Quantized):
-            kind = error.format.bits, error.format.block_size, error.format.stat_dtype
-        elif error is not None:
-            kind = (error.dtype,)
-        buffers = [part.data_ptr() for part in parts] + [0] * (3 - len(parts))
-        values, *grid = addresses(call.values, call.grids)
-        sizes = call.grad.numel(), call.indices.shape[1]
-        record = *buffers, call.indices.data_ptr(), values, *sizes, *grid
-        known = (value_dtype_of(call.values, call.grids), aligned(parts), *kind), record
-        memo["selection in Triton"] = known
-    return known
+def _record(window: SparseWindow, error: Quantized | Tensor | None) -> tuple[int, ...]:
+    """Return a tensor's record but for its gradient."""
+    buffers = [part.data_ptr() for part in _parts(error)]
+    values, *grid = addresses(window.values, window.grids)
+    return *buffers, *[0] * (3 - len(buffers)), window.indices.data_ptr(), values, window.numel, window.kept, *grid
 
 
-def _select(calls: Sequence[TopK]) -> None:
-    """Select from tensors that are treated alike, in one launch."""
-    one = calls[0]
-    grad, error, block_size, seed = one.grad, one.error, one.block_size, one.seed
-    _, k, _ = counts(grad.numel(), block_size, one.density)
+def _select(
+    launch: Launch,
+    table: Tensor,
+    dtype: torch.dtype,
+    window: SparseWindow,
+    error: Quantized | Tensor | None,
+    how: Selection,
+) -> None:
+    """Select from tensors in one launch; ``window`` and ``error`` are those of one of them."""
+    row, _, error_scale, seed = how
+    owners, device, block_size, k = launch.owners, table.device, window.block_size, window.kept_per_block
     key0, key1 = rounding_keys(seed) if seed is not None else (0, 0)
     tile = max(2, triton.next_power_of_2(block_size))
     kind, buffer, stats = "none", tl.uint8, None
@@ -271,50 +266,36 @@ def _select(calls: Sequence[TopK]) -> None:
         quant_block, bits = error.format.block_size, error.format.bits
     elif error is not None:
         kind, buffer = "dense", TYPES[error.dtype]
-    table, owners = block_tables(
-        [(call.grad.data_ptr(), *_stored(call)[1]) for call in calls],
-        [-(-call.grad.numel() // block_size) for call in calls],
-        grad.device,
-    )
-    programs, flags = len(owners), None
-    with on_device(grad):
-        if is_common(one, k):
-            flags = torch.empty(programs, dtype=torch.int32, device=grad.device)
-            block_topk_kernel[(programs,)](
-                table,
-                owners,
-                flags,
-                one.row,
-                K=k,
-                BITS=bits,
-                GRAD=TYPES[grad.dtype],
-                VALUES=stored_as(one.values, one.grids),
-                **common_options(),
-            )
-            programs = min(programs, _persistent_programs(grad.device))
-        _block_topk_kernel[(programs,)](
-            table,
-            owners,
-            flags,
-            len(owners),
-            one.row,
-            k,
-            float(one.error_scale),
-            key0,
-            key1,
-            BLOCK=block_size,
-            TILE=tile,
-            QUANT_BLOCK=quant_block,
-            ERROR=kind,
-            BITS=bits,
-            STOCHASTIC=seed is not None,
-            GRAD=TYPES[grad.dtype],
-            BUFFER=buffer,
-            STATS=stats,
-            VALUES=stored_as(one.values, one.grids),
-            ALIGNED=vectorizes(grad, *_parts(error)),
-            **_launch_options(block_size),
+    programs, flags, values = len(owners), None, stored_as(window.values, window.grids)
+    if launch.is_aligned and error_scale == 1 and seed is None and is_common(window, error):
+        flags = torch.empty(programs, dtype=torch.int32, device=device)
+        block_topk_kernel[(programs,)](
+            table, owners, flags, row, K=k, BITS=bits, GRAD=TYPES[dtype], VALUES=values, **common_options()
         )
+        programs = min(programs, _persistent_programs(device))
+    _block_topk_kernel[(programs,)](
+        table,
+        owners,
+        flags,
+        len(owners),
+        row,
+        k,
+        float(error_scale),
+        key0,
+        key1,
+        BLOCK=block_size,
+        TILE=tile,
+        QUANT_BLOCK=quant_block,
+        ERROR=kind,
+        BITS=bits,
+        STOCHASTIC=seed is not None,
+        GRAD=TYPES[dtype],
+        BUFFER=buffer,
+        STATS=stats,
+        VALUES=values,
+        ALIGNED=launch.is_aligned,
+        **_launch_options(block_size),
+    )
 
 
 def _persistent_programs(device: torch.device) -> int:

@@ -19,12 +19,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from hf_lowmem_optim.ops.block_quant import Quantized
-from hf_lowmem_optim.ops.block_topk import TopK, value_dtype_of
 from hf_lowmem_optim.ops.triton.block_quant import round_to_bfloat16
-from hf_lowmem_optim.ops.triton.tables import owner_and_block, pointer, vectorizes
-from hf_lowmem_optim.ops.triton.window_values import decode_values, encode_values, grid_of
+from hf_lowmem_optim.ops.triton.tables import owner_and_block, pointer
+from hf_lowmem_optim.ops.triton.window import decode_values, encode_values, grid_of
+from hf_lowmem_optim.ops.window import SparseWindow
 
 __all__ = ["block_topk_kernel", "common_options", "is_common"]
 
@@ -273,21 +274,16 @@ def block_topk_kernel(
     tl.store(hi_ptr + row, hi.to(tl.bfloat16))
 
 
-def is_common(call: TopK, k: int) -> bool:
-    """Return whether the kernel serves a call that keeps k entries of a full block."""
-    error = call.error
+def is_common(window: SparseWindow, error: Quantized | Tensor | None) -> bool:
+    """Return whether the kernel serves aligned tensors with such windows and errors."""
     if not isinstance(error, Quantized):
         return False
-    fmt, vectors = error.format, vectorizes(call.grad, error.codes, error.lo, error.hi)
+    fmt = error.format
     return (
-        vectors
-        and (call.block_size, fmt.block_size, fmt.stat_dtype) == (_BLOCK, _QUANT_BLOCK, torch.bfloat16)
-        and k <= _MOST_KEPT
+        (window.block_size, fmt.block_size, fmt.stat_dtype) == (_BLOCK, _QUANT_BLOCK, torch.bfloat16)
+        and window.kept_per_block <= _MOST_KEPT
         # AMD's registers do not hold what codes of 8 bits take
-        and value_dtype_of(call.values, call.grids)
-        in (("bf16", "4bit") if torch.version.hip else ("bf16", "8bit", "4bit"))
-        and call.error_scale == 1
-        and call.seed is None
+        and window.value_dtype in (("bf16", "4bit") if torch.version.hip else ("bf16", "8bit", "4bit"))
     )
 
 

@@ -23,11 +23,12 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_lowmem_optim.ops.dispatch import register
-from hf_lowmem_optim.ops.sparse_window import SparseWindow, WindowStep, _update_all
+from hf_lowmem_optim.ops.sparse_window import Rates, _update_all
 from hf_lowmem_optim.ops.triton.device import on_device
-from hf_lowmem_optim.ops.triton.tables import TYPES, owner_and_block, pointer, size
-from hf_lowmem_optim.ops.triton.window_products import groups, num_programs, sparse_tile, step_tables
-from hf_lowmem_optim.ops.triton.window_values import index_of, load_grid, load_stored, stored_as, value_of
+from hf_lowmem_optim.ops.triton.tables import TYPES, Launch, owner_and_block, pointer, size
+from hf_lowmem_optim.ops.triton.window import index_of, load_grid, load_stored, stored_as, value_of
+from hf_lowmem_optim.ops.triton.window_products import num_programs, sparse_tile, step_launches
+from hf_lowmem_optim.ops.window import Memo, SparseWindow
 
 __all__ = ["update_all"]
 
@@ -273,67 +274,71 @@ def _dense_tile(param: Tensor, window: SparseWindow, num_warps: int) -> int:
 
 
 @register(_update_all, "triton")
-def update_all(steps: Sequence[WindowStep]) -> None:
-    """Take MicroAdam's step for all tensors that are treated alike in one launch."""
-    for group in groups(steps):
-        with on_device(group[0].param):
-            (_launch_held if _holds(group[0].rows) else _launch_looped)(group)
+def update_all(
+    params: Sequence[Tensor], windows: Sequence[SparseWindow], weights: Tensor, rates: Rates, memo: Memo
+) -> None:
+    """Take MicroAdam's step for all tensors in one launch, and another for those that are not aligned."""
+    with on_device(params[0]):
+        for launch, table in step_launches(params, windows, memo):
+            run = _launch_held if _holds(windows[0]) else _launch_looped
+            run(launch, table, params[0], windows[0], weights, rates)
 
 
-def _launch_held(steps: Sequence[WindowStep]) -> None:
-    param, window, weights, lr, weight_decay, eps = steps[0]
-    table, owners, is_aligned = step_tables(steps)
-    programs = num_programs(len(owners), window.block_size, 2)
+def _launch_held(
+    launch: Launch, table: Tensor, param: Tensor, window: SparseWindow, weights: Tensor, rates: Rates
+) -> None:
+    """Launch the update of tensors; ``param`` and ``window`` are those of one of them."""
+    programs = num_programs(len(launch.owners), window.block_size, 2)
     tile = sparse_tile(window.kept_per_block)
     num_warps = tile // (64 if torch.version.hip else 32)
     _held_update_kernel[(programs,)](
         table,
-        owners,
+        launch.owners,
         weights,
         torch.empty(programs, window.block_size, dtype=torch.int64, device=param.device),
-        float(lr),
-        float(eps),
-        1.0 - lr * weight_decay,
-        len(owners),
+        float(rates.lr),
+        float(rates.eps),
+        rates.decay,
+        len(launch.owners),
         window.kept_per_block,
         WINDOW=window.window,
         BLOCK_SIZE=window.block_size,
         TILE=tile,
         DENSE=_dense_tile(param, window, num_warps),
-        HAS_DECAY=weight_decay != 0,
+        HAS_DECAY=rates.weight_decay != 0,
         PARAM=TYPES[param.dtype],
         VALUES=stored_as(window.values, window.grids),
-        ALIGNED=is_aligned,
+        ALIGNED=launch.is_aligned,
         LATE_SCALARS=bool(torch.version.hip),  # AMD's scalar registers do not hold those of all rows
         num_warps=num_warps,
         enable_fp_fusion=False,
     )
 
 
-def _launch_looped(steps: Sequence[WindowStep]) -> None:
-    param, window, weights, lr, weight_decay, eps = steps[0]
-    table, owners, is_aligned = step_tables(steps)
-    programs = num_programs(len(owners), window.block_size, 2)
-    has_decay = weight_decay != 0
-    tile = _dense_tile(param, window, _NUM_WARPS) if has_decay else sparse_tile(window.kept_per_block)
+def _launch_looped(
+    launch: Launch, table: Tensor, param: Tensor, window: SparseWindow, weights: Tensor, rates: Rates
+) -> None:
+    """Launch the update of tensors of which a program's registers do not hold the rows; likewise."""
+    programs = num_programs(len(launch.owners), window.block_size, 2)
+    tile = _dense_tile(param, window, _NUM_WARPS) if rates.weight_decay != 0 else sparse_tile(window.kept_per_block)
     scratch = torch.empty(programs, 2, window.block_size, dtype=torch.float32, device=param.device)
     _looped_update_kernel[(programs,)](
         table,
-        owners,
+        launch.owners,
         weights,
         scratch,
-        float(lr),
-        float(eps),
-        1.0 - lr * weight_decay,
-        len(owners),
+        float(rates.lr),
+        float(rates.eps),
+        rates.decay,
+        len(launch.owners),
         window.window,
         window.kept_per_block,
         BLOCK_SIZE=window.block_size,
         TILE=tile,
-        HAS_DECAY=has_decay,
+        HAS_DECAY=rates.weight_decay != 0,
         PARAM=TYPES[param.dtype],
         VALUES=stored_as(window.values, window.grids),
-        ALIGNED=is_aligned,
+        ALIGNED=launch.is_aligned,
         num_warps=_NUM_WARPS,
         enable_fp_fusion=False,
     )

@@ -1,16 +1,17 @@
 """How one launch reaches the blocks of several tensors: a record of each, and which of them a program serves.
 
-Both lie on the device and are made anew only when an address or a size has changed. What changes from step to step is
-passed beside them.
+Both lie on the device and are made anew only when an address or a size has changed. What else changes from step to step
+is passed beside them.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, attr-defined"
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import TypeVar
+from operator import or_
+from typing import Any
 
 import torch
 import triton
@@ -20,9 +21,10 @@ from torch import Tensor
 from hf_lowmem_optim.ops.constants import to_device
 from hf_lowmem_optim.ops.triton.device import aligned
 
-__all__ = ["TYPES", "alike", "block_tables", "owner_and_block", "pointer", "size", "vectorizes"]
+__all__ = ["TYPES", "Launch", "block_tables", "launches", "owner_and_block", "pointer", "size", "vectorizes"]
 
-T = TypeVar("T")
+#: Tables that a launch keeps: the addresses of gradients in a training loop have few patterns.
+_MOST_TABLES = 8
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -66,31 +68,87 @@ def block_tables(
         int64 [tensors, 1 + length of a record]: the first program of each tensor, and its record; int32
         [programs]: the tensor of each program.
     """
-    counts = tuple(programs)
-    return _table(tuple(records), counts, device), _owners(counts, device)
-
-
-@functools.lru_cache(maxsize=32)
-def _table(records: tuple[tuple[int, ...], ...], programs: tuple[int, ...], device: torch.device) -> Tensor:
     firsts = accumulate(programs, initial=0)
     rows = [(first, *record) for first, record in zip(firsts, records, strict=False)]
-    return to_device(torch.tensor(rows, dtype=torch.int64), device)
-
-
-@functools.lru_cache(maxsize=32)
-def _owners(programs: tuple[int, ...], device: torch.device) -> Tensor:
     tensors = torch.arange(len(programs), dtype=torch.int32)
-    return to_device(tensors.repeat_interleave(torch.tensor(programs)), device)
+    owners = tensors.repeat_interleave(torch.tensor(programs))
+    return to_device(torch.tensor(rows, dtype=torch.int64), device), to_device(owners, device)
+
+
+class Launch:
+    """One launch for tensors of which all but one address stays, from call to call.
+
+    Attributes:
+        which: Their places among the tensors of the call.
+        is_aligned: Whether their addresses and sizes are multiples of 16.
+        owners: See :func:`block_tables`.
+    """
+
+    def __init__(
+        self,
+        which: list[int],
+        is_aligned: bool,
+        records: list[tuple[int, ...]],
+        programs: list[int],
+        device: torch.device,
+    ) -> None:
+        """Build what stays of the tables; the records are what follows the address in them."""
+        self.which, self.is_aligned, self._device = which, is_aligned, device
+        self._rows, owners = block_tables([(0, *record) for record in records], programs, torch.device("cpu"))
+        self.owners = to_device(owners, device)
+        self._tables: dict[tuple[int, ...], Tensor] = {}
+
+    def table(self, addresses: Sequence[int]) -> Tensor:
+        """Return the table of :func:`block_tables`, with an address of each tensor of the call before its record.
+
+        Nothing is copied to the device as long as the addresses are those of one of the last calls.
+        """
+        key = tuple(addresses) if len(addresses) == len(self.which) else tuple([addresses[i] for i in self.which])
+        table = self._tables.get(key)
+        if table is None:
+            if len(self._tables) >= _MOST_TABLES:
+                del self._tables[next(iter(self._tables))]
+            self._rows[:, 1] = torch.tensor(key, dtype=torch.int64)
+            table = self._tables[key] = to_device(self._rows.clone(), self._device)
+        return table
+
+
+def launches(
+    tensors: Sequence[Tensor],
+    record: Callable[[int], tuple[int, ...]],
+    programs: Callable[[int], int],
+    memo: dict[str, Any],
+    name: str,
+    *,
+    others: Callable[[int], Sequence[Tensor]] = lambda place: (),
+) -> tuple[list[Launch], list[int]]:
+    """Return the launches that serve tensors, one for all that are aligned, and the tensors' addresses.
+
+    Args:
+        tensors: Those whose addresses change.
+        record: Returns what follows the address in a tensor's record.
+        programs: Returns how many programs serve it.
+        memo: Where the launches are kept for the next call.
+        name: Their name there.
+        others: Returns what must be aligned, too.
+    """
+    addresses = list(map(Tensor.data_ptr, tensors))
+    usual = functools.reduce(or_, addresses) % 16 == 0
+    found: list[Launch] | None = memo.get(name) if usual else None
+    if found is None:
+        groups: dict[bool, list[int]] = {}
+        for place, tensor in enumerate(tensors):
+            groups.setdefault(vectorizes(tensor, *others(place)), []).append(place)
+        device = tensors[0].device
+        found = [
+            Launch(which, each, [record(i) for i in which], [programs(i) for i in which], device)
+            for each, which in groups.items()
+        ]
+        if usual:
+            memo[name] = found
+    return found, addresses
 
 
 def vectorizes(tensor: Tensor, *others: Tensor) -> bool:
     """Return whether a tensor's entries, and the addresses of it and of others, are multiples of 16."""
     return tensor.numel() % 16 == 0 and aligned((tensor, *others))
-
-
-def alike(calls: Sequence[T], key: Callable[[T], Hashable]) -> dict[Hashable, list[T]]:
-    """Put together what one launch serves: calls with one key."""
-    groups: dict[Hashable, list[T]] = {}
-    for call in calls:
-        groups.setdefault(key(call), []).append(call)
-    return groups

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from hf_lowmem_optim.ops.dispatch import register
 from hf_lowmem_optim.ops.triton.device import on_device
-from hf_lowmem_optim.ops.triton.tables import TYPES, alike, block_tables, owner_and_block, pointer, size, vectorizes
+from hf_lowmem_optim.ops.triton.tables import TYPES, block_tables, owner_and_block, pointer, size, vectorizes
 from hf_lowmem_optim.ops.weight_correction import join_weights, split_weights_
 
 __all__ = ["join", "split_"]
@@ -74,6 +75,10 @@ def _split_kernel(table_ptr, owners_ptr, BLOCK: tl.constexpr, WEIGHT: tl.constex
     tl.store(pointer(record, 2, tl.int8, ALIGNED) + at, correction.to(tl.int8), mask=valid)
 
 
+#: Nothing is copied to the device as long as the addresses are those of an earlier step.
+_tables = functools.lru_cache(maxsize=16)(block_tables)
+
+
 @register(join_weights, "triton")
 def join(weights: Sequence[Tensor], corrections: Sequence[Tensor]) -> list[Tensor]:
     """Join all tensors of a dtype by one launch, those with an odd address or size by another."""
@@ -93,14 +98,17 @@ def split_(weights: Sequence[Tensor], corrections: Sequence[Tensor], values: Seq
 
 
 def _launch(kernel: Any, weights: Sequence[Tensor], corrections: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    given = [call for call in zip(weights, corrections, values, strict=True) if call[0].numel()]
-    for calls in alike(given, lambda call: (call[0].dtype, vectorizes(*call))).values():
-        counts = [-(-weight.numel() // _BLOCK) for weight, _, _ in calls]
-        records = [(w.data_ptr(), c.data_ptr(), x.data_ptr(), w.numel()) for w, c, x in calls]
+    groups: dict[tuple[torch.dtype, bool], list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for call in zip(weights, corrections, values, strict=True):
+        if call[0].numel():
+            groups.setdefault((call[0].dtype, vectorizes(*call)), []).append(call)
+    for calls in groups.values():
+        counts = tuple([-(-weight.numel() // _BLOCK) for weight, _, _ in calls])
+        records = tuple([(w.data_ptr(), c.data_ptr(), x.data_ptr(), w.numel()) for w, c, x in calls])
         weight = calls[0][0]
         with on_device(weight):
             kernel[(sum(counts),)](
-                *block_tables(records, counts, weight.device),
+                *_tables(records, counts, weight.device),
                 BLOCK=_BLOCK,
                 WEIGHT=TYPES[weight.dtype],
                 ALIGNED=vectorizes(*calls[0]),

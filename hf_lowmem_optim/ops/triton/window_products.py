@@ -8,7 +8,7 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -16,10 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_lowmem_optim.ops.dispatch import register
-from hf_lowmem_optim.ops.sparse_window import SparseWindow, WindowStep, _combine, _descend_all, _gram_rows
+from hf_lowmem_optim.ops.sparse_window import Rates, _combine, _descend_all, _gram_rows
 from hf_lowmem_optim.ops.triton.device import on_device
-from hf_lowmem_optim.ops.triton.tables import TYPES, alike, block_tables, owner_and_block, pointer, size, vectorizes
-from hf_lowmem_optim.ops.triton.window_values import (
+from hf_lowmem_optim.ops.triton.tables import TYPES, Launch, block_tables, launches, owner_and_block, pointer, size
+from hf_lowmem_optim.ops.triton.window import (
     addresses,
     index_of,
     load_grid,
@@ -27,8 +27,9 @@ from hf_lowmem_optim.ops.triton.window_values import (
     stored_as,
     value_of,
 )
+from hf_lowmem_optim.ops.window import Memo, SparseWindow
 
-__all__ = ["GRAM_ROWS", "combine", "descend_all", "gram_rows", "groups", "num_programs", "sparse_tile", "step_tables"]
+__all__ = ["GRAM_ROWS", "combine", "descend_all", "gram_rows", "num_programs", "sparse_tile", "step_launches"]
 
 #: Rows that a program multiplies with one of them, and how many programs share the blocks of all tensors, at most
 #: (one more for each tensor).
@@ -262,41 +263,20 @@ def _num_warps(kept: int) -> int:
     return 2 if sparse_tile(kept) <= 128 else _NUM_WARPS
 
 
-def groups(steps: Sequence[WindowStep]) -> Iterable[list[WindowStep]]:
-    """Put together what one launch serves."""
-    return alike(steps, _key).values()
-
-
-def _key(step: WindowStep) -> Hashable:
-    """Return what tensors of one launch have in common."""
-    param, rows, weights, *rates = step
-    return param.dtype, vectorizes(param), weights.data_ptr(), _stored(rows)[0], *rates
-
-
-def _stored(window: SparseWindow) -> tuple[tuple[Hashable, ...], tuple[int, ...]]:
-    """Return what windows of one launch have in common, and a window's part of a record of :func:`step_tables`.
-
-    It is looked up only once as long as the window stays where it is.
-    """
-    memo = {} if window.memo is None else window.memo
-    known: tuple[tuple[Hashable, ...], tuple[int, ...]] | None = memo.get("window in Triton")
-    if known is None:
-        values, lo, step = addresses(window.values, window.grids)
-        layout = window.value_dtype, window.kept_per_block, window.block_size, window.window
-        record = window.indices.data_ptr(), values, window.numel, window.kept, lo, step
-        known = memo["window in Triton"] = layout, record
-    return known
-
-
-def step_tables(steps: Sequence[WindowStep]) -> tuple[Tensor, Tensor, bool]:
-    """Return the tables of one launch, with a program for each block, and whether the parameters are aligned.
+def step_launches(params: Sequence[Tensor], windows: Sequence[SparseWindow], memo: Memo) -> list[tuple[Launch, Tensor]]:
+    """Return the launches that serve parameters, a program for each block, and the table of each.
 
     A record is: first program; addresses of parameter, indices, values; entries of the tensor, and of a row; addresses
     of lo and step.
     """
-    records = [(step.param.data_ptr(), *_stored(step.rows)[1]) for step in steps]
-    table, owners = block_tables(records, [step.rows.num_blocks for step in steps], steps[0].param.device)
-    return table, owners, vectorizes(steps[0].param)
+
+    def record(place: int) -> tuple[int, ...]:
+        window = windows[place]
+        values, *grid = addresses(window.values, window.grids)
+        return window.indices.data_ptr(), values, window.numel, window.kept, *grid
+
+    found, places = launches(params, record, lambda place: windows[place].num_blocks, memo, "steps in Triton")
+    return [(launch, launch.table(places)) for launch in found]
 
 
 @register(_combine, "triton")
@@ -322,33 +302,14 @@ def combine(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
 
 
 @register(_gram_rows, "triton")
-def gram_rows(windows: Sequence[SparseWindow], row: int) -> Tensor:
-    """Multiply and add up: two launches for all windows that are treated alike."""
-    products = torch.empty(len(windows), windows[0].window, dtype=torch.float64, device=windows[0].device)
-    places: dict[Hashable, list[int]] = {}
-    for place, window in enumerate(windows):
-        places.setdefault(_stored(window)[0][:2], []).append(place)  # dtype, and entries per block
-    for group in places.values():
-        if len(places) == 1:
-            _multiply(products, windows, row)
-        else:
-            part = torch.empty(len(group), windows[0].window, dtype=torch.float64, device=products.device)
-            _multiply(part, [windows[place] for place in group], row)
-            products[group] = part
-    return products
-
-
-def _multiply(out: Tensor, windows: Sequence[SparseWindow], row: int) -> None:
-    """Write the products of windows of one dtype and count of entries per block."""
-    one = windows[0]
-    blocks = [window.num_blocks for window in windows]
-    each = -(-sum(blocks) // _GRAM_PROGRAMS)
-    records = []
-    for window in windows:
-        indices, values, _, *rest = _stored(window)[1]
-        records.append((indices, values, window.num_blocks, *rest))
-    table, owners = block_tables(records, [-(-count // each) for count in blocks], out.device)
-    partial = torch.empty(len(owners), one.window, dtype=torch.float64, device=out.device)
+def gram_rows(windows: Sequence[SparseWindow], row: int, memo: Memo) -> Tensor:
+    """Multiply and add up: two launches."""
+    one, device = windows[0], windows[0].device
+    if "products in Triton" not in memo:
+        memo["products in Triton"] = _product_tables(windows)
+    table, owners, each = memo["products in Triton"]
+    partial = torch.empty(len(owners), one.window, dtype=torch.float64, device=device)
+    out = torch.empty(len(windows), one.window, dtype=torch.float64, device=device)
     with on_device(out):
         _gram_row_kernel[(len(owners), triton.cdiv(one.window, GRAM_ROWS))](
             table,
@@ -370,39 +331,48 @@ def _multiply(out: Tensor, windows: Sequence[SparseWindow], row: int) -> None:
         _sum_kernel[(len(windows),)](
             table, partial, out, len(owners), one.window, WINDOW=columns, TILE=tile, enable_fp_fusion=False
         )
+    return out
+
+
+def _product_tables(windows: Sequence[SparseWindow]) -> tuple[Tensor, Tensor, int]:
+    """Return the tables of the launches for products, and how many blocks a program has."""
+    blocks = [window.num_blocks for window in windows]
+    each = -(-sum(blocks) // _GRAM_PROGRAMS)
+    records = []
+    for window in windows:
+        values, *grid = addresses(window.values, window.grids)
+        records.append((window.indices.data_ptr(), values, window.num_blocks, window.kept, *grid))
+    return *block_tables(records, [-(-count // each) for count in blocks], windows[0].device), each
 
 
 @register(_descend_all, "triton")
-def descend_all(steps: Sequence[WindowStep]) -> None:
-    """Descend with all tensors that are treated alike in one launch."""
-    for group in groups(steps):
-        _descend(group)
-
-
-def _descend(steps: Sequence[WindowStep]) -> None:
-    param, window, weights, lr, weight_decay, _ = steps[0]
-    table, owners, is_aligned = step_tables(steps)
-    programs = num_programs(len(owners), window.block_size)
-    scratch = torch.empty(programs * window.block_size, dtype=torch.float32, device=param.device)
-    with on_device(param):
-        _descend_kernel[(programs,)](
-            table,
-            owners,
-            weights,
-            scratch,
-            float(lr),
-            1.0 - lr * weight_decay,
-            len(owners),
-            window.window,
-            window.kept_per_block,
-            BLOCK_SIZE=window.block_size,
-            SPARSE=sparse_tile(window.kept_per_block),
-            ONE_TILE=sparse_tile(window.kept_per_block) >= window.kept_per_block,
-            DENSE=int(min(_DENSE_TILE, max(128, triton.next_power_of_2(window.block_size)))),
-            HAS_DECAY=weight_decay != 0,
-            PARAM=TYPES[param.dtype],
-            VALUES=stored_as(window.values, window.grids),
-            ALIGNED=is_aligned,
-            num_warps=_num_warps(window.kept_per_block),
-            enable_fp_fusion=False,
-        )
+def descend_all(
+    params: Sequence[Tensor], windows: Sequence[SparseWindow], weights: Tensor, rates: Rates, memo: Memo
+) -> None:
+    """Descend with all tensors in one launch, and another for those that are not aligned."""
+    one, param = windows[0], params[0]
+    for launch, table in step_launches(params, windows, memo):
+        programs = num_programs(len(launch.owners), one.block_size)
+        scratch = torch.empty(programs * one.block_size, dtype=torch.float32, device=param.device)
+        with on_device(param):
+            _descend_kernel[(programs,)](
+                table,
+                launch.owners,
+                weights,
+                scratch,
+                float(rates.lr),
+                rates.decay,
+                len(launch.owners),
+                one.window,
+                one.kept_per_block,
+                BLOCK_SIZE=one.block_size,
+                SPARSE=sparse_tile(one.kept_per_block),
+                ONE_TILE=sparse_tile(one.kept_per_block) >= one.kept_per_block,
+                DENSE=int(min(_DENSE_TILE, max(128, triton.next_power_of_2(one.block_size)))),
+                HAS_DECAY=rates.weight_decay != 0,
+                PARAM=TYPES[param.dtype],
+                VALUES=stored_as(one.values, one.grids),
+                ALIGNED=launch.is_aligned,
+                num_warps=_num_warps(one.kept_per_block),
+                enable_fp_fusion=False,
+            )

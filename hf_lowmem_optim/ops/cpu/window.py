@@ -1,4 +1,4 @@
-"""Values on geometric grids in numba, bit for bit the torch version: see ``ops/window_values.py``.
+"""Values on geometric grids in numba, bit for bit the torch version: see ``ops/window.py``.
 
 A window is a tuple for the loops: indices, values, value code, lo, step. What it has not is an array without entries.
 """
@@ -10,7 +10,7 @@ import numpy as np
 
 from hf_lowmem_optim.ops.cpu.floats import BFLOAT16, FLOAT32, load_floats, narrow, widen
 from hf_lowmem_optim.ops.cpu.jit import inlined
-from hf_lowmem_optim.ops.window_values import EXP2, INDEX_BITS, LOG2
+from hf_lowmem_optim.ops.window import EXP2, INDEX_BITS, LOG2
 
 __all__ = ["index_mask", "load_values", "store_values"]
 

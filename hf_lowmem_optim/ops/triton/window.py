@@ -1,4 +1,4 @@
-"""Values of a window in Triton, bit for bit the torch version: see ``ops/window_values.py``.
+"""Values of a window in Triton, bit for bit the torch version: see ``ops/window.py``.
 
 A kernel is told their storage by a type VALUES: that of floats, uint8 for codes of 8 bits, and int16 for codes of 4,
 which are in the words of their indices. As everywhere, launches pass ``enable_fp_fusion=False``.
@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_lowmem_optim.ops.block_topk import value_dtype_of
-from hf_lowmem_optim.ops.window_values import EXP2, LOG2, Grids
+from hf_lowmem_optim.ops.window import EXP2, LOG2, Grids, value_dtype_of
 
 __all__ = [
     "addresses",

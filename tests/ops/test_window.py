@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_lowmem_optim.ops.block_topk import TopK, fault_of_window, foreach_block_topk_, window_specs
-from hf_lowmem_optim.ops.sparse_window import SparseWindow, window_combine_, windows_of
-from hf_lowmem_optim.ops.window_values import Grids, decode, encode
+from hf_lowmem_optim.ops.block_topk import fault_of_window, foreach_block_topk_, window_specs
+from hf_lowmem_optim.ops.sparse_window import window_combine_
+from hf_lowmem_optim.ops.window import Grids, SparseWindow, decode, encode, windows_of
 from hf_lowmem_optim.pruning.rows import SparseRows
 from tests.reference.window_values import geometric
 
@@ -72,7 +72,7 @@ def test_a_window_of_codes_is_read_as_it_was_written(value_dtype: str) -> None:
     state = {key: spec.allocate("cpu") for key, spec in specs.items()}
     (window,) = windows_of({key: [part] for key, part in state.items()}, [numel], block_size, density)
     grad, error = torch.randn(numel, generator=torch.Generator().manual_seed(0)), torch.zeros(numel)
-    foreach_block_topk_([TopK(window.indices, window.values, 1, grad, error, block_size, density, grids=window.grids)])
+    foreach_block_topk_([grad], [window], [error], row=1, density=density)
     row = torch.zeros(numel)
     window_combine_(row, window, torch.tensor([0.0, 1.0]))
     assert int((row != 0).sum()) == specs["indices"].shape[1]
@@ -99,6 +99,6 @@ def test_contradictions_are_refused() -> None:
         (r"step must be contiguous and of shape \[2, 1\]", ValueError, None, Grids(lo, torch.zeros(2, 2))),
     ):
         with pytest.raises(error, match=says):
-            SparseWindow(indices, values, 100, 100, 5, grids)
+            SparseWindow(indices, values, 100, 100, 5, grids).check()
     with pytest.raises(ValueError, match="block_size=8192 does not fit value_dtype='4bit'"):
         window_specs(10_000, window=2, density=0.1, block_size=8192, value_dtype="4bit")
