@@ -28,9 +28,8 @@ from hf_lowmem_optim.ops.triton.residual import (
     load_parts,
     multiply_stripe,
     product,
-    store_error,
 )
-from hf_lowmem_optim.ops.triton.residual_update import descend_tile
+from hf_lowmem_optim.ops.triton.residual_update import descend_tile, store_error
 
 __all__ = ["Moments", "finish_", "finishes"]
 
