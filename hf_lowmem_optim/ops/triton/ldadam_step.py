@@ -1,8 +1,9 @@
 """A later step of LDAdam in Triton: a = g + ξ is formed in registers wherever it is needed, and never written.
 
-Per batch of equal matrices, and beside products of r × r and orthonormalization: the sketch V, the sketch Y and the
-projection p̃ are a launch each of ``residual.py``, the moments one of ``ldadam.py``; the last one, of
-``residual_update.py``, writes ξ and W.
+Up to rank 16, a batch of equal matrices takes three launches for the next basis (``sketch.py``) and one for all the
+rest (``finish.py``); no operation of torch computes anything. Where stripes are long, the rest is a launch each for p̃,
+the moments (``ldadam.py``), and ξ with W (``residual_update.py``). With higher ranks, sketches are products of
+``residual.py`` beside torch's of r × r, and ``low_rank.py`` makes their columns orthonormal.
 """
 
 from __future__ import annotations

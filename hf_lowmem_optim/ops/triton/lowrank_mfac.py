@@ -1,6 +1,7 @@
 """LowRankMFAC in Triton: acc = g + ξ is formed in registers wherever it is needed, and u never written.
 
-Per batch of equal matrices: acc·Q₋, accᵀP and ξ ← acc − P·Qᵀ are a launch each, W ← decay·W − lr·Gᵀw is one.
+Per batch of equal matrices: P is two launches up to rank 16, accᵀP and ξ ← acc − P·Qᵀ are one each, and so is
+W ← decay·W − lr·Gᵀw.
 """
 
 from __future__ import annotations
