@@ -31,7 +31,8 @@ from hf_lowmem_optim.ops.triton.sketch import move_basis_, tracks
 
 __all__ = ["later_step_"]
 
-#: What a matrix allocates for a moment, at most, in float32 copies of its state: as ``LDAdam.method`` says.
+#: What a matrix allocates for a moment, at most if not for a rank below 4, in float32 copies of its state: as
+#: ``LDAdam.method`` says.
 _FACTOR_COPIES = 6
 
 
