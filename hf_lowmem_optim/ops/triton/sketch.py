@@ -34,7 +34,7 @@ _MOST_GROWTH = 2e9
 #: Shares of a sum that are added up at once, rows of Y that a program orthonormalizes, and entries that it looks at.
 _CHUNK, _ROWS, _LANES = 8, 64, 256
 #: A tile of reflections: what compiles without spills, on AMD's GPUs and on NVIDIA's.
-_COLUMNS, _HIP_LANES, _CUDA_LANES = 8, 256, 1024
+_COLUMNS, _HIP_LANES, _CUDA_LANES = 8, 512, 2048
 
 
 @triton.jit
@@ -180,10 +180,9 @@ def range_kernel(
         old = tl.load(old_ptr + place, mask=inside, other=0.0)
         Y += tl.dot(old, mV * momentum_weight, input_precision="ieee")
         tl.store(copy_ptr + place, old, mask=inside)
-        cross = tl.dot(tl.trans(Y.to(tl.float64)), old.to(tl.float64))
-        tl.store(grams_ptr + TERMS * TERMS + square, cross)
+        store_products(grams_ptr + TERMS * TERMS, Y.to(tl.float64), old.to(tl.float64), r, TERMS)
     tl.store(Y_ptr + place, Y, mask=inside)
-    tl.store(grams_ptr + square, tl.dot(tl.trans(Y.to(tl.float64)), Y.to(tl.float64)))
+    store_products(grams_ptr, Y.to(tl.float64), Y.to(tl.float64), r, TERMS)
 
 
 @triton.jit
@@ -193,13 +192,33 @@ def safe_divisor(V):
 
 
 @triton.jit
-def add_up(parts_ptr, count, TERMS: tl.constexpr, CHUNK: tl.constexpr):
-    """Return the sum of the first of every two matrices, float64 [count, 2, TERMS, TERMS]."""
-    at = tl.arange(0, TERMS)[:, None] * TERMS + tl.arange(0, TERMS)[None, :]
+def store_products(to_ptr, X, Y, r, TERMS: tl.constexpr):
+    """Store XᵀY, float64 [r, TERMS]; some of triton's versions have no ``tl.dot`` of float64."""
+    column = tl.arange(0, TERMS)
+    for k in range(r):
+        x = tl.sum(tl.where(column[None, :] == k, X, 0.0), 1)
+        tl.store(to_ptr + k * TERMS + column, tl.sum(x[:, None] * Y, 0))
+
+
+@triton.jit
+def multiply(X, Y, acc, r, TERMS: tl.constexpr):
+    """Return acc + X·Y, float64, of X [any, TERMS], whose first r columns count."""
+    term = tl.arange(0, TERMS)
+    for k in range(r):
+        x = tl.sum(tl.where(term[None, :] == k, X, 0.0), 1)
+        acc += x[:, None] * tl.sum(tl.where(term[:, None] == k, Y, 0.0), 0)[None, :]
+    return acc
+
+
+@triton.jit
+def add_up(parts_ptr, count, r, TERMS: tl.constexpr, CHUNK: tl.constexpr):
+    """Return the sum of the first of every two matrices, float64 [count, 2, TERMS, TERMS], which have r rows."""
+    row, column = tl.arange(0, TERMS)[None, :, None], tl.arange(0, TERMS)[None, None, :]
     total = tl.zeros([TERMS, TERMS], tl.float64)
     for k in range(0, count, CHUNK):
         part = k + tl.arange(0, CHUNK)[:, None, None]
-        total += tl.sum(tl.load(parts_ptr + part * (2 * TERMS * TERMS) + at[None], mask=part < count, other=0.0), 0)
+        at = parts_ptr + part * (2 * TERMS * TERMS) + row * TERMS + column
+        total += tl.sum(tl.load(at, mask=(part < count) & (row < r), other=0.0), 0)
     return total
 
 
@@ -231,23 +250,24 @@ def orthonormalize_kernel(
     grams_ptr += b * stripes * (2 * TERMS * TERMS)
     row, column = tl.arange(0, TERMS)[:, None], tl.arange(0, TERMS)[None, :]
     inside = (row < r) & (column < r)
-    gram = add_up(grams_ptr, stripes, TERMS, CHUNK)
+    gram = add_up(grams_ptr, stripes, r, TERMS, CHUNK)
     inverse = tl.where(inside, eliminate(gram, r, TERMS), 0.0)
     squares = tl.sum(tl.where(row == column, gram, 0.0), 0)
     lane = tl.arange(0, ROWS)[:, None]
-    R = tl.zeros([TERMS, TERMS], tl.float64)
     # every program of a matrix finds the same; NaN is not less
     if tl.sum(tl.sum(inverse * inverse * squares[None, :], 1), 0) <= MOST_GROWTH:
         entry = tl.program_id(0) * ROWS + lane
         Y = tl.load(Y_ptr + entry * r + column, mask=(entry < p) & (column < r), other=0.0).to(tl.float64)
-        U = tl.dot(Y, tl.trans(inverse)).to(tl.float32)
+        U = multiply(Y, tl.trans(inverse), tl.zeros([ROWS, TERMS], tl.float64), r, TERMS).to(tl.float32)
         store_basis(U_ptr + b * U_batch, minus_ptr, U, b, entry, column, p, r, U_along, U_term)
         if R_ptr is not None and tl.program_id(0) == 0:
-            R = tl.dot(inverse, add_up(grams_ptr + TERMS * TERMS, stripes, TERMS, CHUNK))
-            tl.store(R_ptr + b * r * r + row * r + column, R.to(tl.float32), mask=inside)
+            cross = add_up(grams_ptr + TERMS * TERMS, stripes, r, TERMS, CHUNK)
+            R = multiply(inverse, cross, tl.zeros([TERMS, TERMS], tl.float64), r, TERMS).to(tl.float32)
+            tl.store(R_ptr + b * r * r + row * r + column, R, mask=inside)
     elif tl.program_id(0) == 0:
         A_ptr += b * p * r
         reflect_columns(A_ptr, Y_ptr, taus_ptr + b * r, p, r, LANES, COLUMNS)
+        R = tl.zeros([TERMS, TERMS], tl.float32)
         for top in range(0, p, ROWS):
             entry = top + lane
             there = (entry < p) & (column < r)
@@ -255,9 +275,9 @@ def orthonormalize_kernel(
             store_basis(U_ptr + b * U_batch, minus_ptr, U, b, entry, column, p, r, U_along, U_term)
             if R_ptr is not None:
                 old = tl.load(old_ptr + b * p * r + entry * r + column, mask=there, other=0.0)
-                R = tl.dot(tl.trans(U.to(tl.float64)), old.to(tl.float64), R)
+                R = tl.dot(tl.trans(U), old, R, input_precision="ieee")
         if R_ptr is not None:
-            tl.store(R_ptr + b * r * r + row * r + column, R.to(tl.float32), mask=inside)
+            tl.store(R_ptr + b * r * r + row * r + column, R, mask=inside)
 
 
 @triton.jit
@@ -347,5 +367,5 @@ def _orthonormalize_(
         orthonormalize_kernel[(triton.cdiv(p, _ROWS), n)](
             Y, old, grams, rows, taus, U, R, minus, p, r, stripes, *U.stride(),
             TERMS=terms, CHUNK=_CHUNK, ROWS=_ROWS, LANES=_HIP_LANES if torch.version.hip else _CUDA_LANES,
-            COLUMNS=_COLUMNS, MOST_GROWTH=_MOST_GROWTH, num_warps=4,
+            COLUMNS=_COLUMNS, MOST_GROWTH=_MOST_GROWTH, num_warps=8,
         )  # fmt: skip
