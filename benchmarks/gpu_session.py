@@ -1,209 +1,186 @@
 """Measure everything that needs a GPU, in one command that fits into ten minutes and goes on where it stopped.
 
     python benchmarks/gpu_session.py                                   # all parts, into benchmarks/results
-    python benchmarks/gpu_session.py --parts tests step_time_gpu_large --minutes 4
+    python benchmarks/gpu_session.py --parts gpu_tests step_time_gpu_large --minutes 4
     python benchmarks/gpu_session.py --out /tmp/results --commit 1a2b3c4    # in a copy without git
 
-Parts, in this order, each a process with a time limit of its own:
+Parts, the most valuable first, each a process with a time limit of its own:
 
-- ``gpu_tests``: the tests marked ``gpu``;
-- ``step_time_gpu_…``: ``step_time.py`` on the shapes large, llama, minilm and small, bfloat16;
-- ``gpu_kernels``: which kernels a step launches and how long each takes, beside the device's copy bandwidth;
+- ``gpu_compile``: ``gpu_compile.py``, so that no other part waits for kernels to be compiled; it has no result;
+- ``gpu_tests``: ``gpu_tests.py``, the tests marked ``gpu``;
+- ``step_time_gpu_…``: ``step_time.py`` on the shapes large, llama, small (1000 tensors) and minilm, bfloat16;
+- ``gpu_kernels``: ``gpu_kernels.py``, which kernels a step launches and how long each takes;
 - ``gpu_stages``: ``gpu_stages.py``, the stages of LDAdam's fused step, with other tiles beside their own;
+- ``gpu_layerwise``: ``gpu_layerwise.py``, training steps in the normal and in the layer-wise mode;
 - ``memory_gpu``: ``memory.py``, the peak memory of training steps;
 - ``gpu_training``: ``gpu_training.py``, a Llama from scratch on real text. Each variant is kept as soon as it is done.
 
-A part whose result file has this commit is skipped. The last lines say what is missing. Peers take part where they are
-installed (``pip install -e '.[bench]'``).
+A part whose result file is complete and of this commit is skipped; what a part has saved when its time is up is kept,
+and the part is run again the next time. The last lines are the times of ``step()`` and what is missing; the exit status
+is 1 if anything is, 3 without a GPU. Peers take part where they are installed (``pip install -e '.[bench]'``).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import torch
-from interleave import SEED, workload
 from machine import COMMIT_VARIABLE, commit
-from peers import FUSED, ours, peer
-from results import RESULTS, describe_run, load_run, save_run
-from torch.profiler import ProfilerActivity, profile
+from results import RESULTS, Run, load_run
+from tables import gpu_ratio_rows
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Steps that the profile of the kernels averages over.
-_PROFILED_STEPS = 5
-_COPIED_BYTES = 1 << 32
+#: A part that is told its limit ends by itself so long before.
+_SECONDS_TO_END = 8
+_LEAST_SECONDS = 20
 
 
 @dataclass(frozen=True)
 class Part:
-    """Describe a part: its result's name, its command after ``python``, and the seconds it may take."""
+    """Describe a part.
+
+    Attributes:
+        name: Its result's name.
+        command: Its command after ``python``.
+        seconds: How long it may take.
+        timed: Whether it takes ``--seconds`` and ends by itself then, with what it has.
+        kept: Whether it takes ``--save`` and has a result.
+    """
 
     name: str
     command: tuple[str, ...]
     seconds: int
+    timed: bool = False
+    kept: bool = True
 
 
-def _step_time(shapes: str, *extra: str, seconds: int = 60) -> Part:
-    options = ("--device", "cuda", "--dtype", "bfloat16", "--rounds", "15", "--seconds", "8", "--ignore-load")
-    command = ("benchmarks/step_time.py", *options, "--shapes", shapes, *extra)
+def _step_time(shapes: str, seconds: int, *extra: str) -> Part:
+    options = ("--device", "cuda", "--dtype", "bfloat16", "--rounds", "30", "--seconds", "8", "--ignore-load")
+    command = ("benchmarks/step_time.py", *options, "--shapes", shapes, "--only", *_OURS, *extra)
     return Part(f"step_time_gpu_{shapes}", command, seconds)
 
 
-_STEP_ONLY = ("--only", "ldadam", "microadam", "mfac", "ggt", "AdamW8bit", "galore", "flashoptim")
-_MEMORY_ONLY = ("adamw_torch_fused", "ldadam", "ldadam_layerwise", "microadam", "microadam_layerwise", "lowrank_mfac")
+_OURS = ("ldadam", "microadam", "mfac", "ggt", "AdamW8bit", "flashoptim")
+_MEMORY_ONLY = ("adamw_torch_fused", "adamw_bnb_8bit", "galore_adamw", "ldadam", "ldadam_layerwise")
+_MEMORY_ONLY += ("microadam", "microadam_layerwise", "sparse_mfac", "lowrank_mfac")
 _MEMORY = ("benchmarks/memory.py", "--device", "cuda", "--dtype", "bfloat16", "--only", *_MEMORY_ONLY)
-PARTS = {
-    part.name: part
-    for part in (
-        Part("gpu_tests", ("benchmarks/gpu_session.py", "--worker", "tests"), 150),
-        _step_time("large", *_STEP_ONLY, seconds=80),
-        _step_time("llama", *_STEP_ONLY),
-        _step_time("minilm", *_STEP_ONLY),
-        _step_time("small", *_STEP_ONLY, "--rank", "16"),
-        Part("gpu_kernels", ("benchmarks/gpu_session.py", "--worker", "kernels"), 90),
-        Part("gpu_stages", ("benchmarks/gpu_stages.py", "--seconds", "70"), 90),
-        Part("memory_gpu", _MEMORY, 130),
-        Part("gpu_training", ("benchmarks/gpu_training.py",), 240),
-    )
-}
+PARTS = (
+    Part("gpu_compile", ("benchmarks/gpu_compile.py",), 100, timed=True, kept=False),
+    Part("gpu_tests", ("benchmarks/gpu_tests.py",), 200, timed=True),
+    # no GaLore here: on such matrices its first step decomposes for half a minute
+    _step_time("large", 90),
+    _step_time("llama", 75, "galore-torch", "apollo-torch"),
+    _step_time("small", 75),
+    Part("gpu_kernels", ("benchmarks/gpu_kernels.py",), 60),
+    _step_time("minilm", 60, "galore-torch", "apollo-torch"),
+    Part("gpu_stages", ("benchmarks/gpu_stages.py",), 80, timed=True),
+    Part("gpu_layerwise", ("benchmarks/gpu_layerwise.py",), 60),
+    Part("memory_gpu", _MEMORY, 90),
+    Part("gpu_training", ("benchmarks/gpu_training.py",), 240, timed=True),
+)
 
 
-def is_done(path: Path, label: str | None) -> bool:
-    """Return whether a result file of this commit says that it is complete."""
-    if not path.exists():
-        return False
-    run = load_run(path)
-    return run.software["commit"] == label and run.settings.get("complete", True)
+def result_of(part: Part, out: Path, label: str | None) -> Run | None:
+    """Return what a part has saved for this commit, complete or not; without a commit nothing counts."""
+    path = out / f"{part.name}.json"
+    run = load_run(path) if path.exists() else None
+    return run if run is not None and label is not None and run.software["commit"] == label else None
 
 
-def run_tests(path: Path) -> None:
-    """Run the tests marked ``gpu``, a process each for a few of them, and keep how many passed and which did not."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", "12", "--dist", "worksteal", "-p", "no:cacheprovider"]
-    done = subprocess.run([*command, "-rfE", "--tb=short"], cwd=ROOT, capture_output=True, text=True, check=False)
-    print(done.stdout[-6000:], done.stderr[-2000:])
-    lines = done.stdout.splitlines()
-    failed = [line.partition(" - ")[0] for line in lines if line.startswith(("FAILED ", "ERROR "))]
-    rows = [{"summary": lines[-1].strip("= ") if lines else "", "exit_status": done.returncode, "failed": failed}]
-    save_run(replace(describe_run("gpu_tests", {"device": "cuda"}), rows=rows), path)
+def is_done(part: Part, out: Path, label: str | None) -> bool:
+    """Return whether nothing is left to do of a part."""
+    run = result_of(part, out, label)
+    return run is not None and bool(run.settings.get("complete", True))
 
 
-def copy_bandwidth() -> float:
-    """Return the bytes per second that a large copy on the device reads and writes."""
-    source = torch.empty(_COPIED_BYTES, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(5):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        target.copy_(source)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return 2 * _COPIED_BYTES / min(times)
+def run_for(command: Sequence[str], seconds: float) -> int | None:
+    """Return the exit status of a process; None if it was ended, with all that it had started, when its time was up."""
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # where all of them have ended
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
-def profile_kernels(path: Path) -> None:
-    """Profile some steps of every optimizer of ours and of fused AdamW: launches and microseconds by kernel."""
-    bandwidth = copy_bandwidth()
-    run = describe_run("gpu_kernels", {"device": "cuda", "dtype": "bfloat16", "seed": SEED})
-    run = replace(run, settings={**run.settings, "copy_gb_per_s": round(bandwidth / 1e9)})
-    entries = [peer(FUSED), ours("ldadam", rank=16), ours("ldadam", rank=128)]
-    entries += [ours(name) for name in ("microadam", "sparse_mfac", "lowrank_mfac")]
-    for shapes in ("large", "llama"):
-        work = workload(shapes, "bfloat16", "cuda")
-        for entry in entries:
-            optimizer = entry.build(work.model)
-            for _ in range(3):
-                optimizer.step()
-            torch.cuda.synchronize()
-            with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
-                for _ in range(_PROFILED_STEPS):
-                    optimizer.step()
-                torch.cuda.synchronize()
-            rows = [{"shapes": shapes, "optimizer": entry.name, **row} for row in kernel_rows(profiler)]
-            run = replace(run, rows=[*run.rows, *rows])
-            total, launches = (sum(row[key] for row in rows[:-1]) for key in ("microseconds", "launches"))
-            print(f"\n{shapes} {entry.name}: {total:.0f} of {rows[-1]['microseconds']:.0f} µs, {launches:.0f} launches")
-            for row in rows[:12]:
-                print(f"  {row['microseconds']:9.1f} µs  {row['launches']:6.1f} ×  {row['kernel'][:90]}", flush=True)
-            del optimizer
-            save_run(run, path)
-
-
-def kernel_rows(profiler: Any) -> list[dict[str, Any]]:
-    """Return what ran on the device: kernel, launches and microseconds of one step, the slowest first.
-
-    What takes less than a hundredth of all is one row. The row of the step itself is the time from its first launch to
-    the end of its last: where it is much longer than the others' sum, the device waits for the host.
-    """
-    events = [event for event in profiler.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
-    rows: list[dict[str, Any]] = []
-    rest = {"kernel": "all others", "launches": 0.0, "microseconds": 0.0}
-    step = {"kernel": "first launch to end", "launches": 0.0, "microseconds": 0.0}
-    spans = [event for event in events if event.key.startswith("Optimizer.step#")]
-    events = [event for event in events if event not in spans]
-    least = sum(event.self_device_time_total for event in events) / 100
-    for event in events:
-        found = {"kernel": event.key[:120], "launches": event.count, "microseconds": event.self_device_time_total}
-        if event.self_device_time_total >= least:
-            rows.append(found)
-        else:
-            rest = {key: rest[key] + found[key] if key != "kernel" else rest[key] for key in rest}
-    step["microseconds"] = sum(event.self_device_time_total for event in spans)
-    rows = [*sorted(rows, key=lambda row: -row["microseconds"]), rest, step]
-    per_step = ("launches", "microseconds")
-    return [{k: round(v / _PROFILED_STEPS, 2) if k in per_step else v for k, v in row.items()} for row in rows]
-
-
-def main() -> None:
-    """Run what has no result yet for as long as there is time, and say what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
-    parser.add_argument("--minutes", type=float, default=10.0, help="for all parts together")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--commit", default=commit(), help="what is measured, where there is no git")
-    parser.add_argument("--worker", choices=("tests", "kernels"), help=argparse.SUPPRESS)
-    parser.add_argument("--save", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.worker:
-        {"tests": run_tests, "kernels": profile_kernels}[arguments.worker](arguments.save)
-        return
-    if not torch.cuda.is_available():
-        parser.exit(3, f"{parser.prog}: torch sees no GPU, and nothing else is measured here\n")
-    os.environ[COMMIT_VARIABLE] = arguments.commit or ""
-    deadline = time.monotonic() + 60 * arguments.minutes
-    missing = {}
-    for part in (PARTS[name] for name in arguments.parts):
-        path = (arguments.out / f"{part.name}.json").resolve()
-        if is_done(path, arguments.commit):
-            print(f"== {part.name}: is there for {arguments.commit}", flush=True)
+def run_parts(parts: Sequence[Part], out: Path, minutes: float, label: str | None) -> dict[str, str]:
+    """Run what is not done for as long as there is time; return the names of what is missing, each with a reason."""
+    deadline, missing = time.monotonic() + 60 * minutes, dict[str, str]()
+    for part in parts:
+        later = parts[parts.index(part) + 1 :]
+        if is_done(part, out, label) if part.kept else all(is_done(each, out, label) for each in later):
+            print(f"== {part.name}: is there for {label}", flush=True)
             continue
         seconds = min(part.seconds, deadline - time.monotonic())
-        if seconds < 10:
+        if seconds < min(_LEAST_SECONDS, part.seconds):
             missing[part.name] = "no time left"
             continue
         print(f"== {part.name}, at most {seconds:.0f} s", flush=True)
-        began = time.monotonic()
-        command = [sys.executable, *part.command, "--save", str(path)]
-        if part.name == "gpu_training":
-            command += ["--seconds", str(int(seconds) - 5)]
-        try:
-            status = subprocess.run(command, cwd=ROOT, timeout=seconds, check=False).returncode
-        except subprocess.TimeoutExpired:
-            status = -1
+        began, command = time.monotonic(), [sys.executable, *part.command]
+        if part.kept:
+            command += ["--save", str(out / f"{part.name}.json")]
+        if part.timed:
+            command += ["--seconds", str(max(1, int(seconds) - _SECONDS_TO_END))]
+        status = run_for(command, seconds)
         print(f"== {part.name}: status {status} after {time.monotonic() - began:.0f} s", flush=True)
-        if status:
-            missing[part.name] = "ran out of time" if status == -1 else f"exit status {status}"
+        if status != 0:
+            missing[part.name] = "ran out of time" if status is None else f"exit status {status}"
+        elif part.kept and label is not None and not is_done(part, out, label):
+            missing[part.name] = "incomplete"
+    return missing
+
+
+def step_times(parts: Iterable[Part], out: Path, label: str | None) -> str:
+    """Return the table of the times of ``step()`` that were measured at this commit; nothing if none was."""
+    runs = [run for part in parts if part.kept and (run := result_of(part, out, label)) is not None]
+    rows: list[Any] = [row for run in runs if run.benchmark == "step_time" for row in run.rows]
+    return gpu_ratio_rows(rows) if rows else ""
+
+
+def _stop(number: int, _: FrameType | None) -> NoReturn:
+    """End as an exception does, so that the part that is running is ended too."""
+    raise SystemExit(128 + number)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what has no result yet, print what was found, and return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [part.name for part in PARTS]
+    parser.add_argument("--parts", nargs="+", default=names, choices=names)
+    parser.add_argument("--minutes", type=float, default=10.0, help="for all parts together")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--commit", default=commit(), help="what is measured, where there is no git")
+    arguments = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.exit(3, f"{parser.prog}: torch sees no GPU, and nothing else is measured here\n")
+    signal.signal(signal.SIGTERM, _stop)
+    if arguments.commit is None:
+        print("this is no git checkout and --commit says nothing: all parts are run, and their results name no commit")
+    os.environ[COMMIT_VARIABLE] = arguments.commit or ""
+    out, parts = arguments.out.resolve(), [part for part in PARTS if part.name in arguments.parts]
+    missing = run_parts(parts, out, arguments.minutes, arguments.commit)
+    print(step_times(PARTS, out, arguments.commit))
+    tests = result_of(Part("gpu_tests", (), 0), out, arguments.commit)
+    for row in tests.rows if tests else ():
+        print("gpu_tests:", row["summary"], *row["failed"], sep="\n  ")
     for name, reason in missing.items():
         print(f"missing: {name} ({reason})")
+    return 1 if missing else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -38,7 +38,7 @@ from hf_lowmem_optim import measure_state
 
 VOCABULARY, SEED = 16384, 0
 #: Bytes of text that the encoding learns from, and that the training reads at most.
-_LEARNED_BYTES, _TEXT_BYTES = 10 << 20, 120 << 20
+_LEARNED_BYTES, _TEXT_BYTES = 10 << 20, 64 << 20
 _HELD_OUT_SHARE = 50  # one file of so many
 _HELD_OUT_BATCHES, _CURVE_STEPS = 16, 25
 ENTRIES = (
@@ -51,13 +51,17 @@ ENTRIES = (
 )
 
 
+#: The defaults: of the training, and of the model.
+SIZES = {"steps": 1000, "batch": 32, "length": 512, "hidden": 640, "layers": 10, "text": _TEXT_BYTES}
+
+
 def sources(limit: int) -> Iterator[str]:
     """Yield the texts of Python files, in an order that their contents decide, each once."""
     folders = {Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))}
     folders |= {Path(folder) for folder in site.getsitepackages()}
     texts: dict[str, Path] = {}
     for path in (path for folder in sorted(folders) for path in folder.rglob("*.py")):
-        content = path.read_bytes()
+        content = path.read_bytes() if path.is_file() else b""
         if 200 <= len(content) <= 200_000:
             texts.setdefault(hashlib.sha256(content).hexdigest(), path)
     read = 0
@@ -180,14 +184,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--entry", nargs="+", default=list(ENTRIES), metavar="NAME[:SETTINGS]@RATE")
     parser.add_argument("--device", default="cuda")
-    sizes = {"steps": 1000, "batch": 32, "length": 512, "hidden": 640, "layers": 10, "text": _TEXT_BYTES}
-    for name, default in sizes.items():
+    for name, default in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no run that would not end by then")
     parser.add_argument("--save", type=Path, metavar="PATH.json")
     arguments = parser.parse_args()
     began = time.monotonic()
-    settings = {name: getattr(arguments, name) for name in ("device", *sizes)} | {"dtype": "bfloat16", "seed": SEED}
+    settings = {name: getattr(arguments, name) for name in ("device", *SIZES)} | {"dtype": "bfloat16", "seed": SEED}
     run = describe_run("gpu_training", settings | {"complete": False})
     if arguments.save and arguments.save.exists():
         before = load_run(arguments.save)
@@ -196,6 +199,7 @@ def main() -> None:
             run = before
     there = {(row["entry"], row["lr"]) for row in run.rows}
     longest, missing = 0.0, []
+    tokens(arguments.text)  # takes a while, once: no run is to be thought as long as that
     for text in arguments.entry:
         entry, _, rate = text.rpartition("@")
         if (entry, float(rate)) in there:

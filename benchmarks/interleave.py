@@ -75,21 +75,24 @@ class Contender:
     optimizer: torch.optim.Optimizer
     first_step_ms: float
     times_ms: list[float] = field(default_factory=list)
+    #: Until ``step()`` returned, where the device goes on after that.
+    host_times_ms: list[float] = field(default_factory=list)
 
 
-def timed_step_ms(optimizer: torch.optim.Optimizer, device: torch.device) -> float:
-    """Take a step and return its milliseconds, until the device has finished it."""
+def timed_step_ms(optimizer: torch.optim.Optimizer, device: torch.device) -> tuple[float, float]:
+    """Take a step and return its milliseconds until the device has finished it, and until ``step()`` returned."""
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
         begin.record()
-        optimizer.step()
-        end.record()
-        torch.cuda.synchronize(device)
-        return float(begin.elapsed_time(end))
     start = time.perf_counter()
     optimizer.step()
-    return 1e3 * (time.perf_counter() - start)
+    host_ms = 1e3 * (time.perf_counter() - start)
+    if device.type != "cuda":
+        return host_ms, host_ms
+    end.record()
+    torch.cuda.synchronize(device)
+    return float(begin.elapsed_time(end)), host_ms
 
 
 def enter(candidate: Candidate, work: Workload) -> Contender | str:
@@ -105,7 +108,7 @@ def enter(candidate: Candidate, work: Workload) -> Contender | str:
             optimizer.step()
     try:
         optimizer = candidate.build(work.model)
-        contender = Contender(candidate, work, optimizer, timed_step_ms(optimizer, work.device))
+        contender = Contender(candidate, work, optimizer, timed_step_ms(optimizer, work.device)[0])
     except Exception as error:
         if candidate.ours:
             raise
@@ -136,7 +139,9 @@ def compare(contenders: Sequence[Contender], rounds: int, seconds: float) -> flo
             break
         shuffle.shuffle(order)
         for contender in order:
-            contender.times_ms.append(timed_step_ms(contender.optimizer, contender.workload.device))
+            milliseconds, on_host = timed_step_ms(contender.optimizer, contender.workload.device)
+            contender.times_ms.append(milliseconds)
+            contender.host_times_ms.append(on_host)
     for work in {id(c.workload): c.workload for c in contenders}.values():
         if not all(bool(parameter.isfinite().all()) for parameter in work.parameters):
             raise RuntimeError(f"a parameter of {work.name} is not finite any more: times of nonsense")
@@ -159,6 +164,8 @@ def summarize(contender: Contender, others: Sequence[Contender]) -> dict[str, An
         "spread_ms": round(deciles[8] - deciles[0], 4),
         "ns_per_parameter": round(1e6 * median / num_parameters, 4),
     }
+    if contender.workload.device.type == "cuda":
+        row["host_ms"] = round(statistics.median(contender.host_times_ms), 4)
     for key, name in (("foreach", FOREACH), ("fused", FUSED)):
         for baseline in others:
             if baseline.candidate.name == name:

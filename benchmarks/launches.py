@@ -328,12 +328,15 @@ LAUNCHES: list[Launch] = [
     launch("inverse factor, rank 16", 8, inverse_factors, 16, numel=4 * 16**2),
     launch("inverse factor, rank 50", 8, inverse_factors, 50, numel=50**2),
     launch("inverse factor, rank 64", 8, inverse_factors, 64, numel=64**2),
+    launch("inverse factor, rank 320", 8, inverse_factors, 320, numel=320**2),
     launch("householder 1024 × 128", 16, reflections, 128, numel=1024 * 128),
     launch("householder 40000 × 16", 16, reflections, 16, numel=40000 * 16),
+    launch("householder 1024 × 512", 16, reflections, 512, numel=1024 * 512),
     launch("moments, rank 16", 4, moments, 16, numel=16 * 512),
     launch("moments, rank 20", 4, moments, 20, numel=20 * 500),
     launch("moments, rank 128", 4, moments, 128, numel=128 * 128),
     launch("moments, rank 256", 4, moments, 256, numel=256 * 512),
+    launch("moments, rank 512", 4, moments, 512, numel=512 * 512),
     launch("descend 256 × 512, rank 16, bf16", 16, low_rank_descent, 256, 16, BF16, numel=256 * 512),
     launch("descend 512 × 256, rank 32, fp16", 16, low_rank_descent, 512, 32, FP16, numel=512 * 256),
     launch("descend 256 × 512, rank 16, fp32", 16, low_rank_descent, 256, 16, FP32, numel=256 * 512),
@@ -364,6 +367,9 @@ LAUNCHES: list[Launch] = [
             (768, 512, 16, "none", BF16, "tf32x3", 16),
             (500, 1000, 20, "fp32", FP32, "tf32x3", 4),
             (1000, 500, 100, "bf16", BF16, "tf32x3", 4),
+            # blocks of the error go on in the next row
+            (500, 147, 16, "4bit", BF16, "tf32", 2),
+            (500, 1000, 128, "8bit", FP32, "tf32", 2),
         )
         for name, prepare, *rest in (
             ("aᵀ·factor", residual_product, True),

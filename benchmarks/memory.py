@@ -24,6 +24,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -259,12 +260,15 @@ def main() -> None:
     os.environ.update(MALLOC)
     run = describe_run("memory", settings)
     print(f"{settings['model']}, {run.label()}", flush=True)
-    for name in dict.fromkeys([NO_OPTIMIZER, *arguments.only]):
-        row = run_process(name, sys.argv[1:])
-        print(f"{name}: {row.get('problem', 'measured')}", flush=True)
-        run = replace(run, rows=[*run.rows, row])
-        if arguments.save:
-            save_run(run, arguments.save)
+    names = list(dict.fromkeys([NO_OPTIMIZER, *arguments.only]))
+    # a GPU's allocator counts for each process alone, whatever the others do meanwhile
+    with ThreadPoolExecutor(len(names) if torch.device(arguments.device).type == "cuda" else 1) as pool:
+        for name, row in zip(names, pool.map(lambda each: run_process(each, sys.argv[1:]), names), strict=True):
+            print(f"{name}: {row.get('problem', 'measured')}", flush=True)
+            complete = len(run.rows) + 1 == len(names)
+            run = replace(run, rows=[*run.rows, row], settings={**run.settings, "complete": complete})
+            if arguments.save:
+                save_run(run, arguments.save)
     print(memory_rows(run.rows))
     if arguments.plot:
         plot_memory(run, arguments.plot)

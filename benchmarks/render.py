@@ -30,6 +30,7 @@ from summary import choice_table, fit_table, learning_rate_table, option_table
 from tables import (
     convergence_report,
     format_rows,
+    host_cost_rows,
     labelled,
     local_training_rows,
     memory_rows,
@@ -38,6 +39,7 @@ from tables import (
     report,
     requirement_rows,
     step_time_rows,
+    training_rows,
 )
 
 from hf_lowmem_optim import OPTIMIZERS, Options
@@ -56,9 +58,11 @@ TABLES: dict[str, tuple[Callable[[Run], str], str]] = {
     "requirements": (partial(labelled, requirement_rows), "requirements.json"),
     "formats": (lambda run: format_rows(run.rows), "formats.json"),
     "packings": (partial(labelled, packing_rows), "formats.json"),
+    "host_cost": (partial(labelled, host_cost_rows), "host_cost.json"),
     "memory": (partial(labelled, memory_rows), "memory.json"),
     "local_training": (partial(labelled, local_training_rows), "local_training.json"),
     "memory_gpu": (partial(labelled, memory_rows), "memory_gpu.json"),
+    "gpu_training": (partial(labelled, training_rows), "gpu_training.json"),
 }
 for _name in (
     *("pretrain", "finetune", "rows", "dash", "dash_finetune", "window", "window_finetune"),
@@ -69,7 +73,7 @@ for _name in ("nested_lora", "nested_lora_price"):
     TABLES[_name] = partial(labelled, nested_lora_rows), f"{_name}.json"
 for _name in ("minilm", "llama", "lora", "small"):
     TABLES[f"step_time_{_name}"] = partial(labelled, partial(step_time_rows, shapes=_name)), "step_time.json"
-for _name in ("large", "llama", "minilm"):
+for _name in ("large", "llama", "minilm", "small"):
     TABLES[f"step_time_gpu_{_name}"] = partial(labelled, step_time_rows), f"step_time_gpu_{_name}.json"
 
 #: Tables that are made from several files, or from none.

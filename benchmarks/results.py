@@ -68,8 +68,9 @@ class Run:
 
 def describe_run(benchmark: str, settings: Mapping[str, Any], note: str = "") -> Run:
     """Return a run that starts now, still without rows; its command is that of this process."""
-    # a script in a folder that imports its neighbours is run by its path
-    command = f"python benchmarks/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}".strip()
+    # a script in a folder that imports its neighbours is run by its path; this machine's folders are nobody else's
+    arguments = [Path(each).name if Path(each).is_absolute() else each for each in sys.argv[1:]]
+    command = f"python benchmarks/{Path(sys.argv[0]).name} {shlex.join(arguments)}".strip()
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     return Run(benchmark, command, date, describe_machine(), describe_software(), dict(settings), [], note)
 

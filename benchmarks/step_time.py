@@ -9,10 +9,10 @@ Install the peers with ``pip install -e '.[bench]'``, and with ``--no-deps`` gal
 for much that they do not use. What is missing is a line that says so. torchao compiles for 20 to 40 seconds: it takes
 part with ``--compiled``.
 
-Printed per optimizer: median milliseconds of a step, spread (90th minus 10th percentile), ratio to torch's AdamW
-foreach and fused (medians of the ratios round by round), the first step (which computes the SVD, or compiles), bytes of
-state per parameter, and the most that a step allocated. A window is full before the rounds begin. GaLore's and APOLLO's
-new projections, every 200 steps, are in no round.
+Printed per optimizer: median milliseconds of a step, on a GPU also until ``step()`` returns ("host"), spread (90th
+minus 10th percentile), ratio to torch's AdamW foreach and fused (medians of the ratios round by round), the first step
+(which computes the SVD, or compiles), bytes of state per parameter, and the most that a step allocated. A window is
+full before the rounds begin. GaLore's and APOLLO's new projections, every 200 steps, are in no round.
 
 Page faults of temporaries can change a ratio by 1.4: the malloc setting is printed; try MALLOC_MMAP_MAX_=0
 MALLOC_TRIM_THRESHOLD_=17179869184. It waits until the machine is quiet. Rows are saved after each set of shapes.

@@ -49,13 +49,15 @@ def choice_table(results: Path) -> str:
     """Return what each optimizer costs in bytes, loss and time, a dash where it was not measured."""
     losses = [_losses(load_run(results / f"convergence_{task}.json").rows) for task in ("finetune", "pretrain")]
     minilm = [row for row in load_run(results / "step_time.json").rows if row["shapes"] == "minilm"]
-    times = [_times(minilm), _times(load_run(results / "step_time_gpu_large.json").rows)]
+    on_gpu = load_run(results / "step_time_gpu_large.json")
+    times = [_times(minilm), _times(on_gpu.rows)]
     cells = [
         [subject.title, _bytes(subject.planned), *(loss.get(subject.entry) for loss in losses)]
         + [time.get(subject.timed) for time in times]
         for subject in _SUBJECTS
     ]
-    columns = ["optimizer", "B/param", "loss, fine-tuning", "loss, from scratch", "time, CPU", "time, H200"]
+    columns = ["optimizer", "B/param", "loss, fine-tuning", "loss, from scratch", "time, CPU"]
+    columns.append(f"time, {on_gpu.machine['gpu'].removeprefix('NVIDIA ')}")
     return markdown_table(columns, cells)
 
 

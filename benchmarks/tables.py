@@ -36,6 +36,7 @@ def _value(row: Row, key: str) -> Any:
 _STEP_TIME = {
     "optimizer": "optimizer",
     "median ms": "median_ms",
+    "host ms": "host_ms",
     "10–90% ms": "spread_ms",
     "× foreach": "ratio_to_foreach",
     "× fused": "ratio_to_fused",
@@ -55,6 +56,29 @@ def step_time_rows(rows: Sequence[Row], shapes: str | None = None) -> str:
     rows = [row for row in rows if row.get("median_ms") is not None]
     columns = {title: key for title, key in _STEP_TIME.items() if any(row.get(key) is not None for row in rows)}
     return markdown_table(list(columns), [[_value(row, key) for key in columns.values()] for row in rows])
+
+
+def gpu_ratio_rows(rows: Sequence[Row]) -> str:
+    """Return each optimizer's times over fused AdamW's by shapes, and how many milliseconds the host took."""
+    shapes = list(dict.fromkeys(row["shapes"] for row in rows))
+    of = {(row["optimizer"], row["shapes"]): row for row in rows}
+    keys = {"× fused": "ratio_to_fused", "host ms": "host_ms"}
+    cells = [
+        [name, *(_value(of.get((name, each), {}), key) for each in shapes for key in keys.values())]
+        for name in dict.fromkeys(row["optimizer"] for row in rows if row.get("median_ms") is not None)
+    ]
+    return markdown_table(["optimizer", *(f"{each} {title}" for each in shapes for title in keys)], cells)
+
+
+def training_rows(rows: Sequence[Row]) -> str:
+    """Return what each training run reached, how long a step took, and the state's bytes."""
+    columns = ["optimizer", "rate", "held-out loss", "training loss", "ms a step", "B/param"]
+    cells = []
+    for row in rows:
+        losses = [f"{row[key]:.4f}" for key in ("held_out_loss", "train_loss")]
+        per_parameter = row["state_bytes"] / row["parameters"]
+        cells.append([row["entry"], f"{row['lr']:g}", *losses, row["ms_per_step"], per_parameter])
+    return markdown_table(columns, cells)
 
 
 def all_rows(rows: Sequence[Row]) -> str:
@@ -96,6 +120,13 @@ def packing_rows(rows: Sequence[Row]) -> str:
     columns |= {"MicroAdam, bytes a parameter": "microadam_bytes_per_parameter"}
     rows = [row for row in rows if row["table"] == "indices"]
     return markdown_table(list(columns), [[row[key] for key in columns.values()] for row in rows])
+
+
+def host_cost_rows(rows: Sequence[Row]) -> str:
+    """Return what a step costs the host for each tensor, and beside torch's fused AdamW."""
+    columns = [key for key in rows[0] if key != "optimizer"]
+    cells = [[row["optimizer"], *[f"{row[key]:.1f}" for key in columns]] for row in rows]
+    return markdown_table(["optimizer", *[key.replace("us", "µs a tensor") for key in columns]], cells)
 
 
 _MEMORY = {"optimizer": "optimizer", "measured peak": "peak_bytes", "planned": "planned_bytes"}
@@ -224,5 +255,5 @@ def report(run: Run) -> str:
     if run.benchmark == "convergence":
         return f"{convergence_report(run)}\n\n{rate_rows(run.rows)}"
     rows = {"memory": memory_rows, "requirements": requirement_rows, "nested_lora": nested_lora_rows}
-    rows["local_training"] = local_training_rows
+    rows |= {"local_training": local_training_rows, "gpu_training": training_rows}
     return labelled(rows.get(run.benchmark, all_rows), run)

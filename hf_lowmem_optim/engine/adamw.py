@@ -27,6 +27,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -72,11 +73,11 @@ def adamw_update_(updates: Sequence[TensorUpdate]) -> None:
         updates: The tensors, with states as :func:`adamw_state` describes them.
     """
     in_8bit = updates[0].options.dense_state == "8bit"
-    in_place = [update for update in updates if not (in_8bit or _needs_copies(update))]
-    if in_place:
-        moments = [(u.state["exp_avg"], u.state["exp_avg_sq"]) for u in in_place]
-        _adamw_(updates=in_place, W=[u.param for u in in_place], g=[u.grad for u in in_place], moments=moments)
     others = [update for update in updates if in_8bit or _needs_copies(update)]
+    in_place = [update for update in updates if not _needs_copies(update)] if others else updates
+    if in_place and not in_8bit:
+        moments = [u.state["exp_avg"] for u in in_place], [u.state["exp_avg_sq"] for u in in_place]
+        _adamw_(updates=in_place, W=[u.param for u in in_place], g=[u.grad for u in in_place], moments=moments)
     # what follows walks flat memory
     flat = [replace(u, param=u.param.contiguous(), grad=u.grad.contiguous()) if u.is_odd else u for u in others]
     if in_8bit:
@@ -101,26 +102,24 @@ def _adamw_(
     updates: Sequence[TensorUpdate],
     W: Sequence[Tensor],
     g: Sequence[Tensor],
-    moments: Sequence[tuple[Tensor, Tensor]],
+    moments: tuple[Sequence[Tensor], Sequence[Tensor]],
 ) -> None:
     """Run torch's functional AdamW; ``updates`` say the step and the options of each entry of the other lists."""
     options = updates[0].options
     # torch's fused kernel walks flat memory; another layout takes its plain loop
-    fusable = [
-        w.device.type in _FUSED_DEVICES and w.is_contiguous() and x.is_contiguous() for w, x in zip(W, g, strict=True)
-    ]
-    for fused in (True, False):
-        chosen = [i for i, f in enumerate(fusable) if f is fused]
-        if not chosen:
-            continue
-        weights = [W[i] for i in chosen]
+    has_fused = {device: device.type in _FUSED_DEVICES for device in {w.device for w in W}}
+    fusable = [w.is_contiguous() and x.is_contiguous() and has_fused[w.device] for w, x in zip(W, g, strict=True)]
+    columns: list[Sequence[Any]] = [W, g, *moments, [update.step for update in updates]]
+    for fused in set(fusable):
+        # all of them, but for rare layouts
+        some: list[list[Any]] = [list(compress(each, [f is fused for f in fusable])) for each in columns]
         adamw(
-            weights,
-            [g[i] for i in chosen],
-            [moments[i][0] for i in chosen],
-            [moments[i][1] for i in chosen],
+            some[0],
+            some[1],
+            some[2],
+            some[3],
             [],
-            _step_tensors(weights, [updates[i].step for i in chosen], on_device=fused),
+            _step_tensors(some[0], some[4], on_device=fused),
             fused=fused,
             foreach=False,
             amsgrad=False,
@@ -135,17 +134,16 @@ def _adamw_(
 
 def _step_tensors(params: Sequence[Tensor], steps: Sequence[int], *, on_device: bool) -> list[Tensor]:
     """Return the step counts before this update as the float32 scalars that torch's functional AdamW increments."""
+    if len(devices := {param.device for param in params}) == len(set(steps)) == 1 and on_device:
+        # one fill instead of a copy from the host, the usual case
+        before = torch.full((len(steps),), float(steps[0] - 1), dtype=torch.float32, device=devices.pop())
+        return list(before.unbind())
     by_device: dict[torch.device, list[int]] = {}
     for index, param in enumerate(params):
         by_device.setdefault(param.device if on_device else torch.device("cpu"), []).append(index)
     tensors = [torch.empty(0)] * len(params)
     for device, indices in by_device.items():
-        counts = [float(steps[i] - 1) for i in indices]
-        # one fill instead of a copy from the host where all counts are equal, the usual case
-        if len(set(counts)) == 1:
-            values = torch.full((len(counts),), counts[0], dtype=torch.float32, device=device)
-        else:
-            values = to_device(torch.tensor(counts, dtype=torch.float32), device)
+        values = to_device(torch.tensor([float(steps[i] - 1) for i in indices], dtype=torch.float32), device)
         for i, value in zip(indices, values.unbind(), strict=True):
             tensors[i] = value
     return tensors
@@ -203,11 +201,11 @@ def _update_slices_(slices: Sequence[_Slice]) -> None:
     # all or none: they are of one group
     corrections = [s.correction for s in slices if s.correction is not None]
     weights = join_weights(narrow, corrections) if corrections else [weight.float() for weight in narrow]
-    moments = [(s.moments[0].float(), s.moments[1].float()) for s in slices]
+    moments = [s.moments[0].float() for s in slices], [s.moments[1].float() for s in slices]
     _adamw_(updates=[s.update for s in slices], W=weights, g=grads, moments=moments)
     if corrections:
         split_weights_(narrow, corrections, weights)
-    for piece, weight, wide in zip(slices, weights, moments, strict=True):
+    for piece, weight, *wide in zip(slices, weights, *moments, strict=True):
         if piece.rounding is None and piece.correction is None:
             piece.weight.copy_(weight)
         elif piece.rounding is not None:

@@ -89,7 +89,7 @@ class Arrangement:
                 type(grad) is not Tensor
                 or grad.layout != torch.strided
                 or grad.dtype != param.dtype
-                or not grad.is_same_size(param)
+                or grad.shape != param.shape
                 or grad.device != param.device
                 or grad.requires_grad
                 or grad.is_neg()

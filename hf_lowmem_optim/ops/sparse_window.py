@@ -42,11 +42,6 @@ class Rates(NamedTuple):
     weight_decay: float = 0.0
     eps: float = 0.0
 
-    @property
-    def decay(self) -> float:
-        """What the parameters are multiplied by."""
-        return 1.0 - self.lr * self.weight_decay
-
 
 def foreach_window_update_(
     params: Sequence[Tensor],

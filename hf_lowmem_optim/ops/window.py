@@ -25,11 +25,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from operator import attrgetter
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,7 +47,6 @@ __all__ = [
     "MAX_PACKED_BLOCK",
     "VALUES_HELP",
     "Grids",
-    "Made",
     "Memo",
     "SparseWindow",
     "ValueDtype",
@@ -64,7 +63,6 @@ __all__ = [
     "windows_of",
 ]
 
-T = TypeVar("T")
 Memo = dict[str, Any]
 """What operations note about tensors, for a caller who passes it again as long as these stay where they are."""
 
@@ -348,44 +346,20 @@ class SparseWindow:
         return indices, decode(codes, lo, step, 4)
 
 
-class Made(Sequence[T]):
-    """A sequence whose items are made when they are asked for, which a GPU's kernels do only once.
-
-    Args:
-        make: Makes an item from one of each column.
-        columns: All of the same length.
-    """
-
-    def __init__(self, make: Callable[..., T], *columns: Sequence[Any]) -> None:
-        self._make, self._columns = make, columns
-
-    def __len__(self) -> int:
-        return len(self._columns[0])
-
-    def __getitem__(self, place: Any) -> Any:
-        return self._make(*[column[place] for column in self._columns])
-
-
 def windows_of(
     state: Mapping[str, Sequence[Any]], numels: Sequence[int], block_size: int, density: float
-) -> Sequence[SparseWindow]:
+) -> list[SparseWindow]:
     """Return the windows in the states of some tensors, by key a list of each tensor's own; they are not checked."""
     kept, nothing = kept_per_block(block_size, density), [None] * len(numels)
-
-    def make(
-        indices: Tensor, values: Tensor | None, numel: int, lo: Tensor | None, step: Tensor | None
-    ) -> SparseWindow:
-        grids = None if lo is None or step is None else Grids(lo, step)
-        return SparseWindow(indices, values, numel, block_size, kept, grids)
-
-    columns = [state.get(key, nothing) for key in ("values", "value_lo", "value_step")]
-    return Made(make, state["indices"], columns[0], numels, *columns[1:])
+    grids = map(Grids, state["value_lo"], state["value_step"]) if "value_lo" in state else nothing
+    parts = zip(state["indices"], state.get("values", nothing), numels, grids, strict=True)
+    return [SparseWindow(i, values, numel, block_size, kept, grid) for i, values, numel, grid in parts]
 
 
-def errors_of(state: Mapping[str, Sequence[Tensor]], numels: Sequence[int], fmt: QuantFormat) -> Sequence[Quantized]:
+def errors_of(state: Mapping[str, Sequence[Tensor]], numels: Sequence[int], fmt: QuantFormat) -> list[Quantized]:
     """Return the block-quantized errors in the states of some tensors, likewise."""
-    parts = [state[f"error_{part}"] for part in ("codes", "lo", "hi")]
-    return Made(lambda codes, lo, hi, numel: Quantized(codes, lo, hi, numel, fmt), *parts, numels)
+    parts = zip(*[state[f"error_{part}"] for part in ("codes", "lo", "hi")], numels, strict=True)
+    return [Quantized(codes, lo, hi, numel, fmt) for codes, lo, hi, numel in parts]
 
 
 def check_alike(windows: Sequence[SparseWindow], memo: Memo | None = None) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import render
-from results import RESULTS, Run, load_run, save_run
+from results import RESULTS, Run, describe_run, load_run, save_run
 
 
 @pytest.fixture
@@ -25,6 +26,11 @@ def test_a_run_is_read_as_it_was_written(run: Run, tmp_path: Path) -> None:
     csv = (tmp_path / "r.csv").read_text().splitlines()
     assert "# command: python benchmarks/step_time.py" in csv
     assert csv[-2:] == ["minilm,float32,a,1.25,2048,", "minilm,float32,a,,,not installed"]
+
+
+def test_a_command_names_no_folder_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "x.py"), "--seconds", "8", "--save", str(tmp_path / "r.json")])
+    assert describe_run("x", {}).command == "python benchmarks/x.py --seconds 8 --save r.json"
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"schema": "other"}', '{"schema": "hf-lowmem-optim/benchmark/1"}'])

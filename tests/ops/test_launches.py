@@ -84,6 +84,11 @@ def llama(layers: int, dtype: torch.dtype, unit: int = 8) -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
 
 
+def is_fused(launched: Sequence[str]) -> bool:
+    """Whether a quantized error has no kernels of its own."""
+    return not any("quantize" in name for name in launched)
+
+
 def step(optimizer: Any, weights: Sequence[Tensor], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for weight in weights:
@@ -111,11 +116,16 @@ def test_a_step_launches_as_much_for_many_layers_as_for_few(name: str, dtype: to
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "most"),
-    [("ldadam", {"rank": 16}, 4), ("lowrank_mfac", {"window": 2}, 5)],
+    ("name", "options", "unit", "most"),
+    [
+        ("ldadam", {"rank": 16}, 64, 4),
+        ("ldadam", {"rank": 16}, 70, 7),  # where blocks of the error go on in the next row
+        ("lowrank_mfac", {"window": 2}, 64, 5),
+        ("lowrank_mfac", {"window": 2}, 70, 5),
+    ],
 )
 def test_low_rank_methods_launch_so_much_a_shape(
-    name: str, options: dict[str, Any], most: int, use: Use, monkeypatch: pytest.MonkeyPatch
+    name: str, options: dict[str, Any], unit: int, most: int, use: Use, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of matrices that the fused steps take, as many of a shape together as on a GPU."""
     use("triton")
@@ -123,7 +133,7 @@ def test_low_rank_methods_launch_so_much_a_shape(
     monkeypatch.setattr(buckets, "most_tensors", lambda *_: 1 << 30)
     counts = []
     for layers in (2, 8, 32):
-        weights = llama(layers, torch.bfloat16, unit=64)
+        weights = llama(layers, torch.bfloat16, unit=unit)
         optimizer = OPTIMIZERS[name].optimizer_class(weights, **options)
         shapes = {weight.shape for weight in weights if weight.dim() == 2}
         with kernels():
@@ -132,8 +142,25 @@ def test_low_rank_methods_launch_so_much_a_shape(
         with kernels() as launched:
             optimizer.step()
         assert len(shapes) == 5 and 0 < len(launched) <= most * len(shapes)
+        assert is_fused(launched)
         counts.append(launched)
     assert counts[0] == counts[1] == counts[2]
+
+
+@pytest.mark.parametrize("rank", [200, 320, 512])
+@pytest.mark.parametrize(("name", "most"), [("ldadam", 12), ("lowrank_mfac", 14)])
+def test_large_ranks_launch_no_more(name: str, most: int, rank: int, use: Use) -> None:
+    """Torch takes the first step, which is an SVD."""
+    weight = nn.Parameter(torch.randn(1090, 1100).bfloat16())
+    options = {"rank": rank, "error_feedback": "8bit"} | ({} if name == "ldadam" else {"window": 2})
+    optimizer = OPTIMIZERS[name].optimizer_class([weight], **options)
+    use("reference")
+    with kernels():
+        step(optimizer, [weight], 0)
+    use("triton")
+    with kernels() as launched:
+        step(optimizer, [weight], 1)
+    assert 0 < len(launched) <= most and is_fused(launched)
 
 
 @pytest.mark.parametrize(
@@ -166,18 +193,20 @@ def test_a_step_moves_fewer_bytes_than_adamw(name: str, options: dict[str, Any],
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("name", "options", "columns"),
     [
-        ("microadam", {"window": 3}),
-        ("sparse_mfac", {"window": 3}),
-        ("sparse_ggt", {"window": 3}),
-        ("ldadam", {"rank": 16}),
-        ("ldadam", {"rank": 16, "error_feedback": "none"}),
-        ("lowrank_mfac", {"window": 3}),
+        ("microadam", {"window": 3}, 1536),
+        ("sparse_mfac", {"window": 3}, 1536),
+        ("sparse_ggt", {"window": 3}, 1536),
+        ("ldadam", {"rank": 16}, 1536),
+        ("ldadam", {"rank": 16}, 1537),
+        ("ldadam", {"rank": 16, "error_feedback": "none"}, 1536),
+        ("lowrank_mfac", {"window": 3}, 1536),
+        ("lowrank_mfac", {"window": 3}, 1537),
     ],
 )
 def test_a_fused_step_allocates_nothing_of_a_gradients_size(
-    name: str, options: dict[str, Any], use: Use, monkeypatch: pytest.MonkeyPatch
+    name: str, options: dict[str, Any], columns: int, use: Use, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Besides the scratch memory of windows: at most 32 MiB, whatever the model."""
     from hf_lowmem_optim.ops.triton import window_products
@@ -185,7 +214,7 @@ def test_a_fused_step_allocates_nothing_of_a_gradients_size(
     use("triton")
     assert window_products._SCRATCH_BYTES == 1 << 25
     monkeypatch.setattr(window_products, "_SCRATCH_BYTES", 1 << 17)
-    weights = [nn.Parameter(torch.randn(1024, 1536).bfloat16())]
+    weights = [nn.Parameter(torch.randn(1024, columns).bfloat16())]
     optimizer = OPTIMIZERS[name].optimizer_class(weights, **options)
     with kernels():
         for seed in range(4):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,10 +10,22 @@ import torch
 from torch import nn
 
 from hf_lowmem_optim import LDAdam
-from tests.optimizers.cases import CASES, NEEDS_GPU, VARIANTS, Case, gradients, make_params, run, sizes_of_batches
+from tests.optimizers.cases import (
+    CASES,
+    NEEDS_GPU,
+    PUBLISHED,
+    VARIANTS,
+    Case,
+    gradients,
+    make_params,
+    run,
+    sizes_of_batches,
+)
 
 pytestmark = NEEDS_GPU
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+#: Of Dash what rounding moves little: the solver of a GPU on either device, well-conditioned statistics, no codes.
+STEADY = {"solver": "newton_db", "damping": 1e-5, **PUBLISHED}
 
 
 @pytest.mark.parametrize("name", [*CASES, *VARIANTS])
@@ -27,6 +40,7 @@ def test_a_gpu_computes_what_a_cpu_computes(name: str, dtype: torch.dtype) -> No
         params = make_params(dtype, device=device)
         # a code of a quantized error may fall on the other side of a half
         hyper = {"error_feedback": "fp32"} if case.hyper.get("rank") and not case.takes_gradients else {}
+        hyper |= STEADY if case.method.name.startswith("dash") else {}
         run(case.build(params.values(), **hyper), params, gradients(9, dtype, device=device))
         ends[device] = {key: param.detach().double().cpu() for key, param in params.items()}
     # one rounding of the weight more or less
@@ -65,15 +79,25 @@ def test_matrices_of_one_shape_come_out_together_as_alone(
         assert (left - right).abs().max() <= 1e-3 * (left.cpu() - start).abs().max()
 
 
-#: GGT computes eigenvectors once a step, where torch asks the GPU whether it could.
-WITHOUT_A_QUESTION = [case for case in CASES.values() if case.method.name != "sparse_ggt"]
+#: What asks the GPU in a later step, and so waits for it.
+QUESTIONS = {
+    "sparse_ggt": "eigenvectors: torch asks whether they were found",
+    "dash": "packed statistics: which of them have no Cholesky factor",
+}
 
 
-@pytest.mark.parametrize("case", WITHOUT_A_QUESTION, ids=lambda case: f"{case.name} {case.hyper}")
+def later_steps() -> Iterator[Any]:
+    for name, case in CASES.items():
+        why = QUESTIONS.get(name.removesuffix("_layerwise"))
+        marks = [pytest.mark.xfail(reason=why, raises=RuntimeError, strict=True)] if why else []
+        yield pytest.param(case, marks=marks, id=name)
+
+
+@pytest.mark.parametrize("case", later_steps())
 def test_a_later_step_does_not_wait_for_the_gpu(case: Case) -> None:
-    """Whoever waits leaves the GPU idle until the next kernels are launched."""
+    """Whoever waits leaves the GPU idle until the next kernels are launched. Of LoRDO, a step without a sync."""
     params = make_params(device="cuda")
-    optimizer = case.build(params.values())
+    optimizer = case.build(params.values(), **{key: 100 for key in ("sync_every",) if key in case.hyper})
     steps = list(gradients(6, device="cuda"))
     run(optimizer, params, iter(steps[:3]))
     torch.cuda.set_sync_debug_mode("error")

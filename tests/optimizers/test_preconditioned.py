@@ -239,6 +239,22 @@ def test_groups_must_agree_on_what_they_share() -> None:
         feed(SparseMFAC(groups, scope="tensor"), params, next(drifting_gradients(1)))
 
 
+def test_groups_of_one_system_may_be_compressed_differently() -> None:
+    settings = {"wide": sparse(0.05, "bf16"), "tall": {**sparse(0.3, "4bit"), "block_size": 32}}
+    names, params = list(start()), as_parameters(start())
+    groups = [{"params": [params[key]], **settings.get(key, EXACT_SPARSE)} for key in names]
+    optimizer = SparseMFAC(groups, window=6, damping=1e-3, lr=1e-2)
+    keys = ("density", "block_size", "value_dtype")
+    compress = {key: top_k(**{name: hyper[name] for name in keys}) for key, hyper in settings.items()}
+    reference = ReferenceMFAC(
+        start(), window=6, damping=1e-3, compress=lambda key, acc, t: compress.get(key, keep_everything)(key, acc, t)
+    )
+    for gradients in drifting_gradients(12):
+        feed(optimizer, params, gradients)
+        reference.step(gradients, 1e-2)
+    assert deviation(params, reference) < 1e-4
+
+
 def test_the_velocity_follows_the_momentum_of_its_group() -> None:
     """Momentum may be scheduled; a run that turns it on or off can be saved and resumed."""
     params = as_parameters(start())

@@ -260,7 +260,7 @@ def update_all(
     params: Sequence[Tensor], windows: Sequence[SparseWindow], weights: Tensor, rates: Rates, memo: Memo
 ) -> None:
     """See :func:`hf_lowmem_optim.ops.sparse_window.foreach_window_update_`."""
-    how = weights.numpy(), float(rates.lr), float(rates.eps), rates.decay
+    how = weights.numpy(), float(rates.lr), float(rates.eps), 1.0 - rates.lr * rates.weight_decay
     _run(_update, windows, [(*_arguments(*each), *how) for each in zip(params, windows, strict=True)])
 
 
@@ -269,7 +269,7 @@ def descend_all(
     params: Sequence[Tensor], windows: Sequence[SparseWindow], weights: Tensor, rates: Rates, memo: Memo
 ) -> None:
     """See :func:`hf_lowmem_optim.ops.sparse_window.foreach_window_descend_`."""
-    how = weights.numpy(), float(rates.lr), rates.decay
+    how = weights.numpy(), float(rates.lr), 1.0 - rates.lr * rates.weight_decay
     _run(_descend, windows, [(*_arguments(*each), *how) for each in zip(params, windows, strict=True)])
 
 

@@ -183,8 +183,7 @@ class Moments(NamedTuple):
 
 def finishes(a: Residual, r: int) -> bool:
     """Return whether one launch is to do it."""
-    # what is stored in blocks has them within a row, and rows begin at multiples of 16 entries
-    whole = a.columns % (64 if a.storage in ("4bit", "8bit") else 16) == 0
+    whole = not a.blocks_cross_rows and a.columns % 16 == 0  # as vectorized loads demand
     return whole and r <= _MOST_RANK and min(a.rows, a.columns) <= _MOST_LENGTH
 
 

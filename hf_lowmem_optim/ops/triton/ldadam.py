@@ -18,11 +18,10 @@ from hf_lowmem_optim.ops.dispatch import register
 from hf_lowmem_optim.ops.low_rank import MOST_PROJECTION, PROJECTION_NOISE, Coefficients
 from hf_lowmem_optim.ops.triton.device import MAX_OFFSET, address_table, aligned, on_device
 
-__all__ = ["MAX_RANK", "descend_", "descend_weights_", "move_moments_", "update_moments_"]
+__all__ = ["descend_", "descend_weights_", "move_moments_", "update_moments_"]
 
-#: Rank up to which ``update_moments_`` serves: a program has all rows of its columns, as it overwrites them, and more
-#: would not fit into its shared memory.
-MAX_RANK = 256
+#: Up to how many rows a program has all of its columns, which it then overwrites, and how many of them otherwise.
+_MOST_MOMENT_ROWS, _FEW_MOMENT_ROWS = 256, 128
 _MOMENT_COLUMNS, _MOMENT_TERMS = 32, 16
 #: Rows and columns of a weight's tile, up to how many terms of the product it adds at once, and how many otherwise.
 _TILE, _MOST_TERMS, _FEW_TERMS = 64, 32, 16
@@ -35,6 +34,8 @@ def _moments_kernel(
     m_ptr,  # [batch, r, q]
     v_ptr,
     projected_ptr,
+    new_m_ptr,  # m, v or projected itself, if a program has all rows
+    new_v_ptr,
     direction_ptr,
     right_ptr,  # [batch, 2·r, q]
     r,
@@ -45,19 +46,25 @@ def _moments_kernel(
     damping,
     noise,
     most,
-    RANK: tl.constexpr,  # r rounded up
+    ROWS: tl.constexpr,
     TERMS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    IN_PIECES: tl.constexpr,  # whether r > ROWS
 ):
     batch = tl.program_id(1).to(tl.int64)
     R_ptr += batch * r * r
     first = batch * r * q
-    row = tl.arange(0, RANK)[:, None]
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    row = tl.arange(0, ROWS)[:, None]
+    program = tl.program_id(0)
+    if IN_PIECES:
+        row += program % tl.cdiv(r, ROWS) * ROWS
+        program = program // tl.cdiv(r, ROWS)
+    column = program * COLUMNS + tl.arange(0, COLUMNS)[None, :]
 
     # m̃ ← R m;  x ← (R∘R)(v − k·m²)
-    moved = tl.zeros([RANK, COLUMNS], tl.float32)
-    x = tl.zeros([RANK, COLUMNS], tl.float32)
+    moved = tl.zeros([ROWS, COLUMNS], tl.float32)
+    x = tl.zeros([ROWS, COLUMNS], tl.float32)
+    largest = tl.zeros([TERMS, COLUMNS], tl.float32)
     for k in range(0, r, TERMS):
         across, down = k + tl.arange(0, TERMS)[None, :], k + tl.arange(0, TERMS)[:, None]
         R = tl.load(R_ptr + row * r + across, mask=(row < r) & (across < r), other=0.0)
@@ -66,12 +73,16 @@ def _moments_kernel(
         v = tl.load(v_ptr + first + down * q + column, mask=inside, other=0.0)
         moved = tl.dot(R, m, moved, input_precision="ieee")
         x = tl.dot(R * R, v - correction * m * m, x, input_precision="ieee")
+        if IN_PIECES:
+            p = tl.load(projected_ptr + first + down * q + column, mask=inside, other=0.0)
+            largest = tl.maximum(largest, tl.abs(p))
     inside = (row < r) & (column < q)
     at = first + row * q + column
     m = tl.load(m_ptr + at, mask=inside, other=0.0)
     p = tl.load(projected_ptr + at, mask=inside, other=0.0)
     size = tl.abs(p)
-    p = tl.where(size < tl.max(size, axis=0)[None, :] * noise, 0.0, p)
+    largest = tl.max(largest if IN_PIECES else size, axis=0)
+    p = tl.where(size < largest[None, :] * noise, 0.0, p)
     p = tl.where(size > most, p / size * most, p)  # infinity becomes NaN
     # everything is read before anything is written
     tl.debug_barrier()
@@ -79,8 +90,8 @@ def _moments_kernel(
     # v ← β2·|x + k·m̃²| + (1 − β2)·p̃²;  m ← β1·m̃ + (1 − β1)·p̃;  d ← m / (√v + δ)
     v = tl.abs(beta2 * x + beta2 * correction * moved * moved) + (1 - beta2) * p * p
     new_m = beta1 * moved + (1 - beta1) * p
-    tl.store(m_ptr + at, new_m, mask=inside)
-    tl.store(v_ptr + at, v, mask=inside)
+    tl.store(new_m_ptr + at, new_m, mask=inside)
+    tl.store(new_v_ptr + at, v, mask=inside)
     tl.store(direction_ptr + at, tl.div_rn(new_m, tl.sqrt_rn(v) + damping), mask=inside)
     right = 2 * first + row * q + column
     tl.store(right_ptr + right, m * (beta1 / (1 - beta1)), mask=inside)
@@ -94,7 +105,7 @@ def update_moments_(
     """Move the moments to the new basis and update them, in one launch.
 
     Args:
-        R: UᵀU₋, float32 [n, r, r], r ≤ ``MAX_RANK``; contiguous, like all others.
+        R: UᵀU₋, float32 [n, r, r]; contiguous, like all others.
         m: float32 [n, r, q]; written.
         v: Likewise.
         projected: p̃, likewise, only read.
@@ -104,16 +115,17 @@ def update_moments_(
         noise: What is smaller than this share of the largest entry of its column of p̃ counts as zero.
     """
     n, r, q = m.shape
-    if r > MAX_RANK:
-        raise ValueError(f"r must be at most {MAX_RANK}, got {r}")
-    rank = max(16, triton.next_power_of_2(r))
+    rows = max(16, triton.next_power_of_2(r)) if r <= _MOST_MOMENT_ROWS else _FEW_MOMENT_ROWS
+    written = [m, v, projected if direction is None else direction]
+    # where several programs share columns, none may overwrite what another reads
+    new = [torch.empty_like(each) for each in written] if r > rows else written
     with on_device(m):
-        _moments_kernel[(triton.cdiv(q, _MOMENT_COLUMNS), n)](
+        _moments_kernel[(triton.cdiv(q, _MOMENT_COLUMNS) * triton.cdiv(r, rows), n)](
             R,
             m,
             v,
             projected,
-            projected if direction is None else direction,
+            *new,
             right,
             r,
             q,
@@ -123,11 +135,14 @@ def update_moments_(
             float(coefficients.damping),
             float(noise),
             MOST_PROJECTION,
-            RANK=rank,
+            ROWS=rows,
             TERMS=_MOMENT_TERMS,
             COLUMNS=_MOMENT_COLUMNS,
-            num_warps=4 if rank <= 64 else 8,
+            IN_PIECES=r > rows,
+            num_warps=4 if rows <= 64 else 8,
         )
+    if new is not written:
+        torch._foreach_copy_(written, new)
 
 
 @triton.jit
@@ -254,10 +269,8 @@ def _check_alike(weights: Sequence[Tensor]) -> None:
 
 
 def _why_no_moments(R: Tensor, m: Tensor, *_: object) -> str | None:
-    rank = R.shape[1]
-    if m[0].numel() > MAX_OFFSET:
-        return f"{m[0].numel()} entries of a moment are more than a kernel counts"
-    return None if rank <= MAX_RANK else f"rank {rank} does not fit into a program's shared memory (at most {MAX_RANK})"
+    entries = m[0].numel()
+    return None if entries <= MAX_OFFSET else f"{entries} entries of a moment are more than a kernel counts"
 
 
 @register("ldadam_moments_", "triton", why_not=_why_no_moments)

@@ -1,9 +1,9 @@
 """A later step of LDAdam in Triton: a = g + ξ is formed in registers wherever it is needed, and never written.
 
 Up to rank 16, a batch of equal matrices takes three launches for the next basis (``sketch.py``) and one for all the
-rest (``finish.py``); no operation of torch computes anything. Where stripes are long, the rest is a launch each for p̃,
-the moments (``ldadam.py``), and ξ with W (``residual_update.py``). With higher ranks, sketches are products of
-``residual.py`` beside torch's of r × r, and ``low_rank.py`` makes their columns orthonormal.
+rest (``finish.py``); no operation of torch computes anything. Where stripes are long, or blocks of ξ cross rows, the
+rest is a launch each for p̃, the moments (``ldadam.py``), and ξ and W (``residual_update.py``). With higher ranks,
+sketches are products of ``residual.py`` beside torch's of r × r, and ``low_rank.py`` makes columns orthonormal.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hf_lowmem_optim.ops.low_rank import (
     projection_noise,
 )
 from hf_lowmem_optim.ops.triton.finish import Moments, finish_, finishes
-from hf_lowmem_optim.ops.triton.ldadam import MAX_RANK, update_moments_
+from hf_lowmem_optim.ops.triton.ldadam import update_moments_
 from hf_lowmem_optim.ops.triton.low_rank import orthonormal_columns
 from hf_lowmem_optim.ops.triton.residual import Residual, why_not_residual
 from hf_lowmem_optim.ops.triton.residual_update import Descent, update_
@@ -39,8 +39,6 @@ _FACTOR_COPIES = 6
 def _why_not(W: Sequence[Tensor], g: Sequence[Tensor], state: Mapping[str, Tensor], t: int, o: Any) -> str | None:
     if t == 1:
         return "the first step takes a singular value decomposition"
-    if o.rank > MAX_RANK:
-        return f"rank {o.rank} does not fit into a program's shared memory (at most {MAX_RANK})"
     return why_not_residual(W, g, state)
 
 

@@ -48,18 +48,33 @@ def eliminate(T, r, RANK: tl.constexpr):
 
 
 @triton.jit
+def times(x, y):
+    return tl.dot(x, y, input_precision="ieee", out_dtype=tl.float64)
+
+
+@triton.jit
 def _inverse_factor_kernel(
     gram_ptr,  # [batch, r, r]: G, float64
-    inverse_ptr,  # [batch, r, r]: L⁻¹, G = L·Lᵀ
+    inverse_ptr,  # [batch, r, r]: L⁻¹, G = L·Lᵀ; zeros
     r,
-    RANK: tl.constexpr,  # r rounded up
+    HALVES: tl.constexpr,  # whether r > RANK; at most twice of it
+    RANK: tl.constexpr,  # r rounded up, or what fits into registers
 ):
-    first = tl.program_id(0).to(tl.int64) * r * r
-    lane = tl.arange(0, RANK)
-    row, column = lane[:, None], lane[None, :]
-    inside = (row < r) & (column < r)
-    gram = tl.load(gram_ptr + first + row * r + column, mask=inside, other=0.0)
-    tl.store(inverse_ptr + first + row * r + column, eliminate(gram, r, RANK), mask=inside)
+    gram_ptr += tl.program_id(0).to(tl.int64) * r * r
+    inverse_ptr += tl.program_id(0).to(tl.int64) * r * r
+    row, column = tl.arange(0, RANK)[:, None], tl.arange(0, RANK)[None, :]
+    at, count = row * r + column, RANK if HALVES else r
+    inside = (row < count) & (column < count)
+    E = eliminate(tl.load(gram_ptr + at, mask=inside, other=0.0), count, RANK)
+    tl.store(inverse_ptr + at, E, mask=inside)
+    if HALVES:  # G = [[·, ·], [B, C]]: L⁻¹ = [[E, 0], [−F·X·E, F]] with X = B·Eᵀ and F of C − X·Xᵀ
+        below, rest = at + RANK * r, r - RANK
+        inside = (row < rest) & (column < rest)
+        X = times(tl.load(gram_ptr + below, mask=row < rest, other=0.0), tl.trans(E))
+        C = tl.load(gram_ptr + below + RANK, mask=inside, other=0.0) - times(X, tl.trans(X))
+        F = eliminate(C, rest, RANK)
+        tl.store(inverse_ptr + below + RANK, F, mask=inside)
+        tl.store(inverse_ptr + below, -times(times(F, X), E), mask=row < rest)
 
 
 @triton.jit
@@ -179,31 +194,39 @@ def reflect(A_ptr, tau, j, p, r, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
             tl.store(A_ptr + column[:, None] * p + entry[None, :], a - weight[:, None] * v[None, :], mask=inside)
 
 
-def inverse_factor(gram: Tensor) -> Tensor:
+def inverse_factor(gram: Tensor, most: int | None = None) -> Tensor:
     """Return the inverse of the Cholesky factor of each of a batch: one launch, or two for each halving of the rank.
 
     Libraries take one after the other, or many launches (``docs/design-notes.md``).
 
     Args:
         gram: float64 [batch, r, r], symmetric.
+        most: Rank up to which that is one launch; None for what serves r: a GPU multiplies faster with all its
+            multiprocessors than with one of them, but many launches take longer than either.
 
     Returns:
         L⁻¹, likewise, where ``gram`` = L·Lᵀ; not finite, in part, where that is not positive definite.
     """
     inverse, r = torch.zeros_like(gram, memory_format=torch.contiguous_format), gram.shape[1]
-    if r <= _FACTOR_RANK:
-        rank = max(2, triton.next_power_of_2(r))
+    most = most or (_FACTOR_RANK if r <= 4 * _FACTOR_RANK else 2 * _FACTOR_RANK)
+    if r <= most:
+        rank = min(max(2, triton.next_power_of_2(r)), _FACTOR_RANK)
         with on_device(gram):
             # a thread has up to 16 entries
             _inverse_factor_kernel[(len(gram),)](
-                gram.contiguous(), inverse, r, RANK=rank, num_warps=max(1, rank * rank // 512)
+                gram.contiguous(),
+                inverse,
+                r,
+                HALVES=r > rank,
+                RANK=rank,
+                num_warps=max(1, rank * rank // 512),
             )
         return inverse
     half = r // 2
     # of [[A, ·], [B, C]] with A = L₁·L₁ᵀ the factor is [[L₁, 0], [X, L₂]]: X = B·L₁⁻ᵀ, L₂·L₂ᵀ = C − X·Xᵀ
-    first = inverse_factor(gram[:, :half, :half])
+    first = inverse_factor(gram[:, :half, :half], most)
     X = gram[:, half:, :half] @ first.mT
-    second = inverse_factor(torch.baddbmm(gram[:, half:, half:], X, X.mT, alpha=-1))
+    second = inverse_factor(torch.baddbmm(gram[:, half:, half:], X, X.mT, alpha=-1), most)
     inverse[:, :half, :half], inverse[:, half:, half:] = first, second
     inverse[:, half:, :half] = torch.baddbmm(inverse[:, half:, :half], second @ X, first, beta=0, alpha=-1)
     return inverse

@@ -3,8 +3,9 @@
 """Products with a = g + ξ that never write a: it is formed in registers, tile by tile, of the gradient and the error.
 
 A batch has equal matrices [rows, columns]. Gradients are reached by their addresses; the error is stacked as the state
-is, quantized in blocks of 64 entries of one row, or dense, or in the gradient's own buffer, or not there. The jit
-functions without a leading underscore are shared with ``residual_update.py``, ``sketch.py`` and ``finish.py``.
+is, quantized in blocks of 64 entries, or dense, or in the gradient's own buffer, or not there. Where rows are not made
+of whole blocks, codes are loaded one by one instead of in words. The jit functions without a leading underscore are
+shared with ``residual_update.py``, ``sketch.py`` and ``finish.py``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from hf_lowmem_optim.ops.low_rank import Products
 from hf_lowmem_optim.ops.triton.device import MAX_OFFSET, address_table, aligned, on_device
 
 __all__ = [
+    "BLOCK",
     "POINTEE",
     "TWO_23",
     "Residual",
@@ -71,14 +73,14 @@ def unit_of(lo, hi, STORAGE: tl.constexpr):
 def batch_pointers(
     table_ptr, error_ptr, lo_ptr, hi_ptr, b, error_batch, stats_batch, GRAD: tl.constexpr, STORAGE: tl.constexpr
 ):
-    """Return pointers to the gradient and the error of matrix ``b``."""
+    """Return pointers to the gradient and the error of matrix ``b``; for what there is not, the gradient's again."""
     g_ptr = tl.load(table_ptr + b).to(tl.pointer_type(GRAD))
-    if STORAGE == "dense" or STORAGE == "4bit" or STORAGE == "8bit":
-        error_ptr += b * error_batch
     if STORAGE == "4bit" or STORAGE == "8bit":
-        lo_ptr += b * stats_batch
-        hi_ptr += b * stats_batch
-    return g_ptr, error_ptr, lo_ptr, hi_ptr
+        return g_ptr, error_ptr + b * error_batch, lo_ptr + b * stats_batch, hi_ptr + b * stats_batch
+    elif STORAGE == "dense":
+        return g_ptr, error_ptr + b * error_batch, g_ptr, g_ptr  # Triton 3.4 cannot return None
+    else:
+        return g_ptr, g_ptr, g_ptr, g_ptr
 
 
 @triton.jit
@@ -86,7 +88,7 @@ def load_parts(
     g_ptr, error_ptr, lo_ptr, hi_ptr, row0, col0, n, c,
     STORAGE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Load what a tile of a is made of: gradient, error (its codes in words of 32 bits), lo and hi; 0 outside.
+    """Load what a tile of a is made of: gradient, error (codes in words of 32 bits, or one by one), lo, hi; 0 outside.
 
     Scalar 64-bit addresses move with the tile; what a lane adds to them is the same in every iteration.
     """
@@ -106,7 +108,15 @@ def load_parts(
         word, block = tl.arange(0, COLS // PER_WORD), tl.arange(0, COLS // 64)
         word_at = error_ptr + start // PER_WORD + (row * (c // PER_WORD))[:, None] + word[None, :]
         block_at = start // 64 + (row * (c // 64))[:, None] + block[None, :]
-        if EVEN:
+        if error_ptr.dtype.element_ty == tl.uint8:  # blocks go on in the next row: a code for each entry
+            index, there = start + at, inside & (col < c - col0)[None, :]
+            codes = tl.load(error_ptr + index // (PER_WORD // 4), mask=there, other=0).to(tl.int32)
+            if STORAGE == "4bit":
+                codes = (codes >> (4 - index % 2 * 4).to(tl.int32)) & 15
+            lo = tl.load(lo_ptr + index // 64, mask=there, other=0.0)
+            hi = tl.load(hi_ptr + index // 64, mask=there, other=0.0)
+            return g, codes, lo, hi
+        elif EVEN:
             return g, tl.load(word_at), tl.load(lo_ptr + block_at), tl.load(hi_ptr + block_at)
         else:
             words = tl.load(word_at, mask=inside & (word < (c - col0) // PER_WORD)[None, :], other=0)
@@ -129,7 +139,9 @@ def add_error(g, error, lo, hi, magic, STORAGE: tl.constexpr, ROWS: tl.constexpr
         lo, hi = lo.to(tl.float32), hi.to(tl.float32)
         unit = unit_of(lo, hi, STORAGE)
         # a code in place, or'ed under the exponent of 2²³, is the float 2²³ + code·2ˢ: no shift, no conversion
-        if STORAGE == "4bit":
+        if error.shape[1] == COLS:  # a code for each entry
+            x = error.to(tl.float32) * unit + lo
+        elif STORAGE == "4bit":
             half = tl.reshape(error, (ROWS, NUM_BLOCKS, 8))[:, :, :, None] >> (tl.arange(0, 2) * 16)[None, None, None]
             shift = (tl.arange(0, 4) * 4) ^ 4  # an even index has the high nibble of its byte
             bits = (half[:, :, :, :, None] & (15 << shift)[None, None, None, None, :]) | magic
@@ -156,7 +168,7 @@ def load_factor(
     if EVEN:
         return tl.load(at)
     else:
-        return tl.load(at, mask=(term < r - term0) & (entry < count - first), other=0.0)
+        return tl.load(at, mask=(term < r - term0) & (entry < count - first) & (entry >= -first), other=0.0)
 
 
 @triton.jit
@@ -269,10 +281,12 @@ class Residual:
     ) -> None:
         self.gradients, self.count, (self.rows, self.columns) = g, len(g), g[0].shape
         error = lo = hi = None
+        self.blocks_cross_rows = error_feedback in ("4bit", "8bit") and self.columns % BLOCK > 0
         if error_feedback in ("4bit", "8bit"):
             self.storage = error_feedback
             error, lo, hi = (state[f"error_{part}"] for part in ("codes", "lo", "hi"))
-            error = error.view(torch.int32)
+            if not self.blocks_cross_rows:
+                error = error.view(torch.int32)
         elif error_feedback == "none":
             self.storage = "none"
         elif state["error"].data_ptr() == g[0].data_ptr():  # g + ξ already
@@ -337,6 +351,8 @@ def multiply_tile(a: Residual, r: int, over_rows: bool) -> dict[str, int]:
     However many programs share the columns, an entry is the same sum.
     """
     terms, products = max(16, triton.next_power_of_2(r)), a.constants["PRODUCTS"]
+    if a.blocks_cross_rows:
+        return _tile(min(terms, 32), 16, 64, 4)
     if products == "ieee":
         return _tile(min(terms, 32), 32, 64, 4)
     if a.columns % 16:  # an address of its own for each entry
@@ -352,9 +368,11 @@ def multiply_tile(a: Residual, r: int, over_rows: bool) -> dict[str, int]:
     return _tile(128, rows, 128 if products == "bf16" else 64, 8)
 
 
-def update_tile(a: Residual, r: int) -> dict[str, int]:
-    """Return those of the launch that writes error and weights."""
+def update_tile(a: Residual, r: int, crossed: bool) -> dict[str, int]:
+    """Return those of the launch that writes error and weights, or an error whose blocks cross rows."""
     terms, products = max(16, triton.next_power_of_2(r)), a.constants["PRODUCTS"]
+    if crossed:
+        return _tile(16, 16, 64, 8, num_stages=1)
     if a.columns % 16:
         return _tile(16, 16, 64, 4)
     if products in ("ieee", "tf32x3"):
@@ -369,8 +387,6 @@ def why_not_residual(W: Sequence[Tensor], g: Sequence[Tensor], state: Mapping[st
     rows, columns = g[0].shape
     if rows * columns > MAX_OFFSET or len(g) > _MAX_BATCH:
         return f"{len(g)} × {rows * columns} entries are more than a kernel counts"
-    if "error_codes" in state and columns % BLOCK:
-        return f"a row of {columns} entries is not made of whole blocks of {BLOCK}"
     if len({weight.dtype for weight in W}) > 1 or len({grad.dtype for grad in g}) > 1:
         return "weights or gradients differ in their dtypes"
     return None

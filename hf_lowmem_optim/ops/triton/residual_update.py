@@ -2,7 +2,8 @@
 
 """What a low-rank step writes of the size of a matrix: ξ ← a + products of thin factors, W ← decay·W − a product.
 
-One launch for a batch of equal matrices: a tile of a is formed in registers, as in ``residual.py``.
+One launch for a batch of equal matrices: a tile of a is formed in registers, as in ``residual.py``. Where blocks of a
+quantized error go on in the next row, a program writes those that begin in its tile, to their ends.
 """
 
 from __future__ import annotations
@@ -16,9 +17,18 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_lowmem_optim.ops.block_quant import rounding_keys
-from hf_lowmem_optim.ops.triton.block_quant import round_to_bfloat16, uniform16
+from hf_lowmem_optim.ops.triton.block_quant import (
+    block_range,
+    decode,
+    encode,
+    load_codes,
+    round_to_bfloat16,
+    store_codes,
+    uniform16,
+)
 from hf_lowmem_optim.ops.triton.device import address_table, aligned, on_device
 from hf_lowmem_optim.ops.triton.residual import (
+    BLOCK,
     POINTEE,
     TWO_23,
     Residual,
@@ -70,6 +80,7 @@ def update_kernel(
     WEIGHT: tl.constexpr,
     STORAGE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    CROSS_ROWS: tl.constexpr,  # whether an error is written whose blocks do
     PRODUCTS: tl.constexpr,
     MORE_TERMS: tl.constexpr,  # whether r > TERMS
     TERMS: tl.constexpr,
@@ -81,31 +92,41 @@ def update_kernel(
     EVEN_TERMS: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
-    across = tl.cdiv(c, COLS)
+    across = tl.cdiv(c + 63, COLS) if CROSS_ROWS else tl.cdiv(c, COLS)
     row0, col0 = tl.program_id(0) // across * ROWS, tl.program_id(0) % across * COLS
     if left0_ptr is not None and STORAGE != "none":
         g_ptr, error_ptr, lo_ptr, hi_ptr = batch_pointers(
             table_ptr, error_ptr, lo_ptr, hi_ptr, b, error_batch, stats_batch, GRAD, STORAGE
         )
-        g, error, lo, hi = load_parts(
-            g_ptr, error_ptr, lo_ptr, hi_ptr, row0, col0, n, c, STORAGE, ROWS, COLS, ALIGNED, EVEN
-        )
-        change = add_product(
-            tl.zeros([ROWS, COLS], tl.float32), left0_ptr + b * left0_batch, left0_along, left0_term,
-            right0_ptr + b * right0_batch, right0_along, right0_term, row0, n, col0, c, r,
-            PRODUCTS, MORE_TERMS, TERMS, ROWS, COLS, EVEN_TERMS,
-        )  # fmt: skip
-        if left1_ptr is not None:
+        if not CROSS_ROWS:
+            g, error, lo, hi = load_parts(
+                g_ptr, error_ptr, lo_ptr, hi_ptr, row0, col0, n, c, STORAGE, ROWS, COLS, ALIGNED, EVEN
+            )
+        # as far as blocks that begin in the tile go; where a row ends, in the next ones
+        WIDTH: tl.constexpr = COLS + 64 if CROSS_ROWS else COLS
+        change = tl.zeros([ROWS, WIDTH], tl.float32)
+        for turn in range((col0 + WIDTH - 1) // c + 1 if CROSS_ROWS else 1):
             change = add_product(
-                change, left1_ptr + b * left1_batch, left1_along, left1_term,
-                right1_ptr + b * right1_batch, right1_along, right1_term, row0, n, col0, c, r,
-                PRODUCTS, MORE_TERMS, TERMS, ROWS, COLS, EVEN_TERMS,
+                change, left0_ptr + b * left0_batch, left0_along, left0_term,
+                right0_ptr + b * right0_batch, right0_along, right0_term, row0 + turn, n, col0 - turn * c, c, r,
+                PRODUCTS, MORE_TERMS, TERMS, ROWS, WIDTH, EVEN_TERMS,
             )  # fmt: skip
-        store_error(
-            add_error(g, error, lo, hi, magic, STORAGE, ROWS, COLS) + change,
-            g_ptr, error_ptr, lo_ptr, hi_ptr, row0, col0, n, c, key0, key1,
-            STORAGE, STOCHASTIC, ROWS, COLS, ALIGNED, EVEN,
-        )  # fmt: skip
+            if left1_ptr is not None:
+                change = add_product(
+                    change, left1_ptr + b * left1_batch, left1_along, left1_term,
+                    right1_ptr + b * right1_batch, right1_along, right1_term, row0 + turn, n, col0 - turn * c, c, r,
+                    PRODUCTS, MORE_TERMS, TERMS, ROWS, WIDTH, EVEN_TERMS,
+                )  # fmt: skip
+        if CROSS_ROWS:
+            add_to_blocks(
+                change, g_ptr, error_ptr, lo_ptr, hi_ptr, row0, col0, n, c, key0, key1, STORAGE, STOCHASTIC, ROWS
+            )
+        else:
+            store_error(
+                add_error(g, error, lo, hi, magic, STORAGE, ROWS, COLS) + change,
+                g_ptr, error_ptr, lo_ptr, hi_ptr, row0, col0, n, c, key0, key1,
+                STORAGE, STOCHASTIC, ROWS, COLS, ALIGNED, EVEN,
+            )  # fmt: skip
     if weights_ptr is not None:
         weight_ptr = tl.load(weights_ptr + b).to(tl.pointer_type(WEIGHT))
         descent = add_product(
@@ -154,7 +175,7 @@ def store_error(
     """Store a tile of the new error x, float32 [ROWS, COLS].
 
     Codes are those of ``block_quant`` but for what lies within rounding of a half, and for blocks with a unit below
-    1e-37, which become lo.
+    1e-37, which become lo. Blocks are parts of rows.
     """
     row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
     start = tl.cast(row0, tl.int64) * c + col0
@@ -171,6 +192,7 @@ def store_error(
         else:
             tl.store(x_at, x, mask=inside & (col < c - col0)[None, :])
     else:
+        tl.static_assert(error_ptr.dtype.element_ty == tl.int32)
         NUM_BLOCKS: tl.constexpr = COLS // 64
         LEVELS: tl.constexpr = 15.0 if STORAGE == "4bit" else 255.0
         PER_WORD: tl.constexpr = 8 if STORAGE == "4bit" else 4
@@ -227,6 +249,35 @@ def add_product(
     return product(tl.trans(left), right, acc, PRODUCTS)
 
 
+@triton.jit
+def add_to_blocks(
+    change, g_ptr, error_ptr, lo_ptr, hi_ptr, row0, col0, n, c, key0, key1,
+    STORAGE: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Write ξ ← a + change in a block of each row: in the one that begins 0 to 63 entries after column ``col0``."""
+    BITS: tl.constexpr = 4 if STORAGE == "4bit" else 8
+    row, entry = (row0 + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, 64)
+    count = tl.cast(n, tl.int64) * c
+    # the blocks that begin in a row are those from ⌈row·c/64⌉ on and before ⌈(row + 1)·c/64⌉; none is beyond the last
+    first = (row * c + 63) // 64
+    block = first + col0 // 64
+    block = tl.where(block < (row * c + c + 63) // 64, block, (count + 63) // 64)
+    index = block[:, None] * 64 + entry[None, :]
+    inside, there = index < count, block * 64 < count
+    lo = tl.load(lo_ptr + block, mask=there, other=0.0).to(tl.float32)
+    hi = tl.load(hi_ptr + block, mask=there, other=0.0).to(tl.float32)
+    error = decode(load_codes(error_ptr, block, count, 64, 64, BITS), lo, hi, (1 << BITS) - 1)
+    a = tl.load(g_ptr + index, mask=inside, other=0.0).to(tl.float32) + error
+    x = a + tl.gather(change, (first * 64 - row * c).to(tl.int32)[:, None] + entry[None, :], 1)
+    # everything is read before anything is written
+    tl.debug_barrier()
+    lo, hi = block_range(x, inside, True)
+    codes = encode(x, inside, lo, hi, index, key0, key1, (1 << BITS) - 1, STOCHASTIC)
+    store_codes(error_ptr, codes, block, count, ROWS, 64, 64, BITS)
+    tl.store(lo_ptr + block, lo.to(tl.bfloat16), mask=there)
+    tl.store(hi_ptr + block, hi.to(tl.bfloat16), mask=there)
+
+
 class Descent(NamedTuple):
     """W ← decay·W − step_size·left·right.
 
@@ -244,7 +295,7 @@ class Descent(NamedTuple):
 
 
 def update_(a: Residual, change: Sequence[Pair], descent: Descent | None, seed: int | None = None) -> None:
-    """Write ξ ← a + the sum of products, and weights, in one launch.
+    """Write ξ ← a + the sum of products, and weights, in one launch; in one each where blocks cross rows.
 
     Args:
         a: Gradients and errors; without an error, or with no ``change``, nothing but the weights is written.
@@ -252,15 +303,20 @@ def update_(a: Residual, change: Sequence[Pair], descent: Descent | None, seed: 
         descent: What becomes of the weights; None leaves them.
         seed: Rounds a quantized error stochastically; None rounds to nearest.
     """
+    if a.blocks_cross_rows and change and descent is not None:
+        update_(a, change, None, seed)
+        change = []
+    crossed = a.blocks_cross_rows and bool(change)
     nothing: Pair | tuple[None, None] = (None, None)
     pairs = [*change, *[nothing] * (2 - len(change)), nothing if descent is None else descent.pair]
     left = next(pair[0] for pair in pairs if pair[0] is not None)
     W = a.gradients if descent is None else descent.weights
     r, strides = left.shape[2], [(part.stride() if part is not None else (0, 0, 0)) for pair in pairs for part in pair]
-    tile = update_tile(a, r)
+    tile = update_tile(a, r, crossed)
     key0, key1 = rounding_keys(seed) if seed is not None else (0, 0)
+    columns = a.columns + BLOCK - 1 if crossed else a.columns
     with on_device(left):
-        update_kernel[(triton.cdiv(a.rows, tile["ROWS"]) * triton.cdiv(a.columns, tile["COLS"]), a.count)](
+        update_kernel[(triton.cdiv(a.rows, tile["ROWS"]) * triton.cdiv(columns, tile["COLS"]), a.count)](
             *a.pointers,
             None if descent is None else address_table(W),
             *itertools.chain(*pairs),
@@ -275,6 +331,7 @@ def update_(a: Residual, change: Sequence[Pair], descent: Descent | None, seed: 
             key1,
             WEIGHT=POINTEE[W[0].dtype],
             STOCHASTIC=seed is not None,
+            CROSS_ROWS=crossed,
             MORE_TERMS=r > tile["TERMS"],
             ALIGNED_WEIGHTS=aligned(W) and a.columns * W[0].itemsize % 16 == 0,
             **a.options(r, tile),

@@ -1,7 +1,8 @@
 """Values of a window in Triton, bit for bit the torch version: see ``ops/window.py``.
 
 A kernel is told their storage by a type VALUES: that of floats, uint8 for codes of 8 bits, and int16 for codes of 4,
-which are in the words of their indices. As everywhere, launches pass ``enable_fp_fusion=False``.
+which are in the words of their indices. LEVELS, the largest code without its sign, is written out: what a function
+returns is no constant for Triton 3.4. As everywhere, launches pass ``enable_fp_fusion=False``.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
@@ -43,15 +44,9 @@ def _log2_above(magnitude, base):
 
 
 @triton.jit
-def levels_of(VALUES: tl.constexpr):
-    """L: the largest code without its sign."""
-    return 127 if VALUES == tl.uint8 else 7
-
-
-@triton.jit
 def decode_values(codes, lo, step, VALUES: tl.constexpr):
     """Values of int32 codes; lo and step as stored, broadcast."""
-    LEVELS: tl.constexpr = levels_of(VALUES)
+    LEVELS: tl.constexpr = 127 if VALUES == tl.uint8 else 7
     c = codes & LEVELS
     first = (lo < 0.0).to(tl.int32)
     last = LEVELS - (step.to(tl.int32, bitcast=True) < 0).to(tl.int32)
@@ -70,7 +65,7 @@ def decode_values(codes, lo, step, VALUES: tl.constexpr):
 @triton.jit
 def grid_of(values, selected, VALUES: tl.constexpr):
     """Grid of the selected values: lo and step as stored."""
-    LEVELS: tl.constexpr = levels_of(VALUES)
+    LEVELS: tl.constexpr = 127 if VALUES == tl.uint8 else 7
     magnitude = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     usual = selected & (magnitude >= _NORMAL) & (magnitude < _INFINITE)
     hi = tl.max(tl.where(usual, magnitude, 0))
@@ -88,7 +83,7 @@ def grid_of(values, selected, VALUES: tl.constexpr):
 @triton.jit
 def encode_values(values, lo, step, VALUES: tl.constexpr):
     """int32 codes of values on the grid that :func:`grid_of` made for them."""
-    LEVELS: tl.constexpr = levels_of(VALUES)
+    LEVELS: tl.constexpr = 127 if VALUES == tl.uint8 else 7
     signed = values.to(tl.int32, bitcast=True)
     magnitude = signed & 0x7FFFFFFF
     first = (lo < 0.0).to(tl.int32)

@@ -361,7 +361,7 @@ def descend_all(
                 weights,
                 scratch,
                 float(rates.lr),
-                rates.decay,
+                1.0 - rates.lr * rates.weight_decay,
                 len(launch.owners),
                 one.window,
                 one.kept_per_block,
