@@ -189,10 +189,11 @@ def finishes(a: Residual, r: int) -> bool:
 
 def finish_tile(a: Residual, r: int) -> dict[str, int]:
     """Return tile and launch parameters with which no registers are spilled."""
-    terms, exact = max(16, triton.next_power_of_2(r)), a.constants["PRODUCTS"] in ("ieee", "tf32x3")
+    terms, products = max(16, triton.next_power_of_2(r)), a.constants["PRODUCTS"]
+    exact, many, hip = products in ("ieee", "tf32x3"), terms > 16, torch.version.hip is not None
     # a warp of AMD's has twice the lanes
-    num_warps = 8 if terms > 16 and exact and not torch.version.hip else 4
-    rows = 32 if exact or (terms > 16 and torch.version.hip) else 64
+    num_warps = 8 if many and exact and not hip else 4
+    rows = 16 if many and products == "tf32x3" else 32 if exact or (many and hip) else 64
     return {"TERMS": terms, "ROWS": rows, "COLS": 64, "num_warps": num_warps, "num_stages": 2}
 
 
