@@ -443,7 +443,7 @@ LAUNCHES: list[Launch] = [
             ("finish", low_rank_finish, 128, 512, 32, "4bit", BF16, "ieee", 16),
             ("finish", low_rank_finish, 512, 128, 32, "fp32", FP32, "tf32x3", 16),
             ("finish", low_rank_finish, 128, 512, 16, "bf16", BF16, "tf32x3", 16),
-            ("finish", low_rank_finish, 500, 96, 20, "none", BF16, "tf32x3", 16),
+            ("finish", low_rank_finish, 500, 96, 20, "none", BF16, "tf32x3", 8),  # 4 entries a thread
         )
     ),
 ]
