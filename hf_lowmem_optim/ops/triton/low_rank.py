@@ -18,7 +18,7 @@ from hf_lowmem_optim.ops.dispatch import register
 from hf_lowmem_optim.ops.low_rank import _orthonormal_columns
 from hf_lowmem_optim.ops.triton.device import MAX_OFFSET, on_device
 
-__all__ = ["eliminate", "orthonormal_columns", "reflect_columns"]
+__all__ = ["eliminate", "multiply", "orthonormal_columns", "reflect_columns"]
 
 #: Rank up to which a matrix YᵀY fits into the registers of one program.
 _FACTOR_RANK = 64
@@ -48,8 +48,13 @@ def eliminate(T, r, RANK: tl.constexpr):
 
 
 @triton.jit
-def times(x, y):
-    return tl.dot(x, y, input_precision="ieee", out_dtype=tl.float64)
+def multiply(X, Y, acc, r, TERMS: tl.constexpr):
+    """Return acc + X·Y, float64, of X [any, TERMS], whose first r columns count; Triton 3.4 has no ``tl.dot`` of it."""
+    term = tl.arange(0, TERMS)
+    for k in range(r):
+        x = tl.sum(tl.where(term[None, :] == k, X, 0.0), 1)
+        acc += x[:, None] * tl.sum(tl.where(term[:, None] == k, Y, 0.0), 0)[None, :]
+    return acc
 
 
 @triton.jit
@@ -70,11 +75,14 @@ def _inverse_factor_kernel(
     if HALVES:  # G = [[·, ·], [B, C]]: L⁻¹ = [[E, 0], [−F·X·E, F]] with X = B·Eᵀ and F of C − X·Xᵀ
         below, rest = at + RANK * r, r - RANK
         inside = (row < rest) & (column < rest)
-        X = times(tl.load(gram_ptr + below, mask=row < rest, other=0.0), tl.trans(E))
-        C = tl.load(gram_ptr + below + RANK, mask=inside, other=0.0) - times(X, tl.trans(X))
-        F = eliminate(C, rest, RANK)
+        nothing = tl.zeros([RANK, RANK], tl.float64)
+        B = tl.load(gram_ptr + below, mask=row < rest, other=0.0)
+        X = multiply(B, tl.trans(E), nothing, RANK, RANK)
+        C = tl.load(gram_ptr + below + RANK, mask=inside, other=0.0)
+        F = eliminate(multiply(-X, tl.trans(X), C, RANK, RANK), rest, RANK)
         tl.store(inverse_ptr + below + RANK, F, mask=inside)
-        tl.store(inverse_ptr + below, -times(times(F, X), E), mask=row < rest)
+        FX = multiply(-F, X, nothing, rest, RANK)
+        tl.store(inverse_ptr + below, multiply(FX, E, nothing, RANK, RANK), mask=row < rest)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_lowmem_optim.ops.low_rank import Coefficients
 from hf_lowmem_optim.ops.triton.device import on_device
-from hf_lowmem_optim.ops.triton.low_rank import eliminate, reflect_columns
+from hf_lowmem_optim.ops.triton.low_rank import eliminate, multiply, reflect_columns
 from hf_lowmem_optim.ops.triton.residual import (
     Residual,
     batch_pointers,
@@ -198,16 +198,6 @@ def store_products(to_ptr, X, Y, r, TERMS: tl.constexpr):
     for k in range(r):
         x = tl.sum(tl.where(column[None, :] == k, X, 0.0), 1)
         tl.store(to_ptr + k * TERMS + column, tl.sum(x[:, None] * Y, 0))
-
-
-@triton.jit
-def multiply(X, Y, acc, r, TERMS: tl.constexpr):
-    """Return acc + X·Y, float64, of X [any, TERMS], whose first r columns count."""
-    term = tl.arange(0, TERMS)
-    for k in range(r):
-        x = tl.sum(tl.where(term[None, :] == k, X, 0.0), 1)
-        acc += x[:, None] * tl.sum(tl.where(term[:, None] == k, Y, 0.0), 0)[None, :]
-    return acc
 
 
 @triton.jit
