@@ -223,6 +223,35 @@ def low_rank_residual(numel: int, rows: int, rank: int, error: str, grad: torch.
     return partial(update_, a, [(left, right)], None), [gradient, *state.values(), *state.values(), left, right]
 
 
+def low_rank_finish(numel: int, rows: int, rank: int, error: str, grad: torch.dtype, products: str) -> Prepared:
+    from hf_lowmem_optim.ops.triton.finish import Moments, finish_
+
+    a, state, gradient = residual(numel, rows, rank, error, grad, products)
+    weight, (p, q) = torch.randn(rows, numel // rows).to(grad), sorted((rows, numel // rows))
+    U, old = torch.rand(1, p, rank), torch.rand(1, p, rank)
+    moments = Moments(U, old, torch.rand(1, rank, rank), torch.rand(1, rank, q), torch.rand(1, rank, q))
+    call = partial(finish_, a, moments, [weight], NUMBERS, 1e-3)
+    twice = [weight, *state.values(), moments.m, moments.v]
+    return call, [gradient, *twice, *twice, U, old, moments.R]
+
+
+def low_rank_range(numel: int, rows: int, rank: int, error: str, grad: torch.dtype, products: str) -> Prepared:
+    from hf_lowmem_optim.ops.triton.sketch import orthonormal_range_
+
+    a, state, gradient = residual(numel, rows, rank, error, grad, products)
+    V, U = torch.randn(1, rank, numel // rows), torch.empty(1, rank, rows).mT
+    return partial(orthonormal_range_, a, V, U), [gradient, *state.values(), V, U]
+
+
+def low_rank_basis(numel: int, rows: int, rank: int, error: str, grad: torch.dtype, products: str) -> Prepared:
+    from hf_lowmem_optim.ops.triton.sketch import move_basis_
+
+    a, state, gradient = residual(numel, rows, rank, error, grad, products)
+    p, q = sorted((rows, numel // rows))
+    basis, m = torch.linalg.qr(torch.randn(1, p, rank))[0].contiguous(), torch.randn(1, rank, q)
+    return partial(move_basis_, a, basis, m, NUMBERS), [gradient, *state.values(), basis, basis, m]
+
+
 FORMATS = {"4bit": QuantFormat(), "8bit": QuantFormat(bits=8)}
 FOUR, EIGHT, FOUR_FP32 = QuantFormat(), QuantFormat(bits=8), QuantFormat(stat_dtype=FP32)
 
@@ -387,6 +416,36 @@ LAUNCHES: list[Launch] = [
         "tf32x3",
         numel=512 * 768,
     ),
+    *(
+        launch(
+            f"{name} of {rows} × {columns}, rank {rank}, {error} error, {str(grad)[6:]}, {products}",
+            widest,
+            prepare,
+            rows,
+            rank,
+            error,
+            grad,
+            products,
+            numel=rows * columns,
+        )
+        for name, prepare, rows, columns, rank, error, grad, products, widest in (
+            ("basis", low_rank_basis, 128, 256, 16, "4bit", BF16, "tf32", 16),
+            ("basis", low_rank_basis, 512, 128, 16, "4bit", BF16, "tf32", 16),
+            ("basis", low_rank_basis, 128, 512, 4, "fp32", FP32, "tf32x3", 16),
+            ("basis", low_rank_basis, 512, 128, 16, "8bit", FP16, "ieee", 16),
+            ("basis", low_rank_basis, 500, 1000, 10, "bf16", BF16, "tf32x3", 4),
+            ("range", low_rank_range, 128, 256, 4, "8bit", BF16, "tf32", 16),
+            ("range", low_rank_range, 512, 128, 16, "bf16", BF16, "tf32x3", 16),
+            ("finish", low_rank_finish, 128, 256, 16, "4bit", BF16, "tf32", 16),
+            ("finish", low_rank_finish, 512, 128, 16, "4bit", BF16, "tf32", 16),
+            ("finish", low_rank_finish, 512, 128, 32, "8bit", FP16, "tf32", 16),
+            ("finish", low_rank_finish, 128, 512, 32, "8bit", FP16, "bf16", 16),
+            ("finish", low_rank_finish, 128, 512, 32, "4bit", BF16, "ieee", 16),
+            ("finish", low_rank_finish, 512, 128, 32, "fp32", FP32, "tf32x3", 16),
+            ("finish", low_rank_finish, 128, 512, 16, "bf16", BF16, "tf32x3", 16),
+            ("finish", low_rank_finish, 500, 96, 20, "none", BF16, "tf32x3", 8),  # 4 entries a thread
+        )
+    ),
 ]
 
 #: What a step of the methods launches most, per parameter: what ``kernel_report.py --record`` records and a test holds
@@ -398,6 +457,8 @@ MAIN = (
     "a·factor of 128 × 768, rank 16, 4bit error",
     "moments, rank 16",
     "error and weights of 128 × 256, rank 16, 4bit error",
+    "basis of 128 × 256, rank 16, 4bit error, bfloat16, tf32",
+    "finish of 128 × 256, rank 16, 4bit error, bfloat16, tf32",
     "aᵀ·factor of 512 × 128, rank 128, 4bit error",
     "a·factor of 128 × 768, rank 128, 4bit error",
     "moments, rank 128",
@@ -406,6 +467,7 @@ MAIN = (
     "window_gram_row 32 rows",
     "window_descend 32 rows",
     "a·factor of 128 × 768, rank 4, 8bit error",
+    "range of 128 × 256, rank 4, 8bit error, bfloat16, tf32",
     "error of 128 × 256, rank 4, 8bit error",
     "quantize 4-bit",
     "dequantize 4-bit to fp32",

@@ -124,6 +124,15 @@ def test_a_fused_step_is_the_torch_version(
     check_same(*both(shape, dtype, LDAdamOptions(rank=rank, lr=1e-2, **options)))
 
 
+@pytest.mark.parametrize(("shape", "rank", "dtype", "options"), [CASES[10], CASES[13]], ids=str)
+def test_a_step_that_ends_in_parts_is_the_torch_version(
+    shape: tuple[int, int], rank: int, dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of matrices whose smaller dimension is long; higher ranks are among the cases above."""
+    monkeypatch.setattr(fused, "finishes", lambda *_: False)
+    check_same(*both(shape, dtype, LDAdamOptions(rank=rank, lr=1e-2, **options)))
+
+
 @pytest.mark.parametrize("shape", [(40, 70), (64, 40)])
 def test_an_error_in_the_gradient_stays_there(shape: tuple[int, int]) -> None:
     options = LDAdamOptions(rank=4, lr=1e-2, error_feedback="grad")
@@ -294,8 +303,9 @@ def test_launches_do_not_grow_with_the_layers(monkeypatch: pytest.MonkeyPatch) -
         with Counting():
             ldadam_update_(W, g, state, 3, options)
         counts.append((len(launches), len(computed)))
-    # two of the launches are for orthonormal columns; a third of what torch does is to allocate
-    assert counts[0] == counts[1] and counts[0][0] <= 7 and counts[0][1] <= 30, (counts, launches, computed)
+    # torch only allocates
+    assert counts[0] == counts[1] and counts[0][0] == 4, (counts, launches)
+    assert {name.split(".")[0] for name in computed} == {"aten::new_empty", "aten::empty_like"}, computed
 
 
 def test_the_precision_goes_by_the_storage_of_the_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,9 @@
 """A later step of LDAdam in Triton: a = g + ξ is formed in registers wherever it is needed, and never written.
 
-Per batch of equal matrices, and beside products of r × r and orthonormalization: the sketch V, the sketch Y and the
-projection p̃ are a launch each of ``residual.py``, the moments one of ``ldadam.py``; the last one, of
-``residual_update.py``, writes ξ and W. These are two where ξ is quantized and rows are not made of whole blocks.
+Up to rank 16, a batch of equal matrices takes three launches for the next basis (``sketch.py``) and one for all the
+rest (``finish.py``); no operation of torch computes anything. Where stripes are long, or blocks of ξ cross rows, the
+rest is a launch each for p̃, the moments (``ldadam.py``), and ξ and W (``residual_update.py``). With higher ranks,
+sketches are products of ``residual.py`` beside torch's of r × r, and ``low_rank.py`` makes columns orthonormal.
 """
 
 from __future__ import annotations
@@ -21,14 +22,17 @@ from hf_lowmem_optim.ops.low_rank import (
     precision_of_products,
     projection_noise,
 )
+from hf_lowmem_optim.ops.triton.finish import Moments, finish_, finishes
 from hf_lowmem_optim.ops.triton.ldadam import update_moments_
 from hf_lowmem_optim.ops.triton.low_rank import orthonormal_columns
 from hf_lowmem_optim.ops.triton.residual import Residual, why_not_residual
 from hf_lowmem_optim.ops.triton.residual_update import Descent, update_
+from hf_lowmem_optim.ops.triton.sketch import move_basis_, tracks
 
 __all__ = ["later_step_"]
 
-#: What a matrix allocates for a moment, at most, in float32 copies of its state: as ``LDAdam.method`` says.
+#: What a matrix allocates for a moment, at most if not for a rank below 4, in float32 copies of its state: as
+#: ``LDAdam.method`` says.
 _FACTOR_COPIES = 6
 
 
@@ -56,28 +60,33 @@ def _step_(W: Sequence[Tensor], g: Sequence[Tensor], state: Mapping[str, Tensor]
     kind = torch.bfloat16 if products == "bf16" else torch.float32
     # 1. a ← g + ξ
     a = Residual(g, state, o.error_feedback, products)
-    # 3. V ← bᵀU₋;  Y ← bV;  U ← orthonormalize(Y), with b = s·U₋m + (1 − ρ)·a
-    s, rest = numbers.momentum_weight, numbers.gradient_weight
-    old_factor = old.to(kind)
-    V = torch.empty_like(m, dtype=kind).mT
-    a.multiply(old_factor, V, over_rows=not tall, weight=rest, onto=m.mT, onto_weight=s)
-    V = of_safe_size(V)
-    Y = a.multiply(V, torch.empty_like(old), over_rows=tall, weight=rest)
-    U = orthonormal_columns(Y.baddbmm_(old, m @ V.float(), alpha=s))
-    # 4. p̃ ← Uᵀa
-    factor = U.to(kind)
-    p = a.multiply(factor, torch.empty_like(m).mT, over_rows=not tall).mT
-    # 5. to 8. m̃, v, m, the direction of line 9; the factors are c·m over −(p̃ + c·m̃)
-    right = torch.empty(len(m), 2 * m.shape[1], m.shape[2], dtype=kind, device=m.device)
-    direction = torch.empty_like(p, dtype=kind)
-    noise = projection_noise(products, old.shape[1])
-    update_moments_(U.mT @ old, m, v, p, right, numbers, direction=direction, noise=noise)
-    # 6. ξ ← a − U(p̃ + c·m̃) + c·U₋m;  9. W ← W·(1 − lr·weight_decay) − lr·U[m̂ / (√v̂ + eps)]
-    kept, moved = right.chunk(2, dim=1)
-    lifted = [(old_factor, kept), (factor, moved), (factor, direction)]
-    change0, change1, descent = [(y.mT, x.mT) for x, y in lifted] if tall else lifted
-    seed = t if o.stochastic_rounding else None
-    update_(a, (change0, change1), Descent(W, descent, numbers.decay, numbers.step_size), seed)
+    # 3. V ← bᵀU₋;  Y ← bV;  U ← orthonormalize(Y);  R ← UᵀU₋, with b = s·U₋m + (1 − ρ)·a
+    if tracks(old.shape[2]):
+        U = old
+        old, R = move_basis_(a, U, m, numbers)
+    else:
+        s, rest = numbers.momentum_weight, numbers.gradient_weight
+        V = torch.empty_like(m, dtype=kind).mT
+        V = of_safe_size(a.multiply(old.to(kind), V, over_rows=not tall, weight=rest, onto=m.mT, onto_weight=s))
+        Y = a.multiply(V, torch.empty_like(old), over_rows=tall, weight=rest)
+        U = orthonormal_columns(Y.baddbmm_(old, m @ V.float(), alpha=s))
+        R = U.mT @ old
+    noise, seed = projection_noise(products, old.shape[1]), t if o.stochastic_rounding else None
+    if finishes(a, old.shape[2]):
+        finish_(a, Moments(U, old, R, m, v), W, numbers, noise, seed)
+    else:
+        # 4. p̃ ← Uᵀa
+        factor, old_factor = U.to(kind), old.to(kind)
+        p = a.multiply(factor, torch.empty_like(m).mT, over_rows=not tall).mT
+        # 5. to 8. m̃, v, m, the direction of line 9; the factors are c·m over −(p̃ + c·m̃)
+        right = torch.empty(len(m), 2 * m.shape[1], m.shape[2], dtype=kind, device=m.device)
+        direction = torch.empty_like(p, dtype=kind)
+        update_moments_(R, m, v, p, right, numbers, direction=direction, noise=noise)
+        # 6. ξ ← a − U(p̃ + c·m̃) + c·U₋m;  9. W ← W·(1 − lr·weight_decay) − lr·U[m̂ / (√v̂ + eps)]
+        kept, moved = right.chunk(2, dim=1)
+        lifted = [(old_factor, kept), (factor, moved), (factor, direction)]
+        change0, change1, descent = [(y.mT, x.mT) for x, y in lifted] if tall else lifted
+        update_(a, (change0, change1), Descent(W, descent, numbers.decay, numbers.step_size), seed)
     for key, value in (("basis", U), ("exp_avg", m), ("exp_avg_sq", v)):
         if state[key] is not value:
             state[key].copy_(value)

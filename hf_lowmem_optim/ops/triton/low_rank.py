@@ -18,7 +18,7 @@ from hf_lowmem_optim.ops.dispatch import register
 from hf_lowmem_optim.ops.low_rank import _orthonormal_columns
 from hf_lowmem_optim.ops.triton.device import MAX_OFFSET, on_device
 
-__all__ = ["orthonormal_columns"]
+__all__ = ["eliminate", "multiply", "orthonormal_columns", "reflect_columns"]
 
 #: Rank up to which a matrix YᵀY fits into the registers of one program.
 _FACTOR_RANK = 64
@@ -48,8 +48,13 @@ def eliminate(T, r, RANK: tl.constexpr):
 
 
 @triton.jit
-def times(x, y):
-    return tl.dot(x, y, input_precision="ieee", out_dtype=tl.float64)
+def multiply(X, Y, acc, r, TERMS: tl.constexpr):
+    """Return acc + X·Y, float64, of X [any, TERMS], whose first r columns count; Triton 3.4 has no ``tl.dot`` of it."""
+    term = tl.arange(0, TERMS)
+    for k in range(r):
+        x = tl.sum(tl.where(term[None, :] == k, X, 0.0), 1)
+        acc += x[:, None] * tl.sum(tl.where(term[:, None] == k, Y, 0.0), 0)[None, :]
+    return acc
 
 
 @triton.jit
@@ -70,11 +75,14 @@ def _inverse_factor_kernel(
     if HALVES:  # G = [[·, ·], [B, C]]: L⁻¹ = [[E, 0], [−F·X·E, F]] with X = B·Eᵀ and F of C − X·Xᵀ
         below, rest = at + RANK * r, r - RANK
         inside = (row < rest) & (column < rest)
-        X = times(tl.load(gram_ptr + below, mask=row < rest, other=0.0), tl.trans(E))
-        C = tl.load(gram_ptr + below + RANK, mask=inside, other=0.0) - times(X, tl.trans(X))
-        F = eliminate(C, rest, RANK)
+        nothing = tl.zeros([RANK, RANK], tl.float64)
+        B = tl.load(gram_ptr + below, mask=row < rest, other=0.0)
+        X = multiply(B, tl.trans(E), nothing, RANK, RANK)
+        C = tl.load(gram_ptr + below + RANK, mask=inside, other=0.0)
+        F = eliminate(multiply(-X, tl.trans(X), C, RANK, RANK), rest, RANK)
         tl.store(inverse_ptr + below + RANK, F, mask=inside)
-        tl.store(inverse_ptr + below, -times(times(F, X), E), mask=row < rest)
+        FX = multiply(-F, X, nothing, rest, RANK)
+        tl.store(inverse_ptr + below, multiply(FX, E, nothing, RANK, RANK), mask=row < rest)
 
 
 @triton.jit
@@ -92,32 +100,35 @@ def _householder_kernel(
 ):
     batch = tl.program_id(0).to(tl.int64)
     if not_orthonormal(gram_ptr + batch * r * r, r, RANK, COLUMNS, TOLERANCE) > 0:
-        A_ptr += batch * p * r
-        Y_ptr += batch * p * r
-        taus_ptr += batch * r
-        lane = tl.arange(0, ROWS)
-        for j in range(r):
-            for top in range(0, p, ROWS):
-                y = tl.load(Y_ptr + (top + lane).to(tl.int64) * r + j, mask=top + lane < p, other=0.0)
-                tl.store(A_ptr + j * p + top + lane, y, mask=top + lane < p)
+        reflect_columns(A_ptr + batch * p * r, Y_ptr + batch * p * r, taus_ptr + batch * r, p, r, ROWS, COLUMNS)
+
+
+@triton.jit
+def reflect_columns(A_ptr, Y_ptr, taus_ptr, p, r, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Write Qᵀ, Q of the QR decomposition of Y by Householder reflections, into A [r, p]."""
+    lane = tl.arange(0, ROWS)
+    for j in range(r):
+        for top in range(0, p, ROWS):
+            y = tl.load(Y_ptr + (top + lane).to(tl.int64) * r + j, mask=top + lane < p, other=0.0)
+            tl.store(A_ptr + j * p + top + lane, y, mask=top + lane < p)
+    tl.debug_barrier()
+    for j in range(r):
+        tau = find_reflection(A_ptr + j * p, j, p, ROWS)
+        tl.store(taus_ptr + j, tau)
         tl.debug_barrier()
-        for j in range(r):
-            tau = find_reflection(A_ptr + j * p, j, p, ROWS)
-            tl.store(taus_ptr + j, tau)
-            tl.debug_barrier()
-            reflect(A_ptr, tau, j, p, r, ROWS, COLUMNS)
-            tl.debug_barrier()
-        # Q = H₁H₂…·I, from the last reflection to the first
-        for back in range(r):
-            j = r - 1 - back
-            tau = tl.load(taus_ptr + j)
-            reflect(A_ptr, tau, j, p, r, ROWS, COLUMNS)
-            tl.debug_barrier()
-            for top in range(0, p, ROWS):
-                entry = top + lane
-                v = tl.load(A_ptr + j * p + entry, mask=entry < p, other=0.0)
-                tl.store(A_ptr + j * p + entry, tl.where(entry == j, 1.0, 0.0) - tau * v, mask=entry < p)
-            tl.debug_barrier()
+        reflect(A_ptr, tau, j, p, r, ROWS, COLUMNS)
+        tl.debug_barrier()
+    # Q = H₁H₂…·I, from the last reflection to the first
+    for back in range(r):
+        j = r - 1 - back
+        tau = tl.load(taus_ptr + j)
+        reflect(A_ptr, tau, j, p, r, ROWS, COLUMNS)
+        tl.debug_barrier()
+        for top in range(0, p, ROWS):
+            entry = top + lane
+            v = tl.load(A_ptr + j * p + entry, mask=entry < p, other=0.0)
+            tl.store(A_ptr + j * p + entry, tl.where(entry == j, 1.0, 0.0) - tau * v, mask=entry < p)
+        tl.debug_barrier()
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """LowRankMFAC in Triton: acc = g + ξ is formed in registers wherever it is needed, and u never written.
 
-Per batch of equal matrices: acc·Q₋, accᵀP and ξ ← acc − P·Qᵀ are a launch each, W ← decay·W − lr·Gᵀw is one.
+Per batch of equal matrices: P is two launches up to rank 16, accᵀP and ξ ← acc − P·Qᵀ are one each, and so is
+W ← decay·W − lr·Gᵀw.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from hf_lowmem_optim.ops.low_rank import MOST_FACTOR_BYTES, of_safe_size, precis
 from hf_lowmem_optim.ops.triton.low_rank import orthonormal_columns
 from hf_lowmem_optim.ops.triton.residual import Residual, why_not_residual
 from hf_lowmem_optim.ops.triton.residual_update import Descent, update_
+from hf_lowmem_optim.ops.triton.sketch import orthonormal_range_, tracks
 
 __all__ = ["compress_", "descend_by_factors_"]
 
@@ -31,11 +33,15 @@ def compress_(g: Sequence[Tensor], state: Mapping[str, Tensor], start: Tensor, r
     # 1. acc ← ξ + g
     acc = Residual(g, state, error_feedback, precision_of_products(error_feedback, left.shape[1]))
     # 2. P ← orthonormalize(acc·Q₋);  Q ← accᵀP;  ξ ← acc − P·Qᵀ;  3. row of the window ← (P, Q)
-    Y = torch.empty(len(g), left.shape[2], left.shape[1], dtype=torch.float32, device=left.device)
-    P = orthonormal_columns(acc.multiply(of_safe_size(start.mT), Y, over_rows=False))
+    P = left.mT
+    if tracks(left.shape[1]):
+        minus = orthonormal_range_(acc, start, P)
+    else:
+        Y = torch.empty(len(g), left.shape[2], left.shape[1], dtype=torch.float32, device=left.device)
+        P.copy_(orthonormal_columns(acc.multiply(of_safe_size(start.mT), Y, over_rows=False)))
+        minus = P.neg()
     acc.multiply(P, Qt.mT, over_rows=True)
-    update_(acc, [(P.neg(), Qt)], None)
-    left.copy_(P.mT)
+    update_(acc, [(minus, Qt)], None)
 
 
 def _why_no_descent(W: Sequence[Tensor], *_: object) -> str | None:

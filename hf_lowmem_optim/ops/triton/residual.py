@@ -5,7 +5,7 @@
 A batch has equal matrices [rows, columns]. Gradients are reached by their addresses; the error is stacked as the state
 is, quantized in blocks of 64 entries, or dense, or in the gradient's own buffer, or not there. Where rows are not made
 of whole blocks, codes are loaded one by one instead of in words. The jit functions without a leading underscore are
-shared with ``residual_update.py``.
+shared with ``residual_update.py``, ``sketch.py`` and ``finish.py``.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_lowmem_optim.ops.low_rank import Products
-from hf_lowmem_optim.ops.triton.block_quant import round_to_bfloat16, uniform16
 from hf_lowmem_optim.ops.triton.device import MAX_OFFSET, address_table, aligned, on_device
 
 __all__ = [
     "BLOCK",
     "POINTEE",
+    "TWO_23",
     "Residual",
     "add_error",
     "batch_pointers",
     "load_factor",
     "load_parts",
+    "multiply_stripe",
+    "multiply_tile",
     "product",
-    "store_error",
     "update_tile",
     "why_not_residual",
 ]
@@ -46,7 +47,7 @@ MAGIC = 0x4B000000
 _ENOUGH_PROGRAMS = 256
 #: What the second dimension of a grid holds.
 _MAX_BATCH = 65535
-_TWO_23 = tl.constexpr(8388608.0)
+TWO_23 = tl.constexpr(8388608.0)
 
 
 @triton.jit
@@ -145,91 +146,15 @@ def add_error(g, error, lo, hi, magic, STORAGE: tl.constexpr, ROWS: tl.constexpr
             shift = (tl.arange(0, 4) * 4) ^ 4  # an even index has the high nibble of its byte
             bits = (half[:, :, :, :, None] & (15 << shift)[None, None, None, None, :]) | magic
             scaled = unit[:, :, None] * ((127 - shift) << 23).to(tl.float32, bitcast=True)[None, None, :]
-            code = bits.to(tl.float32, bitcast=True) - _TWO_23
+            code = bits.to(tl.float32, bitcast=True) - TWO_23
             x = code * scaled[:, :, None, None, :] + lo[:, :, None, None, None]
         else:
             byte = tl.reshape(error, (ROWS, NUM_BLOCKS, 16))[:, :, :, None] >> (tl.arange(0, 4) * 8)[None, None, None]
-            code = ((byte & 255) | magic).to(tl.float32, bitcast=True) - _TWO_23
+            code = ((byte & 255) | magic).to(tl.float32, bitcast=True) - TWO_23
             x = code * unit[:, :, None, None] + lo[:, :, None, None]
         return g + tl.reshape(x, (ROWS, COLS))
     else:
         return g
-
-
-@triton.jit
-def _smaller(x, y):
-    return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _larger(x, y):
-    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def store_error(
-    x, g_ptr, error_ptr, lo_ptr, hi_ptr, row0, col0, n, c, key0, key1,
-    STORAGE: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    ALIGNED: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """Store a tile of the new error x, float32 [ROWS, COLS].
-
-    Codes are those of ``block_quant`` but for what lies within rounding of a half, and for blocks with a unit below
-    1e-37, which become lo. Blocks are parts of rows.
-    """
-    row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
-    start = tl.cast(row0, tl.int64) * c + col0
-    inside = (row < n - row0)[:, None]
-    if STORAGE == "dense" or STORAGE == "grad":
-        at = (row * c)[:, None] + col[None, :]
-        if STORAGE == "dense":
-            x_at = error_ptr + start + at
-        else:
-            x_at = tl.multiple_of(g_ptr + start + at, (1, 16)) if ALIGNED else g_ptr + start + at
-        x = x.to(x_at.dtype.element_ty)
-        if EVEN:
-            tl.store(x_at, x)
-        else:
-            tl.store(x_at, x, mask=inside & (col < c - col0)[None, :])
-    else:
-        tl.static_assert(error_ptr.dtype.element_ty == tl.int32)
-        NUM_BLOCKS: tl.constexpr = COLS // 64
-        LEVELS: tl.constexpr = 15.0 if STORAGE == "4bit" else 255.0
-        PER_WORD: tl.constexpr = 8 if STORAGE == "4bit" else 4
-        x = tl.reshape(x, (ROWS, NUM_BLOCKS, 64))
-        lo = round_to_bfloat16(tl.reduce(x, 2, _smaller), False)
-        hi = round_to_bfloat16(tl.reduce(x, 2, _larger), True)
-        finite = hi - lo < float("inf")
-        lo = tl.where(finite, tl.where(lo == 0.0, 0.0, lo), float("nan"))
-        hi = tl.where(finite, tl.where(hi == 0.0, 0.0, hi), float("nan"))
-        unit = unit_of(lo, hi, STORAGE)
-        inverse = tl.where(unit > 1e-37, 1.0 / unit, 0.0)[:, :, None]  # below, 1/unit may be infinite
-        above = tl.where(finite[:, :, None], x - lo[:, :, None], 0.0)
-        if STOCHASTIC:
-            index = start + (row * c)[:, None] + col[None, :]
-            draw = tl.reshape(uniform16(index, key0, key1), (ROWS, NUM_BLOCKS, 64))
-            code = tl.minimum(tl.floor(tl.fma(above, inverse, draw)), LEVELS) + _TWO_23
-        else:  # to nearest by the mantissa; lo ≤ x ≤ hi, so that there is nothing to clamp
-            code = tl.fma(above, inverse, _TWO_23)
-        if STORAGE == "4bit":  # 2²³ + 16·even + odd: a byte from two codes
-            even, odd = tl.split(tl.reshape(code, (ROWS, COLS // 8, 4, 2)))
-            byte = tl.fma(even - _TWO_23, 16.0, odd)
-        else:
-            byte = tl.reshape(code, (ROWS, COLS // 4, 4))
-        words = tl.sum((byte.to(tl.int32, bitcast=True) & 255) << (tl.arange(0, 4) * 8)[None, None, :], axis=2)
-        word, block = tl.arange(0, COLS // PER_WORD), tl.arange(0, NUM_BLOCKS)
-        word_at = error_ptr + start // PER_WORD + (row * (c // PER_WORD))[:, None] + word[None, :]
-        block_at = start // 64 + (row * (c // 64))[:, None] + block[None, :]
-        lo, hi = lo.to(tl.bfloat16), hi.to(tl.bfloat16)
-        if EVEN:
-            tl.store(word_at, words)
-            tl.store(lo_ptr + block_at, lo)
-            tl.store(hi_ptr + block_at, hi)
-        else:
-            tl.store(word_at, words, mask=inside & (word < (c - col0) // PER_WORD)[None, :])
-            there = inside & (block < (c - col0) // 64)[None, :]
-            tl.store(lo_ptr + block_at, lo, mask=there)
-            tl.store(hi_ptr + block_at, hi, mask=there)
 
 
 @triton.jit
@@ -244,6 +169,40 @@ def load_factor(
         return tl.load(at)
     else:
         return tl.load(at, mask=(term < r - term0) & (entry < count - first) & (entry >= -first), other=0.0)
+
+
+@triton.jit
+def multiply_stripe(
+    g_ptr, error_ptr, lo_ptr, hi_ptr, magic, factor_ptr, factor_along, factor_term, scale, first, term0, n, c, r,
+    STORAGE: tl.constexpr, OVER_ROWS: tl.constexpr, PRODUCTS: tl.constexpr,
+    TERMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    ALIGNED: tl.constexpr, EVEN: tl.constexpr, EVEN_TERMS: tl.constexpr,
+):  # fmt: skip
+    """Return what multiplying a with a factor makes of a stripe: [TERMS, COLS] if summed over rows, or [ROWS, TERMS].
+
+    The factor counts ``scale``² times, which may not be a float32 number; None for 1.
+    """
+    if OVER_ROWS:  # a stripe of columns
+        acc = tl.zeros([TERMS, COLS], tl.float32)
+        for row0 in range(0, n, ROWS):
+            g, error, lo, hi = load_parts(
+                g_ptr, error_ptr, lo_ptr, hi_ptr, row0, first, n, c, STORAGE, ROWS, COLS, ALIGNED, EVEN
+            )
+            factor = load_factor(factor_ptr, row0, n, factor_along, term0, r, factor_term, TERMS, ROWS, EVEN_TERMS)
+            if scale is not None:
+                factor = factor * scale * scale
+            acc = product(factor, add_error(g, error, lo, hi, magic, STORAGE, ROWS, COLS), acc, PRODUCTS)
+    else:  # a stripe of rows
+        acc = tl.zeros([ROWS, TERMS], tl.float32)
+        for col0 in range(0, c, COLS):
+            g, error, lo, hi = load_parts(
+                g_ptr, error_ptr, lo_ptr, hi_ptr, first, col0, n, c, STORAGE, ROWS, COLS, ALIGNED, EVEN
+            )
+            factor = load_factor(factor_ptr, col0, c, factor_along, term0, r, factor_term, TERMS, COLS, EVEN_TERMS)
+            if scale is not None:
+                factor = factor * scale * scale
+            acc = product(add_error(g, error, lo, hi, magic, STORAGE, ROWS, COLS), tl.trans(factor), acc, PRODUCTS)
+    return acc
 
 
 @triton.jit
@@ -289,22 +248,10 @@ def multiply_kernel(
     factor_ptr += b * factor_batch
     LENGTH: tl.constexpr = COLS if OVER_ROWS else ROWS
     first, count = tl.program_id(0) // pieces * LENGTH, c if OVER_ROWS else n
-    if OVER_ROWS:  # a stripe of columns
-        acc = tl.zeros([TERMS, COLS], tl.float32)
-        for row0 in range(0, n, ROWS):
-            g, error, lo, hi = load_parts(
-                g_ptr, error_ptr, lo_ptr, hi_ptr, row0, first, n, c, STORAGE, ROWS, COLS, ALIGNED, EVEN
-            )
-            factor = load_factor(factor_ptr, row0, n, factor_along, term0, r, factor_term, TERMS, ROWS, EVEN_TERMS)
-            acc = product(factor, add_error(g, error, lo, hi, magic, STORAGE, ROWS, COLS), acc, PRODUCTS)
-    else:  # a stripe of rows
-        acc = tl.zeros([ROWS, TERMS], tl.float32)
-        for col0 in range(0, c, COLS):
-            g, error, lo, hi = load_parts(
-                g_ptr, error_ptr, lo_ptr, hi_ptr, first, col0, n, c, STORAGE, ROWS, COLS, ALIGNED, EVEN
-            )
-            factor = load_factor(factor_ptr, col0, c, factor_along, term0, r, factor_term, TERMS, COLS, EVEN_TERMS)
-            acc = product(add_error(g, error, lo, hi, magic, STORAGE, ROWS, COLS), tl.trans(factor), acc, PRODUCTS)
+    acc = multiply_stripe(
+        g_ptr, error_ptr, lo_ptr, hi_ptr, magic, factor_ptr, factor_along, factor_term, None, first, term0, n, c, r,
+        STORAGE, OVER_ROWS, PRODUCTS, TERMS, ROWS, COLS, ALIGNED, EVEN, EVEN_TERMS,
+    )  # fmt: skip
     entry = first + tl.arange(0, LENGTH)
     term = term0 + tl.arange(0, TERMS)
     if OVER_ROWS:

@@ -17,22 +17,31 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_lowmem_optim.ops.block_quant import rounding_keys
-from hf_lowmem_optim.ops.triton.block_quant import block_range, decode, encode, load_codes, store_codes
+from hf_lowmem_optim.ops.triton.block_quant import (
+    block_range,
+    decode,
+    encode,
+    load_codes,
+    round_to_bfloat16,
+    store_codes,
+    uniform16,
+)
 from hf_lowmem_optim.ops.triton.device import address_table, aligned, on_device
 from hf_lowmem_optim.ops.triton.residual import (
     BLOCK,
     POINTEE,
+    TWO_23,
     Residual,
     add_error,
     batch_pointers,
     load_factor,
     load_parts,
     product,
-    store_error,
+    unit_of,
     update_tile,
 )
 
-__all__ = ["Descent", "Pair", "update_"]
+__all__ = ["Descent", "Pair", "descend_tile", "store_error", "update_"]
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 """Thin factors of a product: left [batch, rows, r] and right [batch, r, columns]."""
@@ -120,22 +129,107 @@ def update_kernel(
             )  # fmt: skip
     if weights_ptr is not None:
         weight_ptr = tl.load(weights_ptr + b).to(tl.pointer_type(WEIGHT))
-        row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
-        at = weight_ptr + (row0.to(tl.int64) * c + col0) + (row * c)[:, None] + col[None, :]
-        if ALIGNED_WEIGHTS:
-            at = tl.multiple_of(at, (1, 16))
-        inside = (row < n - row0)[:, None] & (col < c - col0)[None, :]
-        weight = tl.load(at) if EVEN else tl.load(at, mask=inside, other=0.0)
         descent = add_product(
             tl.zeros([ROWS, COLS], tl.float32), left2_ptr + b * left2_batch, left2_along, left2_term,
             right2_ptr + b * right2_batch, right2_along, right2_term, row0, n, col0, c, r,
             PRODUCTS, MORE_TERMS, TERMS, ROWS, COLS, EVEN_TERMS,
         )  # fmt: skip
-        weight = (decay * weight.to(tl.float32) - step_size * descent).to(WEIGHT)
-        if EVEN:
-            tl.store(at, weight)
+        descend_tile(weight_ptr, descent, row0, col0, n, c, decay, step_size, WEIGHT, ROWS, COLS, ALIGNED_WEIGHTS, EVEN)
+
+
+@triton.jit
+def descend_tile(
+    weight_ptr, descent, row0, col0, n, c, decay, step_size,
+    WEIGHT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Write a tile of weights: W ← decay·W − step_size·descent."""
+    row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
+    at = weight_ptr + (tl.cast(row0, tl.int64) * c + col0) + (row * c)[:, None] + col[None, :]
+    if ALIGNED:
+        at = tl.multiple_of(at, (1, 16))
+    inside = (row < n - row0)[:, None] & (col < c - col0)[None, :]
+    weight = tl.load(at) if EVEN else tl.load(at, mask=inside, other=0.0)
+    weight = (decay * weight.to(tl.float32) - step_size * descent).to(WEIGHT)
+    if EVEN:
+        tl.store(at, weight)
+    else:
+        tl.store(at, weight, mask=inside)
+
+
+@triton.jit
+def _smaller(x, y):
+    return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _larger(x, y):
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def store_error(
+    x, g_ptr, error_ptr, lo_ptr, hi_ptr, row0, col0, n, c, key0, key1,
+    STORAGE: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    ALIGNED: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Store a tile of the new error x, float32 [ROWS, COLS].
+
+    Codes are those of ``block_quant`` but for what lies within rounding of a half, and for blocks with a unit below
+    1e-37, which become lo. Blocks are parts of rows.
+    """
+    row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
+    start = tl.cast(row0, tl.int64) * c + col0
+    inside = (row < n - row0)[:, None]
+    if STORAGE == "dense" or STORAGE == "grad":
+        at = (row * c)[:, None] + col[None, :]
+        if STORAGE == "dense":
+            x_at = error_ptr + start + at
         else:
-            tl.store(at, weight, mask=inside)
+            x_at = tl.multiple_of(g_ptr + start + at, (1, 16)) if ALIGNED else g_ptr + start + at
+        x = x.to(x_at.dtype.element_ty)
+        if EVEN:
+            tl.store(x_at, x)
+        else:
+            tl.store(x_at, x, mask=inside & (col < c - col0)[None, :])
+    else:
+        tl.static_assert(error_ptr.dtype.element_ty == tl.int32)
+        NUM_BLOCKS: tl.constexpr = COLS // 64
+        LEVELS: tl.constexpr = 15.0 if STORAGE == "4bit" else 255.0
+        PER_WORD: tl.constexpr = 8 if STORAGE == "4bit" else 4
+        x = tl.reshape(x, (ROWS, NUM_BLOCKS, 64))
+        lo = round_to_bfloat16(tl.reduce(x, 2, _smaller), False)
+        hi = round_to_bfloat16(tl.reduce(x, 2, _larger), True)
+        finite = hi - lo < float("inf")
+        lo = tl.where(finite, tl.where(lo == 0.0, 0.0, lo), float("nan"))
+        hi = tl.where(finite, tl.where(hi == 0.0, 0.0, hi), float("nan"))
+        unit = unit_of(lo, hi, STORAGE)
+        inverse = tl.where(unit > 1e-37, 1.0 / unit, 0.0)[:, :, None]  # below, 1/unit may be infinite
+        above = tl.where(finite[:, :, None], x - lo[:, :, None], 0.0)
+        if STOCHASTIC:
+            index = start + (row * c)[:, None] + col[None, :]
+            draw = tl.reshape(uniform16(index, key0, key1), (ROWS, NUM_BLOCKS, 64))
+            code = tl.minimum(tl.floor(tl.fma(above, inverse, draw)), LEVELS) + TWO_23
+        else:  # to nearest by the mantissa; lo ≤ x ≤ hi, so that there is nothing to clamp
+            code = tl.fma(above, inverse, TWO_23)
+        if STORAGE == "4bit":  # 2²³ + 16·even + odd: a byte from two codes
+            even, odd = tl.split(tl.reshape(code, (ROWS, COLS // 8, 4, 2)))
+            byte = tl.fma(even - TWO_23, 16.0, odd)
+        else:
+            byte = tl.reshape(code, (ROWS, COLS // 4, 4))
+        words = tl.sum((byte.to(tl.int32, bitcast=True) & 255) << (tl.arange(0, 4) * 8)[None, None, :], axis=2)
+        word, block = tl.arange(0, COLS // PER_WORD), tl.arange(0, NUM_BLOCKS)
+        word_at = error_ptr + start // PER_WORD + (row * (c // PER_WORD))[:, None] + word[None, :]
+        block_at = start // 64 + (row * (c // 64))[:, None] + block[None, :]
+        lo, hi = lo.to(tl.bfloat16), hi.to(tl.bfloat16)
+        if EVEN:
+            tl.store(word_at, words)
+            tl.store(lo_ptr + block_at, lo)
+            tl.store(hi_ptr + block_at, hi)
+        else:
+            tl.store(word_at, words, mask=inside & (word < (c - col0) // PER_WORD)[None, :])
+            there = inside & (block < (c - col0) // 64)[None, :]
+            tl.store(lo_ptr + block_at, lo, mask=there)
+            tl.store(hi_ptr + block_at, hi, mask=there)
 
 
 @triton.jit
