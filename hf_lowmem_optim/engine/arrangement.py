@@ -133,7 +133,7 @@ def _facts(
     grads: list[Any] = [param.grad for param in params]
     values = [value for state in states for value in state.values()]
     parts = [value for value in values if type(value) is Tensor]
-    counts: dict[Any, int] = {}
+    counts = [state.get("step", 0) for state in states]
     # not those that a schedule changes
     names = *method.layout_options, *method.shared_options
     return [
@@ -154,7 +154,7 @@ def _facts(
         *map(Tensor.storage_offset, parts),
         *map(hash, map(_shape, parts)),
         *map(_dtype, parts),
-        *[counts.setdefault(state.get("step", 0), len(counts)) for state in states],
+        *map(dict(zip(counts, range(len(counts)), strict=True)).get, counts),
     ]
 
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from hf_lowmem_optim.engine.buckets import SHARED_PREFIX, TensorUpdate, split_state
 from hf_lowmem_optim.engine.checks import check_part, describe_parameter
 from hf_lowmem_optim.engine.method import Method
+from hf_lowmem_optim.engine.options import Options
 
 __all__ = [
     "SHARED_STEP",
@@ -102,21 +104,24 @@ def place_system_(state: dict[str, Any], home: Tensor, group: Mapping[str, Any],
 
 def note_absent_(optimizer: Optimizer, method: Method, updates: Sequence[TensorUpdate], t: int) -> None:
     """Tell the tensors of the system that have no gradient in this step."""
-    for param, group, state in absent_members(optimizer, method, updates):
-        clear_row_(state, param, method.options_of(group), method, t)
+    for param, options, state in absent_members(optimizer, method, updates):
+        clear_row_(state, param, options, method, t)
 
 
 def absent_members(
     optimizer: Optimizer, method: Method, updates: Sequence[TensorUpdate]
-) -> Iterator[tuple[Tensor, dict[str, Any], dict[str, Any]]]:
-    """Yield the parameters of the system that have state but no gradient in this step, with group and state."""
+) -> Iterator[tuple[Tensor, Options, dict[str, Any]]]:
+    """Yield the parameters of the system that have state but no gradient in this step, with options and state."""
     present = {id(update.state) for update in updates}
     for group in optimizer.param_groups:
-        for param in group["params"]:
-            # `get`, because looking must not create entries
-            state = optimizer.state.get(param)
-            if state and id(state) not in present and method.compresses(param.shape, group):
-                yield param, group, state
+        # `get`, because looking must not create entries
+        states = [(param, optimizer.state.get(param)) for param in group["params"]]
+        absent = [(param, state) for param, state in states if state and id(state) not in present]
+        # made once: a model of many experts has as many absent ones
+        options = method.options_of(group) if absent else None
+        for param, state in absent:
+            if options is not None and method.compressed_state(param.shape, torch.float32, options) is not None:
+                yield param, options, state
 
 
 def clear_row_(state: dict[str, Any], param: Tensor, options: Any, method: Method, t: int) -> None:

@@ -45,8 +45,8 @@ def system_step_(optimizer: Any, members: Sequence[TensorUpdate], system: dict[s
     method: Method = optimizer.method
     t = system[SHARED_STEP] = system[SHARED_STEP] + 1
     absent = [
-        TensorUpdate(param, param, state, method.options_of(group), t)
-        for param, group, state in absent_members(optimizer, method, members)
+        TensorUpdate(param, param, state, options, t)
+        for param, options, state in absent_members(optimizer, method, members)
     ]
     dims = sorted({dim for one in (*members, *absent) for dim in sharded_dims(one.param.placements)})  # type: ignore[attr-defined]  # a DTensor
     team = Team.of(members[0].param.device_mesh, dims)  # type: ignore[attr-defined]  # a DTensor
