@@ -3,9 +3,12 @@
     python benchmarks/host_cost.py [--rounds 40] [--save benchmarks/results/host_cost.json]
 
 A GPU is done with a thousand small tensors long before the host has told it what to do, so that such a step takes as
-long as the host. The tensors lie on the CPU, and all that would be launched is left out: Triton's kernels, and the
-fused kernel of torch's AdamW; of LDAdam, whose launches torch's products stand between, the whole update. Gradients are
-others at each step, as after ``zero_grad``, and so is the learning rate. The methods take turns; figures are medians.
+long as the host. The tensors lie on the CPU, and all that would be launched is left out: Triton's kernels, and of
+torch's fused AdamW its kernel and the one that counts steps, which on a CPU is a call for each tensor; of LDAdam, whose
+launches torch's products stand between, the whole update. Gradients lie in two places in turn, where an allocator that
+reuses memory puts them after ``zero_grad``; each step has its learning rate. All tensors have gradients in every step:
+where other ones have some each time, a step finds out anew what is remembered here. The methods take turns; figures are
+medians.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from hf_lowmem_optim.ops import dispatch
 from hf_lowmem_optim.optimizers import LDAdam, MicroAdam, SparseGGT, SparseMFAC
 
 TENSORS = 1000
-#: Entries of each tensor: a compressed matrix, and a vector that takes the dense rule.
+#: Entries of each tensor: a matrix, which all compress, and a vector, which MicroAdam and LDAdam leave to AdamW.
 SHAPES = {"64 × 64": (64, 64), "64": (64,)}
 FUSED = "AdamW (torch, fused)"
 
@@ -42,7 +45,7 @@ def leave_out_launches() -> None:
     os.environ[dispatch.ENVIRONMENT_VARIABLE] = "triton"
     dispatch._triton_interprets = lambda: True
     JITFunction.__getitem__ = lambda self, grid: _nothing
-    torch._fused_adamw_ = _nothing  # type: ignore[assignment]
+    torch._fused_adamw_ = torch._foreach_add_ = _nothing  # type: ignore[assignment]
 
 
 def ldadam_without_update(params: Any, lr: float) -> torch.optim.Optimizer:
