@@ -153,6 +153,7 @@ def _facts(
         # in their storage, which several may share
         *map(Tensor.storage_offset, parts),
         *map(hash, map(_shape, parts)),
+        *map(Tensor.is_contiguous, parts),
         *map(_dtype, parts),
         *map(dict(zip(counts, range(len(counts)), strict=True)).get, counts),
     ]
