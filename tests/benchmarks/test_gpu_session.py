@@ -104,6 +104,7 @@ def test_a_script_takes_the_arguments_of_its_part(part: Part, monkeypatch: pytes
 
     monkeypatch.setattr(first.get(part.name, f"{module.__name__}.describe_run"), stop)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 36, 1 << 36))
+    monkeypatch.setattr("transformers.utils.logging.set_verbosity_error", lambda: None)  # for all tests after this one
     given = [*part.command, *(["--save", "x.json"] if part.kept else []), *(["--seconds", "5"] if part.timed else [])]
     monkeypatch.setattr(sys, "argv", given)
     with pytest.raises(Understood):
