@@ -2,7 +2,7 @@
 
 Between two steps of a run hardly anything changes but numbers: the same parameters have gradients, and weights and
 state are where they were. An :class:`Arrangement` says how the tensors were checked and put together, and of what that
-depends. Looking whether it still holds takes a tenth of what finding out takes, and on a GPU a step of many small
+depends. Looking whether it still holds takes a fraction of what finding out takes, and on a GPU a step of many small
 tensors is no faster than its Python.
 """
 
