@@ -33,6 +33,7 @@ def training_step_ms(model: nn.Module, optimizer: Optimizer, batch: Tensor) -> f
     if batch.is_cuda:
         torch.cuda.synchronize()
     start = time.perf_counter()
+    # torch does not annotate backward()
     loss_of(model, batch).backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     model.zero_grad()

@@ -76,7 +76,7 @@ def block_tables(
 
 
 class Launch:
-    """One launch for tensors of which all but one address stays, from call to call.
+    """One launch for tensors of which only one address each changes from call to call.
 
     Attributes:
         which: Their places among the tensors of the call.
