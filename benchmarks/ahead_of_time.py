@@ -89,7 +89,7 @@ def _type_of(value: Any) -> str:
     return "fp32"
 
 
-def _compile(kernel: Any, values: dict[str, Any], target: Target) -> Any:
+def compile_kernel(kernel: Any, values: dict[str, Any], target: Target) -> Any:
     """Specialize as triton's launcher would (constants, ones, multiples of 16), then compile."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -191,7 +191,7 @@ def _report(kernel: Any, values: dict[str, Any], programs: int, target: Target, 
     """Compile one kernel and return what the compilers say about it."""
     found = {"kernel": kernel.fn.__name__, "programs": programs, "code": None}
     try:
-        compiled = _compile(kernel, values, target)
+        compiled = compile_kernel(kernel, values, target)
     except Exception as error:  # whatever the compiler raises is the result
         return found | {"error": f"{type(error).__name__}: {error}"[-400:]}
     registers, spill_bytes = _registers_and_spills(compiled, target)

@@ -17,7 +17,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Before anything imports torch. What tests compute is too small to be shared between threads, which spin while they
 # wait; the cores are for several processes of pytest. Tests of threads set their own number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Before anything imports triton, as transformers' Trainer does: the kernel tests run in its interpreter.
+# Before anything imports triton, as transformers' Trainer does: the kernel tests run in its interpreter, or compiled for
+# the GPU that is named, on an emulator.
+if "EMULATE" in os.environ:
+    from tests.ops import emulator
+
+    emulator.enable(*os.environ["EMULATE"].split(","))
 os.environ.setdefault("TRITON_INTERPRET", "1")
 # numba's cache does not notice a change in a jit function that another file calls: a cache per state of the sources.
 # It serves every run on them, also that of .ci/oldest.

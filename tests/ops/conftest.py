@@ -1,6 +1,7 @@
 """Tests of operations: Triton's interpreter, repaired, unless the run says that kernels are to be compiled for a GPU.
 
-``TRITON_INTERPRET=0 pytest -m gpu tests/ops`` runs the same cases on the device. Tests that compile kernels ahead
+``TRITON_INTERPRET=0 pytest -m gpu tests/ops`` runs the same cases on the device, and ``EMULATE=sm80 pytest tests/ops``
+without one, on ``emulator``. Tests that compile kernels ahead
 of time do it in a subprocess without the variable.
 """
 
@@ -14,7 +15,7 @@ import pytest
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of triton
 
-if os.environ["TRITON_INTERPRET"] == "1" and importlib.util.find_spec("triton"):
+if os.environ["TRITON_INTERPRET"] == "1" and "EMULATE" not in os.environ and importlib.util.find_spec("triton"):
     from tests.ops import interpreter
 
     interpreter.enable()

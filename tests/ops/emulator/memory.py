@@ -1,0 +1,174 @@
+"""Global and shared memory: what a launch reads and writes, and whether its threads race.
+
+Memory is remembered by granules, the kernel's narrowest access: which warp wrote each last, and which warps have read
+it since the last barrier. Epochs number the barriers; those of a launch pass together. Two accesses, one of them a
+write, conflict when they are of different warps in one epoch, or of different CTAs whenever. Exempt is a write of
+the value that is there already, and one after a read by replicas: by one instruction, in which the writer took part.
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from .parse import TYPES
+
+if TYPE_CHECKING:
+    from .machine import Machine
+
+_SEVERAL = -1
+
+
+class _AddressSpace:
+    """The process's memory, from the second page on."""
+
+    start = 4096
+    __array_interface__ = {"shape": ((1 << 47) - start,), "typestr": "|u1", "data": (start, False), "version": 3}
+
+
+_BYTES = np.asarray(_AddressSpace())
+
+
+class Memory:
+    """Bytes with an index for each, and granules with another."""
+
+    name: str
+
+    def __init__(self, data: np.ndarray, granule: int, num_granules: int) -> None:
+        self.views = {width: data.view(TYPES[8 * width]) for width in (1, 2, 4, 8)}
+        self.granule = granule
+        # 0 is never, and nobody: pages that are not touched cost nothing
+        self.wrote_epoch, self.wrote_warp, self.wrote_at = (np.zeros(num_granules, np.int32) for _ in range(3))
+        self.read_epoch, self.read_cta, self.read_at = (np.zeros(num_granules, np.int32) for _ in range(3))
+        self.read_warps = np.zeros(num_granules, np.uint32)
+
+    def locate(self, m: Machine, lanes: np.ndarray, addresses: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the index of the first byte and of the first granule; a fault where there is none."""
+        raise NotImplementedError
+
+    def load(self, m: Machine, lanes: np.ndarray, addresses: np.ndarray, width: int, count: int) -> list[np.ndarray]:
+        """Return ``count`` values of ``width`` bytes for each lane."""
+        at, granules = self._find(m, lanes, addresses, width * count)
+        self._read(m, *self._spread(granules, lanes, width * count))
+        return [self.views[width][at // width + place] for place in range(count)]
+
+    def store(self, m: Machine, lanes: np.ndarray, addresses: np.ndarray, values: list[np.ndarray]) -> None:
+        """Write the values of each lane next to each other."""
+        width = values[0].itemsize
+        values = [np.broadcast_to(each, lanes.shape) for each in values]
+        at, granules = self._find(m, lanes, addresses, width * len(values))
+        at, view = at // width, self.views[width]
+        changed = np.zeros(lanes.shape, bool)
+        for place, value in enumerate(values):
+            changed |= view[at + place] != value
+        granules, of_lanes = self._spread(granules, lanes, width * len(values))
+        self._write(m, granules, of_lanes, np.repeat(changed, granules.size // lanes.size))
+        for place, value in enumerate(values):
+            view[at + place] = value
+        for place, value in enumerate(values):
+            lost = view[at + place] != value
+            m.check(~lost, lanes, f"stores to {self.name} memory where another lane stores a different value")
+
+    def add(self, m: Machine, lanes: np.ndarray, addresses: np.ndarray, values: np.ndarray) -> None:
+        """Add to each address, atomically."""
+        width = values.itemsize
+        at, granules = self._find(m, lanes, addresses, width)
+        granules, of_lanes = self._spread(granules, lanes, width)
+        atomic = (self.wrote_at[granules] == m.now) & (self.wrote_epoch[granules] == m.epoch)
+        self._write(m, granules, of_lanes, ~atomic)
+        np.add.at(self.views[width], at // width, values)
+
+    def _find(self, m: Machine, lanes: np.ndarray, addresses: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+        m.check(addresses % size == 0, lanes, f"accesses {size} bytes of {self.name} memory at a misaligned address")
+        return self.locate(m, lanes, addresses, size)
+
+    def _spread(self, granules: np.ndarray, lanes: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return every granule of an access, and the lane of each."""
+        count = size // self.granule
+        if count == 1:
+            return granules, lanes
+        return (granules[:, None] + np.arange(count)).reshape(-1), np.repeat(lanes, count)
+
+    def _read(self, m: Machine, granules: np.ndarray, lanes: np.ndarray) -> None:
+        """Check reads against earlier writes, and remember them."""
+        warp, cta = m.warp[lanes], m.cta[lanes]
+        then, writer = self.wrote_epoch[granules], self.wrote_warp[granules]
+        safe = (then == 0) | (writer == warp) | ((then != m.epoch) & (writer // m.warps == cta))
+        m.check(safe, lanes, f"reads {self.name} memory that another warp writes", self.wrote_at[granules])
+        fresh = granules[self.read_epoch[granules] != m.epoch]
+        self.read_epoch[fresh], self.read_warps[fresh], self.read_at[fresh] = m.epoch, 0, m.now
+        self.read_at[granules[self.read_at[granules] != m.now]] = _SEVERAL
+        np.bitwise_or.at(self.read_warps, granules, m.bit[lanes])
+        reader = self.read_cta[granules]
+        self.read_cta[granules] = np.where((reader == 0) | (reader == cta + 1), cta + 1, _SEVERAL)
+        self.read_cta[granules[self.read_cta[granules] != cta + 1]] = _SEVERAL
+
+    def _write(self, m: Machine, granules: np.ndarray, lanes: np.ndarray, changed: np.ndarray) -> None:
+        """Check writes against earlier reads and writes, and remember them."""
+        warp, cta, bit = m.warp[lanes], m.cta[lanes], m.bit[lanes]
+        then, writer = self.wrote_epoch[granules], self.wrote_warp[granules]
+        safe = ~changed | (then == 0) | (writer == warp) | ((then != m.epoch) & (writer // m.warps == cta))
+        m.check(safe, lanes, f"writes {self.name} memory that another warp writes", self.wrote_at[granules])
+        reader, at, warps = self.read_cta[granules], self.read_at[granules], self.read_warps[granules]
+        replicas = (at != _SEVERAL) & ((warps & bit) != 0)
+        alone = (self.read_epoch[granules] != m.epoch) | ((warps & ~bit) == 0) | replicas
+        safe = ~changed | (reader == 0) | ((reader == cta + 1) & alone)
+        m.check(safe, lanes, f"writes {self.name} memory that another warp reads", at)
+        self.wrote_epoch[granules], self.wrote_warp[granules], self.wrote_at[granules] = m.epoch, warp, m.now
+
+
+class Global(Memory):
+    """The process's memory, as far as a tensor on the CPU owns it."""
+
+    name = "global"
+
+    def __init__(self, granule: int) -> None:
+        bounds = _storages()
+        self.starts, self.stops = bounds[:, 0].copy(), bounds[:, 1].copy()
+        self.floors = self.starts // 16 * 16
+        sizes = (self.stops - self.floors) // granule + 1
+        self.first = np.cumsum(sizes) - sizes
+        super().__init__(_BYTES, granule, int(sizes.sum()))
+
+    def locate(self, m: Machine, lanes: np.ndarray, addresses: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+        addresses = addresses.astype(np.int64)
+        tensor = np.searchsorted(self.starts, addresses, "right") - 1
+        inside = (tensor >= 0) & (addresses + size <= self.stops[tensor])
+        m.check(inside, lanes, f"accesses {size} bytes of global memory outside the tensors")
+        granules = self.first[tensor] + (addresses - self.floors[tensor]) // self.granule
+        return addresses - _AddressSpace.start, granules
+
+
+class Shared(Memory):
+    """The shared memory of CTAs side by side."""
+
+    name = "shared"
+
+    def __init__(self, size: int, num_ctas: int, granule: int) -> None:
+        self.used, self.size = size, -(-size // 16) * 16
+        super().__init__(np.full(self.size * num_ctas, 0xFF, np.uint8), granule, self.size * num_ctas // granule)
+
+    def locate(self, m: Machine, lanes: np.ndarray, addresses: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+        addresses = addresses.astype(np.int64)
+        m.check(addresses + size <= self.used, lanes, f"accesses {size} bytes outside the shared memory")
+        at = addresses + self.size * (m.cta[lanes] - m.cta[0])
+        return at, at // self.granule
+
+
+def _storages() -> np.ndarray:
+    """Return the bounds of all storages of live CPU tensors, ascending; those that overlap are one."""
+    found = set()
+    for each in gc.get_objects():
+        if type(each) in (torch.Tensor, torch.nn.Parameter) and each.device.type == "cpu":
+            if each.layout == torch.strided and (storage := each.untyped_storage()).nbytes():
+                found.add((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
+    bounds: list[list[int]] = []
+    for start, stop in sorted(found):
+        if bounds and start < bounds[-1][1]:
+            bounds[-1][1] = max(stop, bounds[-1][1])
+        else:
+            bounds.append([start, stop])
+    return np.array(bounds, np.int64).reshape(-1, 2)
