@@ -15,7 +15,7 @@ from benchmarks.ahead_of_time import TARGETS, compile_kernel
 
 from .instructions import decode
 from .machine import Machine
-from .memory import Global
+from .memory import Global, remember_addresses
 from .parse import Program, parse
 
 _MAX_LANES = 1 << 16
@@ -71,6 +71,7 @@ def install(target: str, order: str) -> None:
         known[key].run(sizes, [*parameters, 0, 0], order)  # the last are scratch memory, which no kernel has
 
     JITFunction.run = run
+    remember_addresses()
 
 
 def _constant(parameter: Any, value: Any) -> bool:

@@ -8,11 +8,11 @@ the value that is there already, and one after a read by replicas: by one instru
 
 from __future__ import annotations
 
-import gc
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .parse import TYPES
 
@@ -126,8 +126,7 @@ class Global(Memory):
     name = "global"
 
     def __init__(self, granule: int) -> None:
-        bounds = _storages()
-        self.starts, self.stops = bounds[:, 0].copy(), bounds[:, 1].copy()
+        self.starts, self.stops = _bounds()
         self.floors = self.starts // 16 * 16
         sizes = (self.stops - self.floors) // granule + 1
         self.first = np.cumsum(sizes) - sizes
@@ -136,8 +135,7 @@ class Global(Memory):
     def locate(self, m: Machine, lanes: np.ndarray, addresses: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
         addresses = addresses.astype(np.int64)
         tensor = np.searchsorted(self.starts, addresses, "right") - 1
-        inside = (tensor >= 0) & (addresses + size <= self.stops[tensor])
-        m.check(inside, lanes, f"accesses {size} bytes of global memory outside the tensors")
+        m.check(addresses + size <= self.stops[tensor], lanes, f"accesses {size} bytes of global memory outside the tensors")
         granules = self.first[tensor] + (addresses - self.floors[tensor]) // self.granule
         return addresses - _AddressSpace.start, granules
 
@@ -158,17 +156,33 @@ class Shared(Memory):
         return at, at // self.granule
 
 
-def _storages() -> np.ndarray:
-    """Return the bounds of all storages of live CPU tensors, ascending; those that overlap are one."""
-    found = set()
-    for each in gc.get_objects():
-        if type(each) in (torch.Tensor, torch.nn.Parameter) and each.device.type == "cpu":
-            if each.layout == torch.strided and (storage := each.untyped_storage()).nbytes():
-                found.add((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
-    bounds: list[list[int]] = []
-    for start, stop in sorted(found):
-        if bounds and start < bounds[-1][1]:
-            bounds[-1][1] = max(stop, bounds[-1][1])
+#: Where storages start whose address somebody asked for: themselves, and where they stop.
+_storages: dict[int, tuple[StorageWeakRef, int]] = {}
+_data_ptr = torch.Tensor.data_ptr
+
+
+def remember_addresses() -> None:
+    """Have ``Tensor.data_ptr()`` note the storage, which kernels may then access: also through tables of addresses."""
+
+    def data_ptr(self: torch.Tensor) -> int:
+        address = _data_ptr(self)
+        if address and self.device.type == "cpu":
+            storage = self.untyped_storage()
+            _storages[storage.data_ptr()] = StorageWeakRef(storage), storage.data_ptr() + storage.nbytes()
+        return address
+
+    torch.Tensor.data_ptr = data_ptr
+
+
+def _bounds() -> tuple[np.ndarray, np.ndarray]:
+    """Return where the storages that still exist start, ascending, and stop; those that overlap are one."""
+    starts, stops = [0], [0]
+    for start, (storage, stop) in sorted(_storages.items()):
+        if storage.expired():
+            del _storages[start]
+        elif start < stops[-1]:
+            stops[-1] = max(stop, stops[-1])
         else:
-            bounds.append([start, stop])
-    return np.array(bounds, np.int64).reshape(-1, 2)
+            starts.append(start)
+            stops.append(stop)
+    return np.array(starts), np.array(stops)
