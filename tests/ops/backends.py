@@ -19,7 +19,9 @@ from hf_lowmem_optim.ops.block_topk import foreach_block_topk_
 from hf_lowmem_optim.ops.window import SparseWindow, kept_per_block
 from hf_lowmem_optim.spec import QuantFormat, quantized_specs
 
+#: Triton serves CPU tensors: in its interpreter, or compiled, on an emulated GPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+EMULATED = "EMULATE" in os.environ
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")]
 FAST = [pytest.param("triton", marks=[] if INTERPRETED else ON_GPU), pytest.param("cpu")]

@@ -19,6 +19,8 @@ from .memory import Global, remember_addresses
 from .parse import Program, parse
 
 _MAX_LANES = 1 << 16
+#: By kernel and specialization.
+_compiled: dict[Any, Compiled] = {}
 
 
 class Compiled:
@@ -52,23 +54,21 @@ def _narrowest(ptx: str, space: str) -> int:
 
 def install(target: str, order: str) -> None:
     """Replace what triton does to launch a kernel."""
-    known: dict[Any, Compiled] = {}
-
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         values = dict(zip(self.arg_names, args, strict=False)) | kwargs
         sizes = (*(grid(values) if isinstance(grid, Callable) else grid), 1, 1)[:3]
         if 0 in sizes:
             return
         key = (self, tuple((name, _specialized(self, name, value)) for name, value in values.items()))
-        if key not in known:
+        if key not in _compiled:
             os.environ["TRITON_INTERPRET"] = "0"
             try:
                 compiled = compile_kernel(self, values, TARGETS[target])
             finally:
                 os.environ["TRITON_INTERPRET"] = "1"
-            known[key] = Compiled(compiled.asm["ptx"], compiled.metadata.shared)
+            _compiled[key] = Compiled(compiled.asm["ptx"], compiled.metadata.shared)
         parameters = [_bits(values[each.name]) for each in self.params if not _constant(each, values[each.name])]
-        known[key].run(sizes, [*parameters, 0, 0], order)  # the last are scratch memory, which no kernel has
+        _compiled[key].run(sizes, [*parameters, 0, 0], order)  # the last are scratch memory, which no kernel has
 
     JITFunction.run = run
     remember_addresses()

@@ -1,0 +1,181 @@
+"""The emulator of compiled kernels: what it runs agrees with torch, and it tells the faults that it is there for.
+
+Kernels are compiled or interpreted, for good, when triton is imported: whatever launches some does it in a process of
+its own, this file with ``EMULATE`` set. That also runs the tests of other operations that are named here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.ops.backends import EMULATED, python
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from tests.ops.emulator import instructions  # noqa: E402
+
+emulated = pytest.mark.skipif(not EMULATED, reason="in a process of its own, by the first test")
+Edit = Callable[[Callable[[str], str]], None]
+
+FOR_BOTH = (
+    "test_emulator.py",
+    "test_block_topk.py::test_common_blocks_agree_bit_for_bit[many ties-4bit-triton]",
+)
+#: Tests by target and order of the warps.
+RUNS = {"sm80,lock step": (), "sm90,descending": ()}
+
+
+@pytest.mark.skipif(EMULATED, reason="runs the others")
+@pytest.mark.parametrize("how", RUNS)
+def test_kernels_agree_as_compiled(how: str) -> None:
+    tests = [f"tests/ops/{name}" for name in (*FOR_BOTH, *RUNS[how])]
+    run = python("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, EMULATE=how, TRITON_INTERPRET=None)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+
+
+@JITFunction  # triton.jit makes an interpreted one of it
+def reverse_kernel(x_ptr, scratch_ptr, y_ptr, BARRIER: tl.constexpr):
+    lane = tl.arange(0, 256)
+    tl.store(scratch_ptr + lane, tl.load(x_ptr + lane))
+    if BARRIER:
+        tl.debug_barrier()
+    tl.store(y_ptr + lane, tl.load(scratch_ptr + 255 - lane))
+
+
+@JITFunction  # triton.jit makes an interpreted one of it
+def cumulate_kernel(x_ptr, y_ptr):
+    lane = tl.arange(0, 256)
+    tl.store(y_ptr + lane, tl.cumsum(tl.load(x_ptr + lane), 0))
+
+
+@JITFunction  # triton.jit makes an interpreted one of it
+def copy_kernel(x_ptr, y_ptr, start, stop, EACH: tl.constexpr):
+    lane = tl.arange(0, 256)
+    start = tl.multiple_of(start, EACH)
+    x = tl.load(x_ptr + start + lane, mask=lane < tl.multiple_of(stop, EACH))
+    tl.store(y_ptr + lane // (8 // EACH), x)
+
+
+@JITFunction  # triton.jit makes an interpreted one of it
+def neighbour_kernel(x_ptr, y_ptr, STEP: tl.constexpr):
+    program = tl.program_id(0)
+    tl.store(x_ptr + program, program)
+    tl.debug_barrier()
+    tl.store(y_ptr + program, tl.load(x_ptr + (program + STEP) % tl.num_programs(0)))
+
+
+def numbers(count: int = 256) -> torch.Tensor:
+    return torch.arange(1, count + 1, dtype=torch.float32)
+
+
+@pytest.fixture
+def edit(monkeypatch: pytest.MonkeyPatch) -> Edit:
+    """Have the PTX changed that kernels are compiled to."""
+    from tests.ops.emulator import launch
+
+    def change(how: Callable[[str], str]) -> None:
+        stock = launch.compile_kernel
+
+        def compile_and_change(*given: Any) -> Any:
+            compiled = stock(*given)
+            assert (changed := how(compiled.asm["ptx"])) != compiled.asm["ptx"]
+            return SimpleNamespace(asm={"ptx": changed}, metadata=compiled.metadata)
+
+        monkeypatch.setattr(launch, "compile_kernel", compile_and_change)
+        monkeypatch.setattr(launch, "_compiled", {})
+
+    return change
+
+
+def cumulated() -> torch.Tensor:
+    y = torch.empty(256)
+    cumulate_kernel[(1,)](numbers(), y)
+    return y
+
+
+@emulated
+def test_a_kernel_without_fault_passes() -> None:
+    x, y = numbers(), torch.empty(256)
+    reverse_kernel[(1,)](x, torch.empty(256), y, BARRIER=True)
+    assert torch.equal(y, x.flip(0))
+    assert torch.equal(cumulated(), x.cumsum(0))
+    copy_kernel[(1,)](x[:250], y, 4, 246, EACH=8)
+    assert torch.equal(y[:246], x[4:250])
+    neighbour_kernel[(300,)](torch.empty(300), y := torch.empty(300), STEP=0)
+    assert torch.equal(y, torch.arange(300.0))
+
+
+@emulated
+def test_races_are_told() -> None:
+    x, y = numbers(), torch.empty(256)
+    fault = r"reverse_kernel: thread \d+ of CTA 0 reads global memory that another warp writes: PTX line \d+ `ld.global"
+    with pytest.raises(AssertionError, match=fault + r".*\(test_emulator.py:\d+:\d+\) against .*st.global"):
+        reverse_kernel[(1,)](x, torch.empty(256), y, BARRIER=False)
+    with pytest.raises(AssertionError, match="of CTA . (reads|writes) global memory that another warp (reads|writes)"):
+        neighbour_kernel[(2,)](x, y, STEP=1)
+
+
+@emulated
+def test_accesses_that_are_none_are_told() -> None:
+    with pytest.raises(AssertionError, match="accesses 4 bytes of global memory outside the tensors"):
+        copy_kernel[(1,)](numbers(200), torch.empty(256), 3, 198, EACH=1)
+    with pytest.raises(AssertionError, match="accesses 8 bytes of global memory at a misaligned address.*ld.global.v2"):
+        copy_kernel[(1,)](numbers(), torch.empty(256), 3, 200, EACH=8)
+    with pytest.raises(AssertionError, match="stores to global memory where another lane stores a different value"):
+        copy_kernel[(1,)](numbers(), torch.empty(256), 0, 256, EACH=1)
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda ptx: ptx.replace("bar.sync", "// "), "(reads|writes) shared memory that another warp (reads|writes)"),
+        (
+            lambda ptx: ptx.replace("bar.sync", "setp.lt.u32 %p99, %tid.x, 32; @%p99 ret; bar.sync", 1),
+            "threads of CTA 0 wait at",
+        ),
+        (lambda ptx: ptx.replace("global_smem;", "2147483647;"), "shared memory"),
+        (lambda ptx: ptx.replace("add.f32", "add.rz.f32"), "PTX line .* `add.rz.f32.*modifiers"),
+        (
+            lambda ptx: ptx.replace("shfl.", "setp.lt.u32 %p99, %tid.x, 16; @!%p99 shfl.", 1),
+            "gets a value from a lane that does not take part",
+        ),
+    ],
+)
+def test_faults_in_shared_memory_are_told(edit: Edit, change: Callable[[str], str], fault: str) -> None:
+    edit(change)
+    with pytest.raises((AssertionError, NotImplementedError), match=fault):
+        cumulated()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_fused_operations_round_once(dtype: type[np.floating[Any]]) -> None:
+    """Also what cancels, where the exact product decides between neighbours, and where it is subnormal."""
+    random, half, tiny = np.random.default_rng(0), np.finfo(dtype).epsneg, np.finfo(dtype).smallest_subnormal
+    x, y = (random.standard_normal(300) * 2.0 ** random.integers(-30, 30, 300) for _ in range(2))
+    z = np.where(random.random(300) < 0.5, -x * y, random.standard_normal(300))
+    x = np.r_[x, 1 + 2 * half, 1, 1, 1 - half, tiny, 0.5, 1.5, 0, 1].astype(dtype)
+    y = np.r_[y, 1 - half, half, half * (1 + 4 * half), half, tiny, tiny, tiny, 5, 1].astype(dtype)
+    z = np.r_[z, 1, 1 + 2 * half, 1, 1, 1, tiny, 0, tiny, -1].astype(dtype)
+    fused = instructions.fused32 if dtype == np.float32 else instructions.fused64
+    with np.errstate(all="ignore"):
+        got = fused(x, y, z)
+        for factors in zip(x, y, z, got, strict=True):
+            a, b, c, result = (Fraction(float(each)) for each in factors)
+            for neighbour in (np.nextafter(factors[3], dtype(end)) for end in (-np.inf, np.inf)):
+                nearer = abs(Fraction(float(neighbour)) - a * b - c) - abs(result - a * b - c)
+                is_even = factors[3].view(f"u{factors[3].itemsize}") % 2 == 0
+                assert nearer > 0 or (nearer == 0 and is_even), factors
+    infinite = np.array([np.inf, 2.0, -0.0], dtype), np.array([0.0, np.finfo(dtype).max, 1], dtype), np.zeros(3, dtype)
+    with np.errstate(all="ignore"):
+        special = fused(infinite[0], infinite[1], -infinite[2])
+    assert np.isnan(special[0]) and np.isinf(special[1]) and np.signbit(special[2])
