@@ -135,7 +135,8 @@ def _described(
     if mode == 0 and transposed:
         raise NotImplementedError("a transposed matrix without a swizzle")
     addresses = start + across // 8 * stride + across % 8 * width + along // width * leading + along % width
-    addresses ^= ((addresses >> 7) & (8 >> mode) - 1 if mode else 0) << 4
+    swizzled = (16 >> mode) - 1 if mode else 0
+    addresses ^= ((addresses >> 7) & swizzled) << 4
     lanes = np.broadcast_to(lanes[:, None, None], addresses.shape).reshape(-1)
     (bits,) = m.memories["shared"].load(m, lanes, addresses.reshape(-1), size, 1)
     if kind == "f16":
