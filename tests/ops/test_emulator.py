@@ -21,7 +21,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from tests.ops.emulator import instructions  # noqa: E402
+from tests.ops.emulator import values  # noqa: E402
 
 emulated = pytest.mark.skipif(not EMULATED, reason="in a process of its own, by the first test")
 Edit = Callable[[Callable[[str], str]], None]
@@ -58,11 +58,11 @@ def cumulate_kernel(x_ptr, y_ptr):
 
 
 @JITFunction  # triton.jit makes an interpreted one of it
-def copy_kernel(x_ptr, y_ptr, start, stop, EACH: tl.constexpr):
+def copy_kernel(x_ptr, y_ptr, start, stop, ALIGNED: tl.constexpr, SHARE: tl.constexpr):
     lane = tl.arange(0, 256)
-    entry = tl.max_contiguous(tl.multiple_of(start + lane, EACH), EACH)
+    entry = tl.max_contiguous(tl.multiple_of(start + lane, ALIGNED), ALIGNED)
     x = tl.load(x_ptr + entry, mask=lane // 8 < stop)
-    tl.store(y_ptr + lane // (8 // EACH), x)
+    tl.store(y_ptr + lane // SHARE, x)
 
 
 @JITFunction  # triton.jit makes an interpreted one of it
@@ -70,7 +70,7 @@ def neighbour_kernel(x_ptr, y_ptr, STEP: tl.constexpr):
     program = tl.program_id(0)
     tl.store(x_ptr + program, program)
     tl.debug_barrier()
-    tl.store(y_ptr + program, tl.load(x_ptr + (program + STEP) % tl.num_programs(0)))
+    tl.store(y_ptr + program, tl.load(x_ptr + (program ^ STEP)))
 
 
 def numbers(count: int = 256) -> torch.Tensor:
@@ -87,8 +87,9 @@ def edit(monkeypatch: pytest.MonkeyPatch) -> Edit:
 
         def compile_and_change(*given: Any) -> Any:
             compiled = stock(*given)
-            assert (changed := how(compiled.asm["ptx"])) != compiled.asm["ptx"]
-            return SimpleNamespace(asm={"ptx": changed}, metadata=compiled.metadata)
+            changed = how(compiled.asm["ptx"])
+            assert changed != compiled.asm["ptx"]
+            return SimpleNamespace(asm={"ptx": changed}, metadata=compiled.metadata, src=compiled.src)
 
         monkeypatch.setattr(launch, "compile_kernel", compile_and_change)
         monkeypatch.setattr(launch, "_compiled", {})
@@ -108,7 +109,7 @@ def test_a_kernel_without_fault_passes() -> None:
     reverse_kernel[(1,)](x, torch.empty(256), y, BARRIER=True)
     assert torch.equal(y, x.flip(0))
     assert torch.equal(cumulated(), x.cumsum(0))
-    copy_kernel[(1,)](x[:248], y, 8, 30, EACH=8)
+    copy_kernel[(1,)](x[:248], y, 8, 30, ALIGNED=8, SHARE=1)
     assert torch.equal(y[:240], x[8:248])
     neighbour_kernel[(300,)](torch.empty(300), y := torch.empty(300), STEP=0)
     assert torch.equal(y, torch.arange(300.0))
@@ -117,21 +118,22 @@ def test_a_kernel_without_fault_passes() -> None:
 @emulated
 def test_races_are_told() -> None:
     x, y = numbers(), torch.empty(256)
-    fault = r"reverse_kernel: thread \d+ of CTA 0 reads global memory that another warp writes: PTX line \d+ `ld.global"
-    with pytest.raises(AssertionError, match=fault + r".*\(test_emulator.py:\d+:\d+\) against .*st.global"):
+    conflict = "(reads global memory that another warp writes|writes global memory that another warp reads): "
+    places = r"PTX line \d+ `.*` \(test_emulator.py:\d+:\d+\) against PTX line \d+ `"
+    with pytest.raises(AssertionError, match=r"reverse_kernel: thread \d+ of CTA 0 " + conflict + places):
         reverse_kernel[(1,)](x, torch.empty(256), y, BARRIER=False)
-    with pytest.raises(AssertionError, match="of CTA . (reads|writes) global memory that another warp (reads|writes)"):
+    with pytest.raises(AssertionError, match="neighbour_kernel: .*" + conflict + places):
         neighbour_kernel[(2,)](x, y, STEP=1)
 
 
 @emulated
 def test_accesses_that_are_none_are_told() -> None:
     with pytest.raises(AssertionError, match="accesses 4 bytes of global memory outside the tensors"):
-        copy_kernel[(1,)](numbers(202), torch.empty(256), 3, 25, EACH=1)
-    with pytest.raises(AssertionError, match="accesses 8 bytes of global memory at a misaligned address.*ld.global.v2"):
-        copy_kernel[(1,)](numbers(), torch.empty(256), 3, 25, EACH=8)
+        copy_kernel[(1,)](numbers(202), torch.empty(256), 3, 25, ALIGNED=1, SHARE=1)
+    with pytest.raises(AssertionError, match=r"accesses 8 bytes of global memory at a misaligned address.*v2"):
+        copy_kernel[(1,)](numbers(), torch.empty(256), 3, 25, ALIGNED=8, SHARE=1)
     with pytest.raises(AssertionError, match="stores to global memory where another lane stores a different value"):
-        copy_kernel[(1,)](numbers(), torch.empty(256), 0, 32, EACH=1)
+        copy_kernel[(1,)](numbers(), torch.empty(256), 0, 32, ALIGNED=1, SHARE=8)
 
 
 @emulated
@@ -166,7 +168,7 @@ def test_fused_operations_round_once(dtype: type[np.floating[Any]]) -> None:
     x = np.r_[x, 1 + 2 * half, 1, 1, 1 - half, tiny, 0.5, 1.5, 0, 1].astype(dtype)
     y = np.r_[y, 1 - half, half, half * (1 + 4 * half), half, tiny, tiny, tiny, 5, 1].astype(dtype)
     z = np.r_[z, 1, 1 + 2 * half, 1, 1, 1, tiny, 0, tiny, -1].astype(dtype)
-    fused = instructions.fused32 if dtype == np.float32 else instructions.fused64
+    fused = values.fused32 if dtype == np.float32 else values.fused64
     with np.errstate(all="ignore"):
         got = fused(x, y, z)
         for factors in zip(x, y, z, got, strict=True):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.ops.backends import INTERPRETED, python
+from tests.ops.backends import EMULATED, INTERPRETED, python
 
-if not INTERPRETED:
+if EMULATED or not INTERPRETED:
     pytest.skip("tests of the interpreter", allow_module_level=True)
 
 triton = pytest.importorskip("triton")

@@ -16,12 +16,12 @@ from torch.utils._pytree import tree_leaves
 from hf_lowmem_optim import OPTIMIZERS
 from hf_lowmem_optim.engine import buckets
 from hf_lowmem_optim.ops import low_rank
-from tests.ops.backends import INTERPRETED, QUIET, Use
+from tests.ops.backends import EMULATED, INTERPRETED, QUIET, Use
 from tests.optimizers.cases import CASES, gradients, make_params, run
 
 pytestmark = QUIET
 triton = pytest.importorskip("triton")
-if not INTERPRETED:
+if EMULATED or not INTERPRETED:
     pytest.skip("counts in the interpreter", allow_module_level=True)
 
 from triton.runtime.interpreter import GridExecutor  # noqa: E402

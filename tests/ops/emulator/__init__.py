@@ -1,13 +1,13 @@
 """Runs kernels as compiled for a GPU, on CPU tensors: an interpreter of PTX in numpy.
 
-Triton's interpreter runs a kernel's source; what the compiler makes of it, layouts, barriers, shared memory, vector
-accesses and tensor core instructions, it never sees. Here Triton compiles a launch for its target and every thread of
-every CTA executes the PTX, side by side. Registers start as garbage, and shared memory as NaNs. It is a
-:class:`~.machine.Fault`, which names the PTX and the source line, where threads race within or between CTAs, miss a
-barrier, access misaligned addresses or none of a tensor, or where lanes of a warp store different values to one address.
+Triton's interpreter runs a kernel's source. What the compiler makes of it, layouts, barriers, shared memory, vector
+accesses and tensor core instructions, it never sees. Here Triton compiles a launch for its target, and all threads of
+many CTAs execute the PTX side by side. Registers start as garbage, and shared memory as NaNs. A :class:`machine.Fault`
+names the PTX and the source where threads race, within or between CTAs, or miss a barrier; where they access a
+misaligned address, or none of a tensor; and where lanes of one instruction store different values to one address.
 
-``EMULATE=sm80 pytest tests/ops/test_block_topk.py`` runs tests on it; so does ``EMULATE=sm90``. Within a CTA all warps
-run in lock step; ``EMULATE=sm80,descending`` (``ascending``) has one warp after the other run to its barrier.
+``EMULATE=sm80 pytest tests/ops/test_block_topk.py`` runs tests on it; so does ``EMULATE=sm90``. All warps run in lock
+step; with ``EMULATE=sm80,descending`` or ``ascending`` one of a CTA after the other runs to its barrier.
 
 Not modelled: ptxas, which may fuse ``mul`` and ``add`` without ``.rn``; approximate instructions (they are exact here);
 the order in which tensor cores sum (float64 here); when an asynchronous product reads its operands; memory fences.

@@ -2,67 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 
-from .memory import Global, Memory, Shared
-from .parse import TYPES, WIDTHS, Instruction, Program
+from .memory import Memory
+from .parse import ALL, TYPES, WARP, WARP_GROUP, WIDTHS, Instruction, Lanes, Program
 
-#: Which lanes an instruction runs on: all of them, or these.
-Lanes = slice | np.ndarray
-#: What an instruction does to them.
-Step = Callable[["Machine", Lanes], None]
-ALL = slice(None)
-WARP, WARP_GROUP = 32, 128
 #: Added to where a lane goes on while it waits at a barrier; and where a lane is that has returned.
 _WAITING, _DONE = 1 << 20, 1 << 30
-_GARBAGE = {1: True, 16: 0xA5A5, 32: 0xA5A5A5A5, 64: 0xA5A5A5A5A5A5A5A5}
 
 
 class Fault(AssertionError):
-    """What a kernel does that a GPU need not bear."""
+    """What a kernel must not do: a GPU may compute anything."""
 
 
 class Machine:
     """Some CTAs of a launch."""
 
-    def __init__(
-        self, program: Program, steps: list[list[tuple[int, Step]]], parameters: list[int], grid: tuple[int, int, int], ctas: range
-    ) -> None:
-        self.program, self.steps, self.parameters = program, steps, parameters
+    def __init__(self, program: Program, grid: tuple[int, ...], ctas: range, parameters: list[int]) -> None:
+        self.program, self.parameters = program, parameters
         threads, lanes = program.num_threads, len(ctas) * program.num_threads
         self.ids = np.arange(lanes)
-        thread = self.ids % threads
-        self.warps = -(-threads // WARP)
+        thread, self.warps = self.ids % threads, -(-threads // WARP)
         self.cta = (self.ids // threads + ctas.start).astype(np.int32)
         self.warp = (self.cta * self.warps + thread // WARP).astype(np.int32)
         self.bit = np.uint32(1) << (thread // WARP).astype(np.uint32)
-        self.special = {"%tid.x": thread, "%laneid": thread % WARP, "%ntid.x": np.full(lanes, threads)}
-        x, y, z = grid
-        for axis, size, place in zip("xyz", grid, (self.cta % x, self.cta // x % y, self.cta // x // y), strict=True):
+        self.special = {"%tid.x": thread}
+        places = self.cta % grid[0], self.cta // grid[0] % grid[1], self.cta // grid[0] // grid[1]
+        for axis, size, place in zip("xyz", grid, places, strict=True):
             self.special |= {f"%ctaid.{axis}": place, f"%nctaid.{axis}": np.full(lanes, size)}
-        self.special = {name: values.astype(np.uint32) for name, values in self.special.items()}
         widths = [WIDTHS[name[1:].rstrip("0123456789")] for name in program.registers]
-        self.registers = [np.full(lanes, _GARBAGE[width], TYPES[width]) for width in widths]
-        self.pc = np.zeros(lanes, np.int32)
-        self.epoch, self.now = 1, 0
-        self.memories: dict[str, Memory] = {}
-        #: Asynchronous copies: how many groups each lane has committed; what was issued, lanes and their groups first.
+        garbage = 0xA5A5A5A5A5A5A5A5
+        self.registers = [np.full(lanes, garbage % (1 << width), TYPES[width]) for width in widths]
+        self.pc, self.now = np.zeros(lanes, np.int32), 0
+        #: Asynchronous copies: how many groups each lane has committed, and what has not happened yet.
         self.committed = np.zeros(lanes, np.int64)
-        self.copies: list[tuple[int, np.ndarray, np.ndarray, Any]] = []
+        self.copies: list[tuple[int, int, np.ndarray]] = []
 
-    def run(self, memory: Global, shared_bytes: int, granule: int, epoch: int, order: str) -> int:
+    def run(self, memories: dict[str, Memory], epoch: int, order: str) -> int:
         """Run all lanes to their end.
 
         Returns:
             The first epoch after it.
         """
-        num_ctas = self.ids.size // self.program.num_threads
-        self.epoch = epoch
-        self.memories = {"global": memory, "shared": Shared(shared_bytes, num_ctas, granule)}
-        turns = self._turns(order)
+        self.memories, self.epoch, turns = memories, epoch, self._turns(order)
         while (self.pc < _DONE).any():
             for lanes in turns:
                 self._run_to_barrier(lanes)
@@ -87,17 +69,16 @@ class Machine:
 
     def _run_block(self, block: int, lanes: Lanes) -> None:
         self.pc[lanes] = block + 1
-        for instruction, (number, step) in zip(self.program.blocks[block], self.steps[block], strict=True):
-            self.now = number
-            if instruction.guard is None:
-                step(self, lanes)
-                continue
-            register, wanted = instruction.guard
-            active = self.registers[register][lanes] == wanted
-            if active.all():
-                step(self, lanes)
-            elif active.any():
-                step(self, np.flatnonzero(active) if lanes is ALL else lanes[active])
+        for instruction in self.program.blocks[block]:
+            self.now, chosen = instruction.number, lanes
+            if instruction.guard is not None:
+                register, wanted = instruction.guard
+                active = self.registers[register][lanes] == wanted
+                if not active.any():
+                    continue
+                if not active.all():
+                    chosen = self.ids[lanes][active]
+            instruction.step(self, chosen)
 
     def wait(self, lanes: Lanes) -> None:
         """Hold the lanes at a barrier."""

@@ -14,19 +14,19 @@ import numpy as np
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .parse import TYPES
+from .parse import TYPES, Program
 
 if TYPE_CHECKING:
     from .machine import Machine
 
-_SEVERAL = -1
+_SEVERAL, _PAGE = -1, 4096
 
 
 class _AddressSpace:
     """The process's memory, from the second page on."""
 
-    start = 4096
-    __array_interface__ = {"shape": ((1 << 47) - start,), "typestr": "|u1", "data": (start, False), "version": 3}
+    def __init__(self) -> None:
+        self.__array_interface__ = {"shape": (1 << 47,), "typestr": "|u1", "data": (_PAGE, False), "version": 3}
 
 
 _BYTES = np.asarray(_AddressSpace())
@@ -68,9 +68,8 @@ class Memory:
         self._write(m, granules, of_lanes, np.repeat(changed, granules.size // lanes.size))
         for place, value in enumerate(values):
             view[at + place] = value
-        for place, value in enumerate(values):
-            lost = view[at + place] != value
-            m.check(~lost, lanes, f"stores to {self.name} memory where another lane stores a different value")
+        kept = np.all([view[at + place] == value for place, value in enumerate(values)], axis=0)
+        m.check(kept, lanes, f"stores to {self.name} memory where another lane stores a different value")
 
     def add(self, m: Machine, lanes: np.ndarray, addresses: np.ndarray, values: np.ndarray) -> None:
         """Add to each address, atomically."""
@@ -135,9 +134,10 @@ class Global(Memory):
     def locate(self, m: Machine, lanes: np.ndarray, addresses: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
         addresses = addresses.astype(np.int64)
         tensor = np.searchsorted(self.starts, addresses, "right") - 1
-        m.check(addresses + size <= self.stops[tensor], lanes, f"accesses {size} bytes of global memory outside the tensors")
+        inside = addresses + size <= self.stops[tensor]
+        m.check(inside, lanes, f"accesses {size} bytes of global memory outside the tensors")
         granules = self.first[tensor] + (addresses - self.floors[tensor]) // self.granule
-        return addresses - _AddressSpace.start, granules
+        return addresses - _PAGE, granules
 
 
 class Shared(Memory):
@@ -145,7 +145,7 @@ class Shared(Memory):
 
     name = "shared"
 
-    def __init__(self, size: int, num_ctas: int, granule: int) -> None:
+    def __init__(self, granule: int, size: int, num_ctas: int) -> None:
         self.used, self.size = size, -(-size // 16) * 16
         super().__init__(np.full(self.size * num_ctas, 0xFF, np.uint8), granule, self.size * num_ctas // granule)
 
@@ -154,6 +154,20 @@ class Shared(Memory):
         m.check(addresses + size <= self.used, lanes, f"accesses {size} bytes outside the shared memory")
         at = addresses + self.size * (m.cta[lanes] - m.cta[0])
         return at, at // self.granule
+
+
+def narrowest(program: Program, space: str) -> int:
+    """Return the bytes of a program's narrowest access to a space."""
+    sizes = [16]
+    for each in program.instructions:
+        if each.opcode[0] in ("ld", "st", "atom") and space in each.opcode:
+            count = next((int(part[1]) for part in each.opcode if part in ("v2", "v4")), 1)
+            sizes.append(int(each.opcode[-1][1:]) // 8 * count)
+        elif each.opcode[0] == "cp" and space in each.opcode:
+            sizes.append(int(each.operands[2], 0))
+        elif each.opcode[:2] == ["wgmma", "mma_async"] and space == "shared":
+            sizes.append(2)
+    return min(sizes)
 
 
 #: Where storages start whose address somebody asked for: themselves, and where they stop.

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+
+#: Which lanes an instruction runs on: all of them, or these.
+Lanes = slice | np.ndarray
+ALL = slice(None)
+#: What an instruction does, given the machine and the lanes.
+Step = Callable[[Any, Lanes], None]
+WARP, WARP_GROUP = 32, 128
 
 #: By a register's prefix.
 WIDTHS = {"p": 1, "rs": 16, "r": 32, "rd": 64}
 TYPES = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
-ENDS_A_BLOCK = ("bra", "ret", "bar")
 
 
 @dataclass(eq=False)
 class Instruction:
     """One instruction, and where it comes from: its line of PTX and what ``.loc`` says of the source."""
 
+    number: int
     text: str
     line: int
     where: str
     guard: tuple[int, bool] | None  # a predicate's register, and the value with which a lane takes part
     opcode: list[str]
     operands: list[str]
+    step: Step | None = None
 
     def __str__(self) -> str:
         return f"PTX line {self.line} `{self.text}` ({self.where})"
@@ -72,20 +82,19 @@ def parse(ptx: str) -> Program:
             if program.blocks[-1]:
                 program.blocks.append([])
             program.labels[code[:-1]] = len(program.blocks) - 1
-        elif program.num_threads and not code.startswith("."):
-            for text in code.strip("{}" if code in "{}" else "").split(";"):
-                if text.strip():
-                    _add(program, text.strip(), number, where)
+        elif program.num_threads and code != "{" and not code.startswith("."):
+            for text in filter(None, map(str.strip, code.split(";"))):
+                _add(program, text, number, where)
     raise ValueError(f"{program.name} has no end")
 
 
 def _add(program: Program, text: str, line: int, where: str) -> None:
     found = re.fullmatch(r"(?:@(!?)(%p\d+)\s+)?([\w.:]+)\s*(.*)", text)
-    if not found:
-        raise NotImplementedError(text)
+    assert found, text
     guard = (program.register(found[2])[0], not found[1]) if found[2] else None
-    instruction = Instruction(text, line, where, guard, re.split(r"[.:]+", found[3]), split(found[4]))
+    opcode, number = re.split(r"[.:]+", found[3]), len(program.instructions)
+    instruction = Instruction(number, text, line, where, guard, opcode, split(found[4]))
     program.instructions.append(instruction)
     program.blocks[-1].append(instruction)
-    if instruction.opcode[0] in ENDS_A_BLOCK and instruction.opcode[:2] != ["bar", "warp"]:
+    if opcode[0] in ("bra", "ret") or opcode[:2] == ["bar", "sync"]:
         program.blocks.append([])

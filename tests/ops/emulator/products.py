@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .machine import WARP, WARP_GROUP, Lanes, Step
+from .parse import WARP, WARP_GROUP, Lanes, Step
 
 if TYPE_CHECKING:
     from .instructions import Decoder, Source
@@ -20,21 +20,12 @@ _LANE = np.arange(WARP)
 _ROW, _COLUMN = _LANE // 4, _LANE % 4
 
 
-def decode(i: Decoder) -> Step:
-    """Return what a matrix instruction does."""
-    if i.opcode[0] == "mma":
-        return _mma(i)
-    if i.opcode[0] == "wgmma":
-        return _wgmma(i) if i.opcode[1] == "mma_async" else lambda m, lanes: None
-    return _matrix_access(i)
-
-
 def _values(bits: np.ndarray, kind: str) -> np.ndarray:
     """Return the numbers in registers of 32 bits, as the last dimension."""
     if kind == "tf32":
-        return (bits & np.uint32(0xFFFFE000)).view(np.float32)[..., None]
+        return (bits & 0xFFFFE000).view(np.float32)[..., None]
     halves = np.ascontiguousarray(bits)[..., None].view(np.uint16)
-    return halves.view(np.float16) if kind == "f16" else (halves.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return halves.view(np.float16) if kind == "f16" else (halves.astype(np.uint32) << 16).view(np.float32)
 
 
 def _registers(m: Machine, lanes: Lanes, sources: list[Source]) -> np.ndarray:
@@ -74,7 +65,8 @@ def _multiply_add(left: np.ndarray, right: np.ndarray, sums: np.ndarray) -> np.n
     return ((left @ right)[:, rows, columns] + sums).astype(np.float32)
 
 
-def _mma(i: Decoder) -> Step:
+def multiply_in_registers(i: Decoder) -> Step:
+    """Decode mma.sync."""
     kind = i.opcode[-2]
     shape = "m16n8k8" if kind == "tf32" else "m16n8k16"
     if i.opcode[1:] != ["sync", "aligned", shape, "row", "col", "f32", kind, kind, "f32"]:
@@ -90,7 +82,10 @@ def _mma(i: Decoder) -> Step:
     return run
 
 
-def _wgmma(i: Decoder) -> Step:
+def multiply_by_warp_groups(i: Decoder) -> Step:
+    """Decode wgmma, which happens when it is issued."""
+    if i.opcode[1] != "mma_async":
+        return lambda m, lanes: None
     kind = i.opcode[-1]
     found = re.fullmatch(r"m64n(\d+)k(\d+)", i.opcode[4])
     assert found, i.instruction.text
@@ -124,8 +119,8 @@ def _described(
 ) -> np.ndarray:
     """Return the matrices under descriptors, [descriptors, rows, depth]: tiles of 8 by a swizzle's width."""
     fields = descriptors.astype(np.uint64)[:, None, None]
-    start, leading, stride = (((fields >> np.uint64(at)) & np.uint64(0x3FFF)).astype(np.int64) << 4 for at in (0, 16, 32))
-    modes = fields.reshape(-1) >> np.uint64(62)
+    start, leading, stride = ((fields >> at & 0x3FFF).astype(np.int64) << 4 for at in (0, 16, 32))
+    modes = fields.reshape(-1) >> 62
     m.check(modes == modes[0], lanes, "uses another swizzle than the rest")
     mode = int(modes[0])
     size = 4 if kind == "tf32" else 2
@@ -141,12 +136,12 @@ def _described(
     (bits,) = m.memories["shared"].load(m, lanes, addresses.reshape(-1), size, 1)
     if kind == "f16":
         return bits.view(np.float16).astype(np.float64).reshape(addresses.shape)
-    wide = bits & np.uint32(0xFFFFE000) if kind == "tf32" else bits.astype(np.uint32) << np.uint32(16)
+    wide = bits & 0xFFFFE000 if kind == "tf32" else bits.astype(np.uint32) << 16
     return wide.view(np.float32).astype(np.float64).reshape(addresses.shape)
 
 
-def _matrix_access(i: Decoder) -> Step:
-    """Rows of 16 bytes, each addressed by one lane, and two neighbours of a row in each lane's register."""
+def access_matrices(i: Decoder) -> Step:
+    """Decode ldmatrix and stmatrix: a lane addresses a row of 16 bytes; two of its neighbours are in a register."""
     load = i.opcode[0] == "ldmatrix"
     count, transposed = int(i.opcode[4][1]), "trans" in i.opcode
     if i.opcode[3] != "m8n8" or i.opcode[-2:] != ["shared", "b16"]:
