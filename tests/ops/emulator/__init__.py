@@ -21,12 +21,18 @@ import pkgutil
 import sys
 
 
+ORDERS = ("lock step", "ascending", "descending")
+
+
 def enable(target: str, order: str = "lock step") -> None:
     """Have this process's launches emulated on the target, ``sm80`` or ``sm90``, warps taking turns in the order.
 
     Raises:
+        ValueError: there is no such order.
         RuntimeError: triton was imported before; its kernels may be interpreted ones.
     """
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {ORDERS}; got {order!r}")
     if "triton" in sys.modules:
         raise RuntimeError("enable the emulator before triton is imported")
     os.environ["TRITON_INTERPRET"] = "0"

@@ -329,11 +329,12 @@ def _finish_copies(m: Machine, lanes: Lanes, open_groups: int) -> None:
         due = waiting[what[0]] & (what[1] < m.committed[what[0]] - open_groups)
         if not due.all():
             m.copies.append((m.now, size, what[:, ~due]))
-        ids, _, to, of, full = what[:, due]
-        width, taking = min(size, 8), full > 0
-        copied = np.zeros((size // width, ids.size), TYPES[8 * width])  # zeros of what is not taken
-        copied[:, taking] = m.memories["global"].load(m, ids[taking], of[taking], width, len(copied))
-        m.memories["shared"].store(m, ids, to, list(copied))
+        if due.any():
+            ids, _, to, of, full = what[:, due]
+            width, taking = min(size, 8), full > 0
+            copied = np.zeros((size // width, ids.size), TYPES[8 * width])  # zeros of what is not taken
+            copied[:, taking] = m.memories["global"].load(m, ids[taking], of[taking], width, len(copied))
+            m.memories["shared"].store(m, ids, to, list(copied))
     m.now = now
 
 
