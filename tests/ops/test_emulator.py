@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.ops.backends import EMULATED, python
+from hf_lowmem_optim.spec import QuantFormat
+from tests.ops.backends import EMULATED, Use, normal, python
+from tests.ops.test_block_quant import round_trip
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -26,19 +28,21 @@ from tests.ops.emulator import values  # noqa: E402
 emulated = pytest.mark.skipif(not EMULATED, reason="in a process of its own, by the first test")
 Edit = Callable[[Callable[[str], str]], None]
 
-FOR_BOTH = (
+TESTS = (
     "test_emulator.py",
-    "test_block_topk.py::test_common_blocks_agree_bit_for_bit[many ties-4bit-triton]",
+    "test_block_topk.py::test_common_blocks_agree_bit_for_bit[few ties-4bit-triton]",
+    "test_sparse_window.py::test_awkward_numbers[param_dtype0-values_dtype0-triton]",
+    "test_ldadam_step.py::test_less_precise_products_cost_what_the_rule_says",
 )
-#: Tests by target and order of the warps.
-RUNS = {"sm80,lock step": (), "sm90,descending": ()}
 
 
 @pytest.mark.skipif(EMULATED, reason="runs the others")
-@pytest.mark.parametrize("how", RUNS)
-def test_kernels_agree_as_compiled(how: str) -> None:
-    tests = [f"tests/ops/{name}" for name in (*FOR_BOTH, *RUNS[how])]
-    run = python("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, EMULATE=how, TRITON_INTERPRET=None)
+@pytest.mark.parametrize(("how", "products"), [("sm80", "tf32-8bit-0.01"), ("sm90,descending", "bf16-4bit-0.1")])
+def test_kernels_agree_as_compiled(how: str, products: str) -> None:
+    """Top-K, window updates, quantization, and LDAdam's steps with tensor cores: with mma and with wgmma."""
+    tests = [f"tests/ops/{name}" for name in TESTS]
+    tests[-1] += f"[{products}]"
+    run = python("-m", "pytest", "-p", "no:cacheprovider", *tests, EMULATE=how, TRITON_INTERPRET=None)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
 
 
@@ -113,6 +117,17 @@ def test_a_kernel_without_fault_passes() -> None:
     assert torch.equal(y[:240], x[8:248])
     neighbour_kernel[(300,)](torch.empty(300), y := torch.empty(300), STEP=0)
     assert torch.equal(y, torch.arange(300.0))
+
+
+@emulated
+def test_codes_are_those_of_torch(use: Use) -> None:
+    codes, values = [], []
+    for backend in ("reference", "triton"):
+        use(backend)
+        quantized, restored = round_trip(normal(1000), QuantFormat(4, 64), seed=5)
+        codes.append(quantized.codes)
+        values.append(restored)
+    assert torch.equal(*codes) and torch.equal(*values)
 
 
 @emulated

@@ -20,7 +20,6 @@ import os
 import pkgutil
 import sys
 
-
 ORDERS = ("lock step", "ascending", "descending")
 
 
