@@ -28,21 +28,16 @@ from tests.ops.emulator import values  # noqa: E402
 emulated = pytest.mark.skipif(not EMULATED, reason="in a process of its own, by the first test")
 Edit = Callable[[Callable[[str], str]], None]
 
-TESTS = (
-    "test_emulator.py",
-    "test_block_topk.py::test_common_blocks_agree_bit_for_bit[few ties-4bit-triton]",
-    "test_sparse_window.py::test_awkward_numbers[param_dtype0-values_dtype0-triton]",
-    "test_ldadam_step.py::test_less_precise_products_cost_what_the_rule_says",
-)
+TOPK = "test_block_topk.py::test_common_blocks_agree_bit_for_bit[few ties-4bit-triton]"
+WINDOW = "test_sparse_window.py::test_awkward_numbers[param_dtype0-values_dtype0-triton]"
+LDADAM = "test_ldadam_step.py::test_less_precise_products_cost_what_the_rule_says[bf16-4bit-0.1]"
 
 
 @pytest.mark.skipif(EMULATED, reason="runs the others")
-@pytest.mark.parametrize(("how", "products"), [("sm80", "tf32-8bit-0.01"), ("sm90,descending", "bf16-4bit-0.1")])
-def test_kernels_agree_as_compiled(how: str, products: str) -> None:
-    """Top-K, window updates, quantization, and LDAdam's steps with tensor cores: with mma and with wgmma."""
-    tests = [f"tests/ops/{name}" for name in TESTS]
-    tests[-1] += f"[{products}]"
-    run = python("-m", "pytest", "-p", "no:cacheprovider", *tests, EMULATE=how, TRITON_INTERPRET=None)
+@pytest.mark.parametrize(("how", "tests"), [("sm80", (TOPK,)), ("sm90,descending", (WINDOW, LDADAM))])
+def test_kernels_agree_as_compiled(how: str, tests: tuple[str, ...]) -> None:
+    paths = [f"tests/ops/{name}" for name in ("test_emulator.py", *tests)]
+    run = python("-m", "pytest", "-p", "no:cacheprovider", *paths, EMULATE=how, TRITON_INTERPRET=None)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
 
 
@@ -75,6 +70,17 @@ def neighbour_kernel(x_ptr, y_ptr, STEP: tl.constexpr):
     tl.store(x_ptr + program, program)
     tl.debug_barrier()
     tl.store(y_ptr + program, tl.load(x_ptr + (program ^ STEP)))
+
+
+@JITFunction  # triton.jit makes an interpreted one of it
+def product_kernel(x_ptr, y_ptr, z_ptr, DEPTH: tl.constexpr):
+    row, column, depth = tl.arange(0, 64)[:, None], tl.arange(0, 32)[None, :], tl.arange(0, 32)
+    total = tl.zeros([64, 32], tl.float32)
+    for first in range(0, DEPTH, 32):
+        x = tl.load(x_ptr + row * DEPTH + first + depth[None, :])
+        y = tl.load(y_ptr + (first + depth[:, None]) * 32 + column)
+        total = tl.dot(x, y, total)
+    tl.store(z_ptr + row * 32 + column, total)
 
 
 def numbers(count: int = 256) -> torch.Tensor:
@@ -117,6 +123,22 @@ def test_a_kernel_without_fault_passes() -> None:
     assert torch.equal(y[:240], x[8:248])
     neighbour_kernel[(300,)](torch.empty(300), y := torch.empty(300), STEP=0)
     assert torch.equal(y, torch.arange(300.0))
+
+
+def multiplied(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    z = torch.empty(64, 32)
+    product_kernel[(1,)](x, y, z, DEPTH=128)
+    return z
+
+
+@emulated
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensor_cores_multiply_in_a_pipeline(dtype: torch.dtype, edit: Edit) -> None:
+    """Integers, whose products and sums are exact: mma or wgmma, in TF32 or bfloat16. Nothing is there too early."""
+    x, y = normal(64, 128).mul(8).round(), normal(128, 32, seed=1).mul(8).round()
+    assert torch.equal(multiplied(x.to(dtype), y.to(dtype)), x @ y)
+    edit(lambda ptx: ptx.replace("cp.async.wait_group", "// "))
+    assert multiplied(x.to(dtype), y.to(dtype)).isnan().any()
 
 
 @emulated
