@@ -218,3 +218,33 @@ def test_fused_operations_round_once(dtype: type[np.floating[Any]]) -> None:
     with np.errstate(all="ignore"):
         special = fused(infinite[0], infinite[1], -infinite[2])
     assert np.isnan(special[0]) and np.isinf(special[1]) and np.signbit(special[2])
+
+
+def test_functions_that_numpy_has_not() -> None:
+    """Examples worked out by hand from the definitions of prmt, bfe, min, cvt and div."""
+    word = lambda *given: [np.array([each], np.uint32) for each in given]  # noqa: E731
+    assert values.permuted(*word(0x33221100, 0x77665544, 0x7650)) == 0x77665500
+    assert values.permuted(*word(0x7F80, 0, 0x9108)) == 0x007F80FF
+    for a, start, length, unsigned, signed in [
+        (0xABCD1234, 8, 12, 0xD12, 0xD12 - 0x1000),
+        (0x80000000, 28, 8, 8, -8),
+        (0x80000000, 40, 8, 0, -1),
+        (0xFFFFFFFF, 4, 0, 0, 0),
+        (0x87654321, 0, 32, 0x87654321, 0x87654321 - (1 << 32)),
+    ]:
+        assert values.extracted(*word(a, start, length)) == unsigned
+        bits, *field = word(a, start, length)
+        assert values.extracted(bits.view(np.int32), *field) == signed
+    zero, nan, one = (np.array([each], np.float32) for each in (0.0, np.nan, 1.0))
+    for x, y in [(zero, -zero), (-zero, zero)]:
+        assert np.signbit(values.lesser(x, y)) and not np.signbit(values.greater(x, y))
+    assert values.lesser(nan, one) == 1 == values.greater(one, nan)
+    assert np.isnan(values.nan_of_either(values.lesser)(nan, one))
+    floats = np.array([np.nan, 3e9, -3e9, -1.5], np.float32)
+    assert values.to_integer(np.int32, np.trunc)(floats).tolist() == [0, 2**31 - 1, -(2**31), -1]
+    halves = np.array([1 + 2.0**-11, -1 - 2.0**-11, np.inf], np.float32)
+    assert values.to_tf32(halves).view(np.float32).tolist() == [1 + 2.0**-10, -1 - 2.0**-10, np.inf]
+    halves = np.array([1 + 2.0**-8, 1 + 3 * 2.0**-8, -(2.0**-134), 3.4e38], np.float32)
+    rounded = [1.0, 1 + 2.0**-6, -0.0, np.inf]
+    assert values.from_bf16(values.to_bf16(halves)).tolist() == rounded
+    assert values.quotient(np.array([-7, 7, -8]), np.array([2, -2, -3])).tolist() == [-3, -3, 2]
