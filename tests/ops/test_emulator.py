@@ -254,3 +254,6 @@ def test_functions_that_numpy_has_not() -> None:
     rounded = [1.0, 1 + 2.0**-6, -0.0, np.inf]
     assert values.from_bf16(values.to_bf16(halves)).tolist() == rounded
     assert values.quotient(np.array([-7, 7, -8]), np.array([2, -2, -3])).tolist() == [-3, -3, 2]
+    factors = np.array([-(2**62), 3]), np.array([-6, -7])
+    assert values.high_product(*factors).tolist() == [1, -1]
+    assert values.high_product(*(each.astype(np.uint64) for each in factors)).tolist() == [2**64 - 2**62 - 6 + 1, 2]

@@ -155,6 +155,8 @@ def _arithmetic(i: Decoder) -> Step:
     if "wide" in i.opcode:
         wide = f"{kind[0]}{2 * width_of(kind)}"
         return i.apply(lambda x, y: x.astype(dtype_of(wide)) * y.astype(dtype_of(wide)), result=wide)
+    if (name, i.opcode[1]) == ("mul", "hi"):
+        return i.apply(values.high_product)
     i.only("lo")
     return i.apply(values.quotient if (name, kind) == ("div", "s32") else _INTEGERS[name])
 

@@ -140,3 +140,9 @@ def quotient(x: Any, y: Any) -> Any:
     """Divide toward zero."""
     x, y = x.astype(np.int64), y.astype(np.int64)
     return (np.abs(x) // np.abs(y) * np.sign(x) * np.sign(y)).astype(np.int32)
+
+
+def high_product(x: Any, y: Any) -> Any:
+    """Return the upper half of the bits of a product of integers."""
+    whole = np.asarray(x).astype(object) * np.asarray(y).astype(object)
+    return np.asarray(whole >> 8 * x.itemsize).astype(x.dtype)
