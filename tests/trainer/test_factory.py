@@ -93,6 +93,16 @@ def test_summary_says_what_went_where_once_unless_told_to_be_silent(caplog: pyte
     assert not caplog.records
 
 
+def test_float16_moments_of_the_dense_rule_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    warning = "7 float16 tensors keep AdamW's moments in float16"  # embedding, head, norms
+    OptimizerFactory("ldadam", rank=8)(tiny_llama().half())
+    assert warning in caplog.text
+    caplog.clear()
+    OptimizerFactory("ldadam", rank=8, dense_state="fp32")(tiny_llama().half())
+    OptimizerFactory("ldadam", rank=8)(tiny_llama().bfloat16())
+    assert "keep AdamW's moments" not in caplog.text
+
+
 NOTHING, MORE = "compresses nothing here", "This is more than AdamW takes; a smaller rank or window saves memory."
 FEWER = "This is more than AdamW takes; storage in fewer bits saves memory."
 NO_LAYER = f"{NOTHING}: besides embeddings and the output head no linear"
