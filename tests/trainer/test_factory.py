@@ -83,6 +83,7 @@ def test_summary_says_what_went_where_once_unless_told_to_be_silent(caplog: pyte
     caplog.clear()
     OptimizerFactory("trion", rank=8)(nn.TransformerEncoderLayer(32, 2, 64))
     assert "dense: not a target module (in_proj_weight)" in caplog.text and "start with" not in caplog.text
+    assert "learning rate: 0.02, 0.0003 for what is dense; the default of Trion is 0.02" in caplog.text
     caplog.clear()
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -126,7 +127,9 @@ def test_what_saves_no_memory_is_said(name: str, hyper: dict[str, Any], model: A
     assert said in caplog.text
     assert (f"{type(optimizer).__name__} {NOTHING}" in caplog.text) == (NOTHING in said)
     assert ("all 4 tensors take the dense AdamW rule" in caplog.text) == (model is ia3)
-    assert (plan.component_bytes.keys() == {"dense"}) == (NOTHING in said or hyper == {"rank": None})
+    dense = plan.component_bytes.keys() == {"dense"}
+    assert ("start with AdamW's, since nothing is compressed" in caplog.text) == (dense and not name.startswith("trion"))
+    assert dense == (NOTHING in said or hyper == {"rank": None})
     assert (
         ("more than AdamW takes" in caplog.text)
         == (said in (MORE, FEWER))
