@@ -289,18 +289,11 @@ def _reported(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) ->
             "name its modules in optim_target_modules.",
             *(who, len(placements)),
         )
-    halves = sum(
-        p.rule != COMPRESSED
-        and p.parameter.dtype == torch.float16
-        and {**optimizer.defaults, **p.settings}["dense_state"] == "param"
-        for p in placements
-    )
-    if halves:
+    halves = [p for p in placements if p.rule != COMPRESSED and p.parameter.dtype == torch.float16]
+    if any({**optimizer.defaults, **p.settings}["dense_state"] == "param" for p in halves):
         logger.warning(
-            "%d float16 tensors keep AdamW's moments in float16 (dense_state=param), where the squares of small "
-            "gradients are 0: their steps then have no bound, as with torch's AdamW. Set dense_state=fp32, or load the "
-            "model in bfloat16.",
-            halves,
+            "float16 weights keep AdamW's moments in float16 (dense_state=param), where squares of small gradients are "
+            "0: its steps then have no bound, as those of torch's. Set dense_state=fp32, or load the model in bfloat16."
         )
     # At warning level, which Python and transformers show by default; not where transformers is told to be silent.
     if transformers_logging.get_verbosity() <= logging.WARNING:
