@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from hf_lowmem_optim import OPTIMIZERS, LDAdam, OptimizerFactory, measure_state, plan_optimizer
+from hf_lowmem_optim import OPTIMIZERS, LDAdam, OptimizerFactory, build_report, measure_state, plan_optimizer
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.memory.byte_sizes import format_bytes
 from hf_lowmem_optim.trainer import param_groups
@@ -411,6 +411,9 @@ def test_the_dense_rule_may_have_a_rate_of_its_own(tmp_path: Path) -> None:
     args = TrainingArguments(str(tmp_path), optim="ldadam", optim_args="rank=4,dense_lr_ratio=4", learning_rate=1e-3)
     from_args = settings(OptimizerFactory.from_training_args(args)(tiny_llama()), "lr")
     assert from_args == {**rates, "lm_head.weight": 4e-3}
+    # as a person writes it, where 0.1·0.1 is not quite 0.01
+    report = build_report(OptimizerFactory("ldadam", lr=0.1, rank=4, dense_lr_ratio=0.1)(tiny_llama()), [])
+    assert [group["description"].partition("lr=")[2] for group in report["groups"]] == ["", "0.01", "0.01"]
 
 
 @pytest.mark.parametrize("name", NORMAL)
