@@ -51,6 +51,25 @@ def test_factory_serves_a_plain_loop_and_the_trainer_again_and_again(name: str, 
     assert chosen == (factory, {"lr": 5e-4})
 
 
+def test_training_arguments_that_do_not_reach_the_optimizer_are_named(tmp_path: Path, caplog: Any) -> None:
+    def said(factory: OptimizerFactory, **settings: Any) -> list[str]:
+        caplog.clear()
+        make_trainer(tmp_path, given={"optimizer_cls_and_kwargs": (factory, {})}, max_steps=1, **settings).train()
+        return [r.getMessage() for r in caplog.records if "has no effect" in r.getMessage()]
+
+    own, both = OptimizerFactory("ldadam", lr=1e-3), {"learning_rate": 7e-3, "weight_decay": 0.1}
+    no_effect = "has no effect: this LDAdam was made without it, with"
+    assert said(own, **both) == [
+        f"TrainingArguments(learning_rate=0.007) {no_effect} lr=0.001",
+        f"TrainingArguments(weight_decay=0.1) {no_effect} weight_decay=0",
+    ]
+    assert not said(own) and not said(OptimizerFactory("ldadam", lr=7e-3, weight_decay=0.1), **both)
+    assert not said(OptimizerFactory("ldadam", overrides={"mlp": {"lr": 7e-3}}), learning_rate=7e-3, warmup_steps=1)
+    trainer = make_trainer(tmp_path, optim="ldadam", optim_args="dense_lr_ratio=4", max_steps=1, **both)
+    trainer.train()
+    assert "has no effect" not in caplog.text
+
+
 def test_overrides_serve_one_optimizer_only() -> None:
     factory = OptimizerFactory("ldadam", rank=8)
     model = tiny_llama()
