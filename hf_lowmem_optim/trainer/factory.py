@@ -306,7 +306,8 @@ def _summary(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) -> 
     who, sizes = type(optimizer).__name__, dict[str, list[int]]()
     for placement in sorted(placements, key=lambda placement: placement.rule != COMPRESSED):
         sizes.setdefault(_label(optimizer, placement), []).append(placement.parameter.numel())
-    lines = align([(f"  {label}", f"{len(n):,} tensors", f"{sum(n):,} parameters") for label, n in sizes.items()])
+    counts = {label: f"{len(n):,} tensor{'s' if len(n) > 1 else ' '}" for label, n in sizes.items()}
+    lines = align([(f"  {label}", counts[label], f"{sum(n):,} parameters") for label, n in sizes.items()])
     plan = plan_optimizer(optimizer)
     parts = ", ".join(f"{name} {format_bytes(count)}" for name, count in plan.component_bytes.items())
     rounded = _ROUNDED[optimizer.defaults["weight_rounding"]]

@@ -97,7 +97,7 @@ def test_summary_says_what_went_where_once_unless_told_to_be_silent(caplog: pyte
     assert f"LDAdam for {sum(p.numel() for p in tiny_llama().parameters()):,} trainable parameters" in caplog.text
     for part in ("compressed (rank=8, ", "dense: embedding", "dense: output head", "dense: norm, bias or other vector"):
         assert part in caplog.text
-    assert f"state: {format_bytes(plan.total_bytes)} (" in caplog.text
+    assert f"state: {format_bytes(plan.total_bytes)} (" in caplog.text and " 1 tensor  " in caplog.text
     assert "learning rate: 0.001; start with 2.5 × AdamW's to fine-tune, 8 × from scratch" in caplog.text
     caplog.clear()
     OptimizerFactory("trion", rank=8)(nn.TransformerEncoderLayer(32, 2, 64))
