@@ -21,9 +21,11 @@ def check_type(name: str, value: Any, kinds: type | tuple[type, ...], expected: 
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """Return ``"; did you mean 'x'?"`` for the known name closest to ``name``, or an empty string."""
-    # the time that difflib takes grows with the length, to minutes
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff) if len(name) <= 200 else []
+    """Return ``"; did you mean 'x'?"`` for the first known name that goes on from ``name``, or the closest, or ""."""
+    known = sorted(known) if isinstance(known, set) else list(known)
+    close = [each for each in known if len(name) > 2 and each.startswith(name)]
+    if not close and len(name) <= 200:  # the time that difflib takes grows with the length, to minutes
+        close = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

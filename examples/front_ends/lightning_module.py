@@ -1,6 +1,6 @@
 """Train with Lightning: the optimizer is made in ``configure_optimizers``, and a callback writes the report.
 
-pip install hf-lowmem-optim lightning
+pip install . lightning
 python examples/front_ends/lightning_module.py --folder out --max_steps 50
 python examples/front_ends/lightning_module.py --folder out --max_steps 100 --resume out/last.ckpt
 hf-lowmem-optim report out --html report.html

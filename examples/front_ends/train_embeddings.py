@@ -1,6 +1,6 @@
 """Train sentence embeddings with sentence-transformers: ``optim`` is one of our strings.
 
-    pip install hf-lowmem-optim sentence-transformers datasets
+    pip install . sentence-transformers datasets
     python examples/front_ends/train_embeddings.py --output_dir out --max_steps 50
 
 Without ``--model`` it makes a small DistilBERT over bytes, and pairs of Python's topics with their texts.

@@ -185,7 +185,8 @@ def _tell_changed_options(optimizer: Optimizer, method: Method, saved_groups: Se
     """Warn of options with which this optimizer was built, and which those of the state replace; once for each."""
     changed: dict[tuple[str, str, str], list[str]] = {}
     for index, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
-        for key in sorted(method.options.defaults().keys() & saved.keys() - {"lr", *method.shaping}):
+        told = {*method.options.defaults(), "initial_lr"} - {"lr", *method.shaping}  # a scheduler's state has the rate
+        for key in sorted(told & saved.keys() & group.keys()):
             if as_plain(group[key]) != as_plain(saved[key]):
                 changed.setdefault((key, repr(saved[key]), repr(group[key])), []).append(str(index))
     for (key, was, now), indices in changed.items():

@@ -215,5 +215,6 @@ def _describe_group(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str,
         # the schedule changes lr itself
         now = {**group, "lr": group.get("initial_lr", group["lr"])}
         skipped = {"weight_decay", *((switch,) if dense else ())}
-        words += [f"{k}={now[k]}" for k, v in optimizer.defaults.items() if k not in skipped and now[k] != v]
+        own = {k: now[k] for k, v in optimizer.defaults.items() if k not in skipped and now[k] != v}
+        words += [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in own.items()]
     return {"num_parameters": sum(p.numel() for p in group["params"]), "description": ", ".join(words) or "no settings"}

@@ -79,7 +79,7 @@ def iobs_layers_(
         layers: Names of layers, or parts of names (whole words between dots); by default all linear and convolution
             layers but the output head of a model of transformers; elsewhere name the others.
         exact: Solve every row exactly for the weights that stay: much better, and in³/6 operations a row, so for layers
-            of up to some hundred inputs.
+            of up to a few hundred inputs.
 
     Raises:
         TypeError: An argument has the wrong type.

@@ -10,6 +10,7 @@ all of this package it warns where a run resumes without their state.
 from __future__ import annotations
 
 import logging
+from dataclasses import fields
 from typing import Any
 
 from accelerate.state import AcceleratorState, GradientState, is_initialized
@@ -90,6 +91,8 @@ class BackwardCallback(TrainerCallback):
         if (inner := _ours(optimizer)) is None:
             return
         inner.restore_hooks()
+        if state.is_world_process_zero:
+            _tell_what_does_not_reach(inner, args)
         if state.global_step > 0 and not any(inner.state.values()):
             logger.warning(
                 "training resumes after step %d, but %s has no state: the checkpoint lacks optimizer.pt or "
@@ -122,6 +125,20 @@ class BackwardCallback(TrainerCallback):
         inner = _ours(optimizer)
         if inner is not None and inner.method.layerwise and logs and "loss" in logs and inner.grad_norm is not None:
             add_to_log(state, logs, {"grad_norm": inner.grad_norm.item()})
+
+
+def _tell_what_does_not_reach(optimizer: Any, args: TrainingArguments) -> None:
+    """Warn of training arguments that were set, but which an optimizer that was made without them does not have."""
+    defaults = {each.name: each.default for each in fields(args)}
+    for key, name in (("lr", "learning_rate"), ("weight_decay", "weight_decay")):
+        own, wanted = float(optimizer.defaults[key]), getattr(args, name)
+        # the schedule changes lr itself
+        groups = [group.get(f"initial_{key}", group[key]) for group in optimizer.param_groups]
+        if wanted != defaults[name] and wanted not in (own, *groups):
+            logger.warning(
+                "TrainingArguments(%s=%g) has no effect: this %s was made without it, with %s=%g",
+                *(name, wanted, type(optimizer).__name__, key, own),
+            )
 
 
 def _connect(optimizer: Any, args: TrainingArguments) -> None:

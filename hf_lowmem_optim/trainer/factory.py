@@ -289,6 +289,12 @@ def _reported(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) ->
             "name its modules in optim_target_modules.",
             *(who, len(placements)),
         )
+    halves = [p for p in placements if p.rule != COMPRESSED and p.parameter.dtype == torch.float16]
+    if any({**optimizer.defaults, **p.settings}["dense_state"] == "param" for p in halves):
+        logger.warning(
+            "float16 weights keep AdamW's moments in float16 (dense_state=param), where squares of small gradients are "
+            "0: its steps then have no bound, as those of torch's. Set dense_state=fp32, or load the model in bfloat16."
+        )
     # At warning level, which Python and transformers show by default; not where transformers is told to be silent.
     if transformers_logging.get_verbosity() <= logging.WARNING:
         logger.warning("%s", _summary(optimizer, placements))
@@ -297,10 +303,11 @@ def _reported(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) ->
 
 def _summary(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) -> str:
     """Write the summary of an optimizer made from placements: tensors by rule, and the bytes of state to expect."""
-    sizes: dict[str, list[int]] = {}
+    who, sizes = type(optimizer).__name__, dict[str, list[int]]()
     for placement in sorted(placements, key=lambda placement: placement.rule != COMPRESSED):
         sizes.setdefault(_label(optimizer, placement), []).append(placement.parameter.numel())
-    lines = align([(f"  {label}", f"{len(n):,} tensors", f"{sum(n):,} parameters") for label, n in sizes.items()])
+    counts = {label: f"{len(n):,} tensor{'s' if len(n) > 1 else ' '}" for label, n in sizes.items()}
+    lines = align([(f"  {label}", counts[label], f"{sum(n):,} parameters") for label, n in sizes.items()])
     plan = plan_optimizer(optimizer)
     parts = ", ".join(f"{name} {format_bytes(count)}" for name, count in plan.component_bytes.items())
     rounded = _ROUNDED[optimizer.defaults["weight_rounding"]]
@@ -308,14 +315,20 @@ def _summary(optimizer: LowMemoryOptimizer, placements: Sequence[Placement]) -> 
         lines.append(f"  weights narrower than float32 {rounded}")
     total, adamw = format_bytes(plan.total_bytes), format_bytes(plan.adamw_fp32_bytes)
     lines.append(f"  state: {total} ({parts}); AdamW in fp32: {adamw}")
-    if factors := FACTORS.get(optimizer.method.name.removesuffix("_layerwise")):
+    factors = FACTORS.get(optimizer.method.name.removesuffix("_layerwise"))
+    lr, usual = (float(values["lr"]) for values in (optimizer.defaults, optimizer.method.options.defaults()))
+    if (dense := optimizer.method.options_of(optimizer.defaults).dense_lr) != lr:
+        lines.append(f"  learning rate: {lr:g}, {dense:g} for what is dense; the default of {who} is {usual:g}")
+    elif all(placement.rule != COMPRESSED for placement in placements):
+        lines.append(f"  learning rate: {lr:g}; start with AdamW's, since nothing is compressed")
+    elif factors:
         start = f"{factors[0]:g} × AdamW's to fine-tune, {factors[1]:g} × from scratch"
-        lines.append(f"  learning rate: {float(optimizer.defaults['lr']):g}; start with {start}")
+        lines.append(f"  learning rate: {lr:g}; start with {start}")
     if plan.total_bytes > plan.adamw_fp32_bytes:
         scales = " or ".join(key for key in SIZE_KEYS if key in optimizer.method.shaping)
         remedy = f"a smaller {scales}" if scales else "storage in fewer bits"
         lines.append(f"  This is more than AdamW takes; {remedy} saves memory.")
-    return "\n".join([f"{type(optimizer).__name__} for {plan.num_parameters:,} trainable parameters:", *lines])
+    return "\n".join([f"{who} for {plan.num_parameters:,} trainable parameters:", *lines])
 
 
 def _label(optimizer: LowMemoryOptimizer, placement: Placement) -> str:

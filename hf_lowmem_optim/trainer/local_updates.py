@@ -143,8 +143,8 @@ class LocalUpdatesCallback(TrainerCallback):
             return
         if (own := self._optimizer.own_state()) is not None:
             raise ValueError(
-                f"the run would save state of which {own}: no worker's is that of all. Use save_only_model=True or "
-                "save_strategy='no', or an optimizer all of whose state is averaged, such as optim='adamw_torch'"
+                f"{own}: no worker's is that of all. Use save_only_model=True or save_strategy='no', or average all of "
+                "the state: optim='adamw_torch' with average=('params', 'moments')"
             )
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:

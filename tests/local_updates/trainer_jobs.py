@@ -201,6 +201,10 @@ def refusals(rank: int, world: int, folder: Path) -> None:
     with pytest.raises(ValueError, match=r"exp_avg_sq_row, exp_avg_sq_col of .* is each worker's own: no worker"):
         trainer.train()
     assert trainer.state.global_step == 1
+    trainer = make_trainer(folder / "refused", optim="adamw_torch", save_steps=8)
+    trainer.add_callback(LocalUpdatesCallback(trainer, 4, average=("params",)))
+    with pytest.raises(ValueError, match=r"exp_avg, exp_avg_sq of .* with average=\('params', 'moments'\)"):
+        trainer.train()
     for engine, name in (("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed")):
         trainer = make_trainer(folder / "refused")
         setattr(trainer, engine, True)

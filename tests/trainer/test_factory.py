@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from hf_lowmem_optim import OPTIMIZERS, LDAdam, OptimizerFactory, measure_state, plan_optimizer
+from hf_lowmem_optim import OPTIMIZERS, LDAdam, OptimizerFactory, build_report, measure_state, plan_optimizer
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.memory.byte_sizes import format_bytes
 from hf_lowmem_optim.trainer import param_groups
@@ -51,6 +51,25 @@ def test_factory_serves_a_plain_loop_and_the_trainer_again_and_again(name: str, 
     assert chosen == (factory, {"lr": 5e-4})
 
 
+def test_training_arguments_that_do_not_reach_the_optimizer_are_named(tmp_path: Path, caplog: Any) -> None:
+    def said(factory: OptimizerFactory, **settings: Any) -> list[str]:
+        caplog.clear()
+        make_trainer(tmp_path, given={"optimizer_cls_and_kwargs": (factory, {})}, max_steps=1, **settings).train()
+        return [r.getMessage() for r in caplog.records if "has no effect" in r.getMessage()]
+
+    own, both = OptimizerFactory("ldadam", lr=1e-3), {"learning_rate": 7e-3, "weight_decay": 0.1}
+    no_effect = "has no effect: this LDAdam was made without it, with"
+    assert said(own, **both) == [
+        f"TrainingArguments(learning_rate=0.007) {no_effect} lr=0.001",
+        f"TrainingArguments(weight_decay=0.1) {no_effect} weight_decay=0",
+    ]
+    assert not said(own) and not said(OptimizerFactory("ldadam", lr=7e-3, weight_decay=0.1), **both)
+    assert not said(OptimizerFactory("ldadam", overrides={"mlp": {"lr": 7e-3}}), learning_rate=7e-3, warmup_steps=1)
+    trainer = make_trainer(tmp_path, optim="ldadam", optim_args="dense_lr_ratio=4", max_steps=1, **both)
+    trainer.train()
+    assert "has no effect" not in caplog.text
+
+
 def test_overrides_serve_one_optimizer_only() -> None:
     factory = OptimizerFactory("ldadam", rank=8)
     model = tiny_llama()
@@ -78,11 +97,12 @@ def test_summary_says_what_went_where_once_unless_told_to_be_silent(caplog: pyte
     assert f"LDAdam for {sum(p.numel() for p in tiny_llama().parameters()):,} trainable parameters" in caplog.text
     for part in ("compressed (rank=8, ", "dense: embedding", "dense: output head", "dense: norm, bias or other vector"):
         assert part in caplog.text
-    assert f"state: {format_bytes(plan.total_bytes)} (" in caplog.text
+    assert f"state: {format_bytes(plan.total_bytes)} (" in caplog.text and " 1 tensor  " in caplog.text
     assert "learning rate: 0.001; start with 2.5 × AdamW's to fine-tune, 8 × from scratch" in caplog.text
     caplog.clear()
     OptimizerFactory("trion", rank=8)(nn.TransformerEncoderLayer(32, 2, 64))
     assert "dense: not a target module (in_proj_weight)" in caplog.text and "start with" not in caplog.text
+    assert "learning rate: 0.02, 0.0003 for what is dense; the default of Trion is 0.02" in caplog.text
     caplog.clear()
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -91,6 +111,16 @@ def test_summary_says_what_went_where_once_unless_told_to_be_silent(caplog: pyte
     finally:
         transformers_logging.set_verbosity(before)
     assert not caplog.records
+
+
+def test_float16_moments_of_the_dense_rule_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    warning = "float16 weights keep AdamW's moments in float16 (dense_state=param)"
+    OptimizerFactory("ldadam", rank=8)(tiny_llama().half())
+    assert warning in caplog.text
+    caplog.clear()
+    OptimizerFactory("ldadam", rank=8, dense_state="fp32")(tiny_llama().half())
+    OptimizerFactory("ldadam", rank=8)(tiny_llama().bfloat16())
+    assert warning not in caplog.text
 
 
 NOTHING, MORE = "compresses nothing here", "This is more than AdamW takes; a smaller rank or window saves memory."
@@ -116,7 +146,11 @@ def test_what_saves_no_memory_is_said(name: str, hyper: dict[str, Any], model: A
     assert said in caplog.text
     assert (f"{type(optimizer).__name__} {NOTHING}" in caplog.text) == (NOTHING in said)
     assert ("all 4 tensors take the dense AdamW rule" in caplog.text) == (model is ia3)
-    assert (plan.component_bytes.keys() == {"dense"}) == (NOTHING in said or hyper == {"rank": None})
+    dense = plan.component_bytes.keys() == {"dense"}
+    assert ("start with AdamW's, since nothing is compressed" in caplog.text) == (
+        dense and not name.startswith("trion")
+    )
+    assert dense == (NOTHING in said or hyper == {"rank": None})
     assert (
         ("more than AdamW takes" in caplog.text)
         == (said in (MORE, FEWER))
@@ -396,6 +430,9 @@ def test_the_dense_rule_may_have_a_rate_of_its_own(tmp_path: Path) -> None:
     args = TrainingArguments(str(tmp_path), optim="ldadam", optim_args="rank=4,dense_lr_ratio=4", learning_rate=1e-3)
     from_args = settings(OptimizerFactory.from_training_args(args)(tiny_llama()), "lr")
     assert from_args == {**rates, "lm_head.weight": 4e-3}
+    # as a person writes it, where 0.1·0.1 is not quite 0.01
+    report = build_report(OptimizerFactory("ldadam", lr=0.1, rank=4, dense_lr_ratio=0.1)(tiny_llama()), [])
+    assert [group["description"].partition("lr=")[2] for group in report["groups"]] == ["", "0.01", "0.01"]
 
 
 @pytest.mark.parametrize("name", NORMAL)

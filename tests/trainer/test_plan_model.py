@@ -397,6 +397,7 @@ def refused(message: str, error: type[Exception] = ValueError, **given: Any) -> 
         refused("without a config", FileNotFoundError, model=Path(__file__).parent),
         refused("not int", TypeError, model=7),
         refused("did you mean 'ldadam'", optim="ldamm"),
+        refused("did you mean 'adamw_fp32'", optim="adamw"),
         refused("did you mean 'rank'", optim="ldadam", optim_args="rnak=3"),
         refused("did you mean 'lr_ratio'", optim="microadam", optim_args="lr_ratoi=2"),
         refused("lr_ratio='x' is not a float", optim="microadam", optim_args="lr_ratio=x"),

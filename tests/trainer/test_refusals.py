@@ -34,6 +34,19 @@ def test_a_resume_names_the_setting_that_moved_parameters_to_other_groups(
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
+def test_a_resume_says_that_another_learning_rate_has_no_effect(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_trainer(tmp_path, optim="ldadam", learning_rate=1e-3, save_strategy="steps", save_steps=2).train()
+    given = {"optim": "ldadam", "max_steps": 4}
+    for change in ({"learning_rate": 7e-3}, {"learning_rate": 1e-3}):
+        trainer = make_trainer(tmp_path, **given, **change)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {1e-3}
+    (said,) = [text for record in caplog.records if "goes on with" in (text := record.getMessage())]
+    assert "initial_lr=0.001, as it was saved; the initial_lr=0.007 of this LDAdam has no effect" in said
+
+
 @pytest.mark.parametrize(
     ("given", "names"),
     [("q_proj", {"q_proj"}), ('["q_proj", "v_proj"]', {"q_proj", "v_proj"}), (r".*\.[qv]_proj", {"q_proj", "v_proj"})],

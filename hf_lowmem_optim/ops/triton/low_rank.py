@@ -105,7 +105,11 @@ def _householder_kernel(
 
 @triton.jit
 def reflect_columns(A_ptr, Y_ptr, taus_ptr, p, r, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Write Qᵀ, Q of the QR decomposition of Y by Householder reflections, into A [r, p]."""
+    """Write Qᵀ, Q of the QR decomposition of Y by Householder reflections, into A [r, p].
+
+    Launches pass ``enable_fp_fusion=False``: a product fused into the first step of a sum across lanes would give each
+    lane other last bits, and any of them may be the one that is stored.
+    """
     lane = tl.arange(0, ROWS)
     for j in range(r):
         for top in range(0, p, ROWS):
@@ -263,6 +267,7 @@ def reflect_where_wrong_(rows: Tensor, Y: Tensor, gram: Tensor) -> None:
             COLUMNS=_COLUMNS,
             TOLERANCE=_TOLERANCE,
             num_warps=_NUM_WARPS,
+            enable_fp_fusion=False,
         )
 
 

@@ -357,5 +357,5 @@ def _orthonormalize_(
         orthonormalize_kernel[(triton.cdiv(p, _ROWS), n)](
             Y, old, grams, rows, taus, U, R, minus, p, r, stripes, *U.stride(),
             TERMS=terms, CHUNK=_CHUNK, ROWS=_ROWS, LANES=_HIP_LANES if torch.version.hip else _CUDA_LANES,
-            COLUMNS=_COLUMNS, MOST_GROWTH=_MOST_GROWTH, num_warps=8,
+            COLUMNS=_COLUMNS, MOST_GROWTH=_MOST_GROWTH, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
