@@ -376,6 +376,21 @@ def _reduce(i: Decoder) -> Step:
     return reduce
 
 
+@opcode("vote")
+def _vote(i: Decoder) -> Step:
+    if i.opcode[1:] != ["sync", "ballot", "b32"] or i.operands[2] != "-1":
+        raise NotImplementedError
+    put, value = i.target(0, "b32"), i.source(1, "pred")
+    bits = np.uint32(1) << np.arange(WARP, dtype=np.uint32)
+
+    def ballot(m: Machine, lanes: Lanes) -> None:
+        warps = m.whole(lanes)
+        votes = np.broadcast_to(value(m, lanes), warps.size).reshape(warps.shape)
+        put(m, lanes, (votes * bits).sum(1, dtype=np.uint32).repeat(WARP))
+
+    return ballot
+
+
 opcode("mma")(products.multiply_in_registers)
 opcode("wgmma")(products.multiply_by_warp_groups)
 opcode("ldmatrix", "stmatrix")(products.access_matrices)
