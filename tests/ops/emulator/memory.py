@@ -3,7 +3,8 @@
 Memory is remembered by granules, the kernel's narrowest access: which warp wrote each last, and which warps have read
 it since the last barrier. Epochs number the barriers; those of a launch pass together. Two accesses, one of them a
 write, conflict when they are of different warps in one epoch, or of different CTAs whenever. Exempt is a write of
-the value that is there already, and one after a read by replicas: by one instruction, in which the writer took part.
+the value that is there already, and what replicas read: by one instruction, in which the writer took part. Where what
+they have read matters, results depend on the order of the warps.
 """
 
 from __future__ import annotations
@@ -96,6 +97,9 @@ class Memory:
         warp, cta = m.warp[lanes], m.cta[lanes]
         then, writer = self.wrote_epoch[granules], self.wrote_warp[granules]
         safe = (then == 0) | (writer == warp) | ((then != m.epoch) & (writer // m.warps == cta))
+        took_part = self.read_warps[granules] >> (writer % m.warps).astype(np.uint32) & 1 != 0
+        replica = (self.read_epoch[granules] == m.epoch) & (self.read_at[granules] == m.now) & took_part
+        safe |= replica & (writer // m.warps == cta)
         m.check(safe, lanes, f"reads {self.name} memory that another warp writes", self.wrote_at[granules])
         fresh = granules[self.read_epoch[granules] != m.epoch]
         self.read_epoch[fresh], self.read_warps[fresh], self.read_at[fresh] = m.epoch, 0, m.now
