@@ -187,8 +187,12 @@ def range_kernel(
 
 @triton.jit
 def safe_divisor(V):
-    """Return by what ``of_safe_size`` divides V, twice."""
-    return tl.maximum(tl.max(tl.max(tl.abs(V), 1), 0) * (1.0 / (1 << 20)), 1.0)
+    """Return the power of two below what ``of_safe_size`` divides V by, twice: products with it are exact.
+
+    Lanes that add up rounded ones may have other last bits than each other, where the compiler contracts.
+    """
+    size = tl.maximum(tl.max(tl.max(tl.abs(V), 1), 0) * (1.0 / (1 << 20)), 1.0)
+    return (size.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
