@@ -23,10 +23,10 @@ from tests.ops.test_block_quant import round_trip
 
 triton = pytest.importorskip("triton")
 pytest.importorskip("numpy", minversion="2")  # in which Python's numbers do not widen an array
-import triton.language as tl  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
+import triton.language as tl  # noqa: E402 (only where it is installed)
+from triton.runtime.jit import JITFunction  # noqa: E402 (likewise)
 
-from tests.ops.emulator import values  # noqa: E402
+from tests.ops.emulator import values  # noqa: E402 (needs numpy 2)
 
 emulated = pytest.mark.skipif(not EMULATED, reason="in a process of its own, by the first test")
 Edit = Callable[[Callable[[str], str]], None]
@@ -228,7 +228,7 @@ def test_fused_operations_round_once(dtype: type[np.floating[Any]]) -> None:
 
 def test_functions_that_numpy_has_not() -> None:
     """Examples worked out by hand from the definitions of prmt, bfe, min, cvt and div."""
-    word = lambda *given: [np.array([each], np.uint32) for each in given]  # noqa: E731
+    word = lambda *given: [np.array([each], np.uint32) for each in given]  # noqa: E731 (an abbreviation)
     assert values.permuted(*word(0x33221100, 0x77665544, 0x7650)) == 0x77665500
     assert values.permuted(*word(0x7F80, 0, 0x9108)) == 0x007F80FF
     for a, start, length, unsigned, signed in [

@@ -1,7 +1,7 @@
 """What each instruction does, decoded once per program into a function on all lanes.
 
 The semantics are those of NVIDIA's "Parallel Thread Execution ISA"; an instruction, a type or a modifier that is
-not here raises NotImplementedError with its text.
+not here raises NotImplementedError with its text: a guess would pass for what a GPU computes.
 """
 
 from __future__ import annotations
@@ -248,7 +248,7 @@ def _convert(i: Decoder) -> Step:
         return i.apply((lambda x: function(values.flushed(x))) if "ftz" in mode else function, of, result=to)
     exact = (of not in floats) if to not in floats else of in ("f16", "f32") and of != to
     if "bf" in to + of or to == "f16" or mode != ([] if exact else ["rn"]) or (of in floats and to not in floats):
-        raise NotImplementedError
+        raise NotImplementedError("a conversion of these types, or rounded like that")
     return i.apply(lambda x: x.astype(dtype_of(to)), of, result=to)
 
 
@@ -312,7 +312,7 @@ def _copy(i: Decoder) -> Step:
     if i.opcode[1:3] == ["async", "wait_group"]:
         return partial(_finish_copies, open_groups=int(i.operands[0]))
     if i.opcode[1:] not in (["async", "ca", "shared", "global"], ["async", "cg", "shared", "global"]):
-        raise NotImplementedError
+        raise NotImplementedError("an asynchronous copy of another kind")
     to, of, size, taken = i.address(0), i.address(1), int(i.operands[2], 0), i.source(3, "u32")
 
     def issue(m: Machine, lanes: Lanes) -> None:
@@ -379,7 +379,7 @@ def _reduce(i: Decoder) -> Step:
 @opcode("vote")
 def _vote(i: Decoder) -> Step:
     if i.opcode[1:] != ["sync", "ballot", "b32"] or i.operands[2] != "-1":
-        raise NotImplementedError
+        raise NotImplementedError("a vote other than the ballot of a whole warp")
     put, value = i.target(0, "b32"), i.source(1, "pred")
     bits = np.uint32(1) << np.arange(WARP, dtype=np.uint32)
 

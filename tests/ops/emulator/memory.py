@@ -48,7 +48,7 @@ class Memory:
 
     def locate(self, m: Machine, lanes: np.ndarray, addresses: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the index of the first byte and of the first granule; a fault where there is none."""
-        raise NotImplementedError
+        raise NotImplementedError("each memory has its own")
 
     def load(self, m: Machine, lanes: np.ndarray, addresses: np.ndarray, width: int, count: int) -> list[np.ndarray]:
         """Return ``count`` values of ``width`` bytes for each lane."""

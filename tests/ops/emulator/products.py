@@ -70,7 +70,7 @@ def multiply_in_registers(i: Decoder) -> Step:
     kind = i.opcode[-2]
     shape = "m16n8k8" if kind == "tf32" else "m16n8k16"
     if i.opcode[1:] != ["sync", "aligned", shape, "row", "col", "f32", kind, kind, "f32"]:
-        raise NotImplementedError
+        raise NotImplementedError("a product of another shape, layout or type")
     puts, a, b, c = i.targets(0, "f32"), i.sources(1, "b32"), i.sources(2, "b32"), i.sources(3, "f32")
 
     def run(m: Machine, lanes: Lanes) -> None:
@@ -91,7 +91,7 @@ def multiply_by_warp_groups(i: Decoder) -> Step:
     assert found, i.instruction.text
     columns, depth = int(found[1]), int(found[2])
     if i.opcode[5] != "f32" or kind not in ("tf32", "bf16", "f16") or i.operands[4:6] != ["1", "1"]:
-        raise NotImplementedError
+        raise NotImplementedError("a product of another type, or of negated operands")
     puts, sums = i.targets(0, "f32"), i.sources(0, "f32")
     in_registers = i.operands[1].startswith("{")
     a = i.sources(1, "b32") if in_registers else [i.source(1, "u64")]
@@ -100,7 +100,7 @@ def multiply_by_warp_groups(i: Decoder) -> Step:
 
     def run(m: Machine, lanes: Lanes) -> None:
         groups = m.whole(lanes, WARP_GROUP)[:, 0]
-        first = lambda read: np.broadcast_to(read(m, lanes), groups.size * WARP_GROUP)[::WARP_GROUP]  # noqa: E731
+        first = lambda read: np.broadcast_to(read(m, lanes), groups.size * WARP_GROUP)[::WARP_GROUP]  # noqa: E731 (used below)
         right = _described(m, groups, first(b), (columns, depth), transposed[-1], kind)
         if in_registers:
             left = _left(m, lanes, a, kind)
@@ -145,7 +145,7 @@ def access_matrices(i: Decoder) -> Step:
     load = i.opcode[0] == "ldmatrix"
     count, transposed = int(i.opcode[4][1]), "trans" in i.opcode
     if i.opcode[3] != "m8n8" or i.opcode[-2:] != ["shared", "b16"]:
-        raise NotImplementedError
+        raise NotImplementedError("a tile other than m8n8 of 16 bits")
     address = i.address(1 if load else 0)
     registers: list[Any] = i.targets(0, "b32") if load else i.sources(1, "b32")
     assert len(registers) == count, i.instruction.text

@@ -111,7 +111,7 @@ def to_integer(dtype: Any, rounding: Callable[[Any], Any]) -> Callable[[Any], An
     limits = np.iinfo(dtype)
     if limits.bits > 32:
         raise NotImplementedError("to an integer of 64 bits")
-    clipped = lambda x: np.clip(rounding(x.astype(np.float64)), limits.min, limits.max)  # noqa: E731
+    clipped = lambda x: np.clip(rounding(x.astype(np.float64)), limits.min, limits.max)  # noqa: E731 (used once)
     return lambda x: np.where(np.isnan(x), 0, clipped(x)).astype(dtype)
 
 
