@@ -37,6 +37,7 @@ from torch.optim.adamw import adamw
 from hf_lowmem_optim.engine.buckets import CORRECTION, TensorUpdate
 from hf_lowmem_optim.engine.rounding import StochasticRounding
 from hf_lowmem_optim.ops.constants import to_device
+from hf_lowmem_optim.ops.step_numbers import Number, factor
 from hf_lowmem_optim.ops.weight_correction import join_weights, split_weights_
 from hf_lowmem_optim.spec import TensorSpec
 
@@ -125,7 +126,7 @@ def _adamw_(
             amsgrad=False,
             beta1=options.betas[0],
             beta2=options.betas[1],
-            lr=options.dense_lr,
+            lr=factor(options.dense_lr),
             weight_decay=options.weight_decay,
             eps=options.eps,
             maximize=False,
@@ -134,6 +135,8 @@ def _adamw_(
 
 def _step_tensors(params: Sequence[Tensor], steps: Sequence[int], *, on_device: bool) -> list[Tensor]:
     """Return the step counts before this update as the float32 scalars that torch's functional AdamW increments."""
+    if isinstance(steps[0], Number):
+        return list(torch.stack([factor(step - 1) for step in steps]).unbind())
     if len(devices := {param.device for param in params}) == len(set(steps)) == 1 and on_device:
         # one fill instead of a copy from the host, the usual case
         before = torch.full((len(steps),), float(steps[0] - 1), dtype=torch.float32, device=devices.pop())

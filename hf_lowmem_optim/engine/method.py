@@ -157,6 +157,8 @@ class Method:
         put_aside_: Adds a part of a step's gradient to the state, to which the update will add the rest; for a method
             whose error, if any, is not in the gradient's own coordinates: ``(g, state, seed, options) -> None``.
         layerwise: Whether it updates during the backward pass.
+        captured: Whether a later step in Triton can be recorded in a CUDA graph: it waits for nothing on the GPU, and
+            takes what changes from step to step as ``ops/step_numbers.py`` has it.
         serves_flat: Whether it makes sense of a group's matrices as one flat vector a process, as DeepSpeed makes them.
         block_entries: Of how many consecutive entries are the blocks that it treats each by itself, apart from a system
             over all tensors, with some options; None with options for which that is not so.
@@ -188,6 +190,7 @@ class Method:
     constants: Callable[[Sequence[int], torch.device, Any], dict[Hashable, TensorSpec]] | None = None
     put_aside_: Callable[[Sequence[Tensor], Mapping[str, Tensor], int | None, Any], None] | None = None
     layerwise: bool = False
+    captured: bool = False
     serves_flat: bool = False
     block_entries: Callable[[Any], int | None] | None = None
     staged: StagedUpdate | None = None

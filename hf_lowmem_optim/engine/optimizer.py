@@ -16,6 +16,7 @@ from hf_lowmem_optim.engine.allocation import allocate_, follow_options_
 from hf_lowmem_optim.engine.arrangement import Arrangement, Live, checked_rules, probed_parameters, remember_
 from hf_lowmem_optim.engine.backward import LayerwiseMode
 from hf_lowmem_optim.engine.buckets import SHARED_PREFIX, Part, TensorUpdate, arrange, batches, split_stacks
+from hf_lowmem_optim.engine.capture import StepFormulas, refuse_capture
 from hf_lowmem_optim.engine.checks import (
     check_parameter,
     check_rounding,
@@ -57,6 +58,8 @@ class LowMemoryOptimizer(Optimizer):
     method: ClassVar[Method]
     #: What acts on gradients during the backward pass; None in the normal mode.
     _backward: LayerwiseMode | GradientErrors | None = None
+    #: The numbers of a step that is recorded.
+    recording: StepFormulas | None = None
 
     def __init_subclass__(cls) -> None:
         """Give a method's class the signature and the argument list of its options."""
@@ -96,8 +99,7 @@ class LowMemoryOptimizer(Optimizer):
         defaults = dict(vars(method.check({**given, **options}, who)))
         # a learning rate that is a tensor stays one, to be changed in place
         defaults["lr"] = as_plain({**defaults, **given, **options}["lr"], tensors=False)
-        self._start()
-        self._complete = False
+        self._start(complete=False)
         try:
             super().__init__(params, dict(defaults))
             check_rounding(self.param_groups)
@@ -107,9 +109,9 @@ class LowMemoryOptimizer(Optimizer):
             raise
         self._complete = True
 
-    def _start(self) -> None:
+    def _start(self, *, complete: bool = True) -> None:
         """Set up what lives beside parameters and state."""
-        self._complete = True
+        self._complete = complete
         self._options: dict[int, tuple[tuple[Any, ...], Options]] = {}
         self._specs: dict[tuple[Any, ...], tuple[bool, dict[str, TensorSpec]]] = {}
         self._arrangements: dict[tuple[int, ...], Arrangement] = {}
@@ -219,11 +221,7 @@ class LowMemoryOptimizer(Optimizer):
                 been updated then.
             ValueError: An option was changed on which the state depends. Nothing has been updated then.
         """
-        if torch.cuda._initialized and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"{type(self).__name__} counts its steps on the host: a CUDA graph of step() would repeat one step's "
-                "numbers. Capture forward and backward pass, and call step() outside of the graph"
-            )
+        refuse_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -252,14 +250,14 @@ class LowMemoryOptimizer(Optimizer):
             probed = probed_parameters(self, live, options_of)
         else:
             rules = known.rules
-        system, coupled = None, None
+        system: dict[str, Any] | None = None
         if method.shared_state is not None:
             members = zip(live, rules, strict=True)
             coupled = next((options_of[id(group)] for (_, _, group), (compressed, _) in members if compressed), None)
-        if coupled is not None and vars(coupled)["scope"] == "model":
-            system = None if self._system_home is None else self.state.get(self._system_home)
-            if system is None or SHARED_STEP not in system:
+            if coupled is not None and vars(coupled)["scope"] == "model":
                 system = self._common_system(coupled)
+        recording = self.recording
+        options_of = options_of if recording is None else recording.options_of(self, live)
         sparse: list[TensorUpdate] = []
         dense: dict[int, list[TensorUpdate]] = {}
         sharded: list[tuple[TensorUpdate, bool]] = []
@@ -277,7 +275,8 @@ class LowMemoryOptimizer(Optimizer):
                 grad = grad.clone() if grad.is_neg() or grad._is_zerotensor() else grad
             stochastic = options.weight_rounding == "stochastic" and param.dtype != torch.float32
             seed = step * _MAX_PARAMETERS + index if stochastic else None
-            update = TensorUpdate(param.detach(), grad, state, options, step, seed, index)
+            t: Any = step if recording is None else recording.count(state, "step")
+            update = TensorUpdate(param.detach(), grad, state, options, t, seed, index)
             if known is None and hasattr(param, "placements"):
                 sharded.append((update, compressed))
             else:
@@ -323,13 +322,16 @@ class LowMemoryOptimizer(Optimizer):
             if len(sparse) < sum([len(group["params"]) for group in self.param_groups]):
                 note_absent_(self, method, sparse, system[SHARED_STEP])
             shared = {k.removeprefix(SHARED_PREFIX): v for k, v in system.items() if k.startswith(SHARED_PREFIX)}
-            coupled_update_(list(together), shared, system[SHARED_STEP])
+            t: Any = self.recording.count(system, SHARED_STEP) if self.recording is not None else system[SHARED_STEP]
+            coupled_update_(list(together), shared, t)
         for updates in dense:
             adamw_update_(updates)
         return parts
 
     def _common_system(self, options: Options) -> dict[str, Any]:
         """Return the state that has the system over all parameters, checked, or allocated if there is none yet."""
+        if self._system_home is not None and SHARED_STEP in (known := self.state.get(self._system_home, {})):
+            return known
         home, group = system_home(self, self.method)
         if hasattr(home, "placements"):
             check_system(self)

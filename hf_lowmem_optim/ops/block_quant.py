@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from hf_lowmem_optim.ops.dispatch import Op
+from hf_lowmem_optim.ops.step_numbers import argument
 from hf_lowmem_optim.spec import QuantFormat
 
 __all__ = [
@@ -140,7 +141,7 @@ def dequantize_add_(out: Tensor, quantized: Quantized, *, scale: float = 1.0, on
     out = check_dense(out, "out", numel=quantized.numel, device=quantized.codes.device)
     base = out if onto is None else check_dense(onto, "onto", numel=quantized.numel, device=out.device)
     if quantized.numel:
-        _dequantize_into(out.view(-1), quantized, float(scale), base.view(-1))
+        _dequantize_into(out.view(-1), quantized, argument(scale), base.view(-1))
 
 
 def check_dense(

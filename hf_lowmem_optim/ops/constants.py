@@ -35,5 +35,11 @@ def held_constant(key: Hashable) -> Tensor | None:
 
 
 def to_device(numbers: Tensor, device: torch.device) -> Tensor:
-    """Copy numbers of the host to a device without waiting for it."""
+    """Copy numbers of the host to a device without waiting for it.
+
+    Raises:
+        RuntimeError: A CUDA graph is captured, which would copy again what is no longer there.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("numbers of the host were asked for while a CUDA graph is captured: take the step without")
     return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)

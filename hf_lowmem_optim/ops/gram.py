@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from hf_lowmem_optim.ops.step_numbers import select, selected
+
 __all__ = [
     "damped_inverse_column",
     "filtered_inverse_column",
@@ -26,6 +28,8 @@ _DEPENDENT = 1e-3
 _HARMLESS = 1e-3
 #: A direction whose squared singular value S² is below this part of the largest is a rounding error of the Gram matrix.
 _DROPPED = 1e-12
+#: Devices on which a look at a number waits for nothing.
+_READABLE: tuple[str, ...] = ("cpu",)
 #: Steps that make a projector's values 0 or 1 to float64's precision, unless S² is within a factor of 3 of that bound.
 _PURIFICATIONS = 8
 
@@ -45,8 +49,9 @@ def write_gram_row_(
     if everywhere is not None:
         shares = everywhere(shares)
     total = shares[0] if len(shares) == 1 else shares.sum(dim=0)
-    gram[row] = total
-    gram[:, row] = total
+    for dim in (0, 1):
+        with selected(gram, dim, row) as written:
+            written.copy_(total)
 
 
 def mfac_weights(gram: Tensor, newest: int, *, damping: float) -> Tensor:
@@ -73,7 +78,7 @@ def mfac_weights(gram: Tensor, newest: int, *, damping: float) -> Tensor:
     # w ← m·(mλI + GGᵀ)⁻¹e_r
     column, smallest_pivot = damped_inverse_column(gram, newest, total)
     independent = smallest_pivot > _DEPENDENT
-    if gram.device.type != "cpu" or not independent:
+    if gram.device.type not in _READABLE or not independent:
         column = torch.where(independent, column, filtered_inverse_column(gram, newest, total))
         column = torch.where(_is_finite(gram), column, torch.nan)
     return column.mul_(window)
@@ -144,7 +149,8 @@ def damped_inverse_column(gram: Tensor, column: int, shift: float) -> tuple[Tens
     smallest = torch.linalg.cholesky_ex(unit)[0].diagonal().min() + 0.0 * gram.sum()  # 0 · x is NaN if x is not finite
     unit.diagonal().addcmul_(scale, scale, value=shift)
     target = torch.zeros_like(norm)
-    target[column] = scale[column]
+    with selected(target, 0, column) as written:
+        written.copy_(select(scale, 0, column))
     factor = torch.linalg.cholesky_ex(unit)[0]
     return torch.cholesky_solve(target[:, None], factor)[:, 0].mul_(scale), smallest
 
@@ -176,7 +182,7 @@ def filtered_inverse_column(gram: Tensor, column: int, shift: float) -> Tensor:
         P = torch.addmm(square, square, P, beta=3, alpha=-2)
     del square
     P = torch.where(shift_of_unit > _HARMLESS, identity, P)
-    target = P[:, column].clone()
+    target = select(P, 1, column).clone()
     # 1 instead of what is left of G in the directions of noise
     unit.add_(identity.mul_(1 + shift_of_unit)).sub_(P)
     del identity, P

@@ -79,7 +79,7 @@ class Coefficients(NamedTuple):
         """Return those of step t for LDAdam's options; k is zero in the first, which has no old moments."""
         (β1, β2), c1, c2 = o.betas, 1 - o.betas[0] ** (t - 1), 1 - o.betas[1] ** (t - 1)
         # m̂/(√v̂ + eps) is m/(√v + eps·√(1 − β2ᵗ)) up to a factor that joins the step size
-        root = math.sqrt(1 - β2**t)
+        root = (1 - β2**t) ** 0.5
         return cls(
             momentum_weight=o.rho / c1 if t > 1 else 0.0,
             gradient_weight=1 - o.rho,

@@ -39,6 +39,7 @@ from hf_lowmem_optim.engine.options import COUNT, option
 from hf_lowmem_optim.ops.dispatch import Op
 from hf_lowmem_optim.ops.gram import mfac_weights, write_gram_row_
 from hf_lowmem_optim.ops.low_rank import of_safe_size, orthonormalize, seeded_sketch
+from hf_lowmem_optim.ops.step_numbers import select, selected
 from hf_lowmem_optim.optimizers.preconditioned import (
     PreconditionedOptions,
     add_momentum_,
@@ -150,11 +151,12 @@ def _descend_one_(weight: Tensor, state: Mapping[str, Tensor], w: Tensor, o: Low
 def _compress_(x: Batch, row: int) -> None:
     """Put the low-rank part of ξ + g into a row of the window and the rest into ξ: lines 1 to 3."""
     if "rows" in x.state:
-        torch._foreach_copy_(list(x.state["rows"][:, row].unbind()), [g.view(-1) for g in x.g])
+        with selected(x.state["rows"], 1, row) as written:
+            torch._foreach_copy_(list(written.unbind()), [g.view(-1) for g in x.g])
         return
     right = x.state["right"]
     if x.step > 1:
-        start = right[:, row - 1]
+        start = select(right, 1, (row - 1) % x.options.window)
     else:
         start = seeded_sketch(right.shape[3], right.shape[2], right.device).T.expand(len(right), -1, -1)
     lowrank_compress_(x.g, x.state, start, row, x.options.error_feedback)
@@ -206,7 +208,7 @@ def _products(state: Mapping[str, Tensor], row: int) -> Tensor:
 
 def _overlaps(factors: Tensor, row: int) -> Tensor:
     """Return the products of all vectors of factors [n, m, r, p] with those of a row, float64 [n, m·r, r]."""
-    newest, vectors = factors[:, row].double().mT, factors.flatten(1, 2)
+    newest, vectors = select(factors, 1, row).double().mT, factors.flatten(1, 2)
     entries = _CPU_CHUNK_ENTRIES if factors.device.type == "cpu" else _DEVICE_CHUNK_ENTRIES
     most = max(1, entries // max(1, vectors[:, 0].numel()))
     return torch.cat([piece.double() @ newest for piece in torch.split(vectors, most, dim=1)], dim=1)
@@ -254,6 +256,7 @@ class LowRankMFAC(LowMemoryOptimizer):
         switch=("rank", None),
         scratch=1.0,  # acc, or u; fused on a GPU, neither
         whole="gpu",
+        captured=True,
         scratch_state=1.0,
         adam_like=False,
         optional_state={"velocity": "momentum"},

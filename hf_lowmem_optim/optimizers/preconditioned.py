@@ -21,6 +21,7 @@ from torch import Tensor
 from hf_lowmem_optim.engine.coupled import Scope
 from hf_lowmem_optim.engine.error_feedback import CompressedErrorFeedback
 from hf_lowmem_optim.engine.options import COUNT, POSITIVE, UNIT, Options, option
+from hf_lowmem_optim.ops.step_numbers import factor
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["PreconditionedOptions", "add_momentum_", "descend_", "gram_state", "own_state"]
@@ -77,7 +78,7 @@ def descend_(weight: Tensor, direction: Tensor, o: PreconditionedOptions) -> Non
     for piece, step in zip(*pieces, strict=True):
         wide = piece.float()
         if o.weight_decay != 0:
-            wide.mul_(1 - o.lr * o.weight_decay)
-        wide.add_(step, alpha=-o.lr)
+            wide.mul_(factor(1 - o.lr * o.weight_decay))
+        wide.sub_(step * factor(o.lr))
         if wide is not piece:
             piece.copy_(wide)

@@ -36,4 +36,4 @@ class SparseGGT(LowMemoryOptimizer):
     Source: arXiv 2306.06098, algorithm 1 with GGT; arXiv 1806.02958, section 2.
     """
 
-    method = replace(SparseMFAC.method, name="sparse_ggt", coupled_update_=sparse_ggt_update_)
+    method = replace(SparseMFAC.method, name="sparse_ggt", coupled_update_=sparse_ggt_update_, captured=False)

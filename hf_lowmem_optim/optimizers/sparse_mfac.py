@@ -199,6 +199,7 @@ class SparseMFAC(LowMemoryOptimizer):
         switch=("density", None),
         scratch=lambda o, shape: 1.0 if o.momentum > 0 else 0.0,  # u
         whole=True,
+        captured=True,
         adam_like=False,
         optional_state={"velocity": "momentum"},
         coupled_update_=sparse_update_,

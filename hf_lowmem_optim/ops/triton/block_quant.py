@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_lowmem_optim.ops.block_quant import Quantized, _dequantize_into, _quantize_into, rounding_keys
 from hf_lowmem_optim.ops.dispatch import register
-from hf_lowmem_optim.ops.triton.device import on_device
+from hf_lowmem_optim.ops.triton.device import by_value, on_device
 
 __all__ = ["block_range", "decode", "dequantize_into", "encode", "load_codes", "quantize_into", "store_codes"]
 
@@ -180,7 +180,7 @@ def _dequantize_kernel(
     lo = tl.load(lo_ptr + row, mask=row * BLOCK < n, other=0.0).to(tl.float32)
     hi = tl.load(hi_ptr + row, mask=row * BLOCK < n, other=0.0).to(tl.float32)
     codes = load_codes(codes_ptr, row, n, COLS, BLOCK, BITS)
-    result = scale * decode(codes, lo, hi, (1 << BITS) - 1)
+    result = by_value(scale) * decode(codes, lo, hi, (1 << BITS) - 1)
     if ADD:
         result = tl.load(onto_ptr + index, mask=valid, other=0.0).to(tl.float32) + result
     tl.store(out_ptr + index, result.to(out_ptr.dtype.element_ty), mask=valid)

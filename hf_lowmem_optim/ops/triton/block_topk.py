@@ -22,9 +22,10 @@ from torch import Tensor
 from hf_lowmem_optim.ops.block_quant import Quantized, rounding_keys
 from hf_lowmem_optim.ops.block_topk import Errors, Selection, _select_all
 from hf_lowmem_optim.ops.dispatch import register
+from hf_lowmem_optim.ops.step_numbers import argument
 from hf_lowmem_optim.ops.triton.block_quant import block_range, decode, encode, load_codes, store_codes
 from hf_lowmem_optim.ops.triton.block_topk_common import block_topk_kernel, common_options, is_common
-from hf_lowmem_optim.ops.triton.device import on_device
+from hf_lowmem_optim.ops.triton.device import by_value, on_device
 from hf_lowmem_optim.ops.triton.tables import TYPES, Launch, launches, owner_and_block, pointer, size
 from hf_lowmem_optim.ops.triton.window import addresses, decode_values, encode_values, grid_of, stored_as
 from hf_lowmem_optim.ops.window import Memo, SparseWindow
@@ -175,6 +176,7 @@ def _block_topk_kernel(
     VALUES: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
+    window_row = by_value(window_row)
     if flags_ptr is None:
         select_block(
             table_ptr, owners_ptr, tl.program_id(0), window_row, k, error_scale, key0, key1, BLOCK, TILE, QUANT_BLOCK,
@@ -255,7 +257,7 @@ def _select(
     how: Selection,
 ) -> None:
     """Select from tensors in one launch; ``window`` and ``error`` are those of one of them."""
-    row, _, error_scale, seed = how
+    row, error_scale, seed = argument(how.row, int), how.error_scale, how.seed
     owners, device, block_size, k = launch.owners, table.device, window.block_size, window.kept_per_block
     key0, key1 = rounding_keys(seed) if seed is not None else (0, 0)
     tile = max(2, triton.next_power_of_2(block_size))

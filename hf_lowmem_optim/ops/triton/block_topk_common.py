@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hf_lowmem_optim.ops.block_quant import Quantized
 from hf_lowmem_optim.ops.triton.block_quant import round_to_bfloat16
+from hf_lowmem_optim.ops.triton.device import by_value
 from hf_lowmem_optim.ops.triton.tables import owner_and_block, pointer
 from hf_lowmem_optim.ops.triton.window import decode_values, encode_values, grid_of
 from hf_lowmem_optim.ops.window import SparseWindow
@@ -188,6 +189,7 @@ def block_topk_kernel(
     keys = a.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     top = tl.max(tl.max(tl.reshape(keys, (_ROWS // GROUP // 2, 2, GROUP, 8, 8)), 4), 1)
     greatest = tl.max(top)
+    window_row = by_value(window_row)
     column = window_row * tl.load(record + 8) + block * K
     indices_ptr = pointer(record, 5, tl.int16, False) + column
     values_ptr = pointer(record, 6, VALUES, False) + column

@@ -1,5 +1,7 @@
 """Where Triton launches, and how a kernel reaches several tensors in one launch."""
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
 from __future__ import annotations
 
 import functools
@@ -8,16 +10,30 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from hf_lowmem_optim.ops.constants import to_device
 
-__all__ = ["MAX_OFFSET", "address_table", "aligned", "on_device"]
+__all__ = ["MAX_OFFSET", "address_table", "aligned", "by_value", "on_device"]
 
 _HERE: AbstractContextManager[Any] = nullcontext()
 
 #: Kernels that count in 32 bits reach the entries up to here.
 MAX_OFFSET = (1 << 31) - 1
+
+
+@triton.jit
+def by_value(x):
+    """A number that a launch passes by itself, or by its place on the device: see ``ops/step_numbers.py``."""
+    value = x
+    if isinstance(x, float):  # in the interpreter, to which it is no float32
+        value = tl.cast(x, tl.float32)
+    else:
+        if x.dtype.is_ptr():
+            value = tl.load(x)
+    return value
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:

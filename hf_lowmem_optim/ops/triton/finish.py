@@ -18,7 +18,8 @@ from torch import Tensor
 
 from hf_lowmem_optim.ops.block_quant import rounding_keys
 from hf_lowmem_optim.ops.low_rank import MOST_PROJECTION, Coefficients
-from hf_lowmem_optim.ops.triton.device import address_table, aligned, on_device
+from hf_lowmem_optim.ops.step_numbers import argument
+from hf_lowmem_optim.ops.triton.device import address_table, aligned, by_value, on_device
 from hf_lowmem_optim.ops.triton.residual import (
     POINTEE,
     Residual,
@@ -81,6 +82,8 @@ def finish_kernel(
     EVEN: tl.constexpr,
     EVEN_TERMS: tl.constexpr,
 ):
+    correction, damping = by_value(correction), by_value(damping)
+    decay, step_size = by_value(decay), by_value(step_size)
     b = tl.program_id(1).to(tl.int64)
     g_ptr, error_ptr, lo_ptr, hi_ptr = batch_pointers(
         table_ptr, error_ptr, lo_ptr, hi_ptr, b, error_batch, stats_batch, GRAD, STORAGE
@@ -226,12 +229,12 @@ def finish_(
             *U.stride()[1:],
             float(numbers.beta1),
             float(numbers.beta2),
-            float(numbers.correction),
-            float(numbers.damping),
+            argument(numbers.correction),
+            argument(numbers.damping),
             float(noise),
             MOST_PROJECTION,
-            float(numbers.decay),
-            float(numbers.step_size),
+            argument(numbers.decay),
+            argument(numbers.step_size),
             key0,
             key1,
             WEIGHT=POINTEE[weights[0].dtype],

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from hf_lowmem_optim.ops.dispatch import register
 from hf_lowmem_optim.ops.low_rank import MOST_PROJECTION, PROJECTION_NOISE, Coefficients
-from hf_lowmem_optim.ops.triton.device import MAX_OFFSET, address_table, aligned, on_device
+from hf_lowmem_optim.ops.step_numbers import argument
+from hf_lowmem_optim.ops.triton.device import MAX_OFFSET, address_table, aligned, by_value, on_device
 
 __all__ = ["descend_", "descend_weights_", "move_moments_", "update_moments_"]
 
@@ -51,6 +52,7 @@ def _moments_kernel(
     COLUMNS: tl.constexpr,
     IN_PIECES: tl.constexpr,  # whether r > ROWS
 ):
+    correction, damping = by_value(correction), by_value(damping)
     batch = tl.program_id(1).to(tl.int64)
     R_ptr += batch * r * r
     first = batch * r * q
@@ -131,8 +133,8 @@ def update_moments_(
             q,
             float(coefficients.beta1),
             float(coefficients.beta2),
-            float(coefficients.correction),
-            float(coefficients.damping),
+            argument(coefficients.correction),
+            argument(coefficients.damping),
             float(noise),
             MOST_PROJECTION,
             ROWS=rows,
@@ -182,6 +184,7 @@ def _descend_kernel(
     TERMS: tl.constexpr,
     TILE: tl.constexpr,
 ):
+    decay, step_size = by_value(decay), by_value(step_size)
     number = tl.program_id(1).to(tl.int64)
     # the only dimension of a grid that has room for the tiles of any matrix
     across = tl.cdiv(columns, TILE)
@@ -241,8 +244,8 @@ def descend_(weights: Sequence[Tensor], left: Tensor, right: Tensor, decay: floa
             weights[0].stride(0),
             *left.stride(),
             *right.stride(),
-            float(decay),
-            float(step_size),
+            argument(decay),
+            argument(step_size),
             DTYPE=_TYPES[weights[0].dtype],
             ALIGNED=aligned(weights) and weights[0].stride(0) * weights[0].itemsize % 16 == 0,
             MORE_TERMS=rank > _MOST_TERMS,

@@ -22,6 +22,7 @@ from hf_lowmem_optim.ops.low_rank import (
     precision_of_products,
     projection_noise,
 )
+from hf_lowmem_optim.ops.step_numbers import factor as factor_of
 from hf_lowmem_optim.ops.triton.finish import Moments, finish_, finishes
 from hf_lowmem_optim.ops.triton.ldadam import update_moments_
 from hf_lowmem_optim.ops.triton.low_rank import orthonormal_columns
@@ -69,7 +70,7 @@ def _step_(W: Sequence[Tensor], g: Sequence[Tensor], state: Mapping[str, Tensor]
         V = torch.empty_like(m, dtype=kind).mT
         V = of_safe_size(a.multiply(old.to(kind), V, over_rows=not tall, weight=rest, onto=m.mT, onto_weight=s))
         Y = a.multiply(V, torch.empty_like(old), over_rows=tall, weight=rest)
-        U = orthonormal_columns(Y.baddbmm_(old, m @ V.float(), alpha=s))
+        U = orthonormal_columns(Y.baddbmm_(old, (m @ V.float()).mul_(factor_of(s))))
         R = U.mT @ old
     noise, seed = projection_noise(products, old.shape[1]), t if o.stochastic_rounding else None
     if finishes(a, old.shape[2]):

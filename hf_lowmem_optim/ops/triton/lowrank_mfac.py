@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_lowmem_optim.ops.dispatch import register
 from hf_lowmem_optim.ops.low_rank import MOST_FACTOR_BYTES, of_safe_size, precision_of_products
+from hf_lowmem_optim.ops.step_numbers import selected
 from hf_lowmem_optim.ops.triton.low_rank import orthonormal_columns
 from hf_lowmem_optim.ops.triton.residual import Residual, why_not_residual
 from hf_lowmem_optim.ops.triton.residual_update import Descent, update_
@@ -29,7 +30,18 @@ def _why_no_compression(g: Sequence[Tensor], state: Mapping[str, Tensor], *_: ob
 @register("lowrank_compress_", "triton", why_not=_why_no_compression, composed=True)
 def compress_(g: Sequence[Tensor], state: Mapping[str, Tensor], start: Tensor, row: int, error_feedback: str) -> None:
     """See :func:`hf_lowmem_optim.optimizers.lowrank_mfac.lowrank_compress_`."""
-    left, Qt = state["left"][:, row], state["right"][:, row]
+    with selected(state["left"], 1, row) as left, selected(state["right"], 1, row) as Qt:
+        _compress_(g, state, start, (left, Qt), error_feedback)
+
+
+def _compress_(
+    g: Sequence[Tensor],
+    state: Mapping[str, Tensor],
+    start: Tensor,
+    written: tuple[Tensor, Tensor],
+    error_feedback: str,
+) -> None:
+    left, Qt = written  # float32 [n, r, p], [n, r, q]
     # 1. acc ← ξ + g
     acc = Residual(g, state, error_feedback, precision_of_products(error_feedback, left.shape[1]))
     # 2. P ← orthonormalize(acc·Q₋);  Q ← accᵀP;  ξ ← acc − P·Qᵀ;  3. row of the window ← (P, Q)

@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_lowmem_optim.ops.low_rank import Products
-from hf_lowmem_optim.ops.triton.device import MAX_OFFSET, address_table, aligned, on_device
+from hf_lowmem_optim.ops.step_numbers import argument
+from hf_lowmem_optim.ops.triton.device import MAX_OFFSET, address_table, aligned, by_value, on_device
 
 __all__ = [
     "BLOCK",
@@ -262,7 +263,7 @@ def multiply_kernel(
         inside = (entry < count)[:, None] & (term < r)[None, :]
     acc *= weight
     if onto_ptr is not None:
-        acc += onto_weight * tl.load(onto_ptr + b * out_batch + at, mask=inside, other=0.0)
+        acc += by_value(onto_weight) * tl.load(onto_ptr + b * out_batch + at, mask=inside, other=0.0)
     tl.store(out_ptr + b * out_batch + at, acc, mask=inside)
 
 
@@ -327,8 +328,8 @@ class Residual:
                 *self.strides,
                 *factor.stride(),
                 *out.stride(),
-                float(onto_weight),
-                float(weight),
+                argument(onto_weight),
+                argument(weight),
                 OVER_ROWS=over_rows,
                 **self.options(r, tile),
             )

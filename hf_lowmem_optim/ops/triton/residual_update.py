@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_lowmem_optim.ops.block_quant import rounding_keys
+from hf_lowmem_optim.ops.step_numbers import argument
 from hf_lowmem_optim.ops.triton.block_quant import (
     block_range,
     decode,
@@ -26,7 +27,7 @@ from hf_lowmem_optim.ops.triton.block_quant import (
     store_codes,
     uniform16,
 )
-from hf_lowmem_optim.ops.triton.device import address_table, aligned, on_device
+from hf_lowmem_optim.ops.triton.device import address_table, aligned, by_value, on_device
 from hf_lowmem_optim.ops.triton.residual import (
     BLOCK,
     POINTEE,
@@ -91,6 +92,7 @@ def update_kernel(
     EVEN: tl.constexpr,
     EVEN_TERMS: tl.constexpr,
 ):  # fmt: skip
+    decay, step_size = by_value(decay), by_value(step_size)
     b = tl.program_id(1).to(tl.int64)
     across = tl.cdiv(c + 63, COLS) if CROSS_ROWS else tl.cdiv(c, COLS)
     row0, col0 = tl.program_id(0) // across * ROWS, tl.program_id(0) % across * COLS
@@ -325,8 +327,8 @@ def update_(a: Residual, change: Sequence[Pair], descent: Descent | None, seed: 
             r,
             *a.strides,
             *itertools.chain(*strides),
-            0.0 if descent is None else float(descent.decay),
-            0.0 if descent is None else float(descent.step_size),
+            0.0 if descent is None else argument(descent.decay),
+            0.0 if descent is None else argument(descent.step_size),
             key0,
             key1,
             WEIGHT=POINTEE[W[0].dtype],

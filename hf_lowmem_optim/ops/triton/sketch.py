@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_lowmem_optim.ops.low_rank import Coefficients
-from hf_lowmem_optim.ops.triton.device import on_device
+from hf_lowmem_optim.ops.step_numbers import argument
+from hf_lowmem_optim.ops.triton.device import by_value, on_device
 from hf_lowmem_optim.ops.triton.low_rank import eliminate, multiply, reflect_columns
 from hf_lowmem_optim.ops.triton.residual import (
     Residual,
@@ -85,7 +86,7 @@ def sketch_kernel(
     term, entry = tl.arange(0, TERMS)[:, None], first + tl.arange(0, LENGTH)[None, :]
     at, inside = term * q + entry, (term < r) & (entry < q)
     m = tl.load(m_ptr + at, mask=inside, other=0.0)
-    tl.store(V_ptr + at, momentum_weight * m + weight * (tl.trans(acc) if TALL else acc), mask=inside)
+    tl.store(V_ptr + at, by_value(momentum_weight) * m + weight * (tl.trans(acc) if TALL else acc), mask=inside)
     tl.debug_barrier()
     for begin in tl.static_range(0, LENGTH, SHARE):
         share = (first + begin) // SHARE
@@ -178,7 +179,7 @@ def range_kernel(
             factor = tl.load(sizes_ptr + share, mask=share < shares, other=1.0) / size / size
             mV += tl.sum(part * factor[:, None, None], 0)
         old = tl.load(old_ptr + place, mask=inside, other=0.0)
-        Y += tl.dot(old, mV * momentum_weight, input_precision="ieee")
+        Y += tl.dot(old, mV * by_value(momentum_weight), input_precision="ieee")
         tl.store(copy_ptr + place, old, mask=inside)
         store_products(grams_ptr + TERMS * TERMS, Y.to(tl.float64), old.to(tl.float64), r, TERMS)
     tl.store(Y_ptr + place, Y, mask=inside)
@@ -309,7 +310,7 @@ def move_basis_(a: Residual, basis: Tensor, m: Tensor, numbers: Coefficients) ->
     # V as it is in products
     V = torch.empty_like(m, dtype=torch.bfloat16 if a.constants["PRODUCTS"] == "bf16" else torch.float32)
     sizes, products = m.new_empty(n, shares), m.new_empty(n, shares, terms, terms)
-    weights = float(numbers.momentum_weight), float(numbers.gradient_weight)
+    weights = argument(numbers.momentum_weight), argument(numbers.gradient_weight)
     with on_device(m):
         sketch_kernel[(triton.cdiv(q, length), n)](
             *a.pointers, basis, m, V, sizes, products, a.rows, a.columns, r, shares, *a.strides, *weights,

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from hf_lowmem_optim.ops.dispatch import register
 from hf_lowmem_optim.ops.sparse_window import Rates, _update_all
-from hf_lowmem_optim.ops.triton.device import on_device
+from hf_lowmem_optim.ops.step_numbers import argument
+from hf_lowmem_optim.ops.triton.device import by_value, on_device
 from hf_lowmem_optim.ops.triton.tables import TYPES, Launch, owner_and_block, pointer, size
 from hf_lowmem_optim.ops.triton.window import index_of, load_grid, load_stored, stored_as, value_of
 from hf_lowmem_optim.ops.triton.window_products import num_programs, sparse_tile, step_launches
@@ -83,6 +84,7 @@ def _held_update_kernel(
     ALIGNED: tl.constexpr,
     LATE_SCALARS: tl.constexpr,  # a row's weights and grid are loaded as they are needed
 ):
+    lr, decay = by_value(lr), by_value(decay)
     program = tl.program_id(0)
     cells_ptr += program.to(tl.int64) * BLOCK_SIZE
     lane = tl.arange(0, TILE)
@@ -177,6 +179,7 @@ def _looped_update_kernel(
     VALUES: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
+    lr, decay = by_value(lr), by_value(decay)
     program = tl.program_id(0)
     z1_ptr = scratch_ptr + program.to(tl.int64) * (2 * BLOCK_SIZE)
     z2_ptr = z1_ptr + BLOCK_SIZE
@@ -296,9 +299,9 @@ def _launch_held(
         launch.owners,
         weights,
         torch.empty(programs, window.block_size, dtype=torch.int64, device=param.device),
-        float(rates.lr),
+        argument(rates.lr),
         float(rates.eps),
-        1.0 - rates.lr * rates.weight_decay,
+        argument(1 - rates.lr * rates.weight_decay),
         len(launch.owners),
         window.kept_per_block,
         WINDOW=window.window,
@@ -327,9 +330,9 @@ def _launch_looped(
         launch.owners,
         weights,
         scratch,
-        float(rates.lr),
+        argument(rates.lr),
         float(rates.eps),
-        1.0 - rates.lr * rates.weight_decay,
+        argument(1 - rates.lr * rates.weight_decay),
         len(launch.owners),
         window.window,
         window.kept_per_block,

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from hf_lowmem_optim.ops.dispatch import register
 from hf_lowmem_optim.ops.sparse_window import Rates, _combine, _descend_all, _gram_rows
-from hf_lowmem_optim.ops.triton.device import on_device
+from hf_lowmem_optim.ops.step_numbers import argument
+from hf_lowmem_optim.ops.triton.device import by_value, on_device
 from hf_lowmem_optim.ops.triton.tables import TYPES, Launch, block_tables, launches, owner_and_block, pointer, size
 from hf_lowmem_optim.ops.triton.window import (
     addresses,
@@ -147,6 +148,7 @@ def _gram_row_kernel(
     ENTRIES: tl.constexpr,
     LOG: tl.constexpr,  # kept_per_block is at most 2^LOG
 ):
+    row = by_value(row)
     program = tl.program_id(0)
     record, chunk = owner_and_block(owners_ptr, table_ptr, program, 7)
     indices_ptr = pointer(record, 1, tl.int16, False)
@@ -213,6 +215,7 @@ def _descend_kernel(
     VALUES: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
+    lr, decay = by_value(lr), by_value(decay)
     program = tl.program_id(0)
     direction_ptr = scratch_ptr + program.to(tl.int64) * BLOCK_SIZE
     for number in range(program, num_blocks, tl.num_programs(0)):
@@ -315,7 +318,7 @@ def gram_rows(windows: Sequence[SparseWindow], row: int, memo: Memo) -> Tensor:
             table,
             owners,
             partial,
-            row,
+            argument(row, int),
             one.window,
             one.kept_per_block,
             each,
@@ -360,8 +363,8 @@ def descend_all(
                 launch.owners,
                 weights,
                 scratch,
-                float(rates.lr),
-                1.0 - rates.lr * rates.weight_decay,
+                argument(rates.lr),
+                argument(1 - rates.lr * rates.weight_decay),
                 len(launch.owners),
                 one.window,
                 one.kept_per_block,

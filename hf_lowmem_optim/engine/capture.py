@@ -1,0 +1,242 @@
+"""``step()`` as a CUDA graph: recorded once, and replayed with the numbers of each step.
+
+Where many small tensors make a step, the host takes longer to launch it than the GPU to compute it. A replay launches
+everything at once. Counts, rates and what else changes stay on the host, where a checkpoint and a schedule find them:
+``ops/step_numbers.py`` brings what follows from them to the device before each replay.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_lowmem_optim.engine.arrangement import Arrangement, Live
+from hf_lowmem_optim.engine.coupled import SHARED_STEP
+from hf_lowmem_optim.engine.options import Options
+from hf_lowmem_optim.ops.dispatch import chosen_backend
+from hf_lowmem_optim.ops.step_numbers import Formulas, Number
+
+__all__ = ["CapturedStep", "StepFormulas", "refuse_capture"]
+
+#: Steps with gradients in other places after each of which a user is told.
+_MOST_MOVES = 3
+
+
+class StepFormulas(Formulas):
+    """The numbers of a step of an optimizer: its counts, its rates, and what follows from them."""
+
+    def count(self, state: dict[str, Any], key: str) -> Number:
+        """Return a count that a state has, as the number that it will be in each step; equal ones are one."""
+        return self.read((key, state[key]), lambda: state[key])
+
+    def options_of(self, optimizer: Any, live: Sequence[Live]) -> dict[int, Options]:
+        """Return the options of each group, by its id, with a learning rate that is read anew for each step."""
+        found: dict[int, Options] = {}
+        for group in {id(group): group for _, _, group in live}.values():
+            options = found[id(group)] = copy.copy(optimizer._options_of(group))
+            rate = self.read(("lr", id(group)), lambda group=group: optimizer._options_of(group).lr)
+            object.__setattr__(options, "lr", rate)
+        return found
+
+
+class CapturedStep:
+    """Calls an optimizer's ``step()`` as a CUDA graph: for many small tensors, which launches keep a GPU waiting for.
+
+    The first calls take their steps without a graph, which compiles what a graph needs, and the next one records it.
+    From then on a call counts, computes the step's numbers on the host, and replays. The weights become what ``step()``
+    makes of them, but that AdamW's part has its rate in float32, as torch's has with a rate that is a tensor.
+
+    A graph knows the addresses of weights, state and gradients. Whenever one of them is elsewhere, another parameter
+    has a gradient, an option other than ``lr`` has changed, or a state was loaded, the step is taken without a graph
+    and recorded again. So gradients must stay where they are: ``zero_grad(set_to_none=False)``. While it lives, a graph
+    keeps the memory that a step needs beside its state.
+
+    Example:
+        >>> step = CapturedStep(optimizer)
+        >>> for batch in loader:
+        ...     model(**batch).loss.backward()
+        ...     step()
+        ...     optimizer.zero_grad(set_to_none=False)
+
+    Attributes:
+        replays: How many steps were replays.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        """Prepare; nothing is recorded yet.
+
+        Args:
+            optimizer: MicroAdam, SparseMFAC, LDAdam or LowRankMFAC, with all parameters on one GPU.
+
+        Raises:
+            TypeError: It is no optimizer of this package.
+            NotImplementedError: A step of it cannot be recorded, for the reason that the error says.
+        """
+        if not hasattr(optimizer, "recording"):
+            raise TypeError(f"CapturedStep takes an optimizer of this package, got {type(optimizer).__name__}")
+        if (reason := _why_not(optimizer)) is not None:
+            raise NotImplementedError(f"a step of {type(optimizer).__name__} cannot be recorded: {reason}")
+        self._optimizer = optimizer
+        self.replays = 0
+        self._moves = 0
+        self._known: tuple[Any, ...] | None = None
+        self._arrangement: Arrangement | None = None
+        self._replay: Callable[[], None] | None = None
+        self._formulas: StepFormulas | None = None
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """Take a step, as ``optimizer.step()`` does.
+
+        Raises:
+            NotImplementedError: A step cannot be recorded any more, for the reason that the error says. Nothing has
+                been updated then.
+        """
+        optimizer = self._optimizer
+        params = [(param, group) for group in optimizer.param_groups for param in group["params"]]
+        live = [(i, param, group) for i, (param, group) in enumerate(params) if param.grad is not None]
+        if not live:
+            return
+        situation = _situation(optimizer, live)
+        same = situation == self._known and self._stays(live)
+        if same and self._replay is not None and self._take(live):
+            return
+        if self._known is not None and situation[0] != self._known[0]:
+            self._note_move()
+        prepared = same and self._replay is None
+        self._replay = self._formulas = None
+        if (reason := _why_not(optimizer)) is not None:
+            raise NotImplementedError(f"a step of {type(optimizer).__name__} cannot be recorded: {reason}")
+        if prepared:
+            self._record(live)
+            return
+        began = all(optimizer.state.get(param, {}).get("step") for _, param, _ in live)
+        # a step that has to tell absent tensors of a system, and a first one, do what no graph can
+        if not began or (optimizer.method.shared_state is not None and len(live) < len(params)):
+            optimizer.step()
+            self._known = self._arrangement = None
+            return
+        _step_with(optimizer, StepFormulas(live[0][1].device))
+        self._arrangement = optimizer._arrangements.get(tuple([place for place, _, _ in live]))
+        self._known = None if self._arrangement is None else situation
+
+    def _stays(self, live: Sequence[Live]) -> bool:
+        """Return whether tensors and state are those of the last step, and where they were."""
+        optimizer, arrangement = self._optimizer, self._arrangement
+        options_of = {id(group): optimizer._options_of(group) for _, _, group in live}
+        states = [optimizer.state.get(param, {}) for _, param, _ in live]
+        return arrangement is not None and arrangement.holds(live, states, options_of, optimizer.method)
+
+    def _take(self, live: Sequence[Live]) -> bool:
+        """Replay, if every comparison in the step comes out as when it was recorded."""
+        assert self._formulas is not None and self._replay is not None
+        counts = _counts(self._optimizer, live)
+        for state, key in counts:
+            state[key] += 1
+        if not self._formulas.renew():
+            for state, key in counts:
+                state[key] -= 1
+            self._known = None
+            return False
+        self._formulas.write()
+        torch.autograd.graph.increment_version([param for _, param, _ in live])
+        self._replay()
+        self.replays += 1
+        return True
+
+    def _record(self, live: Sequence[Live]) -> None:
+        """Record a step, and replay it once, for recording computes nothing."""
+        formulas = StepFormulas(live[0][1].device)
+        formulas.replays = True
+        counts = _counts(self._optimizer, live)
+        before = [state[key] for state, key in counts]
+        try:
+            self._replay = _graph_of(lambda: _step_with(self._optimizer, formulas), live[0][1].device)
+        except BaseException:
+            self._known = None
+            for (state, key), count in zip(counts, before, strict=True):
+                state[key] = count
+            raise
+        self._formulas = formulas
+        formulas.write()
+        self._replay()
+        self.replays += 1
+
+    def _note_move(self) -> None:
+        self._moves += 1
+        if self._moves == _MOST_MOVES:
+            warnings.warn(
+                f"the gradients of {_MOST_MOVES} steps were elsewhere than those of the steps before, so that CapturedStep "
+                "could not replay: keep them where they are with zero_grad(set_to_none=False)",
+                stacklevel=3,
+            )
+
+
+def refuse_capture(optimizer: Any) -> None:
+    """Raise RuntimeError if somebody else captures a CUDA graph, which would have the numbers of one step."""
+    if optimizer.recording is None and torch.cuda._initialized and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{type(optimizer).__name__} counts its steps on the host: a CUDA graph of step() would repeat one step's "
+            "numbers. Capture forward and backward pass, and call CapturedStep(optimizer) outside of the graph"
+        )
+
+
+def _graph_of(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Record what a function launches; return what launches it again."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        run()
+    return graph.replay
+
+
+def _step_with(optimizer: Any, formulas: StepFormulas) -> None:
+    optimizer.recording = formulas
+    try:
+        optimizer.step()
+    finally:
+        optimizer.recording = None
+
+
+def _situation(optimizer: Any, live: Sequence[Live]) -> tuple[Any, ...]:
+    """Return what a graph depends on beside an arrangement: where gradients are, and all options but the rates."""
+    groups = {id(group): group for _, _, group in live}.values()
+    options = [{**vars(optimizer._options_of(group)), "lr": None} for group in groups]
+    return [param.grad.data_ptr() for _, param, _ in live if param.grad is not None], options
+
+
+def _counts(optimizer: Any, live: Sequence[Live]) -> list[tuple[dict[str, Any], str]]:
+    """Return what a step counts: where, and under which key."""
+    states: list[dict[str, Any]] = [optimizer.state[param] for _, param, _ in live]
+    return [(state, key) for state in states for key in ("step", SHARED_STEP) if key in state]
+
+
+def _why_not(optimizer: Any) -> str | None:
+    """Return why no step of an optimizer can be recorded, None if it can."""
+    params: list[Tensor] = [param for group in optimizer.param_groups for param in group["params"]]
+    if not optimizer.method.captured:
+        return "it waits for the GPU, or has numbers that only the host knows; use step()"
+    if optimizer._backward is not None:
+        return "it acts on gradients during the backward pass; use step()"
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return "a replay would not run the hooks of its step(); remove them"
+    for group in optimizer.param_groups:
+        for key, right in (("weight_rounding", "nearest"), ("stochastic_rounding", False)):
+            if group.get(key, right) != right:
+                return f"{key}={group[key]!r} of a parameter group; it takes {key}={right!r}"
+        if group["dense_state"] == "8bit":
+            return "dense_state='8bit' of a parameter group counts on the host; it takes 'param' or 'fp32'"
+    if len(devices := {param.device for param in params}) > 1:
+        return f"its parameters are on several devices: {', '.join(sorted(map(str, devices)))}"
+    if any(hasattr(param, "placements") for param in params):
+        return "a parameter is a sharded DTensor"
+    if not all(param.is_contiguous() and (param.grad is None or param.grad.is_contiguous()) for param in params):
+        return "a parameter or its gradient is not contiguous"
+    device = next(iter(devices))
+    if chosen_backend(device) != "triton":
+        return f"its parameters are on {device}, and a CUDA graph is of Triton's launches on a GPU"
+    return None
