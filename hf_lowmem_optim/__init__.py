@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_lowmem_optim.engine.averaging import keep_gradients_local
     from hf_lowmem_optim.engine.backward import layerwise
+    from hf_lowmem_optim.engine.capture import CapturedStep
     from hf_lowmem_optim.engine.fp32_weights import fp32_state_dict, load_fp32_state_dict_
     from hf_lowmem_optim.engine.method import Method
     from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
@@ -58,6 +59,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "OPTIMIZERS",
+    "CapturedStep",
     "DCTAdamW",
     "Dash",
     "IOBSPruner",
@@ -108,6 +110,7 @@ __all__ = [
 _MODULES = {
     "engine.averaging": "keep_gradients_local",
     "engine.backward": "layerwise",
+    "engine.capture": "CapturedStep",
     "engine.fp32_weights": "fp32_state_dict load_fp32_state_dict_",
     "engine.method": "Method",
     "engine.optimizer": "LowMemoryOptimizer",

@@ -37,7 +37,7 @@ from torch.optim.adamw import adamw
 from hf_lowmem_optim.engine.buckets import CORRECTION, TensorUpdate
 from hf_lowmem_optim.engine.rounding import StochasticRounding
 from hf_lowmem_optim.ops.constants import to_device
-from hf_lowmem_optim.ops.step_numbers import Number, factor
+from hf_lowmem_optim.ops.step_numbers import Number
 from hf_lowmem_optim.ops.weight_correction import join_weights, split_weights_
 from hf_lowmem_optim.spec import TensorSpec
 
@@ -107,6 +107,7 @@ def _adamw_(
 ) -> None:
     """Run torch's functional AdamW; ``updates`` say the step and the options of each entry of the other lists."""
     options = updates[0].options
+    lr: float | Number = options.dense_lr
     # torch's fused kernel walks flat memory; another layout takes its plain loop
     has_fused = {device: device.type in _FUSED_DEVICES for device in {w.device for w in W}}
     fusable = [w.is_contiguous() and x.is_contiguous() and has_fused[w.device] for w, x in zip(W, g, strict=True)]
@@ -126,17 +127,17 @@ def _adamw_(
             amsgrad=False,
             beta1=options.betas[0],
             beta2=options.betas[1],
-            lr=factor(options.dense_lr),
+            lr=lr.factor() if isinstance(lr, Number) else lr,
             weight_decay=options.weight_decay,
             eps=options.eps,
             maximize=False,
         )
 
 
-def _step_tensors(params: Sequence[Tensor], steps: Sequence[int], *, on_device: bool) -> list[Tensor]:
+def _step_tensors(params: Sequence[Tensor], steps: Sequence[Any], *, on_device: bool) -> list[Tensor]:
     """Return the step counts before this update as the float32 scalars that torch's functional AdamW increments."""
     if isinstance(steps[0], Number):
-        return list(torch.stack([factor(step - 1) for step in steps]).unbind())
+        return list(torch.stack([(step - 1).factor() for step in steps]).unbind())
     if len(devices := {param.device for param in params}) == len(set(steps)) == 1 and on_device:
         # one fill instead of a copy from the host, the usual case
         before = torch.full((len(steps),), float(steps[0] - 1), dtype=torch.float32, device=devices.pop())

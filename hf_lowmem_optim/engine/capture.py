@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,9 +40,13 @@ class StepFormulas(Formulas):
         found: dict[int, Options] = {}
         for group in {id(group): group for _, _, group in live}.values():
             options = found[id(group)] = copy.copy(optimizer._options_of(group))
-            rate = self.read(("lr", id(group)), lambda group=group: optimizer._options_of(group).lr)
+            rate = self.read(("lr", id(group)), partial(_rate, optimizer, group))
             object.__setattr__(options, "lr", rate)
         return found
+
+
+def _rate(optimizer: Any, group: dict[str, Any]) -> float:
+    return float(optimizer._options_of(group).lr)
 
 
 class CapturedStep:
@@ -147,6 +152,7 @@ class CapturedStep:
         torch.autograd.graph.increment_version([param for _, param, _ in live])
         self._replay()
         self.replays += 1
+        self._moves = 0
         return True
 
     def _record(self, live: Sequence[Live]) -> None:
@@ -171,19 +177,18 @@ class CapturedStep:
         self._moves += 1
         if self._moves == _MOST_MOVES:
             warnings.warn(
-                f"the gradients of {_MOST_MOVES} steps were elsewhere than those of the steps before, so that CapturedStep "
-                "could not replay: keep them where they are with zero_grad(set_to_none=False)",
+                f"the gradients of {_MOST_MOVES} steps were elsewhere than those of the steps before, so that "
+                "CapturedStep could not replay: keep them where they are with zero_grad(set_to_none=False)",
                 stacklevel=3,
             )
 
 
 def refuse_capture(optimizer: Any) -> None:
-    """Raise RuntimeError if somebody else captures a CUDA graph, which would have the numbers of one step."""
-    if optimizer.recording is None and torch.cuda._initialized and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"{type(optimizer).__name__} counts its steps on the host: a CUDA graph of step() would repeat one step's "
-            "numbers. Capture forward and backward pass, and call CapturedStep(optimizer) outside of the graph"
-        )
+    """Raise RuntimeError, when somebody else captures a CUDA graph: it would have the numbers of one step."""
+    raise RuntimeError(
+        f"{type(optimizer).__name__} counts its steps on the host: a CUDA graph of step() would repeat one step's "
+        "numbers. Capture forward and backward pass, and call CapturedStep(optimizer) outside of the graph"
+    )
 
 
 def _graph_of(run: Callable[[], None], device: torch.device) -> Callable[[], None]:

@@ -23,6 +23,7 @@ __all__ = [
     "check_rounding",
     "check_tensor",
     "check_unchanged",
+    "checked_parameters",
     "describe_parameter",
     "fault_of_tensor",
     "flat_note",
@@ -47,6 +48,17 @@ def check_parameter(param: Any, who: str, optimizer: str) -> None:
             f"{who} of shape {tuple(param.shape)} is not a leaf: it is the result of an operation, so that an update "
             "of it would be lost; pass the tensors that it was computed from, such as model.parameters()"
         )
+
+
+def checked_parameters(given: Any, optimizer: str) -> tuple[Any, list[Tensor]]:
+    """Return the parameters of a group, which are a tensor or some, with names or without; and their tensors."""
+    params = [given] if isinstance(given, Tensor) else given if isinstance(given, set) else list(given)
+    for item in params:
+        if isinstance(item, tuple):
+            check_parameter(item[1], f"parameter {item[0]!r}", optimizer)
+        else:
+            check_parameter(item, "a parameter", optimizer)
+    return params, [each for each in (p[1] if isinstance(p, tuple) else p for p in params) if isinstance(each, Tensor)]
 
 
 def describe_parameter(param: Tensor, group: Mapping[str, Any]) -> str:

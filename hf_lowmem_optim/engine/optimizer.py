@@ -18,10 +18,10 @@ from hf_lowmem_optim.engine.backward import LayerwiseMode
 from hf_lowmem_optim.engine.buckets import SHARED_PREFIX, Part, TensorUpdate, arrange, batches, split_stacks
 from hf_lowmem_optim.engine.capture import StepFormulas, refuse_capture
 from hf_lowmem_optim.engine.checks import (
-    check_parameter,
     check_rounding,
     check_tensor,
     check_unchanged,
+    checked_parameters,
     named_like_others,
     refuse_mps,
 )
@@ -99,7 +99,8 @@ class LowMemoryOptimizer(Optimizer):
         defaults = dict(vars(method.check({**given, **options}, who)))
         # a learning rate that is a tensor stays one, to be changed in place
         defaults["lr"] = as_plain({**defaults, **given, **options}["lr"], tensors=False)
-        self._start(complete=False)
+        self._start()
+        self._complete = False
         try:
             super().__init__(params, dict(defaults))
             check_rounding(self.param_groups)
@@ -109,9 +110,9 @@ class LowMemoryOptimizer(Optimizer):
             raise
         self._complete = True
 
-    def _start(self, *, complete: bool = True) -> None:
+    def _start(self) -> None:
         """Set up what lives beside parameters and state."""
-        self._complete = complete
+        self._complete = True
         self._options: dict[int, tuple[tuple[Any, ...], Options]] = {}
         self._specs: dict[tuple[Any, ...], tuple[bool, dict[str, TensorSpec]]] = {}
         self._arrangements: dict[tuple[int, ...], Arrangement] = {}
@@ -146,14 +147,7 @@ class LowMemoryOptimizer(Optimizer):
         full = {**self.defaults, **param_group}
         self.method.check({key: full[key] for key in own}, who)
         check_agreement(self.method, [*self.param_groups, full], who)
-        params = param_group["params"]
-        params = [params] if isinstance(params, Tensor) else params if isinstance(params, set) else list(params)
-        for item in params:
-            if isinstance(item, tuple):
-                check_parameter(item[1], f"parameter {item[0]!r}", who)
-            else:
-                check_parameter(item, "a parameter", who)
-        tensors = [each for each in (p[1] if isinstance(p, tuple) else p for p in params) if isinstance(each, Tensor)]
+        params, tensors = checked_parameters(param_group["params"], who)
         if self._complete and "weight_rounding" in param_group:
             check_rounding([{**full, "params": tensors}])
         if full["dense_state"] == "8bit":
@@ -221,7 +215,8 @@ class LowMemoryOptimizer(Optimizer):
                 been updated then.
             ValueError: An option was changed on which the state depends. Nothing has been updated then.
         """
-        refuse_capture(self)
+        if self.recording is None and torch.cuda._initialized and torch.cuda.is_current_stream_capturing():
+            refuse_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -250,11 +245,13 @@ class LowMemoryOptimizer(Optimizer):
             probed = probed_parameters(self, live, options_of)
         else:
             rules = known.rules
-        system: dict[str, Any] | None = None
+        system, coupled = None, None
         if method.shared_state is not None:
             members = zip(live, rules, strict=True)
             coupled = next((options_of[id(group)] for (_, _, group), (compressed, _) in members if compressed), None)
-            if coupled is not None and vars(coupled)["scope"] == "model":
+        if coupled is not None and vars(coupled)["scope"] == "model":
+            system = None if self._system_home is None else self.state.get(self._system_home)
+            if system is None or SHARED_STEP not in system:
                 system = self._common_system(coupled)
         recording = self.recording
         options_of = options_of if recording is None else recording.options_of(self, live)
@@ -330,8 +327,6 @@ class LowMemoryOptimizer(Optimizer):
 
     def _common_system(self, options: Options) -> dict[str, Any]:
         """Return the state that has the system over all parameters, checked, or allocated if there is none yet."""
-        if self._system_home is not None and SHARED_STEP in (known := self.state.get(self._system_home, {})):
-            return known
         home, group = system_home(self, self.method)
         if hasattr(home, "placements"):
             check_system(self)

@@ -26,12 +26,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_lowmem_optim.ops.dispatch import Op
-from hf_lowmem_optim.ops.step_numbers import argument
+from hf_lowmem_optim.ops.step_numbers import Number
 from hf_lowmem_optim.spec import QuantFormat
 
 __all__ = [
@@ -125,7 +126,7 @@ def dequantize_(out: Tensor, quantized: Quantized, *, scale: float = 1.0) -> Non
         _dequantize_into(out.view(-1), quantized, float(scale), None)
 
 
-def dequantize_add_(out: Tensor, quantized: Quantized, *, scale: float = 1.0, onto: Tensor | None = None) -> None:
+def dequantize_add_(out: Tensor, quantized: Quantized, *, scale: Any = 1.0, onto: Tensor | None = None) -> None:
     """Write ``out ← onto + scale · Q⁻¹(quantized)``, computed in float32 and rounded to the dtype of ``out``.
 
     Args:
@@ -141,7 +142,8 @@ def dequantize_add_(out: Tensor, quantized: Quantized, *, scale: float = 1.0, on
     out = check_dense(out, "out", numel=quantized.numel, device=quantized.codes.device)
     base = out if onto is None else check_dense(onto, "onto", numel=quantized.numel, device=out.device)
     if quantized.numel:
-        _dequantize_into(out.view(-1), quantized, argument(scale), base.view(-1))
+        scale = scale.place() if isinstance(scale, Number) else float(scale)
+        _dequantize_into(out.view(-1), quantized, scale, base.view(-1))
 
 
 def check_dense(

@@ -8,11 +8,12 @@ formulas give, without the difference of two nearly equal ones, of which float32
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_lowmem_optim.ops.step_numbers import select, selected
+from hf_lowmem_optim.ops.step_numbers import Number
 
 __all__ = [
     "damped_inverse_column",
@@ -35,7 +36,7 @@ _PURIFICATIONS = 8
 
 
 def write_gram_row_(
-    gram: Tensor, row: int, products: Sequence[Tensor], everywhere: Callable[[Tensor], Tensor] | None = None
+    gram: Tensor, row: Any, products: Sequence[Tensor], everywhere: Callable[[Tensor], Tensor] | None = None
 ) -> None:
     """Write row and column of GGᵀ ← G c, a sum over tensors.
 
@@ -49,12 +50,12 @@ def write_gram_row_(
     if everywhere is not None:
         shares = everywhere(shares)
     total = shares[0] if len(shares) == 1 else shares.sum(dim=0)
-    for dim in (0, 1):
-        with selected(gram, dim, row) as written:
-            written.copy_(total)
+    at = row.index() if isinstance(row, Number) else row
+    gram[at] = total
+    gram.mT[at] = total
 
 
-def mfac_weights(gram: Tensor, newest: int, *, damping: float) -> Tensor:
+def mfac_weights(gram: Tensor, newest: Any, *, damping: float) -> Tensor:
     """Return the weights w of the window's rows in M-FAC's u = F⁻¹c = Gᵀw, F = λI + GᵀG/m.
 
     The paper's u = (1/λ)·[c − Gᵀ(mλI + GGᵀ)⁻¹Gc] becomes w = m·(mλI + GGᵀ)⁻¹e_r; for ‖c‖² ≫ mλ the bracket is a small
@@ -116,7 +117,7 @@ def ggt_weights(gram: Tensor, newest: int, *, damping: float) -> Tensor:
     return torch.where(finite, weights, torch.nan)
 
 
-def damped_inverse_column(gram: Tensor, column: int, shift: float) -> tuple[Tensor, Tensor]:
+def damped_inverse_column(gram: Tensor, column: Any, shift: float) -> tuple[Tensor, Tensor]:
     """Return (G + shift·I)⁻¹e_c, and how far the rows of G are from depending on each other.
 
     Computed from K = D·G·D with a diagonal of ones, D = diag(G)^(-1/2), so that the rows' sizes do not matter:
@@ -149,13 +150,13 @@ def damped_inverse_column(gram: Tensor, column: int, shift: float) -> tuple[Tens
     smallest = torch.linalg.cholesky_ex(unit)[0].diagonal().min() + 0.0 * gram.sum()  # 0 · x is NaN if x is not finite
     unit.diagonal().addcmul_(scale, scale, value=shift)
     target = torch.zeros_like(norm)
-    with selected(target, 0, column) as written:
-        written.copy_(select(scale, 0, column))
+    at = column.index() if isinstance(column, Number) else column
+    target[at] = scale[at]
     factor = torch.linalg.cholesky_ex(unit)[0]
     return torch.cholesky_solve(target[:, None], factor)[:, 0].mul_(scale), smallest
 
 
-def filtered_inverse_column(gram: Tensor, column: int, shift: float) -> Tensor:
+def filtered_inverse_column(gram: Tensor, column: Any, shift: float) -> Tensor:
     """Return (G + shift·I)⁻¹e_c without the part of e_c in directions that are noise, unless that does no harm.
 
     With rows that repeat, that part is as large as 1/shift, and cancels in Gᵀw up to float32's rounding. P, which
@@ -182,7 +183,7 @@ def filtered_inverse_column(gram: Tensor, column: int, shift: float) -> Tensor:
         P = torch.addmm(square, square, P, beta=3, alpha=-2)
     del square
     P = torch.where(shift_of_unit > _HARMLESS, identity, P)
-    target = select(P, 1, column).clone()
+    target = P.mT[column.index() if isinstance(column, Number) else column].clone().view(-1)
     # 1 instead of what is left of G in the directions of noise
     unit.add_(identity.mul_(1 + shift_of_unit)).sub_(P)
     del identity, P

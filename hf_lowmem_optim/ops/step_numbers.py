@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hf_lowmem_optim.ops.constants import to_device
 
-__all__ = ["Formulas", "Number", "argument", "factor", "select", "selected", "table"]
+__all__ = ["Formulas", "Number", "argument", "factor", "select", "selected"]
 
 #: 16 bytes apart, as a kernel expects of every address it is compiled for.
 _WORDS_APART = 4
@@ -90,7 +90,7 @@ class Formulas:
         if place is None:
             index = len(self._placed)
             if index == len(self._words):
-                raise NotImplementedError(f"a recorded step has more than {index} numbers that change from step to step")
+                raise NotImplementedError(f"more than {index} numbers of a recorded step change from step to step")
             word = self._words[index, :1]
             place = self._places[number] = word if isinstance(number.value, int) else word.view(torch.float32)
             self._placed.append(number)
@@ -121,14 +121,29 @@ class Number:
         """Find the value for the step at hand, given those of the numbers it is made of."""
         self.value = self._function(*[arg.value if isinstance(arg, Number) else arg for arg in self._args])
 
-    def place(self) -> Tensor:
-        """Return where the device has it: int32 or float32 [1]."""
-        return self.formulas.place(self)
+    def place(self, kind: type[float] = float) -> Tensor:
+        """Return where the device has it as a float or int: float32 or int32 [1]."""
+        return self.formulas.place(self.formulas.formula(kind, self))
+
+    def factor(self) -> Tensor:
+        """Return it for an operation of torch: float32, without dimensions."""
+        return self.place()[0]
+
+    def index(self) -> Tensor:
+        """Return it for an operation of torch that takes indices: int64 [1]."""
+        return self.place(int).long()
+
+    def table(self, numbers: Sequence[Any]) -> Tensor:
+        """Return numbers beside it, float32."""
+        return torch.cat([self.formulas.place(self.formulas.formula(float, number)) for number in numbers])
 
     __hash__ = object.__hash__
 
     def __repr__(self) -> str:
         return f"a number that changes from step to step (now {self.value!r})"
+
+    def __neg__(self) -> Number:
+        return self.formulas.formula(operator.neg, self)
 
     def __bool__(self) -> bool:
         return self.formulas.decide(operator.truth, self)
@@ -151,32 +166,23 @@ for _name in ("add", "sub", "mul", "truediv", "mod", "pow"):
     setattr(Number, f"__r{_name}__", _reflected(getattr(operator, _name)))
 for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
     setattr(Number, f"__{_name}__", _decided(getattr(operator, _name)))
-Number.__neg__ = _forward(operator.neg)  # type: ignore[attr-defined]
 
 
 def argument(number: Any, kind: type[float] = float) -> Any:
     """Return what a launch takes for a number: itself as a float or int, or the place on the device that has it."""
-    return number.formulas.formula(kind, number).place() if isinstance(number, Number) else kind(number)
+    return number.place(kind) if isinstance(number, Number) else kind(number)
 
 
 def factor(number: Any) -> Any:
-    """Return what an operation of torch takes for a factor: a float, or a float32 tensor without dimensions."""
-    return argument(number)[0] if isinstance(number, Number) else number
-
-
-def table(numbers: Sequence[Any], device: torch.device) -> Tensor:
-    """Return numbers as float32 on a device."""
-    formulas = next((number.formulas for number in numbers if isinstance(number, Number)), None)
-    if formulas is None:
-        return to_device(torch.tensor(numbers, dtype=torch.float32), device)
-    return torch.cat([formulas.formula(float, number).place() for number in numbers])
+    """Return what an operation of torch takes for a factor: the number, or a float32 tensor without dimensions."""
+    return number.factor() if isinstance(number, Number) else number
 
 
 def select(tensor: Tensor, dim: int, index: Any) -> Tensor:
     """Return ``tensor.select(dim, index)``, to be read: a copy if the index is a number of a recorded step."""
     if not isinstance(index, Number):
         return tensor.select(dim, index)
-    return tensor.index_select(dim, argument(index, int)).squeeze(dim)
+    return tensor.index_select(dim, index.index()).squeeze(dim)
 
 
 @contextmanager
@@ -187,4 +193,4 @@ def selected(tensor: Tensor, dim: int, index: Any) -> Iterator[Tensor]:
         return
     part = torch.empty_like(tensor.select(dim, 0), memory_format=torch.contiguous_format)
     yield part
-    tensor.index_copy_(dim, argument(index, int).long(), part.unsqueeze(dim))
+    tensor.index_copy_(dim, index.index(), part.unsqueeze(dim))

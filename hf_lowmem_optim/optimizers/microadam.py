@@ -37,8 +37,9 @@ from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import COUNT, FRACTION, UNIT, Options, count_up_to, option
 from hf_lowmem_optim.ops.block_quant import dequantize_add_
 from hf_lowmem_optim.ops.block_topk import fault_of_window, foreach_block_topk_, window_specs
+from hf_lowmem_optim.ops.constants import to_device
 from hf_lowmem_optim.ops.sparse_window import foreach_window_update_
-from hf_lowmem_optim.ops.step_numbers import Number, table
+from hf_lowmem_optim.ops.step_numbers import Number
 from hf_lowmem_optim.ops.window import (
     MAX_BLOCK_SIZE,
     VALUES_HELP,
@@ -143,7 +144,7 @@ def microadam_update_(
     seed, memo = t if o.stochastic_rounding else None, state["memo"]
     foreach_block_topk_(g, windows, errors, row=row, density=o.density, error_scale=1 - o.alpha, seed=seed, memo=memo)
     # 6. z1, z2 ← sums over the rows, each with its weight   7. W ← W·(1 − lr·weight_decay) − lr·z1/(√z2 + eps)
-    row_weights = _row_weights.__wrapped__ if isinstance(t, Number) else _row_weights
+    row_weights = _row_weights if type(t) is int else _row_weights.__wrapped__
     weights = row_weights(t, o.window, o.betas, o.bias_correction, W[0].device)
     foreach_window_update_(W, windows, weights, lr=o.lr, weight_decay=o.weight_decay, eps=o.eps, memo=memo)
 
@@ -154,12 +155,14 @@ def _format(bits: int, block_size: int) -> QuantFormat:
 
 
 @functools.lru_cache(maxsize=16)
-def _row_weights(t: int, window: int, betas: tuple[float, float], bias_correction: str, device: torch.device) -> Tensor:
+def _row_weights(t: Any, window: int, betas: tuple[float, float], bias_correction: str, device: torch.device) -> Tensor:
     """Return (1 − β)/(1 − β^T)·β^age of every row for both moments, float32 [2, window]; the same for all tensors."""
     T = t if bias_correction == "step" else min(t, window)
     ages = [(t - 1 - row) % window for row in range(window)]
     weights = [(1 - β) / (1 - β**T) * β**age if age < t else 0.0 for β in betas for age in ages]
-    return table(weights, device).view(2, window)
+    if isinstance(t, Number):
+        return t.table(weights).view(2, window)
+    return to_device(torch.tensor(weights, dtype=torch.float32).view(2, window), device)
 
 
 class MicroAdam(LowMemoryOptimizer):

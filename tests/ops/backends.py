@@ -28,6 +28,9 @@ FAST = [pytest.param("triton", marks=[] if INTERPRETED else ON_GPU), pytest.para
 BACKENDS = [pytest.param("reference"), *FAST]
 BF16, FP32, FP16 = torch.bfloat16, torch.float32, torch.float16
 
+#: Operations that wait for a GPU: they read from it, or their results' sizes are numbers on it.
+WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "_linalg_")
+
 #: The fixture ``use``.
 Use = Callable[[str], str]
 

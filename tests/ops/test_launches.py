@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from hf_lowmem_optim import OPTIMIZERS
 from hf_lowmem_optim.engine import buckets
 from hf_lowmem_optim.ops import low_rank
-from tests.ops.backends import EMULATED, INTERPRETED, QUIET, Use
+from tests.ops.backends import EMULATED, INTERPRETED, QUIET, WAITING, Use
 from tests.optimizers.cases import CASES, gradients, make_params, run
 
 pytestmark = QUIET
@@ -33,10 +33,6 @@ METHODS: dict[str, tuple[dict[str, Any], int]] = {
     "sparse_mfac": (SPARSE, 10),
     "sparse_ggt": (SPARSE, 10),
 }
-
-
-#: Operations that wait for a GPU: they read from it, or their results' sizes are numbers on it.
-WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "_linalg_")
 
 
 class Operations(TorchDispatchMode):
