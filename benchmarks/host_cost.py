@@ -7,8 +7,8 @@ long as the host. The tensors lie on the CPU, and all that would be launched is 
 torch's fused AdamW its kernel and the one that counts steps, which on a CPU is a call for each tensor; of LDAdam, whose
 launches torch's products stand between, the whole update. Gradients lie in two places in turn, where an allocator that
 reuses memory puts them after ``zero_grad``; each step has its learning rate. All tensors have gradients in every step:
-where other ones have some each time, a step finds out anew what is remembered here. The methods take turns; figures are
-medians.
+where other ones have some each time, a step finds out anew what is remembered here. Captured steps are replays, whose
+gradients stay where they are. The methods take turns; figures are medians.
 """
 
 from __future__ import annotations
@@ -27,13 +27,17 @@ from results import Row, describe_run, save_run
 from torch import nn
 from triton.runtime.jit import JITFunction
 
+from hf_lowmem_optim import CapturedStep
+from hf_lowmem_optim.engine import capture
 from hf_lowmem_optim.ops import dispatch
 from hf_lowmem_optim.optimizers import LDAdam, MicroAdam, SparseGGT, SparseMFAC
 
 TENSORS = 1000
+#: Steps that are not counted: until a window is full, nothing is the same twice.
+FIRST = 14
 #: Entries of each tensor: a matrix, which all compress, and a vector, which MicroAdam and LDAdam leave to AdamW.
 SHAPES = {"64 × 64": (64, 64), "64": (64,)}
-FUSED = "AdamW (torch, fused)"
+FUSED, CAPTURED = "AdamW (torch, fused)", ", captured"
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
@@ -45,6 +49,7 @@ def leave_out_launches() -> None:
     os.environ[dispatch.ENVIRONMENT_VARIABLE] = "triton"
     dispatch._triton_interprets = lambda: True
     JITFunction.__getitem__ = lambda self, grid: _nothing
+    capture._graph_of = lambda run, device: [run(), _nothing][1]
     # in place of torch's functions of other signatures, in this process alone
     torch._fused_adamw_ = torch._foreach_add_ = _nothing  # type: ignore[assignment]
 
@@ -64,16 +69,22 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SparseMFAC": SparseMFAC,
     "SparseGGT": SparseGGT,
     "LDAdam, but for its update": ldadam_without_update,
+    f"MicroAdam{CAPTURED}": MicroAdam,
+    f"SparseMFAC{CAPTURED}": SparseMFAC,
+    f"LDAdam{CAPTURED}": ldadam_without_update,
 }
 
 
 class Subject:
-    """An optimizer of many equal tensors, and gradients for it in two places."""
+    """An optimizer of many equal tensors, and gradients for it in two places; in one for a captured step."""
 
-    def __init__(self, make: Callable[..., torch.optim.Optimizer], shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, make: Callable[..., torch.optim.Optimizer], shape: tuple[int, ...], *, captured: bool = False
+    ) -> None:
         self.weights = [nn.Parameter(torch.randn(shape).bfloat16()) for _ in range(TENSORS)]
-        self.gradients = [[torch.randn(shape).bfloat16() for _ in range(TENSORS)] for _ in range(2)]
+        self.gradients = [[torch.randn(shape).bfloat16() for _ in range(TENSORS)] for _ in range(1 if captured else 2)]
         self.optimizer, self.steps = make(self.weights, lr=1e-4), 0
+        self.take = CapturedStep(self.optimizer) if captured else self.optimizer.step
         self.seconds: list[float] = []
 
     def step(self) -> None:
@@ -81,10 +92,10 @@ class Subject:
         self.steps += 1
         for group in self.optimizer.param_groups:
             group["lr"] *= 0.999
-        for weight, gradient in zip(self.weights, self.gradients[self.steps % 2], strict=True):
+        for weight, gradient in zip(self.weights, self.gradients[self.steps % len(self.gradients)], strict=True):
             weight.grad = gradient
         start = time.perf_counter()
-        self.optimizer.step()
+        self.take()
         self.seconds.append(time.perf_counter() - start)
 
 
@@ -92,11 +103,11 @@ def measure(rounds: int) -> list[Row]:
     """Return a row for each optimizer."""
     rows: dict[str, dict[str, Any]] = {name: {"optimizer": name} for name in OPTIMIZERS}
     for title, shape in SHAPES.items():
-        subjects = {name: Subject(make, shape) for name, make in OPTIMIZERS.items()}
-        for _ in range(rounds + 3):
+        subjects = {name: Subject(make, shape, captured=CAPTURED in name) for name, make in OPTIMIZERS.items()}
+        for _ in range(rounds + FIRST):
             for subject in subjects.values():
                 subject.step()
-        each = {name: 1e6 * statistics.median(one.seconds[3:]) / TENSORS for name, one in subjects.items()}
+        each = {name: 1e6 * statistics.median(one.seconds[FIRST:]) / TENSORS for name, one in subjects.items()}
         for name, microseconds in each.items():
             rows[name] |= {f"{title}, us": microseconds, f"{title}, ratio": microseconds / each[FUSED]}
     return list(rows.values())

@@ -11,12 +11,13 @@ import copy
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_lowmem_optim.engine.arrangement import Arrangement, Live
+from hf_lowmem_optim.engine.arrangement import Live
 from hf_lowmem_optim.engine.coupled import SHARED_STEP
 from hf_lowmem_optim.engine.options import Options
 from hf_lowmem_optim.ops.dispatch import chosen_backend
@@ -24,7 +25,7 @@ from hf_lowmem_optim.ops.step_numbers import Formulas, Number
 
 __all__ = ["CapturedStep", "StepFormulas", "refuse_capture"]
 
-#: Steps with gradients in other places after each of which a user is told.
+#: After how many steps without a replay a user is told.
 _MOST_MOVES = 3
 
 
@@ -56,9 +57,9 @@ class CapturedStep:
     From then on a call counts, computes the step's numbers on the host, and replays. The weights become what ``step()``
     makes of them, but that AdamW's part has its rate in float32, as torch's has with a rate that is a tensor.
 
-    A graph knows the addresses of weights, state and gradients. Whenever one of them is elsewhere, another parameter
-    has a gradient, an option other than ``lr`` has changed, or a state was loaded, the step is taken without a graph
-    and recorded again. So gradients must stay where they are: ``zero_grad(set_to_none=False)``. While it lives, a graph
+    A graph knows the addresses of weights, state and gradients. Whenever one of them is elsewhere, other parameters
+    have gradients, an option other than ``lr`` has changed, or a state was loaded, steps are taken without a graph, and
+    recorded again. So gradients must stay where they are: ``zero_grad(set_to_none=False)``. While it lives, a graph
     keeps the memory that a step needs beside its state.
 
     Example:
@@ -89,10 +90,10 @@ class CapturedStep:
         self._optimizer = optimizer
         self.replays = 0
         self._moves = 0
-        self._known: tuple[Any, ...] | None = None
-        self._arrangement: Arrangement | None = None
-        self._replay: Callable[[], None] | None = None
+        self._known: list[Any] | None = None
         self._formulas: StepFormulas | None = None
+        self._replay: Callable[[], None] | None = None
+        self._began: list[int] = []
 
     @torch.no_grad()
     def __call__(self) -> None:
@@ -105,48 +106,44 @@ class CapturedStep:
         optimizer = self._optimizer
         params = [(param, group) for group in optimizer.param_groups for param in group["params"]]
         live = [(i, param, group) for i, (param, group) in enumerate(params) if param.grad is not None]
-        if not live:
+        states: list[dict[str, Any]] = [optimizer.state.get(param, {}) for _, param, _ in live]
+        began = all(state.get("step") for state in states)
+        strided = {param.grad.layout for _, param, _ in live if param.grad is not None} == {torch.strided}
+        # a step that has to tell absent tensors of a system, and a first one, do what no graph can
+        if not (began and strided) or (optimizer.method.shared_state is not None and len(live) < len(params)):
+            self._forget()
+            optimizer.step()
             return
-        situation = _situation(optimizer, live)
-        same = situation == self._known and self._stays(live)
-        if same and self._replay is not None and self._take(live):
-            return
-        if self._known is not None and situation[0] != self._known[0]:
+        same = self._known == _situation(optimizer, live, states)
+        if same and self._replay is not None:
+            if self._take(live, states):
+                return
+            same = False
+        elif self._known is not None and not same:
             self._note_move()
-        prepared = same and self._replay is None
-        self._replay = self._formulas = None
+        self._forget()
         if (reason := _why_not(optimizer)) is not None:
             raise NotImplementedError(f"a step of {type(optimizer).__name__} cannot be recorded: {reason}")
-        if prepared:
-            self._record(live)
-            return
-        began = all(optimizer.state.get(param, {}).get("step") for _, param, _ in live)
-        # a step that has to tell absent tensors of a system, and a first one, do what no graph can
-        if not began or (optimizer.method.shared_state is not None and len(live) < len(params)):
-            optimizer.step()
-            self._known = self._arrangement = None
-            return
-        _step_with(optimizer, StepFormulas(live[0][1].device))
-        self._arrangement = optimizer._arrangements.get(tuple([place for place, _, _ in live]))
-        self._known = None if self._arrangement is None else situation
+        if same:
+            self._record(live[0][1].device, states)
+        else:
+            _step_with(optimizer, StepFormulas(live[0][1].device))
+        self._known = _situation(optimizer, live, states)
 
-    def _stays(self, live: Sequence[Live]) -> bool:
-        """Return whether tensors and state are those of the last step, and where they were."""
-        optimizer, arrangement = self._optimizer, self._arrangement
-        options_of = {id(group): optimizer._options_of(group) for _, _, group in live}
-        states = [optimizer.state.get(param, {}) for _, param, _ in live]
-        return arrangement is not None and arrangement.holds(live, states, options_of, optimizer.method)
+    def _forget(self) -> None:
+        self._known = self._replay = self._formulas = None
 
-    def _take(self, live: Sequence[Live]) -> bool:
-        """Replay, if every comparison in the step comes out as when it was recorded."""
+    def _take(self, live: Sequence[Live], states: Sequence[dict[str, Any]]) -> bool:
+        """Replay, if counts and every comparison in the step are as when it was recorded."""
         assert self._formulas is not None and self._replay is not None
-        counts = _counts(self._optimizer, live)
+        counts = _counts(states)
         for state, key in counts:
             state[key] += 1
-        if not self._formulas.renew():
+        # counts that were equal are one number
+        together = len({state[key] - count for (state, key), count in zip(counts, self._began, strict=True)}) == 1
+        if not (together and self._formulas.renew()):
             for state, key in counts:
                 state[key] -= 1
-            self._known = None
             return False
         self._formulas.write()
         torch.autograd.graph.increment_version([param for _, param, _ in live])
@@ -155,31 +152,30 @@ class CapturedStep:
         self._moves = 0
         return True
 
-    def _record(self, live: Sequence[Live]) -> None:
+    def _record(self, device: torch.device, states: Sequence[dict[str, Any]]) -> None:
         """Record a step, and replay it once, for recording computes nothing."""
-        formulas = StepFormulas(live[0][1].device)
+        formulas = StepFormulas(device)
         formulas.replays = True
-        counts = _counts(self._optimizer, live)
+        counts = _counts(states)
         before = [state[key] for state, key in counts]
         try:
-            self._replay = _graph_of(lambda: _step_with(self._optimizer, formulas), live[0][1].device)
+            replay = _graph_of(lambda: _step_with(self._optimizer, formulas), device)
         except BaseException:
-            self._known = None
             for (state, key), count in zip(counts, before, strict=True):
                 state[key] = count
             raise
-        self._formulas = formulas
+        self._formulas, self._replay, self._began = formulas, replay, before
         formulas.write()
-        self._replay()
+        replay()
         self.replays += 1
 
     def _note_move(self) -> None:
         self._moves += 1
         if self._moves == _MOST_MOVES:
             warnings.warn(
-                f"the gradients of {_MOST_MOVES} steps were elsewhere than those of the steps before, so that "
-                "CapturedStep could not replay: keep them where they are with zero_grad(set_to_none=False)",
-                stacklevel=3,
+                f"in {_MOST_MOVES} steps tensors were elsewhere than in the steps before, or options others, so that "
+                "CapturedStep could not replay: keep gradients where they are, with zero_grad(set_to_none=False)",
+                stacklevel=4,
             )
 
 
@@ -207,16 +203,27 @@ def _step_with(optimizer: Any, formulas: StepFormulas) -> None:
         optimizer.recording = None
 
 
-def _situation(optimizer: Any, live: Sequence[Live]) -> tuple[Any, ...]:
-    """Return what a graph depends on beside an arrangement: where gradients are, and all options but the rates."""
-    groups = {id(group): group for _, _, group in live}.values()
-    options = [{**vars(optimizer._options_of(group)), "lr": None} for group in groups]
-    return [param.grad.data_ptr() for _, param, _ in live if param.grad is not None], options
+def _situation(optimizer: Any, live: Sequence[Live], states: Sequence[dict[str, Any]]) -> list[Any]:
+    """Return what a graph depends on beside numbers: which tensors there are, and where; all options but the rates."""
+    params, groups = [param for _, param, _ in live], [group for _, _, group in live]
+    grads: list[Any] = [param.grad for param in params]
+    parts = [value for value in chain.from_iterable(map(dict.values, states)) if isinstance(value, Tensor)]
+    distinct = {id(group): group for group in groups}.values()
+    return [
+        *[{**vars(optimizer._options_of(group)), "lr": None} for group in distinct],
+        *map(id, groups),
+        *map(id, params),
+        *map(Tensor.data_ptr, params),
+        *map(Tensor.data_ptr, grads),
+        *map(Tensor.is_contiguous, grads),
+        *map(id, parts),
+        *map(Tensor.data_ptr, parts),
+        *map(Tensor.numel, parts),
+    ]
 
 
-def _counts(optimizer: Any, live: Sequence[Live]) -> list[tuple[dict[str, Any], str]]:
+def _counts(states: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
     """Return what a step counts: where, and under which key."""
-    states: list[dict[str, Any]] = [optimizer.state[param] for _, param, _ in live]
     return [(state, key) for state in states for key in ("step", SHARED_STEP) if key in state]
 
 
