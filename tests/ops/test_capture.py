@@ -27,8 +27,8 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 #: What launches a kernel.
 LAUNCH: tuple[type, str] = (JITFunction, "run") if EMULATED else (GridExecutor, "__call__")
-#: Vectors; matrices of two shapes, of which one is tall and no multiple of a block.
-SHAPES = [(10,), (6,), (4, 32), (4, 32), (20, 7)]
+#: A vector, and matrices of two shapes, of which one is tall and no multiple of a block.
+SHAPES = [(10,), (4, 32), (4, 32), (9, 8)]
 SPARSE: dict[str, Any] = {"density": 0.1, "block_size": 64, "window": 2}
 MICROADAM: dict[str, Any] = {**SPARSE, "min_compress_size": 100}
 #: Method, options, the weights' dtype.
@@ -46,6 +46,8 @@ SETTINGS: dict[str, Setting] = {
     "lowrank_mfac": ("lowrank_mfac", {"rank": 2, "window": 2}, FP32),
     "lowrank_mfac momentum": ("lowrank_mfac", {"rank": 2, "window": 2, "momentum": 0.5, "scope": "tensor"}, BF16),
 }
+#: What an interpreter, which takes seconds for each, need not repeat.
+LIKE_OTHERS = ("microadam", "microadam looped", "ldadam none", "lowrank_mfac momentum")
 #: Of AdamW alone, which takes no time.
 DENSE: Setting = ("ldadam", {"rank": 100}, FP32)
 
@@ -173,7 +175,7 @@ def check_replays(setting: Setting, device: str) -> None:
     assert twins.step.replays == (2 if setting[1].get("window") == 17 else 3)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [name for name in SETTINGS if EMULATED or name not in LIKE_OTHERS])
 def test_replays_are_steps(name: str, recorder: None) -> None:
     check_replays(SETTINGS[name], "cpu")
 
@@ -213,7 +215,7 @@ def test_what_changes_is_recorded_again(recorder: None) -> None:
 
 def test_a_window_that_fills_is_recorded_again(recorder: None) -> None:
     """Rows count once they are written: each such step differs from the one before."""
-    twins = Twins("microadam", {**MICROADAM, "window": 5, "min_compress_size": 140}, FP32)
+    twins = Twins("microadam", {**MICROADAM, "window": 5, "min_compress_size": 120}, FP32)
     for _ in range(8):
         twins.take()
     assert 2 <= twins.step.replays <= 5
