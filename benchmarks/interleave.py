@@ -22,7 +22,7 @@ from torch import nn
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
-from hf_lowmem_optim import measure_state
+from hf_lowmem_optim import CapturedStep, measure_state
 
 SEED = 0
 MIN_ROUNDS = 5
@@ -73,20 +73,21 @@ class Contender:
     candidate: Candidate
     workload: Workload
     optimizer: torch.optim.Optimizer
+    step: Callable[[], object]
     first_step_ms: float
     times_ms: list[float] = field(default_factory=list)
     #: Until ``step()`` returned, where the device goes on after that.
     host_times_ms: list[float] = field(default_factory=list)
 
 
-def timed_step_ms(optimizer: torch.optim.Optimizer, device: torch.device) -> tuple[float, float]:
+def timed_step_ms(step: Callable[[], object], device: torch.device) -> tuple[float, float]:
     """Take a step and return its milliseconds until the device has finished it, and until ``step()`` returned."""
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
         begin.record()
     start = time.perf_counter()
-    optimizer.step()
+    step()
     host_ms = 1e3 * (time.perf_counter() - start)
     if device.type != "cuda":
         return host_ms, host_ms
@@ -104,11 +105,13 @@ def enter(candidate: Candidate, work: Workload) -> Contender | str:
         model = nn.ModuleList([nn.Linear(192, 160), nn.Linear(160, 192)])
         small = Workload("warm-up", model.to(work.device, work.parameters[0].dtype))
         optimizer = candidate.build(small.model)
+        step = step_of(optimizer, candidate)
         for _ in range(2):
-            optimizer.step()
+            step()
     try:
         optimizer = candidate.build(work.model)
-        contender = Contender(candidate, work, optimizer, timed_step_ms(optimizer, work.device)[0])
+        step = step_of(optimizer, candidate)
+        contender = Contender(candidate, work, optimizer, step, timed_step_ms(step, work.device)[0])
     except Exception as error:
         if candidate.ours:
             raise
@@ -116,9 +119,15 @@ def enter(candidate: Candidate, work: Workload) -> Contender | str:
     if work.gradients_changed():
         raise RuntimeError(f"{candidate.name} changes the gradients, which it shares with the others")
     window = max((group.get("window") or 0 for group in optimizer.param_groups), default=0)
-    for _ in range(max(_WARM_STEPS, int(window))):
-        optimizer.step()
+    # a full window is recorded in the second step from then on
+    for _ in range(max(_WARM_STEPS, int(window)) + (3 if candidate.captured else 0)):
+        step()
     return contender
+
+
+def step_of(optimizer: Any, candidate: Candidate) -> Callable[[], object]:
+    """Return what takes a step."""
+    return CapturedStep(optimizer) if candidate.captured else optimizer.step  # type: ignore[no-any-return]
 
 
 def compare(contenders: Sequence[Contender], rounds: int, seconds: float) -> float:
@@ -139,7 +148,7 @@ def compare(contenders: Sequence[Contender], rounds: int, seconds: float) -> flo
             break
         shuffle.shuffle(order)
         for contender in order:
-            milliseconds, on_host = timed_step_ms(contender.optimizer, contender.workload.device)
+            milliseconds, on_host = timed_step_ms(contender.step, contender.workload.device)
             contender.times_ms.append(milliseconds)
             contender.host_times_ms.append(on_host)
     for work in {id(c.workload): c.workload for c in contenders}.values():
@@ -173,7 +182,7 @@ def summarize(contender: Contender, others: Sequence[Contender]) -> dict[str, An
                 row |= {f"ratio_to_{key}": middle, f"ratio_to_{key}_p10": low, f"ratio_to_{key}_p90": high}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several threads may allocate scratch each
-    peak = peak_bytes(contender.optimizer.step, contender.workload.device)
+    peak = peak_bytes(contender.step, contender.workload.device)
     torch.set_num_threads(threads)
     return {
         **row,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -55,6 +55,7 @@ class Candidate:
     build: Callable[[nn.Module], Optimizer]
     ours: bool = True  # an error in one that is not ours is a line in the table, not a crash
     problem: str | None = None  # why it cannot be measured here
+    captured: bool = False  # a step is the replay of a CUDA graph
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -186,10 +187,11 @@ def peer(name: str, rank: int = 128) -> Candidate:
     return Candidate(label, lambda model: found.build(model, rank), False, found.problem)
 
 
-def candidates(ranks: Sequence[int], *, compiled: bool) -> Iterator[Candidate]:
+def candidates(ranks: Sequence[int], *, compiled: bool, captured: bool = False) -> Iterator[Candidate]:
     """Yield every peer (those that compile for tens of seconds only if ``compiled``) and every optimizer of ours.
 
-    Those with a rank come once per rank; layer-wise ones are left out, as ``step()`` is not where they compute.
+    Those with a rank come once per rank; layer-wise ones are left out, as ``step()`` is not where they compute. With
+    ``captured``, those of ours whose step can be a CUDA graph come again, at the lowest rank.
     """
     for found in PEERS.values():
         if compiled or not found.compiles:
@@ -199,6 +201,10 @@ def candidates(ranks: Sequence[int], *, compiled: bool) -> Iterator[Candidate]:
             yield from (ours(name, rank=rank) for rank in ranks)
         elif not name.endswith("_layerwise"):
             yield ours(name)
+    for name, entry in OPTIMIZERS.items():
+        if captured and entry.optimizer_class.method.captured and not name.endswith("_layerwise"):
+            once = ours(name, **({"rank": min(ranks)} if name == "ldadam" else {}))
+            yield replace(once, name=f"{once.name} captured", captured=True)
 
 
 def build_optimizer(entry: str, model: nn.Module, lr: float) -> Optimizer:
