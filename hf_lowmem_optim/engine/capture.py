@@ -20,6 +20,7 @@ from torch import Tensor
 from hf_lowmem_optim.engine.arrangement import Live
 from hf_lowmem_optim.engine.coupled import SHARED_STEP
 from hf_lowmem_optim.engine.options import Options
+from hf_lowmem_optim.ops.constants import keeping
 from hf_lowmem_optim.ops.dispatch import chosen_backend
 from hf_lowmem_optim.ops.step_numbers import Formulas, Number
 
@@ -94,6 +95,7 @@ class CapturedStep:
         self._formulas: StepFormulas | None = None
         self._replay: Callable[[], None] | None = None
         self._began: list[int] = []
+        self._tables: list[Tensor] = []
 
     @torch.no_grad()
     def __call__(self) -> None:
@@ -132,6 +134,7 @@ class CapturedStep:
 
     def _forget(self) -> None:
         self._known = self._replay = self._formulas = None
+        self._tables = []
 
     def _take(self, live: Sequence[Live], states: Sequence[dict[str, Any]]) -> bool:
         """Replay, if counts and every comparison in the step are as when it was recorded."""
@@ -159,7 +162,8 @@ class CapturedStep:
         counts = _counts(states)
         before = [state[key] for state, key in counts]
         try:
-            replay = _graph_of(lambda: _step_with(self._optimizer, formulas), device)
+            with keeping() as self._tables:
+                replay = _graph_of(lambda: _step_with(self._optimizer, formulas), device)
         except BaseException:
             for (state, key), count in zip(counts, before, strict=True):
                 state[key] = count

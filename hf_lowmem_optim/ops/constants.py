@@ -6,14 +6,17 @@ once each, beside its state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-__all__ = ["constant", "held_constant", "to_device"]
+__all__ = ["constant", "held_constant", "keeping", "kept", "to_device"]
 
 _HELD: dict[Hashable, Tensor] = {}
+#: Where tables that launches read are noted, while they are recorded.
+_KEPT: list[list[Tensor]] = []
 
 
 def constant(key: Hashable, make: Callable[[], Tensor]) -> Tensor:
@@ -32,6 +35,24 @@ def constant(key: Hashable, make: Callable[[], Tensor]) -> Tensor:
 def held_constant(key: Hashable) -> Tensor | None:
     """Return the constant of a key if it has been made."""
     return _HELD.get(key)
+
+
+def kept(table: Tensor) -> Tensor:
+    """Return a table that a launch reads, and that may be forgotten for another one: a recording needs it for good."""
+    for tables in _KEPT:
+        tables.append(table)
+    return table
+
+
+@contextmanager
+def keeping() -> Iterator[list[Tensor]]:
+    """Give a list to which all tables come that are read from now on."""
+    tables: list[Tensor] = []
+    _KEPT.append(tables)
+    try:
+        yield tables
+    finally:
+        _KEPT.pop()
 
 
 def to_device(numbers: Tensor, device: torch.device) -> Tensor:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from hf_lowmem_optim import OPTIMIZERS, CapturedStep, LDAdam
 from hf_lowmem_optim.engine import buckets, capture
 from hf_lowmem_optim.ops import gram, low_rank
-from hf_lowmem_optim.ops.constants import to_device
+from hf_lowmem_optim.ops.constants import keeping, to_device
 from hf_lowmem_optim.ops.step_numbers import Formulas, argument, factor
 from tests.ops.backends import BF16, DEVICE, EMULATED, FP32, ON_GPU, QUIET, WAITING, Use
 from tests.optimizers.cases import CASES
@@ -57,17 +57,23 @@ def leaves(tree: Any) -> list[Tensor]:
 
 
 class Recording(TorchDispatchMode):
-    """Notes torch's operations and the launches of kernels instead of what they compute, to repeat them."""
+    """Notes torch's operations and the launches of kernels instead of what they compute, to repeat them.
 
-    def __init__(self) -> None:
+    Args:
+        tables: What launches read beside what is the optimizer's or made by the step: it stays as it is.
+    """
+
+    def __init__(self, tables: list[Tensor]) -> None:
         super().__init__()
         self.actions: list[Callable[[], Any]] = []
+        self.tables, self.own = tables, list(touched())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
         assert not name.startswith(WAITING), f"{func} waits for the device"
         assert name != "lift_fresh", "numbers of the host, which a graph would read when they are gone"
         result = func(*args, **kwargs)
+        self.own += leaves(result)
         if func._schema.is_mutable:
             self.actions.append(lambda: func(*args, **kwargs))
         elif not func.is_view and "empty" not in name:
@@ -77,6 +83,9 @@ class Recording(TorchDispatchMode):
 
     def launch(self, original: Any) -> Any:
         def noted(*args: Any, **kwargs: Any) -> None:
+            numbers = CURRENT[-1].recording._words
+            stays = {tensor.untyped_storage().data_ptr() for tensor in [*self.own, *self.tables, numbers]}
+            assert {tensor.untyped_storage().data_ptr() for tensor in leaves((args, kwargs))} <= stays
             self.actions.append(lambda: original(*args, **kwargs))
 
         return noted
@@ -95,9 +104,9 @@ def recorder(use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(buckets, "_rounds_alike", lambda _: True)
 
     def graph_of(run: Callable[[], None], _: torch.device) -> Callable[[], None]:
-        recording, (owner, name) = Recording(), LAUNCH
+        owner, name = LAUNCH
         before = [(part, part.clone()) for part in touched()]
-        with pytest.MonkeyPatch.context() as patch, recording:
+        with pytest.MonkeyPatch.context() as patch, keeping() as tables, Recording(tables) as recording:
             patch.setattr(owner, name, recording.launch(getattr(owner, name)))
             run()
         for part, was in before:  # recording computes nothing

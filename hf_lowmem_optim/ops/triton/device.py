@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_lowmem_optim.ops.constants import to_device
+from hf_lowmem_optim.ops.constants import kept, to_device
 
 __all__ = ["MAX_OFFSET", "address_table", "aligned", "by_value", "on_device"]
 
@@ -48,7 +48,7 @@ def address_table(tensors: Sequence[Tensor]) -> Tensor:
 
     A table that was made before is used again, so that nothing is copied to the device while addresses stay.
     """
-    return _table(tuple(tensor.data_ptr() for tensor in tensors), tensors[0].device)
+    return kept(_table(tuple(tensor.data_ptr() for tensor in tensors), tensors[0].device))
 
 
 @functools.lru_cache(maxsize=256)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_lowmem_optim.ops.constants import to_device
+from hf_lowmem_optim.ops.constants import kept, to_device
 from hf_lowmem_optim.ops.triton.device import aligned
 
 __all__ = ["TYPES", "Launch", "block_tables", "launches", "owner_and_block", "pointer", "size", "vectorizes"]
@@ -110,7 +110,8 @@ class Launch:
                 del self._tables[next(iter(self._tables))]
             self._rows[:, 1] = torch.tensor(key, dtype=torch.int64)
             table = self._tables[key] = to_device(self._rows.clone(), self._device)
-        return table
+        kept(self.owners)
+        return kept(table)
 
 
 def launches(

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_lowmem_optim.ops.constants import kept
 from hf_lowmem_optim.ops.dispatch import register
 from hf_lowmem_optim.ops.sparse_window import Rates, _combine, _descend_all, _gram_rows
 from hf_lowmem_optim.ops.step_numbers import argument
@@ -311,6 +312,8 @@ def gram_rows(windows: Sequence[SparseWindow], row: int, memo: Memo) -> Tensor:
     if "products in Triton" not in memo:
         memo["products in Triton"] = _product_tables(windows)
     table, owners, each = memo["products in Triton"]
+    kept(table)
+    kept(owners)
     partial = torch.empty(len(owners), one.window, dtype=torch.float64, device=device)
     out = torch.empty(len(windows), one.window, dtype=torch.float64, device=device)
     with on_device(out):
