@@ -18,6 +18,7 @@ from hf_lowmem_optim.optimizers.microadam import MicroAdam
 from hf_lowmem_optim.optimizers.sparse_ggt import SparseGGT
 from hf_lowmem_optim.optimizers.sparse_mfac import SparseMFAC
 from hf_lowmem_optim.optimizers.trion import Trion
+from hf_lowmem_optim.words import shown
 
 __all__ = [
     "OPTIMIZERS",
@@ -138,7 +139,7 @@ def get_entry(optimizer: str | type[LowMemoryOptimizer]) -> OptimizerEntry:
         name = optimizer.method.name if "method" in vars(optimizer) else who.lower()
         raise ValueError(f"{who} is not registered: call register_optimizer({name!r}, {who}) first")
     raise TypeError(
-        f"{optimizer!r} is no optimizer of this package: give the name or the class of one ({', '.join(OPTIMIZERS)}). "
+        f"{shown(optimizer)} is no optimizer of this package: give the name or the class of one ({', '.join(OPTIMIZERS)}). "
         "Any other optimizer goes straight to the Trainer: optimizer_cls_and_kwargs=(SomeOptimizer, {...})"
     )
 
