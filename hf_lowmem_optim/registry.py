@@ -139,8 +139,8 @@ def get_entry(optimizer: str | type[LowMemoryOptimizer]) -> OptimizerEntry:
         name = optimizer.method.name if "method" in vars(optimizer) else who.lower()
         raise ValueError(f"{who} is not registered: call register_optimizer({name!r}, {who}) first")
     raise TypeError(
-        f"{shown(optimizer)} is no optimizer of this package: give the name or the class of one ({', '.join(OPTIMIZERS)}). "
-        "Any other optimizer goes straight to the Trainer: optimizer_cls_and_kwargs=(SomeOptimizer, {...})"
+        f"{shown(optimizer)} is no optimizer of this package: give the name or the class of one "
+        f"({', '.join(OPTIMIZERS)}). Any other optimizer goes straight to the Trainer: optimizer_cls_and_kwargs=(SomeOptimizer, {...})"
     )
 
 
