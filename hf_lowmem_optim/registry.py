@@ -140,7 +140,8 @@ def get_entry(optimizer: str | type[LowMemoryOptimizer]) -> OptimizerEntry:
         raise ValueError(f"{who} is not registered: call register_optimizer({name!r}, {who}) first")
     raise TypeError(
         f"{shown(optimizer)} is no optimizer of this package: give the name or the class of one "
-        f"({', '.join(OPTIMIZERS)}). Any other optimizer goes straight to the Trainer: optimizer_cls_and_kwargs=(SomeOptimizer, {...})"
+        f"({', '.join(OPTIMIZERS)}). Any other optimizer goes straight to the Trainer: "
+        "optimizer_cls_and_kwargs=(SomeOptimizer, {...})"
     )
 
 
