@@ -9,6 +9,6 @@ import pytest
 
 @pytest.fixture(autouse=True, scope="package")
 def imported_modules_are_no_garbage() -> None:
-    """Keep what these tests import, too, out of the collections of ``Trainer.train``, which would take a second each."""
+    """Keep what these tests import out of the collections of ``Trainer.train``, too: each would take a second."""
     gc.collect()
     gc.freeze()
