@@ -29,9 +29,9 @@ TENSORS = [
     (130, 128, FP16, FP16, "bf16", FOUR),
     (300, 256, BF16, FP32, "bf16", FOUR),
     (1, 64, FP32, FP32, "fp32", FOUR),
-    (384, 96, BF16, FP16, "bf16", BF16),
-    (1000, 96, FP32, BF16, "bf16", FP16),
-    (777, 96, FP16, FP32, "fp32", FP32),
+    (192, 96, BF16, FP16, "bf16", BF16),
+    (200, 96, FP32, BF16, "bf16", FP16),
+    (201, 96, FP16, FP32, "fp32", FP32),
     (5, 96, BF16, BF16, "fp32", None),
     (200, 128, FP32, FP32, "4bit", FOUR),
     (300, 256, BF16, BF16, "8bit", QuantFormat(8, 32, FP32)),
@@ -73,8 +73,8 @@ class SparseState:
 
 def make_all(device: str, spec: tuple[Any, ...] = TENSORS[0]) -> list[SparseState]:
     """Tensors that are treated alike, of several sizes."""
-    numel, *rest = spec
-    return [SparseState.make((size, *rest), device) for size in (numel, 2 * numel + 3, 512)]
+    numel, block_size, *_ = spec
+    return [SparseState.make((size, *spec[1:]), device) for size in (numel, 2 * numel + 3, 2 * block_size)]
 
 
 def topk_(group: list[SparseState], step: int, memo: dict[str, Any] | None = None) -> None:

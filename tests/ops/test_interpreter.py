@@ -105,6 +105,25 @@ def test_races_and_out_of_bounds_raise():
 
 
 @triton.jit
+def _part_kernel(x_ptr, at, SECOND: tl.constexpr):
+    if tl.program_id(0) == 0:
+        tl.store(x_ptr + 2 * tl.arange(0, 2), 1.0)
+    elif SECOND == "int8":
+        tl.store(x_ptr.to(tl.pointer_type(tl.int8)) + at, 1)
+    else:
+        tl.store(x_ptr.to(tl.pointer_type(tl.int64)) + at, 1)
+
+
+def test_accesses_of_several_sizes_meet_in_their_bytes():
+    for kind, free, taken in (("int8", (4, 7, 12), (0, 3, 8, 11)), ("int64", (2,), (0, 1))):
+        for at in free:
+            _part_kernel[(2,)](torch.zeros(6), at, SECOND=kind)
+        for at in taken:
+            with pytest.raises(InterpreterError, match="two programs store to one address"):
+                _part_kernel[(2,)](torch.zeros(6), at, SECOND=kind)
+
+
+@triton.jit
 def _copy_by_table_kernel(x_ptr, table_ptr, n, N: tl.constexpr):
     at = tl.arange(0, N)
     y_ptr = tl.load(table_ptr + tl.program_id(0)).to(tl.pointer_type(tl.float32))

@@ -35,10 +35,21 @@ def distance(got: Tensor, expected: Tensor) -> float:
     return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-@pytest.mark.parametrize("error", ["4bit", "8bit", "bf16", "fp32"])
 @pytest.mark.parametrize(
-    ("shape", "rank", "dtype"),
-    [((40, 64), 4, BF16), ((70, 128), 5, FP32), ((96, 64), 17, FP16), ((21, 70), 4, FP32)],
+    ("shape", "rank", "dtype", "error"),
+    [
+        ((40, 64), 4, BF16, "4bit"),
+        ((40, 64), 4, BF16, "fp32"),
+        ((70, 128), 5, FP32, "8bit"),
+        ((70, 128), 5, FP32, "bf16"),
+        ((96, 64), 17, FP16, "4bit"),
+        ((96, 64), 17, FP16, "8bit"),
+        # blocks of the error go on in the next row
+        ((21, 70), 4, FP32, "4bit"),
+        ((21, 70), 4, FP32, "8bit"),
+        ((21, 70), 4, FP32, "bf16"),
+        ((21, 70), 4, FP32, "fp32"),
+    ],
 )
 def test_a_fused_compression_is_the_torch_version(
     shape: tuple[int, int], rank: int, dtype: torch.dtype, error: str

@@ -15,6 +15,14 @@ from torch import Tensor, nn
 from hf_lowmem_optim import OptimizerFactory
 from tests.optimizers.cases import CASES, Case, assert_equal, assert_same_state, gradients, make_params
 
+
+@pytest.fixture(autouse=True, scope="module")
+def only_new_objects_are_looked_at() -> None:
+    """What the tests before these left is none of theirs, and takes seconds to go through; ``conftest.py`` thaws it."""
+    gc.collect()
+    gc.freeze()
+
+
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.name)
 
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 
 import pytest
 
 
 @pytest.fixture(autouse=True, scope="package")
-def imported_modules_are_no_garbage() -> Iterator[None]:
-    """Keep what stays until the end out of the collections of ``Trainer.train``, which would take a second each."""
+def imported_modules_are_no_garbage() -> None:
+    """Keep what these tests import out of the collections of ``Trainer.train``, too: each would take a second."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()

@@ -31,11 +31,12 @@ def enable() -> None:
             f"triton was imported {when} TRITON_INTERPRET=1 was set: its own functions are compiled ones"
         )
 
-    from . import casts, constants, fast_ops, fma, products, races
+    from . import casts, constants, fast_ops, fma, language, products, races
 
     casts.enable()
     constants.enable()
     fast_ops.enable()
     fma.enable()
+    language.enable()
     products.enable()
     races.enable()

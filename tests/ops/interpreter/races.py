@@ -13,7 +13,8 @@ A tensor that is reached through a table of addresses counts as passed: int64 ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,12 +31,41 @@ _NOBODY, _MANY = -1, -2
 
 @dataclass
 class _Region:
-    """The bytes from the first to the last entry of one or more overlapping arguments, and who touched them."""
+    """The bytes from the first to the last entry of one or more overlapping arguments, and who touched them.
+
+    They are counted in cells of ``unit`` bytes, as large as every access so far allows: each takes whole cells.
+    """
 
     start: int
     stop: int
-    writer: np.ndarray
-    reader: np.ndarray
+    unit: int = 0
+    writer: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    reader: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    lane: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+
+    def cells(self, addresses: np.ndarray, size: int) -> np.ndarray:
+        """Return the places of what is accessed in ``writer`` and ``reader``."""
+        offsets = addresses - self.start
+        if not self.unit or size % self.unit or (offsets % self.unit).any():
+            self._divide(math.gcd(self.unit, size, int(np.gcd.reduce(offsets))))
+        places = offsets // self.unit
+        each = size // self.unit
+        return places if each == 1 else (places[:, None] + np.arange(each)).reshape(-1)
+
+    def _divide(self, unit: int) -> None:
+        if not self.unit:
+            self.writer = np.full(-(-(self.stop - self.start) // unit), _NOBODY, np.int32)
+            self.reader = self.writer.copy()
+        else:
+            self.writer, self.reader = (np.repeat(each, self.unit // unit) for each in (self.writer, self.reader))
+        self.lane = np.empty(self.writer.size, np.int64)
+        self.unit = unit
+
+    def has_twice(self, at: np.ndarray) -> bool:
+        """Return whether a cell is there more than once."""
+        lanes = np.arange(at.size)
+        self.lane[at] = lanes  # of equal ones the last stays
+        return bool((self.lane[at] != lanes).any())
 
 
 _regions: list[_Region] = []
@@ -50,30 +80,36 @@ def _program(builder: Any) -> int:
 
 
 def _touched(pointers: Any, mask: Any, what: str) -> list[tuple[_Region, np.ndarray]]:
-    """Split the byte addresses of the active lanes by region; raise for those in none."""
+    """Split the cells of the active lanes by region; raise for those in none."""
     active = np.broadcast_to(mask.data, pointers.data.shape)
     addresses = pointers.data[active].astype(np.int64)
     size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-    outside = np.ones(addresses.shape, bool)
+    left = addresses
     touched = []
     for region in _regions:
-        inside = (addresses >= region.start) & (addresses + size <= region.stop)
-        outside &= ~inside
-        if inside.any():
-            touched.append((region, ((addresses[inside] - region.start)[:, None] + np.arange(size)).reshape(-1)))
-    if _regions and outside.any():
-        raise IndexError(f"{what} out of bounds: {int(outside.sum())} of {outside.size} lanes")
+        if not left.size:
+            break
+        inside = (left >= region.start) & (left + size <= region.stop)
+        if inside.all():
+            touched.append((region, region.cells(left, size)))
+            left = left[:0]
+        elif inside.any():
+            touched.append((region, region.cells(left[inside], size)))
+            left = left[~inside]
+    if _regions and left.size:
+        raise IndexError(f"{what} out of bounds: {left.size} of {addresses.size} lanes")
     return touched
 
 
 def _store(self: Any, pointers: Any, value: Any, mask: Any, cache_policy: Any) -> Any:
     program = _program(self)
     for region, at in _touched(pointers, mask, "store"):
-        if np.unique(at).size != at.size:
+        if region.has_twice(at):
             raise RuntimeError("race: one tl.store writes an address more than once")
-        if np.any((region.writer[at] != _NOBODY) & (region.writer[at] != program)):
+        writer, reader = region.writer[at], region.reader[at]
+        if np.any((writer != _NOBODY) & (writer != program)):
             raise RuntimeError("race: two programs store to one address")
-        if np.any((region.reader[at] != _NOBODY) & (region.reader[at] != program)):
+        if np.any((reader != _NOBODY) & (reader != program)):
             raise RuntimeError("race: a program stores to an address that another one loads")
         region.writer[at] = program
     return _stock_store(self, pointers, value, mask, cache_policy)
@@ -82,10 +118,11 @@ def _store(self: Any, pointers: Any, value: Any, mask: Any, cache_policy: Any) -
 def _load(self: Any, pointers: Any, mask: Any, other: Any, cache_policy: Any, is_volatile: Any) -> Any:
     program = _program(self)
     for region, at in _touched(pointers, mask, "load"):
-        if np.any((region.writer[at] != _NOBODY) & (region.writer[at] != program)):
+        writer, before = region.writer[at], region.reader[at]
+        if np.any((writer != _NOBODY) & (writer != program)):
             raise RuntimeError("race: a program loads an address that another one stores to")
-        before = region.reader[at]
-        region.reader[at] = np.where((before == _NOBODY) | (before == program), program, _MANY)
+        if not (before == program).all():
+            region.reader[at] = np.where((before == _NOBODY) | (before == program), program, _MANY)
     return _stock_load(self, pointers, mask, other, cache_policy, is_volatile)
 
 
@@ -118,8 +155,7 @@ def _init(self: Any, args: Any, kwargs: Any) -> Any:
         else:
             merged.append([start, stop])
     for start, stop in merged:
-        nobody = np.full(stop - start, _NOBODY, np.int32)
-        _regions.append(_Region(start, stop, nobody, nobody.copy()))
+        _regions.append(_Region(start, stop))
     return host_args, host_kwargs
 
 
