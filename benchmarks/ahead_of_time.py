@@ -206,21 +206,27 @@ def _report(kernel: Any, values: dict[str, Any], programs: int, target: Target, 
 def jobs(names: list[str], *, rotate: bool, only_main: bool) -> Iterator[tuple[str, str, bool]]:
     """Yield launch, target, and whether to list the code.
 
-    To ``rotate``, variants of a kernel have one target each, in turn, but for the first one and those that are meant to
-    be compiled everywhere; main launches have sm90, and only of these the code is listed.
+    To ``rotate``, the variants of a kernel have one target each, in turn, but for those that are meant to be compiled
+    everywhere; the first one also has what no other has, so that each kernel is compiled for each target. Main launches
+    have sm90, and only of these the code is listed.
     """
     from benchmarks.launches import EVERYWHERE, LAUNCHES, MAIN
 
-    kernels = set()
-    for number, launch in enumerate(LAUNCHES):
-        kernel, is_main = re.split(r"\W", launch.name)[0], launch.name in MAIN
-        everywhere = not rotate or kernel not in kernels or launch.name in EVERYWHERE
-        for place, target in enumerate(names or TARGETS):
-            recorded = is_main and target == "sm90"
-            in_turn = recorded or (place == number % 4 and not is_main)
-            if (is_main or not only_main) and (everywhere or in_turn):
-                yield launch.name, target, recorded or not rotate
-        kernels.add(kernel)
+    targets = names or list(TARGETS)
+    variants: dict[str, list[str]] = {}
+    for launch in LAUNCHES:
+        if launch.name in MAIN or not only_main:
+            variants.setdefault(re.split(r"\W", launch.name)[0], []).append(launch.name)
+    for of_kernel in variants.values():
+        chosen: dict[str, set[str]] = {}
+        for number, launch_name in enumerate(of_kernel):
+            in_turn = {targets[number % len(targets)]} | ({"sm90"} & {*targets} if launch_name in MAIN else set())
+            chosen[launch_name] = {*targets} if not rotate or launch_name in EVERYWHERE else in_turn
+        chosen[of_kernel[0]] |= {*targets}.difference(*chosen.values())
+        for launch_name in of_kernel:
+            for target in targets:
+                if target in chosen[launch_name]:
+                    yield launch_name, target, not rotate or (launch_name in MAIN and target == "sm90")
 
 
 def main() -> None:
