@@ -197,10 +197,7 @@ def refuse_capture(optimizer: Any) -> None:
 def _graph_of(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """Record what a function launches; return what launches it again."""
     graph = torch.cuda.CUDAGraph()
-    with (
-        torch.cuda.device(device),
-        torch.cuda.graph(graph, stream=_stream_of(device), capture_error_mode="thread_local"),
-    ):
+    with torch.cuda.device(device), torch.cuda.graph(graph, None, _stream_of(device), "thread_local"):
         run()
     return graph.replay
 
@@ -220,10 +217,7 @@ def _step_with(optimizer: Any, formulas: StepFormulas) -> None:
 
 
 def _situation(optimizer: Any, live: Sequence[Live], states: Sequence[dict[str, Any]]) -> list[Any]:
-    """Return what a graph depends on beside numbers: which tensors there are, and where; all options but the rates.
-
-    And by how much counts differ.
-    """
+    """Return what a graph depends on beside numbers: which tensors there are, and where; options but the rates."""
     params, groups = [param for _, param, _ in live], [group for _, _, group in live]
     grads: list[Any] = [param.grad for param in params]
     parts = [value for value in chain.from_iterable(map(dict.values, states)) if isinstance(value, Tensor)]
@@ -277,15 +271,11 @@ def _why_not(optimizer: Any) -> str | None:
         if isinstance(lr := group["lr"], Tensor) and lr.device.type != "cpu":
             return f"lr of a parameter group is on {lr.device}; it takes a number, or a tensor on the CPU"
         if (block_size := group.get("block_size", 1)) > MAX_FUSED_BLOCK:
-            return (
-                f"block_size={block_size} of a parameter group; a GPU takes at most {MAX_FUSED_BLOCK} without waiting"
-            )
+            return f"block_size={block_size} of a parameter group; it takes at most {MAX_FUSED_BLOCK}"
         if (quantized := group.get("quant_block_size", 1)) & (quantized - 1):
             return f"quant_block_size={quantized} of a parameter group; it takes a power of two"
     if len(devices := {param.device for param in params}) != 1:
-        if not devices:
-            return "it has no parameters"
-        return f"its parameters are on several devices: {', '.join(sorted(map(str, devices)))}"
+        return f"its parameters are on {', '.join(sorted(map(str, devices))) or 'no device'}, instead of one GPU"
     if any(hasattr(param, "placements") for param in params):
         return "a parameter is a sharded DTensor"
     if not all(param.is_contiguous() and (param.grad is None or param.grad.is_contiguous()) for param in params):

@@ -289,7 +289,7 @@ def test_a_recording_is_made_on_a_stream_of_its_gpu(monkeypatch: pytest.MonkeyPa
     """torch's own is of the GPU on which somebody recorded first: what is launched on another one would be run."""
     streams: list[Any] = []
 
-    def graph(_: Any, stream: Any, **how: Any) -> Any:
+    def graph(_: Any, pool: None, stream: Any, mode: str) -> Any:
         streams.append(stream)
         return nullcontext()
 
@@ -371,7 +371,7 @@ def test_other_methods_say_that_they_cannot(name: str, recorder: None) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("sparse_mfac", {"block_size": 16384}, "block_size=16384 of a parameter group; a GPU takes at most 8192"),
+        ("sparse_mfac", {"block_size": 16384}, "block_size=16384 of a parameter group; it takes at most 8192"),
         ("microadam", {"block_size": 96, "quant_block_size": 96}, "quant_block_size=96 of a parameter group; it takes"),
         ("ldadam", {"weight_rounding": "stochastic"}, "weight_rounding='stochastic' of a parameter group; it takes"),
         ("ldadam", {"weight_rounding": "compensated"}, "weight_rounding='compensated' of a parameter group; it takes"),
@@ -393,7 +393,7 @@ def test_what_is_no_optimizer_of_ours_or_on_no_gpu_is_refused(monkeypatch: pytes
         CapturedStep(torch.optim.AdamW([param]))
     with pytest.raises(TypeError, match="takes an optimizer of this package, got type"):
         CapturedStep(LDAdam)
-    with pytest.raises(NotImplementedError, match="it has no parameters"):
+    with pytest.raises(NotImplementedError, match="its parameters are on no device, instead of one GPU"):
         CapturedStep(LDAdam([{"params": []}]))
     optimizer = LDAdam([param])
     optimizer.param_groups[0]["lr"] = torch.ones((), device="meta")  # which waits, as one on a GPU would
