@@ -68,7 +68,7 @@ class Arrangement:
     ) -> Arrangement | None:
         """Return the arrangement of a step; None where it would not show that something has changed."""
         tensors = [value for state in states for value in state.values() if isinstance(value, Tensor)]
-        plain = all(type(param) is Parameter for _, param, _ in live) and all(type(part) is Tensor for part in tensors)
+        plain = {type(p) for _, p, _ in live} <= {Parameter, Tensor} and {type(part) for part in tensors} <= {Tensor}
         return cls(rules, parts, _facts(live, states, options_of, method)) if plain else None
 
     def holds(

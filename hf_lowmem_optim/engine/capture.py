@@ -8,14 +8,15 @@ everything at once. Counts, rates and what else changes stay on the host, where 
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import optimizer as torch_optimizer
 
 from hf_lowmem_optim.engine.arrangement import Live
 from hf_lowmem_optim.engine.coupled import SHARED_STEP
@@ -23,6 +24,7 @@ from hf_lowmem_optim.engine.options import Options
 from hf_lowmem_optim.ops.constants import keeping
 from hf_lowmem_optim.ops.dispatch import chosen_backend
 from hf_lowmem_optim.ops.step_numbers import Formulas, Number
+from hf_lowmem_optim.ops.window import MAX_FUSED_BLOCK
 
 __all__ = ["CapturedStep", "StepFormulas", "refuse_capture"]
 
@@ -42,7 +44,7 @@ class StepFormulas(Formulas):
         found: dict[int, Options] = {}
         for group in {id(group): group for _, _, group in live}.values():
             options = found[id(group)] = copy.copy(optimizer._options_of(group))
-            rate = self.read(("lr", id(group)), partial(_rate, optimizer, group))
+            rate = self.read(("lr", id(group)), functools.partial(_rate, optimizer, group))
             object.__setattr__(options, "lr", rate)
         return found
 
@@ -84,7 +86,7 @@ class CapturedStep:
             TypeError: It is no optimizer of this package.
             NotImplementedError: A step of it cannot be recorded, for the reason that the error says.
         """
-        if not hasattr(optimizer, "recording"):
+        if isinstance(optimizer, type) or not hasattr(optimizer, "recording"):
             raise TypeError(f"CapturedStep takes an optimizer of this package, got {type(optimizer).__name__}")
         if (reason := _why_not(optimizer)) is not None:
             raise NotImplementedError(f"a step of {type(optimizer).__name__} cannot be recorded: {reason}")
@@ -94,7 +96,6 @@ class CapturedStep:
         self._known: list[Any] | None = None
         self._formulas: StepFormulas | None = None
         self._replay: Callable[[], None] | None = None
-        self._began: list[int] = []
         self._tables: list[Tensor] = []
 
     @torch.no_grad()
@@ -104,15 +105,18 @@ class CapturedStep:
         Raises:
             NotImplementedError: A step cannot be recorded any more, for the reason that the error says. Nothing has
                 been updated then.
+            RuntimeError: Somebody else captures a CUDA graph. Likewise.
         """
         optimizer = self._optimizer
+        refuse_capture(optimizer)
         params = [(param, group) for group in optimizer.param_groups for param in group["params"]]
         live = [(i, param, group) for i, (param, group) in enumerate(params) if param.grad is not None]
         states: list[dict[str, Any]] = [optimizer.state.get(param, {}) for _, param, _ in live]
         began = all(state.get("step") for state in states)
         strided = {param.grad.layout for _, param, _ in live if param.grad is not None} == {torch.strided}
+        absent = optimizer.method.shared_state is not None and len(live) < len(params)
         # a step that has to tell absent tensors of a system, and a first one, do what no graph can
-        if not (began and strided) or (optimizer.method.shared_state is not None and len(live) < len(params)):
+        if not (began and strided) or (absent and any(p.grad is None and optimizer.state.get(p) for p, _ in params)):
             self._forget()
             optimizer.step()
             return
@@ -137,14 +141,12 @@ class CapturedStep:
         self._tables = []
 
     def _take(self, live: Sequence[Live], states: Sequence[dict[str, Any]]) -> bool:
-        """Replay, if counts and every comparison in the step are as when it was recorded."""
+        """Replay, if every comparison in the step comes out as when it was recorded."""
         assert self._formulas is not None and self._replay is not None
         counts = _counts(states)
         for state, key in counts:
             state[key] += 1
-        # counts that were equal are one number
-        together = len({state[key] - count for (state, key), count in zip(counts, self._began, strict=True)}) == 1
-        if not (together and self._formulas.renew()):
+        if not self._formulas.renew():
             for state, key in counts:
                 state[key] -= 1
             return False
@@ -168,7 +170,7 @@ class CapturedStep:
             for (state, key), count in zip(counts, before, strict=True):
                 state[key] = count
             raise
-        self._formulas, self._replay, self._began = formulas, replay, before
+        self._formulas, self._replay = formulas, replay
         formulas.write()
         replay()
         self.replays += 1
@@ -185,18 +187,25 @@ class CapturedStep:
 
 def refuse_capture(optimizer: Any) -> None:
     """Raise RuntimeError, when somebody else captures a CUDA graph: it would have the numbers of one step."""
-    raise RuntimeError(
-        f"{type(optimizer).__name__} counts its steps on the host: a CUDA graph of step() would repeat one step's "
-        "numbers. Capture forward and backward pass, and call CapturedStep(optimizer) outside of the graph"
-    )
+    if torch.cuda._initialized and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{type(optimizer).__name__} counts its steps on the host: a CUDA graph of step() would repeat one step's "
+            "numbers. Capture forward and backward pass, and call CapturedStep(optimizer) outside of the graph"
+        )
 
 
 def _graph_of(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """Record what a function launches; return what launches it again."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.device(device), torch.cuda.graph(graph, None, _stream_of(device), "thread_local"):
         run()
     return graph.replay
+
+
+@functools.cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of all recordings on a GPU: torch's own is of the GPU on which it was first asked for."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _step_with(optimizer: Any, formulas: StepFormulas) -> None:
@@ -208,16 +217,22 @@ def _step_with(optimizer: Any, formulas: StepFormulas) -> None:
 
 
 def _situation(optimizer: Any, live: Sequence[Live], states: Sequence[dict[str, Any]]) -> list[Any]:
-    """Return what a graph depends on beside numbers: which tensors there are, and where; all options but the rates."""
+    """Return what a graph depends on beside numbers: which tensors there are, and where; options but the rates."""
     params, groups = [param for _, param, _ in live], [group for _, _, group in live]
     grads: list[Any] = [param.grad for param in params]
     parts = [value for value in chain.from_iterable(map(dict.values, states)) if isinstance(value, Tensor)]
     distinct = {id(group): group for group in groups}.values()
+    counts = [state[key] for state, key in _counts(states)]
     return [
         *[{**vars(optimizer._options_of(group)), "lr": None} for group in distinct],
+        bool(_hooks(optimizer)),
         *map(id, groups),
+        *map(id, states),
+        # equal ones are one number
+        *[count - counts[0] for count in counts],
         *map(id, params),
         *map(Tensor.data_ptr, params),
+        *map(Tensor.is_contiguous, params),
         *map(Tensor.data_ptr, grads),
         *map(Tensor.is_contiguous, grads),
         *map(id, parts),
@@ -231,6 +246,13 @@ def _counts(states: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], str]
     return [(state, key) for state in states for key in ("step", SHARED_STEP) if key in state]
 
 
+def _hooks(optimizer: Any) -> list[Any]:
+    """Return what is to run before and after each ``step()``, of this optimizer or of all."""
+    every = torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks
+    own = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    return [hook for hooks in (*every, *own) for hook in hooks.values()]
+
+
 def _why_not(optimizer: Any) -> str | None:
     """Return why no step of an optimizer can be recorded, None if it can."""
     params: list[Tensor] = [param for group in optimizer.param_groups for param in group["params"]]
@@ -238,7 +260,7 @@ def _why_not(optimizer: Any) -> str | None:
         return "it waits for the GPU, or has numbers that only the host knows; use step()"
     if optimizer._backward is not None:
         return "it acts on gradients during the backward pass; use step()"
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+    if _hooks(optimizer):
         return "a replay would not run the hooks of its step(); remove them"
     for group in optimizer.param_groups:
         for key, right in (("weight_rounding", "nearest"), ("stochastic_rounding", False)):
@@ -246,13 +268,19 @@ def _why_not(optimizer: Any) -> str | None:
                 return f"{key}={group[key]!r} of a parameter group; it takes {key}={right!r}"
         if group["dense_state"] == "8bit":
             return "dense_state='8bit' of a parameter group counts on the host; it takes 'param' or 'fp32'"
-    if len(devices := {param.device for param in params}) > 1:
-        return f"its parameters are on several devices: {', '.join(sorted(map(str, devices)))}"
+        if isinstance(lr := group["lr"], Tensor) and lr.device.type != "cpu":
+            return f"lr of a parameter group is on {lr.device}; it takes a number, or a tensor on the CPU"
+        if (block_size := group.get("block_size", 1)) > MAX_FUSED_BLOCK:
+            return f"block_size={block_size} of a parameter group; it takes at most {MAX_FUSED_BLOCK}"
+        if (quantized := group.get("quant_block_size", 1)) & (quantized - 1):
+            return f"quant_block_size={quantized} of a parameter group; it takes a power of two"
+    if len(devices := {param.device for param in params}) != 1:
+        return f"its parameters are on {', '.join(sorted(map(str, devices))) or 'no device'}, instead of one GPU"
     if any(hasattr(param, "placements") for param in params):
         return "a parameter is a sharded DTensor"
     if not all(param.is_contiguous() and (param.grad is None or param.grad.is_contiguous()) for param in params):
         return "a parameter or its gradient is not contiguous"
     device = next(iter(devices))
-    if chosen_backend(device) != "triton":
-        return f"its parameters are on {device}, and a CUDA graph is of Triton's launches on a GPU"
+    if (backend := chosen_backend(device)) != "triton":
+        return f"its parameters are on {device}, where the backend is {backend!r}; a CUDA graph is of Triton's launches"
     return None

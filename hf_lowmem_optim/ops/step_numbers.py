@@ -36,7 +36,7 @@ class Formulas:
         replays: Whether what is computed now is to be replayed, so that values are not written as they come about.
     """
 
-    def __init__(self, device: torch.device, places: int = 1 << 12) -> None:
+    def __init__(self, device: torch.device, places: int = 1 << 16) -> None:
         """Prepare for so many numbers on the device.
 
         Args:

@@ -44,6 +44,7 @@ __all__ = [
     "INDEX_BITS",
     "LOG2",
     "MAX_BLOCK_SIZE",
+    "MAX_FUSED_BLOCK",
     "MAX_PACKED_BLOCK",
     "VALUES_HELP",
     "Grids",
@@ -84,6 +85,8 @@ EXP2 = (0.6931513, 0.24016445, 0.05579991, 0.00901703, 0.00186713)
 _MAGNITUDE, _MANTISSA, _ONE = 0x7FFFFFFF, 0x7FFFFF, 0x3F800000
 _NORMAL, _LARGEST, _INFINITE = 0x00800000, 0x7F7FFFFF, 0x7F800000
 
+#: The kernel that selects takes 8 bytes of shared memory per entry of a block, and some GPUs have 64 KiB.
+MAX_FUSED_BLOCK = 8192
 MAX_BLOCK_SIZE = 32768  # int16 indices hold 0 … 32767
 #: Under this key a memo has the sizes of windows that were checked.
 CHECKED = "checked windows"

@@ -15,16 +15,13 @@ from torch import Tensor
 from hf_lowmem_optim.ops.block_quant import Quantized, dequantize_
 from hf_lowmem_optim.ops.block_topk import foreach_block_topk_, num_kept, window_specs
 from hf_lowmem_optim.ops.dispatch import ENVIRONMENT_VARIABLE
-from hf_lowmem_optim.ops.window import MAX_BLOCK_SIZE, ValueDtype, kept_per_block, windows_of
+from hf_lowmem_optim.ops.window import MAX_BLOCK_SIZE, MAX_FUSED_BLOCK, ValueDtype, kept_per_block, windows_of
 from hf_lowmem_optim.spec import QuantFormat
 from tests.ops.backends import BF16, DEVICE, FAST, FP16, FP32, QUIET, Use, block_topk_, new_error, parts, same
 from tests.ops.test_block_quant import AWKWARD
 from tests.reference import block_topk as paper
 
 pytestmark = QUIET
-
-#: The largest block that Triton serves: ``ops.triton.block_topk.MAX_BLOCK_SIZE``, which needs triton to be imported.
-TRITON_MAX_BLOCK_SIZE = 8192
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ def test_backends_agree_bit_for_bit(name: str, backend: str, use: Use) -> None:
 @pytest.mark.parametrize("backend", FAST)
 def test_largest_block_and_default_block(backend: str, use: Use) -> None:
     grad = torch.randn(20_000, generator=torch.Generator().manual_seed(3)).round(decimals=1)  # many ties
-    largest = TRITON_MAX_BLOCK_SIZE if backend == "triton" else MAX_BLOCK_SIZE
+    largest = MAX_FUSED_BLOCK if backend == "triton" else MAX_BLOCK_SIZE
     for case in (Case(largest, 0.01, QuantFormat()), Case(largest, 1.0, FP32), Case(4096, 0.01, QuantFormat())):
         devices = (use(which) for which in ("reference", backend))
         results = [case.select(grad.to(on), case.new_error(len(grad), on)) for on in devices]
@@ -302,8 +299,7 @@ def test_wrong_arguments_say_what_is_wrong(says, changed):
 
 
 def test_what_triton_cannot_serve_is_refused_if_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    triton = pytest.importorskip("hf_lowmem_optim.ops.triton.block_topk", exc_type=ImportError)
-    assert triton.MAX_BLOCK_SIZE == TRITON_MAX_BLOCK_SIZE
+    pytest.importorskip("hf_lowmem_optim.ops.triton.block_topk", exc_type=ImportError)
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # so that nothing else speaks against tensors on the CPU
     grad = torch.ones(16384, device=DEVICE)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -24,6 +27,9 @@ triton = pytest.importorskip("triton")
 
 from triton.runtime.interpreter import GridExecutor  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
+
+from hf_lowmem_optim.ops.triton.device import address_table  # noqa: E402
+from hf_lowmem_optim.ops.triton.tables import launches  # noqa: E402
 
 #: What launches a kernel.
 LAUNCH: tuple[type, str] = (JITFunction, "run") if EMULATED else (GridExecutor, "__call__")
@@ -220,6 +226,98 @@ def test_what_changes_is_recorded_again(recorder: None) -> None:
         optimizer.step()  # of both, beside a recording
         assert all(optimizer.state[param]["step"] >= 17 for param in params[1:])
     take(2, 2)
+    for optimizer, params in zip((twins.plain, twins.recorded), twins.params, strict=True):
+        for param in params:
+            optimizer.state[param] = dict(optimizer.state[param])
+    take(3, 2)
+    for steps in (1, 2):  # once a step has been recorded, and when the next one would be
+        for optimizer, params in zip((twins.plain, twins.recorded), twins.params, strict=True):
+            optimizer.state[params[0]]["step"] += steps
+        take(steps, steps - 1)
+
+
+def test_parameters_that_never_had_a_gradient_do_not_keep_a_step_from_being_recorded(recorder: None) -> None:
+    """One that had is told that it has none, in a system of several."""
+    twins = Twins("sparse_mfac", {"density": None}, FP32)
+    for _ in range(4):
+        twins.take(absent=True)
+    assert twins.step.replays == 2
+    twins.take()
+    for _ in range(3):
+        twins.take(absent=True)
+    assert twins.step.replays == 2
+
+
+def test_what_a_replay_cannot_do_is_refused_also_later(recorder: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    twins = Twins(*DENSE)
+    square = nn.Parameter(torch.ones(3, 3))
+    for optimizer, params in zip((twins.plain, twins.recorded), twins.params, strict=True):
+        params.append(nn.Parameter(square.detach().clone()))
+        optimizer.add_param_group({"params": params[-1:]})
+
+    def refuses(error: type[Exception], says: str) -> None:
+        counts = [twins.recorded.state[param]["step"] for param in twins.params[1]]
+        before = [param.clone() for param in twins.params[1]]
+        with pytest.raises(error, match=says):
+            twins.step()
+        assert counts == [twins.recorded.state[param]["step"] for param in twins.params[1]]
+        assert all(torch.equal(param, was) for param, was in zip(twins.params[1], before, strict=True))
+
+    def take(steps: int, replays: int) -> None:
+        before = twins.step.replays
+        for _ in range(steps):
+            twins.take()
+        assert twins.step.replays - before == replays
+
+    take(4, 2)
+    for register in (twins.recorded.register_step_post_hook, register_optimizer_step_post_hook):
+        hook = register(lambda *_: None)
+        refuses(NotImplementedError, "hooks of its step")
+        hook.remove()
+        take(3, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "_initialized", True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        refuses(RuntimeError, "outside of the graph")
+    take(1, 1)
+    transposed = twins.params[1][-1]
+    transposed.data = transposed.data.T
+    refuses(NotImplementedError, "not contiguous")
+
+
+def test_a_recording_is_made_on_a_stream_of_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own is of the GPU on which somebody recorded first: what is launched on another one would be run."""
+    streams: list[Any] = []
+
+    def graph(_: Any, pool: None, stream: Any, mode: str) -> Any:
+        streams.append(stream)
+        return nullcontext()
+
+    for name, fake in {"CUDAGraph": Mock, "Stream": lambda device: [device], "device": nullcontext}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    capture._stream_of.cache_clear()
+    for index in (0, 1, 0):
+        capture._graph_of(lambda: None, torch.device("cuda", index))
+    capture._stream_of.cache_clear()
+    assert streams == [[torch.device("cuda", index)] for index in (0, 1, 0)] and streams[0] is streams[2]
+
+
+def test_tables_of_a_step_are_there_for_the_next_one() -> None:
+    """Those of many launches, of tensors that are not aligned, and of parameters that are plain tensors."""
+    several = torch.zeros(300, 4).unbind()
+    first = [address_table([each]) for each in several]
+    assert all(address_table([each]) is table for each, table in zip(several, first, strict=True))
+    memo: dict[str, Any] = {}
+    for odd in ([torch.zeros(33)[1:], torch.zeros(32)], [torch.zeros(32), torch.zeros(33)[1:]]):
+        found = [launches(odd, lambda place: (place,), lambda place: 1, memo, "some")[0] for _ in range(2)]
+        assert found[0] is found[1] and [launch.which for launch in found[0]] in ([[0], [1]], [[1], [0]])
+        assert {launch.which[0] for launch in found[0] if launch.is_aligned} == {int(odd[0].data_ptr() % 16 != 0)}
+    param = torch.ones(4, 3, requires_grad=True)
+    param.grad = torch.ones(4, 3)
+    optimizer = LDAdam([param])
+    optimizer.step()
+    assert optimizer._arrangements
 
 
 def test_a_window_that_fills_is_recorded_again(recorder: None) -> None:
@@ -271,24 +369,37 @@ def test_other_methods_say_that_they_cannot(name: str, recorder: None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("name", "options", "message"),
     [
-        ({"weight_rounding": "stochastic"}, "weight_rounding='stochastic' of a parameter group; it takes"),
-        ({"weight_rounding": "compensated"}, "weight_rounding='compensated' of a parameter group; it takes"),
-        ({"stochastic_rounding": True}, "stochastic_rounding=True of a parameter group; it takes"),
-        ({"error_feedback": "grad"}, "it acts on gradients during the backward pass"),
+        ("sparse_mfac", {"block_size": 16384}, "block_size=16384 of a parameter group; it takes at most 8192"),
+        ("microadam", {"block_size": 96, "quant_block_size": 96}, "quant_block_size=96 of a parameter group; it takes"),
+        ("ldadam", {"weight_rounding": "stochastic"}, "weight_rounding='stochastic' of a parameter group; it takes"),
+        ("ldadam", {"weight_rounding": "compensated"}, "weight_rounding='compensated' of a parameter group; it takes"),
+        ("ldadam", {"stochastic_rounding": True}, "stochastic_rounding=True of a parameter group; it takes"),
+        ("ldadam", {"error_feedback": "grad"}, "it acts on gradients during the backward pass"),
     ],
 )
-def test_options_that_count_on_the_host_are_refused(options: dict[str, Any], message: str, recorder: None) -> None:
+def test_options_that_no_recording_has_are_refused(
+    name: str, options: dict[str, Any], message: str, recorder: None
+) -> None:
+    optimizer = OPTIMIZERS[name].optimizer_class([nn.Parameter(torch.ones(20, 30).bfloat16())], **options)
     with pytest.raises(NotImplementedError, match=message):
-        CapturedStep(LDAdam([nn.Parameter(torch.ones(20, 30).bfloat16())], rank=4, **options))
+        CapturedStep(optimizer)
 
 
 def test_what_is_no_optimizer_of_ours_or_on_no_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     param = nn.Parameter(torch.ones(20, 30))
     with pytest.raises(TypeError, match="takes an optimizer of this package, got AdamW"):
         CapturedStep(torch.optim.AdamW([param]))
-    with pytest.raises(NotImplementedError, match="its parameters are on cpu"):
+    with pytest.raises(TypeError, match="takes an optimizer of this package, got type"):
+        CapturedStep(LDAdam)
+    with pytest.raises(NotImplementedError, match="its parameters are on no device, instead of one GPU"):
+        CapturedStep(LDAdam([{"params": []}]))
+    optimizer = LDAdam([param])
+    optimizer.param_groups[0]["lr"] = torch.ones((), device="meta")  # which waits, as one on a GPU would
+    with pytest.raises(NotImplementedError, match="lr of a parameter group is on meta; it takes a number"):
+        CapturedStep(optimizer)
+    with pytest.raises(NotImplementedError, match="its parameters are on cpu, where the backend is"):
         CapturedStep(LDAdam([param]))
     optimizer = LDAdam([param])
     optimizer.register_step_post_hook(lambda *_: None)

@@ -28,12 +28,9 @@ from hf_lowmem_optim.ops.triton.block_topk_common import block_topk_kernel, comm
 from hf_lowmem_optim.ops.triton.device import by_value, on_device
 from hf_lowmem_optim.ops.triton.tables import TYPES, Launch, launches, owner_and_block, pointer, size
 from hf_lowmem_optim.ops.triton.window import addresses, decode_values, encode_values, grid_of, stored_as
-from hf_lowmem_optim.ops.window import Memo, SparseWindow
+from hf_lowmem_optim.ops.window import MAX_FUSED_BLOCK, Memo, SparseWindow
 
-__all__ = ["MAX_BLOCK_SIZE", "select_all"]
-
-#: The kernel takes 8 bytes of shared memory per entry, and some GPUs have 64 KiB.
-MAX_BLOCK_SIZE = 8192
+__all__ = ["select_all"]
 
 #: Entries of a row where none are quantized.
 _ROW = 64
@@ -209,8 +206,8 @@ def _why_not(
     grads: Sequence[Tensor], windows: Sequence[SparseWindow], errors: Errors, how: Selection, memo: Memo
 ) -> str | None:
     """Return why the kernel cannot make the selections; the torch version makes them then."""
-    if windows[0].block_size > MAX_BLOCK_SIZE:
-        return f"a block of {windows[0].block_size} entries does not fit on a GPU (at most {MAX_BLOCK_SIZE})"
+    if windows[0].block_size > MAX_FUSED_BLOCK:
+        return f"a block of {windows[0].block_size} entries does not fit on a GPU (at most {MAX_FUSED_BLOCK})"
     if isinstance(error := errors[0], Quantized) and (size := error.format.block_size) & (size - 1):
         return f"quantization block size {size} is not a power of two"
     return None

@@ -51,7 +51,8 @@ def address_table(tensors: Sequence[Tensor]) -> Tensor:
     return kept(_table(tuple(tensor.data_ptr() for tensor in tensors), tensors[0].device))
 
 
-@functools.lru_cache(maxsize=256)
+#: More than a step has: with fewer, each would be forgotten before the next step asks for it.
+@functools.lru_cache(maxsize=1 << 12)
 def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     return to_device(torch.tensor(addresses, dtype=torch.int64), device)
 

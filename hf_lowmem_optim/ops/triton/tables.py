@@ -135,18 +135,17 @@ def launches(
     """
     addresses = list(map(Tensor.data_ptr, tensors))
     usual = functools.reduce(or_, addresses) % 16 == 0
-    found: list[Launch] | None = memo.get(name) if usual else None
+    key = name if usual else f"{name}, aligned: {[address % 16 == 0 for address in addresses]}"
+    found: list[Launch] | None = memo.get(key)
     if found is None:
         groups: dict[bool, list[int]] = {}
         for place, tensor in enumerate(tensors):
             groups.setdefault(vectorizes(tensor, *others(place)), []).append(place)
         device = tensors[0].device
-        found = [
+        found = memo[key] = [
             Launch(which, each, [record(i) for i in which], [programs(i) for i in which], device)
             for each, which in groups.items()
         ]
-        if usual:
-            memo[name] = found
     return found, addresses
 
 
