@@ -215,7 +215,7 @@ class LowMemoryOptimizer(Optimizer):
                 been updated then.
             ValueError: An option was changed on which the state depends. Nothing has been updated then.
         """
-        if self.recording is None:
+        if self.recording is None and torch.cuda._initialized:
             refuse_capture(self)
         loss = None
         if closure is not None:
