@@ -162,7 +162,7 @@ def _row_weights(t: Any, window: int, betas: tuple[float, float], bias_correctio
     weights = [(1 - β) / (1 - β**T) * β**age if age < t else 0.0 for β in betas for age in ages]
     if isinstance(t, Number):
         return t.table(weights).view(2, window)
-    return to_device(torch.tensor(weights, dtype=torch.float32).view(2, window), device)
+    return to_device(torch.tensor([weights[:window], weights[window:]], dtype=torch.float32), device)
 
 
 class MicroAdam(LowMemoryOptimizer):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch import Tensor
 from hf_lowmem_optim.engine.coupled import Scope
 from hf_lowmem_optim.engine.error_feedback import CompressedErrorFeedback
 from hf_lowmem_optim.engine.options import COUNT, POSITIVE, UNIT, Options, option
-from hf_lowmem_optim.ops.step_numbers import factor
+from hf_lowmem_optim.ops.step_numbers import Number, factor
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["PreconditionedOptions", "add_momentum_", "descend_", "gram_state", "own_state"]
@@ -73,12 +74,15 @@ def add_momentum_(velocity: Tensor, u: Tensor, momentum: float) -> Tensor:
 def descend_(weight: Tensor, direction: Tensor, o: PreconditionedOptions) -> None:
     """Write W ← W·(1 − lr·weight_decay) − lr·direction, in float32 and rounded once (line 7)."""
     # slices, so that a narrower weight is not copied as a whole
-    length = 1 << 16 if weight.device.type == "cpu" else 1 << 21
+    length, lr = 1 << 16 if weight.device.type == "cpu" else 1 << 21, cast("float | Number", o.lr)
     pieces = (torch.split(tensor.view(-1), length) for tensor in (weight, direction))
     for piece, step in zip(*pieces, strict=True):
         wide = piece.float()
         if o.weight_decay != 0:
             wide.mul_(factor(1 - o.lr * o.weight_decay))
-        wide.sub_(step * factor(o.lr))
+        if isinstance(lr, Number):
+            wide.addcmul_(step, lr.factor(), value=-1)
+        else:
+            wide.add_(step, alpha=-lr)
         if wide is not piece:
             piece.copy_(wide)
