@@ -72,7 +72,7 @@ def test_what_is_not_finite_comes_out_as_nan(bad: float) -> None:
 
 
 def test_bad_arguments_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"contiguous, float64 \[m, m\], got torch.float32 \[2, 2\]"):
+    with pytest.raises(ValueError, match=r"contiguous, float64 \[..., m, m\], got torch.float32 \[2, 2\]"):
         damped_inverse_column(torch.eye(2), 0, 0.0)
     with pytest.raises(ValueError, match=r"got torch.float64 \[2, 3\]"):
         damped_inverse_column(torch.zeros(2, 3, dtype=torch.float64), 0, 0.0)

@@ -71,7 +71,7 @@ def test_a_fused_descent_is_the_torch_version(
         state[key].copy_(normal(*state[key].shape, seed=seed))
     weights = [normal(*shape, seed=5 + i).to(dtype) for i in range(2)]
     expected, got, one_by_one = ([weight.clone() for weight in weights] for _ in range(3))
-    w = normal(WINDOW, seed=8)
+    w = normal(2, WINDOW, seed=8)
     method.lowrank_descend_.torch_version(expected, state, w, options)
     fused.descend_by_factors_(got, state, w, options)
     monkeypatch.setattr(fused, "MOST_FACTOR_BYTES", 1)
