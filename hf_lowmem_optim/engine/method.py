@@ -365,9 +365,8 @@ class Method:
         if self.shared_state is None:
             return 0
         size = sum(spec.stored_bytes for spec in self.shared_state(options).values())
-        each = options.scope == "tensor" and not self.layerwise
-        numbers = [min(count, most_systems(size, device)) for device, count in tensors.items()] if each else []
-        together = max(numbers, default=1)
+        each = tensors.items() if options.scope == "tensor" else ()
+        together = max([min(count, most_systems(size, device)) for device, count in each], default=1)
         return (_SYSTEM_COPIES + (together > 1)) * together * size
 
     # --------------------------------------------------------------------------------------------------- limits
