@@ -78,7 +78,7 @@ def update_systems_(
     at = row.index() if isinstance(row, Number) else slice(row, row + 1)
     most, found = _together(grams) if len(grams) > 1 else 1, []
     for start in range(0, len(grams), most):
-        some, total = grams[start : start + most], totals[start : start + most]
+        some, total = list(grams[start : start + most]), totals[start : start + most]
         batch = torch.stack(some) if len(some) > 1 else some[0][None]
         batch[:, at], batch[:, :, at] = total[:, None], total[:, :, None]
         if len(some) > 1:
@@ -246,4 +246,5 @@ def filtered_inverse_column(gram: Tensor, column: Any, shift: float) -> Tensor:
 def _solve(A: Tensor, targets: Tensor) -> Tensor:
     factor = torch.linalg.cholesky_ex(A)[0]
     half = torch.linalg.solve_triangular(factor, targets, upper=False)
-    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    solved: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    return solved

@@ -270,7 +270,8 @@ def descend_all(
 ) -> None:
     """See :func:`hf_lowmem_optim.ops.sparse_window.foreach_window_descend_`."""
     how, rows = (float(rates.lr), 1.0 - rates.lr * rates.weight_decay), weights.expand(len(params), -1).numpy()
-    _run(_descend, windows, [(*_arguments(*each), w, *how) for *each, w in zip(params, windows, rows, strict=True)])
+    given = zip(params, windows, rows, strict=True)
+    _run(_descend, windows, [(*_arguments(param, window), row, *how) for param, window, row in given])
 
 
 @register(_combine, "cpu")
