@@ -59,7 +59,7 @@ def update_systems_(
     everywhere: Callable[[Tensor], Tensor] | None,
     weights: Callable[[Tensor, Any], Tensor],
 ) -> Tensor:
-    """Write row and column of GGᵀ ← G c of a system over all tensors, or of one for each, and solve it.
+    """Write row and column of GGᵀ ← G c of a system over all tensors, or of one for each, and solve them.
 
     Args:
         grams: GGᵀ of every system, float64 [m, m]; written.
@@ -76,7 +76,9 @@ def update_systems_(
         shares = everywhere(shares)
     totals = shares if len(grams) == len(shares) else shares.sum(dim=0, keepdim=True)
     at = row.index() if isinstance(row, Number) else slice(row, row + 1)
-    most, found = _together(grams) if len(grams) > 1 else 1, []
+    size, device, found = len(grams[0]), grams[0].device, []
+    alone = len(grams) == 1 or (device.type in _READABLE and not alike_in_a_stack(size, size, device))
+    most = 1 if alone else most_systems(grams[0].nbytes, device)
     for start in range(0, len(grams), most):
         some, total = list(grams[start : start + most]), totals[start : start + most]
         batch = torch.stack(some) if len(some) > 1 else some[0][None]
@@ -85,12 +87,6 @@ def update_systems_(
             torch._foreach_copy_(some, batch.unbind())
         found.append(weights(batch, row).float())
     return torch.cat(found) if len(grams) > 1 else found[0][0]
-
-
-def _together(grams: Sequence[Tensor]) -> int:
-    size, device = len(grams[0]), grams[0].device
-    alike = device.type not in _READABLE or alike_in_a_stack(size, size, device)
-    return most_systems(grams[0].nbytes, device) if alike else 1
 
 
 def mfac_weights(gram: Tensor, newest: Any, *, damping: float) -> Tensor:
@@ -154,15 +150,12 @@ def ggt_weights(gram: Tensor, newest: int, *, damping: float) -> Tensor:
     largest = squares[..., -1:]
     kept = (squares > _DROPPED * largest) | (damping > _HARMLESS * largest.sqrt())
     answer = torch.where(kept, 1 / (squares.sqrt() + damping), 0.0) * K[..., newest, :]
-    weights = torch.where(torch.linalg.diagonal(gram) > 0, _times(K, answer), 0.0)
-    return torch.where(finite, weights, torch.nan)
-
-
-def _times(K: Tensor, x: Tensor) -> Tensor:
-    """Return the products of matrices [..., m, m] and vectors [..., m]."""
     if K.dim() == 3 and K.device.type in _READABLE:
-        return torch.stack([matrix @ vector for matrix, vector in zip(K, x, strict=True)])
-    return (K @ x[..., None])[..., 0]
+        weights = torch.stack([vectors @ each for vectors, each in zip(K, answer, strict=True)])
+    else:
+        weights = (K @ answer[..., None])[..., 0]
+    weights = torch.where(torch.linalg.diagonal(gram) > 0, weights, 0.0)
+    return torch.where(finite, weights, torch.nan)
 
 
 def damped_inverse_column(gram: Tensor, column: Any, shift: float) -> tuple[Tensor, Tensor]:
