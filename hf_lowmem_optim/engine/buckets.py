@@ -216,20 +216,19 @@ def allocate_stacked(specs: Mapping[str, TensorSpec], count: int, device: torch.
     return states
 
 
-def arrange(updates: Sequence[TensorUpdate], *, whole: bool | Literal["gpu"], alone: bool = False) -> list[Part]:
+def arrange(updates: Sequence[TensorUpdate], *, whole: bool | Literal["gpu"]) -> list[Part]:
     """Put tensors of one bucket together, as many as one call may serve.
 
     Args:
         updates: The tensors, all with state; state that is not stacked yet is moved where that is due.
         whole: Whether a call serves any number of tensors of any shapes, because it allocates nothing of their size; or
             ``"gpu"``: any number of one shape, there.
-        alone: Whether a call serves one tensor only.
 
     Returns:
         The parts of the list, in the order of their first tensors.
     """
-    if alone or len(updates) == 1:
-        return [Part([place]) for place in range(len(updates))]
+    if len(updates) == 1:
+        return [Part([0])]
     place_of = {id(update): place for place, update in enumerate(updates)}
     return [Part([place_of[id(update)] for update in bucket]) for bucket in _bucketed(updates, whole)]
 

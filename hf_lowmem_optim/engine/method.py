@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_lowmem_optim.engine.adamw import adamw_state
 from hf_lowmem_optim.engine.buckets import CORRECTION, Batch, most_entries, most_tensors
 from hf_lowmem_optim.engine.options import Options, as_plain
+from hf_lowmem_optim.ops.gram import most_systems
 from hf_lowmem_optim.ops.low_rank import MOST_FACTOR_BYTES
 from hf_lowmem_optim.spec import TensorSpec
 
@@ -22,7 +23,7 @@ __all__ = ["CoupledUpdate", "Method", "StagedUpdate", "Stages", "StateFunction",
 
 #: Slices and small factors that a step allocates whatever the sizes of its tensors, on a CPU and on other devices.
 _CPU_SLICES_BYTES, _DEVICE_SLICES_BYTES = 16 << 20, 80 << 20
-#: Copies of a system's matrix that solving it takes, the eigenvectors' workspace included.
+#: Copies of a system's matrix that solving it takes, the eigenvectors' workspace included; of several one more.
 _SYSTEM_COPIES = 6
 
 
@@ -54,12 +55,12 @@ class Update(Protocol):
 
 
 class CoupledUpdate(Protocol):
-    """One step of all tensors that share a system, such as the Gram matrix of their gradients."""
+    """One step of all tensors that share a system, such as the Gram matrix of their gradients; or have one each."""
 
     def __call__(
         self,
         tensors: Sequence[Batch],
-        shared: Mapping[str, Tensor],
+        shared: Mapping[str, Sequence[Tensor]],
         t: int,
         everywhere: Callable[[Tensor], Tensor] | None = None,
         /,
@@ -67,9 +68,9 @@ class CoupledUpdate(Protocol):
         """Update weights, state and shared state in place.
 
         Args:
-            tensors: The tensors, those of one shape together.
-            shared: The state that belongs to all of them.
-            t: Which step of the system it is, 1 for the first.
+            tensors: The tensors, those of one shape together; a single batch if each has a system of its own.
+            shared: The state of the systems by key: of the one of all tensors, or of each tensor's.
+            t: Which step of the systems it is, 1 for the first.
             everywhere: Where other processes have more tensors of the system: takes a row of float64 numbers for each
                 tensor here, as long as those of the first shared tensor, and returns the rows of all tensors. It must
                 be called once. None if all tensors are here.
@@ -328,7 +329,7 @@ class Method:
         Args:
             groups: The parameter groups, with ``"params"``; parameters on the meta device count as on a GPU.
         """
-        most, all_on_cpu = 0.0, True
+        most, solved, all_on_cpu = 0.0, 0, True
         for group in groups:
             options = self.options_of(group)
             all_on_cpu &= all(param.device.type == "cpu" for param in group["params"])
@@ -336,13 +337,14 @@ class Method:
             kinds = {(param.shape, param.dtype) for param in group["params"]}
             made = [spec for kind in kinds for spec in self.specs(*kind, options).values() if spec.in_gradient]
             most = max([most, *(spec.stored_bytes for spec in made)])
-            total: Counter[torch.device] = Counter()
+            total, systems = Counter[torch.device](), Counter[torch.device]()
             for param in group["params"]:
                 total[param.device] += param.numel()
             for (shape, dtype, device), count in _equal_tensors(group["params"], options).items():
                 specs = self.compressed_state(shape, dtype, options)
                 if specs is None:
                     continue
+                systems[device] += count
                 rounded = options.weight_rounding != "nearest" and dtype != torch.float32
                 state = sum(math.prod(spec.shape) for key, spec in specs.items() if not key.startswith("error"))
                 entries, scratch = math.prod(shape), self.scratch_state * state
@@ -355,11 +357,17 @@ class Method:
                 most = max(most, 4 * (copied + scratch * together + parts))
                 if self.whole == "gpu" and device.type != "cpu":
                     most = max(most, min(4 * self.scratch_state * state * count, MOST_FACTOR_BYTES))
-        system = 0
-        if self.shared_state is not None and groups:
-            matrices = (self.shared_state(self.options_of(group)).values() for group in groups)
-            system = max(sum(spec.stored_bytes for spec in specs) for specs in matrices)
-        return math.ceil(most) + _SYSTEM_COPIES * system + (_CPU_SLICES_BYTES if all_on_cpu else _DEVICE_SLICES_BYTES)
+            solved = max(solved, self._solving_bytes(options, systems))
+        return math.ceil(most) + solved + (_CPU_SLICES_BYTES if all_on_cpu else _DEVICE_SLICES_BYTES)
+
+    def _solving_bytes(self, options: Any, tensors: Mapping[torch.device, int]) -> int:
+        """Return what solving the systems of so many tensors of a group allocates."""
+        if self.shared_state is None:
+            return 0
+        size = sum(spec.stored_bytes for spec in self.shared_state(options).values())
+        each = tensors.items() if options.scope == "tensor" else ()
+        together = max([min(count, most_systems(size, device)) for device, count in each], default=1)
+        return (_SYSTEM_COPIES + (together > 1)) * together * size
 
     # --------------------------------------------------------------------------------------------------- limits
 

@@ -300,25 +300,24 @@ class LowMemoryOptimizer(Optimizer):
             How the compressed ones were put together, which serves equal ones again as ``parts``.
         """
         method, coupled_update_ = self.method, self.method.coupled_update_
-        options: Any = sparse[0].options if sparse else None
-        matrices, alone = split_stacks(sparse), options is not None and getattr(options, "scope", None) == "tensor"
-        parts = arrange(matrices, whole=method.whole, alone=alone) if parts is None else parts
+        matrices = split_stacks(sparse)
+        parts = arrange(matrices, whole=method.whole) if parts is None else parts
         together = batches(matrices, whole=method.whole, parts=parts)
         if coupled_update_ is None:
             for batch in together:
                 assert method.update_ is not None
                 with batch.weights() as W:
                     method.update_(W, batch.g, batch.state, batch.step, batch.options)
-        elif alone:
-            assert method.shared_state is not None
+        elif system is None:
             for batch in together:
-                own = {key: batch.updates[0].state[key] for key in method.shared_state(options)}
+                assert method.shared_state is not None
+                own = {key: list(batch.state[key]) for key in method.shared_state(batch.options)}
                 coupled_update_([batch], own, batch.step)
         elif sparse:
             system[SHARED_STEP] += 1
             if len(sparse) < sum([len(group["params"]) for group in self.param_groups]):
                 note_absent_(self, method, sparse, system[SHARED_STEP])
-            shared = {k.removeprefix(SHARED_PREFIX): v for k, v in system.items() if k.startswith(SHARED_PREFIX)}
+            shared = {k.removeprefix(SHARED_PREFIX): [v] for k, v in system.items() if k.startswith(SHARED_PREFIX)}
             t: Any = self.recording.count(system, SHARED_STEP) if self.recording is not None else system[SHARED_STEP]
             coupled_update_(list(together), shared, t)
         for updates in dense:

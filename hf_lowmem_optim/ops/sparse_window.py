@@ -101,7 +101,7 @@ def foreach_window_descend_(
     Args:
         params: As for :func:`foreach_window_update_`.
         windows: Likewise.
-        weights: float32 ``[window]``. A row of weight zero is skipped.
+        weights: float32 ``[window]`` for all, or ``[tensors, window]``. A row of weight zero is skipped.
         lr: Learning rate.
         weight_decay: Decoupled weight decay.
         memo: As for :func:`~hf_lowmem_optim.ops.block_topk.foreach_block_topk_`.
@@ -111,7 +111,7 @@ def foreach_window_descend_(
         ValueError: Likewise.
     """
     if windows:
-        _check(params, "param", windows, weights, None, memo)
+        _check(params, "param", windows, weights, len(params) if weights.dim() == 2 else None, memo)
         _descend_all(params, windows, weights, Rates(lr, weight_decay), {} if memo is None else memo)
 
 
@@ -256,12 +256,12 @@ def _descend_all(
 ) -> None:
     """Descend for each tensor; the arguments are checked."""
     lr, weight_decay, _ = rates
-    for weight, window in zip(params, windows, strict=True):
+    for weight, window, each in zip(params, windows, weights.expand(len(params), -1), strict=True):
         param = weight.detach().view(-1)
         for entries, columns, starts in _chunks(window):
             piece = param[entries]
             direction = torch.zeros(piece.shape, dtype=torch.float32, device=piece.device)
-            _add_rows(direction, *_weighted(window, weights, columns, starts))
+            _add_rows(direction, *_weighted(window, each, columns, starts))
             decayed = piece.float()
             if weight_decay != 0:
                 decayed = decayed * (1 - lr * weight_decay)

@@ -24,6 +24,7 @@ factors would take more than themselves, have their gradients in the window as t
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import COUNT, option
 from hf_lowmem_optim.ops.dispatch import Op
-from hf_lowmem_optim.ops.gram import mfac_weights, write_gram_row_
+from hf_lowmem_optim.ops.gram import mfac_weights, update_systems_
 from hf_lowmem_optim.ops.low_rank import of_safe_size, orthonormalize, seeded_sketch
 from hf_lowmem_optim.ops.step_numbers import select, selected
 from hf_lowmem_optim.optimizers.preconditioned import (
@@ -51,6 +52,8 @@ from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["LowRankMFAC", "LowRankMFACOptions", "lowrank_mfac_state", "lowrank_mfac_update_"]
 
+#: Devices on which each tensor is computed by itself, so that it is rounded as it is alone.
+_ALONE: tuple[str, ...] = ("cpu",)
 #: Entries of a window that are widened to float64 at a time, on a CPU and on other devices.
 _CPU_CHUNK_ENTRIES, _DEVICE_CHUNK_ENTRIES = 1 << 20, 1 << 25
 
@@ -90,53 +93,63 @@ def lowrank_mfac_state(shape: Sequence[int], dtype: torch.dtype, o: LowRankMFACO
 
 def lowrank_mfac_update_(
     tensors: Sequence[Batch],
-    shared: Mapping[str, Tensor],
+    shared: Mapping[str, Sequence[Tensor]],
     t: int,
     everywhere: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """Take one step of LowRankMFAC on the tensors of one system, in place.
+    """Take one step of LowRankMFAC on the tensors of one system, or of one each, in place.
 
     Args:
         tensors: The tensors; their state as :func:`lowrank_mfac_state` describes it.
-        shared: ``"gram"``, GGᵀ; written.
-        t: 1 for the first step of this system.
+        shared: ``"gram"``, GGᵀ of the system of all tensors, or of each tensor's; written.
+        t: 1 for the first step of the systems.
         everywhere: Adds the rows of the tensors that other processes update to those of Gc.
     """
-    o, gram = tensors[0].options, shared["gram"]
+    o = tensors[0].options
     row = (t - 1) % o.window
     # 1. to 3.
     for x in tensors:
         _compress_(x, row)
     # 4. row and column of GGᵀ ← G c
-    write_gram_row_(gram, row, [_products(x.state, row) for x in tensors], everywhere)
+    products = [_products(x.state, row) for x in tensors]
     # 5. u ← Gᵀw
-    w = mfac_weights(gram, row, damping=o.damping).to(torch.float32)
+    weights = functools.partial(mfac_weights, damping=o.damping)
+    w = update_systems_(shared["gram"], row, products, everywhere, weights)
     for x in tensors:
         _descend_(x, w.to(x.g[0].device))
 
 
 def _descend_(x: Batch, w: Tensor) -> None:
-    """Move the tensors of a batch: u ← Gᵀw, and lines 6 and 7."""
+    """Move the tensors of a batch: u ← Gᵀw with w for all or for each, and lines 6 and 7."""
     with x.weights() as W:
-        if "left" in x.state and x.options.momentum == 0:
-            lowrank_descend_(W, x.state, w, x.options)
+        each = w.expand(len(W), -1)
+        if x.options.momentum == 0:
+            lowrank_descend_(W, x.state, each, x.options)
             return
         for i, weight in enumerate(W):
-            _descend_one_(weight, {key: part[i] for key, part in x.state.items()}, w, x.options)
+            _descend_one_(weight, {key: part[i] for key, part in x.state.items()}, each[i], x.options)
 
 
 @Op
 def lowrank_descend_(W: Sequence[Tensor], state: Mapping[str, Tensor], w: Tensor, o: LowRankMFACOptions) -> None:
-    """Write W ← W·(1 − lr·weight_decay) − lr·Gᵀw, of rows that are factors: line 7 without momentum.
+    """Write W ← W·(1 − lr·weight_decay) − lr·Gᵀw: line 7 without momentum.
 
     Args:
-        W: n matrices of one shape and dtype.
-        state: Their stacked windows, ``"left"`` and ``"right"``.
-        w: float32 [m], on the device of the weights.
+        W: n matrices, or vectors, of one shape and dtype.
+        state: Their stacked windows, ``"left"`` and ``"right"``, or ``"rows"``.
+        w: Of each, float32 [n, m], on the device of the weights.
         o: The options.
     """
-    for i, weight in enumerate(W):
-        _descend_one_(weight, {key: state[key][i] for key in ("left", "right")}, w, o)
+    most = most_tensors(W[0].numel(), W[0].device)
+    if "left" in state or W[0].device.type in _ALONE or min(most, len(W)) == 1:
+        for i, weight in enumerate(W):
+            _descend_one_(weight, {key: state[key][i] for key in ("left", "right", "rows") if key in state}, w[i], o)
+        return
+    for part in [slice(start, start + most) for start in range(0, len(W), most)]:
+        flat = [weight.view(-1) for weight in W[part]]
+        stepped = torch.stack(flat).float()
+        descend_(stepped, (w[part, None] @ state["rows"][part]).squeeze(1), o)
+        torch._foreach_copy_(flat, stepped.unbind())
 
 
 def _descend_one_(weight: Tensor, state: Mapping[str, Tensor], w: Tensor, o: LowRankMFACOptions) -> None:
@@ -199,8 +212,7 @@ def _products(state: Mapping[str, Tensor], row: int) -> Tensor:
     # a gradient that is kept as it is counts as one factor of rank 1
     factors = [state["rows"][:, :, None]] if "rows" in state else [state["left"], state["right"]]
     count, window = factors[0].shape[:2]
-    # each CPU tensor by itself, so that it is rounded as it is alone
-    together = 1 if factors[0].device.type == "cpu" else count
+    together = 1 if factors[0].device.type in _ALONE else count
     parts = zip(*[torch.split(factor, together) for factor in factors], strict=True)
     overlaps = [torch.stack([_overlaps(each, row) for each in part]).prod(dim=0) for part in parts]
     return torch.cat(overlaps).view(count, window, -1).sum(2)

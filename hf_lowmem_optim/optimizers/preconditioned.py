@@ -7,7 +7,8 @@
 | t      | `step`     |        | int   |                                 |
 
 With ``scope="model"`` GGᵀ and t belong to all parameters together, and a tensor that has no gradient in a step counts
-as zero in that row and is not moved. With ``scope="tensor"`` they are in the tensor's own state.
+as zero in that row and is not moved. With ``scope="tensor"`` they are in the tensor's own state; the systems of all
+tensors are solved in one batch.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ and GGᵀ and vel as in ``preconditioned.py``. Every tensor is compressed, also 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import FRACTION, count_up_to, option
 from hf_lowmem_optim.ops.block_topk import fault_of_window, foreach_block_topk_, window_specs
-from hf_lowmem_optim.ops.gram import mfac_weights, write_gram_row_
+from hf_lowmem_optim.ops.gram import mfac_weights, update_systems_
 from hf_lowmem_optim.ops.sparse_window import foreach_window_descend_, foreach_window_gram_rows, window_combine_
 from hf_lowmem_optim.ops.window import (
     MAX_BLOCK_SIZE,
@@ -112,22 +113,24 @@ def sparse_mfac_state(shape: Sequence[int], dtype: torch.dtype, o: SparseMFACOpt
 
 def sparse_update_(
     tensors: Sequence[Batch],
-    shared: Mapping[str, Tensor],
+    shared: Mapping[str, Sequence[Tensor]],
     t: int,
     everywhere: Callable[[Tensor], Tensor] | None = None,
     *,
     row_weights: Callable[..., Tensor] = mfac_weights,
 ) -> None:
-    """Take one step on the tensors of one system, in place; without momentum nothing of their size is allocated.
+    """Take one step on the tensors of one system, or of one each, in place.
+
+    Without momentum nothing of their size is allocated.
 
     Args:
         tensors: The tensors; their state as :func:`sparse_mfac_state` describes it.
-        shared: ``"gram"``, GGᵀ, float64 [m, m]; written.
-        t: 1 for the first step of this system.
+        shared: ``"gram"``, GGᵀ of the system of all tensors, or of each tensor's, float64 [m, m]; written.
+        t: 1 for the first step of the systems.
         everywhere: Adds the rows of the tensors that other processes update to those of Gc.
         row_weights: ``(gram, row, *, damping) -> w``, which line 5 is.
     """
-    o, gram = tensors[0].options, shared["gram"]
+    o = tensors[0].options
     row = (t - 1) % o.window
     numels = [[g.numel() for g in x.g] for x in tensors]
     windows = [
@@ -142,23 +145,23 @@ def sparse_update_(
     products = [
         foreach_window_gram_rows(each, row, memo=x.state["memo"]) for x, each in zip(tensors, windows, strict=True)
     ]
-    write_gram_row_(gram, row, products, everywhere)
     # 5. u ← Gᵀw
-    w = row_weights(gram, row, damping=o.damping).to(torch.float32)
+    weights = functools.partial(row_weights, damping=o.damping)
+    w = update_systems_(shared["gram"], row, products, everywhere, weights)
     for x, each in zip(tensors, windows, strict=True):
         _descend_(x, each, w.to(x.g[0].device))
 
 
 def _descend_(x: Batch, windows: Sequence[SparseWindow], w: Tensor) -> None:
-    """Move the tensors of a batch: u ← Gᵀw, and lines 6 and 7."""
+    """Move the tensors of a batch: u ← Gᵀw with w for all or for each, and lines 6 and 7."""
     o = x.options
     with x.weights() as W:
         if o.momentum == 0:
             # 7. W ← W·(1 − lr·weight_decay) − lr·u, without ever forming u
             foreach_window_descend_(W, windows, w, lr=o.lr, weight_decay=o.weight_decay, memo=x.state["memo"])
             return
-        for weight, G, velocity in zip(W, windows, x.state["velocity"], strict=True):
-            _descend_with_momentum_(weight, G, velocity, w, o)
+        for weight, G, velocity, each in zip(W, windows, x.state["velocity"], w.expand(len(W), -1), strict=True):
+            _descend_with_momentum_(weight, G, velocity, each, o)
 
 
 def _descend_with_momentum_(weight: Tensor, G: SparseWindow, velocity: Tensor, w: Tensor, o: SparseMFACOptions) -> None:

@@ -42,6 +42,7 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("microadam", MICROADAM),
     ("microadam", {**MICROADAM, "alpha": 0.5, "stochastic_rounding": True, "weight_decay": 0.1}),
     ("sparse_mfac", {**SPARSE, "scope": "tensor", "momentum": 0.5}),
+    ("sparse_mfac", {**SPARSE, "scope": "tensor", "window": 4}),  # systems that one batch solves
     ("sparse_ggt", SPARSE),
     ("dash", {"block_size": 16, "precondition_frequency": 2}),
     ("lowrank_mfac", {"rank": 4, "window": 4}),
@@ -88,11 +89,11 @@ def test_a_tensor_does_not_notice_the_others(
     batched = max(sizes, default=0)
     if name == "microadam":
         assert batched == 17  # of any shapes, the vector is too small
-    elif (name, hyper.get("scope", "model")) == ("sparse_ggt", "model"):
+    elif name in ("sparse_mfac", "sparse_ggt"):
         assert batched == 18
     elif hyper.get("rank") == 4 or name in ("trion", "dash"):
         assert batched == (1 if hyper.get("error_feedback") == "grad" else 6)
-    else:  # products with vectors; systems for each tensor
+    else:  # products with vectors
         assert batched <= 1
     sizes.clear()
     train([other], apart, range(5), absent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from hf_lowmem_optim import OPTIMIZERS, measure_state, plan_optimizer
 from hf_lowmem_optim.memory.plan import plan_temporaries
+from hf_lowmem_optim.ops import gram
 from hf_lowmem_optim.ops.gram import ggt_weights, mfac_weights
 from hf_lowmem_optim.optimizers import LowMemoryOptimizer
 from tests.memory.allocator import peak_bytes
@@ -220,13 +222,34 @@ def test_an_update_in_place_takes_the_constant(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("dependent", [False, True])
 @pytest.mark.parametrize("solver", [mfac_weights, ggt_weights])
 @pytest.mark.parametrize("window", [100, 200])
-def test_solving_a_system_takes_six_copies(solver: Callable[..., Tensor], dependent: bool, window: int) -> None:
-    """Also where gradients repeat, which M-FAC solves otherwise; there are some vectors, too."""
-    rows = torch.randn(window, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    rows[1] = rows[0] if dependent else rows[1]
-    gram = rows @ rows.T
-    peak = peak_bytes(lambda: solver(gram, 3, damping=1e-5))
-    assert gram.nbytes < peak <= 6 * gram.nbytes + 16 * 8 * window
+@pytest.mark.parametrize("systems", [1, 2])
+def test_solving_a_system_takes_six_copies(
+    systems: int, solver: Callable[..., Tensor], dependent: bool, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several one more. Also where gradients repeat, as a GPU takes for granted; there are some vectors, too."""
+    rows = torch.randn(systems, window, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rows[:, 1] = rows[:, 0] if dependent else rows[:, 1]
+    batch = rows @ rows.mT
+    grams, products = list(batch.clone()), [batch[:, 3].clone()]
+    monkeypatch.setattr(gram, "_CPU_BYTES", batch.nbytes)
+    if dependent:
+        monkeypatch.setattr(gram, "_READABLE", ())
+    weights = functools.partial(solver, damping=1e-5)
+    peak = peak_bytes(lambda: gram.update_systems_(grams, 3, products, None, weights))
+    assert batch.nbytes < peak <= (6 if systems == 1 else 7) * batch.nbytes + 16 * 8 * window * systems
+
+
+def test_systems_are_solved_a_bounded_number_at_a_time() -> None:
+    """Parameters on no device count as on a GPU, where 16 MiB of them are."""
+    method, size = OPTIMIZERS["sparse_ggt"].optimizer_class.method, 8 * 64**2
+    options = {**method.options.defaults(), "window": 64}
+    one, three, many, common = (
+        method.scratch_bytes([{**options, "scope": scope, "params": [torch.empty(8, 8, device="meta")] * count}])
+        for scope, count in (("tensor", 1), ("tensor", 3), ("tensor", 600), ("model", 600))
+    )
+    assert one == common
+    assert three - one == (3 * 7 - 6) * size
+    assert many - one == 7 * 2**24 - 6 * size
 
 
 def test_tensors_that_one_call_serves_count_together() -> None:

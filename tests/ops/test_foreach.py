@@ -104,12 +104,14 @@ def run(groups: list[list[SparseState]], steps: int) -> list[Tensor]:
             one.grad = random_numbers(one.rows.numel, one.grad.dtype, generator).to(device)
         # a row counts when it has been written: until then its indices do not ascend
         weights = (torch.rand(2, WINDOW, generator=generator) * (torch.arange(WINDOW) <= step)).to(device)
+        # for all, or of each its own
+        own = weights[0].expand(len(everyone), -1) * (1 + step * torch.arange(len(everyone), device=device)[:, None])
         products = []
-        for group, memo in zip(groups, memos, strict=True):
+        for group, memo, rows in zip(groups, memos, own.split([len(group) for group in groups]), strict=True):
             topk_(group, step, memo)
             update_(group, weights, memo)
             products.append(ops.foreach_window_gram_rows([one.rows for one in group], step % WINDOW, memo=memo))
-            descend_(group, weights[0].contiguous(), memo)
+            descend_(group, rows.contiguous() if step else weights[0].contiguous(), memo)
         results.append(torch.cat(products))
         for one in everyone:
             out = torch.ones(one.rows.numel, device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,14 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hf_lowmem_optim.ops.gram import damped_inverse_column, filtered_inverse_column, ggt_weights, mfac_weights
+from hf_lowmem_optim.ops import gram as module
+from hf_lowmem_optim.ops.gram import (
+    damped_inverse_column,
+    filtered_inverse_column,
+    ggt_weights,
+    mfac_weights,
+    update_systems_,
+)
 
 DAMPINGS = [1e-8, 1e-5, 1e-2, 1.0]
 SOLVERS = {"mfac": mfac_weights, "ggt": ggt_weights}
@@ -72,7 +80,7 @@ def test_what_is_not_finite_comes_out_as_nan(bad: float) -> None:
 
 
 def test_bad_arguments_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"contiguous, float64 \[m, m\], got torch.float32 \[2, 2\]"):
+    with pytest.raises(ValueError, match=r"contiguous, float64 \[..., m, m\], got torch.float32 \[2, 2\]"):
         damped_inverse_column(torch.eye(2), 0, 0.0)
     with pytest.raises(ValueError, match=r"got torch.float64 \[2, 3\]"):
         damped_inverse_column(torch.zeros(2, 3, dtype=torch.float64), 0, 0.0)
@@ -183,3 +191,46 @@ def test_a_device_is_not_waited_for(solver: str) -> None:
     """Tensors on no device have no numbers to ask for."""
     gram = torch.empty(8, 8, dtype=torch.float64, device="meta")
     assert SOLVERS[solver](gram, 3, damping=1e-3).shape == (8,)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("solver", list(SOLVERS))
+@pytest.mark.parametrize("window", [4, 6, 32])
+def test_a_batch_is_each_system_by_itself(
+    window: int, solver: str, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit on a CPU, and on a GPU, which solves all of them both ways, but for its rounding."""
+    solve = functools.partial(SOLVERS[solver], damping=1e-5)
+    rows = torch.tensor(np.stack([random_rows(10.0**seed, window) for seed in range(5)]))
+    rows[1, 1] = -2 * rows[1, 0]  # depend on each other
+    rows[2] = 0
+    rows[3, 2, 5] = math.nan
+    before, products = rows @ rows.mT, (rows @ rows[:, 1, :, None])[..., 0]
+    before[:, 1] = before[:, :, 1] = 7  # the oldest row, which the newest takes the place of
+    alone = [gram.clone() for gram in before]
+    expected = [update_systems_([gram], 1, [own[None]], None, solve) for gram, own in zip(alone, products, strict=True)]
+    if on_gpu:
+        monkeypatch.setattr(module, "_READABLE", ())
+    monkeypatch.setattr(module, "_CPU_BYTES", 2 * before[0].nbytes)
+    solved: list[int] = []
+
+    def noted(batch: torch.Tensor, row: int) -> torch.Tensor:
+        solved.append(len(batch))
+        return solve(batch, row)
+
+    together = list(before)
+    found = update_systems_(together, 1, [products[:2], products[2:]], None, noted)
+    assert solved == ([2, 2, 1] if on_gpu or window % 4 == 0 else [1] * 5)
+    assert found.dtype == torch.float32
+    for mine, own, gram, was, product in zip(found, expected, together, alone, products, strict=True):
+        torch.testing.assert_close(gram, was, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(gram[1], product, rtol=0, atol=0, equal_nan=True)
+        scale = own.nan_to_num().abs().max().item() if on_gpu else 0.0
+        torch.testing.assert_close(mine, own, rtol=0, atol=1e-6 * scale, equal_nan=True)
+    assert found[3].isnan().all() and not found[2].any() and found[[0, 1, 4]].isfinite().all()
+
+
+def test_one_system_adds_up_its_tensors() -> None:
+    gram, products = torch.zeros(3, 3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    found = update_systems_([gram], 1, [products[:1], products[1:]], lambda shares: 2 * shares, lambda g, _: g[:, 1])
+    assert found.tolist() == [2.0] * 3 == gram[1].tolist() == gram[:, 1].tolist()

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from hf_lowmem_optim import OPTIMIZERS
 from hf_lowmem_optim.engine import buckets
-from hf_lowmem_optim.ops import low_rank
+from hf_lowmem_optim.ops import gram, low_rank
+from hf_lowmem_optim.optimizers import lowrank_mfac
 from tests.ops.backends import EMULATED, INTERPRETED, QUIET, WAITING, Use
 from tests.optimizers.cases import CASES, gradients, make_params, run
 
@@ -92,11 +93,16 @@ def step(optimizer: Any, weights: Sequence[Tensor], seed: int) -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("name", "scope"),
+    [*[(name, {}) for name in METHODS], *[(name, {"scope": "tensor"}) for name in ("sparse_mfac", "sparse_ggt")]],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_a_step_launches_as_much_for_many_layers_as_for_few(name: str, dtype: torch.dtype, use: Use) -> None:
-    use("triton")
+def test_a_step_launches_as_much_for_many_layers_as_for_few(
+    name: str, scope: dict[str, str], dtype: torch.dtype, like_a_gpu: None
+) -> None:
     options, most = METHODS[name]
+    options = options | scope
     counts = []
     for layers in (2, 8, 32):
         weights = llama(layers, dtype)
@@ -118,15 +124,13 @@ def test_a_step_launches_as_much_for_many_layers_as_for_few(name: str, dtype: to
         ("ldadam", {"rank": 16}, 70, 7),  # where blocks of the error go on in the next row
         ("lowrank_mfac", {"window": 2}, 64, 5),
         ("lowrank_mfac", {"window": 2}, 70, 5),
+        ("lowrank_mfac", {"window": 2, "scope": "tensor"}, 64, 5),
     ],
 )
 def test_low_rank_methods_launch_so_much_a_shape(
-    name: str, options: dict[str, Any], unit: int, most: int, use: Use, monkeypatch: pytest.MonkeyPatch
+    name: str, options: dict[str, Any], unit: int, most: int, like_a_gpu: None
 ) -> None:
     """Of matrices that the fused steps take, as many of a shape together as on a GPU."""
-    use("triton")
-    monkeypatch.setattr(buckets, "_rounds_alike", lambda _: True)
-    monkeypatch.setattr(buckets, "most_tensors", lambda *_: 1 << 30)
     counts = []
     for layers in (2, 8, 32):
         weights = llama(layers, torch.bfloat16, unit=unit)
@@ -135,11 +139,11 @@ def test_low_rank_methods_launch_so_much_a_shape(
         with kernels():
             step(optimizer, weights, 0)
             step(optimizer, weights, 1)
-        with kernels() as launched:
+        with Operations() as operations, kernels() as launched:
             optimizer.step()
         assert len(shapes) == 5 and 0 < len(launched) <= most * len(shapes)
         assert is_fused(launched)
-        counts.append(launched)
+        counts.append((launched, operations.found))
     assert counts[0] == counts[1] == counts[2]
 
 
@@ -238,30 +242,32 @@ def test_corrections_take_two_launches_a_rule(name: str, use: Use) -> None:
     assert 1 <= counts[0]["_join_kernel"] == counts[0]["_split_kernel"] <= 2
 
 
-#: M-FAC asks a CPU, and no GPU (``test_gram.py``), whether rows depend on each other; GGT's eigenvectors wait on both.
-SOLVED = {
-    "sparse_mfac": {"aten._local_scalar_dense.default": 1},
-    "lowrank_mfac": {"aten._local_scalar_dense.default": 1},
-    "sparse_ggt": {"aten._linalg_eigh.default": 1},
-}
+def expected_waits(name: str, systems: int = 1) -> dict[str, int]:
+    """GGT's eigenvectors, of all systems that are solved together."""
+    return {"aten._linalg_eigh.default": systems} if name.startswith("sparse_ggt") else {}
+
+
+@pytest.fixture
+def like_a_gpu(use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a CPU's tensors be put together as a GPU's, whose numbers nobody waits for."""
+    use("triton")
+    monkeypatch.setattr(low_rank, "_READABLE", ())
+    monkeypatch.setattr(gram, "_READABLE", ())
+    monkeypatch.setattr(lowrank_mfac, "_ALONE", ())
+    monkeypatch.setattr(buckets, "_rounds_alike", lambda _: True)
+    monkeypatch.setattr(buckets, "most_tensors", lambda *_: 1 << 30)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("dash")])
-def test_a_later_step_waits_for_nothing(name: str, use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_step_waits_for_nothing(name: str, like_a_gpu: None) -> None:
     """Of all methods but Dash, with tensors of all kinds; ``test_gpu.py`` asks a GPU itself."""
-    use("triton")
-    monkeypatch.setattr(low_rank, "_READABLE", ())
     params = make_params()
     optimizer, steps = CASES[name].build(params.values()), list(gradients(4))
     with kernels():
         run(optimizer, params, iter(steps[:3]))
         with Operations() as operations:
             run(optimizer, params, iter(steps[3:]))
-    systems = len([p for p in params.values() if "gram" in optimizer.state[p]]) or 1
-    expected = {
-        kind: count * systems for kind, count in SOLVED.get(name.split()[0].removesuffix("_layerwise"), {}).items()
-    }
-    assert operations.waiting() == expected
+    assert operations.waiting() == expected_waits(name)
 
 
 @pytest.mark.parametrize(
@@ -275,11 +281,9 @@ def test_a_later_step_waits_for_nothing(name: str, use: Use, monkeypatch: pytest
     ],
 )
 def test_launches_of_a_tensor_in_the_backward_pass(
-    name: str, options: dict[str, Any], most: int, use: Use, monkeypatch: pytest.MonkeyPatch
+    name: str, options: dict[str, Any], most: int, like_a_gpu: None
 ) -> None:
     """And none of them is waited for."""
-    use("triton")
-    monkeypatch.setattr(low_rank, "_READABLE", ())
     weights = [nn.Parameter(torch.randn(32, 64).bfloat16()) for _ in range(3)]
     optimizer = OPTIMIZERS[f"{name}_layerwise"].optimizer_class(weights, **options)
     with kernels():
@@ -291,4 +295,4 @@ def test_launches_of_a_tensor_in_the_backward_pass(
             loss.backward()
     assert all(weight.grad is None for weight in weights)
     assert 0 < len(launched) <= most * len(weights), launched
-    assert operations.waiting() == {kind: 3 * count for kind, count in SOLVED.get(name, {}).items()}
+    assert operations.waiting() == expected_waits(name, systems=3)

@@ -82,7 +82,7 @@ def test_a_fused_descent_is_the_torch_version(
         state[key].copy_(normal(*state[key].shape, seed=seed))
     weights = [normal(*shape, seed=5 + i).to(dtype) for i in range(2)]
     expected, got, one_by_one = ([weight.clone() for weight in weights] for _ in range(3))
-    w = normal(WINDOW, seed=8)
+    w = normal(2, WINDOW, seed=8)
     method.lowrank_descend_.torch_version(expected, state, w, options)
     fused.descend_by_factors_(got, state, w, options)
     monkeypatch.setattr(fused, "MOST_FACTOR_BYTES", 1)
@@ -90,3 +90,20 @@ def test_a_fused_descent_is_the_torch_version(
     for start, x, y, z in zip(weights, expected, got, one_by_one, strict=True):
         assert torch.equal(y, z) and not torch.equal(x, start)
         assert ((y - x).abs() <= torch.finfo(dtype).eps * x.abs() + 1e-6 * (x - start).abs().max()).all()
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_vectors_descend_together_as_alone(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's, a bounded number at a time; each has weights of its own."""
+    options = LowRankMFACOptions(window=WINDOW, lr=1e-2, weight_decay=0.1)
+    state, w = {"rows": normal(5, WINDOW, 12, seed=1)}, normal(5, WINDOW, seed=8)
+    weights = [normal(4, 3, seed=2 + i).to(dtype) for i in range(5)]
+    alone, together = ([weight.clone() for weight in weights] for _ in range(2))
+    for weight, rows, own in zip(alone, state["rows"], w, strict=True):
+        weight.copy_(weight.float() * (1 - 1e-3) - 1e-2 * (own @ rows).view(4, 3))
+    monkeypatch.setattr(method, "_ALONE", ())
+    monkeypatch.setattr(method, "most_tensors", lambda *_: 2)
+    method.lowrank_descend_(together, state, w, options)
+    for start, x, y in zip(weights, alone, together, strict=True):
+        assert not torch.equal(x, start)
+        torch.testing.assert_close(y, x, rtol=torch.finfo(dtype).eps, atol=1e-7)

@@ -67,7 +67,8 @@ def system_step_(optimizer: Any, members: Sequence[TensorUpdate], system: dict[s
         clear_row_(own_tensors(one.state), one.param, one.options, method, t)
     wholes = {index: task.whole(method) for index, task in tasks.items() if task.owner == team.rank}
     check_loaded(optimizer, list(tasks.values()), [(tasks[index], whole) for index, whole in wholes.items()])
-    shared = {key.removeprefix(SHARED_PREFIX): value for key, value in system.items() if key.startswith(SHARED_PREFIX)}
+    kept = {key.removeprefix(SHARED_PREFIX): value for key, value in system.items() if key.startswith(SHARED_PREFIX)}
+    shared = {key: [value] for key, value in kept.items() if isinstance(value, Tensor)}
     owners = [tasks[index].owner if index in tasks else None for index in range(len(members))]
     table = _Table(team, members, owners, whole=method.whole is True)
     assert method.coupled_update_ is not None
@@ -76,12 +77,12 @@ def system_step_(optimizer: Any, members: Sequence[TensorUpdate], system: dict[s
         rows = list(batches([here[index] for index in sorted(here)], whole=method.whole))
         method.coupled_update_(rows, shared, t, table.everywhere)
     else:
-        first_shared = next(value for value in shared.values() if isinstance(value, Tensor))
-        table.everywhere(first_shared.new_empty(0, first_shared.shape[-1]))
+        (first,) = next(iter(shared.values()))
+        table.everywhere(first.new_empty(0, first.shape[-1]))
     if not parts and len(set(owners)) < len(team):  # some process has not computed it
         source = torch.distributed.get_global_rank(team.group, tasks[0].owner)
-        for key in sorted(shared.keys() - {"step"}):
-            torch.distributed.broadcast(shared[key], source, group=team.group)
+        for key in sorted(shared):
+            torch.distributed.broadcast(shared[key][0], source, group=team.group)
     for index, part in parts.items():
         if (weight := local_of(members[index].param)).data_ptr() != part.param.data_ptr():
             weight.copy_(part.param)

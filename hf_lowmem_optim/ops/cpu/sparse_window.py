@@ -269,8 +269,9 @@ def descend_all(
     params: Sequence[Tensor], windows: Sequence[SparseWindow], weights: Tensor, rates: Rates, memo: Memo
 ) -> None:
     """See :func:`hf_lowmem_optim.ops.sparse_window.foreach_window_descend_`."""
-    how = weights.numpy(), float(rates.lr), 1.0 - rates.lr * rates.weight_decay
-    _run(_descend, windows, [(*_arguments(*each), *how) for each in zip(params, windows, strict=True)])
+    how, rows = (float(rates.lr), 1.0 - rates.lr * rates.weight_decay), weights.expand(len(params), -1).numpy()
+    given = zip(params, windows, rows, strict=True)
+    _run(_descend, windows, [(*_arguments(param, window), row, *how) for param, window, row in given])
 
 
 @register(_combine, "cpu")

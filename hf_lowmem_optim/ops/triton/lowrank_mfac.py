@@ -56,20 +56,20 @@ def _compress_(
     update_(acc, [(minus, Qt)], None)
 
 
-def _why_no_descent(W: Sequence[Tensor], *_: object) -> str | None:
-    return why_not_residual(W, W, {})
+def _why_no_descent(W: Sequence[Tensor], state: Mapping[str, Tensor], *_: object) -> str | None:
+    return "rows that are no factors" if "rows" in state else why_not_residual(W, W, {})
 
 
 @register("lowrank_descend_", "triton", why_not=_why_no_descent, composed=True)
 def descend_by_factors_(W: Sequence[Tensor], state: Mapping[str, Tensor], w: Tensor, o: Any) -> None:
     """See :func:`hf_lowmem_optim.optimizers.lowrank_mfac.lowrank_descend_`."""
     left, right = (state[key].flatten(1, 2) for key in ("left", "right"))  # [n, m·r, p], [n, m·r, q]
-    weights = w.repeat_interleave(state["left"].shape[2])[:, None]
+    weights = w.repeat_interleave(state["left"].shape[2], dim=1)[:, :, None]  # [n, m·r, 1]
     # rows that resemble each other cancel in the sum, and no error feeds back what that loses
     products = precision_of_products("none", left.shape[1])
     most = max(1, MOST_FACTOR_BYTES // (4 * left[0].numel()))
     for start in range(0, len(W), most):
         part = slice(start, start + most)
         nothing = Residual(W[part], {}, "none", products)
-        factors = ((left[part] * weights).mT, right[part])
+        factors = ((left[part] * weights[part]).mT, right[part])
         update_(nothing, [], Descent(W[part], factors, 1 - o.lr * o.weight_decay, o.lr))

@@ -65,7 +65,7 @@ def pack(z1, z2):
 
 @triton.jit
 def _held_update_kernel(
-    table_ptr,  # [tensors, 8], see `step_tables`
+    table_ptr,  # [tensors, 9], see `step_launches`
     owners_ptr,
     weights_ptr,
     cells_ptr,  # int64 [programs, BLOCK_SIZE]
@@ -98,7 +98,7 @@ def _held_update_kernel(
         weights += ((w1, w2, tl.where((w1 != 0) | (w2 != 0), kept_per_block, 0)),)
 
     for number in range(program, num_blocks, tl.num_programs(0)):
-        record, block = owner_and_block(owners_ptr, table_ptr, number, 8)
+        record, block = owner_and_block(owners_ptr, table_ptr, number, 9)
         param_ptr = pointer(record, 1, PARAM, ALIGNED)
         indices_ptr = pointer(record, 2, tl.int16, False)
         values_ptr = pointer(record, 3, VALUES, False)
@@ -185,7 +185,7 @@ def _looped_update_kernel(
     z2_ptr = z1_ptr + BLOCK_SIZE
     lane = tl.arange(0, TILE)
     for number in range(program, num_blocks, tl.num_programs(0)):
-        record, block = owner_and_block(owners_ptr, table_ptr, number, 8)
+        record, block = owner_and_block(owners_ptr, table_ptr, number, 9)
         param_ptr = pointer(record, 1, PARAM, ALIGNED)
         indices_ptr = pointer(record, 2, tl.int16, False)
         values_ptr = pointer(record, 3, VALUES, False)

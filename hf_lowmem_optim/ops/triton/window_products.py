@@ -198,7 +198,7 @@ def _sum_kernel(table_ptr, partial_ptr, out_ptr, num_programs, window, WINDOW: t
 
 @triton.jit
 def _descend_kernel(
-    table_ptr,  # [tensors, 8], see `step_tables`
+    table_ptr,  # [tensors, 9], see `step_launches`
     owners_ptr,
     weights_ptr,
     scratch_ptr,
@@ -206,6 +206,7 @@ def _descend_kernel(
     decay,
     num_blocks,
     window,
+    weights_each,  # from a tensor's weights to the next one's, 0 if they are the same
     kept_per_block,
     BLOCK_SIZE: tl.constexpr,
     SPARSE: tl.constexpr,
@@ -220,7 +221,7 @@ def _descend_kernel(
     program = tl.program_id(0)
     direction_ptr = scratch_ptr + program.to(tl.int64) * BLOCK_SIZE
     for number in range(program, num_blocks, tl.num_programs(0)):
-        record, block = owner_and_block(owners_ptr, table_ptr, number, 8)
+        record, block = owner_and_block(owners_ptr, table_ptr, number, 9)
         param_ptr = pointer(record, 1, PARAM, ALIGNED)
         indices_ptr = pointer(record, 2, tl.int16, False)
         values_ptr = pointer(record, 3, VALUES, False)
@@ -228,6 +229,7 @@ def _descend_kernel(
         kept = tl.load(record + 5)
         lo_ptr = pointer(record, 6, tl.float32, False)
         step_ptr = pointer(record, 7, tl.float32, False)
+        own_weights_ptr = weights_ptr + tl.load(record + 8) * weights_each
         start = block * BLOCK_SIZE
         for tile in range(0, BLOCK_SIZE, DENSE):
             inner = tile + tl.arange(0, DENSE)
@@ -236,7 +238,7 @@ def _descend_kernel(
 
         # u ← Gᵀw
         add_rows(
-            direction_ptr, indices_ptr, values_ptr, lo_ptr, step_ptr, weights_ptr, block,
+            direction_ptr, indices_ptr, values_ptr, lo_ptr, step_ptr, own_weights_ptr, block,
             tl.cdiv(numel, BLOCK_SIZE), kept, window, kept_per_block, VALUES, SPARSE, ONE_TILE,
         )  # fmt: skip
 
@@ -271,13 +273,13 @@ def step_launches(params: Sequence[Tensor], windows: Sequence[SparseWindow], mem
     """Return the launches that serve parameters, a program for each block, and the table of each.
 
     A record is: first program; addresses of parameter, indices, values; entries of the tensor, and of a row; addresses
-    of lo and step.
+    of lo and step; the tensor's place in the call.
     """
 
     def record(place: int) -> tuple[int, ...]:
         window = windows[place]
         values, *grid = addresses(window.values, window.grids)
-        return window.indices.data_ptr(), values, window.numel, window.kept, *grid
+        return window.indices.data_ptr(), values, window.numel, window.kept, *grid, place
 
     found, places = launches(params, record, lambda place: windows[place].num_blocks, memo, "steps in Triton")
     return [(launch, launch.table(places)) for launch in found]
@@ -370,6 +372,7 @@ def descend_all(
                 argument(1 - rates.lr * rates.weight_decay),
                 len(launch.owners),
                 one.window,
+                one.window if weights.dim() == 2 else 0,
                 one.kept_per_block,
                 BLOCK_SIZE=one.block_size,
                 SPARSE=sparse_tile(one.kept_per_block),
