@@ -88,8 +88,7 @@ class CapturedStep:
         """
         if isinstance(optimizer, type) or not hasattr(optimizer, "recording"):
             raise TypeError(f"CapturedStep takes an optimizer of this package, got {type(optimizer).__name__}")
-        if (reason := _why_not(optimizer)) is not None:
-            raise NotImplementedError(f"a step of {type(optimizer).__name__} cannot be recorded: {reason}")
+        _refuse_unrecordable(optimizer)
         self._optimizer = optimizer
         self.replays = 0
         self._moves = 0
@@ -128,8 +127,7 @@ class CapturedStep:
         elif self._known is not None and not same:
             self._note_move()
         self._forget()
-        if (reason := _why_not(optimizer)) is not None:
-            raise NotImplementedError(f"a step of {type(optimizer).__name__} cannot be recorded: {reason}")
+        _refuse_unrecordable(optimizer)
         if same:
             self._record(live[0][1].device, states)
         else:
@@ -205,7 +203,7 @@ def _graph_of(run: Callable[[], None], device: torch.device) -> Callable[[], Non
 @functools.cache
 def _stream_of(device: torch.device) -> torch.cuda.Stream:
     """Return the stream of all recordings on a GPU: torch's own is of the GPU on which it was first asked for."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no annotations there
 
 
 def _step_with(optimizer: Any, formulas: StepFormulas) -> None:
@@ -251,6 +249,12 @@ def _hooks(optimizer: Any) -> list[Any]:
     every = torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks
     own = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
     return [hook for hooks in (*every, *own) for hook in hooks.values()]
+
+
+def _refuse_unrecordable(optimizer: Any) -> None:
+    """Raise NotImplementedError with the reason if no step of an optimizer can be recorded."""
+    if (reason := _why_not(optimizer)) is not None:
+        raise NotImplementedError(f"a step of {type(optimizer).__name__} cannot be recorded: {reason}")
 
 
 def _why_not(optimizer: Any) -> str | None:

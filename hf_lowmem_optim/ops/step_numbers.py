@@ -89,7 +89,7 @@ class Formulas:
         place = self._places.get(number)
         if place is None:
             index = len(self._placed)
-            if index == len(self._words):
+            if index == len(self._words):  # a step has a few dozen for each group and count
                 raise NotImplementedError(f"more than {index} numbers of a recorded step change from step to step")
             word = self._words[index, :1]
             place = self._places[number] = word if isinstance(number.value, int) else word.view(torch.float32)

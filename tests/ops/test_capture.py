@@ -181,6 +181,13 @@ class Twins:
                 same = torch.equal(mine[key], value) if isinstance(value, Tensor) else mine[key] == value
                 assert same, (self.count, key)
 
+    def go_on(self, steps: int, replays: int) -> None:
+        """Take steps of which so many are replays."""
+        before = self.step.replays
+        for _ in range(steps):
+            self.take()
+        assert self.step.replays - before == replays
+
 
 def check_replays(setting: Setting, device: str) -> None:
     twins = Twins(*setting, device)
@@ -204,36 +211,30 @@ def test_what_changes_is_recorded_again(recorder: None) -> None:
     """Gradients, options, state that are others; then it goes on."""
     twins = Twins(*DENSE)
 
-    def take(steps: int, replays: int) -> None:
-        before = twins.step.replays
-        for _ in range(steps):
-            twins.take()
-        assert twins.step.replays - before == replays
-
-    take(4, 2)
+    twins.go_on(4, 2)
     for param in twins.params[1]:
         param.grad = None
-    take(3, 2)
+    twins.go_on(3, 2)
     for optimizer in (twins.plain, twins.recorded):
         optimizer.param_groups[0]["betas"] = (0.5, 0.75)
-    take(3, 2)
+    twins.go_on(3, 2)
     for optimizer in (twins.plain, twins.recorded):
         optimizer.load_state_dict(optimizer.state_dict())
-    take(3, 2)
+    twins.go_on(3, 2)
     twins.take(absent=True)
-    take(3, 2)
+    twins.go_on(3, 2)
     for optimizer, params in zip((twins.plain, twins.recorded), twins.params, strict=True):
         optimizer.step()  # of both, beside a recording
         assert all(optimizer.state[param]["step"] >= 17 for param in params[1:])
-    take(2, 2)
+    twins.go_on(2, 2)
     for optimizer, params in zip((twins.plain, twins.recorded), twins.params, strict=True):
         for param in params:
             optimizer.state[param] = dict(optimizer.state[param])
-    take(3, 2)
+    twins.go_on(3, 2)
     for steps in (1, 2):  # once a step has been recorded, and when the next one would be
         for optimizer, params in zip((twins.plain, twins.recorded), twins.params, strict=True):
             optimizer.state[params[0]]["step"] += steps
-        take(steps, steps - 1)
+        twins.go_on(steps, steps - 1)
 
 
 def test_parameters_that_never_had_a_gradient_do_not_keep_a_step_from_being_recorded(recorder: None) -> None:
@@ -263,23 +264,17 @@ def test_what_a_replay_cannot_do_is_refused_also_later(recorder: None, monkeypat
         assert counts == [twins.recorded.state[param]["step"] for param in twins.params[1]]
         assert all(torch.equal(param, was) for param, was in zip(twins.params[1], before, strict=True))
 
-    def take(steps: int, replays: int) -> None:
-        before = twins.step.replays
-        for _ in range(steps):
-            twins.take()
-        assert twins.step.replays - before == replays
-
-    take(4, 2)
+    twins.go_on(4, 2)
     for register in (twins.recorded.register_step_post_hook, register_optimizer_step_post_hook):
         hook = register(lambda *_: None)
         refuses(NotImplementedError, "hooks of its step")
         hook.remove()
-        take(3, 2)
+        twins.go_on(3, 2)
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "_initialized", True)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         refuses(RuntimeError, "outside of the graph")
-    take(1, 1)
+    twins.go_on(1, 1)
     transposed = twins.params[1][-1]
     transposed.data = transposed.data.T
     refuses(NotImplementedError, "not contiguous")
@@ -313,6 +308,7 @@ def test_tables_of_a_step_are_there_for_the_next_one() -> None:
         found = [launches(odd, lambda place: (place,), lambda place: 1, memo, "some")[0] for _ in range(2)]
         assert found[0] is found[1] and [launch.which for launch in found[0]] in ([[0], [1]], [[1], [0]])
         assert {launch.which[0] for launch in found[0] if launch.is_aligned} == {int(odd[0].data_ptr() % 16 != 0)}
+    assert len(memo) == 1, "of ever other patterns the last one is kept"
     param = torch.ones(4, 3, requires_grad=True)
     param.grad = torch.ones(4, 3)
     optimizer = LDAdam([param])

@@ -150,7 +150,7 @@ def test_tables_are_made_anew_when_an_address_changes() -> None:
     assert first[2].tolist() == [[0, zero, 0, 5], [1, one, 1, 5]]
     assert launches(memory[0], memory[1])[0][2] is first[2], "nothing is copied"
     assert launches(memory[0], memory[2])[0][2].tolist() == [[0, zero, 0, 5], [1, two, 1, 5]]
-    # no multiple of 16 bytes: a launch of its own, and nothing of it is remembered
+    # no multiple of 16 bytes: a launch of its own
     odd = memory.view(-1)[33:65]
     both = launches(memory[0], odd)
     assert [each[:2] for each in both] == [([0], True), ([1], False)]

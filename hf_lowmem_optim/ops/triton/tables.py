@@ -135,17 +135,19 @@ def launches(
     """
     addresses = list(map(Tensor.data_ptr, tensors))
     usual = functools.reduce(or_, addresses) % 16 == 0
-    key = name if usual else f"{name}, aligned: {[address % 16 == 0 for address in addresses]}"
-    found: list[Launch] | None = memo.get(key)
-    if found is None:
+    # of those that are not all aligned the last pattern is kept
+    key, pattern = (name, None) if usual else (f"{name}, not aligned", [address % 16 for address in addresses])
+    known, found = memo.get(key, (pattern, None))
+    if found is None or known != pattern:
         groups: dict[bool, list[int]] = {}
         for place, tensor in enumerate(tensors):
             groups.setdefault(vectorizes(tensor, *others(place)), []).append(place)
         device = tensors[0].device
-        found = memo[key] = [
+        found = [
             Launch(which, each, [record(i) for i in which], [programs(i) for i in which], device)
             for each, which in groups.items()
         ]
+        memo[key] = pattern, found
     return found, addresses
 
 
