@@ -83,11 +83,18 @@ def _quantized(numel: int, fmt: QuantFormat) -> Quantized:
     return Quantized(codes, lo.to(fmt.stat_dtype), hi.to(fmt.stat_dtype), numel, fmt)
 
 
-def update(numel, *, block_size=4096, kept=41, window=10, values="bf16", param=FP32, weight_decay=0.0) -> Prepared:
+def _correction(weight: Tensor, compensated: bool) -> list[Tensor] | None:
+    return [torch.zeros(weight.shape, dtype=torch.int8)] if compensated else None
+
+
+def update(
+    numel, *, block_size=4096, kept=41, window=10, values="bf16", param=FP32, weight_decay=0.0, compensated=False
+) -> Prepared:
     rows, weights = _window(numel, block_size, kept, window, values), torch.rand(2, window)
     weight = torch.randn(numel).to(param)
-    call = partial(window_update_, weight, rows, weights, lr=1e-3, eps=1e-8, weight_decay=weight_decay)
-    return call, [weight, *_parts(rows), weights]
+    own = _correction(weight, compensated)
+    how = {"lr": 1e-3, "eps": 1e-8, "weight_decay": weight_decay, "corrections": own}
+    return partial(window_update_, weight, rows, weights, **how), [weight, *_parts(rows), weights, *(own or ())]
 
 
 def combine(numel: int, *, values: ValueDtype = "bf16") -> Prepared:
@@ -100,10 +107,13 @@ def gram_row(numel: int, *, values: ValueDtype = "bf16") -> Prepared:
     return partial(window_gram_row, rows, 5), _parts(rows)
 
 
-def descend(numel: int, *, weight_decay: float = 0.0, values: ValueDtype = "bf16") -> Prepared:
+def descend(
+    numel: int, *, weight_decay: float = 0.0, values: ValueDtype = "bf16", compensated: bool = False
+) -> Prepared:
     rows, weights, weight = _window(numel, 4096, 41, 32, values), torch.rand(32), torch.randn(numel).bfloat16()
-    call = partial(window_descend_, weight, rows, weights, lr=0.1, weight_decay=weight_decay)
-    return call, [weight, weight, *_parts(rows), weights]
+    own = _correction(weight, compensated)
+    call = partial(window_descend_, weight, rows, weights, lr=0.1, weight_decay=weight_decay, corrections=own)
+    return call, [*[weight, *(own or ())] * 2, *_parts(rows), weights]
 
 
 def quantization(numel: int, operation: str, fmt: QuantFormat, dtype: torch.dtype, **options: Any) -> Prepared:
@@ -200,7 +210,9 @@ def residual_product(
     return call, [gradient, *state.values(), factor, out, out]
 
 
-def low_rank_step(numel: int, rows: int, rank: int, error: str, grad: torch.dtype, products: str) -> Prepared:
+def low_rank_step(
+    numel: int, rows: int, rank: int, error: str, grad: torch.dtype, products: str, compensated: bool = False
+) -> Prepared:
     from hf_lowmem_optim.ops.triton.residual_update import Descent, update_
 
     a, state, gradient = residual(numel, rows, rank, error, grad, products)
@@ -210,9 +222,10 @@ def low_rank_step(numel: int, rows: int, rank: int, error: str, grad: torch.dtyp
     factors, direction = torch.rand(1, 2 * rank, q).to(kind), torch.rand(1, rank, q).to(kind)
     pairs = [(old, factors[:, :rank]), (new, factors[:, rank:]), (new, direction)]
     *change, descent = pairs if rows == p else [(right.mT, left.mT) for left, right in pairs]
-    call = partial(update_, a, change, Descent([weight], descent, 0.9, 0.4))
+    own = _correction(weight, compensated)
+    call = partial(update_, a, change, Descent([weight], descent, 0.9, 0.4, own))
     written = [] if error == "none" else [gradient, *state.values(), *state.values(), old, factors]
-    return call, [weight, weight, *written, new, direction]
+    return call, [*[weight, *(own or ())] * 2, *written, new, direction]
 
 
 def low_rank_residual(numel: int, rows: int, rank: int, error: str, grad: torch.dtype, products: str) -> Prepared:
@@ -223,15 +236,18 @@ def low_rank_residual(numel: int, rows: int, rank: int, error: str, grad: torch.
     return partial(update_, a, [(left, right)], None), [gradient, *state.values(), *state.values(), left, right]
 
 
-def low_rank_finish(numel: int, rows: int, rank: int, error: str, grad: torch.dtype, products: str) -> Prepared:
+def low_rank_finish(
+    numel: int, rows: int, rank: int, error: str, grad: torch.dtype, products: str, compensated: bool = False
+) -> Prepared:
     from hf_lowmem_optim.ops.triton.finish import Moments, finish_
 
     a, state, gradient = residual(numel, rows, rank, error, grad, products)
     weight, (p, q) = torch.randn(rows, numel // rows).to(grad), sorted((rows, numel // rows))
     U, old = torch.rand(1, p, rank), torch.rand(1, p, rank)
     moments = Moments(U, old, torch.rand(1, rank, rank), torch.rand(1, rank, q), torch.rand(1, rank, q))
-    call = partial(finish_, a, moments, [weight], NUMBERS, 1e-3)
-    twice = [weight, *state.values(), moments.m, moments.v]
+    own = _correction(weight, compensated)
+    call = partial(finish_, a, moments, [weight], NUMBERS, 1e-3, corrections=own)
+    twice = [weight, *(own or ()), *state.values(), moments.m, moments.v]
     return call, [gradient, *twice, *twice, U, old, moments.R]
 
 
@@ -305,6 +321,25 @@ LAUNCHES: list[Launch] = [
     ),
     launch("window_update 8-bit values", 0, update, values="8bit"),
     launch("window_update 32 rows (looped) of 4-bit values", 0, update, values="4bit", window=32),
+    launch(
+        "window_update weight decay, compensated bf16",
+        16,
+        update,
+        weight_decay=0.1,
+        param=BF16,
+        values="4bit",
+        compensated=True,
+    ),
+    launch("window_update compensated fp16", 0, update, param=FP16, compensated=True),
+    launch(
+        "window_update 32 rows (looped), weight decay, compensated bf16",
+        16,
+        update,
+        window=32,
+        weight_decay=0.1,
+        param=BF16,
+        compensated=True,
+    ),
     launch("window_combine 32 rows of 4-bit values", 0, combine, values="4bit"),
     launch("window_combine 32 rows of 8-bit values", 0, combine, values="8bit"),
     launch("window_combine 32 rows", 0, combine),
@@ -315,6 +350,7 @@ LAUNCHES: list[Launch] = [
     launch("window_descend 32 rows of 4-bit values", 0, descend, values="4bit"),
     launch("window_descend 32 rows", 0, descend),
     launch("window_descend, weight decay 32 rows", 0, descend, weight_decay=0.1),
+    launch("window_descend, weight decay 32 rows, compensated", 0, descend, weight_decay=0.1, compensated=True),
     launch("quantize 4-bit", 16, quantization, "quantize", FOUR, FP32),
     launch("quantize 4-bit bf16, stochastic", 16, quantization, "quantize", FOUR, BF16, seed=1),
     launch("quantize 8-bit, fp32 statistics", 16, quantization, "quantize", QuantFormat(8, stat_dtype=FP32), FP32),
@@ -418,6 +454,31 @@ LAUNCHES: list[Launch] = [
     ),
     *(
         launch(
+            f"{name} of {rows} × {columns}, rank {rank}, {error} error, compensated {str(grad)[6:]}, {products}",
+            widest,
+            prepare,
+            rows,
+            rank,
+            error,
+            grad,
+            products,
+            compensated=True,
+            numel=rows * columns,
+        )
+        for name, prepare, rows, columns, rank, error, grad, products, widest in (
+            ("finish", low_rank_finish, 128, 256, 16, "4bit", BF16, "tf32", 16),
+            ("finish", low_rank_finish, 512, 128, 32, "8bit", FP16, "tf32", 16),
+            ("finish", low_rank_finish, 128, 512, 32, "4bit", BF16, "ieee", 16),
+            ("finish", low_rank_finish, 512, 128, 32, "bf16", BF16, "tf32x3", 16),
+            ("error and weights", low_rank_step, 128, 256, 16, "4bit", BF16, "tf32", 16),
+            ("error and weights", low_rank_step, 768, 512, 128, "4bit", BF16, "bf16", 16),
+            ("error and weights", low_rank_step, 512, 768, 64, "8bit", FP16, "tf32", 16),
+            ("error and weights", low_rank_step, 512, 768, 16, "bf16", BF16, "tf32x3", 16),
+            ("error and weights", low_rank_step, 500, 147, 16, "4bit", BF16, "tf32", 1),
+        )
+    ),
+    *(
+        launch(
             f"{name} of {rows} × {columns}, rank {rank}, {error} error, {str(grad)[6:]}, {products}",
             widest,
             prepare,
@@ -469,6 +530,10 @@ MAIN = (
     "a·factor of 128 × 768, rank 4, 8bit error",
     "range of 128 × 256, rank 4, 8bit error, bfloat16, tf32",
     "error of 128 × 256, rank 4, 8bit error",
+    "window_update weight decay, compensated bf16",
+    "window_descend, weight decay 32 rows, compensated",
+    "finish of 128 × 256, rank 16, 4bit error, compensated bfloat16, tf32",
+    "error and weights of 128 × 256, rank 16, 4bit error, compensated bfloat16, tf32",
     "quantize 4-bit",
     "dequantize 4-bit to fp32",
 )

@@ -33,8 +33,8 @@ MAX_LINES = 450
 MAX_ARGUMENTS = 9
 #: Of the kernels, the rest of the ground floor, each system upon it, and what talks to users.
 MAX_PART_LINES = {
-    "ops/triton/": 4_190,
-    "ops/ engine/ optimizers/": 13_290,
+    "ops/triton/": 4_290,
+    "ops/ engine/ optimizers/": 13_380,
     "pruning/": 1_660,
     "nested_lora/": 700,
     "local_updates/": 560,

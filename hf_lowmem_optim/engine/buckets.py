@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hf_lowmem_optim.engine.options import Options
 from hf_lowmem_optim.engine.rounding import StochasticRounding, seed_of_part
-from hf_lowmem_optim.ops.weight_correction import join_weights, split_weights_
+from hf_lowmem_optim.ops.weight_correction import CORRECTION, join_weights, split_weights_
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = [
@@ -42,9 +42,6 @@ __all__ = [
 #: Begins the keys under which one parameter's state keeps what belongs to all parameters together.
 SHARED_PREFIX = "shared_"
 
-#: The key under which a compensated weight's state keeps its correction.
-CORRECTION = "weight_correction"
-
 #: CPU instructions, and with them the rounding, may depend on an address modulo this.
 _ALIGNMENT_BYTES = 64
 #: Matrices of a multiple of this many float32 numbers are all aligned, one after the other.
@@ -63,6 +60,7 @@ class TensorUpdate:
         step: t, 1 for the first update of this tensor.
         rounding_seed: Seed with which its weights are rounded stochastically; None if they are rounded to nearest.
         place: Its place among all parameters of the optimizer.
+        corrected: Whether the update takes weights with corrections as they are: see :attr:`Method.corrected`.
     """
 
     param: Tensor
@@ -72,6 +70,7 @@ class TensorUpdate:
     step: int
     rounding_seed: int | None = None
     place: int = 0
+    corrected: bool = False
 
     def key(self, *, whole: bool) -> Hashable:
         """Return what the tensors of a bucket have in common."""
@@ -81,7 +80,7 @@ class TensorUpdate:
     @property
     def is_widened(self) -> bool:
         """Whether a step needs float32 copies of its weights, to round them otherwise than to nearest."""
-        return self.rounding_seed is not None or CORRECTION in self.state
+        return self.rounding_seed is not None or (CORRECTION in self.state and not self.corrected)
 
     @property
     def is_odd(self) -> bool:
@@ -120,7 +119,8 @@ def split_stacks(updates: Sequence[TensorUpdate]) -> Sequence[TensorUpdate]:
             continue
         for index, parts in enumerate(zip(update.param, update.grad, split_state(update.state), strict=True)):
             seed = None if update.rounding_seed is None else seed_of_part(update.rounding_seed, index)
-            matrices.append(TensorUpdate(*parts, update.options, update.step, seed))
+            corrected = update.corrected
+            matrices.append(TensorUpdate(*parts, update.options, update.step, seed, corrected=corrected))
     return matrices
 
 
@@ -161,11 +161,12 @@ class Batch:
         """Give the weights, in the shapes of the gradients, to be updated in place.
 
         They are the parameters themselves where these are contiguous and rounded to nearest; else copies, which are
-        written back: float32 ones to be rounded otherwise.
+        written back: float32 ones to be rounded otherwise, unless the update writes corrections itself.
         """
         params = [update.param for update in self.updates]
         # all alike: of one group and dtype
-        corrections = [u.state[CORRECTION] for u in self.updates] if CORRECTION in self.updates[0].state else []
+        joins = CORRECTION in self.updates[0].state and self.updates[0].is_widened
+        corrections = [update.state[CORRECTION] for update in self.updates] if joins else []
         if corrections:
             W = join_weights(params, corrections)
         else:

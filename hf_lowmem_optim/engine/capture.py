@@ -267,9 +267,10 @@ def _why_not(optimizer: Any) -> str | None:
     if _hooks(optimizer):
         return "a replay would not run the hooks of its step(); remove them"
     for group in optimizer.param_groups:
-        for key, right in (("weight_rounding", "nearest"), ("stochastic_rounding", False)):
-            if group.get(key, right) != right:
-                return f"{key}={group[key]!r} of a parameter group; it takes {key}={right!r}"
+        if group["weight_rounding"] == "stochastic":
+            return "weight_rounding='stochastic' of a parameter group; it takes 'nearest' or 'compensated'"
+        if group.get("stochastic_rounding"):
+            return "stochastic_rounding=True of a parameter group; it takes False"
         if group["dense_state"] == "8bit":
             return "dense_state='8bit' of a parameter group counts on the host; it takes 'param' or 'fp32'"
         if isinstance(lr := group["lr"], Tensor) and lr.device.type != "cpu":

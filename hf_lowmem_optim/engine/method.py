@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_lowmem_optim.engine.adamw import adamw_state
 from hf_lowmem_optim.engine.buckets import CORRECTION, Batch, most_entries, most_tensors
 from hf_lowmem_optim.engine.options import Options, as_plain
+from hf_lowmem_optim.ops.dispatch import chosen_backend
 from hf_lowmem_optim.ops.gram import most_systems
 from hf_lowmem_optim.ops.low_rank import MOST_FACTOR_BYTES
 from hf_lowmem_optim.spec import TensorSpec
@@ -160,6 +161,8 @@ class Method:
         layerwise: Whether it updates during the backward pass.
         captured: Whether a later step in Triton can be recorded in a CUDA graph: it waits for nothing on the GPU, and
             takes what changes from step to step as ``ops/step_numbers.py`` has it.
+        corrected: Whether its kernels take compensated weights as they are, with the corrections in the state, instead
+            of float32 copies: a function of the options. None for a method whose update never does.
         serves_flat: Whether it makes sense of a group's matrices as one flat vector a process, as DeepSpeed makes them.
         block_entries: Of how many consecutive entries are the blocks that it treats each by itself, apart from a system
             over all tensors, with some options; None with options for which that is not so.
@@ -192,6 +195,7 @@ class Method:
     put_aside_: Callable[[Sequence[Tensor], Mapping[str, Tensor], int | None, Any], None] | None = None
     layerwise: bool = False
     captured: bool = False
+    corrected: Callable[[Any], bool] | None = None
     serves_flat: bool = False
     block_entries: Callable[[Any], int | None] | None = None
     staged: StagedUpdate | None = None
@@ -315,6 +319,11 @@ class Method:
 
     # ------------------------------------------------------------------------------------------------- scratch
 
+    def takes_corrections(self, options: Any, device: torch.device) -> bool:
+        """Return whether an update is given compensated weights as they are: :attr:`corrected`, on a GPU."""
+        fused = self.corrected is not None and self.corrected(options)
+        return fused and (device.type != "cpu" or chosen_backend(device) == "triton")
+
     def scratch_copies(self, options: Any, shape: Sequence[int]) -> float:
         """Return :attr:`scratch` with some options, for a weight of a shape."""
         return self.scratch(options, shape) if callable(self.scratch) else self.scratch
@@ -346,6 +355,8 @@ class Method:
                     continue
                 systems[device] += count
                 rounded = options.weight_rounding != "nearest" and dtype != torch.float32
+                if options.weight_rounding == "compensated" and self.takes_corrections(options, device):
+                    rounded = False
                 state = sum(math.prod(spec.shape) for key, spec in specs.items() if not key.startswith("error"))
                 entries, scratch = math.prod(shape), self.scratch_state * state
                 together = 1 if self.whole is True else min(count, most_tensors(entries, device))

@@ -35,6 +35,7 @@ from hf_lowmem_optim.engine.sharding.system import check_system
 from hf_lowmem_optim.engine.sharding.update import update_sharded_
 from hf_lowmem_optim.engine.state import exact_load
 from hf_lowmem_optim.ops.dispatch import full_precision
+from hf_lowmem_optim.ops.weight_correction import CORRECTION
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["LowMemoryOptimizer"]
@@ -273,7 +274,8 @@ class LowMemoryOptimizer(Optimizer):
             stochastic = options.weight_rounding == "stochastic" and param.dtype != torch.float32
             seed = step * _MAX_PARAMETERS + index if stochastic else None
             t: Any = step if recording is None else recording.count(state, "step")
-            update = TensorUpdate(param.detach(), grad, state, options, t, seed, index)
+            fused = compressed and CORRECTION in state and method.takes_corrections(options, param.device)
+            update = TensorUpdate(param.detach(), grad, state, options, t, seed, index, fused)
             if known is None and hasattr(param, "placements"):
                 sharded.append((update, compressed))
             else:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from hf_lowmem_optim.ops.dispatch import Op
+from hf_lowmem_optim.ops.weight_correction import joined
 from hf_lowmem_optim.ops.window import CHECKED, Memo, SparseWindow, check_alike, check_tensors
 
 __all__ = ["Rates", "foreach_window_descend_", "foreach_window_gram_rows", "foreach_window_update_", "window_combine_"]
@@ -52,6 +53,7 @@ def foreach_window_update_(
     weight_decay: float = 0.0,
     eps: float = 0.0,
     memo: Memo | None = None,
+    corrections: Sequence[Tensor] | None = None,
 ) -> None:
     """Take MicroAdam's step from the statistics of windows (arXiv 2405.15593, algorithm 1).
 
@@ -74,6 +76,7 @@ def foreach_window_update_(
         weight_decay: Decoupled weight decay.
         eps: Added to the root of z2.
         memo: As for :func:`~hf_lowmem_optim.ops.block_topk.foreach_block_topk_`.
+        corrections: Those of compensated parameters (``weight_correction.py``), contiguous int8; changed in place.
 
     Raises:
         TypeError: For a dtype of a window that is not listed. Nothing has been written then.
@@ -82,7 +85,7 @@ def foreach_window_update_(
     """
     if windows:
         _check(params, "param", windows, weights, 2, memo)
-        _update_all(params, windows, weights, Rates(lr, weight_decay, eps), {} if memo is None else memo)
+        _update_all(params, windows, weights, Rates(lr, weight_decay, eps), {} if memo is None else memo, corrections)
 
 
 def foreach_window_descend_(
@@ -93,6 +96,7 @@ def foreach_window_descend_(
     lr: float,
     weight_decay: float = 0.0,
     memo: Memo | None = None,
+    corrections: Sequence[Tensor] | None = None,
 ) -> None:
     """Descend along combinations of the windows' rows: W ← W·(1 − lr·weight_decay) − lr·(Gᵀ·weights).
 
@@ -105,6 +109,7 @@ def foreach_window_descend_(
         lr: Learning rate.
         weight_decay: Decoupled weight decay.
         memo: As for :func:`~hf_lowmem_optim.ops.block_topk.foreach_block_topk_`.
+        corrections: As for :func:`foreach_window_update_`.
 
     Raises:
         TypeError: As :func:`foreach_window_update_`.
@@ -112,7 +117,7 @@ def foreach_window_descend_(
     """
     if windows:
         _check(params, "param", windows, weights, len(params) if weights.dim() == 2 else None, memo)
-        _descend_all(params, windows, weights, Rates(lr, weight_decay), {} if memo is None else memo)
+        _descend_all(params, windows, weights, Rates(lr, weight_decay), {} if memo is None else memo, corrections)
 
 
 def window_combine_(out: Tensor, window: SparseWindow, weights: Tensor) -> None:
@@ -205,31 +210,36 @@ def _chunks(window: SparseWindow) -> list[tuple[slice, slice, Tensor]]:
 
 @Op
 def _update_all(
-    params: Sequence[Tensor], windows: Sequence[SparseWindow], weights: Tensor, rates: Rates, memo: Memo
-) -> None:
+    params: Sequence[Tensor], windows: Sequence[SparseWindow], weights: Tensor, rates: Rates, memo: Memo,
+    corrections: Sequence[Tensor] | None,
+) -> None:  # fmt: skip
     """Take MicroAdam's step for each tensor; the arguments are checked."""
+    for i, window in enumerate(windows):
+        with joined(params[i : i + 1], corrections and corrections[i : i + 1]) as [weight]:
+            _update(weight.detach().view(-1), window, weights, rates)
+
+
+def _update(param: Tensor, window: SparseWindow, weights: Tensor, rates: Rates) -> None:
     lr, weight_decay, eps = rates
-    for weight, window in zip(params, windows, strict=True):
-        param = weight.detach().view(-1)
-        rows = weights.any(0).nonzero().view(-1)
-        if not len(rows) and weight_decay == 0:
-            continue
-        w1, w2 = weights[:, rows, None].unbind()
-        for entries, columns, starts in _chunks(window):
-            piece = param[entries]
-            stepped = piece if piece.dtype == torch.float32 else piece.float()
-            if weight_decay != 0:
-                stepped.mul_(1 - lr * weight_decay)
-            indices, values = window.read(columns, rows)
-            places = indices.add_(starts)
-            z1, z2 = _sum(w1 * values, places, piece), _sum(w2 * (values * values), places, piece)
-            # an entry that several rows touch gets the same value as often
-            touched = places.view(-1)
-            root = _square_root(z2.index_select(0, touched))
-            update = z1.index_select(0, touched).div_(root.add_(eps)).mul_(lr)
-            stepped.scatter_(0, touched, stepped.index_select(0, touched).sub_(update))
-            if stepped is not piece:
-                piece.copy_(stepped)
+    rows = weights.any(0).nonzero().view(-1)
+    if not len(rows) and weight_decay == 0:
+        return
+    w1, w2 = weights[:, rows, None].unbind()
+    for entries, columns, starts in _chunks(window):
+        piece = param[entries]
+        stepped = piece if piece.dtype == torch.float32 else piece.float()
+        if weight_decay != 0:
+            stepped.mul_(1 - lr * weight_decay)
+        indices, values = window.read(columns, rows)
+        places = indices.add_(starts)
+        z1, z2 = _sum(w1 * values, places, piece), _sum(w2 * (values * values), places, piece)
+        # an entry that several rows touch gets the same value as often
+        touched = places.view(-1)
+        root = _square_root(z2.index_select(0, touched))
+        update = z1.index_select(0, touched).div_(root.add_(eps)).mul_(lr)
+        stepped.scatter_(0, touched, stepped.index_select(0, touched).sub_(update))
+        if stepped is not piece:
+            piece.copy_(stepped)
 
 
 def _sum(values: Tensor, places: Tensor, piece: Tensor) -> Tensor:
@@ -252,20 +262,25 @@ def _square_root(x: Tensor) -> Tensor:
 
 @Op
 def _descend_all(
-    params: Sequence[Tensor], windows: Sequence[SparseWindow], weights: Tensor, rates: Rates, memo: Memo
-) -> None:
+    params: Sequence[Tensor], windows: Sequence[SparseWindow], weights: Tensor, rates: Rates, memo: Memo,
+    corrections: Sequence[Tensor] | None,
+) -> None:  # fmt: skip
     """Descend for each tensor; the arguments are checked."""
+    for i, (window, each) in enumerate(zip(windows, weights.expand(len(params), -1), strict=True)):
+        with joined(params[i : i + 1], corrections and corrections[i : i + 1]) as [weight]:
+            _descend(weight.detach().view(-1), window, each, rates)
+
+
+def _descend(param: Tensor, window: SparseWindow, weights: Tensor, rates: Rates) -> None:
     lr, weight_decay, _ = rates
-    for weight, window, each in zip(params, windows, weights.expand(len(params), -1), strict=True):
-        param = weight.detach().view(-1)
-        for entries, columns, starts in _chunks(window):
-            piece = param[entries]
-            direction = torch.zeros(piece.shape, dtype=torch.float32, device=piece.device)
-            _add_rows(direction, *_weighted(window, each, columns, starts))
-            decayed = piece.float()
-            if weight_decay != 0:
-                decayed = decayed * (1 - lr * weight_decay)
-            piece.copy_(decayed - direction.mul_(lr))
+    for entries, columns, starts in _chunks(window):
+        piece = param[entries]
+        direction = torch.zeros(piece.shape, dtype=torch.float32, device=piece.device)
+        _add_rows(direction, *_weighted(window, weights, columns, starts))
+        decayed = piece.float()
+        if weight_decay != 0:
+            decayed = decayed * (1 - lr * weight_decay)
+        piece.copy_(decayed - direction.mul_(lr))
 
 
 @Op

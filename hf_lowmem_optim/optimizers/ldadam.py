@@ -58,6 +58,7 @@ from hf_lowmem_optim.ops.low_rank import (
     orthonormalize,
     orthonormalize_rows,
 )
+from hf_lowmem_optim.ops.weight_correction import corrections_of, joined
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["LDAdam", "LDAdamOptions", "ldadam_state", "ldadam_update_"]
@@ -127,7 +128,7 @@ def ldadam_update_(
         W: The weights, (out, in) each, contiguous; float32, bfloat16 or float16.
         g: Their gradients, likewise; only read. With ``error_feedback="grad"`` a gradient is ``state["error"]`` itself,
             which then holds g + ξ.
-        state: As :func:`ldadam_state` describes it, stacked: [n, ...]; written.
+        state: As :func:`ldadam_state` describes it, stacked: [n, ...]; written. And corrections of compensated weights.
         t: 1 for the first update of these tensors.
         o: The options.
     """
@@ -163,7 +164,8 @@ def ldadam_update_(
         save_residual_(state, residual, fmt, seed=t if o.stochastic_rounding else None)
     del a, residual
     # 9. W ← W·(1 − lr·weight_decay) − lr·U[m̂ / (√v̂ + eps)]
-    ldadam_descend_([weight.mT if tall else weight for weight in W], U, p, numbers.decay, numbers.step_size)
+    with joined(W, corrections_of(W, state)) as wide:
+        ldadam_descend_([weight.mT if tall else weight for weight in wide], U, p, numbers.decay, numbers.step_size)
     for key, value in (("basis", U), ("exp_avg", m), ("exp_avg_sq", v)):
         if state[key] is not value:
             state[key].copy_(value)
@@ -304,6 +306,7 @@ class LDAdam(LowMemoryOptimizer):
         scratch=1.0,  # a; fused on a GPU, later steps have none
         whole="gpu",
         captured=True,
+        corrected=lambda o: True,
         # The first step's exact SVD, at most 6 if not for a rank below 4: of fewer than 24 rows, it takes 2 matrices,
         # which the constant of every step covers up to 1.5 million entries. A later step's factors are fewer.
         scratch_state=6.0,

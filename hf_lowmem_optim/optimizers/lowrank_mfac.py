@@ -41,6 +41,7 @@ from hf_lowmem_optim.ops.dispatch import Op
 from hf_lowmem_optim.ops.gram import mfac_weights, update_systems_
 from hf_lowmem_optim.ops.low_rank import of_safe_size, orthonormalize, seeded_sketch
 from hf_lowmem_optim.ops.step_numbers import select, selected
+from hf_lowmem_optim.ops.weight_correction import corrections_of, joined
 from hf_lowmem_optim.optimizers.preconditioned import (
     PreconditionedOptions,
     add_momentum_,
@@ -136,20 +137,24 @@ def lowrank_descend_(W: Sequence[Tensor], state: Mapping[str, Tensor], w: Tensor
 
     Args:
         W: n matrices, or vectors, of one shape and dtype.
-        state: Their stacked windows, ``"left"`` and ``"right"``, or ``"rows"``.
+        state: Their stacked windows, ``"left"`` and ``"right"``, or ``"rows"``; and corrections of compensated weights.
         w: Of each, float32 [n, m], on the device of the weights.
         o: The options.
     """
     most = most_tensors(W[0].numel(), W[0].device)
     if "left" in state or W[0].device.type in _ALONE or min(most, len(W)) == 1:
-        for i, weight in enumerate(W):
-            _descend_one_(weight, {key: state[key][i] for key in ("left", "right", "rows") if key in state}, w[i], o)
-        return
+        most = 1
+    corrections = corrections_of(W, state)
     for part in [slice(start, start + most) for start in range(0, len(W), most)]:
-        flat = [weight.view(-1) for weight in W[part]]
-        stepped = torch.stack(flat).float()
-        descend_(stepped, (w[part, None] @ state["rows"][part]).squeeze(1), o)
-        torch._foreach_copy_(flat, stepped.unbind())
+        with joined(W[part], corrections and corrections[part]) as weights:
+            if most == 1:
+                keys = [key for key in ("left", "right", "rows") if key in state]
+                _descend_one_(weights[0], {key: state[key][part.start] for key in keys}, w[part.start], o)
+                continue
+            flat = [weight.view(-1) for weight in weights]
+            stepped = torch.stack(flat).float()
+            descend_(stepped, (w[part, None] @ state["rows"][part]).squeeze(1), o)
+            torch._foreach_copy_(flat, stepped.unbind())
 
 
 def _descend_one_(weight: Tensor, state: Mapping[str, Tensor], w: Tensor, o: LowRankMFACOptions) -> None:
@@ -269,6 +274,7 @@ class LowRankMFAC(LowMemoryOptimizer):
         scratch=1.0,  # acc, or u; fused on a GPU, neither
         whole="gpu",
         captured=True,
+        corrected=lambda o: o.momentum == 0,
         scratch_state=1.0,
         adam_like=False,
         optional_state={"velocity": "momentum"},

@@ -37,19 +37,20 @@ LAUNCH: tuple[type, str] = (JITFunction, "run") if EMULATED else (GridExecutor, 
 SHAPES = [(10,), (4, 32), (4, 32), (9, 8)]
 SPARSE: dict[str, Any] = {"density": 0.1, "block_size": 64, "window": 2}
 MICROADAM: dict[str, Any] = {**SPARSE, "min_compress_size": 100}
+COMPENSATED: dict[str, Any] = {"weight_rounding": "compensated", "dense_state": "fp32"}
 #: Method, options, the weights' dtype.
 Setting = tuple[str, dict[str, Any], torch.dtype]
 SETTINGS: dict[str, Setting] = {
     "microadam": ("microadam", MICROADAM, BF16),
     "microadam alpha": ("microadam", {**MICROADAM, "alpha": 0.25, "value_dtype": "8bit"}, FP32),
-    "microadam window": ("microadam", {**MICROADAM, "bias_correction": "window", "dense_state": "fp32"}, BF16),
+    "microadam window": ("microadam", {**MICROADAM, **COMPENSATED, "bias_correction": "window"}, BF16),
     "microadam looped": ("microadam", {**MICROADAM, "window": 17}, BF16),
-    "sparse_mfac": ("sparse_mfac", SPARSE, BF16),
+    "sparse_mfac": ("sparse_mfac", {**SPARSE, **COMPENSATED}, BF16),
     "sparse_mfac momentum": ("sparse_mfac", {**SPARSE, "momentum": 0.5, "scope": "tensor"}, FP32),
     "ldadam": ("ldadam", {"rank": 3}, FP32),
-    "ldadam high rank": ("ldadam", {"rank": 17, "error_feedback": "8bit"}, BF16),
+    "ldadam high rank": ("ldadam", {"rank": 17, "error_feedback": "8bit", **COMPENSATED}, BF16),
     "ldadam none": ("ldadam", {"rank": 3, "error_feedback": "none"}, BF16),
-    "lowrank_mfac": ("lowrank_mfac", {"rank": 2, "window": 2}, FP32),
+    "lowrank_mfac": ("lowrank_mfac", {"rank": 2, "window": 2, **COMPENSATED}, BF16),
     "lowrank_mfac momentum": ("lowrank_mfac", {"rank": 2, "window": 2, "momentum": 0.5, "scope": "tensor"}, BF16),
 }
 #: What an interpreter, which takes seconds for each, need not repeat.
@@ -370,7 +371,6 @@ def test_other_methods_say_that_they_cannot(name: str, recorder: None) -> None:
         ("sparse_mfac", {"block_size": 16384}, "block_size=16384 of a parameter group; it takes at most 8192"),
         ("microadam", {"block_size": 96, "quant_block_size": 96}, "quant_block_size=96 of a parameter group; it takes"),
         ("ldadam", {"weight_rounding": "stochastic"}, "weight_rounding='stochastic' of a parameter group; it takes"),
-        ("ldadam", {"weight_rounding": "compensated"}, "weight_rounding='compensated' of a parameter group; it takes"),
         ("ldadam", {"stochastic_rounding": True}, "stochastic_rounding=True of a parameter group; it takes"),
         ("ldadam", {"error_feedback": "grad"}, "it acts on gradients during the backward pass"),
     ],

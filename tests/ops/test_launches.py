@@ -224,24 +224,6 @@ def test_a_fused_step_allocates_nothing_of_a_gradients_size(
     assert 0 < operations.largest < weights[0].nbytes / 4
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_corrections_take_two_launches_a_rule(name: str, use: Use) -> None:
-    """One that joins and one that splits, of all weights together, whatever their number."""
-    use("triton")
-    options, most = METHODS[name]
-    counts = []
-    for layers in (2, 8):
-        weights = llama(layers, torch.bfloat16)
-        optimizer = OPTIMIZERS[name].optimizer_class(weights, weight_rounding="compensated", **options)
-        with kernels():
-            step(optimizer, weights, 0)
-        with kernels() as launched:
-            optimizer.step()
-        counts.append(Counter(launched))
-    assert counts[0] == counts[1] and counts[0].total() <= most + 4
-    assert 1 <= counts[0]["_join_kernel"] == counts[0]["_split_kernel"] <= 2
-
-
 def expected_waits(name: str, systems: int = 1) -> dict[str, int]:
     """GGT's eigenvectors, of all systems that are solved together."""
     return {"aten._linalg_eigh.default": systems} if name.startswith("sparse_ggt") else {}
@@ -256,6 +238,25 @@ def like_a_gpu(use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowrank_mfac, "_ALONE", ())
     monkeypatch.setattr(buckets, "_rounds_alike", lambda _: True)
     monkeypatch.setattr(buckets, "most_tensors", lambda *_: 1 << 30)
+
+
+@pytest.mark.parametrize("name", [*METHODS, "ldadam", "lowrank_mfac"])
+def test_corrections_take_two_launches_of_the_dense_rule(name: str, like_a_gpu: None) -> None:
+    """One that joins and one that splits, of all its weights together; what a method's kernels update takes none."""
+    options = METHODS[name][0] if name in METHODS else {"rank": 4}
+    found = []
+    for rounding, layers in (("nearest", 8), ("compensated", 2), ("compensated", 8)):
+        weights = llama(layers, torch.bfloat16)
+        optimizer = OPTIMIZERS[name].optimizer_class(weights, weight_rounding=rounding, **options)
+        with kernels():
+            step(optimizer, weights, 0)
+        with kernels() as launched:
+            optimizer.step()
+        found.append(Counter(launched))
+    plain, few, many = found
+    # of a system that spans all parameters vectors are a part; of LowRankMFAC's they have no kernel of their own
+    own = 0 if name.startswith("sparse") else 1
+    assert few == many == plain + Counter({"_join_kernel": own, "_split_kernel": own})
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("dash")])

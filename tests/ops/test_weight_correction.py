@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hf_lowmem_optim.ops.weight_correction import join_weights, split_weights_
+from hf_lowmem_optim import OPTIMIZERS
+from hf_lowmem_optim.ops.weight_correction import CORRECTION, join_weights, split_weights_
 from tests.ops.backends import BF16, FAST, FP16, FP32, QUIET, Use, same
 
 pytestmark = QUIET
@@ -118,3 +122,60 @@ def test_kernels_give_the_bits_of_the_torch_version(dtype: torch.dtype, backend:
     split_weights_.torch_version(weights, corrections, values)
     split_weights_(*there)
     assert all(map(same, there[0], weights)) and all(map(same, there[1], corrections))
+
+
+#: Each kernel that updates weights, with and without weight decay.
+UPDATES: dict[str, tuple[str, dict[str, Any]]] = {
+    "microadam": ("microadam", {"window": 2, "weight_decay": 0.0}),
+    "microadam, decay": ("microadam", {"window": 2}),
+    "microadam, long window": ("microadam", {"window": 18, "weight_decay": 0.0}),
+    "microadam, long window and decay": ("microadam", {"window": 18}),
+    "microadam, alpha": ("microadam", {"window": 2, "alpha": 0.25}),
+    "sparse_mfac": ("sparse_mfac", {"window": 2, "weight_decay": 0.0}),
+    "sparse_mfac, decay and scope": ("sparse_mfac", {"window": 2, "scope": "tensor"}),
+    "sparse_mfac, momentum": ("sparse_mfac", {"window": 2, "momentum": 0.5}),
+    "ldadam": ("ldadam", {"rank": 4}),
+    "ldadam, no error": ("ldadam", {"rank": 4, "error_feedback": "none"}),
+    "ldadam, rank beyond one launch": ("ldadam", {"rank": 33, "error_feedback": "8bit"}),
+    "lowrank_mfac": ("lowrank_mfac", {"rank": 3, "window": 2}),
+    "lowrank_mfac, momentum": ("lowrank_mfac", {"rank": 3, "window": 2, "momentum": 0.5}),
+}
+FEW = [(24, 128), (13, 40), (96,)]
+MORE = [(24, 128), (80, 64), (8, 3, 3, 3), (2, 16, 64), (10,)]
+
+
+def compensated(name: str, dtype: torch.dtype, device: str, **options: Any) -> tuple[list[nn.Parameter], Any]:
+    """Weights, few where the interpreter takes long, one of them transposed; and their optimizer."""
+    generator, sparse = torch.Generator().manual_seed(0), name in ("microadam", "sparse_mfac")
+    shapes = FEW if sparse or "momentum" in options else FEW + MORE
+    weights = [torch.randn(shape, generator=generator) for shape in shapes]
+    weights.append(torch.randn(24, 64, generator=generator).t())
+    params = [nn.Parameter(weight.to(device, dtype)) for weight in weights]
+    if sparse:
+        options |= {"block_size": 1024, "density": 0.02} | ({"min_compress_size": 96} if name == "microadam" else {})
+    how = {"lr": 1e-2, "weight_decay": 0.1, "weight_rounding": "compensated", "stacked": True, **options}
+    return params, OPTIMIZERS[name].optimizer_class(params, **how)
+
+
+@pytest.mark.parametrize("backend", FAST[:1])
+@pytest.mark.parametrize(("case", "dtype"), zip(UPDATES, NARROW * len(UPDATES), strict=False))
+def test_an_update_with_corrections_is_that_of_float32_copies(
+    case: str, dtype: torch.dtype, backend: str, use: Use
+) -> None:
+    """To the bit: weights, corrections and state. A case has one of the dtypes."""
+    device, (name, options) = use(backend), UPDATES[case]
+    runs = [compensated(name, dtype, device, **options) for _ in range(2)]
+    (params, optimizer), (others, copying) = runs
+    copying.method = replace(copying.method, corrected=None)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        grads = [torch.randn(param.shape, generator=generator).to(device, dtype) for param in params]
+        for each, own in runs:
+            for param, grad in zip(each, grads, strict=True):
+                param.grad = grad
+            own.step()
+        for param, other in zip(params, others, strict=True):
+            assert same(param.detach(), other.detach())
+            state, expected = optimizer.state[param], copying.state[other]
+            assert state.keys() == expected.keys() and state[CORRECTION].any()
+            assert all(same(state[key], value) for key, value in expected.items() if torch.is_tensor(value))

@@ -24,6 +24,7 @@ from hf_lowmem_optim.ops.cpu.launch import DTYPE_CODES, block_ranges, run_pieces
 from hf_lowmem_optim.ops.cpu.window import index_mask, load_values
 from hf_lowmem_optim.ops.dispatch import register
 from hf_lowmem_optim.ops.sparse_window import Rates, _combine, _descend_all, _gram_rows, _update_all
+from hf_lowmem_optim.ops.weight_correction import joined
 from hf_lowmem_optim.ops.window import Memo, SparseWindow, unpack
 
 __all__ = ["combine", "descend_all", "gram_rows", "update_all"]
@@ -257,21 +258,25 @@ def _gram(numel, indices, values, value_code, lows, steps, block_size, kept_per_
 
 @register(_update_all, "cpu")
 def update_all(
-    params: Sequence[Tensor], windows: Sequence[SparseWindow], weights: Tensor, rates: Rates, memo: Memo
-) -> None:
+    params: Sequence[Tensor], windows: Sequence[SparseWindow], weights: Tensor, rates: Rates, memo: Memo,
+    corrections: Sequence[Tensor] | None,
+) -> None:  # fmt: skip
     """See :func:`hf_lowmem_optim.ops.sparse_window.foreach_window_update_`."""
     how = weights.numpy(), float(rates.lr), float(rates.eps), 1.0 - rates.lr * rates.weight_decay
-    _run(_update, windows, [(*_arguments(*each), *how) for each in zip(params, windows, strict=True)])
+    with joined(params, corrections) as W:
+        _run(_update, windows, [(*_arguments(*each), *how) for each in zip(W, windows, strict=True)])
 
 
 @register(_descend_all, "cpu")
 def descend_all(
-    params: Sequence[Tensor], windows: Sequence[SparseWindow], weights: Tensor, rates: Rates, memo: Memo
-) -> None:
+    params: Sequence[Tensor], windows: Sequence[SparseWindow], weights: Tensor, rates: Rates, memo: Memo,
+    corrections: Sequence[Tensor] | None,
+) -> None:  # fmt: skip
     """See :func:`hf_lowmem_optim.ops.sparse_window.foreach_window_descend_`."""
     how, rows = (float(rates.lr), 1.0 - rates.lr * rates.weight_decay), weights.expand(len(params), -1).numpy()
-    given = zip(params, windows, rows, strict=True)
-    _run(_descend, windows, [(*_arguments(param, window), row, *how) for param, window, row in given])
+    with joined(params, corrections) as W:
+        given = zip(W, windows, rows, strict=True)
+        _run(_descend, windows, [(*_arguments(param, window), row, *how) for param, window, row in given])
 
 
 @register(_combine, "cpu")

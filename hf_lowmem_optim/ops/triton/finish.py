@@ -46,6 +46,7 @@ def finish_kernel(
     hi_ptr,
     magic,
     weights_ptr,  # [batch]: addresses of weights
+    corrections_ptr,  # [batch]: addresses of their corrections, or None
     U_ptr,  # [batch], r terms of p entries each, p the smaller of n and c
     old_ptr,  # U₋ [batch, p, r]
     R_ptr,  # [batch, r, r]
@@ -88,7 +89,6 @@ def finish_kernel(
     g_ptr, error_ptr, lo_ptr, hi_ptr = batch_pointers(
         table_ptr, error_ptr, lo_ptr, hi_ptr, b, error_batch, stats_batch, GRAD, STORAGE
     )
-    weight_ptr = tl.load(weights_ptr + b).to(tl.pointer_type(WEIGHT))
     p, q = (c, n) if TALL else (n, c)
     LENGTH: tl.constexpr = ROWS if TALL else COLS
     STEP: tl.constexpr = COLS if TALL else ROWS
@@ -135,7 +135,10 @@ def finish_kernel(
             descent = product(direction, U, nothing, PRODUCTS)
         else:
             descent = product(tl.trans(U), direction, nothing, PRODUCTS)
-        descend_tile(weight_ptr, descent, row0, col0, n, c, decay, step_size, WEIGHT, ROWS, COLS, ALIGNED_WEIGHTS, EVEN)
+        descend_tile(
+            weights_ptr, corrections_ptr, b, descent, row0, col0, n, c, decay, step_size,
+            WEIGHT, ROWS, COLS, ALIGNED_WEIGHTS, EVEN,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -202,7 +205,7 @@ def finish_tile(a: Residual, r: int) -> dict[str, int]:
 
 def finish_(
     a: Residual, moments: Moments, weights: Sequence[Tensor], numbers: Coefficients, noise: float,
-    seed: int | None = None,
+    seed: int | None = None, corrections: Sequence[Tensor] | None = None,
 ) -> None:  # fmt: skip
     """Take lines 4 to 9 of a step after the first, in one launch.
 
@@ -213,6 +216,7 @@ def finish_(
         numbers: The numbers of this step.
         noise: What is smaller than this share of the largest entry of its column of p̃ counts as zero.
         seed: Rounds a quantized error stochastically; None rounds to nearest.
+        corrections: Those of compensated weights, contiguous; written.
     """
     U, (_, r, q) = moments.U, moments.m.shape
     tall, tile = a.rows > a.columns, finish_tile(a, r)
@@ -221,6 +225,7 @@ def finish_(
         finish_kernel[(triton.cdiv(q, tile["ROWS" if tall else "COLS"]), a.count)](
             *a.pointers,
             address_table(weights),
+            None if corrections is None else address_table(corrections),
             *moments,
             a.rows,
             a.columns,
@@ -240,6 +245,6 @@ def finish_(
             WEIGHT=POINTEE[weights[0].dtype],
             STOCHASTIC=seed is not None,
             TALL=tall,
-            ALIGNED_WEIGHTS=aligned(weights) and a.columns * weights[0].itemsize % 16 == 0,
+            ALIGNED_WEIGHTS=aligned([*weights, *(corrections or ())]) and a.columns * weights[0].itemsize % 16 == 0,
             **a.options(r, tile),
         )

@@ -29,6 +29,7 @@ from hf_lowmem_optim.ops.triton.low_rank import orthonormal_columns
 from hf_lowmem_optim.ops.triton.residual import Residual, why_not_residual
 from hf_lowmem_optim.ops.triton.residual_update import Descent, update_
 from hf_lowmem_optim.ops.triton.sketch import move_basis_, tracks
+from hf_lowmem_optim.ops.weight_correction import corrections_of
 
 __all__ = ["later_step_"]
 
@@ -73,8 +74,9 @@ def _step_(W: Sequence[Tensor], g: Sequence[Tensor], state: Mapping[str, Tensor]
         U = orthonormal_columns(Y.baddbmm_(old, (m @ V.float()).mul_(factor_of(s))))
         R = U.mT @ old
     noise, seed = projection_noise(products, old.shape[1]), t if o.stochastic_rounding else None
+    corrections = corrections_of(W, state)
     if finishes(a, old.shape[2]):
-        finish_(a, Moments(U, old, R, m, v), W, numbers, noise, seed)
+        finish_(a, Moments(U, old, R, m, v), W, numbers, noise, seed, corrections)
     else:
         # 4. p̃ ← Uᵀa
         factor, old_factor = U.to(kind), old.to(kind)
@@ -87,7 +89,7 @@ def _step_(W: Sequence[Tensor], g: Sequence[Tensor], state: Mapping[str, Tensor]
         kept, moved = right.chunk(2, dim=1)
         lifted = [(old_factor, kept), (factor, moved), (factor, direction)]
         change0, change1, descent = [(y.mT, x.mT) for x, y in lifted] if tall else lifted
-        update_(a, (change0, change1), Descent(W, descent, numbers.decay, numbers.step_size), seed)
+        update_(a, (change0, change1), Descent(W, descent, numbers.decay, numbers.step_size, corrections), seed)
     for key, value in (("basis", U), ("exp_avg", m), ("exp_avg_sq", v)):
         if state[key] is not value:
             state[key].copy_(value)

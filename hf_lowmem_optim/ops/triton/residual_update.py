@@ -41,6 +41,8 @@ from hf_lowmem_optim.ops.triton.residual import (
     unit_of,
     update_tile,
 )
+from hf_lowmem_optim.ops.triton.tables import pointer
+from hf_lowmem_optim.ops.triton.weight_correction import load_weight, store_weight
 
 __all__ = ["Descent", "Pair", "descend_tile", "store_error", "update_"]
 
@@ -56,6 +58,7 @@ def update_kernel(
     hi_ptr,
     magic,
     weights_ptr,  # [batch]: addresses of weights
+    corrections_ptr,  # [batch]: addresses of their corrections, or None
     left0_ptr,  # [batch], r terms of n entries each
     right0_ptr,  # [batch], r terms of c entries each
     left1_ptr,
@@ -130,32 +133,32 @@ def update_kernel(
                 STORAGE, STOCHASTIC, ROWS, COLS, ALIGNED, EVEN,
             )  # fmt: skip
     if weights_ptr is not None:
-        weight_ptr = tl.load(weights_ptr + b).to(tl.pointer_type(WEIGHT))
         descent = add_product(
             tl.zeros([ROWS, COLS], tl.float32), left2_ptr + b * left2_batch, left2_along, left2_term,
             right2_ptr + b * right2_batch, right2_along, right2_term, row0, n, col0, c, r,
             PRODUCTS, MORE_TERMS, TERMS, ROWS, COLS, EVEN_TERMS,
         )  # fmt: skip
-        descend_tile(weight_ptr, descent, row0, col0, n, c, decay, step_size, WEIGHT, ROWS, COLS, ALIGNED_WEIGHTS, EVEN)
+        descend_tile(
+            weights_ptr, corrections_ptr, b, descent, row0, col0, n, c, decay, step_size,
+            WEIGHT, ROWS, COLS, ALIGNED_WEIGHTS, EVEN,
+        )  # fmt: skip
 
 
 @triton.jit
 def descend_tile(
-    weight_ptr, descent, row0, col0, n, c, decay, step_size,
+    weights_ptr, corrections_ptr, b, descent, row0, col0, n, c, decay, step_size,
     WEIGHT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile of weights: W ← decay·W − step_size·descent."""
+    """Write a tile of the weights of matrix b: W ← decay·W − step_size·descent."""
     row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
-    at = weight_ptr + (tl.cast(row0, tl.int64) * c + col0) + (row * c)[:, None] + col[None, :]
+    at = (tl.cast(row0, tl.int64) * c + col0) + (row * c)[:, None] + col[None, :]
     if ALIGNED:
-        at = tl.multiple_of(at, (1, 16))
-    inside = (row < n - row0)[:, None] & (col < c - col0)[None, :]
-    weight = tl.load(at) if EVEN else tl.load(at, mask=inside, other=0.0)
-    weight = (decay * weight.to(tl.float32) - step_size * descent).to(WEIGHT)
-    if EVEN:
-        tl.store(at, weight)
-    else:
-        tl.store(at, weight, mask=inside)
+        at = tl.multiple_of(at, (1, 128 // WEIGHT.primitive_bitwidth))
+    weight_ptr = pointer(weights_ptr, b, WEIGHT, ALIGNED)
+    correction_ptr = None if corrections_ptr is None else pointer(corrections_ptr, b, tl.int8, ALIGNED)
+    inside = None if EVEN else (row < n - row0)[:, None] & (col < c - col0)[None, :]
+    weight = load_weight(weight_ptr, correction_ptr, at, inside).to(tl.float32)
+    store_weight(weight_ptr, correction_ptr, at, decay * weight - step_size * descent, inside)
 
 
 @triton.jit
@@ -288,12 +291,14 @@ class Descent(NamedTuple):
         pair: left [batch, rows, r] and right [batch, r, columns], float32 or bfloat16, any strides.
         decay: Factor of the weights.
         step_size: Factor of the product.
+        corrections: Those of compensated weights, contiguous.
     """
 
     weights: Sequence[Tensor]
     pair: Pair
     decay: float
     step_size: float
+    corrections: Sequence[Tensor] | None = None
 
 
 def update_(a: Residual, change: Sequence[Pair], descent: Descent | None, seed: int | None = None) -> None:
@@ -312,7 +317,7 @@ def update_(a: Residual, change: Sequence[Pair], descent: Descent | None, seed: 
     nothing: Pair | tuple[None, None] = (None, None)
     pairs = [*change, *[nothing] * (2 - len(change)), nothing if descent is None else descent.pair]
     left = next(pair[0] for pair in pairs if pair[0] is not None)
-    W = a.gradients if descent is None else descent.weights
+    W, corrections = (a.gradients, None) if descent is None else (descent.weights, descent.corrections)
     r, strides = left.shape[2], [(part.stride() if part is not None else (0, 0, 0)) for pair in pairs for part in pair]
     tile = update_tile(a, r, crossed)
     key0, key1 = rounding_keys(seed) if seed is not None else (0, 0)
@@ -321,6 +326,7 @@ def update_(a: Residual, change: Sequence[Pair], descent: Descent | None, seed: 
         update_kernel[(triton.cdiv(a.rows, tile["ROWS"]) * triton.cdiv(columns, tile["COLS"]), a.count)](
             *a.pointers,
             None if descent is None else address_table(W),
+            None if corrections is None else address_table(corrections),
             *itertools.chain(*pairs),
             a.rows,
             a.columns,
@@ -335,6 +341,6 @@ def update_(a: Residual, change: Sequence[Pair], descent: Descent | None, seed: 
             STOCHASTIC=seed is not None,
             CROSS_ROWS=crossed,
             MORE_TERMS=r > tile["TERMS"],
-            ALIGNED_WEIGHTS=aligned(W) and a.columns * W[0].itemsize % 16 == 0,
+            ALIGNED_WEIGHTS=aligned([*W, *(corrections or ())]) and a.columns * W[0].itemsize % 16 == 0,
             **a.options(r, tile),
         )

@@ -27,6 +27,7 @@ from hf_lowmem_optim.ops.sparse_window import Rates, _update_all
 from hf_lowmem_optim.ops.step_numbers import argument
 from hf_lowmem_optim.ops.triton.device import by_value, on_device
 from hf_lowmem_optim.ops.triton.tables import TYPES, Launch, owner_and_block, pointer, size
+from hf_lowmem_optim.ops.triton.weight_correction import load_weight, store_weight
 from hf_lowmem_optim.ops.triton.window import index_of, load_grid, load_stored, stored_as, value_of
 from hf_lowmem_optim.ops.triton.window_products import num_programs, sparse_tile, step_launches
 from hf_lowmem_optim.ops.window import Memo, SparseWindow
@@ -65,7 +66,7 @@ def pack(z1, z2):
 
 @triton.jit
 def _held_update_kernel(
-    table_ptr,  # [tensors, 9], see `step_launches`
+    table_ptr,  # [tensors, 10], see `step_launches`
     owners_ptr,
     weights_ptr,
     cells_ptr,  # int64 [programs, BLOCK_SIZE]
@@ -80,6 +81,7 @@ def _held_update_kernel(
     DENSE: tl.constexpr,
     HAS_DECAY: tl.constexpr,
     PARAM: tl.constexpr,
+    CORRECTED: tl.constexpr,
     VALUES: tl.constexpr,
     ALIGNED: tl.constexpr,
     LATE_SCALARS: tl.constexpr,  # a row's weights and grid are loaded as they are needed
@@ -98,7 +100,7 @@ def _held_update_kernel(
         weights += ((w1, w2, tl.where((w1 != 0) | (w2 != 0), kept_per_block, 0)),)
 
     for number in range(program, num_blocks, tl.num_programs(0)):
-        record, block = owner_and_block(owners_ptr, table_ptr, number, 9)
+        record, block = owner_and_block(owners_ptr, table_ptr, number, 10)
         param_ptr = pointer(record, 1, PARAM, ALIGNED)
         indices_ptr = pointer(record, 2, tl.int16, False)
         values_ptr = pointer(record, 3, VALUES, False)
@@ -109,6 +111,8 @@ def _held_update_kernel(
         blocks = tl.cdiv(numel, BLOCK_SIZE)
         column = block * kept_per_block + lane
         start = block * BLOCK_SIZE
+        param_ptr += start
+        correction_ptr = pointer(record, 9, tl.int8, ALIGNED) + start if CORRECTED else None
         rows = ()
         for row in tl.static_range(WINDOW):
             live = (column < kept) & (lane < weights[row][2])
@@ -119,7 +123,7 @@ def _held_update_kernel(
             rows += ((live, index, stored, lo, step),)
         old = ()
         for row in tl.static_range(WINDOW):
-            old += (tl.load(param_ptr + start + rows[row][1], mask=rows[row][0], other=0.0),)
+            old += (load_weight(param_ptr, correction_ptr, rows[row][1], rows[row][0]),)
         tl.debug_barrier()  # every cell is untouched
 
         # z1 ← Σ w1·V, z2 ← Σ w2·V², row after row; an entry belongs to the first row that meets it
@@ -146,8 +150,8 @@ def _held_update_kernel(
             for tile in range(0, BLOCK_SIZE, DENSE):
                 inner = tile + tl.arange(0, DENSE)
                 exists = (inner < BLOCK_SIZE) & (start + inner < numel)
-                dense = tl.load(param_ptr + start + inner, mask=exists, other=0.0).to(tl.float32)
-                tl.store(param_ptr + start + inner, (dense * decay).to(PARAM), mask=exists)
+                dense = load_weight(param_ptr, correction_ptr, inner, exists).to(tl.float32)
+                store_weight(param_ptr, correction_ptr, inner, dense * decay, exists)
             tl.debug_barrier()
         for row in tl.static_range(WINDOW):
             index = rows[row][1]
@@ -156,7 +160,7 @@ def _held_update_kernel(
             if HAS_DECAY:
                 touched = touched * decay
             touched = touched - lr * tl.div_rn(z1, tl.sqrt_rn(z2) + eps)
-            tl.store(param_ptr + start + index, touched.to(PARAM), mask=mine[row])
+            store_weight(param_ptr, correction_ptr, index, touched, mine[row])
             tl.store(cells_ptr + index, nothing, mask=mine[row])
 
 
@@ -176,6 +180,7 @@ def _looped_update_kernel(
     TILE: tl.constexpr,
     HAS_DECAY: tl.constexpr,
     PARAM: tl.constexpr,
+    CORRECTED: tl.constexpr,
     VALUES: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
@@ -185,7 +190,7 @@ def _looped_update_kernel(
     z2_ptr = z1_ptr + BLOCK_SIZE
     lane = tl.arange(0, TILE)
     for number in range(program, num_blocks, tl.num_programs(0)):
-        record, block = owner_and_block(owners_ptr, table_ptr, number, 9)
+        record, block = owner_and_block(owners_ptr, table_ptr, number, 10)
         param_ptr = pointer(record, 1, PARAM, ALIGNED)
         indices_ptr = pointer(record, 2, tl.int16, False)
         values_ptr = pointer(record, 3, VALUES, False)
@@ -197,6 +202,8 @@ def _looped_update_kernel(
         first = block * kept_per_block
         last = tl.minimum(first + kept_per_block, kept)
         start = block * BLOCK_SIZE
+        param_ptr += start
+        correction_ptr = pointer(record, 9, tl.int8, ALIGNED) + start if CORRECTED else None
 
         # z1 ← +0, z2 ← −0 (untouched), only where they will be used
         if HAS_DECAY:
@@ -242,10 +249,10 @@ def _looped_update_kernel(
                 inside = (inner < BLOCK_SIZE) & (start + inner < numel)
                 z1 = tl.load(z1_ptr + inner, mask=inside, other=0.0)
                 z2 = tl.load(z2_ptr + inner, mask=inside, other=0.0)
-                dense = tl.load(param_ptr + start + inner, mask=inside, other=0.0).to(tl.float32) * decay
+                dense = load_weight(param_ptr, correction_ptr, inner, inside).to(tl.float32) * decay
                 stepped = dense - lr * tl.div_rn(z1, tl.sqrt_rn(z2) + eps)
                 dense = tl.where(is_untouched(z2), dense, stepped)
-                tl.store(param_ptr + start + inner, dense.to(PARAM), mask=inside)
+                store_weight(param_ptr, correction_ptr, inner, dense, inside)
         else:
             for row in range(window):
                 w1 = tl.load(weights_ptr + row)
@@ -258,9 +265,9 @@ def _looped_update_kernel(
                         z2 = tl.load(z2_ptr + index, mask=column < last, other=0.0)
                         live = (column < last) & (is_untouched(z2) == 0)
                         z1 = tl.load(z1_ptr + index, mask=live, other=0.0)
-                        sparse = tl.load(param_ptr + start + index, mask=live, other=0.0).to(tl.float32)
+                        sparse = load_weight(param_ptr, correction_ptr, index, live).to(tl.float32)
                         sparse = sparse - lr * tl.div_rn(z1, tl.sqrt_rn(z2) + eps)
-                        tl.store(param_ptr + start + index, sparse.to(PARAM), mask=live)
+                        store_weight(param_ptr, correction_ptr, index, sparse, live)
                         tl.store(z2_ptr + index, untouched(TILE), mask=live)  # applied once
                 tl.debug_barrier()
         tl.debug_barrier()
@@ -271,24 +278,27 @@ def _holds(window: SparseWindow) -> bool:
     return window.window <= _MOST_ROWS and window.kept_per_block <= _MOST_KEPT
 
 
-def _dense_tile(param: Tensor, window: SparseWindow, num_warps: int) -> int:
+def _dense_tile(param: Tensor, window: SparseWindow, num_warps: int, corrected: bool) -> int:
     """Return the lanes for a loop over a block of the parameter: 16 bytes a thread, of up to 64 in a warp."""
-    return int(min(16 * 64 * num_warps // param.itemsize, max(128, triton.next_power_of_2(window.block_size))))
+    # twice as many in a warp of 32, unless corrections take registers
+    threads = num_warps * (32 if corrected and not torch.version.hip else 64)
+    return int(min(16 * threads // param.itemsize, max(128, triton.next_power_of_2(window.block_size))))
 
 
 @register(_update_all, "triton")
 def update_all(
-    params: Sequence[Tensor], windows: Sequence[SparseWindow], weights: Tensor, rates: Rates, memo: Memo
-) -> None:
+    params: Sequence[Tensor], windows: Sequence[SparseWindow], weights: Tensor, rates: Rates, memo: Memo,
+    corrections: Sequence[Tensor] | None,
+) -> None:  # fmt: skip
     """Take MicroAdam's step for all tensors in one launch, and another for those that are not aligned."""
     with on_device(params[0]):
-        for launch, table in step_launches(params, windows, memo):
+        for launch, table in step_launches(params, windows, memo, corrections):
             run = _launch_held if _holds(windows[0]) else _launch_looped
-            run(launch, table, params[0], windows[0], weights, rates)
+            run(launch, table, params[0], windows[0], weights, rates, corrections is not None)
 
 
 def _launch_held(
-    launch: Launch, table: Tensor, param: Tensor, window: SparseWindow, weights: Tensor, rates: Rates
+    launch: Launch, table: Tensor, param: Tensor, window: SparseWindow, weights: Tensor, rates: Rates, corrected: bool
 ) -> None:
     """Launch the update of tensors; ``param`` and ``window`` are those of one of them."""
     programs = num_programs(len(launch.owners), window.block_size, 2)
@@ -307,9 +317,10 @@ def _launch_held(
         WINDOW=window.window,
         BLOCK_SIZE=window.block_size,
         TILE=tile,
-        DENSE=_dense_tile(param, window, num_warps),
+        DENSE=_dense_tile(param, window, num_warps, corrected),
         HAS_DECAY=rates.weight_decay != 0,
         PARAM=TYPES[param.dtype],
+        CORRECTED=corrected,
         VALUES=stored_as(window.values, window.grids),
         ALIGNED=launch.is_aligned,
         LATE_SCALARS=bool(torch.version.hip),  # AMD's scalar registers do not hold those of all rows
@@ -319,11 +330,13 @@ def _launch_held(
 
 
 def _launch_looped(
-    launch: Launch, table: Tensor, param: Tensor, window: SparseWindow, weights: Tensor, rates: Rates
+    launch: Launch, table: Tensor, param: Tensor, window: SparseWindow, weights: Tensor, rates: Rates, corrected: bool
 ) -> None:
     """Launch the update of tensors of which a program's registers do not hold the rows; likewise."""
     programs = num_programs(len(launch.owners), window.block_size, 2)
-    tile = _dense_tile(param, window, _NUM_WARPS) if rates.weight_decay != 0 else sparse_tile(window.kept_per_block)
+    tile = sparse_tile(window.kept_per_block)
+    if rates.weight_decay != 0:
+        tile = _dense_tile(param, window, _NUM_WARPS, corrected)
     scratch = torch.empty(programs, 2, window.block_size, dtype=torch.float32, device=param.device)
     _looped_update_kernel[(programs,)](
         table,
@@ -340,6 +353,7 @@ def _launch_looped(
         TILE=tile,
         HAS_DECAY=rates.weight_decay != 0,
         PARAM=TYPES[param.dtype],
+        CORRECTED=corrected,
         VALUES=stored_as(window.values, window.grids),
         ALIGNED=launch.is_aligned,
         num_warps=_NUM_WARPS,

@@ -37,11 +37,12 @@ def owner_and_block(owners_ptr, table_ptr, program, FIELDS: tl.constexpr):
 
 
 @triton.jit
-def pointer(record, FIELD: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+def pointer(record, field, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """An address of a record; ALIGNED: a multiple of 16, as vectorized loads and stores demand."""
-    address = tl.load(record + FIELD).to(tl.pointer_type(TYPE))
+    address = tl.load(record + field).to(tl.pointer_type(TYPE))
     if ALIGNED:
-        address = tl.multiple_of(address, 16)
+        # a thread is to take as many corrections as weights at a time, or they change places in shared memory
+        address = tl.multiple_of(address, 8 if TYPE == tl.int8 else 16)  # noqa: SIM300 (TYPE is the argument)
     return address
 
 

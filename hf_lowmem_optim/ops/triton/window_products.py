@@ -21,6 +21,7 @@ from hf_lowmem_optim.ops.sparse_window import Rates, _combine, _descend_all, _gr
 from hf_lowmem_optim.ops.step_numbers import argument
 from hf_lowmem_optim.ops.triton.device import by_value, on_device
 from hf_lowmem_optim.ops.triton.tables import TYPES, Launch, block_tables, launches, owner_and_block, pointer, size
+from hf_lowmem_optim.ops.triton.weight_correction import load_weight, store_weight
 from hf_lowmem_optim.ops.triton.window import (
     addresses,
     index_of,
@@ -198,7 +199,7 @@ def _sum_kernel(table_ptr, partial_ptr, out_ptr, num_programs, window, WINDOW: t
 
 @triton.jit
 def _descend_kernel(
-    table_ptr,  # [tensors, 9], see `step_launches`
+    table_ptr,  # [tensors, 10], see `step_launches`
     owners_ptr,
     weights_ptr,
     scratch_ptr,
@@ -214,6 +215,7 @@ def _descend_kernel(
     DENSE: tl.constexpr,
     HAS_DECAY: tl.constexpr,
     PARAM: tl.constexpr,
+    CORRECTED: tl.constexpr,
     VALUES: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
@@ -221,7 +223,7 @@ def _descend_kernel(
     program = tl.program_id(0)
     direction_ptr = scratch_ptr + program.to(tl.int64) * BLOCK_SIZE
     for number in range(program, num_blocks, tl.num_programs(0)):
-        record, block = owner_and_block(owners_ptr, table_ptr, number, 9)
+        record, block = owner_and_block(owners_ptr, table_ptr, number, 10)
         param_ptr = pointer(record, 1, PARAM, ALIGNED)
         indices_ptr = pointer(record, 2, tl.int16, False)
         values_ptr = pointer(record, 3, VALUES, False)
@@ -231,6 +233,7 @@ def _descend_kernel(
         step_ptr = pointer(record, 7, tl.float32, False)
         own_weights_ptr = weights_ptr + tl.load(record + 8) * weights_each
         start = block * BLOCK_SIZE
+        correction_ptr = pointer(record, 9, tl.int8, ALIGNED) + start if CORRECTED else None
         for tile in range(0, BLOCK_SIZE, DENSE):
             inner = tile + tl.arange(0, DENSE)
             tl.store(direction_ptr + inner, tl.zeros([DENSE], tl.float32), mask=inner < BLOCK_SIZE)
@@ -247,10 +250,10 @@ def _descend_kernel(
             inner = tile + tl.arange(0, DENSE)
             inside = (inner < BLOCK_SIZE) & (start + inner < numel)
             u = tl.load(direction_ptr + inner, mask=inside, other=0.0)
-            weight = tl.load(param_ptr + start + inner, mask=inside, other=0.0).to(tl.float32)
+            weight = load_weight(param_ptr + start, correction_ptr, inner, inside).to(tl.float32)
             if HAS_DECAY:
                 weight = weight * decay
-            tl.store(param_ptr + start + inner, (weight - u * lr).to(PARAM), mask=inside)
+            store_weight(param_ptr + start, correction_ptr, inner, weight - u * lr, inside)
         tl.debug_barrier()
 
 
@@ -269,19 +272,26 @@ def _num_warps(kept: int) -> int:
     return 2 if sparse_tile(kept) <= 128 else _NUM_WARPS
 
 
-def step_launches(params: Sequence[Tensor], windows: Sequence[SparseWindow], memo: Memo) -> list[tuple[Launch, Tensor]]:
+def step_launches(
+    params: Sequence[Tensor], windows: Sequence[SparseWindow], memo: Memo, corrections: Sequence[Tensor] | None
+) -> list[tuple[Launch, Tensor]]:
     """Return the launches that serve parameters, a program for each block, and the table of each.
 
     A record is: first program; addresses of parameter, indices, values; entries of the tensor, and of a row; addresses
-    of lo and step; the tensor's place in the call.
+    of lo and step; the tensor's place in the call; address of the correction of a compensated weight.
     """
 
     def record(place: int) -> tuple[int, ...]:
         window = windows[place]
         values, *grid = addresses(window.values, window.grids)
-        return window.indices.data_ptr(), values, window.numel, window.kept, *grid, place
+        correction = 0 if corrections is None else corrections[place].data_ptr()
+        return window.indices.data_ptr(), values, window.numel, window.kept, *grid, place, correction
 
-    found, places = launches(params, record, lambda place: windows[place].num_blocks, memo, "steps in Triton")
+    def others(place: int) -> Sequence[Tensor]:
+        return corrections[place : place + 1] if corrections else ()
+
+    counts = [window.num_blocks for window in windows]
+    found, places = launches(params, record, counts.__getitem__, memo, "steps in Triton", others=others)
     return [(launch, launch.table(places)) for launch in found]
 
 
@@ -355,11 +365,12 @@ def _product_tables(windows: Sequence[SparseWindow]) -> tuple[Tensor, Tensor, in
 
 @register(_descend_all, "triton")
 def descend_all(
-    params: Sequence[Tensor], windows: Sequence[SparseWindow], weights: Tensor, rates: Rates, memo: Memo
-) -> None:
+    params: Sequence[Tensor], windows: Sequence[SparseWindow], weights: Tensor, rates: Rates, memo: Memo,
+    corrections: Sequence[Tensor] | None,
+) -> None:  # fmt: skip
     """Descend with all tensors in one launch, and another for those that are not aligned."""
     one, param = windows[0], params[0]
-    for launch, table in step_launches(params, windows, memo):
+    for launch, table in step_launches(params, windows, memo, corrections):
         programs = num_programs(len(launch.owners), one.block_size)
         scratch = torch.empty(programs * one.block_size, dtype=torch.float32, device=param.device)
         with on_device(param):
@@ -380,6 +391,7 @@ def descend_all(
                 DENSE=int(min(_DENSE_TILE, max(128, triton.next_power_of_2(one.block_size)))),
                 HAS_DECAY=rates.weight_decay != 0,
                 PARAM=TYPES[param.dtype],
+                CORRECTED=corrections is not None,
                 VALUES=stored_as(one.values, one.grids),
                 ALIGNED=launch.is_aligned,
                 num_warps=_num_warps(one.kept_per_block),
