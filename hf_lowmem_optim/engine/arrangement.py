@@ -135,7 +135,7 @@ def _facts(
     parts = [value for value in values if type(value) is Tensor]
     counts = [state.get("step", 0) for state in states]
     # not those that a schedule changes
-    names = *method.layout_options, *method.shared_options
+    names = *method.layout_options, *method.shared_options, *(method.corrected or ())
     return [
         *[getattr(options, name) for options in options_of.values() for name in names],
         *(len(params), len(values), len(parts)),

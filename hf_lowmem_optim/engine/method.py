@@ -161,8 +161,8 @@ class Method:
         layerwise: Whether it updates during the backward pass.
         captured: Whether a later step in Triton can be recorded in a CUDA graph: it waits for nothing on the GPU, and
             takes what changes from step to step as ``ops/step_numbers.py`` has it.
-        corrected: Whether its kernels take compensated weights as they are, with the corrections in the state, instead
-            of float32 copies: a function of the options. None for a method whose update never does.
+        corrected: With which options its kernels take compensated weights as they are, with the corrections in the
+            state, instead of float32 copies: their values by name. None for a method whose update never does.
         serves_flat: Whether it makes sense of a group's matrices as one flat vector a process, as DeepSpeed makes them.
         block_entries: Of how many consecutive entries are the blocks that it treats each by itself, apart from a system
             over all tensors, with some options; None with options for which that is not so.
@@ -195,7 +195,7 @@ class Method:
     put_aside_: Callable[[Sequence[Tensor], Mapping[str, Tensor], int | None, Any], None] | None = None
     layerwise: bool = False
     captured: bool = False
-    corrected: Callable[[Any], bool] | None = None
+    corrected: Mapping[str, Any] | None = None
     serves_flat: bool = False
     block_entries: Callable[[Any], int | None] | None = None
     staged: StagedUpdate | None = None
@@ -321,8 +321,9 @@ class Method:
 
     def takes_corrections(self, options: Any, device: torch.device) -> bool:
         """Return whether an update is given compensated weights as they are: :attr:`corrected`, on a GPU."""
-        fused = self.corrected is not None and self.corrected(options)
-        return fused and (device.type != "cpu" or chosen_backend(device) == "triton")
+        if self.corrected is None or any(getattr(options, key) != value for key, value in self.corrected.items()):
+            return False
+        return device.type != "cpu" or chosen_backend(device) == "triton"
 
     def scratch_copies(self, options: Any, shape: Sequence[int]) -> float:
         """Return :attr:`scratch` with some options, for a weight of a shape."""

@@ -306,7 +306,7 @@ class LDAdam(LowMemoryOptimizer):
         scratch=1.0,  # a; fused on a GPU, later steps have none
         whole="gpu",
         captured=True,
-        corrected=lambda o: True,
+        corrected={},
         # The first step's exact SVD, at most 6 if not for a rank below 4: of fewer than 24 rows, it takes 2 matrices,
         # which the constant of every step covers up to 1.5 million entries. A later step's factors are fewer.
         scratch_state=6.0,

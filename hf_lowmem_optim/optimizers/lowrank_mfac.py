@@ -274,7 +274,7 @@ class LowRankMFAC(LowMemoryOptimizer):
         scratch=1.0,  # acc, or u; fused on a GPU, neither
         whole="gpu",
         captured=True,
-        corrected=lambda o: o.momentum == 0,
+        corrected={"momentum": 0.0},
         scratch_state=1.0,
         adam_like=False,
         optional_state={"velocity": "momentum"},

@@ -197,7 +197,7 @@ class MicroAdam(LowMemoryOptimizer):
         scratch=0,
         whole=True,
         captured=True,
-        corrected=lambda o: o.alpha == 0,
+        corrected={"alpha": 0.0},
         serves_flat=True,
         # what is rounded at random goes by an entry's place
         block_entries=lambda o: None if o.stochastic_rounding else o.block_size,

@@ -207,7 +207,7 @@ class SparseMFAC(LowMemoryOptimizer):
         scratch=lambda o, shape: 1.0 if o.momentum > 0 else 0.0,  # u
         whole=True,
         captured=True,
-        corrected=lambda o: o.momentum == 0,
+        corrected={"momentum": 0.0},
         adam_like=False,
         optional_state={"velocity": "momentum"},
         coupled_update_=sparse_update_,

@@ -163,14 +163,26 @@ def test_an_update_with_corrections_is_that_of_float32_copies(
     case: str, dtype: torch.dtype, backend: str, use: Use
 ) -> None:
     """To the bit: weights, corrections and state. A case has one of the dtypes."""
-    device, (name, options) = use(backend), UPDATES[case]
-    runs = [compensated(name, dtype, device, **options) for _ in range(2)]
+    name, options = UPDATES[case]
+    check_corrections(name, dtype, use(backend), [options] * 3)
+
+
+@pytest.mark.parametrize("backend", FAST[:1])
+def test_an_option_that_copies_weights_may_change(backend: str, use: Use) -> None:
+    alphas = [{"window": 2, "alpha": alpha} for alpha in (0.25, 0.25, 0.0, 0.25)]
+    check_corrections("microadam", BF16, use(backend), alphas)
+
+
+def check_corrections(name: str, dtype: torch.dtype, device: str, options: list[dict[str, Any]]) -> None:
+    """Take steps with the options of each."""
+    runs = [compensated(name, dtype, device, **options[0]) for _ in range(2)]
     (params, optimizer), (others, copying) = runs
     copying.method = replace(copying.method, corrected=None)
-    for seed in range(3):
+    for seed, changed in enumerate(options):
         generator = torch.Generator().manual_seed(seed)
         grads = [torch.randn(param.shape, generator=generator).to(device, dtype) for param in params]
         for each, own in runs:
+            own.param_groups[0].update(changed)
             for param, grad in zip(each, grads, strict=True):
                 param.grad = grad
             own.step()

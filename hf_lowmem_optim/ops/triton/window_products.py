@@ -290,8 +290,9 @@ def step_launches(
     def others(place: int) -> Sequence[Tensor]:
         return corrections[place : place + 1] if corrections else ()
 
-    counts = [window.num_blocks for window in windows]
-    found, places = launches(params, record, counts.__getitem__, memo, "steps in Triton", others=others)
+    found, places = launches(
+        params, record, lambda place: windows[place].num_blocks, memo, "steps in Triton", others=others
+    )
     return [(launch, launch.table(places)) for launch in found]
 
 
