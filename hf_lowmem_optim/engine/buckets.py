@@ -145,7 +145,7 @@ class Batch:
         updates: The tensors.
         g: Their gradients, contiguous; tensors of three and more dimensions as matrices (out, rest).
         state: Their state by key: stacked, [number of tensors, ...]; or each tensor's own, for a method that is
-            ``whole``, with ``"memo"``. And ``"places"``.
+            ``whole``, with ``"memo"``. And ``"places"``. Corrections are there only if the update is to write them.
         step: t, 1 for the first update of these tensors.
         options: Those of their group.
     """
@@ -326,7 +326,8 @@ def most_entries(device: torch.device) -> int:
 
 def _batch(updates: Sequence[TensorUpdate], memo: dict[str, Any], *, whole: bool) -> Batch:
     one = updates[0]
-    keys = [key for key in one.state if key != "step" and not key.startswith(SHARED_PREFIX)]
+    hidden = ("step",) if one.corrected else ("step", CORRECTION)
+    keys = [key for key in one.state if key not in hidden and not key.startswith(SHARED_PREFIX)]
     state: dict[str, Any]
     if whole:
         state = {key: [update.state[key] for update in updates] for key in keys}

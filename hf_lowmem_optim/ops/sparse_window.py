@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from hf_lowmem_optim.ops.dispatch import Op
-from hf_lowmem_optim.ops.weight_correction import joined
+from hf_lowmem_optim.ops.weight_correction import join_weights, split_weights_
 from hf_lowmem_optim.ops.window import CHECKED, Memo, SparseWindow, check_alike, check_tensors
 
 __all__ = ["Rates", "foreach_window_descend_", "foreach_window_gram_rows", "foreach_window_update_", "window_combine_"]
@@ -214,32 +214,34 @@ def _update_all(
     corrections: Sequence[Tensor] | None,
 ) -> None:  # fmt: skip
     """Take MicroAdam's step for each tensor; the arguments are checked."""
-    for i, window in enumerate(windows):
-        with joined(params[i : i + 1], corrections and corrections[i : i + 1]) as [weight]:
-            _update(weight.detach().view(-1), window, weights, rates)
-
-
-def _update(param: Tensor, window: SparseWindow, weights: Tensor, rates: Rates) -> None:
-    lr, weight_decay, eps = rates
-    rows = weights.any(0).nonzero().view(-1)
-    if not len(rows) and weight_decay == 0:
+    if corrections is not None:
+        for param, window, correction in zip(params, windows, corrections, strict=True):
+            joined = join_weights([param], [correction])
+            _update_all.torch_version(joined, [window], weights, rates, memo, None)
+            split_weights_([param], [correction], joined)
         return
-    w1, w2 = weights[:, rows, None].unbind()
-    for entries, columns, starts in _chunks(window):
-        piece = param[entries]
-        stepped = piece if piece.dtype == torch.float32 else piece.float()
-        if weight_decay != 0:
-            stepped.mul_(1 - lr * weight_decay)
-        indices, values = window.read(columns, rows)
-        places = indices.add_(starts)
-        z1, z2 = _sum(w1 * values, places, piece), _sum(w2 * (values * values), places, piece)
-        # an entry that several rows touch gets the same value as often
-        touched = places.view(-1)
-        root = _square_root(z2.index_select(0, touched))
-        update = z1.index_select(0, touched).div_(root.add_(eps)).mul_(lr)
-        stepped.scatter_(0, touched, stepped.index_select(0, touched).sub_(update))
-        if stepped is not piece:
-            piece.copy_(stepped)
+    lr, weight_decay, eps = rates
+    for weight, window in zip(params, windows, strict=True):
+        param = weight.detach().view(-1)
+        rows = weights.any(0).nonzero().view(-1)
+        if not len(rows) and weight_decay == 0:
+            continue
+        w1, w2 = weights[:, rows, None].unbind()
+        for entries, columns, starts in _chunks(window):
+            piece = param[entries]
+            stepped = piece if piece.dtype == torch.float32 else piece.float()
+            if weight_decay != 0:
+                stepped.mul_(1 - lr * weight_decay)
+            indices, values = window.read(columns, rows)
+            places = indices.add_(starts)
+            z1, z2 = _sum(w1 * values, places, piece), _sum(w2 * (values * values), places, piece)
+            # an entry that several rows touch gets the same value as often
+            touched = places.view(-1)
+            root = _square_root(z2.index_select(0, touched))
+            update = z1.index_select(0, touched).div_(root.add_(eps)).mul_(lr)
+            stepped.scatter_(0, touched, stepped.index_select(0, touched).sub_(update))
+            if stepped is not piece:
+                piece.copy_(stepped)
 
 
 def _sum(values: Tensor, places: Tensor, piece: Tensor) -> Tensor:
@@ -266,21 +268,24 @@ def _descend_all(
     corrections: Sequence[Tensor] | None,
 ) -> None:  # fmt: skip
     """Descend for each tensor; the arguments are checked."""
-    for i, (window, each) in enumerate(zip(windows, weights.expand(len(params), -1), strict=True)):
-        with joined(params[i : i + 1], corrections and corrections[i : i + 1]) as [weight]:
-            _descend(weight.detach().view(-1), window, each, rates)
-
-
-def _descend(param: Tensor, window: SparseWindow, weights: Tensor, rates: Rates) -> None:
+    rows = weights.expand(len(params), -1)
+    if corrections is not None:
+        for param, window, each, correction in zip(params, windows, rows, corrections, strict=True):
+            joined = join_weights([param], [correction])
+            _descend_all.torch_version(joined, [window], each, rates, memo, None)
+            split_weights_([param], [correction], joined)
+        return
     lr, weight_decay, _ = rates
-    for entries, columns, starts in _chunks(window):
-        piece = param[entries]
-        direction = torch.zeros(piece.shape, dtype=torch.float32, device=piece.device)
-        _add_rows(direction, *_weighted(window, weights, columns, starts))
-        decayed = piece.float()
-        if weight_decay != 0:
-            decayed = decayed * (1 - lr * weight_decay)
-        piece.copy_(decayed - direction.mul_(lr))
+    for weight, window, each in zip(params, windows, rows, strict=True):
+        param = weight.detach().view(-1)
+        for entries, columns, starts in _chunks(window):
+            piece = param[entries]
+            direction = torch.zeros(piece.shape, dtype=torch.float32, device=piece.device)
+            _add_rows(direction, *_weighted(window, each, columns, starts))
+            decayed = piece.float()
+            if weight_decay != 0:
+                decayed = decayed * (1 - lr * weight_decay)
+            piece.copy_(decayed - direction.mul_(lr))
 
 
 @Op

@@ -18,16 +18,14 @@ neighbour at most, and beside a zero never across it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from hf_lowmem_optim.ops.dispatch import Op
 
-__all__ = ["CORRECTION", "corrections_of", "join_weights", "joined", "split_weights_"]
+__all__ = ["CORRECTION", "join_weights", "split_weights_"]
 
 #: The key under which a compensated weight's state keeps its correction.
 CORRECTION = "weight_correction"
@@ -77,27 +75,6 @@ def split_weights_(weights: Sequence[Tensor], corrections: Sequence[Tensor], val
         w, c, x = weight.view(-1), correction.view(-1), value.view(-1)
         for part in _slices(x):
             w[part], c[part] = _split(x[part], w.dtype)
-
-
-def corrections_of(W: Sequence[Tensor], state: Mapping[str, Any]) -> list[Tensor] | None:
-    """Return the corrections that an update has to write with weights; None if they have none, or are joined already.
-
-    Args:
-        W: The weights that the update is given.
-        state: Their state by key, stacked or a list of each tensor's own.
-    """
-    return list(state[CORRECTION]) if CORRECTION in state and W[0].dtype != torch.float32 else None
-
-
-@contextmanager
-def joined(weights: Sequence[Tensor], corrections: Sequence[Tensor] | None) -> Iterator[Sequence[Tensor]]:
-    """Give float32 weights to be changed in place, which are split afterwards; without corrections, the weights."""
-    if corrections is None:
-        yield weights
-    else:
-        values = join_weights(weights, corrections)
-        yield values
-        split_weights_(weights, corrections, values)
 
 
 def _slices(x: Tensor) -> list[slice]:

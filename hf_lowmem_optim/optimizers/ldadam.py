@@ -58,7 +58,7 @@ from hf_lowmem_optim.ops.low_rank import (
     orthonormalize,
     orthonormalize_rows,
 )
-from hf_lowmem_optim.ops.weight_correction import corrections_of, joined
+from hf_lowmem_optim.ops.weight_correction import CORRECTION, join_weights, split_weights_
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["LDAdam", "LDAdamOptions", "ldadam_state", "ldadam_update_"]
@@ -128,7 +128,8 @@ def ldadam_update_(
         W: The weights, (out, in) each, contiguous; float32, bfloat16 or float16.
         g: Their gradients, likewise; only read. With ``error_feedback="grad"`` a gradient is ``state["error"]`` itself,
             which then holds g + ξ.
-        state: As :func:`ldadam_state` describes it, stacked: [n, ...]; written. And corrections of compensated weights.
+        state: As :func:`ldadam_state` describes it, stacked: [n, ...]; written. And the corrections of
+            compensated weights.
         t: 1 for the first update of these tensors.
         o: The options.
     """
@@ -164,8 +165,11 @@ def ldadam_update_(
         save_residual_(state, residual, fmt, seed=t if o.stochastic_rounding else None)
     del a, residual
     # 9. W ← W·(1 − lr·weight_decay) − lr·U[m̂ / (√v̂ + eps)]
-    with joined(W, corrections_of(W, state)) as wide:
-        ldadam_descend_([weight.mT if tall else weight for weight in wide], U, p, numbers.decay, numbers.step_size)
+    corrections = state.get(CORRECTION)
+    wide = W if corrections is None else join_weights(W, list(corrections))
+    ldadam_descend_([weight.mT if tall else weight for weight in wide], U, p, numbers.decay, numbers.step_size)
+    if corrections is not None:
+        split_weights_(W, list(corrections), wide)
     for key, value in (("basis", U), ("exp_avg", m), ("exp_avg_sq", v)):
         if state[key] is not value:
             state[key].copy_(value)

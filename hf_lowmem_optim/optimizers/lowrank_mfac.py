@@ -41,7 +41,7 @@ from hf_lowmem_optim.ops.dispatch import Op
 from hf_lowmem_optim.ops.gram import mfac_weights, update_systems_
 from hf_lowmem_optim.ops.low_rank import of_safe_size, orthonormalize, seeded_sketch
 from hf_lowmem_optim.ops.step_numbers import select, selected
-from hf_lowmem_optim.ops.weight_correction import corrections_of, joined
+from hf_lowmem_optim.ops.weight_correction import CORRECTION, join_weights, split_weights_
 from hf_lowmem_optim.optimizers.preconditioned import (
     PreconditionedOptions,
     add_momentum_,
@@ -144,17 +144,19 @@ def lowrank_descend_(W: Sequence[Tensor], state: Mapping[str, Tensor], w: Tensor
     most = most_tensors(W[0].numel(), W[0].device)
     if "left" in state or W[0].device.type in _ALONE or min(most, len(W)) == 1:
         most = 1
-    corrections = corrections_of(W, state)
     for part in [slice(start, start + most) for start in range(0, len(W), most)]:
-        with joined(W[part], corrections and corrections[part]) as weights:
-            if most == 1:
-                keys = [key for key in ("left", "right", "rows") if key in state]
-                _descend_one_(weights[0], {key: state[key][part.start] for key in keys}, w[part.start], o)
-                continue
+        corrections = list(state[CORRECTION][part]) if CORRECTION in state else []
+        weights = join_weights(W[part], corrections) if corrections else W[part]
+        if most == 1:
+            keys = [key for key in ("left", "right", "rows") if key in state]
+            _descend_one_(weights[0], {key: state[key][part.start] for key in keys}, w[part.start], o)
+        else:
             flat = [weight.view(-1) for weight in weights]
             stepped = torch.stack(flat).float()
             descend_(stepped, (w[part, None] @ state["rows"][part]).squeeze(1), o)
             torch._foreach_copy_(flat, stepped.unbind())
+        if corrections:
+            split_weights_(W[part], corrections, weights)
 
 
 def _descend_one_(weight: Tensor, state: Mapping[str, Tensor], w: Tensor, o: LowRankMFACOptions) -> None:

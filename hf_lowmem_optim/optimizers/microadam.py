@@ -40,7 +40,7 @@ from hf_lowmem_optim.ops.block_topk import fault_of_window, foreach_block_topk_,
 from hf_lowmem_optim.ops.constants import to_device
 from hf_lowmem_optim.ops.sparse_window import foreach_window_update_
 from hf_lowmem_optim.ops.step_numbers import Number
-from hf_lowmem_optim.ops.weight_correction import corrections_of
+from hf_lowmem_optim.ops.weight_correction import CORRECTION
 from hf_lowmem_optim.ops.window import (
     MAX_BLOCK_SIZE,
     VALUES_HELP,
@@ -147,7 +147,7 @@ def microadam_update_(
     # 6. z1, z2 ← sums over the rows, each with its weight   7. W ← W·(1 − lr·weight_decay) − lr·z1/(√z2 + eps)
     row_weights = _row_weights if type(t) is int else _row_weights.__wrapped__
     weights = row_weights(t, o.window, o.betas, o.bias_correction, W[0].device)
-    corrections = corrections_of(W, state)
+    corrections = state.get(CORRECTION)
     foreach_window_update_(
         W, windows, weights, lr=o.lr, weight_decay=o.weight_decay, eps=o.eps, memo=memo, corrections=corrections
     )

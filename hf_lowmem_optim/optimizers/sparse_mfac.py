@@ -39,7 +39,7 @@ from hf_lowmem_optim.engine.options import FRACTION, count_up_to, option
 from hf_lowmem_optim.ops.block_topk import fault_of_window, foreach_block_topk_, window_specs
 from hf_lowmem_optim.ops.gram import mfac_weights, update_systems_
 from hf_lowmem_optim.ops.sparse_window import foreach_window_descend_, foreach_window_gram_rows, window_combine_
-from hf_lowmem_optim.ops.weight_correction import corrections_of
+from hf_lowmem_optim.ops.weight_correction import CORRECTION
 from hf_lowmem_optim.ops.window import (
     MAX_BLOCK_SIZE,
     VALUES_HELP,
@@ -159,9 +159,9 @@ def _descend_(x: Batch, windows: Sequence[SparseWindow], w: Tensor) -> None:
     with x.weights() as W:
         if o.momentum == 0:
             # 7. W ← W·(1 − lr·weight_decay) − lr·u, without ever forming u
-            corrections = corrections_of(W, x.state)
+            memo, corrections = x.state["memo"], x.state.get(CORRECTION)
             foreach_window_descend_(
-                W, windows, w, lr=o.lr, weight_decay=o.weight_decay, memo=x.state["memo"], corrections=corrections
+                W, windows, w, lr=o.lr, weight_decay=o.weight_decay, memo=memo, corrections=corrections
             )
             return
         for weight, G, velocity, each in zip(W, windows, x.state["velocity"], w.expand(len(W), -1), strict=True):

@@ -272,20 +272,23 @@ def test_a_later_step_waits_for_nothing(name: str, like_a_gpu: None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "most"),
+    ("name", "options", "shape", "most"),
     [
-        ("microadam", METHODS["microadam"][0], 4),
-        ("sparse_mfac", SPARSE, 4),
-        ("sparse_ggt", SPARSE, 4),
-        ("ldadam", {"rank": 4}, 4),
-        ("lowrank_mfac", {"rank": 4, "window": 3}, 5),
+        ("microadam", {"window": 3}, (64, 128), 3),
+        ("sparse_mfac", {"window": 3}, (64, 128), 5),
+        ("sparse_ggt", {"window": 3}, (64, 128), 5),
+        ("ldadam", {"rank": 4}, (32, 64), 4),
+        ("ldadam", {"rank": 16}, (1088, 1088), 6),
+        ("ldadam", {"rank": 16}, (1088, 1089), 7),
+        ("ldadam", {"rank": 32}, (64, 128), 8),
+        ("lowrank_mfac", {"rank": 4, "window": 3}, (32, 64), 5),
     ],
 )
 def test_launches_of_a_tensor_in_the_backward_pass(
-    name: str, options: dict[str, Any], most: int, like_a_gpu: None
+    name: str, options: dict[str, Any], shape: tuple[int, int], most: int, like_a_gpu: None
 ) -> None:
     """And none of them is waited for."""
-    weights = [nn.Parameter(torch.randn(32, 64).bfloat16()) for _ in range(3)]
+    weights = [nn.Parameter(torch.randn(shape).bfloat16()) for _ in range(3)]
     optimizer = OPTIMIZERS[f"{name}_layerwise"].optimizer_class(weights, **options)
     with kernels():
         for _ in range(2):

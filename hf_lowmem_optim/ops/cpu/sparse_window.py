@@ -24,7 +24,7 @@ from hf_lowmem_optim.ops.cpu.launch import DTYPE_CODES, block_ranges, run_pieces
 from hf_lowmem_optim.ops.cpu.window import index_mask, load_values
 from hf_lowmem_optim.ops.dispatch import register
 from hf_lowmem_optim.ops.sparse_window import Rates, _combine, _descend_all, _gram_rows, _update_all
-from hf_lowmem_optim.ops.weight_correction import joined
+from hf_lowmem_optim.ops.weight_correction import join_weights, split_weights_
 from hf_lowmem_optim.ops.window import Memo, SparseWindow, unpack
 
 __all__ = ["combine", "descend_all", "gram_rows", "update_all"]
@@ -263,8 +263,10 @@ def update_all(
 ) -> None:  # fmt: skip
     """See :func:`hf_lowmem_optim.ops.sparse_window.foreach_window_update_`."""
     how = weights.numpy(), float(rates.lr), float(rates.eps), 1.0 - rates.lr * rates.weight_decay
-    with joined(params, corrections) as W:
-        _run(_update, windows, [(*_arguments(*each), *how) for each in zip(W, windows, strict=True)])
+    W = params if corrections is None else join_weights(params, corrections)
+    _run(_update, windows, [(*_arguments(*each), *how) for each in zip(W, windows, strict=True)])
+    if corrections is not None:
+        split_weights_(params, corrections, W)
 
 
 @register(_descend_all, "cpu")
@@ -274,9 +276,11 @@ def descend_all(
 ) -> None:  # fmt: skip
     """See :func:`hf_lowmem_optim.ops.sparse_window.foreach_window_descend_`."""
     how, rows = (float(rates.lr), 1.0 - rates.lr * rates.weight_decay), weights.expand(len(params), -1).numpy()
-    with joined(params, corrections) as W:
-        given = zip(W, windows, rows, strict=True)
-        _run(_descend, windows, [(*_arguments(param, window), row, *how) for param, window, row in given])
+    W = params if corrections is None else join_weights(params, corrections)
+    given = zip(W, windows, rows, strict=True)
+    _run(_descend, windows, [(*_arguments(param, window), row, *how) for param, window, row in given])
+    if corrections is not None:
+        split_weights_(params, corrections, W)
 
 
 @register(_combine, "cpu")

@@ -43,7 +43,7 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device)
 
 
-def address_table(tensors: Sequence[Tensor]) -> Tensor:
+def address_table(tensors: Sequence[Tensor] | Tensor) -> Tensor:
     """Return the addresses of tensors of one device, int64 [tensors] on that device.
 
     A table that was made before is used again, so that nothing is copied to the device while addresses stay.

@@ -205,7 +205,7 @@ def finish_tile(a: Residual, r: int) -> dict[str, int]:
 
 def finish_(
     a: Residual, moments: Moments, weights: Sequence[Tensor], numbers: Coefficients, noise: float,
-    seed: int | None = None, corrections: Sequence[Tensor] | None = None,
+    seed: int | None = None, corrections: Sequence[Tensor] | Tensor | None = None,
 ) -> None:  # fmt: skip
     """Take lines 4 to 9 of a step after the first, in one launch.
 
@@ -216,11 +216,12 @@ def finish_(
         numbers: The numbers of this step.
         noise: What is smaller than this share of the largest entry of its column of p̃ counts as zero.
         seed: Rounds a quantized error stochastically; None rounds to nearest.
-        corrections: Those of compensated weights, contiguous; written.
+        corrections: Those of compensated weights, each contiguous; written.
     """
     U, (_, r, q) = moments.U, moments.m.shape
     tall, tile = a.rows > a.columns, finish_tile(a, r)
     key0, key1 = rounding_keys(seed) if seed is not None else (0, 0)
+    written = [*weights, *(() if corrections is None else corrections)]
     with on_device(U):
         finish_kernel[(triton.cdiv(q, tile["ROWS" if tall else "COLS"]), a.count)](
             *a.pointers,
@@ -245,6 +246,6 @@ def finish_(
             WEIGHT=POINTEE[weights[0].dtype],
             STOCHASTIC=seed is not None,
             TALL=tall,
-            ALIGNED_WEIGHTS=aligned([*weights, *(corrections or ())]) and a.columns * weights[0].itemsize % 16 == 0,
+            ALIGNED_WEIGHTS=aligned(written) and a.columns * weights[0].itemsize % 16 == 0,
             **a.options(r, tile),
         )

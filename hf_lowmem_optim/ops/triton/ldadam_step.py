@@ -29,7 +29,7 @@ from hf_lowmem_optim.ops.triton.low_rank import orthonormal_columns
 from hf_lowmem_optim.ops.triton.residual import Residual, why_not_residual
 from hf_lowmem_optim.ops.triton.residual_update import Descent, update_
 from hf_lowmem_optim.ops.triton.sketch import move_basis_, tracks
-from hf_lowmem_optim.ops.weight_correction import corrections_of
+from hf_lowmem_optim.ops.weight_correction import CORRECTION
 
 __all__ = ["later_step_"]
 
@@ -74,7 +74,7 @@ def _step_(W: Sequence[Tensor], g: Sequence[Tensor], state: Mapping[str, Tensor]
         U = orthonormal_columns(Y.baddbmm_(old, (m @ V.float()).mul_(factor_of(s))))
         R = U.mT @ old
     noise, seed = projection_noise(products, old.shape[1]), t if o.stochastic_rounding else None
-    corrections = corrections_of(W, state)
+    corrections = state.get(CORRECTION)
     if finishes(a, old.shape[2]):
         finish_(a, Moments(U, old, R, m, v), W, numbers, noise, seed, corrections)
     else:

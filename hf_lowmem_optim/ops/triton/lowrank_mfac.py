@@ -19,7 +19,7 @@ from hf_lowmem_optim.ops.triton.low_rank import orthonormal_columns
 from hf_lowmem_optim.ops.triton.residual import Residual, why_not_residual
 from hf_lowmem_optim.ops.triton.residual_update import Descent, update_
 from hf_lowmem_optim.ops.triton.sketch import orthonormal_range_, tracks
-from hf_lowmem_optim.ops.weight_correction import corrections_of
+from hf_lowmem_optim.ops.weight_correction import CORRECTION
 
 __all__ = ["compress_", "descend_by_factors_"]
 
@@ -65,7 +65,7 @@ def _why_no_descent(W: Sequence[Tensor], state: Mapping[str, Tensor], *_: object
 def descend_by_factors_(W: Sequence[Tensor], state: Mapping[str, Tensor], w: Tensor, o: Any) -> None:
     """See :func:`hf_lowmem_optim.optimizers.lowrank_mfac.lowrank_descend_`."""
     left, right = (state[key].flatten(1, 2) for key in ("left", "right"))  # [n, m·r, p], [n, m·r, q]
-    corrections = corrections_of(W, state)
+    corrections = state.get(CORRECTION)
     weights = w.repeat_interleave(state["left"].shape[2], dim=1)[:, :, None]  # [n, m·r, 1]
     # rows that resemble each other cancel in the sum, and no error feeds back what that loses
     products = precision_of_products("none", left.shape[1])
@@ -74,5 +74,5 @@ def descend_by_factors_(W: Sequence[Tensor], state: Mapping[str, Tensor], w: Ten
         part = slice(start, start + most)
         nothing = Residual(W[part], {}, "none", products)
         factors = ((left[part] * weights[part]).mT, right[part])
-        descent = Descent(W[part], factors, 1 - o.lr * o.weight_decay, o.lr, corrections and corrections[part])
-        update_(nothing, [], descent)
+        own = None if corrections is None else corrections[part]
+        update_(nothing, [], Descent(W[part], factors, 1 - o.lr * o.weight_decay, o.lr, own))

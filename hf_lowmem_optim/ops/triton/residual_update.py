@@ -291,14 +291,14 @@ class Descent(NamedTuple):
         pair: left [batch, rows, r] and right [batch, r, columns], float32 or bfloat16, any strides.
         decay: Factor of the weights.
         step_size: Factor of the product.
-        corrections: Those of compensated weights, contiguous.
+        corrections: Those of compensated weights, each contiguous.
     """
 
     weights: Sequence[Tensor]
     pair: Pair
     decay: float
     step_size: float
-    corrections: Sequence[Tensor] | None = None
+    corrections: Sequence[Tensor] | Tensor | None = None
 
 
 def update_(a: Residual, change: Sequence[Pair], descent: Descent | None, seed: int | None = None) -> None:
@@ -341,6 +341,7 @@ def update_(a: Residual, change: Sequence[Pair], descent: Descent | None, seed: 
             STOCHASTIC=seed is not None,
             CROSS_ROWS=crossed,
             MORE_TERMS=r > tile["TERMS"],
-            ALIGNED_WEIGHTS=aligned([*W, *(corrections or ())]) and a.columns * W[0].itemsize % 16 == 0,
+            ALIGNED_WEIGHTS=aligned([*W, *(() if corrections is None else corrections)])
+            and a.columns * W[0].itemsize % 16 == 0,
             **a.options(r, tile),
         )
