@@ -72,7 +72,7 @@ def compile_only(share: int, of: int) -> dict[str, bool]:
 
 def steps(work: Workload) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield the first steps of every optimizer of ours on a set of shapes."""
-    for candidate in candidates([16, 128], compiled=False):
+    for candidate in candidates([16, 128], compiled=False, compensated=work.name == "large"):
         if candidate.ours and candidate.name.split()[0] in OURS:
             yield f"{work.name}, {candidate.name}", partial(enter, candidate, work)
 

@@ -187,11 +187,14 @@ def peer(name: str, rank: int = 128) -> Candidate:
     return Candidate(label, lambda model: found.build(model, rank), False, found.problem)
 
 
-def candidates(ranks: Sequence[int], *, compiled: bool, captured: bool = False) -> Iterator[Candidate]:
+def candidates(
+    ranks: Sequence[int], *, compiled: bool, captured: bool = False, compensated: bool = False
+) -> Iterator[Candidate]:
     """Yield every peer (those that compile for tens of seconds only if ``compiled``) and every optimizer of ours.
 
     Those with a rank come once per rank; layer-wise ones are left out, as ``step()`` is not where they compute. With
-    ``captured``, those of ours whose step can be a CUDA graph come again, at the lowest rank.
+    ``captured``, those of ours whose step can be a CUDA graph come again, at the lowest rank; with ``compensated``,
+    those whose kernels write corrections of narrow weights.
     """
     for found in PEERS.values():
         if compiled or not found.compiles:
@@ -202,9 +205,12 @@ def candidates(ranks: Sequence[int], *, compiled: bool, captured: bool = False) 
         elif not name.endswith("_layerwise"):
             yield ours(name)
     for name, entry in OPTIMIZERS.items():
-        if captured and entry.optimizer_class.method.captured and not name.endswith("_layerwise"):
-            once = ours(name, **({"rank": min(ranks)} if name == "ldadam" else {}))
+        method, hyper = entry.optimizer_class.method, {"rank": min(ranks)} if name == "ldadam" else {}
+        if captured and method.captured and not method.layerwise:
+            once = ours(name, **hyper)
             yield replace(once, name=f"{once.name} captured", captured=True)
+        if compensated and method.corrected is not None and not method.layerwise:
+            yield ours(name, **hyper, weight_rounding="compensated")
 
 
 def build_optimizer(entry: str, model: nn.Module, lr: float) -> Optimizer:

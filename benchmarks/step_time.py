@@ -71,7 +71,8 @@ def measure(arguments: argparse.Namespace, shapes: str, dtype: str, threads: int
     torch.set_num_threads(threads)
     work = workload(shapes, dtype, arguments.device)
     entered: dict[str, Contender | str] = {}
-    for candidate in candidates(arguments.rank, compiled=arguments.compiled, captured=arguments.captured):
+    others = {name: getattr(arguments, name) for name in ("compiled", "captured", "compensated")}
+    for candidate in candidates(arguments.rank, **others):
         wanted = not arguments.only or any(part in candidate.name for part in arguments.only)
         if wanted or candidate.name in (FOREACH, FUSED):
             entered[candidate.name] = enter(candidate, work)
@@ -102,6 +103,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="PART", help="optimizers whose names contain one of these")
     parser.add_argument("--compiled", action="store_true", help="torchao too")
     parser.add_argument("--captured", action="store_true", help="steps of ours as CUDA graphs, too (on a GPU)")
+    parser.add_argument("--compensated", action="store_true", help="ours with 16-bit weights of 24 bits, too")
     parser.add_argument("--plot", type=Path, metavar="PATH.png", help="draw the rows (extra plot)")
     add_timing_options(parser, "step_time")
     arguments = parser.parse_args()

@@ -55,6 +55,8 @@ def test_everything_that_is_registered_takes_part_once_per_rank() -> None:
     in_step = {name for name in OPTIMIZERS if not name.endswith("_layerwise")}
     assert {name.split(" rank=")[0] for name in names} == {*PEERS, *in_step}
     assert {"ldadam rank=4", "ldadam rank=16", "galore-torch rank=4"} <= set(names)
+    more = [each.name for each in candidates([4, 16], compiled=True, captured=True, compensated=True)][len(names) :]
+    assert {"ldadam rank=4 captured", "microadam captured", "sparse_ggt weight_rounding=compensated"} <= {*more}
 
 
 def test_a_peer_that_fails_is_a_line_and_ours_an_error_and_shared_gradients_stay(workload: Workload) -> None:
