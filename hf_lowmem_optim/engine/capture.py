@@ -271,6 +271,9 @@ def _why_not(optimizer: Any) -> str | None:
             return "weight_rounding='stochastic' of a parameter group; it takes 'nearest' or 'compensated'"
         if group.get("stochastic_rounding"):
             return "stochastic_rounding=True of a parameter group; it takes False"
+        if group["weight_rounding"] == "compensated" and group.get("alpha"):
+            # its kernels get the addresses of float32 copies in tables, and a graph has memory of its own
+            return f"alpha={group['alpha']} of a parameter group with weight_rounding='compensated'; it takes 0.0"
         if group["dense_state"] == "8bit":
             return "dense_state='8bit' of a parameter group counts on the host; it takes 'param' or 'fp32'"
         if isinstance(lr := group["lr"], Tensor) and lr.device.type != "cpu":

@@ -171,7 +171,7 @@ class Method:
             has then no layer-wise mode, and serves no sharded parameters. None for any other method.
 
     Raises:
-        ValueError: There is no such switch, or not one update.
+        ValueError: There is no such switch, or no option that :attr:`corrected` names, or not one update.
     """
 
     name: str
@@ -209,6 +209,11 @@ class Method:
                 f"switch={self.switch!r} of the method {self.name!r} names no option of {self.options.__name__}: "
                 "declare one that sends a group to AdamW, such as "
                 "`compress: bool = option(True, 'False leaves the group to AdamW', shapes_state=True)`"
+            )
+        if unknown := [name for name in self.corrected or () if name not in self.options.defaults()]:
+            raise ValueError(
+                f"corrected={dict(self.corrected or {})!r} of the method {self.name!r} names {unknown[0]!r}, which is "
+                f"no option of {self.options.__name__}"
             )
         if (self.update_ is None) == (self.coupled_update_ is None):
             raise ValueError(f"the method {self.name!r} needs update_ or coupled_update_, and not both")
@@ -320,10 +325,10 @@ class Method:
     # ------------------------------------------------------------------------------------------------- scratch
 
     def takes_corrections(self, options: Any, device: torch.device) -> bool:
-        """Return whether an update is given compensated weights as they are: :attr:`corrected`, on a GPU."""
+        """Return whether an update is given compensated weights as they are: :attr:`corrected`, in Triton."""
         if self.corrected is None or any(getattr(options, key) != value for key, value in self.corrected.items()):
             return False
-        return device.type != "cpu" or chosen_backend(device) == "triton"
+        return device.type == "meta" or chosen_backend(device) == "triton"
 
     def scratch_copies(self, options: Any, shape: Sequence[int]) -> float:
         """Return :attr:`scratch` with some options, for a weight of a shape."""

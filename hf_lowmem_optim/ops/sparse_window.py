@@ -77,6 +77,7 @@ def foreach_window_update_(
         eps: Added to the root of z2.
         memo: As for :func:`~hf_lowmem_optim.ops.block_topk.foreach_block_topk_`.
         corrections: Those of compensated parameters (``weight_correction.py``), contiguous int8; changed in place.
+            They stay where they are as long as the memo is the same.
 
     Raises:
         TypeError: For a dtype of a window that is not listed. Nothing has been written then.

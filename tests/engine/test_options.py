@@ -270,6 +270,8 @@ def test_a_mistyped_description_is_refused_when_it_is_made() -> None:
 
     with pytest.raises(ValueError, match=r"switch=\('sise', None\) of the method 'mine' names no option of MyOptions"):
         Method("mine", MyOptions, no_state, update_, switch=("sise", None))
+    with pytest.raises(ValueError, match="of the method 'mine' names 'alhpa', which is no option of MyOptions"):
+        Method("mine", MyOptions, no_state, update_, switch=("size", None), corrected={"alhpa": 0.0})
     for updates in ({}, {"update_": update_, "coupled_update_": update_}):
         with pytest.raises(ValueError, match="'mine' needs update_ or coupled_update_, and not both"):
             Method("mine", MyOptions, no_state, switch=("size", None), **updates)  # type: ignore[arg-type]

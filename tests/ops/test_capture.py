@@ -371,6 +371,7 @@ def test_other_methods_say_that_they_cannot(name: str, recorder: None) -> None:
         ("sparse_mfac", {"block_size": 16384}, "block_size=16384 of a parameter group; it takes at most 8192"),
         ("microadam", {"block_size": 96, "quant_block_size": 96}, "quant_block_size=96 of a parameter group; it takes"),
         ("ldadam", {"weight_rounding": "stochastic"}, "weight_rounding='stochastic' of a parameter group; it takes"),
+        ("microadam", {"weight_rounding": "compensated", "alpha": 0.25}, "alpha=0.25 of a parameter group with"),
         ("ldadam", {"stochastic_rounding": True}, "stochastic_rounding=True of a parameter group; it takes"),
         ("ldadam", {"error_feedback": "grad"}, "it acts on gradients during the backward pass"),
     ],

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_lowmem_optim import OPTIMIZERS
+from hf_lowmem_optim.ops.sparse_window import foreach_window_update_
 from hf_lowmem_optim.ops.weight_correction import CORRECTION, join_weights, split_weights_
+from hf_lowmem_optim.ops.window import SparseWindow
 from tests.ops.backends import BF16, FAST, FP16, FP32, QUIET, Use, same
 
 pytestmark = QUIET
@@ -171,6 +173,29 @@ def test_an_update_with_corrections_is_that_of_float32_copies(
 def test_an_option_that_copies_weights_may_change(backend: str, use: Use) -> None:
     alphas = [{"window": 2, "alpha": alpha} for alpha in (0.25, 0.25, 0.0, 0.25)]
     check_corrections("microadam", BF16, use(backend), alphas)
+
+
+@pytest.mark.parametrize("backend", FAST[:1])
+def test_a_memo_keeps_launches_with_corrections_apart(backend: str, use: Use) -> None:
+    device, memo = use(backend), dict[str, Any]()
+    indices = torch.arange(4, dtype=torch.int16, device=device)[None]
+    window = SparseWindow(indices, torch.ones(1, 4, dtype=BF16, device=device), 64, 64, 4)
+    weight, correction = torch.ones(64, dtype=BF16, device=device), torch.zeros(64, dtype=torch.int8, device=device)
+    for corrections in (None, [correction]):
+        foreach_window_update_(
+            [weight], [window], torch.ones(2, 1, device=device), lr=0.01, memo=memo, corrections=corrections
+        )
+    assert correction[:4].all() and not correction[4:].any()
+
+
+@pytest.mark.parametrize("backend", [*FAST, pytest.param("reference")])
+def test_only_kernels_take_corrections(backend: str, use: Use) -> None:
+    """A GPU without Triton gets float32 copies in runs of bounded size, as the plan has them."""
+    device, method = torch.device(use(backend)), OPTIMIZERS["microadam"].optimizer_class.method
+    assert method.takes_corrections(method.options(), device) == (backend == "triton")
+    if backend == "reference":
+        assert not method.takes_corrections(method.options(), torch.device("cuda"))
+    assert method.takes_corrections(method.options(), torch.device("meta"))
 
 
 def check_corrections(name: str, dtype: torch.dtype, device: str, options: list[dict[str, Any]]) -> None:

@@ -290,9 +290,8 @@ def step_launches(
     def others(place: int) -> Sequence[Tensor]:
         return corrections[place : place + 1] if corrections else ()
 
-    found, places = launches(
-        params, record, lambda place: windows[place].num_blocks, memo, "steps in Triton", others=others
-    )
+    name = "steps in Triton" if corrections is None else "steps with corrections in Triton"
+    found, places = launches(params, record, lambda place: windows[place].num_blocks, memo, name, others=others)
     return [(launch, launch.table(places)) for launch in found]
 
 
