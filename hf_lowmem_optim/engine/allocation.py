@@ -12,7 +12,7 @@ from hf_lowmem_optim.engine.options import Options
 from hf_lowmem_optim.engine.sharding.layout import allocate_part
 from hf_lowmem_optim.spec import TensorSpec
 
-__all__ = ["allocate_", "follow_options_"]
+__all__ = ["allocate_", "follow_all_options_", "follow_options_"]
 
 
 def allocate_(states: Any, fresh: Sequence[tuple[Tensor, tuple[Options, bool, dict[str, TensorSpec]]]]) -> None:
@@ -47,3 +47,15 @@ def follow_options_(
             state[key] = allocate_part(spec, param, compressed=True) if sharded else spec.allocate(param.device)
         elif key not in specs:
             state.pop(key, None)
+
+
+def follow_all_options_(optimizer: Any) -> None:
+    """Have every parameter follow its group's options, also those without a gradient since these changed."""
+    for group in optimizer.param_groups:
+        try:
+            options = optimizer._options_of(group)
+        except (TypeError, ValueError):  # the next step refuses it, and may follow a correction
+            continue
+        for param in group["params"]:
+            if state := optimizer.state.get(param):
+                follow_options_(state, optimizer._rule(param, options)[1], optimizer.method.follows, param)

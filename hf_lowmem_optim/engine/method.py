@@ -162,7 +162,8 @@ class Method:
         captured: Whether a later step in Triton can be recorded in a CUDA graph: it waits for nothing on the GPU, and
             takes what changes from step to step as ``ops/step_numbers.py`` has it.
         corrected: With which options its kernels take compensated weights as they are, with the corrections in the
-            state, instead of float32 copies: their values by name. None for a method whose update never does.
+            state, instead of float32 copies: their values by name. Where no kernel serves a call, the torch version
+            joins and splits them itself. None for a method whose update never has to.
         serves_flat: Whether it makes sense of a group's matrices as one flat vector a process, as DeepSpeed makes them.
         block_entries: Of how many consecutive entries are the blocks that it treats each by itself, apart from a system
             over all tensors, with some options; None with options for which that is not so.
@@ -361,8 +362,8 @@ class Method:
                     continue
                 systems[device] += count
                 rounded = options.weight_rounding != "nearest" and dtype != torch.float32
-                if options.weight_rounding == "compensated" and self.takes_corrections(options, device):
-                    rounded = False
+                if options.weight_rounding == "compensated" and device.type != "cpu":
+                    rounded &= not self.takes_corrections(options, device)
                 state = sum(math.prod(spec.shape) for key, spec in specs.items() if not key.startswith("error"))
                 entries, scratch = math.prod(shape), self.scratch_state * state
                 together = 1 if self.whole is True else min(count, most_tensors(entries, device))

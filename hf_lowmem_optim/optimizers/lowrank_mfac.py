@@ -82,7 +82,7 @@ def lowrank_mfac_state(shape: Sequence[int], dtype: torch.dtype, o: LowRankMFACO
     if o.rank is None:
         return None
     p, q, rest = shape[0] if shape else 1, math.prod(shape[1:]), own_state(shape, o)
-    if o.rank * (p + q) >= p * q:  # the factors are not smaller
+    if _is_kept_whole(shape, o):
         return {"rows": TensorSpec((o.window, p * q), torch.float32, "rows"), **rest}
     return {
         "left": TensorSpec((o.window, o.rank, p), torch.float32, "factors"),
@@ -90,6 +90,17 @@ def lowrank_mfac_state(shape: Sequence[int], dtype: torch.dtype, o: LowRankMFACO
         **error_state((p, q), dtype, o.error_feedback),
         **rest,
     }
+
+
+def _is_kept_whole(shape: Sequence[int], o: LowRankMFACOptions) -> bool:
+    """Return whether the factors of a gradient would not be smaller than itself."""
+    p, q = shape[0] if shape else 1, math.prod(shape[1:])
+    return o.rank is not None and o.rank * (p + q) >= p * q
+
+
+def _scratch(o: LowRankMFACOptions, shape: Sequence[int]) -> float:
+    """Acc, or u; fused on a GPU, neither. Where no kernel writes corrections, float32 weights beside u."""
+    return 2.0 if o.weight_rounding == "compensated" and _is_kept_whole(shape, o) else 1.0
 
 
 def lowrank_mfac_update_(
@@ -273,7 +284,7 @@ class LowRankMFAC(LowMemoryOptimizer):
         LowRankMFACOptions,
         lowrank_mfac_state,
         switch=("rank", None),
-        scratch=1.0,  # acc, or u; fused on a GPU, neither
+        scratch=_scratch,
         whole="gpu",
         captured=True,
         corrected={"momentum": 0.0},

@@ -90,6 +90,10 @@ def steps() -> Iterator[Any]:
             yield name, {"stacked": True, **options, **ROUNDED}, torch.bfloat16, "", "cpu", shapes
     for name in ("ldadam", "microadam", "sparse_mfac"):
         yield name, COMPENSATED, torch.bfloat16, "", "cpu", [*SMALL, WIDE, *SMALL[:2]]
+    for name in ("ldadam", "microadam", "sparse_mfac", "lowrank_mfac"):
+        for shapes in ([WIDE, *SMALL], [(30_000_000,)]):
+            options = {"window": 2} | COMPENSATED if name == "lowrank_mfac" else COMPENSATED
+            yield pytest.param(name, options, torch.bfloat16, "", "cuda", shapes, marks=GPU)
     # a wide window has a large system
     for name in ("lowrank_mfac", "sparse_mfac", "sparse_ggt"):
         for scope in ("model", "tensor"):

@@ -201,6 +201,29 @@ def test_it_can_be_switched_in_a_run(name: str) -> None:
         other.load_state_dict(saved)
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "values"),
+    [("ldadam", "weight_rounding", ("nearest", "compensated")), ("sparse_mfac", "momentum", (0.0, 0.5))],
+)
+def test_what_had_no_gradient_since_an_option_changed_is_saved_as_it_is_now(
+    name: str, option: str, values: tuple[Any, Any]
+) -> None:
+    """Or nothing could load it: the file has the new setting for all."""
+    for before, after in (values, values[::-1]):
+        params = make_params(torch.bfloat16)
+        optimizer = CASES[name].build(params.values(), **{option: before})
+        steps = list(gradients(2, torch.bfloat16))
+        run(optimizer, params, iter(steps[:1]))
+        optimizer.param_groups[0][option] = after
+        for key, param in params.items():
+            param.grad = steps[1][key].clone() if key != "wide" else None
+        optimizer.step()
+        other = CASES[name].build(make_params(torch.bfloat16).values(), **{option: before})
+        other.load_state_dict(through_a_file(optimizer.state_dict()))
+        assert_same_state(optimizer, other)
+        assert measure_state(optimizer) == plan_optimizer(optimizer)
+
+
 def model(dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
     built = nn.Sequential(nn.Linear(40, 12), nn.LayerNorm(12), nn.Linear(12, 40), nn.BatchNorm1d(40)).to(dtype)

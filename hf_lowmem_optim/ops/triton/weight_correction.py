@@ -126,7 +126,7 @@ def values_of(values_ptr, record, ALIGNED: tl.constexpr):
 
 
 #: Nothing is copied to the device as long as weights and corrections are where they were in an earlier step.
-_tables = functools.lru_cache(maxsize=1 << 10)(block_tables)
+_tables = functools.lru_cache(maxsize=1 << 8)(block_tables)
 
 
 @register(join_weights, "triton")
