@@ -202,7 +202,7 @@ def candidates(
     for name in OPTIMIZERS:
         if name == "ldadam":
             yield from (ours(name, rank=rank) for rank in ranks)
-        elif not name.endswith("_layerwise"):
+        elif not OPTIMIZERS[name].optimizer_class.method.layerwise:
             yield ours(name)
     for name, entry in OPTIMIZERS.items():
         method, hyper = entry.optimizer_class.method, {"rank": min(ranks)} if name == "ldadam" else {}

@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="PART", help="optimizers whose names contain one of these")
     parser.add_argument("--compiled", action="store_true", help="torchao too")
     parser.add_argument("--captured", action="store_true", help="steps of ours as CUDA graphs, too (on a GPU)")
-    parser.add_argument("--compensated", action="store_true", help="ours with 16-bit weights of 24 bits, too")
+    parser.add_argument("--compensated", action="store_true", help="ours with weight_rounding=compensated, too")
     parser.add_argument("--plot", type=Path, metavar="PATH.png", help="draw the rows (extra plot)")
     add_timing_options(parser, "step_time")
     arguments = parser.parse_args()

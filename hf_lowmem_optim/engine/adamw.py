@@ -34,11 +34,11 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from hf_lowmem_optim.engine.buckets import CORRECTION, TensorUpdate
+from hf_lowmem_optim.engine.buckets import TensorUpdate
 from hf_lowmem_optim.engine.rounding import StochasticRounding
 from hf_lowmem_optim.ops.constants import to_device
 from hf_lowmem_optim.ops.step_numbers import Number
-from hf_lowmem_optim.ops.weight_correction import join_weights, split_weights_
+from hf_lowmem_optim.ops.weight_correction import CORRECTION, join_weights, split_weights_
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["adamw_state", "adamw_update_", "require_bitsandbytes"]

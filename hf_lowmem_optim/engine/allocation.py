@@ -12,7 +12,7 @@ from hf_lowmem_optim.engine.options import Options
 from hf_lowmem_optim.engine.sharding.layout import allocate_part
 from hf_lowmem_optim.spec import TensorSpec
 
-__all__ = ["allocate_", "follow_all_options_", "follow_options_"]
+__all__ = ["allocate_", "follow_options_", "saved_as_options_say"]
 
 
 def allocate_(states: Any, fresh: Sequence[tuple[Tensor, tuple[Options, bool, dict[str, TensorSpec]]]]) -> None:
@@ -49,13 +49,17 @@ def follow_options_(
             state.pop(key, None)
 
 
-def follow_all_options_(optimizer: Any) -> None:
-    """Have every parameter follow its group's options, also those without a gradient since these changed."""
-    for group in optimizer.param_groups:
+def saved_as_options_say(optimizer: Any, saved: dict[str, Any]) -> dict[str, Any]:
+    """Return a state dict in which what had no gradient since its group's options changed follows them, too."""
+    for group, packed in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         try:
             options = optimizer._options_of(group)
-        except (TypeError, ValueError):  # the next step refuses it, and may follow a correction
+        except (KeyError, TypeError, ValueError):  # the next step refuses them; a state can be saved meanwhile
             continue
-        for param in group["params"]:
+        for param, index in zip(group["params"], packed["params"], strict=True):
             if state := optimizer.state.get(param):
-                follow_options_(state, optimizer._rule(param, options)[1], optimizer.method.follows, param)
+                own = dict(state)
+                follow_options_(own, optimizer._rule(param, options)[1], optimizer.method.follows, param)
+                if own.keys() != state.keys():
+                    saved["state"][index] = own
+    return saved

@@ -24,7 +24,6 @@ from hf_lowmem_optim.ops.weight_correction import CORRECTION, join_weights, spli
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = [
-    "CORRECTION",
     "SHARED_PREFIX",
     "Batch",
     "Part",

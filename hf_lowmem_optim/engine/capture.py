@@ -290,5 +290,5 @@ def _why_not(optimizer: Any) -> str | None:
         return "a parameter or its gradient is not contiguous"
     device = next(iter(devices))
     if (backend := chosen_backend(device)) != "triton":
-        return f"its parameters are on {device}, where the backend is {backend!r}; a CUDA graph is of Triton's launches"
+        return f"its parameters are on {device}, where the backend is {backend!r}; it takes a GPU with Triton"
     return None

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from hf_lowmem_optim.engine.allocation import follow_options_
-from hf_lowmem_optim.engine.buckets import CORRECTION
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
-from hf_lowmem_optim.ops.weight_correction import join_weights, split_weights_
+from hf_lowmem_optim.ops.weight_correction import CORRECTION, join_weights, split_weights_
 
 __all__ = ["fp32_state_dict", "load_fp32_state_dict_"]
 
@@ -61,6 +60,7 @@ def load_fp32_state_dict_(model: nn.Module, optimizer: Optimizer, state_dict: Ma
     Raises:
         RuntimeError: Names or shapes are not the model's. Nothing has been changed then.
         TypeError: It is not an optimizer of this package.
+        ValueError: A narrow weight has no correction, without which a value would be rounded. Likewise.
     """
     inner, own = _inner(optimizer), model.state_dict(keep_vars=True)
     if odd := sorted(own.keys() ^ state_dict.keys()):
@@ -72,6 +72,18 @@ def load_fp32_state_dict_(model: nn.Module, optimizer: Optimizer, state_dict: Ma
             found = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
             raise RuntimeError(f"{name!r} is {found} in the state dict and {tuple(value.shape)} in the model")
     group_of = {id(param): group for group in inner.param_groups for param in group["params"]}
+    for name, param in own.items():
+        group = group_of.get(id(param))
+        if getattr(param, "dtype", None) in _NARROW and (group is None or group["weight_rounding"] != "compensated"):
+            value = state_dict[name]
+            if not bool((value.to(param.dtype).to(value.dtype) == value).logical_or_(value.isnan()).all()):
+                why = "is in none of the optimizer's groups"
+                if group is not None:
+                    why = f"is in a group with weight_rounding={group['weight_rounding']!r} instead of 'compensated'"
+                raise ValueError(
+                    f"{name!r} is {param.dtype} and {why}, so that the state dict's values would be rounded: "
+                    "model.load_state_dict rounds them"
+                )
     model.load_state_dict(state_dict)
     for name, param in own.items():
         group = group_of.get(id(param))

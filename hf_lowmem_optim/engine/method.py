@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from hf_lowmem_optim.engine.adamw import adamw_state
-from hf_lowmem_optim.engine.buckets import CORRECTION, Batch, most_entries, most_tensors
+from hf_lowmem_optim.engine.buckets import Batch, most_entries, most_tensors
 from hf_lowmem_optim.engine.options import Options, as_plain
 from hf_lowmem_optim.ops.dispatch import chosen_backend
 from hf_lowmem_optim.ops.gram import most_systems
 from hf_lowmem_optim.ops.low_rank import MOST_FACTOR_BYTES
+from hf_lowmem_optim.ops.weight_correction import CORRECTION
 from hf_lowmem_optim.spec import TensorSpec
 
 __all__ = ["CoupledUpdate", "Method", "StagedUpdate", "Stages", "StateFunction", "Update"]
@@ -161,9 +162,9 @@ class Method:
         layerwise: Whether it updates during the backward pass.
         captured: Whether a later step in Triton can be recorded in a CUDA graph: it waits for nothing on the GPU, and
             takes what changes from step to step as ``ops/step_numbers.py`` has it.
-        corrected: With which options its kernels take compensated weights as they are, with the corrections in the
-            state, instead of float32 copies: their values by name. Where no kernel serves a call, the torch version
-            joins and splits them itself. None for a method whose update never has to.
+        corrected: With which values of which options its update takes compensated weights as they are, with their
+            corrections in the state, where Triton serves it: always for ``{}``. Its torch version joins and splits them
+            itself then. None for a method whose update is given float32 copies instead.
         serves_flat: Whether it makes sense of a group's matrices as one flat vector a process, as DeepSpeed makes them.
         block_entries: Of how many consecutive entries are the blocks that it treats each by itself, apart from a system
             over all tensors, with some options; None with options for which that is not so.
@@ -326,7 +327,7 @@ class Method:
     # ------------------------------------------------------------------------------------------------- scratch
 
     def takes_corrections(self, options: Any, device: torch.device) -> bool:
-        """Return whether an update is given compensated weights as they are: :attr:`corrected`, in Triton."""
+        """Return whether an update is given compensated weights as they are; the meta device counts as a GPU."""
         if self.corrected is None or any(getattr(options, key) != value for key, value in self.corrected.items()):
             return False
         return device.type == "meta" or chosen_backend(device) == "triton"

@@ -12,7 +12,7 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from hf_lowmem_optim.engine.adamw import adamw_update_, require_bitsandbytes
-from hf_lowmem_optim.engine.allocation import allocate_, follow_all_options_, follow_options_
+from hf_lowmem_optim.engine.allocation import allocate_, follow_options_, saved_as_options_say
 from hf_lowmem_optim.engine.arrangement import Arrangement, Live, checked_rules, probed_parameters, remember_
 from hf_lowmem_optim.engine.backward import LayerwiseMode
 from hf_lowmem_optim.engine.buckets import SHARED_PREFIX, Part, TensorUpdate, arrange, batches, split_stacks
@@ -428,8 +428,7 @@ class LowMemoryOptimizer(Optimizer):
         """
         if self._backward is not None:
             self._backward.check_save("the state cannot be saved between backward pass and step(): ")
-        follow_all_options_(self)
-        return super().state_dict()
+        return saved_as_options_say(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict; tensors keep the dtypes in which they were saved, what a step had begun is forgotten.

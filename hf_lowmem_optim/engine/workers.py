@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hf_lowmem_optim.engine import averaging
-from hf_lowmem_optim.engine.buckets import CORRECTION, Part, TensorUpdate
+from hf_lowmem_optim.engine.buckets import Part, TensorUpdate
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.sharding.owners import waves_of
 from hf_lowmem_optim.ops.dispatch import full_precision
-from hf_lowmem_optim.ops.weight_correction import join_weights, split_weights_
+from hf_lowmem_optim.ops.weight_correction import CORRECTION, join_weights, split_weights_
 
 __all__ = ["REPLICATED", "WorkerOptimizer", "sync_bytes"]
 

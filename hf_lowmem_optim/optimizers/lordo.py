@@ -45,13 +45,13 @@ import torch
 from torch import Tensor
 
 from hf_lowmem_optim.engine import averaging
-from hf_lowmem_optim.engine.buckets import CORRECTION, TensorUpdate, split_stacks
+from hf_lowmem_optim.engine.buckets import TensorUpdate, split_stacks
 from hf_lowmem_optim.engine.error_feedback import FORMATS, add_residual, error_state, save_residual_
 from hf_lowmem_optim.engine.method import Method
 from hf_lowmem_optim.engine.options import COUNT, POSITIVE, UNIT, Options, Range, option
 from hf_lowmem_optim.engine.workers import REPLICATED, WorkerOptimizer
 from hf_lowmem_optim.ops.low_rank import bound_projection_, leading_left_singular_vectors, seeded_sketch
-from hf_lowmem_optim.ops.weight_correction import join_weights
+from hf_lowmem_optim.ops.weight_correction import CORRECTION, join_weights
 from hf_lowmem_optim.optimizers.cosine_rows import sides
 from hf_lowmem_optim.spec import TensorSpec
 

@@ -99,8 +99,9 @@ def _is_kept_whole(shape: Sequence[int], o: LowRankMFACOptions) -> bool:
 
 
 def _scratch(o: LowRankMFACOptions, shape: Sequence[int]) -> float:
-    """Acc, or u; fused on a GPU, neither. Where no kernel writes corrections, float32 weights beside u."""
-    return 2.0 if o.weight_rounding == "compensated" and _is_kept_whole(shape, o) else 1.0
+    """Count acc, or u, which are fused on a GPU; beside u the float32 weights that the update itself joins."""
+    joins = o.weight_rounding == "compensated" and o.momentum == 0 and _is_kept_whole(shape, o)
+    return 2.0 if joins else 1.0
 
 
 def lowrank_mfac_update_(

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from hf_lowmem_optim.engine.buckets import CORRECTION, split_state
+from hf_lowmem_optim.engine.buckets import split_state
 from hf_lowmem_optim.engine.checks import describe_parameter
 from hf_lowmem_optim.engine.coupled import Scope
 from hf_lowmem_optim.engine.optimizer import LowMemoryOptimizer
 from hf_lowmem_optim.engine.options import shown
+from hf_lowmem_optim.ops.weight_correction import CORRECTION
 from hf_lowmem_optim.optimizers.preconditioned import PreconditionedOptions
 from hf_lowmem_optim.pruning.projection import (
     Member,

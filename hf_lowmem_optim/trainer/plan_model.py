@@ -332,8 +332,8 @@ def _notes_on_dtypes(model: nn.Module, options: ModelOptions) -> list[str]:
             "bfloat16 and stores float32. A model loaded with dtype=torch.bfloat16 takes about half: --dtype bf16."
         ]
     return [
-        f"Weights and gradients are {dtype}: load the model with dtype=torch.{dtype}, and give "
-        "optim_args weight_rounding=stochastic where the rate is small. bf16=True in TrainingArguments does not do "
+        f"Weights and gradients are {dtype}: load the model with dtype=torch.{dtype}, and give optim_args "
+        "weight_rounding=stochastic or compensated where the rate is small. bf16=True in TrainingArguments does not do "
         "that: it keeps float32 weights, which take twice as much (--dtype fp32)."
     ]
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_lowmem_optim import OPTIMIZERS
-from hf_lowmem_optim.ops.sparse_window import foreach_window_update_
+from hf_lowmem_optim.ops.sparse_window import foreach_window_descend_, foreach_window_update_
 from hf_lowmem_optim.ops.weight_correction import CORRECTION, join_weights, split_weights_
 from hf_lowmem_optim.ops.window import SparseWindow
-from tests.ops.backends import BF16, FAST, FP16, FP32, QUIET, Use, same
+from tests.ops.backends import BACKENDS, BF16, FAST, FP16, FP32, QUIET, Use, same
 
 pytestmark = QUIET
 NARROW = [BF16, FP16]
@@ -173,6 +173,31 @@ def test_an_update_with_corrections_is_that_of_float32_copies(
 def test_an_option_that_copies_weights_may_change(backend: str, use: Use) -> None:
     alphas = [{"window": 2, "alpha": alpha} for alpha in (0.25, 0.25, 0.0, 0.25)]
     check_corrections("microadam", BF16, use(backend), alphas)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.25])
+def test_operations_on_windows_write_corrections(weight_decay: float, backend: str, use: Use) -> None:
+    """Of several tensors at once, as they write float32 weights that are split."""
+    device, generator = use(backend), torch.Generator().manual_seed(0)
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    weights = [some(numel).bfloat16().to(device) for numel in (128, 100)]
+    corrections = [(some(len(weight)) * 40).clamp(-128, 127).to(device, torch.int8) for weight in weights]
+    indices = torch.arange(6, dtype=torch.int16, device=device).view(3, 2)
+    windows = [
+        SparseWindow(indices.repeat(1, 2).contiguous(), some(3, 4).to(device), len(weight), 64, 2) for weight in weights
+    ]
+    factors = torch.rand(2, 3, generator=generator).to(device)
+    for operation, given in ((foreach_window_update_, factors), (foreach_window_descend_, factors[0].contiguous())):
+        expected = [[each.clone() for each in tensors] for tensors in (weights, corrections)]
+        values = join_weights.torch_version(*expected)
+        operation(values, windows, given, lr=0.5, weight_decay=weight_decay)
+        split_weights_.torch_version(*expected, values)
+        operation(weights, windows, given, lr=0.5, weight_decay=weight_decay, corrections=corrections)
+        assert all(map(same, weights, expected[0])) and all(map(same, corrections, expected[1]))
 
 
 @pytest.mark.parametrize("backend", FAST[:1])

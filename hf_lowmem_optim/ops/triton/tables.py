@@ -38,7 +38,7 @@ def owner_and_block(owners_ptr, table_ptr, program, FIELDS: tl.constexpr):
 
 @triton.jit
 def pointer(record, field, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """An address of a record; ALIGNED: a multiple of 16, as vectorized loads and stores demand."""
+    """An address of a record; ALIGNED: a multiple of 16, as vectorized loads and stores demand; of int8, of 8."""
     address = tl.load(record + field).to(tl.pointer_type(TYPE))
     if ALIGNED:
         # a thread is to take as many corrections as weights at a time, or they change places in shared memory
