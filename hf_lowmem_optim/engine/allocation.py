@@ -51,15 +51,15 @@ def follow_options_(
 
 def saved_as_options_say(optimizer: Any, saved: dict[str, Any]) -> dict[str, Any]:
     """Return a state dict in which what had no gradient since its group's options changed follows them, too."""
-    for group, packed in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+    for number, group in enumerate(optimizer.param_groups):
         try:
             options = optimizer._options_of(group)
         except (KeyError, TypeError, ValueError):  # the next step refuses them; a state can be saved meanwhile
             continue
-        for param, index in zip(group["params"], packed["params"], strict=True):
+        for place, param in enumerate(group["params"]):
             if state := optimizer.state.get(param):
                 own = dict(state)
                 follow_options_(own, optimizer._rule(param, options)[1], optimizer.method.follows, param)
                 if own.keys() != state.keys():
-                    saved["state"][index] = own
+                    saved["state"][saved["param_groups"][number]["params"][place]] = own
     return saved
