@@ -276,6 +276,17 @@ def launch(name: str, widest_load: int, prepare: Callable[..., Prepared], *given
     return Launch(name, numel, partial(prepare, numel, *given, **options), widest_load)
 
 
+def on_matrix(
+    name: str, prepare: Callable[..., Prepared], rows: int, columns: int, rank: int, error: str, grad: torch.dtype,
+    products: str, widest_load: int, *rest: Any, **options: Any,
+) -> Launch:  # fmt: skip
+    """Return a launch for a matrix, named after its settings."""
+    kind = ("compensated " if options.get("compensated") else "") + str(grad).removeprefix("torch.")
+    title = f"{name} of {rows} × {columns}, rank {rank}, {error} error, {kind}, {products}"
+    given = rows, rank, error, grad, products, *rest
+    return launch(title, widest_load, prepare, *given, numel=rows * columns, **options)
+
+
 def stages(rank: int, products: str) -> list[Launch]:
     """Return what LDAdam launches for a matrix besides moments: a few long stripes, since the interpreter is slow."""
     how, error = (rank, "4bit", BF16, products), f"rank {rank}, 4bit error"
@@ -382,18 +393,7 @@ LAUNCHES: list[Launch] = [
     *stages(16, "tf32"),
     *stages(128, "bf16"),
     *(
-        launch(
-            f"{name} of {rows} × {columns}, rank {rank}, {error} error, {str(grad)[6:]}, {products}",
-            widest,
-            prepare,
-            rows,
-            rank,
-            error,
-            grad,
-            products,
-            *rest,
-            numel=rows * columns,
-        )
+        on_matrix(name, prepare, rows, columns, rank, error, grad, products, widest, *rest)
         for rows, columns, rank, error, grad, products, widest in (
             (768, 512, 16, "4bit", BF16, "tf32", 16),
             (768, 512, 128, "4bit", BF16, "bf16", 16),
@@ -453,19 +453,8 @@ LAUNCHES: list[Launch] = [
         numel=512 * 768,
     ),
     *(
-        launch(
-            f"{name} of {rows} × {columns}, rank {rank}, {error} error, compensated {str(grad)[6:]}, {products}",
-            widest,
-            prepare,
-            rows,
-            rank,
-            error,
-            grad,
-            products,
-            compensated=True,
-            numel=rows * columns,
-        )
-        for name, prepare, rows, columns, rank, error, grad, products, widest in (
+        on_matrix(*each, compensated=True)
+        for each in (
             ("finish", low_rank_finish, 128, 256, 16, "4bit", BF16, "tf32", 16),
             ("finish", low_rank_finish, 512, 128, 32, "8bit", FP16, "tf32", 16),
             ("finish", low_rank_finish, 128, 512, 32, "4bit", BF16, "ieee", 16),
@@ -478,18 +467,8 @@ LAUNCHES: list[Launch] = [
         )
     ),
     *(
-        launch(
-            f"{name} of {rows} × {columns}, rank {rank}, {error} error, {str(grad)[6:]}, {products}",
-            widest,
-            prepare,
-            rows,
-            rank,
-            error,
-            grad,
-            products,
-            numel=rows * columns,
-        )
-        for name, prepare, rows, columns, rank, error, grad, products, widest in (
+        on_matrix(*each)
+        for each in (
             ("basis", low_rank_basis, 128, 256, 16, "4bit", BF16, "tf32", 16),
             ("basis", low_rank_basis, 512, 128, 16, "4bit", BF16, "tf32", 16),
             ("basis", low_rank_basis, 128, 512, 4, "fp32", FP32, "tf32x3", 16),

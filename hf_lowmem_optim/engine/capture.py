@@ -252,7 +252,7 @@ def _hooks(optimizer: Any) -> list[Any]:
 
 
 def _refuse_unrecordable(optimizer: Any) -> None:
-    """Raise NotImplementedError with the reason if no step of an optimizer can be recorded."""
+    """Raise NotImplementedError, for steps that no graph can repeat, with the reason if an optimizer's are such."""
     if (reason := _why_not(optimizer)) is not None:
         raise NotImplementedError(f"a step of {type(optimizer).__name__} cannot be recorded: {reason}")
 

@@ -28,8 +28,8 @@ triton = pytest.importorskip("triton")
 from triton.runtime.interpreter import GridExecutor  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from hf_lowmem_optim.ops.triton.device import address_table  # noqa: E402
-from hf_lowmem_optim.ops.triton.tables import launches  # noqa: E402
+from hf_lowmem_optim.ops.triton.device import address_table  # noqa: E402 (needs triton)
+from hf_lowmem_optim.ops.triton.tables import launches  # noqa: E402 (needs triton)
 
 #: What launches a kernel.
 LAUNCH: tuple[type, str] = (JITFunction, "run") if EMULATED else (GridExecutor, "__call__")
